@@ -1,0 +1,53 @@
+# Every target does its own set-up: a virtual environment in .venv and what the target needs in it, once, and again
+# whenever pyproject.toml or constraints.txt changes.
+
+PYTHON ?= python3
+CONFIG ?= configs/emoji_64.yaml
+JOBS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format train install clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.run  ## sample eight prompts from the shipped model; prints the path of the picture
+	@$(BIN)/python tools/sample.py --demo
+
+test: $(VENV)/.dev  ## run the tests (JOBS=2 processes; ARGS="tests/vae -k parity" for a part)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
+
+lint: $(VENV)/.dev  ## check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## mend what style and formatting checks can mend by themselves
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+train: $(VENV)/.run  ## train all three stages (CONFIG=configs/emoji_64.yaml; ARGS="key=value ...")
+	$(BIN)/python tools/train.py --stage all --config $(CONFIG) $(ARGS)
+
+install: $(VENV)/.dev  ## set up .venv with all that development needs
+
+clean:  ## remove caches and builds; .venv and runs/ stay
+	rm -rf build dist demo.png .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find ldm tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed; set PYTHON=" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $(VENV)/.run $@
