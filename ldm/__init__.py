@@ -1,0 +1,35 @@
+"""Train a text-to-image latent diffusion model from your own pictures and captions, and use it.
+
+>>> from ldm import Pipeline
+>>> Pipeline("a red apple")[0].save("apple.png")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldm.experiment import load_config
+    from ldm.formats import load
+    from ldm.model import LatentDiffusion
+    from ldm.pipeline import Pipeline
+
+__version__ = "0.1.0"
+__all__ = ["LatentDiffusion", "Pipeline", "__version__", "load", "load_config"]
+
+_HOMES = {
+    "LatentDiffusion": "ldm.model",
+    "Pipeline": "ldm.pipeline",
+    "load": "ldm.formats",
+    "load_config": "ldm.experiment",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for (PEP 562): a command's --help does not wait for torch, and a pipeline does
+    # not load what only training needs.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ldm' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value

@@ -1,0 +1,222 @@
+"""From YAML and overrides to typed, frozen dataclasses, strictly.
+
+Three ideas. A *config* is a frozen dataclass; its fields say type, default and one sentence of help (:func:`setting`). A
+*kind* is an entry of a registry: ``class Schedule(Kind)`` opens a family, ``class Cosine(Schedule, kind="cosine")`` adds an
+entry, and a field of type ``Schedule`` is written ``{kind: cosine, ...}`` (or just ``cosine``) in YAML. :func:`structure`
+turns plain values into configs and refuses whatever it does not know, naming the place and the near miss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, Union
+
+from ldm.errors import ConfigError, unknown
+
+T = TypeVar("T")
+REQUIRED: Any = dataclasses.MISSING
+
+
+def setting(default: Any = REQUIRED, help: str = "", *, factory: Any = REQUIRED) -> Any:
+    """A config field: its default (none: the field must be given) and the sentence that the reference prints for it."""
+    return dataclasses.field(default=default, default_factory=factory, metadata={"help": help})
+
+
+class Kind:
+    """Base of the registries: a direct subclass opens a family, a subclass with ``kind=`` adds an entry to its family."""
+
+    kinds: ClassVar[dict[str, type]]
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, kind: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if Kind in cls.__bases__:
+            cls.kinds = {}
+        if kind is not None:
+            assert kind not in cls.kinds, f"{kind} is registered twice"
+            cls.kind = kind
+            cls.kinds[kind] = cls
+
+
+def structure(cls: type[T], node: Any, where: str = "") -> T:
+    """Plain values (of YAML or JSON) as an instance of the config ``cls``.
+
+    Args:
+        cls: a dataclass, or a family of kinds.
+        node: a mapping of its fields; for a family also ``kind``, or the bare name of the kind.
+        where: dotted place of the node in the file, for the error messages.
+
+    Raises:
+        ConfigError: unknown or missing key, wrong type, or a combination that the config itself refuses.
+    """
+    if issubclass(cls, Kind) and not hasattr(cls, "kind"):
+        node = {"kind": node} if isinstance(node, str) else node
+        if not isinstance(node, Mapping) or "kind" not in node:
+            raise ConfigError(f"{_at(where)}: give a kind, one of {', '.join(sorted(cls.kinds))}.")
+        if node["kind"] not in cls.kinds:
+            raise ConfigError(f"{_at(where)}: {unknown('kind', node['kind'], cls.kinds)}")
+        cls, node = cls.kinds[node["kind"]], {key: value for key, value in node.items() if key != "kind"}
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{_at(where)}: expected a section with the keys of {cls.__name__}, found {node!r}.")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls)) if field.init}
+    for key in node:
+        if key not in fields:
+            raise ConfigError(f"{_at(where)}: {unknown('key', key, fields)}")
+    for name, field in fields.items():
+        if name not in node and field.default is REQUIRED and field.default_factory is REQUIRED:
+            raise ConfigError(
+                f"{_at(where)}: the key {name!r} is missing ({field.metadata.get('help', 'it has no default')})"
+            )
+    values = {key: _convert(hints[key], value, f"{where}.{key}" if where else key) for key, value in node.items()}
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{_at(where)}: {error}") from None
+
+
+def unstructure(config: Any) -> Any:
+    """The inverse of :func:`structure`: dicts, lists and plain values, with ``kind`` where there is one."""
+    if dataclasses.is_dataclass(config):
+        kind = {"kind": config.kind} if isinstance(config, Kind) else {}
+        return kind | {f.name: unstructure(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
+    if isinstance(config, Mapping):
+        return {key: unstructure(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [unstructure(value) for value in config]
+    return config
+
+
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A YAML file over the files that its ``base:`` names (relative to it), with ``key.sub=value`` overrides on top.
+
+    Raises:
+        ConfigError: missing or malformed file, ``base`` in a circle, or an override that is not ``key=value``.
+    """
+    from omegaconf import OmegaConf  # not needed to sample
+
+    merged = _with_bases(Path(path), ())
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"the override {override!r} is not of the form key=value; example: denoiser.train.max_steps=2000."
+            )
+        try:
+            # A section given by its kind alone must not keep the settings of the kind that it replaces.
+            OmegaConf.update(
+                merged,
+                key.strip(),
+                OmegaConf.create(f"value: {value}").value,
+                merge=not key.endswith(".kind"),
+            )
+        except Exception as error:
+            raise ConfigError(f"the override {override!r} does not fit {path}: {_first_line(error)}.") from None
+    try:
+        return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+    except Exception as error:
+        raise ConfigError(f"{path}: {_first_line(error)}.") from None
+
+
+def _with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
+    from omegaconf import OmegaConf
+
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: its base leads back to itself; take one base: out of the circle.")
+    if not path.is_file():
+        named = f", named as base in {seen[-1]}" if seen else ""
+        raise ConfigError(f"the config {path}{named} does not exist; configs/ holds the ones that come along.")
+    try:
+        config = OmegaConf.load(path)
+    except Exception as error:
+        raise ConfigError(f"{path} is not valid YAML: {_first_line(error)}.") from None
+    if not OmegaConf.is_dict(config):
+        raise ConfigError(f"{path} holds no section; it needs the keys of an experiment, as configs/emoji_64.yaml has.")
+    base = config.pop("base", None)
+    bases = [base] if isinstance(base, str) else list(base or [])
+    layers = [_with_bases(path.parent / name, (*seen, path.resolve())) for name in bases]
+    merged = layers[0] if layers else OmegaConf.create()
+    for layer in (*layers[1:], config):
+        merged = _merge(merged, layer)
+    return merged
+
+
+def _merge(under: Any, over: Any) -> Any:
+    """``over`` on top of ``under``; a section of another ``kind`` replaces, since its settings mean something else."""
+    from omegaconf import OmegaConf
+
+    under, over = OmegaConf.to_container(under), OmegaConf.to_container(over)
+
+    def merge(a: Any, b: Any) -> Any:
+        if not (isinstance(a, dict) and isinstance(b, dict)):
+            return b
+        if "kind" in b and a.get("kind") != b["kind"]:
+            return b
+        return a | {key: merge(a[key], value) if key in a else value for key, value in b.items()}
+
+    return OmegaConf.create(merge(under, over))
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as the annotated type, or a ConfigError that names the place."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [option for option in args if option is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _convert(option, value, where)
+            except ConfigError:
+                continue
+        return _convert(options[-1], value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{_at(where)}: {unknown('value', value, map(str, args))}")
+        return value
+    if origin in (tuple, list, Sequence):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{_at(where)}: expected a list, found {value!r}.")
+        fixed = origin is tuple and not (len(args) == 2 and args[1] is Ellipsis)
+        if fixed and len(value) != len(args):
+            raise ConfigError(f"{_at(where)}: expected {len(args)} values, found {len(value)}.")
+        hints = args if fixed else [args[0]] * len(value)
+        items = [_convert(item_hint, item, f"{where}[{i}]") for i, (item_hint, item) in enumerate(zip(hints, value, strict=True))]
+        return items if origin is list else tuple(items)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{_at(where)}: expected a section, found {value!r}.")
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, Kind)):
+        return structure(typing.cast(type, hint), value, where)
+    return _scalar(hint, value, where)
+
+
+def _scalar(hint: type, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            raise ConfigError(f"{_at(where)}: expected a number, found {value!r}.") from None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        raise ConfigError(f"{_at(where)}: expected {names.get(hint, hint.__name__)}, found {value!r}.")
+    return value
+
+
+def _at(where: str) -> str:
+    return where or "config"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

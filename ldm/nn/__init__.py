@@ -1,0 +1,1 @@
+"""What the networks of all stages are built from: attention, residual block, embeddings, and the Conditioning record."""

@@ -1,0 +1,50 @@
+"""The record by which anything that a denoiser listens to reaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a denoiser is conditioned on; any part may be absent.
+
+    Attributes:
+        context: ``[b n d]``, a sequence that the denoiser attends to (cross-attention).
+        mask: ``[b n]`` of bool, True where ``context`` may be attended to; absent = everywhere.
+        vector: ``[b d]``, added to the embedding of the noise level.
+        concat: ``[b c h w]``, concatenated to the noisy latent along its channels.
+    """
+
+    context: Tensor | None = None
+    mask: Tensor | None = None
+    vector: Tensor | None = None
+    concat: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        """The record with ``function`` applied to each part that is there."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Conditioning(**{name: None if part is None else function(part) for name, part in parts.items()})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        """The record on ``device``, its floating-point parts in ``dtype``."""
+        return self.map(lambda part: part.to(device, dtype if part.is_floating_point() else None))
+
+    def __getitem__(self, rows: slice | Tensor) -> Conditioning:
+        """Some rows of the batch."""
+        return self.map(lambda part: part[rows])
+
+    @staticmethod
+    def cat(records: Sequence[Conditioning]) -> Conditioning:
+        """Records of one shape as one batch, in order."""
+
+        def joined(name: str) -> Tensor | None:
+            parts = [getattr(record, name) for record in records]
+            assert len({part is None for part in parts}) == 1, f"some records have {name} and some do not"
+            return None if parts[0] is None else torch.cat(parts)
+
+        return Conditioning(**{field.name: joined(field.name) for field in fields(Conditioning)})

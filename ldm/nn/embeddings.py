@@ -1,0 +1,41 @@
+"""Embeddings of the noise level."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sinusoidal(noise_level: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """cos and sin of ``noise_level`` at ``width / 2`` geometrically spaced frequencies (arXiv 1706.03762, section 3.5).
+
+    Args:
+        noise_level: ``[b]``, any real numbers (the timestep of SD, fractional ones too).
+        width: of the embedding; even.
+
+    Returns:
+        ``[b width]`` fp32, the cosines first.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=noise_level.device) / half)
+    angles = noise_level.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class NoiseEmbedding(nn.Module):
+    """Sinusoids of the noise level through a two-layer perceptron: ``[b] -> [b embedding_width]``."""
+
+    def __init__(self, width: int, embedding_width: int):
+        super().__init__()
+        self.width = width
+        self.mlp = mlp(width, embedding_width)
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        return self.mlp(sinusoidal(noise_level, self.width).to(self.mlp[0].weight.dtype))
+
+
+def mlp(in_width: int, width: int) -> nn.Sequential:
+    """The two-layer perceptron that embeds a noise level or a conditioning vector: ``[b in_width] -> [b width]``."""
+    return nn.Sequential(nn.Linear(in_width, width), nn.SiLU(), nn.Linear(width, width))
