@@ -1,0 +1,38 @@
+"""The mathematics of diffusion: noise levels, what the network estimates, the loss, and the way back."""
+
+from __future__ import annotations
+
+from ldm.diffusion.draw import Draw
+from ldm.diffusion.guidance import guided
+from ldm.diffusion.loss import DenoisingLoss
+from ldm.diffusion.parametrization import Diffusion, Parametrization
+from ldm.diffusion.samplers import SAMPLERS, SPECS, Denoiser, Noise, SamplerSpec, Step, seeded_noise
+from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.spacing import (
+    SPACINGS,
+    sigmas,
+    sigmas_from_timesteps,
+    sigmas_from_values,
+    timesteps,
+)
+
+__all__ = [
+    "SAMPLERS",
+    "SPACINGS",
+    "SPECS",
+    "Denoiser",
+    "DenoisingLoss",
+    "Diffusion",
+    "Draw",
+    "Noise",
+    "Parametrization",
+    "SamplerSpec",
+    "Schedule",
+    "Step",
+    "guided",
+    "seeded_noise",
+    "sigmas",
+    "sigmas_from_timesteps",
+    "sigmas_from_values",
+    "timesteps",
+]

@@ -1,0 +1,195 @@
+"""What the network is asked for: a table of scalings with a row for each parametrization.
+
+The network F sees a picture of about unit variance and answers in its own terms; the denoiser D around it
+answers with an estimate of the clean picture (Karras et al. 2206.00364, equation 7):
+
+    D(x, s) = skip(s) x + out(s) F(inp(s) x, noise(s), conditioning),    x = x0 + s n,  n ~ N(0, 1)
+
+Solving D = x0 for F gives what F is trained towards. Computed so it would be the small difference of large
+numbers where s is small; hence each row has its target in closed form.
+
+        skip            out                inp              noise           target
+eps     1               -s                 1/sqrt(1+s^2)    t(s)            n
+v       1/(1+s^2)       -s/sqrt(1+s^2)     1/sqrt(1+s^2)    t(s)            (n - s x0)/sqrt(1+s^2)
+x0      0               1                  1/sqrt(1+s^2)    t(s)            x0
+flow    1/(1+s)         -s/(1+s)           1/(1+s)          1000 s/(1+s)    n - x0
+edm     d^2/(s^2+d^2)   s d/sqrt(s^2+d^2)  1/sqrt(s^2+d^2)  ln(s)/4         (s x0 - d^2 n)/(d sqrt(s^2+d^2))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ldm.config import Kind, setting
+from ldm.diffusion.schedule import BetaSchedule, ScaledLinear, Schedule
+from ldm.errors import ConfigError
+
+C = TypeVar("C")
+
+
+class Scalings(NamedTuple):
+    """The factors of one row, each of the shape of sigma."""
+
+    skip: Tensor
+    out: Tensor
+    inp: Tensor
+
+
+class Parametrization(Kind):
+    """One row of the table. The shapes of sigma, x0 and noise need only broadcast."""
+
+    sigma_data: float = 1.0
+    """Standard deviation of the clean data that the row assumes; latents are normalised to 1."""
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        """skip, out and inp at noise levels above 0."""
+        raise NotImplementedError
+
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """The F that makes D(x0 + sigma noise, sigma) equal x0."""
+        raise NotImplementedError
+
+    def noise_level(self, sigma: Tensor, schedule: Schedule) -> Tensor:
+        """What tells F how noisy its input is, of the shape of sigma: as a rule the fractional timestep."""
+        return schedule.t(sigma)
+
+
+@dataclass(frozen=True)
+class Eps(Parametrization, kind="eps"):
+    """F estimates the noise n (Ho et al. 2006.11239)."""
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        return Scalings(skip=torch.ones_like(sigma), out=-sigma, inp=_unit_variance(sigma))
+
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return noise
+
+
+@dataclass(frozen=True)
+class V(Parametrization, kind="v"):
+    """F estimates the velocity v = sqrt(abar) n - sqrt(1 - abar) x0 (Salimans & Ho 2202.00512)."""
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        inp = _unit_variance(sigma)
+        return Scalings(skip=inp**2, out=-sigma * inp, inp=inp)
+
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return (noise - sigma * x0) * _unit_variance(sigma)
+
+
+@dataclass(frozen=True)
+class X0(Parametrization, kind="x0"):
+    """F estimates the clean picture itself."""
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        return Scalings(skip=torch.zeros_like(sigma), out=torch.ones_like(sigma), inp=_unit_variance(sigma))
+
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return x0
+
+
+@dataclass(frozen=True)
+class Flow(Parametrization, kind="flow"):
+    """F estimates the velocity n - x0 of the straight path (1 - u) x0 + u n (Liu et al. 2209.03003)."""
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        inp = 1 / (1 + sigma)
+        return Scalings(skip=inp, out=-sigma * inp, inp=inp)
+
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return noise - x0
+
+    def noise_level(self, sigma: Tensor, schedule: Schedule) -> Tensor:
+        """1000 u, where u = s / (1 + s), whatever shift the schedule has."""
+        return 1000 * sigma / (1 + sigma)
+
+
+@dataclass(frozen=True)
+class Edm(Parametrization, kind="edm"):
+    """F estimates a mix of picture and noise that has unit variance (Karras et al. 2206.00364, table 1)."""
+
+    sigma_data: float = setting(0.5, "Standard deviation of the data; 1 for normalised latents.")
+
+    def __post_init__(self) -> None:
+        if self.sigma_data <= 0:
+            raise ConfigError(f"sigma_data is {self.sigma_data}; it must be above 0.")
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        inp = (sigma**2 + self.sigma_data**2).rsqrt()
+        return Scalings(skip=(self.sigma_data * inp) ** 2, out=sigma * self.sigma_data * inp, inp=inp)
+
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        d = self.sigma_data
+        return (sigma * x0 - d**2 * noise) / d * (sigma**2 + d**2).rsqrt()
+
+    def noise_level(self, sigma: Tensor, schedule: Schedule) -> Tensor:
+        """ln(s) / 4"""
+        return sigma.log() / 4
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """What loss, samplers and files need to know of a network: its schedule and its parametrization."""
+
+    schedule: Schedule = setting(ScaledLinear(), "Noise levels of training, and which timestep each has.")
+    parametrization: Parametrization = setting(Eps(), "What the network estimates.")
+
+    def __post_init__(self) -> None:
+        zero_terminal_snr = isinstance(self.schedule, BetaSchedule) and self.schedule.zero_terminal_snr
+        if zero_terminal_snr and isinstance(self.parametrization, Eps):
+            raise ConfigError(
+                "zero_terminal_snr does not go with the parametrization eps, since to know the noise in pure "
+                "noise tells nothing of the picture; choose v."
+            )
+
+    def answer(
+        self, network: Callable[[Tensor, Tensor, C], Tensor], x: Tensor, sigma: Tensor, conditioning: C
+    ) -> Tensor:
+        """F(inp(sigma) x, noise(sigma), conditioning): what the network itself says.
+
+        Args:
+            network: F, of pictures [b ...], noise levels [b] and a conditioning; answers in any precision.
+            x: noisy pictures x0 + sigma n, [b ...] fp32.
+            sigma: their noise levels, [b], above 0.
+            conditioning: handed to the network as it is.
+
+        Returns:
+            The answer, of the shape and dtype of x.
+        """
+        inp = self.parametrization.scalings(per_item(sigma, x)).inp
+        noise_level = self.parametrization.noise_level(sigma, self.schedule)
+        return network(inp * x, noise_level, conditioning).to(x.dtype)
+
+    def denoise(
+        self, network: Callable[[Tensor, Tensor, C], Tensor], x: Tensor, sigma: Tensor, conditioning: C
+    ) -> Tensor:
+        """D(x, sigma): the estimate of the clean picture, of the shape and dtype of x. See :meth:`answer`."""
+        skip, out, _ = self.parametrization.scalings(per_item(sigma, x))
+        return skip * x + out * self.answer(network, x, sigma, conditioning)
+
+    def start(self, noise: Tensor, sigma: float) -> Tensor:
+        """The x of level ``sigma`` from which sampling starts: the network is shown the unit noise itself.
+
+        Where sigma is large that is ``sigma noise``; where it is not, it has the variance of a noisy picture.
+        """
+        return noise / self.parametrization.scalings(noise.new_tensor(sigma)).inp
+
+    def finish(self, x: Tensor, sigma: float) -> Tensor:
+        """The picture in an x that was left at level ``sigma``: x / sqrt(1 + sigma^2), so x itself at 0."""
+        return x / math.sqrt(1 + sigma**2)
+
+
+def per_item(sigma: Tensor, x: Tensor) -> Tensor:
+    """sigma [b] as [b 1 ... 1], to be multiplied with x [b ...]."""
+    return sigma.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _unit_variance(sigma: Tensor) -> Tensor:
+    """1 / sqrt(1 + s^2): makes x0 + s n of unit variance where x0 has it; equals sqrt(abar)."""
+    return (1 + sigma**2).rsqrt()

@@ -1,0 +1,129 @@
+"""Which noise levels a sample walks through: steps spaced over a schedule, or a list of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.schedule import Schedule, karras_levels
+from ldm.errors import SamplingError, unknown
+
+
+def leading(schedule: Schedule, n: int, offset: int) -> Tensor:
+    """Every (T // n)-th timestep from ``offset`` up (1 for Stable Diffusion); leaves the last ones out."""
+    return torch.arange(n, device="cpu").flip(0) * (schedule.num_timesteps // n) + offset
+
+
+def trailing(schedule: Schedule, n: int, offset: int) -> Tensor:
+    """Every (T / n)-th timestep from the last one down, rounded (Lin et al. 2305.08891, section 3.3)."""
+    steps = torch.arange(n, dtype=torch.float64, device="cpu") * (schedule.num_timesteps / n)
+    return (schedule.num_timesteps - steps).round() - 1
+
+
+def linspace(schedule: Schedule, n: int, offset: int) -> Tensor:
+    """From the last timestep to 0 evenly, fractional, as k-diffusion does."""
+    return torch.linspace(schedule.num_timesteps - 1, 0, n, dtype=torch.float64, device="cpu")
+
+
+def karras(schedule: Schedule, n: int, offset: int) -> Tensor:
+    """From sigma_max to sigma_min evenly in sigma^(1/7) (Karras et al. 2206.00364, equation 5)."""
+    return schedule.t(karras_levels(schedule.sigma_max, schedule.sigma_min, 7.0, n))
+
+
+SPACINGS: dict[str, Callable[[Schedule, int, int], Tensor]] = {
+    spacing.__name__: spacing for spacing in (leading, trailing, linspace, karras)
+}
+"""Name to ``(schedule, n, offset) -> timesteps [n]``, falling; only ``leading`` heeds the offset."""
+
+
+def timesteps(schedule: Schedule, n: int, spacing: str = "trailing", offset: int = 0) -> Tensor:
+    """The timesteps of ``n`` sampling steps, [n] fp64, falling, fractional.
+
+    Args:
+        schedule: the noise schedule that the network was trained with.
+        n: number of steps, 1 or more.
+        spacing: a name of ``SPACINGS``.
+        offset: added to the timesteps of ``leading`` (diffusers' ``steps_offset``; 1 for Stable Diffusion).
+
+    Raises:
+        SamplingError: unknown spacing, or more steps than the schedule has room for.
+    """
+    if spacing not in SPACINGS:
+        raise SamplingError(unknown("spacing", spacing, SPACINGS))
+    if n < 1:
+        raise SamplingError(f"num_inference_steps is {n}; it must be 1 or more.")
+    result = SPACINGS[spacing](schedule, n, offset).double()
+    if not _falls(result) or result[0] > schedule.num_timesteps - 1:
+        raise SamplingError(
+            f"{n} steps of spacing {spacing!r} and offset {offset} do not fit into {schedule.num_timesteps} "
+            "timesteps; ask for fewer steps, or for spacing 'karras'."
+        )
+    return result
+
+
+def sigmas(
+    schedule: Schedule,
+    n: int,
+    spacing: str = "trailing",
+    offset: int = 0,
+    final: Literal["zero", "sigma_min"] = "zero",
+) -> Tensor:
+    """The noise levels of ``n`` sampling steps, [n + 1] fp32 on the CPU, falling.
+
+    The last is 0. With ``final="sigma_min"`` it is the level of timestep 0, where Stable Diffusion's ddim and
+    plms end (diffusers' ``set_alpha_to_one=False``); :meth:`Diffusion.finish` then gives what they return.
+
+    Raises:
+        SamplingError: as :func:`timesteps`.
+    """
+    return sigmas_from_timesteps(schedule, timesteps(schedule, n, spacing, offset), final)
+
+
+def sigmas_from_timesteps(
+    schedule: Schedule, timesteps: Sequence[float] | Tensor, final: Literal["zero", "sigma_min"] = "zero"
+) -> Tensor:
+    """The noise levels of one's own timesteps, and a final one as in :func:`sigmas`: [n + 1] fp32 on the CPU.
+
+    Raises:
+        SamplingError: no timestep, timesteps that do not fall, or that the schedule does not have.
+    """
+    t = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
+    levels = schedule.sigma(t)
+    if len(t) < 1 or not _falls(levels) or not 0 <= t[-1] <= t[0] <= schedule.num_timesteps - 1:
+        raise SamplingError(
+            f"timesteps {_shown(t)} do not fit the schedule; "
+            f"give one or more falling numbers from {schedule.num_timesteps - 1} down to 0."
+        )
+    last = torch.zeros(1, device="cpu") if final == "zero" else schedule.table[:1]
+    return torch.cat([levels, last]).float()
+
+
+def sigmas_from_values(schedule: Schedule, values: Sequence[float] | Tensor) -> Tensor:
+    """One's own noise levels, with the 0 at the end if they lack it: [n + 1] fp32 on the CPU.
+
+    Published lists are rounded, so the greatest may pass ``sigma_max`` by one percent. Levels under
+    ``sigma_min`` are told to the network as timestep 0.
+
+    Raises:
+        SamplingError: no noise level, levels that do not fall, or that the schedule does not reach.
+    """
+    sigma = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    if len(sigma) and sigma[-1] == 0:
+        sigma = sigma[:-1]
+    if len(sigma) < 1 or not _falls(sigma) or not 0 < sigma[-1] <= sigma[0] <= 1.01 * schedule.sigma_max:
+        raise SamplingError(
+            f"sigmas {_shown(sigma)} do not fit the schedule; "
+            f"give one or more falling numbers from {schedule.sigma_max:.6g} down to above 0."
+        )
+    return torch.cat([sigma, torch.zeros(1, device="cpu")]).float()
+
+
+def _falls(x: Tensor) -> bool:
+    return bool((x[:-1] > x[1:]).all())
+
+
+def _shown(x: Tensor) -> str:
+    return "[" + ", ".join(f"{value:g}" for value in x.tolist()) + "]"

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ldm.config import structure
+from ldm.diffusion import DenoisingLoss, Diffusion, Parametrization
+from ldm.diffusion.draw import Antithetic, Stratified
+from ldm.diffusion.loss import min_snr_weight
+from ldm.diffusion.parametrization import X0, Edm, Eps, Flow, V
+from ldm.diffusion.schedule import ScaledLinear
+from ldm.errors import ConfigError
+
+ROWS = [Eps(), V(), X0(), Flow(), Edm(), Edm(sigma_data=1.3)]
+every_row = pytest.mark.parametrize("row", ROWS, ids=repr)
+SIGMA = torch.tensor([0.03, 0.4, 1.0, 3.0, 14.0])
+
+
+def zero(x: Tensor, noise_level: Tensor, conditioning: None) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@every_row
+@pytest.mark.parametrize("norm", ["l1", "l2", "huber"])
+def test_loss_is_the_distance_to_the_target(row: Parametrization, norm: str) -> None:
+    x0, noise = torch.randn(5, 3, 4), torch.randn(5, 3, 4)
+    target = row.target(x0, noise, SIGMA[:, None, None])
+    error = torch.randn(5, 3, 4) * 2
+    loss, sigma = DenoisingLoss(norm=norm)(  # type: ignore[arg-type]
+        lambda x, noise_level, conditioning: target + error,
+        Diffusion(ScaledLinear(), row),
+        x0,
+        None,
+        sigma=SIGMA,
+        noise=noise,
+    )
+    by_hand = {
+        "l1": error.abs(),
+        "l2": error**2,
+        "huber": torch.where(error.abs() < 1, error**2 / 2, error.abs() - 0.5),
+    }
+    assert torch.equal(sigma, SIGMA)
+    torch.testing.assert_close(loss, by_hand[norm].mean((1, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_says_nothing_has_the_loss_of_the_variance_of_its_target() -> None:
+    x0 = torch.randn(4, 3, 64, 64, generator=generator())
+    for row in (Eps(), V(), X0()):  # targets of unit variance, where the data has it
+        loss, _ = DenoisingLoss()(zero, Diffusion(ScaledLinear(), row), x0, None, generator(1))
+        assert (loss - 1).abs().max() < 5 * math.sqrt(2 / x0[0].numel())
+
+
+def snr(sigma: float) -> float:
+    return 1 / sigma**2
+
+
+@given(sigma=st.floats(1e-3, 4096), gamma=st.floats(0.1, 20))
+def test_min_snr_weights_are_the_papers(sigma: float, gamma: float) -> None:
+    r, s = snr(sigma), torch.tensor(sigma, dtype=torch.float64)
+    assert min_snr_weight(Eps(), s, gamma).item() == pytest.approx(min(r, gamma) / r)
+    assert min_snr_weight(V(), s, gamma).item() == pytest.approx(min(r, gamma) / (r + 1))
+    assert min_snr_weight(X0(), s, gamma).item() == pytest.approx(min(r, gamma))
+    assert min_snr_weight(Edm(sigma_data=1.0), s, gamma).item() == pytest.approx(min(r, gamma) / (r + 1))
+
+
+@every_row
+def test_min_snr_weighs_the_error_of_x0_alike_in_every_parametrization(row: Parametrization) -> None:
+    gamma, diffusion = 5.0, Diffusion(ScaledLinear(), row)
+    d = row.sigma_data
+    x0, noise = (torch.randn(5, 3, 4, dtype=torch.float64) for _ in range(2))
+    sigma = SIGMA.double()
+    answer = torch.randn(5, 3, 4, dtype=torch.float64)
+    loss, _ = DenoisingLoss(weighting="min_snr", gamma=gamma)(
+        lambda x, noise_level, conditioning: answer, diffusion, x0, None, sigma=sigma, noise=noise
+    )
+    x = x0 + sigma[:, None, None] * noise
+    error = diffusion.denoise(lambda x, noise_level, conditioning: answer, x, sigma, None) - x0
+    weight = torch.minimum((d / sigma) ** 2, torch.tensor(gamma)) / d**2
+    torch.testing.assert_close(loss, weight * (error**2).mean((1, 2)))
+
+
+def test_loss_depends_on_its_generator_alone() -> None:
+    x0, diffusion = torch.randn(6, 3, 4), Diffusion(ScaledLinear(), V())
+    state = torch.get_rng_state()
+    loss = DenoisingLoss(draw=Antithetic())
+    first, again, other = (loss(zero, diffusion, x0, None, generator(seed)) for seed in (2, 2, 3))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_levels_are_drawn_as_configured_and_noise_after_them() -> None:
+    x0, diffusion, draw = torch.zeros(7, 3), Diffusion(ScaledLinear(), Eps()), Stratified()
+    seen = []
+    _, sigma = DenoisingLoss(draw=draw)(
+        lambda x, noise_level, conditioning: seen.append(x) or x, diffusion, x0, None, generator(4)
+    )
+    expected = generator(4)
+    assert torch.equal(sigma, draw.draw(7, diffusion.schedule, expected))
+    noise = torch.randn(7, 3, generator=expected)
+    torch.testing.assert_close(seen[0], sigma[:, None] * noise / (1 + sigma[:, None] ** 2).sqrt())
+
+
+def test_gradients_reach_the_network_also_from_low_precision() -> None:
+    network = nn.Linear(3, 3).bfloat16()
+    loss, _ = DenoisingLoss()(
+        lambda x, noise_level, conditioning: network(x.bfloat16()),
+        Diffusion(ScaledLinear(), V()),
+        torch.randn(8, 3),
+        None,
+        generator(),
+    )
+    assert loss.dtype == torch.float32
+    loss.mean().backward()
+    assert network.weight.grad is not None
+    assert network.weight.grad.abs().sum() > 0
+
+
+def test_an_optimal_network_learns_a_gaussian() -> None:
+    """The minimum of the loss is the mean of the noise given x: of data N(0, d^2), s x / (s^2 + d^2)."""
+    d, sigma = 0.5, 0.8
+    x0 = torch.randn(200_000, 1, generator=generator()) * d
+    coefficient = torch.zeros((), requires_grad=True)
+    loss, _ = DenoisingLoss()(
+        lambda x, noise_level, conditioning: coefficient * x,
+        Diffusion(ScaledLinear(), Eps()),
+        x0,
+        None,
+        generator(1),
+        sigma=torch.full((len(x0),), sigma),
+    )
+    # The loss (c inp x - n)^2 is quadratic in c, so that its minimum is at -slope / curvature.
+    [slope] = torch.autograd.grad(loss.mean(), coefficient)
+    curvature = 2 * (d**2 + sigma**2) / (1 + sigma**2)
+    assert -slope.item() / curvature == pytest.approx(
+        sigma * math.sqrt(1 + sigma**2) / (sigma**2 + d**2), rel=0.01
+    )
+
+
+def test_gamma_is_positive() -> None:
+    with pytest.raises(ConfigError, match="gamma"):
+        structure(DenoisingLoss, {"weighting": "min_snr", "gamma": 0})

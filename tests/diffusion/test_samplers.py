@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.diffusion import SAMPLERS, SPECS, Denoiser, Step, seeded_noise, sigmas
+from ldm.diffusion.samplers import ddim, ddpm, euler, euler_ancestral
+from ldm.diffusion.schedule import Karras, ScaledLinear, karras_levels
+
+MEAN, STD = 0.3, 0.5
+
+
+def gaussian(mean: float, std: float) -> Denoiser:
+    """The exact denoiser of data that is N(mean, std^2) in each coordinate."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        variance = sigma.reshape(-1, *[1] * (x.ndim - 1)) ** 2
+        return (variance * mean + std**2 * x) / (variance + std**2)
+
+    return denoise
+
+
+def run(
+    name: str, denoise: Denoiser, x: Tensor, grid: Tensor, seed: int = 0, **options: object
+) -> list[Step]:
+    generator = torch.Generator().manual_seed(seed)
+    if SPECS[name].stochastic:
+        options["noise"] = lambda s, s_next: torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return list(SAMPLERS[name](denoise, x, grid, **options))
+
+
+every_sampler = pytest.mark.parametrize("name", SAMPLERS)
+stochastic = pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("euler_ancestral", {}),
+        ("euler_ancestral", {"eta": 0.4}),
+        ("ddim", {"eta": 0.6}),
+        ("ddpm", {"variance": "small"}),
+        ("ddpm", {"variance": "large"}),
+    ],
+    ids=str,
+)
+
+
+def fitted_order(errors: list[float]) -> float:
+    """The least-squares slope of ln error against ln n, where each of five n is twice the one before."""
+    slopes = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
+    return sum(weight * slope for weight, slope in zip((4, 6, 6, 4), slopes, strict=True)) / 20
+
+
+@pytest.mark.parametrize("name", ["euler", "ddim", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize(("sigma_max", "sigma_min"), [(80.0, 0.002), (14.6, 0.03)])
+def test_order_of_convergence_on_a_gaussian(name: str, sigma_max: float, sigma_min: float) -> None:
+    x = torch.tensor([[-1.5], [0.4], [1.0]], dtype=torch.float64) * sigma_max
+    # The probability flow keeps each point's quantile: it maps N(mean, std^2 + s^2) to N(mean, std^2 + s'^2).
+    exact = MEAN + (x - MEAN) * math.sqrt((STD**2 + sigma_min**2) / (STD**2 + sigma_max**2))
+    counts = [16, 32, 64, 128, 256]
+    errors = []
+    for n in counts:
+        steps = run(name, gaussian(MEAN, STD), x, karras_levels(sigma_max, sigma_min, 7.0, n + 1))
+        errors.append((steps[-1].x - exact).abs().max().item())
+    assert fitted_order(errors) > SPECS[name].order - 0.15, f"errors {errors} at {counts} steps"
+
+
+@every_sampler
+def test_a_step_to_0_ends_at_the_denoised_picture(name: str) -> None:
+    steps = run(name, gaussian(MEAN, STD), torch.randn(4, 3) * 15, sigmas(ScaledLinear(), 7))
+    torch.testing.assert_close(steps[-1].x, steps[-1].denoised, rtol=0, atol=1e-6)
+
+
+@every_sampler
+def test_steps_say_where_they_are_and_leave_their_input_alone(name: str) -> None:
+    grid, x = sigmas(ScaledLinear(), 5), torch.randn(4, 3) * 15
+    before = x.clone()
+    steps = run(name, gaussian(MEAN, STD), x, grid)
+    assert [step.index for step in steps] == [0, 1, 2, 3, 4]
+    assert [step.sigma for step in steps] == grid[1:].tolist()
+    assert torch.equal(x, before)
+    torch.testing.assert_close(steps[0].denoised, gaussian(MEAN, STD)(x, grid[0].expand(4)))
+
+
+@every_sampler
+def test_evaluations_are_as_specified_and_never_at_0(name: str) -> None:
+    seen: list[Tensor] = []
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(sigma)
+        return gaussian(MEAN, STD)(x, sigma)
+
+    x = torch.randn(4, 3)
+    grid = torch.tensor([9.0, 5.0, 2.0, 0.5, 0.1])
+    run(name, denoise, x, grid)
+    assert len(seen) == SPECS[name].evaluations * 4
+    run(name, denoise, x, sigmas(ScaledLinear(), 6))
+    assert all(sigma.shape == (4,) and (sigma > 0).all() for sigma in seen)
+
+
+@every_sampler
+def test_nothing_is_drawn_from_the_global_generator(name: str) -> None:
+    state = torch.get_rng_state()
+    run(name, gaussian(MEAN, STD), torch.zeros(4, 3), sigmas(ScaledLinear(), 5))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_table_of_samplers_tells_what_they_take() -> None:
+    assert SPECS.keys() == SAMPLERS.keys()
+    assert {name for name, spec in SPECS.items() if spec.stochastic} == {"ddim", "ddpm", "euler_ancestral"}
+    assert SPECS["ddim"].options == ("eta",)
+    assert SPECS["ddpm"].options == ("variance",)
+    assert SPECS["heun"].options == ()
+
+
+def network_like(x: Tensor, sigma: Tensor) -> Tensor:
+    """A denoiser that is no Gaussian's: nothing cancels by chance."""
+    return torch.tanh(x + x.roll(1, -1) / (1 + sigma[:, None])) * torch.cos(sigma.log())[:, None]
+
+
+def unit_noise(x: Tensor, seed: int = 5) -> Callable[[float, float], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda s, s_next: torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+
+GRIDS = [
+    sigmas(ScaledLinear(), 20),
+    sigmas(ScaledLinear(), 20, "leading", 1, "sigma_min"),
+    sigmas(Karras(), 9),
+]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_ddim_is_euler(grid: Tensor) -> None:
+    x = torch.randn(5, 6, dtype=torch.float64) * grid[0]
+    for a, b in zip(ddim(network_like, x, grid, unit_noise(x)), euler(network_like, x, grid), strict=True):
+        torch.testing.assert_close(a.x, b.x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_ddpm_of_small_variance_is_euler_ancestral(grid: Tensor) -> None:
+    x = torch.randn(5, 6, dtype=torch.float64) * grid[0]
+    by_posterior = ddpm(network_like, x, grid, unit_noise(x))
+    by_renoising = euler_ancestral(network_like, x, grid, unit_noise(x))
+    by_eta = ddim(network_like, x, grid, unit_noise(x), eta=1.0)
+    for a, b, c in zip(by_posterior, by_renoising, by_eta, strict=True):
+        torch.testing.assert_close(a.x, b.x, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(a.x, c.x, rtol=1e-12, atol=1e-12)
+
+
+@stochastic
+def test_order_of_convergence_of_the_variance_of_a_gaussian(name: str, options: dict[str, object]) -> None:
+    sigma_max, sigma_min = 14.6, 0.03
+
+    def variance(n: int) -> float:
+        # A sample is linear in its start and in the noise of its steps; a row answers to one of them each.
+        start, *impulses = torch.eye(n + 1, dtype=torch.float64)[..., None]
+        noise = iter(impulses)
+        grid = karras_levels(sigma_max, sigma_min, 7.0, n + 1)
+        solver = SAMPLERS[name](gaussian(0.0, STD), start, grid, lambda s, s_next: next(noise), **options)
+        *_, last = (step.x[:, 0] ** 2 for step in solver)
+        return (last[0] * (STD**2 + sigma_max**2) + last[1:].sum()).item()
+
+    errors = [abs(variance(n) - (STD**2 + sigma_min**2)) for n in (16, 32, 64, 128, 256)]
+    assert fitted_order(errors) > SPECS[name].order - 0.15, f"errors {errors}"
+
+
+@pytest.mark.parametrize(("variance", "std"), [("small", 0.0), ("large", 1.0)])
+def test_either_variance_of_ddpm_is_exact_for_its_data(variance: str, std: float) -> None:
+    """In any number of steps: small for a point, large for N(0, 1) (Ho et al. 2006.11239, section 3.2)."""
+    points, grid = 200_000, torch.tensor([10.0, 4.0, 1.5, 0.5])
+    x = torch.randn(points, 1) * math.sqrt(std**2 + 100)
+    for step in run("ddpm", gaussian(0.0, std), x, grid, variance=variance):
+        expected = math.sqrt(std**2 + step.sigma**2)
+        assert abs(step.x.std() - expected) < 4 * expected / math.sqrt(2 * points)
+
+
+def test_noise_of_a_picture_is_the_same_in_any_batch_and_place() -> None:
+    shape = (4, 5, 3)
+    alone, together = seeded_noise([7], shape), seeded_noise([3, 7, 12], shape)
+    for _ in range(3):
+        assert torch.equal(alone(2.0, 1.0)[0], together(2.0, 1.0)[1])
+
+
+def test_seeded_noise_is_unit_gaussian_and_anew_at_each_call() -> None:
+    noise = seeded_noise(range(8), (4, 32, 32))
+    first, second = noise(math.inf, 9.0), noise(9.0, 3.0)
+    assert first.shape == (8, 4, 32, 32)
+    assert abs(first.mean()) < 4 / math.sqrt(first.numel())
+    assert abs(first.std() - 1) < 4 / math.sqrt(2 * first.numel())
+    assert abs((first * second).mean()) < 4 / math.sqrt(first.numel())
+    assert abs((first[0] * first[1]).mean()) < 4 / math.sqrt(first[0].numel())
