@@ -1,0 +1,78 @@
+"""Image towers: the kinds of network that turn a picture into CLIP's embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm.clip.transformer import Activation, check_shape, stack
+from ldm.config import Kind, setting
+from ldm.errors import ConfigError
+
+
+class ImageTowerKind(Kind):
+    """The family of image towers; ``build(embed_dim)`` gives a module ``[b 3 h w] -> [b embed_dim]``."""
+
+    image_size: int
+
+    def build(self, embed_dim: int) -> nn.Module:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ViTConfig(ImageTowerKind, kind="vit"):
+    """The vision transformer of CLIP; the defaults are those of OpenAI's ViT-L/14."""
+
+    image_size: int = setting(224, "height and width of the pictures, in pixels")
+    patch_size: int = setting(14, "height and width of a patch, in pixels; must divide image_size")
+    width: int = setting(1024, "channels of a token")
+    layers: int = setting(24, "transformer blocks")
+    heads: int = setting(16, "attention heads; must divide width")
+    mlp_ratio: float = setting(4.0, "hidden width of a block's feed-forward layer over width")
+    activation: Activation = setting("gelu", "quick_gelu for OpenAI's weights, gelu for all others")
+    pool: Literal["class", "mean"] = setting("class", "state to embed: the class token's, or the patches' mean")
+
+    def __post_init__(self) -> None:
+        check_shape(self.width, self.layers, self.heads)
+        if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
+            raise ConfigError(f"patches of {self.patch_size} pixels do not divide the image_size {self.image_size}.")
+
+    def build(self, embed_dim: int) -> VisionTransformer:
+        return VisionTransformer(self, embed_dim)
+
+
+class VisionTransformer(nn.Module):
+    """Patches, a class token and learnt positions through a transformer (Dosovitskiy et al. 2021, arXiv
+    2010.11929), with CLIP's layer norm before it (Radford et al. 2021, section 2.4)."""
+
+    def __init__(self, config: ViTConfig, embed_dim: int):
+        super().__init__()
+        self.config = config
+        patches = (config.image_size // config.patch_size) ** 2
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(config.width))
+        self.position_embedding = nn.Parameter(torch.empty(patches + 1, config.width))
+        self.norm_in = nn.LayerNorm(config.width)
+        self.blocks = stack(
+            config.layers, config.width, config.heads, config.mlp_ratio, config.activation, causal=False
+        )
+        self.final_norm = nn.LayerNorm(config.width)
+        self.projection = nn.Linear(config.width, embed_dim, bias=False)
+        for parameter in (self.class_embedding, self.position_embedding, self.projection.weight):
+            nn.init.normal_(parameter, std=config.width**-0.5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``image [b 3 h w]`` of the config's size, scaled as in training: [-1, 1]; ``-> [b embed_dim]``."""
+        size = self.config.image_size
+        assert image.shape[2:] == (size, size), f"{tuple(image.shape)} is not a batch of {size} x {size} pixels"
+        patches = self.patch_embedding(image).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
+        x = self.norm_in(x + self.position_embedding)
+        for block in self.blocks:
+            x = block(x)
+        if self.config.pool == "class":
+            return self.projection(self.final_norm(x[:, 0]))
+        return self.projection(self.final_norm(x[:, 1:]).mean(dim=1))

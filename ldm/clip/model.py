@@ -1,0 +1,89 @@
+"""CLIP: two towers into one space, and the loss that brings a picture and its caption together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.clip.image import ImageTowerKind
+from ldm.clip.text import TextTowerConfig
+from ldm.config import setting
+from ldm.errors import ConfigError
+
+MAX_LOGIT_SCALE = math.log(100.0)
+"""Above it training becomes unstable (Radford et al. 2021, section 2.5)."""
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """A text and an image tower with a common embedding."""
+
+    text: TextTowerConfig = setting(help="the text tower")
+    image: ImageTowerKind = setting(help="the image tower")
+    embed_dim: int = setting(768, "width of the common embedding; both towers are projected to it")
+    temperature: float = setting(0.07, "softmax temperature at the start; learnt, and never below 0.01")
+
+    def __post_init__(self) -> None:
+        if self.embed_dim < 1:
+            raise ConfigError(f"embed_dim must be at least 1, not {self.embed_dim}.")
+        if self.text.embed_dim not in (None, self.embed_dim):
+            raise ConfigError(
+                f"text.embed_dim is {self.text.embed_dim}, embed_dim {self.embed_dim}; leave the former out."
+            )
+        if not 0.01 <= self.temperature <= 1.0:
+            raise ConfigError(f"a temperature lies between 0.01 and 1, not at {self.temperature}.")
+
+    def build(self) -> CLIP:
+        return CLIP(self)
+
+
+class CLIP(nn.Module):
+    """Contrastive language-image model (Radford et al. 2021, arXiv 2103.00020).
+
+    ``text.config`` has the common ``embed_dim`` filled in, so that the tower can leave with its config alone.
+    """
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = config
+        self.text = replace(config.text, embed_dim=config.embed_dim).build()
+        self.image = config.image.build(config.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """``tokens [b n] -> [b embed_dim]`` of unit length."""
+        return F.normalize(self.text(tokens).pooled, dim=-1)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """``image [b 3 h w]`` in [-1, 1] ``-> [b embed_dim]`` of unit length."""
+        return F.normalize(self.image(image), dim=-1)
+
+    def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``image [b 3 h w], tokens [b n]`` to the first three arguments of :func:`clip_loss`."""
+        return self.encode_image(image), self.encode_text(tokens), self.logit_scale.exp()
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """To be called after each optimizer step: keeps the factor on the cosines within [1, 100]."""
+        self.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+
+
+def clip_loss(
+    image_features: Tensor, text_features: Tensor, scale: Tensor, rank: int = 0, world_size: int = 1
+) -> Tensor:
+    """Mean cross-entropy of picture to caption and of caption to picture, by open_clip's ``ClipLoss``.
+
+    Args:
+        image_features, text_features: ``[b embed_dim]`` of unit length; rows of one number belong together.
+        scale: factor on the cosines (the exponential of ``CLIP.logit_scale``).
+        rank, world_size: of this process; with more than one, all processes' batches are contrasted together.
+    """
+    from open_clip.loss import ClipLoss  # only training needs it, and it imports torchvision
+
+    many = world_size > 1
+    loss = ClipLoss(local_loss=many, gather_with_grad=many, rank=rank, world_size=world_size)
+    return loss(image_features, text_features, scale)

@@ -1,0 +1,100 @@
+"""The text tower: one causal transformer for stage 2 and for the text encoders of SD 1, SD 2 and SDXL.
+
+They differ in numbers, in the activation and in the context that they hand to a denoiser:
+
+|                       | activation | hidden_state | context_norm | embed_dim |
+|-----------------------|------------|--------------|--------------|-----------|
+| SD 1 (OpenAI L)       | quick_gelu | last         | yes          | none      |
+| SD 2 (OpenCLIP H)     | gelu       | penultimate  | yes          | none      |
+| SDXL (OpenAI L)       | quick_gelu | penultimate  | no           | none      |
+| SDXL (OpenCLIP bigG)  | gelu       | penultimate  | no           | 1280      |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.clip.transformer import Activation, check_shape, stack
+from ldm.config import setting
+from ldm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TextTowerConfig:
+    """A causal pre-norm transformer over tokens; the defaults are those of OpenAI's ViT-L/14."""
+
+    vocab_size: int = setting(49408, "rows of the token embedding; at least the tokenizer's vocabulary")
+    context_length: int = setting(77, "most tokens of a caption, start and end among them")
+    width: int = setting(768, "channels of a token, and of the context")
+    layers: int = setting(12, "transformer blocks")
+    heads: int = setting(12, "attention heads; must divide width")
+    mlp_ratio: float = setting(4.0, "hidden width of a block's feed-forward layer over width")
+    activation: Activation = setting("gelu", "quick_gelu for OpenAI's weights, gelu for all others")
+    embed_dim: int | None = setting(None, "width of the projected pooled state; null: it is not projected")
+    hidden_state: Literal["last", "penultimate"] = setting("last", "the block's output that is the context")
+    context_norm: bool = setting(True, "whether the context goes through the final layer norm")
+    eos_id: int | None = setting(
+        None, "end-of-text token, the first of which is pooled; null: the highest token of the caption"
+    )
+
+    def __post_init__(self) -> None:
+        check_shape(self.width, self.layers, self.heads)
+        if self.context_length < 3:
+            raise ConfigError(f"context_length {self.context_length} has no room for text; use at least 3.")
+        if self.eos_id is not None and not 0 <= self.eos_id < self.vocab_size:
+            raise ConfigError(f"the eos_id {self.eos_id} is not below the vocab_size {self.vocab_size}.")
+
+    def build(self) -> TextTower:
+        return TextTower(self)
+
+
+class TextOutput(NamedTuple):
+    """What a caption becomes.
+
+    Attributes:
+        context: ``[b n width]``, one state for each token; what a denoiser attends to.
+        pooled: ``[b embed_dim]`` (or ``[b width]`` without projection), the state of the end-of-text token.
+    """
+
+    context: Tensor
+    pooled: Tensor
+
+
+class TextTower(nn.Module):
+    """Tokens to a context and a pooled state (Radford et al. 2021, arXiv 2103.00020)."""
+
+    def __init__(self, config: TextTowerConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
+        self.blocks = stack(config.layers, config.width, config.heads, config.mlp_ratio, config.activation, causal=True)
+        self.final_norm = nn.LayerNorm(config.width)
+        self.projection = nn.Linear(config.width, config.embed_dim, bias=False) if config.embed_dim else None
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.01)
+        if self.projection is not None:
+            nn.init.normal_(self.projection.weight, std=config.width**-0.5)
+
+    def forward(self, tokens: Tensor) -> TextOutput:
+        """``tokens [b n]``, n at most ``context_length``. Padding is not masked, as in SD."""
+        assert tokens.shape[1] <= self.config.context_length, f"{tokens.shape[1]} tokens are too many"
+        x = self.token_embedding(tokens) + self.position_embedding[: tokens.shape[1]]
+        before_last = x
+        for block in self.blocks:
+            before_last, x = x, block(x)
+        context = x if self.config.hidden_state == "last" else before_last
+        if self.config.context_norm:
+            context = self.final_norm(context)
+        pooled = self.final_norm(x[torch.arange(len(x), device=x.device), self._end_of_text(tokens)])
+        return TextOutput(context, pooled if self.projection is None else self.projection(pooled))
+
+    def _end_of_text(self, tokens: Tensor) -> Tensor:
+        """Position of the first end-of-text token, ``[b]``; argmax gives the first of equals."""
+        if self.config.eos_id is None:
+            return tokens.argmax(dim=1)
+        return (tokens == self.config.eos_id).int().argmax(dim=1)
