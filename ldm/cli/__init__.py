@@ -1,0 +1,1 @@
+"""The commands; tools/*.py are doors to them."""

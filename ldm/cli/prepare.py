@@ -1,0 +1,108 @@
+"""``prepare.py``: data sets as shards, and the tokenizer of their captions."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm.cli.common import Debug, new_app, run
+from ldm.errors import DataError
+
+app = new_app()
+
+
+@app.command()
+def folder(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder of pictures with captions: x.jpg beside x.txt, or metadata.csv / .jsonl.",
+        ),
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="Where DST/train, DST/val and DST/test are written.")
+    ],
+    shard_size: Annotated[int, typer.Option(help="Pictures a shard.")] = 1000,
+    min_size: Annotated[int, typer.Option(help="Shorter side, in pixels, under which a picture is left out.")] = 1,
+    max_size: Annotated[
+        int | None, typer.Option(help="Longer side, in pixels, to which larger pictures are scaled down.")
+    ] = None,
+    shares: Annotated[
+        str, typer.Option(help="Shares of train, val and test, chosen by a hash of the name.")
+    ] = "0.98,0.01,0.01",
+    workers: Annotated[int, typer.Option(help="Threads that decode.")] = 4,
+    debug: Debug = False,
+) -> None:
+    """Turn a folder of pictures with captions into shards; DST/report.json names what cannot be used."""
+    from ldm.data.folder import REPORT, prepare_folder
+
+    report = prepare_folder(
+        source,
+        destination,
+        shard_size=shard_size,
+        min_size=min_size,
+        max_size=max_size,
+        shares=_shares(shares),
+        workers=workers,
+    )
+    print(report.summary())
+    print(f"All names of what was left out: {destination / REPORT}")
+    sources = ", ".join(f"{split}: {destination / split}" for split, count in report.pictures.items() if count)
+    print(f"For the config: data: {{kind: shards, {sources}}}")
+
+
+@app.command()
+def emoji(
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Where the shards are written.")],
+    font: Annotated[Path | None, typer.Option(help="NotoColorEmoji.ttf, if it is not where Debian puts it.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Render the emoji set; the result comes along with the package, so nobody needs this to train."""
+    from ldm.data.emoji import FONT_PATH, write_emoji_shards
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        counts = write_emoji_shards(destination, font or FONT_PATH)
+    for warning in caught:
+        typer.echo(f"warning: {warning.message}", err=True)
+    print(", ".join(f"{count} {split}" for split, count in counts.items()) + f" in {destination}")
+
+
+@app.command()
+def tokenizer(
+    data: Annotated[
+        list[str],
+        typer.Option(help="Shards whose captions are read, as data.train names them; may be repeated."),
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("tokenizer.json"),
+    vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes included.")] = 2048,
+    context_length: Annotated[int, typer.Option(help="Tokens of a caption; longer ones are cut.")] = 32,
+    debug: Debug = False,
+) -> None:
+    """Train a byte-level BPE on the captions of the training shards."""
+    from ldm.clip.tokenizer import train_byte_bpe
+    from ldm.data.shards import Shards, find_shards
+    from ldm.formats.native import write_atomically
+
+    shards = Shards(find_shards(data, "train"))
+    trained = train_byte_bpe([shards.text(i) for i in range(len(shards))], vocab_size, context_length)
+    write_atomically(out, lambda path: path.write_text(trained.to_json(), encoding="utf-8"))
+    print(f"{out}: {trained.vocab_size} tokens from {len(shards)} captions")
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(share) for share in text.split(",")]
+    except ValueError:
+        raise DataError(
+            f"the shares {text!r} are not numbers with commas between them; example: 0.9,0.05,0.05."
+        ) from None
+
+
+def main() -> None:
+    """The command."""
+    run(app)

@@ -1,0 +1,20 @@
+"""Pictures and captions: shards in and out, and batches in an order that can be resumed anywhere."""
+
+from __future__ import annotations
+
+from ldm.data.kinds import DataKind, ShardsData
+from ldm.data.samples import Batch, Draw, Samples
+from ldm.data.stream import EvaluationLoader, TrainStream
+from ldm.data.toy import Digits, SCurve
+
+__all__ = [
+    "Batch",
+    "DataKind",
+    "Digits",
+    "Draw",
+    "EvaluationLoader",
+    "SCurve",
+    "Samples",
+    "ShardsData",
+    "TrainStream",
+]

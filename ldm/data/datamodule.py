@@ -1,0 +1,103 @@
+"""Lightning's view of the data: which loader for which split, on which rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+
+from ldm.data.kinds import DataKind
+from ldm.data.latents import cache_latents
+from ldm.data.samples import Samples
+from ldm.data.stream import EvaluationLoader, TrainStream
+from ldm.vae import FirstStage
+
+
+@dataclass(frozen=True)
+class LatentSource:
+    """What encodes the pictures, once, when the config asks for ``cache_latents``.
+
+    Args:
+        first_stage: frozen, in evaluation mode.
+        fingerprint: of its weights.
+        folder: where the latents are kept, a file a split.
+    """
+
+    first_stage: FirstStage
+    fingerprint: str
+    folder: Path
+
+
+class DataModule(L.LightningDataModule):
+    """Batches of one stage.
+
+    The training loader is one Lightning epoch that spans the whole run (``Trainer(max_epochs=1)``); Lightning
+    keeps its position in the checkpoint and goes on there.
+
+    Args:
+        data: the config section.
+        batch_size: samples a batch, on each rank.
+        seed: of order and augmentation.
+        total_batches: training batches of the whole run, on each rank.
+        start_batch: the first one, when a run goes on without Lightning's own resume.
+        latents: given: batches hold ``mean`` and ``std`` of latents instead of ``image``.
+    """
+
+    def __init__(
+        self,
+        data: DataKind,
+        batch_size: int,
+        seed: int,
+        total_batches: int,
+        *,
+        start_batch: int = 0,
+        latents: LatentSource | None = None,
+    ):
+        super().__init__()
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.total_batches, self.start_batch, self.latents = total_batches, start_batch, latents
+        self._opened: dict[str, Samples] = {}
+
+    def prepare_data(self) -> None:
+        """Encodes on one rank while the others wait; they then find the file."""
+        if self.latents is not None:
+            for split in ("train", "val"):
+                self.samples(split)
+
+    def train_dataloader(self) -> TrainStream:
+        return TrainStream(
+            self.samples("train"),
+            self.batch_size,
+            self.seed,
+            self.total_batches,
+            start_batch=self.start_batch,
+            shuffle_buffer=self.data.shuffle_buffer,
+            **self._place(),
+        )
+
+    def val_dataloader(self) -> EvaluationLoader:
+        return EvaluationLoader(self.samples("val"), self.batch_size, **self._place())
+
+    def test_dataloader(self) -> EvaluationLoader:
+        return EvaluationLoader(self.samples("test"), self.batch_size, **self._place())
+
+    def samples(self, split: str) -> Samples:
+        """The samples of a split, opened once; as latents if those are given."""
+        if split not in self._opened:
+            samples = self.data.open(split)
+            if self.latents is not None:
+                samples = cache_latents(
+                    self.latents.first_stage,
+                    self.latents.fingerprint,
+                    samples,
+                    self.latents.folder / f"{split}.safetensors",
+                    self.trainer.strategy.root_device if self.trainer is not None else "cpu",
+                )
+            self._opened[split] = samples
+        return self._opened[split]
+
+    def _place(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}

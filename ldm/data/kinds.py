@@ -1,0 +1,100 @@
+"""The config section ``data``: where pictures come from and how they are brought to size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ldm.config import Kind, setting
+from ldm.data.samples import PicturesInMemory, Samples, StoredPictures
+from ldm.data.shards import SPLITS, Shards, find_shards
+from ldm.data.transforms import Fit
+from ldm.errors import ConfigError, DataError, unknown
+
+
+class DataKind(Kind):
+    """The family of data sets; ``open(split)`` gives the :class:`~ldm.data.samples.Samples` of a split."""
+
+    cache_latents: bool = False
+    shuffle_buffer: int | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a picture."""
+        raise NotImplementedError
+
+    def open(self, split: str) -> Samples:
+        """The samples of ``train``, ``val`` or ``test``; DataError if they are missing or cannot be read."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ShardsData(DataKind, kind="shards"):
+    """Pictures with captions in webdataset shards, as tools/prepare.py makes them."""
+
+    train: str | tuple[str, ...] = setting(
+        help="Shards to train on: a .tar, a folder of them, a pattern (a/{000..012}.tar), a list, or emoji."
+    )
+    val: str | tuple[str, ...] | None = setting(None, "Shards to validate on while training.")
+    test: str | tuple[str, ...] | None = setting(None, "Shards that tools/evaluate.py alone reads.")
+    size: int | tuple[int, int] = setting(64, "Pixels of a picture: its side, or [height, width].")
+    crop: Literal["center", "random"] = setting(
+        "center", "Which part of a picture of another shape is kept in training."
+    )
+    flip: bool = setting(False, "Mirror half of the training pictures; captions that say left or right forbid it.")
+    cache: Literal["none", "ram"] = setting(
+        "none",
+        "ram decodes the set once and keeps it (3 bytes a pixel); none decodes whenever a picture is drawn.",
+    )
+    cache_latents: bool = setting(
+        False,
+        "Encode pictures once for the denoiser and keep the posteriors; needs crop center and flip false.",
+    )
+    workers: int = setting(2, "Processes that decode pictures ahead (threads, while cache ram fills).")
+    shuffle_buffer: int | None = setting(
+        None,
+        "For slow disks: read shards in sequence and mix so many samples at a time; null mixes all.",
+    )
+
+    def __post_init__(self) -> None:
+        if min(self._height_width) < 1:
+            raise ConfigError(f"size must be positive, not {self.size}.")
+        if self.workers < 0:
+            raise ConfigError(f"workers must not be negative, but is {self.workers}.")
+        if self.shuffle_buffer is not None and self.shuffle_buffer < 1:
+            raise ConfigError(f"shuffle_buffer must be at least 1 or null, not {self.shuffle_buffer}.")
+        if self.cache == "ram" and self.crop == "random":
+            raise ConfigError("cache: ram keeps one cut of each picture; use crop: center with it, or cache: none.")
+        if self.cache_latents and (self.crop == "random" or self.flip):
+            raise ConfigError(
+                "cache_latents keeps one latent of each picture; use crop: center and flip: false with it."
+            )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (3, *self._height_width)
+
+    @property
+    def _height_width(self) -> tuple[int, int]:
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    def open(self, split: str) -> Samples:
+        source = require_split(split, {"train": self.train, "val": self.val, "test": self.test})
+        stored = StoredPictures(
+            Shards(find_shards(source, split)),
+            Fit(*self._height_width),
+            random_crop=self.crop == "random",
+            flip=self.flip,
+            workers=self.workers,
+        )
+        return PicturesInMemory(stored) if self.cache == "ram" else stored
+
+
+def require_split(split: str, sources: dict[str, str | tuple[str, ...] | None]) -> str | tuple[str, ...]:
+    """The source of a split, or a DataError if the config gives none."""
+    if split not in SPLITS:
+        raise DataError(unknown("split", split, SPLITS))
+    source = sources[split]
+    if not source:
+        raise DataError(f"there is no {split} data; give its shards as data.{split}.")
+    return source

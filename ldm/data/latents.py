@@ -1,0 +1,118 @@
+"""Latents that are encoded once: the posterior of each picture, in a file, for the denoiser to draw from.
+
+The file is safetensors with one tensor ``posterior``, fp16 ``[n 2 z h w]`` (mean, then standard deviation),
+so that it can be written and read a picture at a time whatever its size. Its metadata hold what it was made
+from; another first stage, another set or another size makes it anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ldm.data.samples import Batch, Draw, Samples
+from ldm.data.stream import EvaluationLoader
+from ldm.formats.native import write_atomically
+from ldm.vae import FirstStage
+
+_TENSOR = "posterior"
+_BATCH = 32  # pictures encoded at once
+
+
+class CachedLatents(Samples):
+    """The samples of a set with ``mean`` and ``std``, fp32 ``[b z h w]`` channels_last, instead of ``image``.
+
+    Args:
+        samples: the set, which still gives captions, keys and class numbers.
+        path: the file that :func:`cache_latents` made of it.
+    """
+
+    def __init__(self, samples: Samples, path: Path):
+        self._samples, self._path = samples, path
+        self.lengths, self.fingerprint = samples.lengths, samples.fingerprint
+        self._posteriors = safe_open(str(path), "pt").get_slice(_TENSOR)
+
+    def annotations(self, index: np.ndarray) -> Batch:
+        return self._samples.annotations(index)
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        rows = torch.cat([self._posteriors[i : i + 1] for i in draw.index.tolist()]).float()
+        mean, std = (rows[:, part].contiguous(memory_format=torch.channels_last) for part in range(2))
+        return {"mean": mean, "std": std, **self.annotations(draw.index)}
+
+
+def cache_latents(
+    first_stage: FirstStage,
+    fingerprint: str,
+    samples: Samples,
+    path: str | Path,
+    device: torch.device | str = "cpu",
+) -> CachedLatents:
+    """Encodes every sample, without augmentation, unless ``path`` already holds just that.
+
+    Args:
+        first_stage: frozen, in evaluation mode; it is moved to ``device`` if it has to encode.
+        fingerprint: of its weights.
+        samples: the pictures.
+        path: ``run_dir/latents/<split>.safetensors``; written atomically.
+        device: where to encode.
+    """
+    path = Path(path)
+    metadata = {"first_stage": fingerprint, "samples": samples.fingerprint}
+    if _metadata(path) != metadata:
+        write_atomically(path, lambda temporary: _encode(first_stage, samples, temporary, metadata, device))
+    return CachedLatents(samples, path)
+
+
+def _metadata(path: Path) -> dict[str, str] | None:
+    """What a file of latents was made from; None if there is no such file, or only a part of one."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), "pt") as file:
+            return file.metadata()
+    except SafetensorError:
+        return None
+
+
+@torch.inference_mode()
+def _encode(
+    first_stage: FirstStage,
+    samples: Samples,
+    path: Path,
+    metadata: dict[str, str],
+    device: torch.device | str,
+) -> None:
+    from tqdm import tqdm
+
+    first_stage.to(device)
+    with (
+        path.open("wb") as file,
+        tqdm(total=len(samples), desc="encoding", unit="picture", leave=False) as bar,
+    ):
+        for batch in EvaluationLoader(samples, _BATCH):
+            posterior = first_stage.encode(batch["image"].to(device))
+            rows = torch.stack([posterior.mean, posterior.std], dim=1)
+            stored = rows.to("cpu", torch.float16).contiguous().numpy()
+            if file.tell() == 0:
+                file.write(_header((len(samples), *stored.shape[1:]), metadata))
+            file.write(stored.tobytes())
+            bar.update(len(stored))
+
+
+def _header(shape: Sequence[int], metadata: dict[str, str]) -> bytes:
+    """What precedes the data of a safetensors file with one fp16 tensor: length of a JSON header, and that
+    header.
+
+    The library itself writes only tensors that are in memory.
+    """
+    size = 2 * int(np.prod(shape, dtype=np.int64))
+    entry = {"dtype": "F16", "shape": list(shape), "data_offsets": [0, size]}
+    header = json.dumps({"__metadata__": metadata, _TENSOR: entry}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header

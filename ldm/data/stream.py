@@ -1,0 +1,184 @@
+"""Batches in an order that is a function of (seed, epoch) alone, so that a stream can begin anywhere.
+
+A training run sees one endless sequence of samples, epoch after epoch, each a permutation of the set. Step
+``k`` of a run on ``w`` ranks with ``b`` samples a rank takes positions ``k w b`` to ``(k + 1) w b`` of it,
+rank ``r`` the ``r``-th run of ``b``. A batch may span two epochs; nothing is dropped. How many workers make
+the batches has no influence.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ldm.data.samples import Batch, Draw, Samples
+from ldm.errors import DataError
+
+
+class Order:
+    """The endless, shuffled sequence of the samples of a set.
+
+    Args:
+        lengths: number of samples of each shard.
+        seed: of the shuffling and the jitter.
+        shuffle_buffer: None shuffles the whole set. A number keeps reading near sequential: shards come in
+            random order, and samples are mixed in blocks of so many.
+    """
+
+    def __init__(self, lengths: Sequence[int], seed: int, shuffle_buffer: int | None = None):
+        self.lengths, self.seed, self.shuffle_buffer = tuple(lengths), seed, shuffle_buffer
+        self.epoch = functools.lru_cache(maxsize=2)(self._epoch)  # two: a batch may span a border
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Permutation ``[n]`` and jitter ``[n 3]`` of an epoch."""
+        generator = np.random.default_rng([self.seed, epoch])
+        n = sum(self.lengths)
+        if self.shuffle_buffer is None:
+            order = generator.permutation(n)
+        else:
+            starts = np.cumsum((0, *self.lengths))
+            shards = generator.permutation(len(self.lengths))
+            read = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])
+            order = read[np.lexsort((generator.random(n), np.arange(n) // self.shuffle_buffer))]
+        return order, generator.random((n, 3), np.float32)
+
+    def draw(self, start: int, count: int) -> Draw:
+        """The samples at positions ``start`` to ``start + count`` of the sequence."""
+        n = sum(self.lengths)
+        index, jitter = [], []
+        while count > 0:
+            epoch, first = divmod(start, n)
+            order, numbers = self.epoch(epoch)
+            index.append(order[first : first + count])
+            jitter.append(numbers[first : first + count])
+            start, count = start + len(index[-1]), count - len(index[-1])
+        return Draw(np.concatenate(index), np.concatenate(jitter))
+
+
+class TrainStream:
+    """The batches ``start_batch`` to ``total_batches`` of a run, each full.
+
+    It is a stream, not a collection: iterating goes on where it stopped. ``len`` is ``total_batches``
+    wherever it begins, which is what Lightning counts against when it resumes; Lightning also stores and
+    restores ``state_dict``.
+
+    Args:
+        samples: the training set.
+        batch_size: samples a batch of this rank.
+        seed: of order and augmentation.
+        total_batches: batches of the whole run.
+        start_batch: the first one to yield.
+        shuffle_buffer: see :class:`Order`.
+        rank: this process among ``world_size``.
+        world_size: processes that share the sequence.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        seed: int,
+        total_batches: int,
+        *,
+        start_batch: int = 0,
+        shuffle_buffer: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        assert 0 <= rank < world_size
+        self.samples, self.batch_size, self.total_batches = samples, batch_size, total_batches
+        self.rank, self.world_size = rank, world_size
+        self.batch = start_batch
+        self._order = Order(samples.lengths, seed, shuffle_buffer)
+
+    def __len__(self) -> int:
+        return self.total_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in _batches(self.samples, self._draws()):
+            self.batch += 1
+            yield batch
+
+    def _draws(self) -> Iterator[Draw]:
+        for batch in range(self.batch, self.total_batches):
+            yield self._order.draw((batch * self.world_size + self.rank) * self.batch_size, self.batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of batches that were yielded, those before ``start_batch`` included."""
+        return {"batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after that many batches."""
+        self.batch = state["batch"]
+
+
+class EvaluationLoader:
+    """Every sample once and in order, without augmentation; the last batch may be smaller.
+
+    With several ranks, rank ``r`` sees samples ``r``, ``r + world_size``, ...; none is repeated to even them
+    out.
+    """
+
+    def __init__(self, samples: Samples, batch_size: int, *, rank: int = 0, world_size: int = 1):
+        self.samples, self.batch_size = samples, batch_size
+        self._index = np.arange(rank, len(samples), world_size)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._index) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        starts = range(0, len(self._index), self.batch_size)
+        return _batches(self.samples, (Draw(self._index[start : start + self.batch_size]) for start in starts))
+
+
+def _batches(samples: Samples, draws: Iterator[Draw]) -> Iterator[Batch]:
+    """One batch a draw, in order, made ahead by as many processes as the set asks for."""
+    if samples.workers == 0:
+        yield from map(samples.__getitem__, draws)
+        return
+    loader = DataLoader(
+        _Guarded(samples),
+        sampler=_Once(draws),
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=samples.workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own: a loader otherwise draws from the global generator
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+class _Guarded(Dataset[Batch | DataError]):
+    """Hands errors over as values: one raised in a worker would arrive as the text of its traceback."""
+
+    def __init__(self, samples: Samples):
+        self._samples = samples
+
+    def __getitem__(self, draw: Draw) -> Batch | DataError:
+        try:
+            return self._samples[draw]
+        except DataError as error:
+            return error
+
+
+class _Once(Sampler[Draw]):
+    """Draws that are made as the loader asks for them."""
+
+    def __init__(self, draws: Iterator[Draw]):
+        self._draws = draws
+
+    def __iter__(self) -> Iterator[Draw]:
+        return self._draws
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm.cli import prepare
+from ldm.clip.tokenizer import Tokenizer
+from ldm.data.shards import Shards, find_shards
+from tests.data.pictures import encoded, noise_picture, write_shards
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit code of the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main()
+    return int(stopped.value.code or 0)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.png").write_bytes(encoded(noise_picture(i)))
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    (folder / "7.txt").unlink()
+    return folder
+
+
+def test_folder_prints_what_became_of_it_and_the_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, pictures: Path
+) -> None:
+    shards = tmp_path / "shards"
+    assert run(monkeypatch, "folder", pictures, shards, "--shard-size", 3, "--shares", "1,0,0") == 0
+    printed = capsys.readouterr().out
+    assert "7 train, 0 val, 0 test" in printed
+    assert "left out, no caption: 1 (7.png)" in printed
+    assert f"data: {{kind: shards, train: {shards / 'train'}}}" in printed
+    assert Shards(find_shards(str(shards / "train"), "train")).lengths == [3, 3, 1]
+
+
+def test_tokenizer_reads_the_captions_of_the_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards", [4, 4])
+    out = tmp_path / "tokenizer.json"
+    arguments = ["--data", tmp_path / "shards", "--out", out, "--vocab-size", 270, "--context-length", 9]
+    assert run(monkeypatch, "tokenizer", *arguments) == 0
+    tokenizer = Tokenizer.from_json(out.read_text(encoding="utf-8"))
+    assert tokenizer.context_length == 9
+    assert tokenizer.vocab_size <= 270
+    assert tokenizer.decode(tokenizer("Caption 3")[0]) == "caption 3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["folder", "{tmp}/none", "{tmp}/shards"], "none does not exist"),
+        (["folder", "{tmp}", "{tmp}/shards", "--shares", "most,few"], "'most,few' are not numbers"),
+        (["tokenizer", "--data", "{tmp}"], r"holds no .tar shards"),
+        (["tokenizer", "--data", "{tmp}/a.tar"], r"a.tar does not exist"),
+        (["emoji", "{tmp}", "--font", "{tmp}/none.ttf"], "none.ttf is missing"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert run(monkeypatch, *(argument.format(tmp=tmp_path) for argument in arguments)) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
+    missing, out = str(tmp_path / "none"), str(tmp_path / "out")
+    command = [sys.executable, "tools/prepare.py", "folder", missing, out, "--debug"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "DataError" in done.stderr

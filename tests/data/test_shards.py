@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldm.data.shards import Sample, Shards, find_shards, write_shard
+from ldm.errors import DataError
+from tests.data.pictures import sample, write_shards
+
+
+def as_read(shards: Shards) -> list[tuple[str, str, bytes, int | None]]:
+    return [
+        (key, shards.text(i), shards.picture(i), shards.label(i) if shards.labelled else None)
+        for i, key in enumerate(shards.keys)
+    ]
+
+
+def as_written(samples: list[Sample]) -> list[tuple[str, str, bytes, int | None]]:
+    return [(s.key, s.text, s.picture, s.label) for s in samples]
+
+
+keys = st.text(
+    st.characters(exclude_categories=["C", "Z"], exclude_characters="./\\"), min_size=1, max_size=120
+)
+captions = st.text(st.characters(exclude_categories=["Cs"])).map(str.strip)
+
+
+@given(
+    st.dictionaries(keys, st.tuples(captions, st.binary(max_size=1500)), min_size=1, max_size=5),
+    st.booleans(),
+)
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, content: dict[str, tuple[str, bytes]], labelled: bool
+) -> None:
+    path = tmp_path_factory.mktemp("shard") / "a.tar"
+    samples = [
+        Sample(key, text, picture, "jpg", number if labelled else None)
+        for number, (key, (text, picture)) in enumerate(content.items())
+    ]
+    assert write_shard(path, samples) == len(samples)
+    assert as_read(Shards([path])) == as_written(samples)
+
+
+def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, [3, 2], labelled=True)
+    theirs = [
+        (s["__key__"], s["txt"].decode(), s["png"], int(s["cls"]))
+        for s in webdataset.WebDataset([str(path) for path in paths], shardshuffle=False)
+    ]
+    assert theirs == as_read(Shards(paths))
+
+
+def test_we_read_what_webdataset_writes(tmp_path: Path) -> None:
+    samples = [sample(i, labelled=True) for i in range(4)]
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for s in samples:
+            writer.write(
+                {"__key__": s.key, "png": s.picture, "txt": s.text, "cls": s.label, "json": {"more": 1}}
+            )
+    assert as_read(Shards([tmp_path / "a.tar"])) == as_written(samples)
+
+
+def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_shard(tmp_path / name, [sample(i) for i in range(3)])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_shard_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
+    def samples() -> Iterator[Sample]:
+        yield sample(0)
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        write_shard(tmp_path / "a.tar", samples())
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.integers(0, 10**6))
+def test_a_shard_cut_anywhere_is_noticed(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    (path,) = write_shards(folder, [3])
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        end = max(info.offset_data + -(-info.size // 512) * 512 for info in tar)
+    path.write_bytes(whole[: cut % end])
+    with pytest.raises(DataError, match=r"000\.tar ends early"):
+        Shards([path])
+
+
+def test_sources(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, [1, 1, 1])
+    assert find_shards(str(tmp_path), "train") == paths
+    assert find_shards(str(paths[1]), "train") == paths[1:2]
+    assert find_shards(f"{tmp_path}/{{000..002}}.tar", "train") == paths
+    assert find_shards(f"{tmp_path}/00[12].tar", "train") == paths[1:]
+    assert find_shards([str(paths[2]), f"{tmp_path}/00{{0,1}}.tar"], "train") == [paths[2], *paths[:2]]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.tar", r"missing\.tar does not exist"),
+        ("{000..002}.tar", r"001\.tar does not exist"),
+        ("none-*.tar", r"no shard matches .*none-\*\.tar"),
+        ("empty", r"empty holds no \.tar shards"),
+        ("{000..002.tar", "close each brace"),
+    ],
+)
+def test_sources_that_are_not_there(tmp_path: Path, source: str, message: str) -> None:
+    write_shards(tmp_path, [1])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=message) as error:
+        find_shards(f"{tmp_path}/{source}", "train")
+    assert "\n" not in str(error.value)
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({}, "there is no sample"),
+        ({"readme.md": b"text"}, "there is no sample"),
+        ({"a.txt": b"caption"}, "'a' in .* has no picture"),
+        ({"a.jpg": b""}, "'a' in .* has neither caption"),
+        ({"a.jpg": b"", "a.cls": b"1", "b.jpg": b"", "b.txt": b"b"}, "'b' has none"),
+    ],
+)
+def test_shards_that_lack_something(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Shards([tar(tmp_path / "a.tar", members)])
+
+
+@pytest.mark.parametrize(
+    ("members", "read", "message"),
+    [
+        ({"a.jpg": b"", "a.cls": b"one"}, Shards.label, "class of 'a' in .* is b'one'"),
+        ({"a.jpg": b"", "a.txt": b"\xff"}, Shards.text, "caption of 'a' in .* is not UTF-8"),
+    ],
+)
+def test_samples_that_say_nothing(
+    tmp_path: Path, members: dict[str, bytes], read: Callable[[Shards, int], object], message: str
+) -> None:
+    shards = Shards([tar(tmp_path / "a.tar", members)])
+    with pytest.raises(DataError, match=message):
+        read(shards, 0)
+
+
+def test_a_file_that_is_no_tar(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(DataError, match="ends early or is no tar"):
+        Shards([tmp_path / "a.tar"])
+
+
+def test_a_shard_listed_twice(tmp_path: Path) -> None:
+    (path,) = write_shards(tmp_path, [2])
+    with pytest.raises(DataError, match="comes twice"):
+        Shards([path, path])
+
+
+def test_a_shard_that_shrinks_while_in_use(tmp_path: Path) -> None:
+    (path,) = write_shards(tmp_path, [2])
+    shards = Shards([path])
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(DataError, match="become shorter"):
+        shards.picture(1)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot read the shard"):
+        shards.picture(1)
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_folder(tmp_path: Path) -> None:
+    for name, length in {"a": 2, "b": 2, "c": 3}.items():
+        (tmp_path / name).mkdir()
+        write_shards(tmp_path / name, [length])
+    a, b, c = (Shards([tmp_path / name / "000.tar"]).fingerprint for name in "abc")
+    assert a == b != c

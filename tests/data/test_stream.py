@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldm.data.kinds import ShardsData
+from ldm.data.samples import Batch, Draw, Samples, take
+from ldm.data.shards import write_shard
+from ldm.data.stream import EvaluationLoader, Order, TrainStream
+from ldm.errors import DataError
+from tests.data.pictures import sample, write_shards
+
+lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+buffers = st.one_of(st.none(), st.integers(1, 12))
+
+
+class Numbers(Samples):
+    """A set whose batches say which samples they hold."""
+
+    def __init__(self, lengths: list[int]):
+        self.lengths, self.fingerprint = lengths, str(lengths)
+
+    def annotations(self, index: np.ndarray) -> Batch:
+        return take({"key": [str(i) for i in range(len(self))]}, index)
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        return {"image": torch.from_numpy(draw.index), **self.annotations(draw.index)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ShardsData:
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, [4, 3, 4], labelled=True)
+    return ShardsData(str(folder), val=str(folder), size=(8, 6), flip=True, workers=0)
+
+
+def assert_equal(a: list[Batch], b: list[Batch]) -> None:
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert (
+                torch.equal(one[name], other[name])
+                if name in ("image", "label")
+                else one[name] == other[name]
+            )
+
+
+@given(lengths, st.integers(0, 9), st.integers(0, 5), buffers)
+def test_an_epoch_is_a_permutation(lengths: list[int], seed: int, epoch: int, buffer: int | None) -> None:
+    order, jitter = Order(lengths, seed, buffer).epoch(epoch)
+    assert sorted(order) == list(range(sum(lengths)))
+    assert jitter.shape == (sum(lengths), 3)
+
+
+def test_epochs_and_seeds_differ() -> None:
+    orders = {tuple(Order([50], seed).epoch(epoch)[0]) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+@given(lengths, st.integers(0, 9), st.integers(1, 12))
+def test_a_buffer_keeps_reading_near_sequential(lengths: list[int], seed: int, buffer: int) -> None:
+    """Within each block of the order lie samples of neighbours in the reading order of the shards."""
+    order, _ = Order(lengths, seed, buffer).epoch(0)
+    shard = np.repeat(np.arange(len(lengths)), lengths)
+    begun: list[int] = []
+    for start in range(0, len(order), buffer):
+        block = order[start : start + buffer]
+        new = set(shard[block]) - set(begun)
+        open_before = {s for s in begun if set(np.flatnonzero(shard == s)) - set(order[:start])}
+        assert len(open_before) <= 1
+        begun += new
+
+
+@given(lengths, st.integers(1, 7), st.integers(0, 20), st.integers(1, 3), buffers)
+def test_a_stream_goes_on_anywhere_as_if_never_stopped(
+    lengths: list[int], batch_size: int, start: int, world_size: int, buffer: int | None
+) -> None:
+    for rank in range(world_size):
+        place = {"rank": rank, "world_size": world_size, "shuffle_buffer": buffer}
+        whole = list(TrainStream(Numbers(lengths), batch_size, 7, 20, **place))
+        rest = list(TrainStream(Numbers(lengths), batch_size, 7, 20, start_batch=start, **place))
+        assert len(whole) == 20
+        assert_equal(rest, whole[start:])
+
+
+@given(lengths, st.integers(1, 7), st.integers(1, 4))
+def test_the_ranks_together_see_each_sample_once_an_epoch(
+    lengths: list[int], batch_size: int, ranks: int
+) -> None:
+    n = sum(lengths)
+    streams = [
+        TrainStream(Numbers(lengths), batch_size, 0, n, rank=r, world_size=ranks) for r in range(ranks)
+    ]
+    seen = [i for batches in zip(*streams, strict=True) for batch in batches for i in batch["image"].tolist()]
+    assert len(seen) == n * batch_size * ranks
+    for epoch in range(batch_size * ranks):
+        assert sorted(seen[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+@given(lengths, st.integers(1, 7), st.integers(0, 10), st.integers(0, 10))
+def test_the_state_of_a_stream_restores_its_place(
+    lengths: list[int], batch_size: int, first: int, seed: int
+) -> None:
+    stream = TrainStream(Numbers(lengths), batch_size, seed, 10)
+    before = [batch for batch, _ in zip(stream, range(first), strict=False)]
+    other = TrainStream(Numbers(lengths), batch_size, seed, 10)
+    other.load_state_dict({"batch": len(before)})
+    assert_equal(before + list(other), list(TrainStream(Numbers(lengths), batch_size, seed, 10)))
+    assert other.state_dict() == {"batch": 10}
+    assert len(other) == 10
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_workers_change_nothing(data: ShardsData, crop: str) -> None:
+    data = dataclasses.replace(data, crop=crop)
+    streams = [
+        TrainStream(dataclasses.replace(data, workers=workers).open("train"), 4, 3, 9, start_batch=2)
+        for workers in (0, 2)
+    ]
+    assert_equal(list(streams[0]), list(streams[1]))
+
+
+def test_memory_and_disk_give_the_same_batches(data: ShardsData) -> None:
+    disk, memory = (dataclasses.replace(data, cache=cache).open("train") for cache in ("none", "ram"))
+    assert_equal(list(TrainStream(disk, 5, 0, 6)), list(TrainStream(memory, 5, 0, 6)))
+    assert_equal(list(EvaluationLoader(disk, 4)), list(EvaluationLoader(memory, 4)))
+    assert disk.fingerprint == memory.fingerprint
+
+
+def test_a_stream_draws_nothing_from_the_global_generators(data: ShardsData) -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002 (the state that must not move)
+    list(TrainStream(dataclasses.replace(data, workers=1).open("train"), 4, 3, 3))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == np.random.get_state()[1].tolist()  # noqa: NPY002
+
+
+def test_a_batch_is_pictures_captions_keys_and_labels(data: ShardsData) -> None:
+    batch = next(iter(TrainStream(data.open("train"), 5, 0, 1)))
+    assert batch["image"].shape == (5, 3, 8, 6)
+    assert batch["image"].dtype == torch.float32
+    assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+    assert batch["text"] == [f"caption {int(key)}" for key in batch["key"]]
+    assert batch["label"].tolist() == [int(key) % 3 for key in batch["key"]]
+
+
+def test_half_of_the_draws_are_mirrored(data: ShardsData) -> None:
+    plain = {
+        key: image
+        for batch in EvaluationLoader(data.open("train"), 4)
+        for key, image in zip(batch["key"], batch["image"], strict=True)
+    }
+    mirrored = 0
+    for batch in TrainStream(data.open("train"), 10, 0, 20):
+        for key, image in zip(batch["key"], batch["image"], strict=True):
+            assert torch.equal(image, plain[key]) or torch.equal(image.flip(2), plain[key])
+            mirrored += not torch.equal(image, plain[key])
+    assert 70 < mirrored < 130  # of 200: four standard deviations
+
+
+@given(lengths, st.integers(1, 7), st.integers(1, 4))
+def test_evaluation_sees_every_sample_once(lengths: list[int], batch_size: int, world_size: int) -> None:
+    loaders = [
+        EvaluationLoader(Numbers(lengths), batch_size, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    seen = [[i for batch in loader for i in batch["image"].tolist()] for loader in loaders]
+    assert sorted(i for part in seen for i in part) == list(range(sum(lengths)))
+    assert all(part == sorted(part) for part in seen)
+    assert [len(list(loader)) for loader in loaders] == [len(loader) for loader in loaders]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_picture_is_named_in_one_sentence(tmp_path: Path, workers: int) -> None:
+    broken = dataclasses.replace(sample(3), picture=b"no picture")
+    write_shard(tmp_path / "a.tar", [sample(2), broken])
+    samples = ShardsData(str(tmp_path), size=8, workers=workers).open("train")
+    with pytest.raises(DataError, match=r"^the picture '0003' in .*a\.tar cannot be read.*shard\.$") as error:
+        list(TrainStream(samples, 2, 0, 1))
+    assert "\n" not in str(error.value)
