@@ -1,0 +1,9 @@
+"""What the denoiser listens to: text, class label, nothing. Each conditioner fills a Conditioning record."""
+
+from __future__ import annotations
+
+from ldm.conditioning.conditioner import Conditioner, ConditionerKind, NoConditioner
+from ldm.conditioning.label import ClassConditioner
+from ldm.conditioning.text import TextConditioner
+
+__all__ = ["ClassConditioner", "Conditioner", "ConditionerKind", "NoConditioner", "TextConditioner"]

@@ -1,0 +1,63 @@
+"""Class labels as a learnt vector, added to the embedding of the noise level (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.clip.tokenizer import Tokenizer
+from ldm.conditioning.conditioner import Conditioner, ConditionerKind, dropped
+from ldm.config import setting
+from ldm.errors import ConfigError, SamplingError
+from ldm.nn.conditioning import Conditioning
+
+
+@dataclass(frozen=True)
+class ClassConditionerConfig(ConditionerKind, kind="class"):
+    """One of a fixed number of classes, as a vector."""
+
+    reads = "label"
+
+    classes: int = setting(help="number of classes; labels are 0 .. classes - 1")
+    width: int = setting(128, "width of the vector")
+    dropout: float = setting(0.1, "share of the training examples whose label is dropped, for guidance")
+
+    def __post_init__(self) -> None:
+        if self.classes < 1 or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"classes must be at least 1 and dropout in [0, 1), not {self.classes} and {self.dropout}."
+            )
+
+    @property
+    def vector_width(self) -> int:
+        return self.width
+
+    def build(self, tokenizer: Tokenizer | None = None) -> ClassConditioner:
+        return ClassConditioner(self)
+
+
+class ClassConditioner(Conditioner):
+    """An embedding table with one row more than classes: the last stands for no class."""
+
+    def __init__(self, config: ClassConditionerConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.classes + 1, config.width)
+
+    def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
+        labels = torch.as_tensor(inputs["label"], dtype=torch.long)
+        wrong = labels[(labels < 0) | (labels >= self.config.classes)]
+        if len(wrong):
+            raise SamplingError(
+                f"label {int(wrong[0])} is not one of the {self.config.classes} classes, 0 to {self.config.classes - 1}."
+            )
+        drop = dropped(len(labels), self.config.dropout, generator).to(labels.device)
+        labels = torch.where(drop, self.config.classes, labels)
+        return Conditioning(vector=self.embedding(labels.to(self.embedding.weight.device)))
+
+    def unconditional(self, n: int) -> Conditioning:
+        return Conditioning(vector=self.embedding.weight[-1:].expand(n, -1))

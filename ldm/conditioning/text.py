@@ -1,0 +1,71 @@
+"""Captions through the text tower: its states as the context, its pooled state as the vector if wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ldm.clip.text import TextTowerConfig
+from ldm.clip.tokenizer import Tokenizer
+from ldm.conditioning.conditioner import Conditioner, ConditionerKind, dropped
+from ldm.config import setting
+from ldm.errors import ConfigError
+from ldm.nn.conditioning import Conditioning
+
+
+@dataclass(frozen=True)
+class TextConditionerConfig(ConditionerKind, kind="text"):
+    """A caption, read by the text tower of stage 2; a dropped caption is the encoded empty string."""
+
+    reads = "text"
+
+    dropout: float = setting(0.1, "share of the training captions that are dropped, for guidance")
+    trainable: bool = setting(
+        False, "train the tower along with the denoiser (the way of the LDM paper), from stage 2's weights"
+    )
+    pooled: bool = setting(False, "also hand the pooled state to the denoiser, as its conditioning vector")
+    tower: TextTowerConfig | None = setting(None, "the text tower; null = that of the experiment's clip section")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be in [0, 1), not {self.dropout}.")
+
+    @property
+    def context_width(self) -> int | None:
+        return self.tower.width if self.tower else None
+
+    @property
+    def vector_width(self) -> int | None:
+        return (self.tower.embed_dim or self.tower.width) if self.tower and self.pooled else None
+
+    def build(self, tokenizer: Tokenizer | None = None) -> TextConditioner:
+        assert self.tower is not None, "the tower comes from the clip section"
+        assert tokenizer is not None, "a text conditioner needs a tokenizer"
+        return TextConditioner(self, self.tower, tokenizer)
+
+
+class TextConditioner(Conditioner):
+    """Tokenizer and text tower."""
+
+    def __init__(self, config: TextConditionerConfig, tower: TextTowerConfig, tokenizer: Tokenizer):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.tower = tower.build()
+
+    def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
+        captions = list(inputs["text"])
+        drop = dropped(len(captions), self.config.dropout, generator)
+        tokens = self.tokenizer(
+            ["" if gone else caption for caption, gone in zip(captions, drop.tolist(), strict=True)]
+        )
+        with nullcontext() if self.config.trainable else torch.no_grad():
+            context, pooled = self.tower(tokens.to(self.tower.token_embedding.weight.device))
+        return Conditioning(context=context, vector=pooled if self.config.pooled else None)
+
+    def unconditional(self, n: int) -> Conditioning:
+        return self({"text": [""] * n})

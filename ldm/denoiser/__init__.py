@@ -1,0 +1,9 @@
+"""Stage 3: the networks that estimate what noise hides."""
+
+from __future__ import annotations
+
+from ldm.denoiser.kinds import DenoiserKind
+from ldm.denoiser.mlp import MLP, MLPConfig
+from ldm.denoiser.unet import LevelSpec, UNet, UNetConfig
+
+__all__ = ["MLP", "DenoiserKind", "LevelSpec", "MLPConfig", "UNet", "UNetConfig"]

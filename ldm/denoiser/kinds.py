@@ -1,0 +1,17 @@
+"""The family of denoising networks."""
+
+from __future__ import annotations
+
+from ldm.config import Kind
+
+
+class DenoiserKind(Kind):
+    """F(x, noise level, conditioning), the network that a parametrization turns into a denoiser.
+
+    ``build()`` gives a module ``forward(x [b c h w], noise_level [b], cond: Conditioning) -> [b out_channels h w]``.
+    """
+
+    in_channels: int
+    out_channels: int
+    context_width: int | None
+    vector_width: int | None

@@ -1,0 +1,128 @@
+"""Stage 3: training of the denoiser, and of the conditioner where it is trained along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning import ConditionerKind
+from ldm.config import setting
+from ldm.denoiser.kinds import DenoiserKind
+from ldm.diffusion.draw import Stratified
+from ldm.diffusion.loss import DenoisingLoss
+from ldm.diffusion.parametrization import Diffusion
+from ldm.model import LatentDiffusion, SamplingConfig
+from ldm.pipeline import Pipeline
+from ldm.training.optim import TrainConfig
+from ldm.training.stage import StageModule
+
+BINS = 5
+"""Equal parts of the schedule by which the validation loss is reported."""
+
+PREVIEW = 8
+"""Samples that are shown of an unconditional model."""
+
+
+@dataclass(frozen=True)
+class DenoiserStage:
+    """Stage 3: network, conditioner and diffusion, and how they are trained."""
+
+    model: DenoiserKind = setting(help="the network")
+    conditioner: ConditionerKind = setting(help="what it listens to")
+    train: TrainConfig = setting(help="its training")
+    diffusion: Diffusion = setting(Diffusion(), "schedule and parametrization")
+    loss: DenoisingLoss = setting(DenoisingLoss(), "the weighted denoising loss")
+    sampling: SamplingConfig = setting(SamplingConfig(), "how the trained model is sampled by default")
+    prompts: tuple[str, ...] = setting((), "prompts of the grids made while training")
+    classes: tuple[int, ...] = setting((), "class labels of the grids made while training")
+
+
+class DenoiserModule(StageModule):
+    """The denoising loss on latents; first stage frozen, conditioner frozen or trained along."""
+
+    stage = "denoiser"
+    monitor = "loss"
+    higher_is_better = False
+
+    def __init__(
+        self,
+        config: DenoiserStage,
+        model: LatentDiffusion,
+        handoff: Mapping[str, str],
+        seed: int,
+        folder: Path,
+    ):
+        super().__init__(config.train, handoff, seed, folder)
+        self.config = config
+        self.model = model
+        model.first_stage.requires_grad_(False)
+        if not config.conditioner.trainable:
+            model.conditioner.requires_grad_(False)
+
+    def networks(self) -> nn.Module:
+        return self.model
+
+    def compile_networks(self) -> None:
+        self.model.denoiser.compile()
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        generator = self.step_generator(batch_idx)
+        cond = self.model.conditioner(batch, generator)
+        loss, _ = self.config.loss(
+            self.model.denoiser, self.model.diffusion, self._latents(batch, generator), cond, generator
+        )
+        return self.report(loss.mean())
+
+    def _latents(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """Normalised latents drawn from the posterior: of cached means and deviations, or of pictures encoded here."""
+        if "mean" in batch:
+            noise = torch.randn(batch["mean"].shape, generator=generator).to(batch["mean"])
+            return self.model.first_stage.normalize(batch["mean"] + batch["std"] * noise)
+        with torch.no_grad():
+            posterior = self.model.first_stage.encode(batch["image"])
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+            return self.model.first_stage.normalize(posterior.sample(noise))
+
+    # Validation: fixed noise at stratified levels, so that two numbers differ by the weights alone
+
+    def on_validation_epoch_start(self) -> None:
+        self._losses: list[Tensor] = []
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        generator = self.generator("validation", batch_idx, self.global_rank)
+        x0 = self._latents(batch, generator)
+        schedule = self.model.diffusion.schedule
+        sigma = Stratified().draw(len(x0), schedule, generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        cond = self.model.conditioner(batch)
+        loss, sigma = self.config.loss(self.model.denoiser, self.model.diffusion, x0, cond, sigma=sigma, noise=noise)
+        share = schedule.t(sigma.cpu()) / schedule.num_timesteps
+        self._losses.append(torch.stack([(share * BINS).long().clamp(max=BINS - 1).double(), loss.double().cpu()]))
+
+    def on_validation_epoch_end(self) -> None:
+        bins, losses = torch.cat(self._losses, dim=1)
+        sums = torch.zeros(2, BINS, dtype=torch.float64)
+        sums[0].index_add_(0, bins.long(), losses)
+        sums[1].index_add_(0, bins.long(), torch.ones_like(losses))
+        sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()
+        self.validation = {"loss": float(sums[0].sum() / sums[1].sum())}
+        for i, (total, count) in enumerate(sums.T.tolist()):
+            if count:
+                self.validation[f"loss_{100 * i // BINS}_{100 * (i + 1) // BINS}"] = total / count
+
+    def pictures(self) -> Mapping[str, Any]:
+        """Samples for fixed prompts or classes, from fixed noise."""
+        reads = self.config.conditioner.reads
+        wanted: dict[str, Any] = {
+            "text": {"prompt": self.config.prompts},
+            "label": {"label": self.config.classes},
+        }.get(reads or "", {"num_images_per_prompt": PREVIEW})
+        if not all(wanted.values()):
+            return {}
+        samples = Pipeline(self.model)(**wanted, seed=self.seed, progress=False)
+        return {"samples": samples.grid(captions=reads is not None)}

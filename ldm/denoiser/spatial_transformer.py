@@ -1,0 +1,50 @@
+"""Transformer blocks over the positions of a feature map (Rombach et al. 2022, arXiv 2112.10752, appendix E.2.1)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ldm.nn.attention import TransformerBlock
+from ldm.nn.conditioning import Conditioning
+
+
+class SpatialTransformer(nn.Module):
+    """Group norm, projection, ``depth`` transformer blocks over the ``h w`` positions, projection back, residual.
+
+    Args:
+        width: channels of the feature map.
+        depth: number of transformer blocks.
+        heads: number of heads; must divide ``width``.
+        context_width: of ``Conditioning.context``; None = no cross-attention.
+        linear: projections as linear layers on the positions (SD 2, SDXL) instead of 1 x 1 convolutions (SD 1).
+        groups: of the group norm.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        context_width: int | None,
+        linear: bool,
+        groups: int,
+        dropout: float,
+    ):
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, context_width, dropout) for _ in range(depth))
+        self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        """``x [b c h w] -> [b c h w]``"""
+        height_width = x.shape[-2:]
+        h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
+        h = h.flatten(2).transpose(1, 2)  # b (h w) c; a view of a channels_last tensor
+        h = self.proj_in(h) if self.linear else h
+        for block in self.blocks:
+            h = block(h, cond.context, cond.mask)
+        h = self.proj_out(h) if self.linear else h
+        h = h.transpose(1, 2).unflatten(2, height_width)
+        return x + (h if self.linear else self.proj_out(h))

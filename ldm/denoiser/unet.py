@@ -1,0 +1,172 @@
+"""The cross-attention U-Net of latent diffusion (Rombach et al. 2022, arXiv 2112.10752; SD 1, SD 2 and SDXL by config)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.config import setting
+from ldm.denoiser.kinds import DenoiserKind
+from ldm.denoiser.spatial_transformer import SpatialTransformer
+from ldm.errors import ConfigError
+from ldm.nn.conditioning import Conditioning
+from ldm.nn.embeddings import NoiseEmbedding, mlp
+from ldm.nn.residual import ResidualBlock, Upsample
+
+
+@dataclass(frozen=True)
+class LevelSpec:
+    """One resolution of the U-Net; the next level has half of it."""
+
+    width: int = setting(help="channels at this resolution")
+    blocks: int = setting(2, "residual blocks on the way down (one more on the way up)")
+    depth: int = setting(0, "transformer blocks after each residual block; 0 = no attention at this resolution")
+
+
+@dataclass(frozen=True)
+class UNetConfig(DenoiserKind, kind="unet"):
+    """Residual blocks and spatial transformers on a pyramid of resolutions, with skips across."""
+
+    levels: tuple[LevelSpec, ...] = setting(help="resolutions, the finest first")
+    in_channels: int = setting(4, "channels of the latent, plus those of Conditioning.concat")
+    out_channels: int = setting(4, "channels of the latent")
+    context_width: int | None = setting(None, "width of the context; null = no cross-attention")
+    vector_width: int | None = setting(None, "width of the conditioning vector; null = there is none")
+    middle_depth: int = setting(1, "transformer blocks in the middle; 0 = no attention there")
+    heads: int | None = setting(None, "attention heads at each level; give this or head_width")
+    head_width: int | None = setting(None, "channels of a head; give this or heads")
+    projection: Literal["conv", "linear"] = setting(
+        "linear", "of the spatial transformers: conv as in SD 1, linear as in SD 2"
+    )
+    groups: int = setting(32, "groups of the group norms")
+    dropout: float = setting(0.0, "dropout in residual blocks and feed-forwards")
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise ConfigError("the U-Net needs at least one level.")
+        if (self.heads is None) == (self.head_width is None):
+            raise ConfigError("give either heads or head_width.")
+        for i, level in enumerate(self.levels):
+            if level.width % self.groups:
+                raise ConfigError(f"levels[{i}].width {level.width} is not divisible by {self.groups} groups.")
+            attends = level.depth or (i == len(self.levels) - 1 and self.middle_depth)
+            if attends and level.width % (self.heads or self.head_width or 1):
+                given = f"heads {self.heads}" if self.heads else f"head_width {self.head_width}"
+                raise ConfigError(f"levels[{i}].width {level.width} is not divisible by {given}.")
+
+    def build(self) -> UNet:
+        return UNet(self)
+
+
+class UNetBlock(nn.Module):
+    """A residual block, then a spatial transformer where the level attends; on the way up, a skip comes in first."""
+
+    def __init__(self, config: UNetConfig, in_width: int, width: int, depth: int, upsample: int | None = None):
+        super().__init__()
+        self.upsample = Upsample(upsample) if upsample else None
+        self.residual = ResidualBlock(
+            in_width, width, 4 * config.levels[0].width, config.groups, dropout=config.dropout
+        )
+        heads = config.heads or width // (config.head_width or width)
+        self.transformer = (
+            SpatialTransformer(
+                width,
+                depth,
+                heads,
+                config.context_width,
+                config.projection == "linear",
+                config.groups,
+                config.dropout,
+            )
+            if depth
+            else None
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor, cond: Conditioning, skip: Tensor | None = None) -> Tensor:
+        """``x [b c h w], embedding [b e], skip [b d h' w'] -> [b width h' w']``"""
+        if skip is not None:
+            x = x if self.upsample is None else self.upsample(x, skip.shape[-2:])
+            x = torch.cat([x, skip], dim=1)
+        x = self.residual(x, embedding)
+        return x if self.transformer is None else self.transformer(x, cond)
+
+
+class Downsample(nn.Module):
+    """3 x 3 convolution of stride 2; odd sizes round up (12, 6, 3, 2)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor, cond: Conditioning) -> Tensor:
+        """``[b c h w] -> [b c ceil(h/2) ceil(w/2)]``; called as a block, it listens to nothing."""
+        return self.conv(x)
+
+
+class UNet(nn.Module):
+    """F(x, noise level, conditioning): way down, middle, way up; each step down leaves a skip for its mirror."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        levels, top = config.levels, config.levels[0].width
+        self.noise_embedding = NoiseEmbedding(top, 4 * top)
+        self.vector_embedding = mlp(config.vector_width, 4 * top) if config.vector_width else None
+        self.conv_in = nn.Conv2d(config.in_channels, top, 3, padding=1)
+
+        self.down = nn.ModuleList()
+        width, skips = top, [top]
+        for i, level in enumerate(levels):
+            if i > 0:
+                self.down.append(Downsample(width))
+                skips.append(width)
+            for _ in range(level.blocks):
+                self.down.append(UNetBlock(config, width, level.width, level.depth))
+                width = level.width
+                skips.append(width)
+
+        self.middle = nn.ModuleList(
+            [UNetBlock(config, width, width, config.middle_depth), UNetBlock(config, width, width, 0)]
+        )
+
+        self.up = nn.ModuleList()
+        for i, level in reversed(list(enumerate(levels))):
+            for j in range(level.blocks + 1):
+                upsample = width if j == 0 and i < len(levels) - 1 else None
+                self.up.append(UNetBlock(config, width + skips.pop(), level.width, level.depth, upsample))
+                width = level.width
+
+        self.norm_out = nn.GroupNorm(config.groups, width)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Conditioning) -> Tensor:
+        """One evaluation of the network.
+
+        Args:
+            x: ``[b in_channels h w]``, scaled by the parametrization; any height and width.
+            noise_level: ``[b]``, as the parametrization embeds it (the timestep in SD).
+            cond: what to listen to; ``context [b n context_width]``, ``vector [b vector_width]``, ``concat [b c h w]``.
+
+        Returns:
+            ``[b out_channels h w]``, the target of the parametrization.
+        """
+        x = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
+        embedding = self.noise_embedding(noise_level)
+        if self.vector_embedding is not None:
+            embedding = embedding + self.vector_embedding(cond.vector)
+        embedding = F.silu(embedding)
+
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        skips = [x]
+        for block in self.down:
+            x = block(x, embedding, cond)
+            skips.append(x)
+        for block in self.middle:
+            x = block(x, embedding, cond)
+        for block in self.up:
+            x = block(x, embedding, cond, skips.pop())
+        return self.conv_out(F.silu(self.norm_out(x)))

@@ -1,0 +1,120 @@
+"""LatentDiffusion: first stage, conditioner, denoiser and diffusion as one module; what is trained, saved and sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.clip.tokenizer import Tokenizer
+from ldm.conditioning import ConditionerKind
+from ldm.config import setting
+from ldm.denoiser import DenoiserKind
+from ldm.diffusion.parametrization import Diffusion
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.errors import ConfigError, unknown
+from ldm.nn.conditioning import Conditioning
+from ldm.vae import FirstStageKind
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a model is sampled unless the caller says otherwise."""
+
+    sampler: str = setting("dpmpp_2m", "name of the solver")
+    num_inference_steps: int = setting(30, "steps of the solver")
+    guidance_scale: float = setting(5.0, "classifier-free guidance; 1 = none")
+    spacing: str = setting("trailing", "how the noise levels are spaced: leading, trailing, linspace or karras")
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ConfigError(unknown("sampler", self.sampler, SAMPLERS))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: what stands in the metadata of its file."""
+
+    first_stage: FirstStageKind = setting(help="pictures to latents")
+    conditioner: ConditionerKind = setting(help="what the denoiser listens to")
+    denoiser: DenoiserKind = setting(help="the network")
+    diffusion: Diffusion = setting(help="schedule and parametrization")
+    size: tuple[int, int] = setting(help="height and width of the pictures that it was trained on, in pixels")
+    sampling: SamplingConfig = setting(SamplingConfig(), "defaults of the pipeline")
+
+    def __post_init__(self) -> None:
+        channels, denoiser = self.first_stage.latent_channels, self.denoiser
+        if denoiser.in_channels != channels or denoiser.out_channels != channels:
+            raise ConfigError(
+                f"the denoiser has in_channels {denoiser.in_channels} and out_channels {denoiser.out_channels}, "
+                f"but the first stage's latents have {channels} channels; set both to {channels}."
+            )
+        for width in ("context_width", "vector_width"):
+            if getattr(denoiser, width) != getattr(self.conditioner, width):
+                raise ConfigError(
+                    f"the denoiser's {width} is {getattr(denoiser, width)}, "
+                    f"but the conditioner gives {getattr(self.conditioner, width)}; make them equal."
+                )
+        factor = self.first_stage.factor
+        if self.size[0] % factor or self.size[1] % factor:
+            raise ConfigError(
+                f"the size {self.size[0]} x {self.size[1]} is not divisible by the first stage's factor {factor}."
+            )
+
+
+class LatentDiffusion(nn.Module):
+    """A text-to-image (or unconditional, or two-dimensional) diffusion model.
+
+    Args:
+        config: what it is made of.
+        tokenizer: of the text conditioner; None where nothing reads text.
+
+    ``fingerprint`` and ``provenance`` are those of the file that it was loaded from; None and empty for one that was built.
+    Parameters may be in low precision: what goes into a network is cast to it, and what comes out is cast back.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.fingerprint: str | None = None
+        self.provenance: dict[str, Any] = {}
+        self.diffusion = config.diffusion
+        self.first_stage = config.first_stage.build()
+        self.conditioner = config.conditioner.build(tokenizer)
+        self.denoiser = config.denoiser.build()
+
+    def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """The estimate of the clean latents ``[b c h w]`` of ``x = x0 + sigma n [b c h w]``, ``sigma [b]``; fp32 in and out."""
+        return self.diffusion.denoise(self._network, x, sigma, cond)
+
+    def _network(self, x: Tensor, noise_level: Tensor, cond: Conditioning) -> Tensor:
+        return self.denoiser(x.to(_precision(self.denoiser, x.dtype)), noise_level, cond)
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pictures ``[b 3 h w]`` in [-1, 1] to normalised latents: a draw of the posterior, or with no ``noise`` its mean."""
+        posterior = self.first_stage.encode(image.to(_precision(self.first_stage, image.dtype)))
+        return self.first_stage.normalize(
+            (posterior.mean if noise is None else posterior.sample(noise)).to(image.dtype)
+        )
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Normalised latents ``[b c h w]`` to pictures ``[b 3 fh fw]`` in [-1, 1]."""
+        z = self.first_stage.denormalize(latent)
+        return self.first_stage.decode(z.to(_precision(self.first_stage, z.dtype))).to(latent.dtype).clamp(-1, 1)
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """Shape ``(c, h, w)`` of the latent of a picture; default: the size that the model was trained on."""
+        factor = self.config.first_stage.factor
+        return (
+            self.config.first_stage.latent_channels,
+            (height or self.config.size[0]) // factor,
+            (width or self.config.size[1]) // factor,
+        )
+
+
+def _precision(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Of a module's parameters; ``default`` where it has none."""
+    return next((parameter.dtype for parameter in module.parameters()), default)

@@ -1,0 +1,16 @@
+"""Stage 1: pictures to latents and back."""
+
+from __future__ import annotations
+
+from ldm.vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from ldm.vae.first_stage import DiagonalGaussian, FirstStage, FirstStageKind, Identity, IdentityConfig
+
+__all__ = [
+    "AutoencoderKL",
+    "AutoencoderKLConfig",
+    "DiagonalGaussian",
+    "FirstStage",
+    "FirstStageKind",
+    "Identity",
+    "IdentityConfig",
+]

@@ -1,0 +1,183 @@
+"""The KL-regularised autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.1 and appendix G)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.config import setting
+from ldm.errors import ConfigError
+from ldm.nn.residual import ResidualBlock, Upsample
+from ldm.vae.first_stage import DiagonalGaussian, FirstStage, FirstStageKind
+
+
+@dataclass(frozen=True)
+class AutoencoderKLConfig(FirstStageKind, kind="autoencoder_kl"):
+    """Convolutional encoder and decoder with a diagonal Gaussian between; factor = 2 ** (levels - 1)."""
+
+    widths: tuple[int, ...] = setting(
+        (128, 256, 512, 512), "channels at each resolution, the finest first; n widths give factor 2^(n-1)"
+    )
+    blocks: int = setting(2, "residual blocks a resolution in the encoder (one more in the decoder)")
+    latent_channels: int = setting(4, "channels of the latent")
+    image_channels: int = setting(3, "channels of the picture")
+    groups: int = setting(32, "groups of the group norms")
+    middle_attention: bool = setting(True, "self-attention over the positions of the coarsest resolution")
+
+    def __post_init__(self) -> None:
+        if not self.widths:
+            raise ConfigError("the autoencoder needs at least one width.")
+        for i, width in enumerate(self.widths):
+            if width % self.groups:
+                raise ConfigError(f"widths[{i}] = {width} is not divisible by {self.groups} groups.")
+
+    @property
+    def factor(self) -> int:
+        return 2 ** (len(self.widths) - 1)
+
+    def build(self) -> AutoencoderKL:
+        return AutoencoderKL(self)
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over the positions of a feature map, pre-normed and residual: ``[b c h w] -> [b c h w]``."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (projection(h).flatten(2).transpose(1, 2).unsqueeze(1) for projection in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)  # b 1 (h w) c
+        return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[-2:]))
+
+
+class Downsample(nn.Module):
+    """3 x 3 convolution of stride 2, padded by one at the right and the bottom: ``[b c h w] -> [b c h/2 w/2]``."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the coarsest resolution: ``[b c h w] -> [b c h w]``."""
+
+    def __init__(self, width: int, groups: int, attention: bool):
+        super().__init__()
+        self.block_1 = ResidualBlock(width, width, groups=groups, eps=1e-6)
+        self.attn_1 = SpatialAttention(width, groups) if attention else nn.Identity()
+        self.block_2 = ResidualBlock(width, width, groups=groups, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution and the resampling to the next: ``[b c h w] -> [b width h' w']``."""
+
+    def __init__(self, in_width: int, width: int, blocks: int, groups: int, resample: type[nn.Module] | None):
+        super().__init__()
+        widths = [in_width] + [width] * blocks
+        self.block = nn.ModuleList(
+            ResidualBlock(a, b, groups=groups, eps=1e-6) for a, b in pairwise(widths)
+        )
+        self.resample = resample(width) if resample else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return self.resample(x)
+
+
+class Encoder(nn.Module):
+    """``[b image_channels h w] -> [b 2 latent_channels h/f w/f]``: mean and log-variance before the quant convolution."""
+
+    def __init__(self, config: AutoencoderKLConfig):
+        super().__init__()
+        widths, top = config.widths, config.widths[-1]
+        self.conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(
+                widths[max(i - 1, 0)],
+                width,
+                config.blocks,
+                config.groups,
+                Downsample if i < len(widths) - 1 else None,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.mid = Middle(top, config.groups, config.middle_attention)
+        self.norm_out = nn.GroupNorm(config.groups, top, eps=1e-6)
+        self.conv_out = nn.Conv2d(top, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """``[b latent_channels h/f w/f] -> [b image_channels h w]``"""
+
+    def __init__(self, config: AutoencoderKLConfig):
+        super().__init__()
+        widths = config.widths[::-1]  # the coarsest first
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid = Middle(widths[0], config.groups, config.middle_attention)
+        self.up = nn.ModuleList(
+            Level(
+                widths[max(i - 1, 0)],
+                width,
+                config.blocks + 1,
+                config.groups,
+                Upsample if i < len(widths) - 1 else None,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in self.up:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class AutoencoderKL(FirstStage):
+    """Picture to a distribution of latents and back."""
+
+    def __init__(self, config: AutoencoderKLConfig):
+        super().__init__(config.latent_channels, config.factor)
+        self.config = config
+        z = config.latent_channels
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
+        self.post_quant_conv = nn.Conv2d(z, z, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, image: Tensor) -> DiagonalGaussian:
+        """``image [b c h w]`` in [-1, 1], sides divisible by the factor, to the posterior over ``[b z h/f w/f]``."""
+        moments = self.quant_conv(self.encoder(image.contiguous(memory_format=torch.channels_last)))
+        mean, logvar = moments.float().chunk(2, dim=1)
+        return DiagonalGaussian(mean, logvar)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """``latent [b z h w]`` (not normalised) to pictures ``[b c fh fw]``, about in [-1, 1] (not clamped)."""
+        return self.decoder(self.post_quant_conv(latent.contiguous(memory_format=torch.channels_last)))
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight by whose gradients the adversarial loss is balanced against the reconstruction."""
+        return self.decoder.conv_out.weight

@@ -1,0 +1,35 @@
+"""The patch discriminator of the autoencoder's adversarial loss (Isola et al. 2017, arXiv 1611.07004)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class PatchDiscriminator(nn.Module):
+    """4 x 4 convolutions that end in one logit for each patch of the picture.
+
+    Args:
+        channels: of the picture.
+        width: channels after the first convolution; doubled at each further one, up to eightfold.
+        layers: convolutions of stride 2; more see larger patches (3: 70 pixels).
+    """
+
+    def __init__(self, channels: int, width: int, layers: int):
+        super().__init__()
+        widths = [width * min(2**i, 8) for i in range(layers + 1)]
+        parts: list[nn.Module] = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(1, layers + 1):
+            stride = 2 if i < layers else 1
+            parts += [
+                nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(widths[i]),
+                nn.LeakyReLU(0.2),
+            ]
+        self.body = nn.Sequential(*parts, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``[b c h w]`` in [-1, 1] to logits ``[b 1 h' w']``, high where a patch looks real."""
+        return self.body(image)

@@ -1,0 +1,109 @@
+"""What a first stage is: pictures to latents and back, with the statistics by which the denoiser sees them normalised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config import Kind, setting
+
+
+class DiagonalGaussian:
+    """N(mean, diag(exp(logvar))), the posterior over the latents of a picture.
+
+    Args:
+        mean: ``[b c h w]``.
+        logvar: the same shape; clamped to [-30, 20] so that neither it nor its exponential overflows.
+    """
+
+    def __init__(self, mean: Tensor, logvar: Tensor):
+        self.mean = mean
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std * noise, for standard normal ``noise`` of the mean's shape."""
+        return self.mean + self.std * noise
+
+    def kl(self) -> Tensor:
+        """KL(self || N(0, 1)) in nats, summed over a picture: ``[b]`` (Kingma & Welling 2013, appendix B)."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
+
+
+class FirstStageKind(Kind):
+    """The family of first stages; ``build()`` gives a :class:`FirstStage`."""
+
+    latent_channels: int
+    image_channels: int
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent position, along each side."""
+        raise NotImplementedError
+
+    def build(self) -> FirstStage:
+        raise NotImplementedError
+
+
+class FirstStage(nn.Module):
+    """Pictures ``[b c h w]`` in [-1, 1] to a posterior over latents ``[b z h/f w/f]``, and latents to pictures.
+
+    ``latent_mean`` and ``latent_std``, ``[z]``, are measured at the end of training and saved with the weights.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, latent_channels: int, factor: int):
+        super().__init__()
+        self.latent_channels = latent_channels
+        self.factor = factor
+        self.register_buffer("latent_mean", torch.zeros(latent_channels))
+        self.register_buffer("latent_std", torch.ones(latent_channels))
+
+    def encode(self, image: Tensor) -> DiagonalGaussian:
+        raise NotImplementedError
+
+    def decode(self, latent: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def normalize(self, latent: Tensor) -> Tensor:
+        """To zero mean and unit variance a channel, as the denoiser sees latents."""
+        return (latent - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+
+    def denormalize(self, latent: Tensor) -> Tensor:
+        """The inverse of :meth:`normalize`."""
+        return latent * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+
+
+@dataclass(frozen=True)
+class IdentityConfig(FirstStageKind, kind="identity"):
+    """No first stage: the denoiser works on the data itself (DDPM in pixel space, the two-dimensional toys)."""
+
+    image_channels: int = setting(3, "channels of the picture")
+
+    @property
+    def latent_channels(self) -> int:  # type: ignore[override]
+        return self.image_channels
+
+    @property
+    def factor(self) -> int:
+        return 1
+
+    def build(self) -> Identity:
+        return Identity(self.image_channels, 1)
+
+
+class Identity(FirstStage):
+    """The picture is its own latent, without noise."""
+
+    def encode(self, image: Tensor) -> DiagonalGaussian:
+        return DiagonalGaussian(image, torch.full_like(image, -30.0))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return latent

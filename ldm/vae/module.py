@@ -1,0 +1,176 @@
+"""Stage 1: training of the autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+from ldm.config import setting
+from ldm.images import Images
+from ldm.training.optim import TrainConfig, adamw
+from ldm.training.stage import StageModule
+from ldm.vae.discriminator import PatchDiscriminator
+from ldm.vae.first_stage import FirstStage, FirstStageKind
+from ldm.vae.loss import AutoencoderLossConfig, ReconstructionLoss, adaptive_weight, hinge_loss, kl_loss
+
+PREVIEW = 8
+"""Pictures that are shown beside their reconstructions."""
+
+
+@dataclass(frozen=True)
+class VAEStage:
+    """Stage 1: the first stage, how it is trained, or the file that it comes from."""
+
+    model: FirstStageKind = setting(help="the first stage")
+    loss: AutoencoderLossConfig = setting(AutoencoderLossConfig(), "its losses")
+    train: TrainConfig | None = setting(None, "its training; null = it is not trained here")
+    checkpoint: str | None = setting(None, "file of a trained first stage that is only used")
+
+
+class VAEModule(StageModule):
+    """Autoencoder against discriminator: two optimizers, stepped by hand one after the other on the same batch."""
+
+    stage = "vae"
+    monitor = "psnr"
+    higher_is_better = True
+
+    def __init__(self, config: VAEStage, train: TrainConfig, seed: int, folder: Path):
+        super().__init__(train, {}, seed, folder)
+        self.config = config
+        self.automatic_optimization = False
+        self.loss_config = config.loss
+        self.first_stage = config.model.build()
+        self.reconstruction_loss = ReconstructionLoss(config.loss)
+        self.discriminator: PatchDiscriminator | None = None
+        if config.loss.adversarial:
+            channels = config.model.image_channels
+            self.discriminator = PatchDiscriminator(channels, config.loss.disc_width, config.loss.disc_layers)
+        self.preview: Tensor | None = None
+
+    def networks(self) -> nn.Module:
+        return self.first_stage
+
+    def compile_networks(self) -> None:
+        self.first_stage.encoder.compile()
+        self.first_stage.decoder.compile()
+
+    def configure_optimizers(self) -> Any:
+        modules = [self.first_stage] + ([self.discriminator] if self.discriminator else [])
+        optimizers = [adamw([module], self.train_config) for module in modules]
+        factor = self.train_config.learning_rate_factor
+        return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        image, config = batch["image"], self.loss_config
+        optimizers = self._listed(self.optimizers())
+        self.toggle_optimizer(optimizers[0])  # the discriminator's weights get no gradients
+        generator = self.step_generator(batch_idx)
+        posterior = self.first_stage.encode(image)
+        latent = posterior.sample(torch.randn(posterior.mean.shape, generator=generator).to(image))
+        reconstruction = self.first_stage.decode(latent)
+
+        error = self.reconstruction_loss(image, reconstruction.float()).mean()
+        kl = kl_loss(posterior)
+        loss = error + config.kl * kl
+        metrics: dict[str, Tensor] = {"error": error.detach() / image[0].numel(), "kl": kl.detach()}
+        adversarial = self.discriminator is not None and self.completed_steps >= config.disc_start
+        if adversarial:
+            fooled = -self.discriminator(reconstruction).mean()
+            weight = config.adversarial * adaptive_weight(error, fooled, self.first_stage.last_layer)
+            loss = loss + weight * fooled
+            metrics["generator"] = fooled.detach()
+        self._step(optimizers[0], self.report(loss / image[0].numel(), **metrics), batch_idx)
+        self.untoggle_optimizer(optimizers[0])
+
+        if adversarial:
+            self.toggle_optimizer(optimizers[1])
+            real, fake = self.discriminator(image), self.discriminator(reconstruction.detach())
+            loss_d = hinge_loss(real, fake)
+            self.latest["discriminator"] = loss_d.detach()
+            self._step(optimizers[1], loss_d, batch_idx)
+            self.untoggle_optimizer(optimizers[1])
+        if self.steps_at(batch_idx):
+            for schedule in self._listed(self.lr_schedulers()):
+                schedule.step()
+        return loss.detach()
+
+    @staticmethod
+    def _listed(found: Any) -> list[Any]:
+        """Lightning hands out one optimizer, or a list of several."""
+        return found if isinstance(found, list) else [found]
+
+    def _step(self, optimizer: Any, loss: Tensor, batch_index: int) -> None:
+        """Gradients of ``loss``, accumulated; clipped and applied where a step is due."""
+        self.manual_backward(loss / self.train_config.accumulate)
+        if self.steps_at(batch_index):
+            self.clip_gradients(optimizer, self.train_config.gradient_clip, "norm")
+            optimizer.step()
+            optimizer.zero_grad()
+
+    # Validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64)
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        image = batch["image"]
+        if self.preview is None:
+            self.preview = image[:PREVIEW]
+        posterior = self.first_stage.encode(image)
+        reconstruction = self.first_stage.decode(posterior.mean).float().clamp(-1, 1)
+        sums = [
+            psnr(image, reconstruction).sum(),
+            ssim(reconstruction, image, data_range=(-1.0, 1.0), reduction="sum"),
+            posterior.kl().sum(),
+            torch.tensor(float(len(image))),
+        ]
+        self._sums += torch.stack([s.double().cpu() for s in sums])
+
+    def on_validation_epoch_end(self) -> None:
+        total = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum").tolist()
+        self.validation = {name: value / total[3] for name, value in zip(("psnr", "ssim", "kl"), total, strict=False)}
+
+    def pictures(self) -> Mapping[str, Any]:
+        """Validation pictures above their reconstructions."""
+        if self.preview is None:
+            self.preview = next(iter(self.trainer.datamodule.val_dataloader()))["image"][:PREVIEW].to(self.device)
+        reconstruction = self.first_stage.decode(self.first_stage.encode(self.preview).mean)
+        pairs = torch.cat([self.preview, reconstruction.clamp(-1, 1)])
+        return {"reconstructions": Images.of((pairs + 1) / 2, [{}] * len(pairs)).grid(columns=len(self.preview))}
+
+
+def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each picture ``[b c h w]`` in [-1, 1]: ``[b]``; the peak is the range, 2."""
+    error = (image - reconstruction).square().flatten(1).mean(1)
+    return 10 * torch.log10(4.0 / error.clamp(min=1e-10))
+
+
+@torch.no_grad()
+def measure_latents(
+    first_stage: FirstStage, batches: Iterable[Mapping[str, Any]], device: torch.device | str = "cpu"
+) -> None:
+    """Set ``latent_mean`` and ``latent_std`` to the statistics a channel of latents drawn for all pictures of ``batches``.
+
+    By the law of total variance, var(z) = E[posterior variance] + var(posterior mean); summed in fp64.
+    """
+    channels = first_stage.latent_channels
+    count, total, squares = (
+        0,
+        torch.zeros(channels, dtype=torch.float64),
+        torch.zeros(channels, dtype=torch.float64),
+    )
+    for batch in batches:
+        posterior = first_stage.encode(batch["image"].to(device))
+        mean, variance = posterior.mean.double().cpu(), posterior.logvar.exp().double().cpu()
+        total += mean.sum((0, 2, 3))
+        squares += (mean.square() + variance).sum((0, 2, 3))
+        count += mean.numel() // channels
+    mean = total / count
+    first_stage.latent_mean.copy_(mean)
+    first_stage.latent_std.copy_((squares / count - mean.square()).clamp(min=1e-12).sqrt())
