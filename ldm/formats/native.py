@@ -1,0 +1,225 @@
+"""Our own files: one safetensors file that holds weights and all that they mean.
+
+The metadata of a file says ``format`` (what it holds), ``config`` (JSON of the typed config), ``tokenizer`` (JSON, where text
+is read), ``fingerprint`` and ``provenance``. A first stage and a CLIP are what a stage leaves for the next; a model is the
+whole LatentDiffusion that a pipeline opens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ldm.clip.tokenizer import Tokenizer
+from ldm.config import structure, unstructure
+from ldm.errors import CheckpointError, LdmError
+from ldm.model import LatentDiffusion, ModelConfig
+
+FIRST_STAGE, CLIP, MODEL = "ldm.first_stage.1", "ldm.clip.1", "ldm.model.1"
+"""What a file of ours can hold."""
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, force it to disk, and rename it; readers see all or nothing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, written atomically; tensors are stored contiguous, on the CPU."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = save(stored, metadata=dict(metadata))
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing or is no safetensors file.
+    """
+    return _open(path, lambda file: file.metadata() or {})
+
+
+def read_tensors(path: str | Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, those of floating point in ``dtype`` if it is given.
+
+    Raises:
+        CheckpointError: the file is missing or is no safetensors file.
+    """
+
+    def tensors(file: Any) -> dict[str, Tensor]:
+        loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+        return {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in loaded.items()}
+
+    return _open(path, tensors)
+
+
+def _open(path: str | Path, read: Callable[[Any], Any]) -> Any:
+    if not Path(path).is_file():
+        raise CheckpointError(f"there is no file {path}.")
+    try:
+        with safe_open(str(path), "pt") as file:
+            return read(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); get or make it anew.") from None
+
+
+def fingerprint(tensors: Mapping[str, Tensor], meaning: Mapping[str, Any]) -> str:
+    """16 hex digits that change with any weight (names, shapes, values as fp32) and with what they mean (JSON values)."""
+    digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Weights into a module; every name and shape must match.
+
+    Raises:
+        CheckpointError: listing the first of the names that are missing, unexpected or of another shape.
+    """
+    wanted = module.state_dict()
+    problems = {
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected": [name for name in tensors if name not in wanted],
+        "of another shape": [name for name in wanted if name in tensors and wanted[name].shape != tensors[name].shape],
+    }
+    told = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in problems.items()
+        if names
+    ]
+    if told:
+        raise CheckpointError(f"{source} does not fit its config: {'; '.join(told)}.")
+    module.load_state_dict(dict(tensors), assign=True)
+
+
+def save_module(
+    path: str | Path,
+    format: str,
+    module: nn.Module,
+    config: Any,
+    tokenizer: Tokenizer | None = None,
+    provenance: Mapping[str, Any] = MappingProxyType({}),
+    dtype: torch.dtype | None = None,
+) -> str:
+    """Write weights with all that they mean, and return their fingerprint.
+
+    Args:
+        path: of the file.
+        format: ``FIRST_STAGE``, ``CLIP`` or ``MODEL``.
+        module: whose state is written.
+        config: what it was built from.
+        tokenizer: of what reads text.
+        provenance: JSON values that say where it comes from (stages' fingerprints, steps, versions).
+        dtype: of the stored weights; the statistics of the latents stay fp32. None = as they are.
+    """
+    tensors = {
+        name: tensor.to(dtype) if dtype and tensor.is_floating_point() and "latent_" not in name else tensor
+        for name, tensor in module.state_dict().items()
+    }
+    metadata = {
+        "format": format,
+        "config": json.dumps(unstructure(config)),
+        "tokenizer": tokenizer.to_json() if tokenizer else "",
+        "provenance": json.dumps(dict(provenance)),
+    }
+    metadata["fingerprint"] = fingerprint(tensors, {name: metadata[name] for name in ("format", "config", "tokenizer")})
+    write_tensors(path, tensors, metadata)
+    return metadata["fingerprint"]
+
+
+def save_model(
+    path: str | Path, model: LatentDiffusion, provenance: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> str:
+    """Write a whole model, as :func:`save_module` does, and return its fingerprint."""
+    return save_module(path, MODEL, model, model.config, model.tokenizer, provenance, dtype)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file of ours says about its weights."""
+
+    config: Any
+    tokenizer: Tokenizer | None
+    fingerprint: str
+    provenance: dict[str, Any]
+
+
+def read_header(path: str | Path, format: str, config: type[Any]) -> Header:
+    """The header of a file of this format, its config as an instance of ``config``.
+
+    Raises:
+        CheckpointError: the file is missing, broken, of another format, or of a config that this version does not know.
+    """
+    metadata = read_metadata(path)
+    if metadata.get("format") != format:
+        raise CheckpointError(
+            f"{path} does not hold what is wanted, {format}; its metadata says {metadata.get('format')!r}."
+        )
+    try:
+        return Header(
+            structure(config, json.loads(metadata["config"])),
+            Tokenizer.from_json(metadata["tokenizer"]) if metadata["tokenizer"] else None,
+            metadata["fingerprint"],
+            json.loads(metadata["provenance"]),
+        )
+    except (LdmError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"the header of {path} cannot be read: {error}") from None
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None) -> LatentDiffusion:
+    """A model that :func:`save_model` wrote, in evaluation mode, in ``dtype`` (default: fp32).
+
+    Raises:
+        CheckpointError: the file is missing, broken, of another format, or does not fit its own config.
+    """
+    header = read_header(path, MODEL, ModelConfig)
+    with torch.device("meta"), _WithoutInit():
+        model = LatentDiffusion(header.config, header.tokenizer)
+    load_strictly(model, read_tensors(path, dtype or torch.float32), path)
+    model.fingerprint, model.provenance = header.fingerprint, header.provenance
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Modules built under it skip ``torch.nn.init``, which on the meta device imports torch._dynamo, for 1.5 s."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        initialises = getattr(func, "__module__", None) == "torch.nn.init"
+        return kwargs["tensor"] if initialises else func(*args, **kwargs)

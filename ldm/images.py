@@ -1,0 +1,166 @@
+"""The pictures that a pipeline returns, each with the record of how it was made."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from ldm.errors import SamplingError
+from ldm.formats.native import write_atomically
+
+CAPTION_SIZE = 12  # pixels
+CAPTION_WIDTH = 22  # characters a line
+GAP = 4  # pixels between the pictures of a grid
+
+
+def with_record(picture: Image.Image, record: Mapping[str, str]) -> Image.Image:
+    """The picture, with ``record`` in its ``info`` and in the text chunks of any PNG that it is saved as.
+
+    Opened again, the PNG has the same ``info``.
+    """
+    chunks = PngInfo()
+    for name, text in record.items():
+        picture.info[name] = text
+        chunks.add_text(name, text)
+    picture.encoderinfo = {"pnginfo": chunks}  # Pillow's defaults for whatever `save` is told
+    return picture
+
+
+class Images(list[Image.Image]):
+    """A list of PIL pictures.
+
+    The ``info`` of a picture says how it was made, in strings: ``prompt``, ``negative_prompt`` or ``label``
+    if given, ``seed``, ``settings`` (JSON) and ``model``, the fingerprint of the model's file.
+    """
+
+    @classmethod
+    def of(cls, pictures: Tensor, records: Sequence[Mapping[str, str]]) -> Images:
+        """``pictures [n c h w]`` in [0, 1], ``c`` 1 or 3, and what each is to say of itself."""
+        levels = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        drawn = (Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in levels)
+        return cls(with_record(picture, record) for picture, record in zip(drawn, records, strict=True))
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each picture; it gives the picture again, alone or in any batch."""
+        return [int(picture.info["seed"]) for picture in self]
+
+    @property
+    def prompts(self) -> list[str]:
+        """What each picture was asked to show: its prompt or its class label; empty if nothing."""
+        return [picture.info.get("prompt", picture.info.get("label", "")) for picture in self]
+
+    def grid(self, columns: int | None = None, captions: bool | Sequence[str] = False, scale: int = 1) -> Image.Image:
+        """All pictures in one, row by row, on white.
+
+        Args:
+            columns: pictures in a row; default: as square as it gets.
+            captions: texts to write under the pictures, or True for their prompts.
+            scale: how many times to enlarge each picture.
+
+        Raises:
+            SamplingError: there is no picture, or not one caption for each.
+        """
+        if not self:
+            raise SamplingError("a grid needs at least one picture.")
+        texts = self.prompts if captions is True else list(captions or [])
+        if texts and len(texts) != len(self):
+            raise SamplingError(f"{len(texts)} captions do not fit {len(self)} pictures; give one for each.")
+        columns = min(columns or math.ceil(math.sqrt(len(self))), len(self))
+        rows = math.ceil(len(self) / columns)
+
+        font = ImageFont.load_default(CAPTION_SIZE)
+        wrapped = [textwrap.fill(text, CAPTION_WIDTH) for text in texts]
+        lines = max((text.count("\n") + 1 for text in wrapped), default=0)
+        picture_width = scale * max(picture.width for picture in self)
+        picture_height = scale * max(picture.height for picture in self)
+        width = max(picture_width, CAPTION_SIZE * CAPTION_WIDTH // 2 if texts else 0)
+        height = picture_height + lines * (CAPTION_SIZE + 3) + (GAP if texts else 0)
+
+        sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP), "white")
+        draw = ImageDraw.Draw(sheet)
+        for index, picture in enumerate(self):
+            x = GAP + index % columns * (width + GAP)
+            y = GAP + index // columns * (height + GAP)
+            size = (scale * picture.width, scale * picture.height)
+            enlarged = picture.resize(size, Image.Resampling.BICUBIC)
+            sheet.paste(enlarged, (x + (width - enlarged.width) // 2, y))
+            if texts:
+                under = (x + width / 2, y + picture_height + GAP)
+                draw.multiline_text(under, wrapped[index], "black", font, "ma", spacing=3, align="center")
+        return with_record(sheet, self._common_record())
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the pictures, with their records where the format is PNG, and return the files written.
+
+        Args:
+            path: a file name, where several pictures become one :meth:`grid`; a file name with ``{index}`` or
+                ``{seed}`` in it, for a file each; or a folder, for ``0000.png``, ``0001.png``, ...
+
+        Raises:
+            SamplingError: unknown format, one name for two pictures, or a file that cannot be written.
+        """
+        path = check_target(path)
+        pattern = path if "{" in path.name else path / "{index:04d}.png"
+        if pattern != path and path.suffix and not path.is_dir():
+            return [write_picture(self[0] if len(self) == 1 else self.grid(), path)]
+        names = [pattern.name.format(index=index, seed=seed) for index, seed in enumerate(self.seeds)]
+        if len(set(names)) < len(names):
+            raise SamplingError(f"{path} gives several pictures one name; put {{index}} into it.")
+        files = [pattern.with_name(name) for name in names]
+        return [write_picture(picture, file) for picture, file in zip(self, files, strict=True)]
+
+    def _repr_png_(self) -> bytes:
+        """How a notebook shows the list."""
+        file = io.BytesIO()
+        self.grid().save(file, "PNG")
+        return file.getvalue()
+
+    def _common_record(self) -> dict[str, str]:
+        """One record for all: what they have in common as it is, what differs as a JSON list."""
+        record: dict[str, str] = {}
+        for name in dict.fromkeys(str(name) for picture in self for name in picture.info):
+            values = [picture.info.get(name, "") for picture in self]
+            record[name] = values[0] if len(set(values)) == 1 else json.dumps(values, ensure_ascii=False)
+        return record
+
+
+def check_target(path: str | Path) -> Path:
+    """``path``, if :meth:`Images.save` can write there; worth asking before the pictures are made.
+
+    Raises:
+        SamplingError: a file name with other fields than index and seed, or with no picture format's ending.
+    """
+    path = Path(path)
+    try:
+        path.name.format(index=0, seed=0)
+    except (KeyError, IndexError, ValueError):
+        raise SamplingError(f"{path} is no pattern; the fields of one are {{index}} and {{seed}}.") from None
+    is_file = ("{" in path.name or path.suffix) and not path.is_dir()
+    if is_file and path.suffix.lower() not in Image.registered_extensions():
+        raise SamplingError(f"{path} ends in {path.suffix!r}, which is no picture format; end it in .png.")
+    return path
+
+
+def write_picture(picture: Image.Image, path: Path) -> Path:
+    """Write one picture, atomically, in the format of the path's ending, and return the path.
+
+    Raises:
+        SamplingError: it cannot be written.
+    """
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    try:
+        write_atomically(path, lambda temporary: picture.save(temporary, kind))
+    except OSError as error:
+        reason = error.strerror or error
+        raise SamplingError(f"{path} cannot be written ({reason}); choose another place.") from None
+    return path
