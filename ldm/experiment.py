@@ -1,0 +1,96 @@
+"""One experiment: data, trainer and the three stages, read from one YAML, and whether they fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ldm.clip.module import CLIPStage
+from ldm.conditioning.text import TextConditionerConfig
+from ldm.config import read_yaml, setting, structure
+from ldm.data.kinds import DataKind
+from ldm.denoiser.module import DenoiserStage
+from ldm.errors import ConfigError
+from ldm.model import ModelConfig
+from ldm.training.fit import TrainerConfig
+from ldm.vae.module import VAEStage
+
+STAGES = ("vae", "clip", "denoiser")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One YAML, one run folder, one pipeline."""
+
+    name: str = setting(help="of the experiment; the run folder is runs/<name>")
+    data: DataKind = setting(help="pictures and captions")
+    vae: VAEStage = setting(help="stage 1, the first stage")
+    denoiser: DenoiserStage = setting(help="stage 3, the denoiser")
+    clip: CLIPStage | None = setting(None, "stage 2, tokenizer and CLIP; null where nothing reads text")
+    run_dir: str | None = setting(None, "where everything goes; null = runs/<name>")
+    seed: int = setting(0, "of all randomness")
+    trainer: TrainerConfig = setting(TrainerConfig(), "devices and precision")
+
+    def __post_init__(self) -> None:
+        if self.clip is not None:
+            tokenizer, text = self.clip.tokenizer, self.clip.model.text
+            if tokenizer.vocab_size > text.vocab_size or tokenizer.context_length > text.context_length:
+                raise ConfigError(
+                    f"clip.tokenizer makes up to {tokenizer.context_length} tokens below {tokenizer.vocab_size}, but "
+                    f"clip.model.text has context_length {text.context_length} and vocab_size {text.vocab_size}."
+                )
+        if self.clip is None and isinstance(self.denoiser.conditioner, TextConditionerConfig):
+            raise ConfigError("denoiser.conditioner reads text, but there is no clip section to give its tower.")
+        model_config(self)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that are trained here, in order."""
+        trained = {
+            "vae": self.vae.train,
+            "clip": self.clip and self.clip.train,
+            "denoiser": self.denoiser.train,
+        }
+        return tuple(stage for stage in STAGES if trained[stage])
+
+
+def model_config(experiment: Experiment) -> ModelConfig:
+    """The model that the experiment's stages make together.
+
+    Raises:
+        ConfigError: they do not fit each other.
+    """
+    conditioner, clip = experiment.denoiser.conditioner, experiment.clip
+    if isinstance(conditioner, TextConditionerConfig) and conditioner.tower is None:
+        assert clip is not None
+        conditioner = replace(conditioner, tower=replace(clip.model.text, embed_dim=clip.model.embed_dim))
+    channels, height, width = experiment.data.image_shape
+    if channels != experiment.vae.model.image_channels:
+        raise ConfigError(
+            f"vae.model.image_channels is {experiment.vae.model.image_channels}, but the data's pictures have {channels}."
+        )
+    return ModelConfig(
+        first_stage=experiment.vae.model,
+        conditioner=conditioner,
+        denoiser=experiment.denoiser.model,
+        diffusion=experiment.denoiser.diffusion,
+        size=(height, width),
+        sampling=experiment.denoiser.sampling,
+    )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a YAML file and ``key=value`` overrides, checked.
+
+    Raises:
+        ConfigError: one sentence that names the file and the place.
+    """
+    try:
+        return structure(Experiment, read_yaml(path, overrides))
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None

@@ -1,0 +1,235 @@
+"""From one stage to the next: what each begins with, what it leaves, and the check that the two fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ldm import __version__
+from ldm.clip.model import CLIPConfig
+from ldm.clip.module import CLIPModule
+from ldm.clip.tokenizer import Tokenizer
+from ldm.conditioning.text import TextConditioner
+from ldm.config import unstructure
+from ldm.data.datamodule import DataModule, LatentSource
+from ldm.data.stream import EvaluationLoader
+from ldm.denoiser.module import DenoiserModule
+from ldm.errors import CheckpointError, TrainingError
+from ldm.experiment import Experiment, model_config
+from ldm.formats import MODEL_FILE
+from ldm.formats.native import (
+    CLIP,
+    FIRST_STAGE,
+    MODEL,
+    Header,
+    load_strictly,
+    read_header,
+    read_metadata,
+    read_tensors,
+    save_model,
+    save_module,
+    write_atomically,
+)
+from ldm.model import LatentDiffusion, ModelConfig
+from ldm.training.fit import fit
+from ldm.training.stage import StageModule
+from ldm.vae import FirstStageKind, IdentityConfig
+from ldm.vae.module import VAEModule, measure_latents
+
+PART_FILE = "final.safetensors"
+"""What the stages vae and clip leave in their folders."""
+
+
+def result_file(experiment: Experiment, stage: str) -> Path:
+    """The file that a finished stage leaves in the run folder."""
+    return experiment.folder / MODEL_FILE if stage == "denoiser" else experiment.folder / stage / PART_FILE
+
+
+def train_stage(experiment: Experiment, stage: str) -> Path:
+    """Train one stage, or go on with it, and return the file that it leaves; a finished one is left as it is.
+
+    Raises:
+        TrainingError: a predecessor is missing, training was stopped, or the loss is not finite.
+        CheckpointError: a predecessor does not fit the config, or has been trained anew since.
+    """
+    result = result_file(experiment, stage)
+    module = MAKE[stage](experiment)
+    if _is_finished(result, module):
+        return result
+    write_config(experiment)
+    if module.train_config.init and not (module.folder / "last.ckpt").is_file():
+        _initialize(module, module.train_config.init)
+    data = data_of(experiment, module)
+    trainer = fit(module, data, experiment.trainer)
+    if trainer.is_global_zero:
+        with module.averaged():
+            _write_result(result, module.eval(), data)
+    trainer.strategy.barrier()
+    return result
+
+
+def make_vae(experiment: Experiment) -> VAEModule:
+    """Stage 1, which has no predecessor."""
+    config = experiment.vae
+    assert config.train is not None
+    return VAEModule(config, config.train, experiment.seed, experiment.folder / "vae")
+
+
+def make_clip(experiment: Experiment) -> CLIPModule:
+    """Stage 2, with the tokenizer of the run."""
+    config, folder = experiment.clip, experiment.folder / "clip"
+    assert config is not None
+    assert config.train is not None
+    return CLIPModule(config, config.train, experiment.seed, folder, _tokenizer(experiment, folder / "tokenizer.json"))
+
+
+def make_denoiser(experiment: Experiment) -> DenoiserModule:
+    """Stage 3, with the first stage and the text tower that the stages before have left."""
+    model, handoff = make_model(experiment)
+    return DenoiserModule(experiment.denoiser, model, handoff, experiment.seed, experiment.folder / "denoiser")
+
+
+MAKE = {"vae": make_vae, "clip": make_clip, "denoiser": make_denoiser}
+"""The module of each stage, with its predecessors' weights in place."""
+
+
+def make_model(experiment: Experiment) -> tuple[LatentDiffusion, dict[str, str]]:
+    """The whole model as stage 3 begins with it, and the fingerprints of what it took from the stages before.
+
+    Raises:
+        TrainingError: a predecessor has not been trained.
+        CheckpointError: it does not fit the config.
+    """
+    config, handoff = model_config(experiment), {}
+    tokenizer, clip_path = None, None
+    if experiment.clip is not None:
+        clip_path = _predecessor(experiment, "clip", experiment.clip.checkpoint)
+        header = read_header(clip_path, CLIP, CLIPConfig)
+        _check_fit(clip_path, "clip.model", header, experiment.clip.model)
+        tokenizer, handoff["clip"] = header.tokenizer, header.fingerprint
+    model = LatentDiffusion(config, tokenizer)
+    if not isinstance(experiment.vae.model, IdentityConfig):
+        path = _predecessor(experiment, "vae", experiment.vae.checkpoint)
+        header = read_header(path, FIRST_STAGE, FirstStageKind)
+        _check_fit(path, "vae.model", header, experiment.vae.model)
+        load_strictly(model.first_stage, read_tensors(path), path)
+        handoff["vae"] = header.fingerprint
+    if clip_path is not None and isinstance(model.conditioner, TextConditioner):
+        tensors = read_tensors(clip_path)
+        tower = {name.removeprefix("text."): tensor for name, tensor in tensors.items() if name.startswith("text.")}
+        load_strictly(model.conditioner.tower, tower, clip_path)
+    return model, handoff
+
+
+def data_of(experiment: Experiment, module: StageModule) -> DataModule:
+    """The batches of a stage; those of the denoiser are latents if the config asks for ``cache_latents``."""
+    train, latents = module.train_config, None
+    if isinstance(module, DenoiserModule) and experiment.data.cache_latents and "vae" in module.handoff:
+        latents = LatentSource(module.model.first_stage, module.handoff["vae"], experiment.folder / "latents")
+    return DataModule(
+        experiment.data,
+        train.batch_size,
+        experiment.seed,
+        train.max_steps * train.accumulate,
+        latents=latents,
+    )
+
+
+def write_config(experiment: Experiment) -> None:
+    """``config.yaml`` of the run folder: the experiment as it was resolved."""
+    import yaml
+
+    text = yaml.safe_dump(unstructure(experiment), sort_keys=False, allow_unicode=True)
+    write_atomically(experiment.folder / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _write_result(path: Path, module: StageModule, data: DataModule) -> None:
+    provenance: dict[str, Any] = {
+        "stage": module.stage,
+        "steps": module.completed_steps,
+        "seed": module.seed,
+        "ldm": __version__,
+        "handoff": module.handoff,
+    }
+    if isinstance(module, VAEModule):
+        batches = EvaluationLoader(data.samples("train"), module.train_config.batch_size)
+        measure_latents(module.first_stage, batches, module.device)
+        save_module(path, FIRST_STAGE, module.first_stage, module.config.model, provenance=provenance)
+    elif isinstance(module, CLIPModule):
+        save_module(path, CLIP, module.clip, module.config.model, module.tokenizer, provenance)
+    elif isinstance(module, DenoiserModule):
+        save_model(path, module.model, provenance)
+
+
+def _tokenizer(experiment: Experiment, path: Path) -> Tokenizer:
+    """The tokenizer of the run: made from the training captions once, then read from ``path``."""
+    if path.is_file():
+        return Tokenizer.from_json(path.read_text(encoding="utf-8"))
+    assert experiment.clip is not None
+    samples = experiment.data.open("train")
+    tokenizer = experiment.clip.tokenizer.build(samples.annotations(np.arange(len(samples)))["text"])
+    write_atomically(path, lambda temporary: temporary.write_text(tokenizer.to_json(), encoding="utf-8"))
+    return tokenizer
+
+
+def _predecessor(experiment: Experiment, stage: str, checkpoint: str | None) -> Path:
+    path = Path(checkpoint) if checkpoint else result_file(experiment, stage)
+    if not path.is_file():
+        raise TrainingError(
+            f"stage denoiser needs what stage {stage} leaves, but there is no {path}; "
+            f"train it first (--stage {stage}, or --stage all) or name a file as {stage}.checkpoint."
+        )
+    return path
+
+
+def _check_fit(path: Path, section: str, header: Header, wanted: Any) -> None:
+    """Refuse a predecessor that was built from another config, naming each field that differs."""
+    found, asked = _flat(unstructure(header.config)), _flat(unstructure(wanted))
+    differing = [
+        f"{section}.{name} is {asked.get(name)!r} here and {found.get(name)!r} there"
+        for name in sorted(found.keys() | asked.keys())
+        if found.get(name) != asked.get(name)
+    ]
+    if differing:
+        raise CheckpointError(f"{path} does not fit the config: {'; '.join(differing)}.")
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names to plain values."""
+    if not isinstance(node, Mapping):
+        return {prefix: node}
+    return {
+        name: value
+        for key, child in node.items()
+        for name, value in _flat(child, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def _is_finished(result: Path, module: StageModule) -> bool:
+    """Whether the stage's file is there, made from these predecessors, with as many steps as the config asks for."""
+    if not result.is_file():
+        return False
+    provenance = json.loads(read_metadata(result).get("provenance", "{}"))
+    if provenance.get("handoff") != module.handoff:
+        raise CheckpointError(
+            f"{result} was made from predecessors with the fingerprints {provenance.get('handoff')}, but those at hand have "
+            f"{module.handoff}; move it and {module.folder} away to train the stage anew."
+        )
+    return provenance.get("steps", 0) >= module.train_config.max_steps
+
+
+def _initialize(module: StageModule, source: str) -> None:
+    """Weights of ``train.init``: a file of what the stage itself leaves."""
+    network: nn.Module = module.networks()
+    formats = {
+        "vae": (FIRST_STAGE, FirstStageKind),
+        "clip": (CLIP, CLIPConfig),
+        "denoiser": (MODEL, ModelConfig),
+    }
+    read_header(source, *formats[module.stage])
+    load_strictly(network, read_tensors(source), source)

@@ -1,0 +1,176 @@
+"""What happens around the training steps of any stage: counting, logging, pictures, checkpoints, a graceful stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from ldm.training.metrics import MetricsFile
+from ldm.training.stage import StageModule
+
+
+class Counting(L.Callback):
+    """Counts optimizer steps and keeps the averaged weights; it must come before the callbacks that read the count."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # type: ignore[override]
+        module.after_batch(batch_idx)
+
+
+class Progress(L.Callback):
+    """A bar with the loss and the time that is left, from the first step of the run, not of the session."""
+
+    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            total=module.train_config.max_steps,
+            initial=module.completed_steps,
+            desc=module.stage,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not trainer.is_global_zero,
+        )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # type: ignore[override]
+        self.bar.set_postfix({name: f"{float(value):.4g}" for name, value in module.latest.items()}, refresh=False)
+        self.bar.update(module.completed_steps - self.bar.n)
+
+    def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+        self.bar.close()
+
+
+class Metrics(L.Callback):
+    """Training metrics every ``log_every`` steps and those of each validation, to ``metrics.csv`` and TensorBoard."""
+
+    def on_fit_start(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+        self.sums: dict[str, list[float]] = {}
+
+    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+        self.last = (time.perf_counter(), module.completed_steps)
+        if trainer.is_global_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.file = MetricsFile(module.folder / "metrics.csv", module.completed_steps)
+            self.board = SummaryWriter(str(module.folder / "tensorboard"), purge_step=module.completed_steps + 1)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # type: ignore[override]
+        for name, value in module.latest.items():
+            self.sums.setdefault(name, []).append(float(value))
+        step = module.completed_steps
+        if not module.steps_at(batch_idx) or (
+            step % module.train_config.log_every and step != module.train_config.max_steps
+        ):
+            return
+        row = {f"train/{name}": sum(values) / len(values) for name, values in self.sums.items()}
+        now, (then, since) = time.perf_counter(), self.last
+        pictures = module.train_config.batch_size * module.train_config.accumulate * trainer.world_size
+        row["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
+        row["train/pictures_per_second"] = pictures * (step - since) / max(now - then, 1e-9)
+        self.sums, self.last = {}, (now, step)
+        self.write(trainer, step, row)
+
+    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+        self.write(
+            trainer,
+            module.completed_steps,
+            {f"val/{name}": value for name, value in module.validation.items()},
+        )
+        self.last = (time.perf_counter(), module.completed_steps)
+
+    def write(self, trainer: L.Trainer, step: int, row: dict[str, float]) -> None:
+        if trainer.is_global_zero and hasattr(self, "file"):
+            self.file.write(step, row)
+            for name, value in row.items():
+                self.board.add_scalar(name, value, step)
+
+
+class Pictures(L.Callback):
+    """Every ``pictures_every`` steps and at the end, what the stage makes with its averaged weights, as PNG files."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # type: ignore[override]
+        step, config = module.completed_steps, module.train_config
+        due = step % config.pictures_every == 0 or step == config.max_steps
+        if not (trainer.is_global_zero and module.steps_at(batch_idx) and due):
+            return
+        module.eval()
+        with module.averaged(), torch.no_grad():
+            pictures = module.pictures()
+        module.train()
+        for name, picture in pictures.items():
+            path = module.folder / "pictures" / f"{name}_{step:07d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+
+
+class Checkpoints(L.Callback):
+    """``last.ckpt`` every ``checkpoint_every`` steps and when stopped; ``best.ckpt`` after the best validation.
+
+    A first Ctrl-C (or SIGTERM) finishes the step, saves and stops; a second one stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.best: float | None = None
+        self.stopping = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+        def stop(number: int, frame: Any) -> None:
+            self.stopping = True
+            for each, handler in self.handlers.items():
+                signal.signal(each, handler)
+
+        self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # type: ignore[override]
+        if not module.steps_at(batch_idx):
+            return
+        step, config = module.completed_steps, module.train_config
+        stopping = bool(trainer.strategy.reduce_boolean_decision(self.stopping, all=False))
+        if stopping or step % config.checkpoint_every == 0 or step == config.max_steps:
+            self.save(trainer, module.folder / "last.ckpt")
+        if stopping:
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+        score = module.validation.get(module.monitor)
+        if score is None or trainer.state.fn != "fit":
+            return
+        if self.best is None or ((score > self.best) == module.higher_is_better and score != self.best):
+            self.best = score
+            self.save(trainer, module.folder / "best.ckpt")
+
+    def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    @staticmethod
+    def save(trainer: L.Trainer, path: Path) -> None:
+        """Atomically; called on all ranks, written by the first."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        trainer.save_checkpoint(unfinished)
+        if trainer.is_global_zero:
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(path)

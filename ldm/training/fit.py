@@ -1,0 +1,107 @@
+"""The loop around a stage: Lightning's trainer, set up so that the same call goes on where the last one stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from ldm.config import setting
+from ldm.errors import CheckpointError, TrainingError
+from ldm.pipeline import default_device, default_dtype
+from ldm.training.callbacks import Checkpoints, Counting, Metrics, Pictures, Progress
+from ldm.training.stage import StageModule
+
+PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """What the stages' trainings share: the machine."""
+
+    accelerator: str = setting("auto", "auto, cpu, gpu or another of Lightning's")
+    devices: int | Literal["auto"] = setting("auto", "number of devices")
+    strategy: str = setting("auto", "of Lightning: auto, ddp, ...")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "of the networks under autocast; auto = bf16 where the hardware has it natively, else fp32"
+    )
+    compile: bool = setting(False, "torch.compile the networks; pays off in long trainings")
+    threads: int | None = setting(None, "CPU threads; null = one a core")
+
+    @property
+    def resolved_precision(self) -> str:
+        """fp32, bf16 or fp16, with auto decided for the machine at hand."""
+        if self.precision != "auto":
+            return self.precision
+        device = torch.device("cpu") if self.accelerator == "cpu" else default_device()
+        return "bf16" if default_dtype(device) == torch.bfloat16 else "fp32"
+
+
+def completed_steps(module: StageModule) -> int:
+    """Steps that the stage's ``last.ckpt`` has behind it; 0 if there is none.
+
+    Raises:
+        CheckpointError: it cannot be read, or was trained on other predecessors than those at hand.
+    """
+    last = module.folder / "last.ckpt"
+    if not last.is_file():
+        return 0
+    try:
+        checkpoint = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{last} cannot be read ({reason}); delete it to begin the stage anew.") from None
+    for name, mark in module.handoff.items():
+        if checkpoint["handoff"].get(name) != mark:
+            raise CheckpointError(
+                f"{last} was trained on the {name} with fingerprint {checkpoint['handoff'].get(name)}, but the one at hand has "
+                f"{mark}; delete {module.folder} to train the stage on it, or bring the old one back."
+            )
+    return int(checkpoint["completed_steps"])
+
+
+def fit(module: StageModule, data: L.LightningDataModule, config: TrainerConfig) -> L.Trainer:
+    """Train a stage to its last step, from ``last.ckpt`` if there is one.
+
+    Args:
+        module: with its start weights.
+        data: whose training loader holds the batches of the whole run and can begin anywhere.
+        config: the machine.
+
+    Raises:
+        TrainingError: it was stopped before its last step, or its loss is not finite.
+    """
+    train, start = module.train_config, completed_steps(module)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.compile:
+        module.compile_networks()
+    automatic = module.automatic_optimization
+    trainer = L.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        strategy=config.strategy,
+        precision=PRECISIONS[config.resolved_precision],
+        max_epochs=1,  # one epoch of the training stream is the whole run
+        accumulate_grad_batches=train.accumulate if automatic else 1,
+        gradient_clip_val=train.gradient_clip if automatic else None,
+        val_check_interval=min(train.validate_every, train.max_steps) * train.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=module.folder,
+        callbacks=[Counting(), Metrics(), Progress(), Pictures(), Checkpoints()],
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=module.folder / "last.ckpt" if start else None, weights_only=True)
+    if module.completed_steps < train.max_steps:
+        raise TrainingError(
+            f"stage {module.stage} was stopped after step {module.completed_steps} of {train.max_steps}; "
+            "the same command goes on from there."
+        )
+    return trainer
