@@ -57,7 +57,7 @@ def structure(cls: type[T], node: Any, where: str = "") -> T:
         node = {"kind": node} if isinstance(node, str) else node
         if not isinstance(node, Mapping) or "kind" not in node:
             raise ConfigError(f"{_at(where)}: give a kind, one of {', '.join(sorted(cls.kinds))}.")
-        if node["kind"] not in cls.kinds:
+        if node["kind"] not in list(cls.kinds):  # a list: the value may be one that cannot be hashed
             raise ConfigError(f"{_at(where)}: {unknown('kind', node['kind'], cls.kinds)}")
         cls, node = cls.kinds[node["kind"]], {key: value for key, value in node.items() if key != "kind"}
     if not isinstance(node, Mapping):
@@ -82,7 +82,7 @@ def structure(cls: type[T], node: Any, where: str = "") -> T:
 def unstructure(config: Any) -> Any:
     """The inverse of :func:`structure`: dicts, lists and plain values, with ``kind`` where there is one."""
     if dataclasses.is_dataclass(config):
-        kind = {"kind": config.kind} if isinstance(config, Kind) else {}
+        kind: dict[str, Any] = {"kind": config.kind} if isinstance(config, Kind) else {}
         return kind | {f.name: unstructure(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
     if isinstance(config, Mapping):
         return {key: unstructure(value) for key, value in config.items()}
@@ -107,13 +107,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
                 f"the override {override!r} is not of the form key=value; example: denoiser.train.max_steps=2000."
             )
         try:
-            # A section given by its kind alone must not keep the settings of the kind that it replaces.
-            OmegaConf.update(
-                merged,
-                key.strip(),
-                OmegaConf.create(f"value: {value}").value,
-                merge=not key.endswith(".kind"),
-            )
+            _override(merged, key.strip(), OmegaConf.create(f"value: {value}").value)
         except Exception as error:
             raise ConfigError(f"the override {override!r} does not fit {path}: {_first_line(error)}.") from None
     try:
@@ -123,7 +117,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
 
 def _with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     if path.resolve() in seen:
         raise ConfigError(f"{path}: its base leads back to itself; take one base: out of the circle.")
@@ -134,7 +128,7 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
         config = OmegaConf.load(path)
     except Exception as error:
         raise ConfigError(f"{path} is not valid YAML: {_first_line(error)}.") from None
-    if not OmegaConf.is_dict(config):
+    if not isinstance(config, DictConfig):
         raise ConfigError(f"{path} holds no section; it needs the keys of an experiment, as configs/emoji_64.yaml has.")
     base = config.pop("base", None)
     bases = [base] if isinstance(base, str) else list(base or [])
@@ -143,6 +137,17 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
     for layer in (*layers[1:], config):
         merged = _merge(merged, layer)
     return merged
+
+
+def _override(config: Any, key: str, value: Any) -> None:
+    """Set a dotted key; as in :func:`_merge`, a section whose ``kind`` becomes another loses its other settings."""
+    from omegaconf import OmegaConf
+
+    section, _, last = key.rpartition(".")
+    if last == "kind":
+        key, value = section, OmegaConf.create({"kind": value})
+    replaces = OmegaConf.is_dict(value) and "kind" in value and value.kind != OmegaConf.select(config, f"{key}.kind")
+    OmegaConf.update(config, key, value, merge=not replaces)
 
 
 def _merge(under: Any, over: Any) -> Any:

@@ -40,6 +40,8 @@ class Experiment:
                     f"clip.tokenizer makes up to {tokenizer.context_length} tokens below {tokenizer.vocab_size}, but "
                     f"clip.model.text has context_length {text.context_length} and vocab_size {text.vocab_size}."
                 )
+            if self.clip.train is not None and self.data.image_shape[0] != 3:
+                raise ConfigError(f"clip reads pictures of 3 channels, but the data's have {self.data.image_shape[0]}.")
         if self.clip is None and isinstance(self.denoiser.conditioner, TextConditionerConfig):
             raise ConfigError("denoiser.conditioner reads text, but there is no clip section to give its tower.")
         model_config(self)

@@ -18,7 +18,7 @@ from ldm.errors import SamplingError
 from ldm.formats.native import write_atomically
 
 CAPTION_SIZE = 12  # pixels
-CAPTION_WIDTH = 22  # characters a line
+CAPTION_WIDTH = 20  # characters a line
 GAP = 4  # pixels between the pictures of a grid
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
 
 from ldm import __version__
 from ldm.clip.model import CLIPConfig
@@ -37,7 +37,7 @@ from ldm.formats.native import (
 )
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.training.fit import fit
-from ldm.training.stage import StageModule
+from ldm.training.stage import StageModule, seed_of
 from ldm.vae import FirstStageKind, IdentityConfig
 from ldm.vae.module import VAEModule, measure_latents
 
@@ -58,6 +58,7 @@ def train_stage(experiment: Experiment, stage: str) -> Path:
         CheckpointError: a predecessor does not fit the config, or has been trained anew since.
     """
     result = result_file(experiment, stage)
+    torch.manual_seed(seed_of(experiment.seed, stage, "weights"))
     module = MAKE[stage](experiment)
     if _is_finished(result, module):
         return result
@@ -224,12 +225,14 @@ def _is_finished(result: Path, module: StageModule) -> bool:
 
 
 def _initialize(module: StageModule, source: str) -> None:
-    """Weights of ``train.init``: a file of what the stage itself leaves."""
-    network: nn.Module = module.networks()
+    """Weights of ``train.init``, a file of what the stage itself leaves; what is not trained stays that of the predecessors."""
+    network = module.networks()
     formats = {
         "vae": (FIRST_STAGE, FirstStageKind),
         "clip": (CLIP, CLIPConfig),
         "denoiser": (MODEL, ModelConfig),
     }
     read_header(source, *formats[module.stage])
-    load_strictly(network, read_tensors(source), source)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    kept = {name: tensor for name, tensor in network.state_dict().items() if name not in trained}
+    load_strictly(network, read_tensors(source) | kept, source)

@@ -59,7 +59,13 @@ class CLIP(nn.Module):
         return F.normalize(self.text(tokens).pooled, dim=-1)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """``image [b 3 h w]`` in [-1, 1] ``-> [b embed_dim]`` of unit length."""
+        """``image [b 3 h w]`` in [-1, 1] ``-> [b embed_dim]`` of unit length.
+
+        A picture of another size than the image tower's is brought to it, all of it, squeezed if it is no square.
+        """
+        size = (self.config.image.image_size,) * 2
+        if image.shape[2:] != size:
+            image = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)
         return F.normalize(self.image(image), dim=-1)
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,7 +53,8 @@ class CLIPModule(StageModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         tokens = self.tokenizer(batch["text"], longest=True).to(self.device)
-        loss = clip_loss(*self.clip(batch["image"], tokens), self.global_rank, self.trainer.world_size)
+        image, text, scale = self.clip(batch["image"], tokens)
+        loss = clip_loss(image, text, scale, self.global_rank, self.trainer.world_size)
         return self.report(loss, logit_scale=self.clip.logit_scale.detach().exp())
 
     def after_batch(self, batch_index: int) -> None:
@@ -85,7 +86,7 @@ class CLIPModule(StageModule):
 
     def pictures(self) -> Mapping[str, Any]:
         """Captions of the validation split, each with the three pictures that come nearest."""
-        batch = next(iter(self.trainer.datamodule.val_dataloader()))
+        batch = next(iter(self.data.val_dataloader()))
         text = self.clip.encode_text(self.tokenizer(batch["text"], longest=True).to(self.device))
         image = self.clip.encode_image(batch["image"].to(self.device))
         nearest = (text[:PREVIEW] @ image.T).topk(min(3, len(image)), dim=1).indices.cpu()

@@ -12,7 +12,7 @@ from torch import nn
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning.conditioner import Conditioner, ConditionerKind, dropped
 from ldm.config import setting
-from ldm.errors import ConfigError, SamplingError
+from ldm.errors import ConfigError, DataError, SamplingError
 from ldm.nn.conditioning import Conditioning
 
 
@@ -49,6 +49,8 @@ class ClassConditioner(Conditioner):
         self.embedding = nn.Embedding(config.classes + 1, config.width)
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
+        if "label" not in inputs:
+            raise DataError("the denoiser is conditioned on class labels, but the data has none; give each sample a .cls.")
         labels = torch.as_tensor(inputs["label"], dtype=torch.long)
         wrong = labels[(labels < 0) | (labels >= self.config.classes)]
         if len(wrong):

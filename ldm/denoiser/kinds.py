@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ldm.config import Kind
 
 
@@ -15,3 +17,6 @@ class DenoiserKind(Kind):
     out_channels: int
     context_width: int | None
     vector_width: int | None
+
+    def build(self) -> nn.Module:
+        raise NotImplementedError

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import ConditionerKind
 from ldm.config import setting
+from ldm.data.stream import EvaluationLoader
 from ldm.denoiser.kinds import DenoiserKind
 from ldm.diffusion.draw import Stratified
 from ldm.diffusion.loss import DenoisingLoss
@@ -19,13 +20,20 @@ from ldm.diffusion.parametrization import Diffusion
 from ldm.model import LatentDiffusion, SamplingConfig
 from ldm.pipeline import Pipeline
 from ldm.training.optim import TrainConfig
-from ldm.training.stage import StageModule
+from ldm.training.points import process_pictures, require_matplotlib
+from ldm.training.stage import Picture, StageModule
 
 BINS = 5
 """Equal parts of the schedule by which the validation loss is reported."""
 
 PREVIEW = 8
 """Samples that are shown of an unconditional model."""
+
+POINTS = 2000
+"""Points that are shown of a two-dimensional model."""
+
+LEAST_SIDE = 64
+"""Pixels to which samples are enlarged where they are smaller."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,9 @@ class DenoiserModule(StageModule):
         model.first_stage.requires_grad_(False)
         if not config.conditioner.trainable:
             model.conditioner.requires_grad_(False)
+        self.of_points = model.latent_shape() == (2, 1, 1)
+        if self.of_points:
+            require_matplotlib()
 
     def networks(self) -> nn.Module:
         return self.model
@@ -115,14 +126,17 @@ class DenoiserModule(StageModule):
             if count:
                 self.validation[f"loss_{100 * i // BINS}_{100 * (i + 1) // BINS}"] = total / count
 
-    def pictures(self) -> Mapping[str, Any]:
-        """Samples for fixed prompts or classes, from fixed noise."""
+    def pictures(self) -> Mapping[str, Picture]:
+        """Samples for fixed prompts or classes, from fixed noise; of points, the forward and the reverse process."""
+        if self.of_points:
+            points = next(iter(EvaluationLoader(self.data.samples("val"), POINTS)))["image"]
+            return process_pictures(self.model, points.to(self.device), self.generator("pictures"))
         reads = self.config.conditioner.reads
-        wanted: dict[str, Any] = {
-            "text": {"prompt": self.config.prompts},
-            "label": {"label": self.config.classes},
-        }.get(reads or "", {"num_images_per_prompt": PREVIEW})
+        wanted: dict[str, Any] = {"num_images_per_prompt": PREVIEW}
+        if reads is not None:
+            wanted = {"prompt": self.config.prompts} if reads == "text" else {"label": self.config.classes}
         if not all(wanted.values()):
             return {}
         samples = Pipeline(self.model)(**wanted, seed=self.seed, progress=False)
-        return {"samples": samples.grid(captions=reads is not None)}
+        scale = max(1, LEAST_SIDE // samples[0].height)
+        return {"samples": samples.grid(captions=reads is not None, scale=scale)}

@@ -142,6 +142,19 @@ class UNet(nn.Module):
 
         self.norm_out = nn.GroupNorm(config.groups, width)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        self._start_as_identity()
+
+    def _start_as_identity(self) -> None:
+        """Zero the last layer of each residual branch, and of the network (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+        branches: list[nn.Conv2d | nn.Linear] = [self.conv_out]
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                branches.append(module.conv2)
+            elif isinstance(module, SpatialTransformer):
+                branches.append(module.proj_out)
+        for layer in branches:
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Conditioning) -> Tensor:
         """One evaluation of the network.

@@ -106,6 +106,12 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
     Raises:
         CheckpointError: listing the first of the names that are missing, unexpected or of another shape.
     """
+    check_names(module, tensors, source)
+    module.load_state_dict(dict(tensors), assign=True)
+
+
+def check_names(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raises the CheckpointError of :func:`load_strictly`, loading nothing."""
     wanted = module.state_dict()
     problems = {
         "missing": [name for name in wanted if name not in tensors],
@@ -119,7 +125,6 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
     ]
     if told:
         raise CheckpointError(f"{source} does not fit its config: {'; '.join(told)}.")
-    module.load_state_dict(dict(tensors), assign=True)
 
 
 def save_module(

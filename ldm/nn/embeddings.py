@@ -33,7 +33,8 @@ class NoiseEmbedding(nn.Module):
         self.mlp = mlp(width, embedding_width)
 
     def forward(self, noise_level: Tensor) -> Tensor:
-        return self.mlp(sinusoidal(noise_level, self.width).to(self.mlp[0].weight.dtype))
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(sinusoidal(noise_level, self.width).to(dtype))
 
 
 def mlp(in_width: int, width: int) -> nn.Sequential:

@@ -1,5 +1,8 @@
 """What happens around the training steps of any stage: counting, logging, pictures, checkpoints, a graceful stop."""
 
+# mypy: disable-error-code="override"
+# Lightning says LightningModule where these hooks are only ever given a StageModule.
+
 from __future__ import annotations
 
 import os
@@ -14,20 +17,33 @@ import torch
 from ldm.training.metrics import MetricsFile
 from ldm.training.stage import StageModule
 
+FRAME_TIME = 80
+"""Milliseconds that a frame of an animation is shown."""
+
 
 class Counting(L.Callback):
-    """Counts optimizer steps and keeps the averaged weights; it must come before the callbacks that read the count."""
+    """Counts optimizer steps, and puts the averaged weights in place while validation runs.
+
+    It must come before the callbacks that read the count and that save what is in place.
+    """
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         module.after_batch(batch_idx)
+
+    def on_validation_start(self, trainer: L.Trainer, module: StageModule) -> None:
+        self.averaged = module.averaged()
+        self.averaged.__enter__()
+
+    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
+        self.averaged.__exit__(None, None, None)
 
 
 class Progress(L.Callback):
     """A bar with the loss and the time that is left, from the first step of the run, not of the session."""
 
-    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
         from tqdm import tqdm
 
         self.bar = tqdm(
@@ -41,21 +57,21 @@ class Progress(L.Callback):
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         self.bar.set_postfix({name: f"{float(value):.4g}" for name, value in module.latest.items()}, refresh=False)
         self.bar.update(module.completed_steps - self.bar.n)
 
-    def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:
         self.bar.close()
 
 
 class Metrics(L.Callback):
     """Training metrics every ``log_every`` steps and those of each validation, to ``metrics.csv`` and TensorBoard."""
 
-    def on_fit_start(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: L.Trainer, module: StageModule) -> None:
         self.sums: dict[str, list[float]] = {}
 
-    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
         self.last = (time.perf_counter(), module.completed_steps)
         if trainer.is_global_zero:
             from torch.utils.tensorboard import SummaryWriter
@@ -65,7 +81,7 @@ class Metrics(L.Callback):
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         for name, value in module.latest.items():
             self.sums.setdefault(name, []).append(float(value))
         step = module.completed_steps
@@ -81,7 +97,7 @@ class Metrics(L.Callback):
         self.sums, self.last = {}, (now, step)
         self.write(trainer, step, row)
 
-    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
         self.write(
             trainer,
             module.completed_steps,
@@ -97,11 +113,14 @@ class Metrics(L.Callback):
 
 
 class Pictures(L.Callback):
-    """Every ``pictures_every`` steps and at the end, what the stage makes with its averaged weights, as PNG files."""
+    """Every ``pictures_every`` steps and at the end, what the stage makes with its averaged weights.
+
+    Pictures become PNG files with the step in their name; of an animation the newest is kept, as a GIF.
+    """
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         step, config = module.completed_steps, module.train_config
         due = step % config.pictures_every == 0 or step == config.max_steps
         if not (trainer.is_global_zero and module.steps_at(batch_idx) and due):
@@ -110,10 +129,14 @@ class Pictures(L.Callback):
         with module.averaged(), torch.no_grad():
             pictures = module.pictures()
         module.train()
+        folder = module.folder / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
-            path = module.folder / "pictures" / f"{name}_{step:07d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            if isinstance(picture, list):
+                first, *others = picture
+                first.save(folder / f"{name}.gif", save_all=True, append_images=others, duration=FRAME_TIME, loop=0)
+            else:
+                picture.save(folder / f"{name}_{step:07d}.png")
 
 
 class Checkpoints(L.Callback):
@@ -125,6 +148,7 @@ class Checkpoints(L.Callback):
     def __init__(self) -> None:
         self.best: float | None = None
         self.stopping = False
+        self.handlers: dict[int, Any] = {}  # those that were in place before the training
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -132,17 +156,16 @@ class Checkpoints(L.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = state["best"]
 
-    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
         def stop(number: int, frame: Any) -> None:
             self.stopping = True
-            for each, handler in self.handlers.items():
-                signal.signal(each, handler)
+            self._restore_handlers()
 
         self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         if not module.steps_at(batch_idx):
             return
         step, config = module.completed_steps, module.train_config
@@ -152,7 +175,7 @@ class Checkpoints(L.Callback):
         if stopping:
             trainer.should_stop = True
 
-    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
         score = module.validation.get(module.monitor)
         if score is None or trainer.state.fn != "fit":
             return
@@ -160,7 +183,13 @@ class Checkpoints(L.Callback):
             self.best = score
             self.save(trainer, module.folder / "best.ckpt")
 
-    def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:
+        self._restore_handlers()
+
+    def on_exception(self, trainer: L.Trainer, module: StageModule, exception: BaseException) -> None:
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -169,7 +198,7 @@ class Checkpoints(L.Callback):
         """Atomically; called on all ranks, written by the first."""
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
-        trainer.save_checkpoint(unfinished)
+        trainer.save_checkpoint(unfinished, weights_only=False)
         if trainer.is_global_zero:
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())

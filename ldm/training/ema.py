@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class EMA:
@@ -58,4 +58,4 @@ class EMA:
 
     def to(self, device: torch.device) -> None:
         """Move the average to where the parameters have gone."""
-        self.average: dict[str, Tensor] = {name: average.to(device) for name, average in self.average.items()}
+        self.average = {name: average.to(device) for name, average in self.average.items()}

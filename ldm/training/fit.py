@@ -10,6 +10,7 @@ import torch
 
 from ldm.config import setting
 from ldm.errors import CheckpointError, TrainingError
+from ldm.formats.native import check_names
 from ldm.pipeline import default_device, default_dtype
 from ldm.training.callbacks import Checkpoints, Counting, Metrics, Pictures, Progress
 from ldm.training.stage import StageModule
@@ -43,7 +44,7 @@ def completed_steps(module: StageModule) -> int:
     """Steps that the stage's ``last.ckpt`` has behind it; 0 if there is none.
 
     Raises:
-        CheckpointError: it cannot be read, or was trained on other predecessors than those at hand.
+        CheckpointError: it cannot be read, is of another model, or was trained on other predecessors than those at hand.
     """
     last = module.folder / "last.ckpt"
     if not last.is_file():
@@ -59,6 +60,7 @@ def completed_steps(module: StageModule) -> int:
                 f"{last} was trained on the {name} with fingerprint {checkpoint['handoff'].get(name)}, but the one at hand has "
                 f"{mark}; delete {module.folder} to train the stage on it, or bring the old one back."
             )
+    check_names(module, checkpoint["state_dict"], last)
     return int(checkpoint["completed_steps"])
 
 

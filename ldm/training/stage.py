@@ -10,11 +10,20 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldm.errors import TrainingError
 from ldm.training.ema import EMA
 from ldm.training.optim import TrainConfig, adamw
+
+Picture = Image.Image | list[Image.Image]
+"""A picture, or the frames of an animation."""
+
+
+def seed_of(*key: int | str) -> int:
+    """A seed that depends on ``key`` alone."""
+    return zlib.crc32("/".join(map(str, key)).encode())
 
 
 class StageModule(L.LightningModule):
@@ -55,20 +64,37 @@ class StageModule(L.LightningModule):
         """torch.compile, in place, what a training step calls."""
         raise NotImplementedError
 
-    def pictures(self) -> Mapping[str, Any]:
-        """Named pictures (PIL) that show what the stage has learnt so far; made with the averaged weights."""
+    def pictures(self) -> Mapping[str, Picture]:
+        """Named pictures that show what the stage has learnt so far; made with the averaged weights."""
         return {}
+
+    @property
+    def data(self) -> Any:
+        """The data module of the training."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
 
     # Randomness
 
     def generator(self, *key: int | str) -> torch.Generator:
         """A generator that depends on the seed, the stage and ``key`` alone, so that a resumed run draws the same."""
-        text = "/".join(map(str, (self.seed, self.stage, *key)))
-        return torch.Generator().manual_seed(zlib.crc32(text.encode()))
+        return torch.Generator().manual_seed(seed_of(self.seed, self.stage, *key))
 
     def step_generator(self, batch_index: int) -> torch.Generator:
         """The generator of a training batch."""
         return self.generator("train", batch_index, self.global_rank)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        seed = seed_of(self.seed, self.stage, "dropout", batch_idx, self.global_rank)
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond to seed absent devices too
+        else:
+            torch.manual_seed(seed)
+
+    def transfer_batch_to_device(
+        self, batch: Mapping[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """Tensors go, lists of captions and keys stay: Lightning would look at each of their entries."""
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     # Optimization
 
@@ -112,17 +138,8 @@ class StageModule(L.LightningModule):
                 f"the loss of stage {self.stage} is {value} at step {self.completed_steps}; {good}. "
                 f"Resume it with a lower {self.stage}.train.learning_rate or in another trainer.precision."
             )
-        self.latest = {"loss": value} | metrics
+        self.latest = {"loss": value, **metrics}
         return loss
-
-    # Validation with the averaged weights
-
-    def on_validation_start(self) -> None:
-        self._validating = self.averaged()
-        self._validating.__enter__()
-
-    def on_validation_end(self) -> None:
-        self._validating.__exit__(None, None, None)
 
     # Checkpoints
 
@@ -137,3 +154,6 @@ class StageModule(L.LightningModule):
         if "ema" in checkpoint:
             self.ema = EMA(self.networks(), self.train_config.ema_decay)
             self.ema.load_state_dict(checkpoint["ema"])
+        # A run that had ended goes on if the config asks for more steps now; Lightning would take its end for the stream's.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress["is_last_batch"] = self.completed_steps >= self.train_config.max_steps

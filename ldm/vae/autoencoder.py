@@ -179,5 +179,8 @@ class AutoencoderKL(FirstStage):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight by whose gradients the adversarial loss is balanced against the reconstruction."""
         return self.decoder.conv_out.weight
+
+    def compile_networks(self) -> None:
+        self.encoder.compile()
+        self.decoder.compile()

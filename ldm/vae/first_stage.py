@@ -67,10 +67,20 @@ class FirstStage(nn.Module):
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
+        """``image [b c h w]`` in [-1, 1], sides divisible by the factor, to the posterior over ``[b z h/f w/f]``."""
         raise NotImplementedError
 
     def decode(self, latent: Tensor) -> Tensor:
+        """``latent [b z h w]`` (not normalised) to pictures ``[b c fh fw]``, about in [-1, 1] (not clamped)."""
         raise NotImplementedError
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight by whose gradients the adversarial loss is balanced against the reconstruction."""
+        raise NotImplementedError
+
+    def compile_networks(self) -> None:
+        """torch.compile, in place, what a training step calls; nothing where there is no network."""
 
     def normalize(self, latent: Tensor) -> Tensor:
         """To zero mean and unit variance a channel, as the denoiser sees latents."""

@@ -57,8 +57,7 @@ class VAEModule(StageModule):
         return self.first_stage
 
     def compile_networks(self) -> None:
-        self.first_stage.encoder.compile()
-        self.first_stage.decoder.compile()
+        self.first_stage.compile_networks()
 
     def configure_optimizers(self) -> Any:
         modules = [self.first_stage] + ([self.discriminator] if self.discriminator else [])
@@ -79,19 +78,18 @@ class VAEModule(StageModule):
         kl = kl_loss(posterior)
         loss = error + config.kl * kl
         metrics: dict[str, Tensor] = {"error": error.detach() / image[0].numel(), "kl": kl.detach()}
-        adversarial = self.discriminator is not None and self.completed_steps >= config.disc_start
-        if adversarial:
-            fooled = -self.discriminator(reconstruction).mean()
+        discriminator = self.discriminator if self.completed_steps >= config.disc_start else None
+        if discriminator is not None:
+            fooled = -discriminator(reconstruction).mean()
             weight = config.adversarial * adaptive_weight(error, fooled, self.first_stage.last_layer)
             loss = loss + weight * fooled
             metrics["generator"] = fooled.detach()
         self._step(optimizers[0], self.report(loss / image[0].numel(), **metrics), batch_idx)
         self.untoggle_optimizer(optimizers[0])
 
-        if adversarial:
+        if discriminator is not None:
             self.toggle_optimizer(optimizers[1])
-            real, fake = self.discriminator(image), self.discriminator(reconstruction.detach())
-            loss_d = hinge_loss(real, fake)
+            loss_d = hinge_loss(discriminator(image), discriminator(reconstruction.detach()))
             self.latest["discriminator"] = loss_d.detach()
             self._step(optimizers[1], loss_d, batch_idx)
             self.untoggle_optimizer(optimizers[1])
@@ -124,22 +122,18 @@ class VAEModule(StageModule):
             self.preview = image[:PREVIEW]
         posterior = self.first_stage.encode(image)
         reconstruction = self.first_stage.decode(posterior.mean).float().clamp(-1, 1)
-        sums = [
-            psnr(image, reconstruction).sum(),
-            ssim(reconstruction, image, data_range=(-1.0, 1.0), reduction="sum"),
-            posterior.kl().sum(),
-            torch.tensor(float(len(image))),
-        ]
-        self._sums += torch.stack([s.double().cpu() for s in sums])
+        similarity: Any = ssim(reconstruction, image, data_range=(-1.0, 1.0), reduction="sum")
+        sums = [psnr(image, reconstruction).sum(), similarity, posterior.kl().sum(), len(image)]
+        self._sums += torch.tensor([float(value) for value in sums], dtype=torch.float64)
 
     def on_validation_epoch_end(self) -> None:
         total = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum").tolist()
-        self.validation = {name: value / total[3] for name, value in zip(("psnr", "ssim", "kl"), total, strict=False)}
+        self.validation = {name: value / total[3] for name, value in zip(("psnr", "ssim", "kl"), total[:3], strict=True)}
 
     def pictures(self) -> Mapping[str, Any]:
         """Validation pictures above their reconstructions."""
         if self.preview is None:
-            self.preview = next(iter(self.trainer.datamodule.val_dataloader()))["image"][:PREVIEW].to(self.device)
+            self.preview = next(iter(self.data.val_dataloader()))["image"][:PREVIEW].to(self.device)
         reconstruction = self.first_stage.decode(self.first_stage.encode(self.preview).mean)
         pairs = torch.cat([self.preview, reconstruction.clamp(-1, 1)])
         return {"reconstructions": Images.of((pairs + 1) / 2, [{}] * len(pairs)).grid(columns=len(self.preview))}

@@ -1,0 +1,133 @@
+"""How good a run is, in numbers: ``tools/evaluate.py`` and ``ldm-evaluate``. The only reader of the test split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from ldm.cli.common import Debug, keep_freed_memory, new_app, run
+from ldm.errors import DataError, unknown
+
+if TYPE_CHECKING:
+    from ldm.data.samples import Samples
+    from ldm.experiment import Experiment
+    from ldm.model import LatentDiffusion
+    from ldm.pipeline import Pipeline
+
+BATCH = 32
+HELD_OUT = ("val", "test")
+
+app = new_app()
+
+
+@app.command()
+def evaluate(
+    config: Annotated[Path, Option(help="YAML of the experiment.")],
+    split: Annotated[str, Option(help="val, or in the end test.")] = "val",
+    overrides: Annotated[list[str] | None, Argument(help="key=value, such as run_dir=runs/mine.")] = None,
+    model: Annotated[
+        str | None, Option(help="A model in place of the run's, such as emoji; it has no CLIP to measure.")
+    ] = None,
+    train_every: Annotated[int, Option(help="Also sample for every so many-th training caption.")] = 28,
+    steps: Annotated[int | None, Option(help="Steps of the sampler. As the model says.")] = None,
+    guidance: Annotated[float | None, Option(help="Guidance scale. As the model says.")] = None,
+    sampler: Annotated[str | None, Option(help="As the model says.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure reconstruction, retrieval, and how well samples show what their captions say."""
+    from ldm.experiment import load_config
+    from ldm.pipeline import Pipeline
+    from ldm.stages import result_file
+
+    if split not in HELD_OUT:
+        raise DataError(unknown("split", split, HELD_OUT))
+    keep_freed_memory()
+    experiment = load_config(config, overrides or [])
+    pipe = Pipeline.from_pretrained(model or result_file(experiment, "denoiser"))
+    sets = {name: experiment.data.open(name) for name in ("train", *HELD_OUT)}
+    results: dict[str, Any] = {"model": pipe.model.fingerprint, "split": split}
+    results |= {"psnr": reconstruction(pipe.model, sets[split])}
+    if experiment.clip is not None and model is None:
+        results["clip"] = retrieval(experiment, sets, HELD_OUT if split == "test" else (split,))
+    if pipe.model.config.conditioner.reads == "text":
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
+        results["samples"] = listening(pipe, sets, split, train_every, settings)
+    print(json.dumps(results, indent=2))
+    target = experiment.folder if model is None else Path()
+    (target / f"evaluation-{split}.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def reconstruction(model: LatentDiffusion, samples: Samples) -> float:
+    """Mean PSNR in dB over a split, of the posterior's mean decoded."""
+    import torch
+
+    from ldm.data.stream import EvaluationLoader
+    from ldm.vae.module import psnr
+
+    values = []
+    with torch.inference_mode():
+        for batch in EvaluationLoader(samples, BATCH):
+            image = batch["image"].to(next(model.parameters()).device)
+            values.append(psnr(image, model.decode(model.encode(image))))
+    return float(torch.cat(values).mean())
+
+
+def retrieval(experiment: Experiment, sets: Mapping[str, Samples], splits: tuple[str, ...]) -> dict[str, float]:
+    """Recall of the run's CLIP among the pictures and captions of ``splits`` together."""
+    import torch
+
+    from ldm.clip.model import CLIPConfig
+    from ldm.clip.retrieval import recall_at_k
+    from ldm.data.stream import EvaluationLoader
+    from ldm.formats.native import CLIP, load_strictly, read_header, read_tensors
+    from ldm.stages import result_file
+
+    assert experiment.clip is not None
+    path = Path(experiment.clip.checkpoint or result_file(experiment, "clip"))
+    header = read_header(path, CLIP, CLIPConfig)
+    assert header.tokenizer is not None
+    clip = header.config.build().eval()
+    load_strictly(clip, read_tensors(path), path)
+    texts, images = [], []
+    with torch.inference_mode():
+        for split in splits:
+            for batch in EvaluationLoader(sets[split], BATCH):
+                texts.append(clip.encode_text(header.tokenizer(batch["text"])))
+                images.append(clip.encode_image(batch["image"]))
+    return {"pictures": sum(map(len, texts)), **recall_at_k(torch.cat(texts), torch.cat(images))}
+
+
+def listening(
+    pipe: Pipeline, sets: Mapping[str, Samples], split: str, train_every: int, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How often a sample for a caption looks most like the caption's own picture, among those of all splits."""
+    import numpy as np
+    import torch
+
+    from ldm.clip.retrieval import sample_recall
+    from ldm.data.stream import EvaluationLoader
+
+    # Where pictures of all splits stand, one after the other.
+    truths = torch.cat([batch["image"] for samples in sets.values() for batch in EvaluationLoader(samples, BATCH)])
+    first = dict(zip(sets, np.cumsum([0, *map(len, sets.values())]), strict=False))
+    results: dict[str, Any] = {"among": len(truths)}
+    asked = {
+        split: np.arange(len(sets[split])),
+        f"train[::{train_every}]": np.arange(0, len(sets["train"]), train_every),
+    }
+    for name, rows in asked.items():
+        of = name.partition("[")[0]
+        captions = sets[of].annotations(rows)["text"]
+        made = pipe(captions, seed=0, output_type="pt", batch_size=BATCH, **settings).cpu() * 2 - 1
+        own = torch.from_numpy(rows + first[of])
+        results[name] = {"captions": len(rows), **sample_recall(made, truths, own)}
+    return results
+
+
+def main() -> None:
+    """The command."""
+    run(app)
