@@ -140,14 +140,16 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
 
 
 def _override(config: Any, key: str, value: Any) -> None:
-    """Set a dotted key; as in :func:`_merge`, a section whose ``kind`` becomes another loses its other settings."""
+    """Set a dotted key; sections go on top of each other as in :func:`_merge`."""
     from omegaconf import OmegaConf
 
     section, _, last = key.rpartition(".")
-    if last == "kind":
+    if last == "kind":  # another kind is another section
         key, value = section, OmegaConf.create({"kind": value})
-    replaces = OmegaConf.is_dict(value) and "kind" in value and value.kind != OmegaConf.select(config, f"{key}.kind")
-    OmegaConf.update(config, key, value, merge=not replaces)
+    under = OmegaConf.select(config, key)
+    if OmegaConf.is_dict(under) and OmegaConf.is_dict(value):
+        value = _merge(under, value)
+    OmegaConf.update(config, key, value, merge=False)
 
 
 def _merge(under: Any, over: Any) -> Any:

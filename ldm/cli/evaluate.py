@@ -48,7 +48,7 @@ def evaluate(
     keep_freed_memory()
     experiment = load_config(config, overrides or [])
     pipe = Pipeline.from_pretrained(model or result_file(experiment, "denoiser"))
-    sets = {name: experiment.data.open(name) for name in ("train", *HELD_OUT)}
+    sets = {name: experiment.data.open(name) for name in ("train", *HELD_OUT)}  # a sample is compared with all pictures
     results: dict[str, Any] = {"model": pipe.model.fingerprint, "split": split}
     results |= {"psnr": reconstruction(pipe.model, sets[split])}
     if experiment.clip is not None and model is None:

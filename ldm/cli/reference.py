@@ -138,11 +138,12 @@ def _type(hint: Any, sections: Mapping[type, Section]) -> str:
     return f"[{'kind' if _is_family(hint) else 'section'}](#{section.anchor})"
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
+def _default(field: Any) -> str:
     if field.default is REQUIRED and field.default_factory is REQUIRED:
         return "required"
-    value = field.default_factory() if field.default is REQUIRED else field.default  # type: ignore[misc]
-    if dataclasses.is_dataclass(value) and value == type(value)():
+    value: Any = field.default_factory() if field.default is REQUIRED else field.default
+    config: Any = type(value)
+    if dataclasses.is_dataclass(value) and value == config():
         return f"`{value.kind}`" if isinstance(value, Kind) else "its defaults"
     return f"`{_yaml(unstructure(value))}`"
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
+import torch
+from torch import Tensor
 
 from ldm.data.kinds import DataKind
 from ldm.data.latents import cache_latents
-from ldm.data.samples import Samples
+from ldm.data.samples import Batch, Samples
 from ldm.data.stream import EvaluationLoader, TrainStream
 from ldm.vae import FirstStage
 
@@ -81,6 +83,10 @@ class DataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> EvaluationLoader:
         return EvaluationLoader(self.samples("test"), self.batch_size, **self._place())
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Tensors go, lists of captions and keys stay: Lightning would look at each of their entries."""
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     def samples(self, split: str) -> Samples:
         """The samples of a split, opened once; as latents if those are given."""

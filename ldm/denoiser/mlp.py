@@ -46,6 +46,7 @@ class StepEmbedding(nn.Module):
     def __init__(self, num_timesteps: int, width: int):
         super().__init__()
         self.table = nn.Embedding(num_timesteps, width)
+        nn.init.normal_(self.table.weight, std=0.1)  # like the points; at the usual 1 it takes long until they count
 
     def forward(self, t: Tensor) -> Tensor:
         t = t.clamp(0, self.table.num_embeddings - 1)

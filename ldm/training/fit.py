@@ -64,6 +64,17 @@ def completed_steps(module: StageModule) -> int:
     return int(checkpoint["completed_steps"])
 
 
+def _strategy(config: TrainerConfig, module: StageModule) -> str:
+    """The strategy asked for; between several devices, one that bears networks of which a step uses a part.
+
+    With two optimizers, each step leaves the other's network without gradients.
+    """
+    several = (torch.cuda.device_count() if config.devices == "auto" else config.devices) > 1
+    if several and not module.automatic_optimization and config.strategy in ("auto", "ddp"):
+        return "ddp_find_unused_parameters_true"
+    return config.strategy
+
+
 def fit(module: StageModule, data: L.LightningDataModule, config: TrainerConfig) -> L.Trainer:
     """Train a stage to its last step, from ``last.ckpt`` if there is one.
 
@@ -84,7 +95,7 @@ def fit(module: StageModule, data: L.LightningDataModule, config: TrainerConfig)
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
-        strategy=config.strategy,
+        strategy=_strategy(config, module),
         precision=PRECISIONS[config.resolved_precision],
         max_epochs=1,  # one epoch of the training stream is the whole run
         accumulate_grad_batches=train.accumulate if automatic else 1,

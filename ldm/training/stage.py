@@ -90,12 +90,6 @@ class StageModule(L.LightningModule):
         else:
             torch.manual_seed(seed)
 
-    def transfer_batch_to_device(
-        self, batch: Mapping[str, Any], device: torch.device, dataloader_idx: int
-    ) -> dict[str, Any]:
-        """Tensors go, lists of captions and keys stay: Lightning would look at each of their entries."""
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-
     # Optimization
 
     def configure_optimizers(self) -> Any:

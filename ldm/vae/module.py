@@ -61,13 +61,12 @@ class VAEModule(StageModule):
 
     def configure_optimizers(self) -> Any:
         modules = [self.first_stage] + ([self.discriminator] if self.discriminator else [])
-        optimizers = [adamw([module], self.train_config) for module in modules]
-        factor = self.train_config.learning_rate_factor
-        return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+        return [adamw([module], self.train_config) for module in modules]
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         image, config = batch["image"], self.loss_config
-        optimizers = self._listed(self.optimizers())
+        found = self.optimizers()
+        optimizers = found if isinstance(found, list) else [found]  # Lightning hands out one, or a list of several
         self.toggle_optimizer(optimizers[0])  # the discriminator's weights get no gradients
         generator = self.step_generator(batch_idx)
         posterior = self.first_stage.encode(image)
@@ -93,23 +92,21 @@ class VAEModule(StageModule):
             self.latest["discriminator"] = loss_d.detach()
             self._step(optimizers[1], loss_d, batch_idx)
             self.untoggle_optimizer(optimizers[1])
-        if self.steps_at(batch_idx):
-            for schedule in self._listed(self.lr_schedulers()):
-                schedule.step()
         return loss.detach()
-
-    @staticmethod
-    def _listed(found: Any) -> list[Any]:
-        """Lightning hands out one optimizer, or a list of several."""
-        return found if isinstance(found, list) else [found]
 
     def _step(self, optimizer: Any, loss: Tensor, batch_index: int) -> None:
         """Gradients of ``loss``, accumulated; clipped and applied where a step is due."""
         self.manual_backward(loss / self.train_config.accumulate)
         if self.steps_at(batch_index):
-            self.clip_gradients(optimizer, self.train_config.gradient_clip, "norm")
+            factor = self.train_config.learning_rate_factor(self.completed_steps)
+            for group in optimizer.param_groups:  # torch's schedulers warn of an optimizer that has yet to begin
+                group["lr"] = factor * self.train_config.learning_rate
             optimizer.step()
             optimizer.zero_grad()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        # Not sooner: in fp16 the gradients are scaled until here.
+        self.clip_gradients(optimizer, self.train_config.gradient_clip, "norm")
 
     # Validation
 
