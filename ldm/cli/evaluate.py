@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +13,18 @@ from ldm.cli.common import Debug, keep_freed_memory, new_app, run
 from ldm.errors import DataError, unknown
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
     from ldm.data.samples import Samples
     from ldm.experiment import Experiment
     from ldm.model import LatentDiffusion
     from ldm.pipeline import Pipeline
 
 BATCH = 32
+SHOWN, COLUMNS = 24, 8
+"""Samples on the sheet, and in a row of it."""
+
 HELD_OUT = ("val", "test")
 
 app = new_app()
@@ -47,6 +53,7 @@ def evaluate(
         raise DataError(unknown("split", split, HELD_OUT))
     keep_freed_memory()
     experiment = load_config(config, overrides or [])
+    out = experiment.folder if model is None else Path()
     pipe = Pipeline.from_pretrained(model or result_file(experiment, "denoiser"))
     sets = {name: experiment.data.open(name) for name in ("train", *HELD_OUT)}  # a sample is compared with all pictures
     results: dict[str, Any] = {"model": pipe.model.fingerprint, "split": split}
@@ -55,10 +62,12 @@ def evaluate(
         results["clip"] = retrieval(experiment, sets, HELD_OUT if split == "test" else (split,))
     if pipe.model.config.conditioner.reads == "text":
         settings = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
-        results["samples"] = listening(pipe, sets, split, train_every, settings)
+        results["samples"], pictures = listening(pipe, sets, split, train_every, settings)
+        picture = out / f"evaluation-{split}.png"
+        pictures.save(picture)
+        print(f"samples above the true pictures: {picture}")
     print(json.dumps(results, indent=2))
-    target = experiment.folder if model is None else Path()
-    (target / f"evaluation-{split}.json").write_text(json.dumps(results, indent=2) + "\n")
+    (out / f"evaluation-{split}.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 def reconstruction(model: LatentDiffusion, samples: Samples) -> float:
@@ -103,8 +112,11 @@ def retrieval(experiment: Experiment, sets: Mapping[str, Samples], splits: tuple
 
 def listening(
     pipe: Pipeline, sets: Mapping[str, Samples], split: str, train_every: int, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """How often a sample for a caption looks most like the caption's own picture, among those of all splits."""
+) -> tuple[dict[str, Any], Image]:
+    """How often a sample for a caption looks most like the caption's own picture, among those of all splits.
+
+    Also returns a sheet of samples above the true pictures, for captions of ``split`` at even distances: unpicked.
+    """
     import numpy as np
     import torch
 
@@ -125,7 +137,20 @@ def listening(
         made = pipe(captions, seed=0, output_type="pt", batch_size=BATCH, **settings).cpu() * 2 - 1
         own = torch.from_numpy(rows + first[of])
         results[name] = {"captions": len(rows), **sample_recall(made, truths, own)}
-    return results
+        if name == split:
+            shown = np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)
+            sheet = side_by_side(made[shown], truths[own[shown]], [captions[i] for i in shown])
+    return results, sheet
+
+
+def side_by_side(made: Tensor, truths: Tensor, captions: Sequence[str]) -> Image:
+    """Samples above true pictures, both ``[n 3 h w]`` in [-1, 1], with a caption under each pair."""
+    import torch
+
+    from ldm.images import Images
+
+    pairs = (torch.cat([made, truths], dim=2) + 1) / 2
+    return Images.of(pairs, [{}] * len(pairs)).grid(columns=COLUMNS, captions=captions)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from ldm.errors import TrainingError
 from ldm.training.metrics import MetricsFile
 from ldm.training.stage import StageModule
 
@@ -63,6 +64,10 @@ class Progress(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:
         self.bar.close()
+
+    def on_exception(self, trainer: L.Trainer, module: StageModule, exception: BaseException) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
 
 
 class Metrics(L.Callback):
@@ -153,14 +158,15 @@ class Checkpoints(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state["best"]
-
     def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
         def stop(number: int, frame: Any) -> None:
             self.stopping = True
             self._restore_handlers()
 
+        best = module.folder / "best.ckpt"
+        if module.completed_steps and best.is_file():  # last.ckpt is older than the validation of its step
+            checkpoint = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
+            self.best = checkpoint["callbacks"][self.state_key]["best"]
         self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(
@@ -172,8 +178,11 @@ class Checkpoints(L.Callback):
         stopping = bool(trainer.strategy.reduce_boolean_decision(self.stopping, all=False))
         if stopping or step % config.checkpoint_every == 0 or step == config.max_steps:
             self.save(trainer, module.folder / "last.ckpt")
-        if stopping:
-            trainer.should_stop = True
+        if stopping and step < config.max_steps:  # raised: Lightning's own stop would first validate
+            raise TrainingError(
+                f"stage {module.stage} was stopped after step {step} of {config.max_steps}; "
+                "the same command goes on from there."
+            )
 
     def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
         score = module.validation.get(module.monitor)

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 
 from ldm.config import setting
-from ldm.errors import CheckpointError, TrainingError
+from ldm.errors import CheckpointError
 from ldm.formats.native import check_names
 from ldm.pipeline import default_device, default_dtype
 from ldm.training.callbacks import Checkpoints, Counting, Metrics, Pictures, Progress
@@ -112,9 +112,4 @@ def fit(module: StageModule, data: L.LightningDataModule, config: TrainerConfig)
         callbacks=[Counting(), Metrics(), Progress(), Pictures(), Checkpoints()],
     )
     trainer.fit(module, datamodule=data, ckpt_path=module.folder / "last.ckpt" if start else None, weights_only=True)
-    if module.completed_steps < train.max_steps:
-        raise TrainingError(
-            f"stage {module.stage} was stopped after step {module.completed_steps} of {train.max_steps}; "
-            "the same command goes on from there."
-        )
     return trainer

@@ -124,7 +124,7 @@ def draw_frames(states: Sequence[tuple[str, Tensor]]) -> list[Image.Image]:
 def _scatter(panel: Axes, title: str, points: Tensor) -> None:
     """Points in a square around 0 that holds nearly all of them: the cloud is seen, its scale is read from the axes."""
     half = 1.2 * float(points.abs().amax(dim=1).quantile(0.98))
-    panel.scatter(*points.T.numpy(), s=4, alpha=0.4, linewidths=0, color="tab:red")
+    panel.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=4, alpha=0.4, linewidths=0, color="tab:red")
     panel.set(xlim=(-half, half), ylim=(-half, half), aspect="equal")
     panel.set_title(title, fontsize=9)
     panel.tick_params(labelsize=6)

@@ -4,9 +4,11 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ldm.clip.image import ViTConfig
 from ldm.clip.model import CLIPConfig, clip_loss
@@ -50,6 +52,14 @@ def test_embeddings_have_unit_length_and_the_scale_starts_at_the_inverse_tempera
         assert features.shape == (3, 16)
         torch.testing.assert_close(features.norm(dim=-1), torch.ones(3))
     torch.testing.assert_close(scale, torch.tensor(1 / 0.07))
+
+
+@pytest.mark.parametrize("size", [(40, 40), (24, 36), (8, 8)])
+def test_a_picture_of_another_size_is_resized_as_pillow_does(size: tuple[int, int]) -> None:
+    model, image = TINY.build(), 2 * torch.rand(3, *size) - 1
+    channels = [Image.fromarray(channel.numpy()).resize((16, 16), Image.Resampling.BICUBIC) for channel in image]
+    resized = torch.stack([torch.from_numpy(np.array(channel)) for channel in channels]).clamp(-1, 1)
+    torch.testing.assert_close(model.encode_image(image[None]), model.encode_image(resized[None]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("log_scale", "expected"), [(10.0, 100.0), (2.0, math.exp(2.0)), (-1.0, 1.0)])

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm import Pipeline
+from ldm.cli.common import new_app, run
+from ldm.cli.sample import DEMO_PROMPTS, main
+from ldm.data.shards import EMOJI, Shards, find_shards
+from tests.tiny import tiny_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    Pipeline(tiny_model()).save_pretrained(folder)
+    return folder
+
+
+def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def sample(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
+    """The exit code of the command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    return exit_info.value.code
+
+
+def test_the_door_writes_a_picture(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "apple.png"
+    done = python("tools/sample.py", "a red apple", "--model", model, "--seed", "4", "--out", file)
+    assert (done.returncode, done.stdout) == (0, f"{file}\n"), done.stderr
+    with Image.open(file) as picture:
+        assert (picture.info["prompt"], picture.info["seed"]) == ("a red apple", "4")
+
+
+def test_options_reach_the_pipeline(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--seed 4 --steps 3 --guidance 2.5 --sampler ddim --eta 0.5 --negative car --n 2"
+    options += f" --height 20 --width 12 --dtype fp32 --model {model} --out {tmp_path}/{{index}}.png"
+    assert sample(monkeypatch, "a", "b", *options.split()) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / f"{index}.png") for index in range(4)]
+    with Image.open(tmp_path / "3.png") as picture:
+        expected = Pipeline.from_pretrained(model)(
+            "b",
+            "car",
+            seed=7,
+            num_inference_steps=3,
+            guidance_scale=2.5,
+            sampler="ddim",
+            eta=0.5,
+            height=20,
+            width=12,
+            progress=False,
+        )[0]
+        assert picture.info == expected.info
+        assert picture.size == (12, 20)
+
+
+def test_the_demo_prints_the_path_of_its_grid(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sample(monkeypatch, "--demo", "--model", model) == 0
+    assert capsys.readouterr().out == "demo.png\n"
+    first = Path("demo.png").read_bytes()
+    assert sample(monkeypatch, "--demo", "--model", model) == 0
+    assert Path("demo.png").read_bytes() == first
+
+
+def test_the_demo_tells_the_truth_about_its_prompts() -> None:
+    shards = Shards(find_shards(EMOJI, "train"))
+    trained_on = {shards.text(i) for i in range(len(shards))}
+    assert sum(map(len, DEMO_PROMPTS.values())) == 8
+    assert not trained_on.intersection(DEMO_PROMPTS["held out"])
+    assert trained_on.issuperset(DEMO_PROMPTS["trained on"])
+
+
+def test_samplers_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample(monkeypatch, "--list-samplers") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["heun", "2", "2", "no"] in lines
+    assert ["ddpm", "1", "1", "yes"] in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "--sampler", "eular"], "error: unknown sampler 'eular'; did you mean 'euler'?"),
+        (["a", "--height", "15"], "error: the height 15 is not divisible by 2"),
+        (["a", "--steps", "0"], "error: num_inference_steps is 0"),
+        (["a", "--dtype", "bf"], "error: unknown dtype 'bf'; did you mean 'bf16'?"),
+        (["a", "--device", "gpu"], "error: the device gpu cannot be used"),
+        (["a", "--out", "x.pgn"], "error: x.pgn ends in '.pgn'"),
+        (["a", "--demo"], "error: --demo has prompts of its own"),
+        (["--seed", "1"], "error: this model needs a prompt"),
+        (["a", "--model", "nowhere"], "error: there is no model nowhere"),
+        (["a", "--stepps", "3"], "--stepps"),
+        (["a", "--steps", "x"], "Invalid value for '--steps'"),
+    ],
+)
+def test_a_mistake_is_told_in_a_sentence(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sample(monkeypatch, "--model", model, *arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(model: Path) -> None:
+    done = python("tools/sample.py", "a", "--model", model, "--steps", "0", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "num_inference_steps is 0" in done.stderr
+
+
+def test_an_interrupt_ends_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = new_app()
+
+    @app.command()
+    def wait() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["wait.py"])
+    with pytest.raises(SystemExit) as exit_info:
+        run(app)
+    assert exit_info.value.code == 130
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    done = python("-c", "import sys, ldm.cli.sample; print('torch' in sys.modules)")
+    assert done.stdout == "False\n"
+
+
+def test_sampling_imports_neither_compiler_nor_training(model: Path) -> None:
+    script = (
+        "import sys; from ldm import Pipeline; Pipeline.from_pretrained(sys.argv[1])('a', progress=False);"
+        "print(*{name.split('.')[0] for name in sys.modules}, 'torch._dynamo' in sys.modules)"
+    )
+    done = python("-c", script, model)
+    assert done.stdout.endswith("False\n"), done.stderr
+    heavy = {"lightning", "open_clip", "torchvision", "transformers", "omegaconf", "webdataset", "scipy"}
+    assert not heavy.intersection(done.stdout.split())

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm import load
+from ldm.errors import CheckpointError
+from ldm.formats import MODEL_FILE
+from ldm.formats.native import save_model
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    save_model(folder / MODEL_FILE, tiny_model(seed=3), {"steps": 7}, torch.float16)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["", MODEL_FILE])
+def test_a_folder_and_its_file_are_one_model(run: Path, name: str) -> None:
+    expected, loaded = tiny_model(seed=3), load(run / name)
+    assert loaded.config == expected.config
+    assert loaded.provenance == {"steps": 7}
+    assert not loaded.training
+    for part, tensor in expected.state_dict().items():
+        actual = loaded.state_dict()[part]
+        stored = tensor if "latent_" in part else tensor.half().float()
+        assert torch.equal(actual, stored), part
+
+
+def test_the_shipped_model_goes_by_its_name(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm.formats.ASSETS", run)
+    assert load().fingerprint == load("emoji").fingerprint == load(run).fingerprint
+    monkeypatch.setattr("ldm.formats.ASSETS", run / "elsewhere")
+    with pytest.raises(CheckpointError, match="lacks the shipped model"):
+        load("emoji")
+
+
+def test_what_cannot_be_read_is_told_in_a_sentence(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no model .*nowhere; name a run folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="a run has one after its last stage"):
+        load(tmp_path)
+    (tmp_path / "sd.ckpt").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match=r"sd\.ckpt is no \.safetensors file"):
+        load(tmp_path / "sd.ckpt")
+    (tmp_path / "half.safetensors").write_bytes((run / MODEL_FILE).read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"half\.safetensors is not a whole"):
+        load(tmp_path / "half.safetensors")
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is a diffusers folder"):
+        load(tmp_path)

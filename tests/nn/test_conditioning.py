@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm.nn.conditioning import Conditioning
+
+
+def record(n: int) -> Conditioning:
+    return Conditioning(context=torch.randn(n, 5, 4), mask=torch.rand(n, 5) < 0.5, concat=torch.randn(n, 1, 3, 3))
+
+
+def test_records_are_joined_along_the_batch_and_taken_apart_again() -> None:
+    a, b = record(2), record(3)
+    joined = Conditioning.cat([a, b])
+    assert joined.vector is None
+    for rows, part in ((slice(0, 2), a), (slice(2, 5), b)):
+        for name in ("context", "mask", "concat"):
+            assert torch.equal(getattr(joined[rows], name), getattr(part, name))
+
+
+def test_records_of_other_parts_are_not_joined() -> None:
+    with pytest.raises(AssertionError, match="some records have context and some do not"):
+        Conditioning.cat([record(1), Conditioning(vector=torch.zeros(1, 2))])
+
+
+def test_only_floating_point_parts_change_precision() -> None:
+    low = record(2).to(dtype=torch.bfloat16)
+    assert (low.context.dtype, low.mask.dtype, low.concat.dtype) == (torch.bfloat16, torch.bool, torch.bfloat16)

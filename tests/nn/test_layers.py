@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import nn
+
+from ldm.nn.attention import GEGLU, Attention
+from ldm.nn.embeddings import sinusoidal
+from ldm.nn.residual import ResidualBlock, Upsample
+
+
+@pytest.mark.parametrize("width", [8, 32])
+def test_sinusoids_are_those_of_diffusers(width: int) -> None:
+    levels = torch.tensor([0.0, 0.3, 17.0, 999.0])
+    expected = get_timestep_embedding(levels, width, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(sinusoidal(levels, width), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_that_of_torch(causal: bool) -> None:
+    peer = nn.MultiheadAttention(12, 3, batch_first=True)
+    attention = Attention(12, 3, bias=True)
+    weight, bias = peer.in_proj_weight.chunk(3), peer.in_proj_bias.chunk(3)
+    for i, layer in enumerate((attention.to_q, attention.to_k, attention.to_v)):
+        layer.load_state_dict({"weight": weight[i], "bias": bias[i]})
+    attention.to_out.load_state_dict(peer.out_proj.state_dict())
+    x = torch.randn(2, 5, 12)
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1) if causal else None
+    expected = peer(x, x, x, attn_mask=hidden, need_weights=False)[0]
+    torch.testing.assert_close(attention(x, causal=causal), expected)
+
+
+def test_a_masked_token_is_not_attended_to() -> None:
+    attention = Attention(8, 2, context_width=6)
+    x, context = torch.randn(2, 3, 8), torch.randn(2, 4, 6)
+    mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    masked = attention(x, context, mask)
+    torch.testing.assert_close(masked[:1], attention(x[:1], context[:1, :2]))
+    torch.testing.assert_close(masked[1:], attention(x[1:], context[1:]))
+
+
+def test_geglu_multiplies_the_value_with_the_gelu_of_the_gate() -> None:
+    layer = GEGLU(1, 1)
+    layer.proj.load_state_dict({"weight": torch.tensor([[1.0], [0.0]]), "bias": torch.tensor([0.0, 2.0])})
+    exact = 2.0 * 0.5 * (1 + math.erf(2.0 / math.sqrt(2.0)))
+    torch.testing.assert_close(layer(torch.tensor([[3.0]])), torch.tensor([[3.0 * exact]]))
+
+
+def test_the_embedding_is_added_a_channel() -> None:
+    """With the second convolution as the identity, and norms aside, its effect is the same at each position."""
+    block = ResidualBlock(4, 4, embedding_width=3, groups=1)
+    x = torch.randn(2, 4, 1, 1).expand(2, 4, 6, 6)
+    nn.init.dirac_(block.conv1.weight)
+    nn.init.dirac_(block.conv2.weight)
+    moved = block(x, torch.randn(2, 3)) - block(x, torch.zeros(2, 3))
+    torch.testing.assert_close(moved, moved[:, :, :1, :1].expand_as(moved))
+    assert moved.abs().max() > 1e-3
+
+
+def test_upsampling_repeats_pixels_to_the_size_that_is_asked_for() -> None:
+    layer = Upsample(1)
+    nn.init.dirac_(layer.conv.weight)
+    nn.init.zeros_(layer.conv.bias)
+    x = torch.arange(6.0).reshape(1, 1, 2, 3)
+    assert torch.equal(layer(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert layer(x, (3, 5)).shape == (1, 1, 3, 5)

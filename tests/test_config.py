@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldm.config import Kind, read_yaml, setting, structure, unstructure
+from ldm.errors import ConfigError
+
+
+class Shape(Kind):
+    """A family for these tests."""
+
+
+@dataclass(frozen=True)
+class Circle(Shape, kind="circle"):
+    radius: float = setting(1.0, "of the circle")
+
+
+@dataclass(frozen=True)
+class Box(Shape, kind="box"):
+    sides: tuple[float, float] = setting(help="height and width")
+
+    def __post_init__(self) -> None:
+        if min(self.sides) < 0:
+            raise ConfigError("sides must not be negative.")
+
+
+@dataclass(frozen=True)
+class Part:
+    shape: Shape = setting(help="what it looks like")
+    count: int = setting(1, "how many")
+
+
+@dataclass(frozen=True)
+class Whole:
+    name: str = setting(help="of all of it")
+    parts: tuple[Part, ...] = setting((), "what it is made of")
+    spare: Part | None = setting(None, "one more")
+    mode: Literal["fast", "slow"] = setting("fast", "how")
+    size: int | tuple[int, int] = setting(1, "a side, or two")
+    weights: dict[str, float] = setting(help="by name", factory=dict)
+    on: bool = setting(True, "whether")
+
+
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+shapes = st.builds(Circle, numbers) | st.builds(Box, st.tuples(*[st.floats(0, 1e6)] * 2))
+parts = st.builds(Part, shapes, st.integers())
+wholes = st.builds(
+    Whole, st.text(), st.lists(parts, max_size=3).map(tuple), st.none() | parts, st.sampled_from(["fast", "slow"]),
+    st.integers() | st.tuples(st.integers(), st.integers()), st.dictionaries(st.text(), numbers, max_size=3), st.booleans(),
+)  # fmt: skip
+
+
+@given(wholes)
+def test_what_is_written_is_read_again(whole: Whole) -> None:
+    assert structure(Whole, unstructure(whole)) == whole
+
+
+@given(wholes)
+def test_it_survives_yaml(whole: Whole) -> None:
+    text = yaml.safe_dump(unstructure(whole), allow_unicode=True)
+    assert structure(Whole, yaml.safe_load(text)) == whole
+
+
+def test_the_bare_name_of_a_kind_stands_for_its_defaults() -> None:
+    assert structure(Part, {"shape": "circle"}) == structure(Part, {"shape": {"kind": "circle"}}) == Part(Circle())
+
+
+def test_numbers_are_read_as_yaml_writes_them() -> None:
+    assert structure(Circle, {"radius": "1e-4"}).radius == 1e-4  # YAML 1.1 takes it for a text
+    assert isinstance(structure(Circle, {"radius": 2}).radius, float)
+    assert structure(Part, {"shape": "circle", "count": 1e3}).count == 1000
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({}, r"config: the key 'name' is missing \(of all of it\)"),
+        ({"name": "a", "prats": []}, r"config: unknown key 'prats'; did you mean 'parts'\? Known: "),
+        ({"name": "a", "parts": [{"shape": "circle"}, {"shape": {"kind": "circel"}}]},
+         r"parts\[1\]\.shape: unknown kind 'circel'; did you mean 'circle'\? Known: box, circle"),
+        ({"name": "a", "spare": {"shape": {"kind": "circle", "raduis": 1}}}, r"spare\.shape: unknown key 'raduis'; did you mean 'radius'"),
+        ({"name": "a", "spare": {"shape": {"kind": "box", "sides": [1, -1]}}}, r"spare\.shape: sides must not be negative"),
+        ({"name": "a", "spare": {"shape": {"kind": "box", "sides": [1, 1, 1]}}}, r"spare\.shape\.sides: expected 2 values, found 3"),
+        ({"name": "a", "spare": {"shape": {"kind": ["box"]}}}, r"spare\.shape: unknown kind \['box'\]"),
+        ({"name": "a", "spare": {"shape": {"radius": 1}}}, r"spare\.shape: give a kind, one of box, circle"),
+        ({"name": "a", "spare": {"shape": None}}, r"spare\.shape: give a kind"),
+        ({"name": "a", "spare": 3}, "spare: expected a section with the keys of Part, found 3"),
+        ({"name": 3}, "name: expected a text, found 3"),
+        ({"name": "a", "on": 1}, "on: expected true or false, found 1"),
+        ({"name": "a", "parts": [{"shape": "circle", "count": 1.5}]}, r"parts\[0\]\.count: expected a whole number, found 1\.5"),
+        ({"name": "a", "parts": [{"shape": "circle", "count": True}]}, r"parts\[0\]\.count: expected a whole number, found True"),
+        ({"name": "a", "parts": {"shape": "circle"}}, "parts: expected a list"),
+        ({"name": "a", "weights": {"x": "heavy"}}, r"weights\.x: expected a number, found 'heavy'"),
+        ({"name": "a", "weights": [1]}, r"weights: expected a section, found \[1\]"),
+        ({"name": "a", "mode": "fats"}, r"mode: unknown value 'fats'; did you mean 'fast'\? Known: fast, slow"),
+        ({"name": "a", "mode": ["fast"]}, r"mode: unknown value \['fast'\]"),
+        ({"name": "a", 7: 1}, "config: unknown key 7"),
+        ({"name": "a", "size": "big"}, "size: expected"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_with_its_place(node: dict[Any, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        structure(Whole, node)
+
+
+def test_every_setting_has_its_sentence() -> None:
+    """Of all kinds and sections that an experiment can have: the reference prints them."""
+    import typing
+
+    from ldm.experiment import Experiment
+
+    seen: set[type] = set()
+
+    def visit(hint: Any) -> None:
+        for argument in typing.get_args(hint):
+            visit(argument)
+        if not isinstance(hint, type) or hint in seen:
+            return
+        seen.add(hint)
+        if issubclass(hint, Kind) and not hasattr(hint, "kind"):
+            for entry in hint.kinds.values():
+                visit(entry)
+        elif is_dataclass(hint):
+            hints = typing.get_type_hints(hint)
+            for field in fields(hint):
+                assert field.metadata.get("help"), f"{hint.__name__}.{field.name}"
+                visit(hints[field.name])
+
+    visit(Experiment)
+    assert len(seen) > 20
+
+
+# Files and overrides
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_file_goes_on_top_of_its_bases(tmp_path: Path) -> None:
+    write(tmp_path / "base" / "first.yaml", "a: 1\nsection: {x: 1, y: {kind: box, sides: [1, 2]}}\nlist: [1, 2]")
+    write(tmp_path / "base" / "second.yaml", "base: first.yaml\na: 2\nsection: {x: 2}")
+    write(tmp_path / "base" / "third.yaml", "c: 3\na: 3")
+    top = write(tmp_path / "top.yaml", "base: [base/second.yaml, base/third.yaml]\nsection: {y: {kind: circle}}\nlist: [3]")
+    assert read_yaml(top) == {"a": 3, "c": 3, "section": {"x": 2, "y": {"kind": "circle"}}, "list": [3]}
+
+
+def test_overrides_are_typed_as_yaml_and_reach_into_lists(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "a: {b: 1, c: [{d: 1}, {d: 2}]}\ne: text")
+    overrides = ["a.b=2.5", "a.c.1.d=3", "e=null", "f.g=[x, 'y z']", "h=a=b", "i="]
+    assert read_yaml(path, overrides) == {
+        "a": {"b": 2.5, "c": [{"d": 1}, {"d": 3}]}, "e": None, "f": {"g": ["x", "y z"]}, "h": "a=b", "i": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("override", ["s.y.kind=circle", "s.y={kind: circle}", "s={y: {kind: circle}}"])
+def test_another_kind_does_not_keep_the_settings_of_the_former(tmp_path: Path, override: str) -> None:
+    path = write(tmp_path / "a.yaml", "s: {x: 1, y: {kind: box, sides: [1, 2]}}")
+    assert read_yaml(path, [override]) == {"s": {"x": 1, "y": {"kind": "circle"}}}
+
+
+@pytest.mark.parametrize("override", ["s.y.kind=box", "s.y={kind: box}"])
+def test_the_same_kind_keeps_its_settings(tmp_path: Path, override: str) -> None:
+    path = write(tmp_path / "a.yaml", "s: {y: {kind: box, sides: [1, 2]}}")
+    assert read_yaml(path, [override]) == {"s": {"y": {"kind": "box", "sides": [1, 2]}}}
+
+
+def test_a_kind_given_by_its_name_alone_is_overridden(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "s: {y: box}")
+    assert read_yaml(path, ["s.y={kind: circle, radius: 2}"]) == {"s": {"y": {"kind": "circle", "radius": 2}}}
+    assert read_yaml(path, ["s.y.kind=circle"]) == {"s": {"y": {"kind": "circle"}}}
+
+
+@pytest.mark.parametrize("override", ["max_steps", "=3", "", "a.b=[1", "a.c.9.d=1", "a={x: ${nowhere}}"])
+def test_an_override_that_does_not_fit_is_named(tmp_path: Path, override: str) -> None:
+    path = write(tmp_path / "a.yaml", "a: {b: 1, c: [{d: 1}]}\ne: text")
+    with pytest.raises(ConfigError) as told:
+        read_yaml(path, [override])
+    assert "\n" not in str(told.value)
+    assert override in str(told.value) or "nowhere" in str(told.value)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the config .*none\.yaml does not exist"):
+        read_yaml(tmp_path / "none.yaml")
+    child = write(tmp_path / "child.yaml", "base: none.yaml")
+    with pytest.raises(ConfigError, match=r"none\.yaml, named as base in .*child\.yaml does not exist"):
+        read_yaml(child)
+    with pytest.raises(ConfigError, match=r"broken\.yaml is not valid YAML"):
+        read_yaml(write(tmp_path / "broken.yaml", "a: [1"))
+    with pytest.raises(ConfigError, match=r"list\.yaml holds no section"):
+        read_yaml(write(tmp_path / "list.yaml", "[1, 2]"))
+
+
+def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", "base: b.yaml")
+    write(tmp_path / "b.yaml", "base: a.yaml")
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        read_yaml(tmp_path / "a.yaml")

@@ -1,0 +1,43 @@
+"""Whole models of a few thousand random weights, for the tests of what samples from a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ldm.clip.tokenizer import train_byte_bpe
+from ldm.config import structure
+from ldm.model import LatentDiffusion, ModelConfig
+
+CAPTIONS = ["a red apple", "a green apple", "a red car", "a blue car", "two green cars", "a blue sky"]
+TOKENIZER = train_byte_bpe(CAPTIONS, vocab_size=300, context_length=12)
+FACTOR, CHANNELS, SIZE = 2, 4, 16
+
+TOWER = {"vocab_size": TOKENIZER.vocab_size, "context_length": 12, "width": 16, "layers": 1, "heads": 2}
+CONDITIONERS: dict[str, dict[str, Any]] = {
+    "text": {"kind": "text", "tower": TOWER},
+    "class": {"kind": "class", "classes": 3, "width": 8},
+    "none": {"kind": "none"},
+}
+WIDTHS = {"text": {"context_width": 16}, "class": {"vector_width": 8}, "none": {}}
+
+
+def tiny_model(reads: str = "text", seed: int = 0, **changes: Any) -> LatentDiffusion:
+    """A model of 16-pixel pictures with latents of factor 2; ``changes`` are sections of its config."""
+    network = {"kind": "unet", "levels": [{"width": 16, "blocks": 1, "depth": 1}], "heads": 2, "groups": 4}
+    config = {
+        "first_stage": {"kind": "autoencoder_kl", "widths": [8, 8], "blocks": 1, "groups": 4},
+        "conditioner": CONDITIONERS[reads],
+        "denoiser": network | WIDTHS[reads],
+        "diffusion": {"schedule": "scaled_linear", "parametrization": "v"},
+        "size": [SIZE, SIZE],
+        "sampling": {"num_inference_steps": 4, "guidance_scale": 3.0},
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LatentDiffusion(structure(ModelConfig, config | changes), TOKENIZER if reads == "text" else None)
+    if len(model.first_stage.latent_mean) == CHANNELS:
+        model.first_stage.latent_mean.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0]))
+        model.first_stage.latent_std.copy_(torch.tensor([1.5, 0.5, 1.0, 0.7]))
+    return model.eval()
