@@ -194,7 +194,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if fixed and len(value) != len(args):
             raise ConfigError(f"{_at(where)}: expected {len(args)} values, found {len(value)}.")
         hints = args if fixed else [args[0]] * len(value)
-        items = [_convert(item_hint, item, f"{where}[{i}]") for i, (item_hint, item) in enumerate(zip(hints, value, strict=True))]
+        items = [
+            _convert(item_hint, item, f"{where}[{i}]")
+            for i, (item_hint, item) in enumerate(zip(hints, value, strict=True))
+        ]
         return items if origin is list else tuple(items)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):

@@ -150,7 +150,9 @@ def test_a_file_goes_on_top_of_its_bases(tmp_path: Path) -> None:
     write(tmp_path / "base" / "first.yaml", "a: 1\nsection: {x: 1, y: {kind: box, sides: [1, 2]}}\nlist: [1, 2]")
     write(tmp_path / "base" / "second.yaml", "base: first.yaml\na: 2\nsection: {x: 2}")
     write(tmp_path / "base" / "third.yaml", "c: 3\na: 3")
-    top = write(tmp_path / "top.yaml", "base: [base/second.yaml, base/third.yaml]\nsection: {y: {kind: circle}}\nlist: [3]")
+    top = write(
+        tmp_path / "top.yaml", "base: [base/second.yaml, base/third.yaml]\nsection: {y: {kind: circle}}\nlist: [3]"
+    )
     assert read_yaml(top) == {"a": 3, "c": 3, "section": {"x": 2, "y": {"kind": "circle"}}, "list": [3]}
 
 

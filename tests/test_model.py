@@ -18,7 +18,9 @@ def test_latents_are_normalised_on_the_way_in_and_back_on_the_way_out() -> None:
         latent = model.encode(image, noise)
         torch.testing.assert_close(stage.denormalize(latent), posterior.sample(noise), atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(stage.denormalize(model.encode(image)), posterior.mean, atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(model.decode(latent), stage.decode(posterior.sample(noise)).clamp(-1, 1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model.decode(latent), stage.decode(posterior.sample(noise)).clamp(-1, 1), atol=1e-5, rtol=1e-5
+        )
     assert latent.shape[1:] == model.latent_shape() == (CHANNELS, SIZE // FACTOR, SIZE // FACTOR)
     assert model.latent_shape(24, 40) == (CHANNELS, 24 // FACTOR, 40 // FACTOR)
 
@@ -30,7 +32,12 @@ def test_only_the_networks_run_in_low_precision() -> None:
         cond = model.conditioner.unconditional(2)
         whole = model.denoise(x, sigma, cond), model.encode(image), model.decode(x)
         model.denoiser.to(torch.bfloat16)
-        for module in (model.first_stage.encoder, model.first_stage.decoder, model.first_stage.quant_conv, model.first_stage.post_quant_conv):
+        for module in (
+            model.first_stage.encoder,
+            model.first_stage.decoder,
+            model.first_stage.quant_conv,
+            model.first_stage.post_quant_conv,
+        ):
             module.to(torch.bfloat16)
         low = model.denoise(x, sigma, cond), model.encode(image), model.decode(x)
     for a, b in zip(whole, low, strict=True):
@@ -41,7 +48,11 @@ def test_only_the_networks_run_in_low_precision() -> None:
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
-        ("denoiser", {"in_channels": 5}, "in_channels 5 and out_channels 4, but the first stage's latents have 4 channels; set both to 4"),
+        (
+            "denoiser",
+            {"in_channels": 5},
+            "in_channels 5 and out_channels 4, but the first stage's latents have 4 channels; set both to 4",
+        ),
         ("denoiser", {"context_width": None}, "context_width is None, but the conditioner gives 16"),
         ("first_stage", {"widths": [8, 8, 8, 8, 8, 8]}, "size 16 x 16 is not divisible by the first stage's factor 32"),
     ],

@@ -45,7 +45,9 @@ PIXELS = ["vae.model.kind=identity", "denoiser.model.in_channels=3", "denoiser.m
 def rows(folder: Path, stage: str) -> list[dict[str, str]]:
     """metrics.csv without what a clock says."""
     with (folder / "run" / stage / "metrics.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if "per_second" not in name} for row in csv.DictReader(file)]
+        return [
+            {name: value for name, value in row.items() if "per_second" not in name} for row in csv.DictReader(file)
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -206,14 +208,18 @@ def test_weights_depend_on_the_seed_and_on_nothing_before(copy_of: Callable[...,
     torch.randn(5)
     assert_same(train(folder, "clip"), trained / "run" / "clip" / "final.safetensors")
     other = load_file(train(folder, "clip", "seed=1", f"run_dir={folder / 'other'}"))
-    assert not torch.equal(other["logit_scale"], load_file(trained / "run" / "clip" / "final.safetensors")["logit_scale"])
+    assert not torch.equal(
+        other["logit_scale"], load_file(trained / "run" / "clip" / "final.safetensors")["logit_scale"]
+    )
 
 
 # What does not fit
 
 
 def test_a_missing_predecessor_is_named(tmp_path: Path, copy_of: Callable[..., Path]) -> None:
-    with pytest.raises(TrainingError, match=r"needs what stage clip leaves, but there is no .*; train it first \(--stage clip"):
+    with pytest.raises(
+        TrainingError, match=r"needs what stage clip leaves, but there is no .*; train it first \(--stage clip"
+    ):
         train(tmp_path, "denoiser")
     folder = copy_of("vae", "denoiser")
     with pytest.raises(TrainingError, match=r"needs what stage vae leaves"):
@@ -224,7 +230,10 @@ def test_a_missing_predecessor_is_named(tmp_path: Path, copy_of: Callable[..., P
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["vae.model.blocks=2"], r"vae/final\.safetensors does not fit the config: vae\.model\.blocks is 2 here and 1 there"),
+        (
+            ["vae.model.blocks=2"],
+            r"vae/final\.safetensors does not fit the config: vae\.model\.blocks is 2 here and 1 there",
+        ),
         (["clip.model.text.layers=2"], r"clip/final\.safetensors .*: clip\.model\.text\.layers is 2 here and 1 there"),
     ],
 )
@@ -269,7 +278,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(copy_of: Calla
     with pytest.raises(TrainingError, match=r"loss of stage vae is (nan|inf) at step 0; there is no checkpoint yet"):
         train(folder, "vae", "vae.loss.l2=1e38")
     train(folder, "vae", "max_steps=2")
-    with pytest.raises(TrainingError, match=r"loss of stage vae is (nan|inf) at step 2; .* is .*vae/last\.ckpt\. Resume"):
+    with pytest.raises(
+        TrainingError, match=r"loss of stage vae is (nan|inf) at step 2; .* is .*vae/last\.ckpt\. Resume"
+    ):
         train(folder, "vae", "vae.loss.l2=1e38")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
@@ -304,7 +315,10 @@ def test_init_takes_what_is_trained_and_keeps_the_predecessors(copy_of: Callable
     """A model made on another first stage lends its network, not its first stage."""
     folder = copy_of("denoiser")
     other = folder / "other.safetensors"
-    tensors, metadata = load_file(trained / "run" / "model.safetensors"), read_metadata(trained / "run" / "model.safetensors")
+    tensors, metadata = (
+        load_file(trained / "run" / "model.safetensors"),
+        read_metadata(trained / "run" / "model.safetensors"),
+    )
     moved = {name: tensor + 0.01 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     save_file(moved, other, metadata)
     tiny = ["learning_rate=1e-30", "max_steps=1", "denoiser.train.weight_decay=0", "ema_decay=0"]
@@ -343,7 +357,9 @@ def test_cached_latents_train_the_same_network(copy_of: Callable[..., Path], tra
     """The cache keeps 11 bits of the posteriors."""
     folder = copy_of("denoiser")
     train(folder, "denoiser", "data.cache_latents=true")
-    cached, encoded = ([float(row["train/loss"]) for row in rows(at, "denoiser") if row["train/loss"]] for at in (folder, trained))
+    cached, encoded = (
+        [float(row["train/loss"]) for row in rows(at, "denoiser") if row["train/loss"]] for at in (folder, trained)
+    )
     assert cached == pytest.approx(encoded, rel=5e-3)
     assert all(math.isfinite(loss) for loss in cached)
 
@@ -355,9 +371,13 @@ def test_the_discriminator_begins_at_its_step(copy_of: Callable[..., Path]) -> N
     for steps in (1, 2, 3):
         train(folder, "vae", f"max_steps={steps}", *FEW)
         checkpoint = torch.load(folder / "run" / "vae" / "last.ckpt", weights_only=True)
-        states.append({name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("discriminator.")})
+        states.append(
+            {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("discriminator.")}
+        )
     assert_equal_trees(states[0], states[1])
-    changed = [name for name in states[2] if name.endswith("weight") and not torch.equal(states[2][name], states[1][name])]
+    changed = [
+        name for name in states[2] if name.endswith("weight") and not torch.equal(states[2][name], states[1][name])
+    ]
     assert len(changed) == len([name for name in states[2] if name.endswith("weight")])
     table = rows(folder, "vae")
     assert [bool(row["train/discriminator"]) for row in table if row["train/loss"]] == [False, False, True]

@@ -50,7 +50,9 @@ class ClassConditioner(Conditioner):
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         if "label" not in inputs:
-            raise DataError("the denoiser is conditioned on class labels, but the data has none; give each sample a .cls.")
+            raise DataError(
+                "the denoiser is conditioned on class labels, but the data has none; give each sample a .cls."
+            )
         labels = torch.as_tensor(inputs["label"], dtype=torch.long)
         wrong = labels[(labels < 0) | (labels >= self.config.classes)]
         if len(wrong):

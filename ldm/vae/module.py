@@ -125,7 +125,9 @@ class VAEModule(StageModule):
 
     def on_validation_epoch_end(self) -> None:
         total = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum").tolist()
-        self.validation = {name: value / total[3] for name, value in zip(("psnr", "ssim", "kl"), total[:3], strict=True)}
+        self.validation = {
+            name: value / total[3] for name, value in zip(("psnr", "ssim", "kl"), total[:3], strict=True)
+        }
 
     def pictures(self) -> Mapping[str, Any]:
         """Validation pictures above their reconstructions."""

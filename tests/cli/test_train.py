@@ -28,10 +28,16 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(stopped.value.code or 0)
 
 
-def interrupted(arguments: list[str], due: Callable[[], bool], number: signal.Signals) -> subprocess.CompletedProcess[str]:
+def interrupted(
+    arguments: list[str], due: Callable[[], bool], number: signal.Signals
+) -> subprocess.CompletedProcess[str]:
     """tools/train.py in a process of its own, sent a signal once it is due."""
     process = subprocess.Popen(
-        [sys.executable, "tools/train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "tools/train.py", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not due() and process.poll() is None:
         time.sleep(0.005)
@@ -77,7 +83,9 @@ def test_stopped_and_killed_it_goes_on_and_ends_as_if_nothing_had_been(
     ours, expected = (load_file(at / "vae" / "final.safetensors") for at in (tmp_path / "run", tmp_path / "at_once"))
     assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
     with (stage / "metrics.csv").open(newline="") as file:
-        assert [row["step"] for row in csv.DictReader(file) if row["train/loss"]] == [str(step) for step in range(1, 61)]
+        assert [row["step"] for row in csv.DictReader(file) if row["train/loss"]] == [
+            str(step) for step in range(1, 61)
+        ]
 
 
 def test_a_finished_stage_says_so(
@@ -120,7 +128,11 @@ def test_a_dry_run_tells_all_and_writes_nothing(
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
 ) -> None:
     given = arguments if "--config" in arguments else ["--config", write_experiment(tmp_path), *arguments]
     assert run(monkeypatch, *given) == 2

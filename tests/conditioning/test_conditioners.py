@@ -90,11 +90,15 @@ def test_no_condition_is_an_empty_record() -> None:
         ({"kind": "none"}, (None, None)),
     ],
 )
-def test_widths_are_known_before_anything_is_built(config: dict[str, Any], widths: tuple[int | None, int | None]) -> None:
+def test_widths_are_known_before_anything_is_built(
+    config: dict[str, Any], widths: tuple[int | None, int | None]
+) -> None:
     kind = structure(ConditionerKind, config)
     assert (kind.context_width, kind.vector_width) == widths
     cond = kind.build(TOKENIZER).unconditional(2)
-    assert (cond.context is None or cond.context.shape[-1] == widths[0]) and (cond.context is None) == (widths[0] is None)
+    assert (cond.context is None or cond.context.shape[-1] == widths[0]) and (cond.context is None) == (
+        widths[0] is None
+    )
     assert (None if cond.vector is None else cond.vector.shape[-1]) == widths[1]
 
 

@@ -18,7 +18,9 @@ def test_the_step_is_read_between_its_rows() -> None:
 
 def test_it_equals_the_tutorials_loop() -> None:
     """Linear, plus the embedding of the step, ReLU; a last linear layer. Written out for one hidden layer."""
-    network = structure(MLPConfig, {"in_channels": 3, "out_channels": 3, "width": 8, "layers": 1, "num_timesteps": 5}).build()
+    network = structure(
+        MLPConfig, {"in_channels": 3, "out_channels": 3, "width": 8, "layers": 1, "num_timesteps": 5}
+    ).build()
     x, t = torch.randn(6, 3, 1, 1), torch.randint(0, 5, (6,)).float()
     first, step = network.layers[0], network.steps[0].table.weight[t.long()]
     hidden = (x[:, :, 0, 0] @ first.weight.T + first.bias + step).clamp(min=0)

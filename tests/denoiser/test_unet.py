@@ -41,7 +41,9 @@ def ours(peer: torch.nn.Module, blocks: int, **config: Any) -> UNet:
 
 
 @torch.no_grad()
-def assert_equal(unet: UNet, peer: torch.nn.Module, height: int, width: int, vector: Tensor | None = None, **peers: Any) -> None:
+def assert_equal(
+    unet: UNet, peer: torch.nn.Module, height: int, width: int, vector: Tensor | None = None, **peers: Any
+) -> None:
     x, context = torch.randn(BATCH, 4, height, width), torch.randn(BATCH, TOKENS, CONTEXT)
     expected = peer(x, NOISE_LEVELS, context, **peers).sample
     assert expected.std() > 0.1
@@ -61,9 +63,7 @@ def test_equals_diffusers_in_the_shape_of_sd_1(size: tuple[int, int]) -> None:
 def test_equals_diffusers_in_the_shape_of_sd_2(size: tuple[int, int]) -> None:
     """Linear projections; a width of the heads."""
     widths = [16, 32, 64, 64]
-    peer = peer_unet(
-        widths, 2, [True, True, True, False], attention_head_dim=[2, 4, 8, 8], use_linear_projection=True
-    )
+    peer = peer_unet(widths, 2, [True, True, True, False], attention_head_dim=[2, 4, 8, 8], use_linear_projection=True)
     levels = [{"width": width, "blocks": 2, "depth": depth} for width, depth in zip(widths, [1, 1, 1, 0], strict=True)]
     assert_equal(ours(peer, 2, levels=levels, head_width=8), peer, *size)
 
@@ -92,7 +92,12 @@ def test_equals_diffusers_in_the_shape_of_sdxl(size: tuple[int, int]) -> None:
 
 def test_equals_diffusers_with_a_projected_vector_and_one_block_a_level() -> None:
     peer = peer_unet(
-        [16, 32], 1, [True, True], attention_head_dim=2, class_embed_type="projection", projection_class_embeddings_input_dim=10
+        [16, 32],
+        1,
+        [True, True],
+        attention_head_dim=2,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=10,
     )
     levels = [{"width": 16, "blocks": 1, "depth": 1}, {"width": 32, "blocks": 1, "depth": 1}]
     vector = torch.randn(BATCH, 10)
@@ -118,7 +123,9 @@ def test_the_mask_hides_tokens_of_the_context() -> None:
 
 
 def test_concat_is_read_as_further_channels() -> None:
-    unet = structure(UNetConfig, {"levels": [{"width": 8, "blocks": 1}], "in_channels": 6, "heads": 1, "groups": 4}).build()
+    unet = structure(
+        UNetConfig, {"levels": [{"width": 8, "blocks": 1}], "in_channels": 6, "heads": 1, "groups": 4}
+    ).build()
     unet = randomize(unet)
     x, concat = torch.randn(2, 4, 6, 6), torch.randn(2, 2, 6, 6)
     with torch.no_grad():
@@ -130,7 +137,9 @@ def test_without_context_there_is_no_cross_attention() -> None:
     """A config without context_width listens to its own positions alone, whatever the record holds."""
     levels = [{"width": 8, "blocks": 1, "depth": 1}, {"width": 16, "blocks": 1, "depth": 2}]
     unet = randomize(structure(UNetConfig, {"levels": levels, "heads": 2, "groups": 4}).build())
-    assert not [name for name, _ in unet.named_parameters() if "attn2" in name or "norm2.weight" in name and "blocks" in name]
+    assert not [
+        name for name, _ in unet.named_parameters() if "attn2" in name or "norm2.weight" in name and "blocks" in name
+    ]
     x = torch.randn(2, 4, 7, 5)
     with torch.no_grad():
         alone = unet(x, torch.zeros(2), Conditioning())

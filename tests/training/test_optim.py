@@ -36,7 +36,9 @@ def test_the_learning_rate_at_the_marks(decay: str) -> None:
 
 
 def test_matrices_decay_and_the_rest_does_not() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False))
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+    )
     scale = nn.ParameterList([nn.Parameter(torch.tensor(1.0))])
     optimizer = adamw([network, scale], config(weight_decay=0.3, betas=[0.5, 0.9]))
     decayed, others = optimizer.param_groups

@@ -21,7 +21,9 @@ class Given(FirstStage):
 
 def test_kl_is_that_of_torch() -> None:
     mean, logvar = torch.randn(4, 3, 5, 2, dtype=torch.float64), torch.randn(4, 3, 5, 2, dtype=torch.float64)
-    expected = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(torch.zeros(()).double(), 1.0)).flatten(1).sum(1)
+    expected = (
+        kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(torch.zeros(()).double(), 1.0)).flatten(1).sum(1)
+    )
     torch.testing.assert_close(DiagonalGaussian(mean, logvar).kl(), expected)
 
 
@@ -58,7 +60,10 @@ def batches(moments: Tensor, size: int) -> list[dict[str, Any]]:
 
 def test_latents_are_measured_as_if_all_were_drawn() -> None:
     """Against numpy on very many draws of each posterior, and exactly where the posteriors have no variance."""
-    mean = torch.randn(10, 3, 4, 4) * torch.tensor([2.0, 0.5, 1.0])[:, None, None] + torch.tensor([5.0, -1.0, 0.0])[:, None, None]
+    mean = (
+        torch.randn(10, 3, 4, 4) * torch.tensor([2.0, 0.5, 1.0])[:, None, None]
+        + torch.tensor([5.0, -1.0, 0.0])[:, None, None]
+    )
     logvar = torch.randn(10, 3, 4, 4)
     stage = Given(3, 1)
     measure_latents(stage, batches(torch.cat([mean, logvar], dim=1), 4))  # the last batch is smaller

@@ -32,7 +32,9 @@ def test_hinge_loss() -> None:
     """Zero once both sides are beyond their margins; half of each shortfall else."""
     assert hinge_loss(torch.tensor([1.0, 5.0]), torch.tensor([-1.0, -9.0])) == 0
     assert hinge_loss(torch.zeros(4), torch.zeros(4)) == 1
-    torch.testing.assert_close(hinge_loss(torch.tensor([0.5, 2.0]), torch.tensor([1.0])), torch.tensor(0.5 * (0.25 + 2.0)))
+    torch.testing.assert_close(
+        hinge_loss(torch.tensor([0.5, 2.0]), torch.tensor([1.0])), torch.tensor(0.5 * (0.25 + 2.0))
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
@@ -42,7 +44,9 @@ def test_the_adaptive_weight_makes_both_pull_alike(scale: float) -> None:
     out = layer(torch.randn(2, 4, 6, 6))
     reconstruction, generator = out.square().sum(), scale * out.tanh().sum()
     weight = adaptive_weight(reconstruction, generator, layer.weight)
-    wanted, found = (torch.autograd.grad(loss, layer.weight, retain_graph=True)[0] for loss in (reconstruction, generator))
+    wanted, found = (
+        torch.autograd.grad(loss, layer.weight, retain_graph=True)[0] for loss in (reconstruction, generator)
+    )
     assert not weight.requires_grad
     torch.testing.assert_close((weight * found).norm(), wanted.norm(), rtol=1e-2, atol=0)
 
@@ -85,7 +89,9 @@ def test_impossible_losses_are_refused(config: dict[str, float], message: str) -
 
 def test_without_the_package_lpips_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(MissingExtraError, match=r"vae\.loss\.lpips above 0\) needs the package 'lpips'; .*ldm\[lpips\]"):
+    with pytest.raises(
+        MissingExtraError, match=r"vae\.loss\.lpips above 0\) needs the package 'lpips'; .*ldm\[lpips\]"
+    ):
         ReconstructionLoss(AutoencoderLossConfig(lpips=1.0))
     ReconstructionLoss(AutoencoderLossConfig(lpips=0.0))
 
