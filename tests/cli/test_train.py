@@ -17,7 +17,7 @@ from ldm.cli import train as command
 from tests.experiments import tiny_experiment, write_experiment
 
 ROOT = Path(__file__).parents[2]
-LONG = ["vae.train.max_steps=60", "vae.train.checkpoint_every=4", "vae.train.validate_every=30"]
+LONG = ["vae.train.max_steps=40", "vae.train.checkpoint_every=4", "vae.train.validate_every=20"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -64,16 +64,16 @@ def test_stopped_and_killed_it_goes_on_and_ends_as_if_nothing_had_been(
     after_stop = completed(last)
     assert stopped.returncode == 2
     assert stopped.stderr.splitlines()[-1] == (
-        f"error: stage vae was stopped after step {after_stop} of 60; the same command goes on from there."
+        f"error: stage vae was stopped after step {after_stop} of 40; the same command goes on from there."
     )
     assert "Traceback" not in stopped.stderr
-    assert 4 <= after_stop < 60
+    assert 4 <= after_stop < 40
 
     written = last.stat().st_mtime_ns
     killed = interrupted(arguments, lambda: last.stat().st_mtime_ns > written, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     after_kill = completed(last)
-    assert after_stop < after_kill < 60
+    assert after_stop < after_kill < 40
     assert not (stage / "final.safetensors").exists()
 
     assert run(monkeypatch, *arguments) == 0
@@ -84,7 +84,7 @@ def test_stopped_and_killed_it_goes_on_and_ends_as_if_nothing_had_been(
     assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
     with (stage / "metrics.csv").open(newline="") as file:
         assert [row["step"] for row in csv.DictReader(file) if row["train/loss"]] == [
-            str(step) for step in range(1, 61)
+            str(step) for step in range(1, 41)
         ]
 
 

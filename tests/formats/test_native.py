@@ -120,7 +120,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
         read_metadata(path)
     save_model(path, tiny_model(), {})
     with pytest.raises(
-        CheckpointError, match="does not hold what is wanted, ldm.clip.1; its metadata says 'ldm.model.1'"
+        CheckpointError, match=r"does not hold what is wanted, ldm\.clip\.1; its metadata says 'ldm\.model\.1'"
     ):
         read_header(path, CLIP, ModelConfig)
     tensors, metadata = load_file(path), read_metadata(path)
