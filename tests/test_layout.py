@@ -96,9 +96,7 @@ def test_lightning_is_imported_by_the_training_side_only() -> None:
 def test_the_pipeline_imports_no_training_package() -> None:
     heavy = LIGHTNING | {"open_clip", "timm", "torchvision", "transformers", "tensorboard", "webdataset"}
     script = "import sys; from ldm import Pipeline; print(*{name.split('.')[0] for name in sys.modules})"
-    run = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, check=False, capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     loaded = heavy & set(run.stdout.split())
     assert not loaded
@@ -142,7 +140,5 @@ def test_links_between_the_pages_lead_somewhere() -> None:
         if "://" not in link
     ]
     assert links
-    broken = [
-        f"{page.relative_to(ROOT)} -> {link}" for page, link in links if not (page.parent / link).exists()
-    ]
+    broken = [f"{page.relative_to(ROOT)} -> {link}" for page, link in links if not (page.parent / link).exists()]
     assert not broken, "\n".join(broken)

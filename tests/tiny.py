@@ -37,6 +37,9 @@ def tiny_model(reads: str = "text", seed: int = 0, **changes: Any) -> LatentDiff
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LatentDiffusion(structure(ModelConfig, config | changes), TOKENIZER if reads == "text" else None)
+        for parameter in model.denoiser.parameters():
+            if parameter.ndim > 1 and not parameter.any():  # a fresh U-Net answers 0 whatever it is asked
+                torch.nn.init.normal_(parameter, std=0.1)
     if len(model.first_stage.latent_mean) == CHANNELS:
         model.first_stage.latent_mean.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0]))
         model.first_stage.latent_std.copy_(torch.tensor([1.5, 0.5, 1.0, 0.7]))

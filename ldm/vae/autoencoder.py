@@ -88,9 +88,7 @@ class Level(nn.Module):
     def __init__(self, in_width: int, width: int, blocks: int, groups: int, resample: type[nn.Module] | None):
         super().__init__()
         widths = [in_width] + [width] * blocks
-        self.block = nn.ModuleList(
-            ResidualBlock(a, b, groups=groups, eps=1e-6) for a, b in pairwise(widths)
-        )
+        self.block = nn.ModuleList(ResidualBlock(a, b, groups=groups, eps=1e-6) for a, b in pairwise(widths))
         self.resample = resample(width) if resample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -32,9 +32,7 @@ def test_loss_of_orthonormal_pairs_has_a_closed_form(n: int) -> None:
     features = torch.eye(n)
     expected = torch.log(1 + (n - 1) * torch.exp(-scale))
     torch.testing.assert_close(clip_loss(features, features, scale), expected)
-    torch.testing.assert_close(
-        clip_loss(features, features[:1].expand(n, -1), 0 * scale), torch.tensor(n).log()
-    )
+    torch.testing.assert_close(clip_loss(features, features[:1].expand(n, -1), 0 * scale), torch.tensor(n).log())
 
 
 def test_loss_is_the_mean_of_both_directions() -> None:

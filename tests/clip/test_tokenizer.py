@@ -64,9 +64,7 @@ def transformers_peer() -> CLIPTokenizer:
 
 def test_clip_bpe_equals_transformers(clip_bpe: Tokenizer, transformers_peer: CLIPTokenizer) -> None:
     assert (clip_bpe.vocab_size, clip_bpe.bos_id, clip_bpe.eos_id) == (49408, 49406, 49407)
-    expected = transformers_peer(
-        PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-    )
+    expected = transformers_peer(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     for prompt, row, peer_row in zip(PROMPTS, clip_bpe(PROMPTS), expected.input_ids, strict=True):
         assert row.tolist() == peer_row.tolist(), prompt
 

@@ -96,9 +96,7 @@ def test_widths_are_known_before_anything_is_built(
     kind = structure(ConditionerKind, config)
     assert (kind.context_width, kind.vector_width) == widths
     cond = kind.build(TOKENIZER).unconditional(2)
-    assert (cond.context is None or cond.context.shape[-1] == widths[0]) and (cond.context is None) == (
-        widths[0] is None
-    )
+    assert (None if cond.context is None else cond.context.shape[-1]) == widths[0]
     assert (None if cond.vector is None else cond.vector.shape[-1]) == widths[1]
 
 

@@ -155,9 +155,7 @@ def test_again_gives_the_same_and_removes_what_is_stale(tmp_path: Path) -> None:
 
     def run(shard_size: int) -> dict[str, bytes]:
         prepare_folder(source, destination, shard_size=shard_size, shares=(1, 0, 0))
-        return {
-            str(p.relative_to(destination)): p.read_bytes() for p in destination.rglob("*") if p.is_file()
-        }
+        return {str(p.relative_to(destination)): p.read_bytes() for p in destination.rglob("*") if p.is_file()}
 
     assert len(run(2)) == 4
     once = run(3)
@@ -180,9 +178,7 @@ def test_pictures_stay_in_their_split_when_others_come(tmp_path: Path) -> None:
             put(source, f"{i}.png", seed=i)
         prepare_folder(source, tmp_path / "shards", shares=(0.4, 0.3, 0.3))
         return {
-            key: split
-            for split in SPLITS
-            for key in Shards(find_shards(str(tmp_path / "shards" / split), split)).keys
+            key: split for split in SPLITS for key in Shards(find_shards(str(tmp_path / "shards" / split), split)).keys
         }
 
     before, after = splits(20), splits(40)

@@ -69,9 +69,7 @@ def test_the_curve_is_that_of_scikit_learn_seen_from_the_side() -> None:
 def test_digits_are_split_without_overlap() -> None:
     data = Digits()
     splits = {split: data.open(split) for split in ("train", "val", "test")}
-    batches = {
-        split: next(iter(EvaluationLoader(samples, len(samples)))) for split, samples in splits.items()
-    }
+    batches = {split: next(iter(EvaluationLoader(samples, len(samples)))) for split, samples in splits.items()}
     keys = [key for batch in batches.values() for key in batch["key"]]
     assert len(keys) == len(set(keys)) == 1797
     assert len(splits["val"]) == len(splits["test"]) == 179

@@ -26,9 +26,7 @@ def as_written(samples: list[Sample]) -> list[tuple[str, str, bytes, int | None]
     return [(s.key, s.text, s.picture, s.label) for s in samples]
 
 
-keys = st.text(
-    st.characters(exclude_categories=["C", "Z"], exclude_characters="./\\"), min_size=1, max_size=120
-)
+keys = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="./\\"), min_size=1, max_size=120)
 captions = st.text(st.characters(exclude_categories=["Cs"])).map(str.strip)
 
 
@@ -61,9 +59,7 @@ def test_we_read_what_webdataset_writes(tmp_path: Path) -> None:
     samples = [sample(i, labelled=True) for i in range(4)]
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         for s in samples:
-            writer.write(
-                {"__key__": s.key, "png": s.picture, "txt": s.text, "cls": s.label, "json": {"more": 1}}
-            )
+            writer.write({"__key__": s.key, "png": s.picture, "txt": s.text, "cls": s.label, "json": {"more": 1}})
     assert as_read(Shards([tmp_path / "a.tar"])) == as_written(samples)
 
 

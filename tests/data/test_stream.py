@@ -45,11 +45,7 @@ def assert_equal(a: list[Batch], b: list[Batch]) -> None:
     for one, other in zip(a, b, strict=True):
         assert one.keys() == other.keys()
         for name in one:
-            assert (
-                torch.equal(one[name], other[name])
-                if name in ("image", "label")
-                else one[name] == other[name]
-            )
+            assert torch.equal(one[name], other[name]) if name in ("image", "label") else one[name] == other[name]
 
 
 @given(lengths, st.integers(0, 9), st.integers(0, 5), buffers)
@@ -91,13 +87,9 @@ def test_a_stream_goes_on_anywhere_as_if_never_stopped(
 
 
 @given(lengths, st.integers(1, 7), st.integers(1, 4))
-def test_the_ranks_together_see_each_sample_once_an_epoch(
-    lengths: list[int], batch_size: int, ranks: int
-) -> None:
+def test_the_ranks_together_see_each_sample_once_an_epoch(lengths: list[int], batch_size: int, ranks: int) -> None:
     n = sum(lengths)
-    streams = [
-        TrainStream(Numbers(lengths), batch_size, 0, n, rank=r, world_size=ranks) for r in range(ranks)
-    ]
+    streams = [TrainStream(Numbers(lengths), batch_size, 0, n, rank=r, world_size=ranks) for r in range(ranks)]
     seen = [i for batches in zip(*streams, strict=True) for batch in batches for i in batch["image"].tolist()]
     assert len(seen) == n * batch_size * ranks
     for epoch in range(batch_size * ranks):
@@ -105,9 +97,7 @@ def test_the_ranks_together_see_each_sample_once_an_epoch(
 
 
 @given(lengths, st.integers(1, 7), st.integers(0, 10), st.integers(0, 10))
-def test_the_state_of_a_stream_restores_its_place(
-    lengths: list[int], batch_size: int, first: int, seed: int
-) -> None:
+def test_the_state_of_a_stream_restores_its_place(lengths: list[int], batch_size: int, first: int, seed: int) -> None:
     stream = TrainStream(Numbers(lengths), batch_size, seed, 10)
     before = [batch for batch, _ in zip(stream, range(first), strict=False)]
     other = TrainStream(Numbers(lengths), batch_size, seed, 10)
@@ -167,8 +157,7 @@ def test_half_of_the_draws_are_mirrored(data: ShardsData) -> None:
 @given(lengths, st.integers(1, 7), st.integers(1, 4))
 def test_evaluation_sees_every_sample_once(lengths: list[int], batch_size: int, world_size: int) -> None:
     loaders = [
-        EvaluationLoader(Numbers(lengths), batch_size, rank=rank, world_size=world_size)
-        for rank in range(world_size)
+        EvaluationLoader(Numbers(lengths), batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
     ]
     seen = [[i for batch in loader for i in batch["image"].tolist()] for loader in loaders]
     assert sorted(i for part in seen for i in part) == list(range(sum(lengths)))

@@ -47,9 +47,7 @@ def peers_sample(scheduler: Any, n: int, network: Function, **step: Any) -> Tens
     return x
 
 
-def our_sample(
-    name: str, diffusion: Diffusion, grid: Tensor, network: Function, x: Tensor, **options: Any
-) -> Tensor:
+def our_sample(name: str, diffusion: Diffusion, grid: Tensor, network: Function, x: Tensor, **options: Any) -> Tensor:
     if SPECS[name].stochastic:
         generator = torch.Generator().manual_seed(7)
         options["noise"] = lambda s, s_next: torch.randn(x.shape, generator=generator)
@@ -102,9 +100,7 @@ CASES = {
 @pytest.mark.parametrize("n", [7, 20, 50])
 @pytest.mark.parametrize("parametrization", [Eps(), V()], ids=repr)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_samples_equal_diffusers(
-    case: Case, parametrization: Parametrization, n: int, network: Function
-) -> None:
+def test_samples_equal_diffusers(case: Case, parametrization: Parametrization, n: int, network: Function) -> None:
     scheduler = case.peer(
         timestep_spacing=case.spacing,
         prediction_type=PREDICTION[type(parametrization)],
@@ -124,9 +120,7 @@ def test_samples_equal_diffusers(
 
 
 @pytest.mark.parametrize("parametrization", [Eps(), V()], ids=repr)
-def test_ddim_of_stable_diffusion_ends_at_timestep_0(
-    parametrization: Parametrization, network: Function
-) -> None:
+def test_ddim_of_stable_diffusion_ends_at_timestep_0(parametrization: Parametrization, network: Function) -> None:
     scheduler = diffusers.DDIMScheduler(
         clip_sample=False,
         set_alpha_to_one=False,
@@ -140,9 +134,7 @@ def test_ddim_of_stable_diffusion_ends_at_timestep_0(
     ours = our_sample("ddim", diffusion, grid, network, x)
     assert_alike(ours, peers_sample(scheduler, 50, network))
     # and not at 0, which is another picture
-    ending_at_0 = our_sample(
-        "ddim", diffusion, sigmas(diffusion.schedule, 50, "leading", offset=1), network, x
-    )
+    ending_at_0 = our_sample("ddim", diffusion, sigmas(diffusion.schedule, 50, "leading", offset=1), network, x)
     assert (ours - ending_at_0).abs().max() > 1e-3
 
 

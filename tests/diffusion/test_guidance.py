@@ -37,9 +37,7 @@ def test_guidance_goes_from_unconditional_towards_conditional_in_one_call(scale:
 
 
 @pytest.mark.parametrize(("unconditional", "scale"), [(UNCONDITIONAL, 1.0), (None, 1.0), (None, 7.5)])
-def test_without_anything_to_guide_by_the_network_runs_once(
-    unconditional: Conditioning | None, scale: float
-) -> None:
+def test_without_anything_to_guide_by_the_network_runs_once(unconditional: Conditioning | None, scale: float) -> None:
     network = CountingNetwork()
     denoised = guided(network, CONDITIONAL, unconditional, scale)(X, SIGMA)
     assert network.batches == [B]

@@ -142,9 +142,7 @@ def test_an_optimal_network_learns_a_gaussian() -> None:
     # The loss (c inp x - n)^2 is quadratic in c, so that its minimum is at -slope / curvature.
     [slope] = torch.autograd.grad(loss.mean(), coefficient)
     curvature = 2 * (d**2 + sigma**2) / (1 + sigma**2)
-    assert -slope.item() / curvature == pytest.approx(
-        sigma * math.sqrt(1 + sigma**2) / (sigma**2 + d**2), rel=0.01
-    )
+    assert -slope.item() / curvature == pytest.approx(sigma * math.sqrt(1 + sigma**2) / (sigma**2 + d**2), rel=0.01)
 
 
 def test_gamma_is_positive() -> None:

@@ -23,9 +23,7 @@ values = st.floats(-4, 4)
 
 
 @given(row=st.sampled_from(ROWS), sigma=levels, x0=values, noise=values)
-def test_each_target_is_its_row_solved_for_f(
-    row: Parametrization, sigma: float, x0: float, noise: float
-) -> None:
+def test_each_target_is_its_row_solved_for_f(row: Parametrization, sigma: float, x0: float, noise: float) -> None:
     s, x0_, n = (torch.tensor(value, dtype=torch.float64) for value in (sigma, x0, noise))
     skip, out, _ = row.scalings(s)
     solved = (x0_ - skip * (x0_ + s * n)) / out
@@ -92,13 +90,9 @@ def test_forward_process_and_velocity_equal_diffusers() -> None:
     sigma = diffusion.schedule.sigma(t)
     level = sigma[:, None, None, None]
     seen = []
-    diffusion.answer(
-        lambda x, noise_level, conditioning: seen.append(x) or x, x0 + level * noise, sigma, None
-    )
+    diffusion.answer(lambda x, noise_level, conditioning: seen.append(x) or x, x0 + level * noise, sigma, None)
     torch.testing.assert_close(seen[0], peer.add_noise(x0, noise, t), atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        V().target(x0, noise, level), peer.get_velocity(x0, noise, t), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(V().target(x0, noise, level), peer.get_velocity(x0, noise, t), atol=1e-5, rtol=0)
 
 
 @every_row
@@ -119,9 +113,7 @@ def test_what_is_left_at_a_level_is_finished_in_unit_variance_coordinates() -> N
     diffusion, x = Diffusion(), torch.randn(4, 3)
     assert torch.equal(diffusion.finish(x, 0.0), x)
     sigma = diffusion.schedule.sigma_min
-    torch.testing.assert_close(
-        diffusion.finish(x, sigma), x * diffusion.schedule.alphas_cumprod[0].sqrt().float()
-    )
+    torch.testing.assert_close(diffusion.finish(x, sigma), x * diffusion.schedule.alphas_cumprod[0].sqrt().float())
 
 
 @every_row

@@ -25,9 +25,7 @@ def gaussian(mean: float, std: float) -> Denoiser:
     return denoise
 
 
-def run(
-    name: str, denoise: Denoiser, x: Tensor, grid: Tensor, seed: int = 0, **options: object
-) -> list[Step]:
+def run(name: str, denoise: Denoiser, x: Tensor, grid: Tensor, seed: int = 0, **options: object) -> list[Step]:
     generator = torch.Generator().manual_seed(seed)
     if SPECS[name].stochastic:
         options["noise"] = lambda s, s_next: torch.randn(x.shape, generator=generator, dtype=x.dtype)

@@ -13,9 +13,7 @@ SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012
 COUNTS = (1, 2, 7, 16, 20, 30, 50, 333, 999)
 
 
-@pytest.mark.parametrize(
-    ("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)]
-)
+@pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)])
 def test_timesteps_equal_diffusers(spacing: str, offset: int) -> None:
     for n in COUNTS:
         if spacing == "linspace" and n == 1:
@@ -43,9 +41,7 @@ def test_karras_levels_equal_diffusers() -> None:
         torch.testing.assert_close(sigmas(ScaledLinear(), n, "karras"), peer.sigmas, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(
-    "schedule", [ScaledLinear(), ScaledLinear(zero_terminal_snr=True), Flow(), Karras()], ids=repr
-)
+@pytest.mark.parametrize("schedule", [ScaledLinear(), ScaledLinear(zero_terminal_snr=True), Flow(), Karras()], ids=repr)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "karras"])
 def test_every_grid_falls_from_within_the_schedule_to_0(schedule: Schedule, spacing: str) -> None:
     for n in COUNTS:
@@ -100,15 +96,11 @@ def test_impossible_grids_are_refused(n: int, spacing: str, offset: int, message
 
 @pytest.mark.parametrize("values", [[], [1, 2], [5, 5], [1000, 3], [4, -1], [float("nan")]], ids=str)
 def test_impossible_timesteps_are_refused(values: list[float]) -> None:
-    with pytest.raises(
-        SamplingError, match=r"timesteps .* do not fit the schedule; give .* from 999 down to 0"
-    ):
+    with pytest.raises(SamplingError, match=r"timesteps .* do not fit the schedule; give .* from 999 down to 0"):
         sigmas_from_timesteps(ScaledLinear(), values)
 
 
-@pytest.mark.parametrize(
-    "values", [[], [0], [1, 2], [5, 5], [14.8, 3], [4, -1], [4, 0, 0], [float("nan")]], ids=str
-)
+@pytest.mark.parametrize("values", [[], [0], [1, 2], [5, 5], [14.8, 3], [4, -1], [4, 0, 0], [float("nan")]], ids=str)
 def test_impossible_levels_are_refused(values: list[float]) -> None:
     with pytest.raises(SamplingError, match=r"sigmas .* do not fit the schedule; give .* from 14\.6146 down"):
         sigmas_from_values(ScaledLinear(), values)
