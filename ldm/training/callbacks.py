@@ -195,9 +195,6 @@ class Checkpoints(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:
         self._restore_handlers()
 
-    def on_exception(self, trainer: L.Trainer, module: StageModule, exception: BaseException) -> None:
-        self._restore_handlers()
-
     def _restore_handlers(self) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)

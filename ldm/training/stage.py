@@ -85,10 +85,8 @@ class StageModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed = seed_of(self.seed, self.stage, "dropout", batch_idx, self.global_rank)
-        if self.device.type == "cpu":
-            torch.default_generator.manual_seed(
-                seed
-            )  # torch.manual_seed takes a millisecond to seed absent devices too
+        if self.device.type == "cpu":  # torch.manual_seed takes a millisecond to seed absent devices too
+            torch.default_generator.manual_seed(seed)
         else:
             torch.manual_seed(seed)
 
