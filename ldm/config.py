@@ -91,6 +91,13 @@ def unstructure(config: Any) -> Any:
     return config
 
 
+def to_yaml(config: Any) -> str:
+    """A config as the text of a YAML file, its keys in the order of the fields."""
+    import yaml  # not needed to sample
+
+    return yaml.safe_dump(unstructure(config), sort_keys=False, allow_unicode=True)
+
+
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A YAML file over the files that its ``base:`` names (relative to it), with ``key.sub=value`` overrides on top.
 

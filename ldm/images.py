@@ -43,11 +43,13 @@ class Images(list[Image.Image]):
     """
 
     @classmethod
-    def of(cls, pictures: Tensor, records: Sequence[Mapping[str, str]]) -> Images:
+    def of(cls, pictures: Tensor, records: Sequence[Mapping[str, str]] | None = None) -> Images:
         """``pictures [n c h w]`` in [0, 1], ``c`` 1 or 3, and what each is to say of itself."""
         levels = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         drawn = (Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in levels)
-        return cls(with_record(picture, record) for picture, record in zip(drawn, records, strict=True))
+        return cls(
+            with_record(picture, record) for picture, record in zip(drawn, records or [{}] * len(pictures), strict=True)
+        )
 
     @property
     def seeds(self) -> list[int]:

@@ -15,7 +15,7 @@ from ldm.clip.model import CLIPConfig
 from ldm.clip.module import CLIPModule
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning.text import TextConditioner
-from ldm.config import unstructure
+from ldm.config import to_yaml, unstructure
 from ldm.data.datamodule import DataModule, LatentSource
 from ldm.data.stream import EvaluationLoader
 from ldm.denoiser.module import DenoiserModule
@@ -143,9 +143,7 @@ def data_of(experiment: Experiment, module: StageModule) -> DataModule:
 
 def write_config(experiment: Experiment) -> None:
     """``config.yaml`` of the run folder: the experiment as it was resolved."""
-    import yaml
-
-    text = yaml.safe_dump(unstructure(experiment), sort_keys=False, allow_unicode=True)
+    text = to_yaml(experiment)
     write_atomically(experiment.folder / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
 

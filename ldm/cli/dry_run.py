@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from ldm.config import unstructure
+from ldm.config import to_yaml
 from ldm.experiment import Experiment, model_config
 from ldm.nn.conditioning import Conditioning
 from ldm.training.optim import TrainConfig
@@ -19,7 +18,7 @@ GIB = 2**30
 
 def describe(experiment: Experiment, stages: Sequence[str]) -> str:
     """The resolved config, and for each stage its parameters, effective batch, learning rate and memory."""
-    lines = [yaml.safe_dump(unstructure(experiment), sort_keys=False, allow_unicode=True).rstrip(), ""]
+    lines = [to_yaml(experiment).rstrip(), ""]
     precision = experiment.trainer.resolved_precision
     parts = {"vae": _vae, "clip": _clip, "denoiser": _denoiser}
     for stage in stages:

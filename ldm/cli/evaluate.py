@@ -150,7 +150,7 @@ def side_by_side(made: Tensor, truths: Tensor, captions: Sequence[str]) -> Image
     from ldm.images import Images
 
     pairs = (torch.cat([made, truths], dim=2) + 1) / 2
-    return Images.of(pairs, [{}] * len(pairs)).grid(columns=COLUMNS, captions=captions)
+    return Images.of(pairs).grid(columns=COLUMNS, captions=captions)
 
 
 def main() -> None:

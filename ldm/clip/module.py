@@ -91,6 +91,6 @@ class CLIPModule(StageModule):
         image = self.clip.encode_image(batch["image"].to(self.device))
         nearest = (text[:PREVIEW] @ image.T).topk(min(3, len(image)), dim=1).indices.cpu()
         found = (batch["image"][nearest.flatten()] + 1) / 2
-        pictures = Images.of(found, [{}] * len(found))
+        pictures = Images.of(found)
         captions = [caption for caption in batch["text"][:PREVIEW] for _ in range(nearest.shape[1])]
         return {"nearest": pictures.grid(columns=nearest.shape[1], captions=captions)}

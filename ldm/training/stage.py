@@ -30,7 +30,7 @@ class StageModule(L.LightningModule):
     """One stage of training.
 
     A subclass gives ``networks()`` (what is trained and averaged), ``training_step``, ``validation_step`` and
-    ``summary``. Steps are counted here (``completed_steps``), since Lightning counts those of all optimizers together.
+    ``pictures``. Steps are counted here (``completed_steps``), since Lightning counts those of all optimizers together.
 
     Args:
         config: how to train.

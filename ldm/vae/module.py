@@ -135,7 +135,7 @@ class VAEModule(StageModule):
             self.preview = next(iter(self.data.val_dataloader()))["image"][:PREVIEW].to(self.device)
         reconstruction = self.first_stage.decode(self.first_stage.encode(self.preview).mean)
         pairs = torch.cat([self.preview, reconstruction.clamp(-1, 1)])
-        return {"reconstructions": Images.of((pairs + 1) / 2, [{}] * len(pairs)).grid(columns=len(self.preview))}
+        return {"reconstructions": Images.of((pairs + 1) / 2).grid(columns=len(self.preview))}
 
 
 def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:
