@@ -261,6 +261,22 @@ def test_the_checkpoint_of_another_model_is_refused(copy_of: Callable[..., Path]
         train(folder, "vae", "vae.model.blocks=2")
 
 
+def test_a_checkpoint_that_trains_other_parts_is_refused(copy_of: Callable[..., Path]) -> None:
+    folder = copy_of("denoiser")
+    train(folder, "denoiser", "max_steps=2")
+    with pytest.raises(CheckpointError, match=r"trains \d+ tensors of the networks, but the config asks to train \d+"):
+        train(folder, "denoiser", "denoiser.conditioner.trainable=false")
+
+
+@pytest.mark.parametrize("stage", ["vae", "denoiser"])
+def test_a_resumed_stage_takes_the_learning_rate_of_the_config(copy_of: Callable[..., Path], stage: str) -> None:
+    folder = copy_of(*{stage, "denoiser"})
+    train(folder, stage, "max_steps=2")
+    train(folder, stage, "max_steps=4", "learning_rate=5e-5")
+    rates = [float(row["train/learning_rate"]) for row in rows(folder, stage) if row["train/learning_rate"]]
+    assert rates == [2e-3, 2e-3, 5e-5, 5e-5]
+
+
 def test_a_broken_checkpoint_is_refused(copy_of: Callable[..., Path]) -> None:
     folder = copy_of()
     (folder / "run" / "vae" / "final.safetensors").unlink()

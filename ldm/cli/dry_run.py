@@ -19,12 +19,12 @@ GIB = 2**30
 def describe(experiment: Experiment, stages: Sequence[str]) -> str:
     """The resolved config, and for each stage its parameters, effective batch, learning rate and memory."""
     lines = [to_yaml(experiment).rstrip(), ""]
-    precision = experiment.trainer.resolved_precision
     parts = {"vae": _vae, "clip": _clip, "denoiser": _denoiser}
     for stage in stages:
         with torch.device("meta"):
             train, networks, step = parts[stage](experiment)
             saved = saved_bytes(step)
+        precision = experiment.trainer.precision_of(train)
         counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
         trained = sum(p.numel() for network in networks.values() for p in network.parameters() if p.requires_grad)
         batch = train.batch_size * train.accumulate

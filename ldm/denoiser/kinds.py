@@ -17,6 +17,8 @@ class DenoiserKind(Kind):
     out_channels: int
     context_width: int | None
     vector_width: int | None
+    num_timesteps: int | None = None
+    """Timesteps that it has embeddings of; None: it embeds any number."""
 
     def build(self) -> nn.Module:
         raise NotImplementedError

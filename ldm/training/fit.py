@@ -13,6 +13,7 @@ from ldm.errors import CheckpointError
 from ldm.formats.native import check_names
 from ldm.pipeline import default_device, default_dtype
 from ldm.training.callbacks import Checkpoints, Counting, Metrics, Pictures, Progress
+from ldm.training.optim import Precision, TrainConfig
 from ldm.training.stage import StageModule
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -25,17 +26,17 @@ class TrainerConfig:
     accelerator: str = setting("auto", "auto, cpu, gpu or another of Lightning's")
     devices: int | Literal["auto"] = setting("auto", "number of devices")
     strategy: str = setting("auto", "of Lightning: auto, ddp, ...")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+    precision: Precision = setting(
         "auto", "of the networks under autocast; auto = bf16 where the hardware has it natively, else fp32"
     )
     compile: bool = setting(False, "torch.compile the networks; pays off in long trainings")
     threads: int | None = setting(None, "CPU threads; null = one a core")
 
-    @property
-    def resolved_precision(self) -> str:
-        """fp32, bf16 or fp16, with auto decided for the machine at hand."""
-        if self.precision != "auto":
-            return self.precision
+    def precision_of(self, train: TrainConfig) -> str:
+        """fp32, bf16 or fp16 for a stage, with auto decided for the machine at hand."""
+        wanted = train.precision or self.precision
+        if wanted != "auto":
+            return wanted
         device = torch.device("cpu") if self.accelerator == "cpu" else default_device()
         return "bf16" if default_dtype(device) == torch.bfloat16 else "fp32"
 
@@ -44,7 +45,8 @@ def completed_steps(module: StageModule) -> int:
     """Steps that the stage's ``last.ckpt`` has behind it; 0 if there is none.
 
     Raises:
-        CheckpointError: it cannot be read, is of another model, or was trained on other predecessors than those at hand.
+        CheckpointError: it cannot be read, is of another model, trains other parts of it, or was trained on other
+            predecessors than those at hand.
     """
     last = module.folder / "last.ckpt"
     if not last.is_file():
@@ -61,6 +63,13 @@ def completed_steps(module: StageModule) -> int:
                 f"{mark}; delete {module.folder} to train the stage on it, or bring the old one back."
             )
     check_names(module, checkpoint["state_dict"], last)
+    groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
+    before, now = sum(len(group["params"]) for group in groups), sum(p.requires_grad for p in module.parameters())
+    if before != now:
+        raise CheckpointError(
+            f"{last} trains {before} tensors of the networks, but the config asks to train {now}; undo the change "
+            f"(conditioner.trainable?), or delete {module.folder} to begin the stage anew."
+        )
     return int(checkpoint["completed_steps"])
 
 
@@ -96,7 +105,7 @@ def fit(module: StageModule, data: L.LightningDataModule, config: TrainerConfig)
         accelerator=config.accelerator,
         devices=config.devices,
         strategy=_strategy(config, module),
-        precision=PRECISIONS[config.resolved_precision],
+        precision=PRECISIONS[config.precision_of(train)],
         max_epochs=1,  # one epoch of the training stream is the whole run
         accumulate_grad_batches=train.accumulate if automatic else 1,
         gradient_clip_val=train.gradient_clip if automatic else None,

@@ -13,6 +13,8 @@ from torch import nn
 from ldm.config import setting
 from ldm.errors import ConfigError
 
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -30,6 +32,9 @@ class TrainConfig:
     )
     gradient_clip: float | None = setting(1.0, "largest norm of the gradients; null = unlimited")
     ema_decay: float = setting(0.9999, "of the averaged weights, ramped as (1 + n) / (10 + n); 0 = no averaging")
+    precision: Precision | None = setting(
+        None, "of this stage; null = trainer.precision. fp32 suits a VAE: small channels, exact colours"
+    )
     log_every: int = setting(50, "steps between rows of metrics.csv")
     validate_every: int = setting(1000, "steps between validations")
     pictures_every: int = setting(1000, "steps between grids of pictures")
@@ -71,4 +76,6 @@ def adamw(modules: Iterable[nn.Module], config: TrainConfig) -> torch.optim.Adam
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # fp16 is unscaled before it is clipped
+    return optimizer

@@ -93,9 +93,13 @@ class StageModule(L.LightningModule):
     # Optimization
 
     def configure_optimizers(self) -> Any:
-        optimizer = adamw([self.networks()], self.train_config)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.train_config.learning_rate_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw([self.networks()], self.train_config)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The learning rate of the step at hand. Not a scheduler's: a resumed one would keep that of the old config."""
+        rate = self.train_config.learning_rate * self.train_config.learning_rate_factor(self.completed_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
 
     def on_fit_start(self) -> None:
         if self.train_config.ema_decay and self.ema is None:

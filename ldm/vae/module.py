@@ -98,13 +98,11 @@ class VAEModule(StageModule):
         """Gradients of ``loss``, accumulated; clipped and applied where a step is due."""
         self.manual_backward(loss / self.train_config.accumulate)
         if self.steps_at(batch_index):
-            factor = self.train_config.learning_rate_factor(self.completed_steps)
-            for group in optimizer.param_groups:  # torch's schedulers warn of an optimizer that has yet to begin
-                group["lr"] = factor * self.train_config.learning_rate
             optimizer.step()
             optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
+        super().on_before_optimizer_step(optimizer)
         # Not sooner: in fp16 the gradients are scaled until here.
         self.clip_gradients(optimizer, self.train_config.gradient_clip, "norm")
 
