@@ -52,7 +52,7 @@ def negatives(reads: str | None, negative_prompt: str | Sequence[str] | None, n:
         raise SamplingError("this model reads no prompt; leave negative_prompt out.")
     given = _strings("negative_prompt", negative_prompt)
     given = given * n if isinstance(negative_prompt, str) else given
-    return _one_each("negative prompts", given, n, "prompts")
+    return one_each("negative prompts", given, n, "prompts")
 
 
 def seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
@@ -67,7 +67,7 @@ def seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
             raise SamplingError(f"the seed {item!r} is no whole number from 0 to 2^63 - {n + 1}.")
     if seed is None or isinstance(seed, Integral):
         return [int(given[0]) + index for index in range(n)]
-    return [int(item) for item in _one_each("seeds", given, n, "pictures")]
+    return [int(item) for item in one_each("seeds", given, n, "pictures")]
 
 
 def check_solver(sampler: str, eta: float | None) -> None:
@@ -104,7 +104,8 @@ def _strings(name: str, value: Any) -> list[str]:
     return given
 
 
-def _one_each(name: str, given: list[Any], n: int, whom: str) -> list[Any]:
+def one_each(name: str, given: list[Any], n: int, whom: str) -> list[Any]:
+    """``given``, if there are ``n`` of them; else a SamplingError."""
     if len(given) != n:
         raise SamplingError(f"{len(given)} {name} do not fit {n} {whom}; give one, or one for each.")
     return given

@@ -14,6 +14,7 @@ from ldm.config import setting
 from ldm.denoiser import DenoiserKind
 from ldm.diffusion.parametrization import Diffusion
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.spacing import SPACINGS
 from ldm.errors import ConfigError, unknown
 from ldm.nn.conditioning import Conditioning
 from ldm.vae import FirstStageKind
@@ -31,6 +32,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ConfigError(unknown("sampler", self.sampler, SAMPLERS))
+        if self.spacing not in SPACINGS:
+            raise ConfigError(unknown("spacing", self.spacing, SPACINGS))
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class ModelConfig:
                     f"the denoiser's {width} is {getattr(denoiser, width)}, "
                     f"but the conditioner gives {getattr(self.conditioner, width)}; make them equal."
                 )
+        rows, timesteps = denoiser.num_timesteps, self.diffusion.schedule.num_timesteps
+        if rows is not None and rows != timesteps:
+            raise ConfigError(
+                f"the denoiser's num_timesteps is {rows}, but the schedule's is {timesteps}; make them equal."
+            )
         factor = self.first_stage.factor
         if self.size[0] % factor or self.size[1] % factor:
             raise ConfigError(

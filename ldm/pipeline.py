@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from ldm.diffusion import (
     SAMPLERS,
     SPECS,
     Denoiser,
+    Guidance,
     Noise,
+    Schedule,
     Step,
+    brownian_noise,
     guided,
     seeded_noise,
     sigmas_from_timesteps,
@@ -126,11 +130,13 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        guidance: Guidance | None = None,
         sampler: str | None = None,
         seed: int | Sequence[int] | None = None,
         num_images_per_prompt: int = 1,
         eta: float | None = None,
+        spacing: str | None = None,
         timesteps: Sequence[float] | Tensor | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
         latents: Tensor | None = None,
@@ -148,12 +154,15 @@ class Pipeline:
             label: one or several classes, for models that read them.
             height, width: of the pictures in pixels, divisible by the first stage's factor f.
             num_inference_steps: steps of the sampler, 1 or more.
-            guidance_scale: classifier-free guidance; 1 = none, at half the work; above 1 stresses the prompt.
+            guidance_scale: classifier-free guidance, one for all or one for each prompt; 1 = none, at half the work;
+                above 1 stresses the prompt.
+            guidance: all else about guidance, in place of the scale; see :class:`ldm.diffusion.Guidance`.
             sampler: a name of ``ldm.diffusion.SAMPLERS``.
             seed: of the n pictures: one each, or s for s, s + 1, ...; None draws s at random and leaves it in
                 ``Images.seeds``.
             num_images_per_prompt: pictures for each prompt or label, one after the other.
             eta: share of fresh noise in a step, 0 to 1, if the sampler takes one; default: the sampler's own.
+            spacing: of the noise levels, a name of ``ldm.diffusion.SPACINGS``.
             timesteps: falling, in place of ``num_inference_steps``.
             sigmas: falling noise levels, in place of ``num_inference_steps``.
             latents: unit noise to start from, [n c h/f w/f], in place of what the seeds give.
@@ -171,7 +180,6 @@ class Pipeline:
         """
         config = self.model.config
         sampler = config.sampling.sampler if sampler is None else sampler
-        scale = config.sampling.guidance_scale if guidance_scale is None else guidance_scale
         inputs.check_solver(sampler, eta)
         inputs.check_counts(num_images_per_prompt=num_images_per_prompt, batch_size=batch_size)
         self._check_output_type(output_type)
@@ -182,7 +190,8 @@ class Pipeline:
         wanted = [item for item in asked for _ in repeats]
         unwanted = avoided and [item for item in avoided for _ in repeats]
         seeds = inputs.seeds(seed, len(wanted))
-        levels = self.noise_levels(num_inference_steps, timesteps, sigmas)
+        guidance = self._guidance(guidance, guidance_scale, len(asked), num_images_per_prompt)
+        levels = self.noise_levels(num_inference_steps, timesteps, sigmas, spacing)
         shape = self.latent_shape(height, width)
         if latents is not None and latents.shape != (len(wanted), *shape):
             given, needed = list(latents.shape), [len(wanted), *shape]
@@ -190,7 +199,7 @@ class Pipeline:
 
         start, size, results = float(levels[0]), batch_size or len(wanted), []
         batches = [slice(first, first + size) for first in range(0, len(wanted), size)]
-        steps = len(batches) * (len(levels) - 1)
+        steps = None if SPECS[sampler].adaptive else len(batches) * (len(levels) - 1)
         with torch.inference_mode(), tqdm(total=steps, disable=not progress) as bar:
             for batch in batches:
                 noise = seeded_noise(seeds[batch], shape, self.device)
@@ -198,7 +207,9 @@ class Pipeline:
                 if latents is not None:
                     unit = latents[batch].to(self.device, torch.float32)
                 x = self.model.diffusion.start(unit, start).contiguous(memory_format=torch.channels_last)
-                denoise = self.denoiser(wanted[batch], unwanted and unwanted[batch], scale)
+                denoise = self.denoiser(wanted[batch], unwanted and unwanted[batch], _rows(guidance, batch))
+                if SPECS[sampler].brownian and eta != 0:
+                    noise = self._brownian(seeds[batch], shape, levels)
                 for step in solve(sampler, denoise, x, levels, noise, eta):
                     x = step.x
                     bar.update()
@@ -214,12 +225,13 @@ class Pipeline:
         settings: dict[str, Any] = {
             "sampler": sampler,
             "num_inference_steps": len(levels) - 1,
-            "guidance_scale": scale,
+            **_told(guidance),
             "height": result.shape[2],
             "width": result.shape[3],
             "dtype": str(self.dtype).removeprefix("torch."),
         }
         settings |= {} if eta is None else {"eta": eta}
+        settings |= {} if spacing is None else {"spacing": spacing}
         settings |= {} if timesteps is None and sigmas is None else {"sigmas": levels.tolist()}
         settings |= {} if latents is None else {"latents": "given"}
         return Images.of(result, self._records(wanted, unwanted, seeds, settings))
@@ -229,6 +241,7 @@ class Pipeline:
         num_inference_steps: int | None = None,
         timesteps: Sequence[float] | Tensor | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
+        spacing: str | None = None,
     ) -> Tensor:
         """The falling noise levels to sample along, [steps + 1] fp32 on the CPU, asked for in any one way.
 
@@ -237,13 +250,17 @@ class Pipeline:
         """
         if sum(way is not None for way in (num_inference_steps, timesteps, sigmas)) > 1:
             raise SamplingError("give only one of num_inference_steps, timesteps and sigmas.")
+        if spacing is not None and (timesteps is not None or sigmas is not None):
+            raise SamplingError("timesteps and sigmas are a spacing of their own; leave spacing out.")
         schedule, defaults = self.model.diffusion.schedule, self.model.config.sampling
         if timesteps is not None:
             return sigmas_from_timesteps(schedule, timesteps)
         if sigmas is not None:
             return sigmas_from_values(schedule, sigmas)
         inputs.check_counts(num_inference_steps=num_inference_steps)
-        return spaced_sigmas(schedule, num_inference_steps or defaults.num_inference_steps, defaults.spacing)
+        return spaced_sigmas(
+            schedule, num_inference_steps or defaults.num_inference_steps, spacing or defaults.spacing
+        )
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Shape (c, h/f, w/f) of the latent of a picture of ``height`` by ``width`` pixels.
@@ -261,19 +278,40 @@ class Pipeline:
                 )
         return self.model.latent_shape(height, width)
 
-    def denoiser(self, wanted: Sequence[Any], unwanted: Sequence[str] | None, scale: float) -> Denoiser:
+    def denoiser(self, wanted: Sequence[Any], unwanted: Sequence[str] | None, guidance: Guidance | float) -> Denoiser:
         """The model, told what to show, as the denoiser that solvers take.
 
         Args:
             wanted: what the model reads, for each picture: prompts or labels; anything if it reads nothing.
             unwanted: as many prompts to keep away from; None for the empty one.
-            scale: of the guidance.
+            guidance: what is made of the answers; a number is a scale.
         """
         conditioner, reads = self.model.conditioner, self.model.config.conditioner.reads
         if reads is None:
-            return guided(self.model.denoise, conditioner({}), None, scale)
+            return guided(self.model.denoise, conditioner({}), None, guidance)
         away = conditioner({reads: unwanted}) if unwanted else conditioner.unconditional(len(wanted))
-        return guided(self.model.denoise, conditioner({reads: wanted}), away, scale)
+        return guided(self.model.denoise, conditioner({reads: wanted}), away, guidance)
+
+    def _guidance(
+        self, guidance: Guidance | None, scale: float | Sequence[float] | None, prompts: int, repeats: int
+    ) -> Guidance:
+        """What was asked for, its scales one for each picture if they are several."""
+        if guidance is not None and scale is not None:
+            raise SamplingError("give either guidance_scale or guidance, which has a scale of its own.")
+        if guidance is None:
+            guidance = Guidance(self.model.config.sampling.guidance_scale if scale is None else scale)
+        if isinstance(guidance.scale, int | float):
+            return guidance
+        scales = inputs.one_each("guidance scales", list(guidance.scale), prompts, "prompts")
+        return replace(guidance, scale=tuple(float(each) for each in scales for _ in range(repeats)))
+
+    def _brownian(self, seeds: Sequence[int], shape: Sequence[int], levels: Tensor) -> Noise:
+        """Noise over the schedule's range, wider only where the levels are: it is to depend on the seed alone."""
+        schedule: Schedule = self.model.diffusion.schedule
+        least, greatest = levels[levels > 0].min().item(), levels.max().item()
+        return brownian_noise(
+            seeds, shape, min(least, schedule.sigma_min), max(greatest, schedule.sigma_max), self.device
+        )
 
     def _check_output_type(self, output_type: str) -> None:
         if output_type not in OUTPUT_TYPES:
@@ -305,6 +343,21 @@ def solve(
     options: dict[str, Any] = {"noise": noise} if SPECS[sampler].stochastic else {}
     options |= {} if eta is None else {"eta": eta}
     return SAMPLERS[sampler](denoise, x, sigmas, **options)
+
+
+def _rows(guidance: Guidance, batch: slice) -> Guidance:
+    """The guidance of some pictures of all."""
+    return guidance if isinstance(guidance.scale, int | float) else replace(guidance, scale=guidance.scale[batch])
+
+
+def _told(guidance: Guidance) -> dict[str, Any]:
+    """What of the guidance is not as usual, for the record of a picture."""
+    told = {field.name: getattr(guidance, field.name) for field in fields(guidance)}
+    usual = {field.name: field.default for field in fields(guidance)}
+    named = {name: asdict(value) if is_dataclass(value) else value for name, value in told.items()}
+    return {"guidance_scale": guidance.scale} | {
+        f"guidance_{name}": value for name, value in named.items() if name != "scale" and told[name] != usual[name]
+    }
 
 
 def default_device() -> torch.device:

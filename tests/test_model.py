@@ -54,6 +54,7 @@ def test_only_the_networks_run_in_low_precision() -> None:
             "in_channels 5 and out_channels 4, but the first stage's latents have 4 channels; set both to 4",
         ),
         ("denoiser", {"context_width": None}, "context_width is None, but the conditioner gives 16"),
+        ("sampling", {"spacing": "trailin"}, "unknown spacing 'trailin'"),
         ("first_stage", {"widths": [8, 8, 8, 8, 8, 8]}, "size 16 x 16 is not divisible by the first stage's factor 32"),
     ],
 )

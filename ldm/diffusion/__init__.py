@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from ldm.diffusion.draw import Draw
-from ldm.diffusion.guidance import guided
+from ldm.diffusion.guidance import Guidance, Projection, guided
 from ldm.diffusion.loss import DenoisingLoss
 from ldm.diffusion.parametrization import Diffusion, Parametrization
-from ldm.diffusion.samplers import SAMPLERS, SPECS, Denoiser, Noise, SamplerSpec, Step, seeded_noise
+from ldm.diffusion.samplers import (
+    SAMPLERS,
+    SPECS,
+    Denoiser,
+    Noise,
+    SamplerSpec,
+    Step,
+    brownian_noise,
+    seeded_noise,
+)
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.spacing import (
     SPACINGS,
@@ -24,11 +33,14 @@ __all__ = [
     "DenoisingLoss",
     "Diffusion",
     "Draw",
+    "Guidance",
     "Noise",
     "Parametrization",
+    "Projection",
     "SamplerSpec",
     "Schedule",
     "Step",
+    "brownian_noise",
     "guided",
     "seeded_noise",
     "sigmas",

@@ -1,17 +1,21 @@
-"""One denoiser out of a network, conditionings and a scale.
+"""One denoiser out of a network, conditionings and what is to be made of their answers.
 
-Guidance acts on estimates of x0. All parametrizations are affine in F, so this is the same as guiding F.
+Guidance acts on estimates of x0. All parametrizations are affine in F, so classifier-free guidance of D is the same
+as that of F; what is not linear (rescaling, projection, thresholding) says on what it acts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.parametrization import per_item
 from ldm.diffusion.samplers import Denoiser
+from ldm.errors import SamplingError
 
 
 class Batched(Protocol):
@@ -24,10 +28,63 @@ class Batched(Protocol):
 C = TypeVar("C", bound=Batched)
 
 
+@dataclass(frozen=True)
+class Projection:
+    """Adaptive projected guidance (Sadat et al. 2410.02416): less of what only saturates.
+
+    Of the difference between conditional and unconditional estimate, the part along the conditional one mostly raises
+    contrast; ``eta`` of it is kept. Differences longer than ``norm_threshold`` are shortened to it, and each step
+    adds ``momentum`` times the sum so far, where a negative number damps what all steps agree on.
+    """
+
+    eta: float = 0.0
+    norm_threshold: float | None = None
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How far a sample is pushed towards its conditioning, in which way, and at which noise levels.
+
+    Args:
+        scale: of classifier-free guidance, one for all pictures or one for each; 0 is the unconditional model, 1 the
+            conditional one, above 1 exaggerates.
+        rescale: share, 0 to 1, to which the result gets back the contrast of the conditional answer, measured on the
+            velocity v (Lin et al. 2305.08891, section 3.4); the cure of overexposed pictures.
+        interval: (least, greatest) noise level at which guidance acts; outside it the conditional model runs alone, in
+            half the time (Kynkäänniemi et al. 2404.07724).
+        threshold: share of values, as 0.995, that are not extreme: what lies beyond in the guided estimate is
+            clipped and all of it shrunk to the range of the conditional one (dynamic thresholding, Saharia et al.
+            2205.11487, section 2.3, with that range in place of [-1, 1]).
+        perturbed: scale of perturbed-attention guidance (Ahn et al. 2403.17377): away from what the network says
+            when its self-attention is replaced by the identity; works without any prompt.
+        projection: replaces plain classifier-free guidance by the adaptive projected one.
+    """
+
+    scale: float | Sequence[float] = 1.0
+    rescale: float = 0.0
+    interval: tuple[float, float] | None = None
+    threshold: float | None = None
+    perturbed: float = 0.0
+    projection: Projection | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rescale <= 1:
+            raise SamplingError(f"guidance_rescale is {self.rescale}; it must be from 0 to 1.")
+        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
+            raise SamplingError(f"guidance_interval is {self.interval}; give two rising noise levels, 0 or more.")
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise SamplingError(f"dynamic_threshold is {self.threshold}; it must be above 0 and at most 1.")
+
+
 def guided(
-    network: Callable[[Tensor, Tensor, C], Tensor], conditional: C, unconditional: C | None, scale: float
+    network: Callable[[Tensor, Tensor, C], Tensor],
+    conditional: C,
+    unconditional: C | None,
+    guidance: Guidance | float,
+    perturbed: C | None = None,
 ) -> Denoiser:
-    """Classifier-free guidance (Ho & Salimans 2207.12598, equation 6, whose w is ``scale - 1``):
+    """Classifier-free guidance (Ho & Salimans 2207.12598, equation 6, whose w is ``scale - 1``), and its kin:
 
     D = D(x | unconditional) + scale (D(x | conditional) - D(x | unconditional))
 
@@ -35,17 +92,72 @@ def guided(
         network: (x [b ...], sigma [b], conditioning of b) -> x0 [b ...].
         conditional: what the pictures are to show.
         unconditional: what they are to keep away from (the empty or a negative prompt); None for no guidance.
-        scale: how far to go; 0 is the unconditional model, 1 the conditional one, above 1 exaggerates.
+        guidance: what is made of the answers; a number is a scale.
+        perturbed: the conditional one, with the perturbation that ``guidance.perturbed`` asks for.
 
     Returns:
-        A denoiser that calls the network once, with a batch of 2b; of b where scale is 1 or nothing guides.
+        A denoiser that calls the network once, with a batch of b for each answer that it needs: one at noise levels
+        where nothing guides. It may remember (momentum), so each sample takes a new one.
     """
-    if unconditional is None or scale == 1:
+    how = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    scale = torch.as_tensor(how.scale, dtype=torch.float32)
+    parts = [conditional]
+    if unconditional is not None and bool((scale != 1).any()):
+        parts.append(unconditional)
+    if perturbed is not None and how.perturbed:
+        parts.append(perturbed)
+    if len(parts) == 1:
         return lambda x, sigma: network(x, sigma, conditional)
-    both = conditional.cat([unconditional, conditional])
+    joined = conditional.cat(parts)
+    momentum: Tensor | float = 0.0
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        away, towards = network(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return away + scale * (towards - away)
+        nonlocal momentum
+        acts = None if how.interval is None else (how.interval[0] <= sigma) & (sigma <= how.interval[1])
+        if acts is not None and not acts.any():
+            return network(x, sigma, conditional)
+        n = len(parts)
+        towards, *others = network(torch.cat([x] * n), torch.cat([sigma] * n), joined).chunk(n)
+        result = towards
+        if perturbed is not None and how.perturbed:
+            result = result + how.perturbed * (towards - others.pop())
+        if others:
+            difference = towards - others[0]
+            if how.projection is not None:
+                momentum = difference + how.projection.momentum * momentum
+                difference = _projected(momentum, towards, how.projection)
+            result = result + (per_item(scale.to(x).expand(len(x)), x) - 1) * difference
+        if how.rescale:
+            result = _rescaled(result, towards, x, per_item(sigma, x), how.rescale)
+        if how.threshold is not None:
+            result = _thresholded(result, towards, how.threshold)
+        return result if acts is None else torch.where(per_item(acts, x), result, towards)
 
     return denoise
+
+
+def _projected(difference: Tensor, towards: Tensor, projection: Projection) -> Tensor:
+    """``difference [b ...]`` shortened, with ``eta`` of its part along ``towards [b ...]``."""
+    flat, along = difference.flatten(1), torch.nn.functional.normalize(towards.flatten(1), dim=1)
+    if projection.norm_threshold is not None:
+        flat = flat * (projection.norm_threshold / flat.norm(dim=1, keepdim=True)).clamp(max=1)
+    parallel = (flat * along).sum(1, keepdim=True) * along
+    return (flat - (1 - projection.eta) * parallel).reshape(difference.shape)
+
+
+def _rescaled(result: Tensor, towards: Tensor, x: Tensor, sigma: Tensor, share: float) -> Tensor:
+    """The estimate whose v has the standard deviation, over a picture, of the conditional v; ``share`` of the way."""
+    skip, out = 1 / (1 + sigma**2), -sigma * (1 + sigma**2).rsqrt()
+    v, v_towards = ((estimate - skip * x) / out for estimate in (result, towards))
+    deviation, wanted = (per_item(values.flatten(1).std(1), x) for values in (v, v_towards))
+    return skip * x + out * v * (share * wanted / deviation + 1 - share)
+
+
+def _thresholded(result: Tensor, towards: Tensor, share: float) -> Tensor:
+    """``result`` clipped at the quantile ``share`` of its magnitudes and shrunk to that of ``towards``."""
+    limit, wanted = (
+        per_item(torch.quantile(estimate.flatten(1).abs().float(), share, dim=1), result)
+        for estimate in (result, towards)
+    )
+    limit = torch.maximum(limit, wanted)
+    return result.clamp(-limit, limit) * (wanted / limit)

@@ -56,12 +56,12 @@ class Schedule(Kind):
     def sigma(self, t: Tensor) -> Tensor:
         """Noise levels of timesteps (any shape, clamped to the table); between rows ln sigma is linear."""
         rows = torch.arange(self.num_timesteps, device="cpu")
-        return _interpolate(t, rows, self.table.log()).exp().to(_float_dtype(t))
+        return interpolate(t, rows, self.table.log()).exp().to(_float_dtype(t))
 
     def t(self, sigma: Tensor) -> Tensor:
         """Timesteps of noise levels (any shape, fractional, clamped to the table): undoes :meth:`sigma`."""
         rows = torch.arange(self.num_timesteps, device="cpu")
-        return _interpolate(sigma.log(), self.table.log(), rows).to(_float_dtype(sigma))
+        return interpolate(sigma.log(), self.table.log(), rows).to(_float_dtype(sigma))
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _linspace(start: float, end: float, n: int) -> Tensor:
     return torch.linspace(start, end, n, dtype=torch.float64, device="cpu")
 
 
-def _interpolate(x: Tensor, xp: Tensor, fp: Tensor) -> Tensor:
+def interpolate(x: Tensor, xp: Tensor, fp: Tensor) -> Tensor:
     """The piecewise linear function through (xp, fp), constant outside of it; fp64, on the device of x."""
     precision = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no fp64
     x, xp, fp = (values.to(x.device, precision) for values in (x, xp, fp))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.schedule import Schedule, karras_levels
+from ldm.diffusion.schedule import Schedule, interpolate, karras_levels
 from ldm.errors import SamplingError, unknown
 
 
@@ -33,8 +34,29 @@ def karras(schedule: Schedule, n: int, offset: int) -> Tensor:
     return schedule.t(karras_levels(schedule.sigma_max, schedule.sigma_min, 7.0, n))
 
 
+def exponential(schedule: Schedule, n: int, offset: int) -> Tensor:
+    """From sigma_max to sigma_min evenly in ln sigma (k-diffusion's ``get_sigmas_exponential``)."""
+    ends = (math.log(schedule.sigma_max), math.log(schedule.sigma_min))
+    return schedule.t(torch.linspace(*ends, n, dtype=torch.float64, device="cpu").exp())
+
+
+def sgm_uniform(schedule: Schedule, n: int, offset: int) -> Tensor:
+    """As ``linspace`` with one step more, whose last is left to the step to 0 (Stability's generative-models)."""
+    return linspace(schedule, n + 1, offset)[:-1]
+
+
+def beta(schedule: Schedule, n: int, offset: int) -> Tensor:
+    """Quantiles of Beta(0.6, 0.6) over the timesteps, dense at both ends (Lee et al. 2407.12173)."""
+    quantiles = 1 - torch.arange(n, dtype=torch.float64, device="cpu") / n
+    angle = torch.linspace(0, math.pi / 2, 10_001, dtype=torch.float64, device="cpu")  # u = sin^2: no pole to sum over
+    middle = (angle[1:] + angle[:-1]) / 2
+    share = ((middle.sin() * middle.cos()) ** 0.2).cumsum(0)
+    cumulative = torch.cat([share.new_zeros(1), share / share[-1]])
+    return interpolate(quantiles, cumulative, angle.sin() ** 2) * (schedule.num_timesteps - 1)
+
+
 SPACINGS: dict[str, Callable[[Schedule, int, int], Tensor]] = {
-    spacing.__name__: spacing for spacing in (leading, trailing, linspace, karras)
+    spacing.__name__: spacing for spacing in (leading, trailing, linspace, karras, exponential, sgm_uniform, beta)
 }
 """Name to ``(schedule, n, offset) -> timesteps [n]``, falling; only ``leading`` heeds the offset."""
 

@@ -1,0 +1,83 @@
+"""What a solver takes and gives, and the table of all solvers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""Noisy x [b ...] and its noise levels sigma [b], above 0, to an estimate of the clean x0 [b ...]."""
+
+Noise = Callable[[float, float], Tensor]
+"""(sigma, sigma_next) of a step to the unit Gaussian noise, of the shape of x, that the step adds."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a solver yields after each interval of the grid."""
+
+    index: int
+    """Which interval, from 0."""
+    sigma: float
+    """The noise level that x has now, ``sigmas[index + 1]``."""
+    x: Tensor
+    """The sample after the step."""
+    denoised: Tensor
+    """D at the start of the step: the picture as seen from there."""
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """What there is to know of a solver without running it."""
+
+    order: int
+    """Order of convergence: halving the steps' length divides the error by 2^order (in law, if it is stochastic)."""
+    evaluations: int
+    """Calls of the denoiser in a step (the first and the last may differ)."""
+    stochastic: bool
+    """Whether it takes ``noise``."""
+    brownian: bool
+    """Whether that noise should be a Brownian path's, so that grids of all lengths see the same."""
+    adaptive: bool
+    """Whether it takes only the ends of the grid and chooses its steps by itself."""
+    options: tuple[str, ...]
+    """Names of its further parameters."""
+
+
+SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {}
+"""Solvers by name. Each takes ``denoise``, a starting ``x`` [b ...] of noise level ``sigmas[0]``, falling
+``sigmas`` [n + 1] of which only the last may be 0, ``noise`` if it is stochastic, and its options."""
+
+SPECS: dict[str, SamplerSpec] = {}
+"""The same names to their :class:`SamplerSpec`."""
+
+Solver = TypeVar("Solver", bound=Callable[..., Iterator[Step]])
+
+
+def sampler(
+    order: int, evaluations: int = 1, brownian: bool = False, adaptive: bool = False
+) -> Callable[[Solver], Solver]:
+    """Enter a solver in ``SAMPLERS`` and ``SPECS``; what else there is to know is read from its signature."""
+
+    def register(solver: Solver) -> Solver:
+        parameters = list(inspect.signature(solver).parameters)
+        options = tuple(name for name in parameters if name not in ("denoise", "x", "sigmas", "noise"))
+        SAMPLERS[solver.__name__] = solver
+        SPECS[solver.__name__] = SamplerSpec(order, evaluations, "noise" in parameters, brownian, adaptive, options)
+        return solver
+
+    return register
+
+
+def evaluate(denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
+    """D(x, sigma) with one noise level for the whole batch."""
+    return denoise(x, x.new_full((len(x),), sigma))
+
+
+def advance(x: Tensor, denoised: Tensor, s: float, s_next: float) -> Tensor:
+    """From noise level s to s' while D stays as it is: D + s'/s (x - D)."""
+    return denoised + s_next / s * (x - denoised)
