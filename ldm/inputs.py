@@ -3,84 +3,168 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
-from ldm.diffusion import SAMPLERS, SPECS
+from ldm.diffusion import SAMPLERS, SPECS, Guidance
 from ldm.errors import SamplingError, unknown
 
 ARGUMENTS = {"text": "prompt", "label": "label"}
-"""What a conditioner reads, to the name of the argument by which a caller gives it."""
+"""What a conditioner reads, to the argument by which a caller gives it; all else is an entry of ``condition``."""
 
 SEED_LIMIT = 2**63
 
 
-def conditions(reads: str | None, prompt: str | Sequence[str] | None, label: int | Sequence[int] | None) -> list[Any]:
-    """What the model is to show: strings if it ``reads`` text, numbers if labels, ``[None]`` if nothing.
+@dataclass(frozen=True)
+class Request:
+    """What is asked of some pictures: an entry for each of them.
+
+    Attributes:
+        wanted: what to show, by the name that the conditioner reads; None where it is left out.
+        unwanted: prompts to keep away from; None for none.
+        seeds: of their noise.
+        guidance: its scale is one for all, or one for each.
+    """
+
+    wanted: Mapping[str, list[Any]]
+    unwanted: list[str] | None
+    seeds: list[int]
+    guidance: Guidance
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, rows: slice) -> Request:
+        """The request of some of the pictures."""
+        scale = self.guidance.scale
+        return Request(
+            {name: values[rows] for name, values in self.wanted.items()},
+            self.unwanted and self.unwanted[rows],
+            self.seeds[rows],
+            replace(self.guidance, scale=scale if isinstance(scale, int | float) else scale[rows]),
+        )
+
+
+def request(
+    reads: Sequence[str],
+    conditions: Mapping[str, Any],
+    negative_prompt: str | Sequence[str] | None,
+    guidance: Guidance,
+    seed: int | Sequence[int] | None,
+    repeats: int,
+) -> Request:
+    """The request of ``repeats`` pictures for each of the ``conditions``, one picture's after the other.
+
+    Args:
+        reads: what the conditioner reads.
+        conditions: by that name, ``prompt`` and ``label`` by theirs; one that is None counts as left out.
+        negative_prompt, guidance, seed: as of :meth:`ldm.pipeline.Pipeline.__call__`.
 
     Raises:
-        SamplingError: what the model reads is missing or of the wrong type, or something else is given.
+        SamplingError: something missing, of the wrong type, of different lengths, or that the model does not read.
     """
-    wanted = ARGUMENTS.get(reads or "")
-    given = {"prompt": prompt, "label": label}
-    for name, value in given.items():
-        if value is not None and name != wanted:
-            instead = f"give a {wanted}" if wanted else "leave it out"
-            raise SamplingError(f"this model reads no {name}; {instead}.")
-    if wanted is None:
-        return [None]
-    if given[wanted] is None:
-        raise SamplingError(f"this model needs a {wanted}; give one or several.")
-    if wanted == "prompt":
-        return _strings("prompt", prompt)
-    labels = _listed(label)
+    asked = _asked(reads, {name: value for name, value in conditions.items() if value is not None})
+    lengths = {name: len(values) for name, values in asked.items()}
+    n = max(lengths.values(), default=1)
+    for name, length in lengths.items():
+        if length not in (1, n):
+            longest = max(lengths, key=lambda key: lengths[key])
+            raise SamplingError(
+                f"{length} of {_argument(name)} do not fit {n} of {_argument(longest)}; give one, or one for each."
+            )
+    wanted = {name: values if len(values) == n else values * n for name, values in asked.items()}
+    avoided = _negatives(reads, negative_prompt, n)
+    if not isinstance(guidance.scale, int | float):
+        scales = _one_each("guidance scales", list(guidance.scale), n, "prompts")
+        guidance = replace(guidance, scale=[float(scale) for scale in scales for _ in range(repeats)])
+    return Request(
+        {name: [value for value in values for _ in range(repeats)] for name, values in wanted.items()},
+        avoided and [text for text in avoided for _ in range(repeats)],
+        _seeds(seed, n * repeats),
+        guidance,
+    )
+
+
+def _asked(reads: Sequence[str], given: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """A list for each name that is read; ``[None]`` for one that is left out where another is given."""
+    names = {_argument(name): name for name in reads}
+    for argument in given:
+        if argument not in names:
+            instead = f"give {' and '.join(_shown(name) for name in names)}" if names else "leave it out"
+            raise SamplingError(f"this model reads no {argument}; {instead}.")
+    if names and not given:
+        raise SamplingError(f"this model needs {' or '.join(_shown(name) for name in names)}; give one or several.")
+    asked = {}
+    for argument, name in names.items():
+        if argument not in given:
+            asked[name] = [None]
+        elif name == "text":
+            asked[name] = _strings(argument, given[argument])
+        elif name == "label":
+            asked[name] = _labels(given[argument])
+        else:
+            asked[name] = listed(given[argument])
+            if not asked[name]:
+                raise SamplingError(f"the list of {argument} is empty; give one, or one for each picture.")
+    return asked
+
+
+def _argument(name: str) -> str:
+    return ARGUMENTS.get(name, name)
+
+
+def _shown(argument: str) -> str:
+    """How an error asks for it."""
+    return f"a {argument}" if argument in ARGUMENTS.values() else f"condition={{{argument!r}: [...]}}"
+
+
+def _labels(label: Any) -> list[int]:
+    labels = listed(label)
     if not labels or not all(isinstance(item, Integral) for item in labels):
         raise SamplingError(f"label is {label!r}; give a whole number or several.")
     return [int(item) for item in labels]
 
 
-def negatives(reads: str | None, negative_prompt: str | Sequence[str] | None, n: int) -> list[str] | None:
-    """A negative prompt for each of ``n`` prompts, or None if there is none.
-
-    Raises:
-        SamplingError: the model reads no text, one is no string, or there are neither one nor ``n``.
-    """
+def _negatives(reads: Sequence[str], negative_prompt: str | Sequence[str] | None, n: int) -> list[str] | None:
+    """A negative prompt for each of ``n`` prompts, or None if there is none."""
     if negative_prompt is None:
         return None
-    if reads != "text":
+    if "text" not in reads:
         raise SamplingError("this model reads no prompt; leave negative_prompt out.")
     given = _strings("negative_prompt", negative_prompt)
     given = given * n if isinstance(negative_prompt, str) else given
-    return one_each("negative prompts", given, n, "prompts")
+    return _one_each("negative prompts", given, n, "prompts")
 
 
-def seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
-    """A seed for each of ``n`` pictures: those given, s, s + 1, ... from one, or so from one drawn at random.
-
-    Raises:
-        SamplingError: there are neither one nor ``n``, or one is no whole number from 0 to 2^63 - 1.
-    """
-    given = [secrets.randbelow(2**32)] if seed is None else _listed(seed)
+def _seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
+    """A seed for each of ``n`` pictures: those given, s, s + 1, ... from one, or so from one drawn at random."""
+    given = [one_seed()] if seed is None else listed(seed)
     for item in given:
         if not isinstance(item, Integral) or not 0 <= int(item) < SEED_LIMIT - n:
             raise SamplingError(f"the seed {item!r} is no whole number from 0 to 2^63 - {n + 1}.")
     if seed is None or isinstance(seed, Integral):
         return [int(given[0]) + index for index in range(n)]
-    return [int(item) for item in one_each("seeds", given, n, "pictures")]
+    return [int(item) for item in _one_each("seeds", given, n, "pictures")]
 
 
-def check_solver(sampler: str, eta: float | None) -> None:
-    """Raises a SamplingError for an unknown sampler, or an eta outside [0, 1] or that it does not take."""
+def one_seed() -> int:
+    """A seed drawn at random."""
+    return secrets.randbelow(2**32)
+
+
+def check_solver(sampler: str, options: Mapping[str, Any]) -> None:
+    """Raises a SamplingError for an unknown sampler, an option that it does not take, or an eta outside [0, 1]."""
     if sampler not in SAMPLERS:
         raise SamplingError(unknown("sampler", sampler, SAMPLERS))
-    if eta is None:
-        return
-    if "eta" not in SPECS[sampler].options:
-        takers = ", ".join(name for name, spec in SPECS.items() if "eta" in spec.options)
-        raise SamplingError(f"the sampler {sampler} takes no eta; leave it out, or choose one of {takers}.")
-    if not 0 <= eta <= 1:
-        raise SamplingError(f"eta is {eta}; it must be from 0 to 1.")
+    for name in options:
+        if name not in SPECS[sampler].options:
+            takers = ", ".join(taker for taker, spec in SPECS.items() if name in spec.options)
+            instead = f", or choose one of {takers}" if takers else ""
+            raise SamplingError(f"the sampler {sampler} takes no {name}; leave it out{instead}.")
+    if not 0 <= options.get("eta", 0) <= 1:
+        raise SamplingError(f"eta is {options['eta']}; it must be from 0 to 1.")
 
 
 def check_counts(**counts: Any) -> None:
@@ -90,12 +174,13 @@ def check_counts(**counts: Any) -> None:
             raise SamplingError(f"{name} is {count!r}; it must be a whole number, 1 or more.")
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """A list of one for what is no collection; a string is one."""
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
 def _strings(name: str, value: Any) -> list[str]:
-    given = _listed(value)
+    given = listed(value)
     for index, item in enumerate(given):
         if not isinstance(item, str):
             raise SamplingError(f"{name} {index} is {item!r}, which is no string.")
@@ -104,7 +189,7 @@ def _strings(name: str, value: Any) -> list[str]:
     return given
 
 
-def one_each(name: str, given: list[Any], n: int, whom: str) -> list[Any]:
+def _one_each(name: str, given: list[Any], n: int, whom: str) -> list[Any]:
     """``given``, if there are ``n`` of them; else a SamplingError."""
     if len(given) != n:
         raise SamplingError(f"{len(given)} {name} do not fit {n} {whom}; give one, or one for each.")

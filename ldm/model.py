@@ -14,7 +14,7 @@ from ldm.config import setting
 from ldm.denoiser import DenoiserKind
 from ldm.diffusion.parametrization import Diffusion
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.spacing import SPACINGS
+from ldm.diffusion.spacing import SPACINGS, Final
 from ldm.errors import ConfigError, unknown
 from ldm.nn.conditioning import Conditioning
 from ldm.vae import FirstStageKind
@@ -27,7 +27,12 @@ class SamplingConfig:
     sampler: str = setting("dpmpp_2m", "name of the solver")
     num_inference_steps: int = setting(30, "steps of the solver")
     guidance_scale: float = setting(5.0, "classifier-free guidance; 1 = none")
-    spacing: str = setting("trailing", "how the noise levels are spaced: leading, trailing, linspace or karras")
+    spacing: str = setting("trailing", "how the noise levels are spaced: " + ", ".join(SPACINGS))
+    offset: int = setting(0, "added to the timesteps of the spacing leading; 1 for Stable Diffusion")
+    final: Final = setting(
+        "zero", "the last noise level: zero, or sigma_min as Stable Diffusion's ddim and plms have it"
+    )
+    shift: float = setting(1.0, "factor on the noise levels of a flow schedule, beside the schedule's own")
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -49,10 +54,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         channels, denoiser = self.first_stage.latent_channels, self.denoiser
-        if denoiser.in_channels != channels or denoiser.out_channels != channels:
+        seen = channels + self.conditioner.concat_channels
+        if denoiser.in_channels != seen or denoiser.out_channels != channels:
+            concatenated = f" and the conditioner adds {seen - channels}" if seen > channels else ""
             raise ConfigError(
-                f"the denoiser has in_channels {denoiser.in_channels} and out_channels {denoiser.out_channels}, "
-                f"but the first stage's latents have {channels} channels; set both to {channels}."
+                f"the denoiser has in_channels {denoiser.in_channels} and out_channels {denoiser.out_channels}, but the "
+                f"first stage's latents have {channels} channels{concatenated}; set them to {seen} and {channels}."
             )
         for width in ("context_width", "vector_width"):
             if getattr(denoiser, width) != getattr(self.conditioner, width):

@@ -22,7 +22,6 @@ from ldm.diffusion import (
     Denoiser,
     Guidance,
     Noise,
-    Schedule,
     Step,
     brownian_noise,
     guided,
@@ -38,6 +37,33 @@ from ldm.images import Images
 from ldm.model import LatentDiffusion
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class Edit:
+    """What an editing task changes about a sampling; this one changes nothing.
+
+    ``rows`` says which of the asked-for pictures the batch at hand holds.
+    """
+
+    def levels(self, levels: Tensor) -> Tensor:
+        """The noise levels to walk through, ``[steps + 1]``."""
+        return levels
+
+    def start(self, x: Tensor, unit: Tensor, sigma: float, rows: slice) -> Tensor:
+        """Where to start at level ``sigma``, in place of ``x``, which is made of ``unit`` noise; all ``[b c h w]``."""
+        return x
+
+    def wrap(self, denoise: Denoiser, rows: slice) -> Denoiser:
+        """The denoiser to sample with."""
+        return denoise
+
+    def finish(self, pictures: Tensor, rows: slice) -> Tensor:
+        """What becomes of the decoded pictures, ``[b 3 h w]`` in [0, 1]."""
+        return pictures
+
+    def record(self) -> dict[str, Any]:
+        """What the pictures' record of their settings says of it."""
+        return {}
 
 
 class Pipeline:
@@ -127,16 +153,19 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         *,
         label: int | Sequence[int] | None = None,
+        condition: Mapping[str, Sequence[Any]] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         guidance: Guidance | None = None,
         sampler: str | None = None,
+        sampler_options: Mapping[str, Any] | None = None,
         seed: int | Sequence[int] | None = None,
         num_images_per_prompt: int = 1,
         eta: float | None = None,
         spacing: str | None = None,
+        shift: float | None = None,
         timesteps: Sequence[float] | Tensor | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
         latents: Tensor | None = None,
@@ -144,6 +173,7 @@ class Pipeline:
         callback: Callable[[Step], object] | None = None,
         batch_size: int | None = None,
         progress: bool = True,
+        edit: Edit | None = None,
     ) -> Any:
         """Make pictures; what is not given is as ``model.config.sampling`` and ``model.config.size`` say.
 
@@ -152,17 +182,20 @@ class Pipeline:
             negative_prompt: what the pictures are to keep away from, one for all or one for each prompt;
                 default: the empty prompt. Without effect at a guidance scale of 1.
             label: one or several classes, for models that read them.
+            condition: what else the model reads, by name, an entry for each prompt or one for all.
             height, width: of the pictures in pixels, divisible by the first stage's factor f.
             num_inference_steps: steps of the sampler, 1 or more.
             guidance_scale: classifier-free guidance, one for all or one for each prompt; 1 = none, at half the work;
                 above 1 stresses the prompt.
             guidance: all else about guidance, in place of the scale; see :class:`ldm.diffusion.Guidance`.
             sampler: a name of ``ldm.diffusion.SAMPLERS``.
+            sampler_options: its further parameters by name, such as ``{"order": 3}``.
             seed: of the n pictures: one each, or s for s, s + 1, ...; None draws s at random and leaves it in
                 ``Images.seeds``.
             num_images_per_prompt: pictures for each prompt or label, one after the other.
             eta: share of fresh noise in a step, 0 to 1, if the sampler takes one; default: the sampler's own.
             spacing: of the noise levels, a name of ``ldm.diffusion.SPACINGS``.
+            shift: factor on the noise levels, for models with a flow schedule.
             timesteps: falling, in place of ``num_inference_steps``.
             sigmas: falling noise levels, in place of ``num_inference_steps``.
             latents: unit noise to start from, [n c h/f w/f], in place of what the seeds give.
@@ -171,6 +204,7 @@ class Pipeline:
             callback: called with each :class:`ldm.diffusion.Step` of each batch; what it raises ends it.
             batch_size: most pictures to work on at once; default: all.
             progress: show a progress bar on stderr.
+            edit: makes of sampling an editing of pictures; see :mod:`ldm.editing`.
 
         Returns:
             :class:`Images`, or the array or tensor that ``output_type`` asks for.
@@ -178,44 +212,46 @@ class Pipeline:
         Raises:
             SamplingError: a setting that this model or sampler cannot meet.
         """
-        config = self.model.config
-        sampler = config.sampling.sampler if sampler is None else sampler
-        inputs.check_solver(sampler, eta)
+        sampler = self.model.config.sampling.sampler if sampler is None else sampler
+        options = dict(sampler_options or {}) | ({} if eta is None else {"eta": eta})
+        inputs.check_solver(sampler, options)
         inputs.check_counts(num_images_per_prompt=num_images_per_prompt, batch_size=batch_size)
         self._check_output_type(output_type)
 
-        reads, repeats = config.conditioner.reads, range(num_images_per_prompt)
-        asked = inputs.conditions(reads, prompt, label)
-        avoided = inputs.negatives(reads, negative_prompt, len(asked))
-        wanted = [item for item in asked for _ in repeats]
-        unwanted = avoided and [item for item in avoided for _ in repeats]
-        seeds = inputs.seeds(seed, len(wanted))
-        guidance = self._guidance(guidance, guidance_scale, len(asked), num_images_per_prompt)
-        levels = self.noise_levels(num_inference_steps, timesteps, sigmas, spacing)
+        edit = edit or Edit()
+        request = inputs.request(
+            self.model.config.conditioner.reads,
+            {"prompt": prompt, "label": label, **(condition or {})},
+            negative_prompt,
+            self._guidance(guidance, guidance_scale),
+            seed,
+            num_images_per_prompt,
+        )
+        levels = edit.levels(self.noise_levels(num_inference_steps, timesteps, sigmas, spacing, shift))
         shape = self.latent_shape(height, width)
-        if latents is not None and latents.shape != (len(wanted), *shape):
-            given, needed = list(latents.shape), [len(wanted), *shape]
+        if latents is not None and latents.shape != (len(request), *shape):
+            given, needed = list(latents.shape), [len(request), *shape]
             raise SamplingError(f"latents have the shape {given}; these pictures need {needed}.")
 
-        start, size, results = float(levels[0]), batch_size or len(wanted), []
-        batches = [slice(first, first + size) for first in range(0, len(wanted), size)]
+        start, size, results = float(levels[0]), batch_size or len(request), []
+        batches = [slice(first, first + size) for first in range(0, len(request), size)]
         steps = None if SPECS[sampler].adaptive else len(batches) * (len(levels) - 1)
         with torch.inference_mode(), tqdm(total=steps, disable=not progress) as bar:
-            for batch in batches:
-                noise = seeded_noise(seeds[batch], shape, self.device)
+            for rows in batches:
+                noise = seeded_noise(request.seeds[rows], shape, self.device)
                 unit = noise(math.inf, start)  # drawn in any case: the noise of the steps comes after it
                 if latents is not None:
-                    unit = latents[batch].to(self.device, torch.float32)
-                x = self.model.diffusion.start(unit, start).contiguous(memory_format=torch.channels_last)
-                denoise = self.denoiser(wanted[batch], unwanted and unwanted[batch], _rows(guidance, batch))
-                if SPECS[sampler].brownian and eta != 0:
-                    noise = self._brownian(seeds[batch], shape, levels)
-                for step in solve(sampler, denoise, x, levels, noise, eta):
+                    unit = latents[rows].to(self.device, torch.float32)
+                x = edit.start(self.model.diffusion.start(unit, start), unit, start, rows)
+                x = x.contiguous(memory_format=torch.channels_last)
+                denoise = edit.wrap(self.denoiser(request[rows]), rows)
+                for step in self._solve(sampler, denoise, x, levels, noise, options, request.seeds[rows]):
                     x = step.x
                     bar.update()
                     if callback is not None:
                         callback(step)
-                results.append(x if output_type == "latent" else (self.model.decode(x) + 1) / 2)
+                x = self.model.diffusion.finish(x, float(levels[-1]))
+                results.append(x if output_type == "latent" else edit.finish((self.model.decode(x) + 1) / 2, rows))
         result = torch.cat(results).clone()  # outside of inference mode: a tensor like any other
         if output_type == "np":
             return result.permute(0, 2, 3, 1).cpu().numpy()
@@ -225,16 +261,23 @@ class Pipeline:
         settings: dict[str, Any] = {
             "sampler": sampler,
             "num_inference_steps": len(levels) - 1,
-            **_told(guidance),
+            **_told(request.guidance),
             "height": result.shape[2],
             "width": result.shape[3],
             "dtype": str(self.dtype).removeprefix("torch."),
+            **options,
         }
-        settings |= {} if eta is None else {"eta": eta}
         settings |= {} if spacing is None else {"spacing": spacing}
+        settings |= {} if shift is None else {"shift": shift}
         settings |= {} if timesteps is None and sigmas is None else {"sigmas": levels.tolist()}
         settings |= {} if latents is None else {"latents": "given"}
-        return Images.of(result, self._records(wanted, unwanted, seeds, settings))
+        settings |= edit.record()
+        return Images.of(result, self._records(request, settings))
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures ``[n 3 h w]`` in [0, 1] to normalised latents ``[n c h/f w/f]``, the mean of their posterior."""
+        with torch.inference_mode():
+            return self.model.encode(2 * pictures.to(self.device) - 1)
 
     def noise_levels(
         self,
@@ -242,6 +285,7 @@ class Pipeline:
         timesteps: Sequence[float] | Tensor | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
         spacing: str | None = None,
+        shift: float | None = None,
     ) -> Tensor:
         """The falling noise levels to sample along, [steps + 1] fp32 on the CPU, asked for in any one way.
 
@@ -250,8 +294,8 @@ class Pipeline:
         """
         if sum(way is not None for way in (num_inference_steps, timesteps, sigmas)) > 1:
             raise SamplingError("give only one of num_inference_steps, timesteps and sigmas.")
-        if spacing is not None and (timesteps is not None or sigmas is not None):
-            raise SamplingError("timesteps and sigmas are a spacing of their own; leave spacing out.")
+        if (spacing, shift) != (None, None) and (timesteps is not None or sigmas is not None):
+            raise SamplingError("timesteps and sigmas are a spacing of their own; leave spacing and shift out.")
         schedule, defaults = self.model.diffusion.schedule, self.model.config.sampling
         if timesteps is not None:
             return sigmas_from_timesteps(schedule, timesteps)
@@ -259,7 +303,12 @@ class Pipeline:
             return sigmas_from_values(schedule, sigmas)
         inputs.check_counts(num_inference_steps=num_inference_steps)
         return spaced_sigmas(
-            schedule, num_inference_steps or defaults.num_inference_steps, spacing or defaults.spacing
+            schedule,
+            num_inference_steps or defaults.num_inference_steps,
+            spacing or defaults.spacing,
+            defaults.offset,
+            defaults.final,
+            defaults.shift if shift is None else shift,
         )
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
@@ -278,40 +327,53 @@ class Pipeline:
                 )
         return self.model.latent_shape(height, width)
 
-    def denoiser(self, wanted: Sequence[Any], unwanted: Sequence[str] | None, guidance: Guidance | float) -> Denoiser:
-        """The model, told what to show, as the denoiser that solvers take.
-
-        Args:
-            wanted: what the model reads, for each picture: prompts or labels; anything if it reads nothing.
-            unwanted: as many prompts to keep away from; None for the empty one.
-            guidance: what is made of the answers; a number is a scale.
-        """
-        conditioner, reads = self.model.conditioner, self.model.config.conditioner.reads
-        if reads is None:
-            return guided(self.model.denoise, conditioner({}), None, guidance)
-        away = conditioner({reads: unwanted}) if unwanted else conditioner.unconditional(len(wanted))
-        return guided(self.model.denoise, conditioner({reads: wanted}), away, guidance)
-
-    def _guidance(
-        self, guidance: Guidance | None, scale: float | Sequence[float] | None, prompts: int, repeats: int
-    ) -> Guidance:
-        """What was asked for, its scales one for each picture if they are several."""
-        if guidance is not None and scale is not None:
-            raise SamplingError("give either guidance_scale or guidance, which has a scale of its own.")
-        if guidance is None:
-            guidance = Guidance(self.model.config.sampling.guidance_scale if scale is None else scale)
-        if isinstance(guidance.scale, int | float):
-            return guidance
-        scales = inputs.one_each("guidance scales", list(guidance.scale), prompts, "prompts")
-        return replace(guidance, scale=tuple(float(each) for each in scales for _ in range(repeats)))
-
-    def _brownian(self, seeds: Sequence[int], shape: Sequence[int], levels: Tensor) -> Noise:
-        """Noise over the schedule's range, wider only where the levels are: it is to depend on the seed alone."""
-        schedule: Schedule = self.model.diffusion.schedule
-        least, greatest = levels[levels > 0].min().item(), levels.max().item()
-        return brownian_noise(
-            seeds, shape, min(least, schedule.sigma_min), max(greatest, schedule.sigma_max), self.device
+    def denoiser(self, request: inputs.Request) -> Denoiser:
+        """The model, told what to show, as the denoiser that solvers take."""
+        conditioner, network, guidance = self.model.conditioner, self.model.denoise, request.guidance
+        conditional = conditioner(request.wanted)
+        unconditional = None
+        if self.model.config.conditioner.reads:
+            unconditional = conditioner.unconditional(request.wanted, request.unwanted)
+        if not guidance.perturbed:
+            return guided(network, conditional, unconditional, guidance)
+        if not self.model.config.denoiser.attends_in_the_middle:
+            raise SamplingError("perturbed guidance needs self-attention in the middle of the U-Net, which this lacks.")
+        as_it_is = torch.zeros(len(request), dtype=torch.bool, device=self.device)
+        return guided(
+            network,
+            replace(conditional, perturb=as_it_is),
+            unconditional and replace(unconditional, perturb=as_it_is),
+            guidance,
+            perturbed=replace(conditional, perturb=~as_it_is),
         )
+
+    def _guidance(self, guidance: Guidance | None, scale: float | Sequence[float] | None) -> Guidance:
+        if guidance is None:
+            return Guidance(self.model.config.sampling.guidance_scale if scale is None else scale)
+        if scale is not None:
+            raise SamplingError("give either guidance_scale or guidance, which has a scale of its own.")
+        return guidance
+
+    def _solve(
+        self,
+        sampler: str,
+        denoise: Denoiser,
+        x: Tensor,
+        levels: Tensor,
+        noise: Noise,
+        options: Mapping[str, Any],
+        seeds: Sequence[int],
+    ) -> Iterator[Step]:
+        """The solver of that name, with the kind of noise that it takes."""
+        spec, schedule = SPECS[sampler], self.model.diffusion.schedule
+        given = dict(options)
+        if spec.brownian and options.get("eta") != 0 and len(levels) > 1:
+            # over the range of the schedule, and wider only where the levels are: it is to depend on the seed alone
+            least = min(levels[levels > 0].min().item(), schedule.sigma_min)
+            noise = brownian_noise(seeds, x.shape[1:], least, max(levels[0].item(), schedule.sigma_max), self.device)
+        if spec.stochastic:
+            given["noise"] = noise
+        return SAMPLERS[sampler](denoise, x, levels, **given)
 
     def _check_output_type(self, output_type: str) -> None:
         if output_type not in OUTPUT_TYPES:
@@ -320,34 +382,18 @@ class Pipeline:
         if output_type == "pil" and channels not in (1, 3):
             raise SamplingError(f"data of {channels} channels are no pictures; ask for output_type 'latent'.")
 
-    def _records(
-        self, wanted: list[Any], unwanted: list[str] | None, seeds: list[int], settings: Mapping[str, Any]
-    ) -> list[dict[str, str]]:
+    def _records(self, request: inputs.Request, settings: Mapping[str, Any]) -> list[dict[str, str]]:
         """What each picture says of itself; see :class:`Images`."""
         common = {"settings": json.dumps(settings)}
         if self.model.fingerprint:
             common["model"] = self.model.fingerprint
-        name = inputs.ARGUMENTS.get(self.model.config.conditioner.reads or "")
         records = []
-        for index, seed in enumerate(seeds):
-            record = {name: str(wanted[index])} if name else {}
-            record |= {"negative_prompt": unwanted[index]} if unwanted else {}
+        for index, seed in enumerate(request.seeds):
+            shown = {name: request.wanted[name][index] for name in inputs.ARGUMENTS if name in request.wanted}
+            record = {inputs.ARGUMENTS[name]: str(value) for name, value in shown.items() if value is not None}
+            record |= {"negative_prompt": request.unwanted[index]} if request.unwanted else {}
             records.append(record | {"seed": str(seed)} | common)
         return records
-
-
-def solve(
-    sampler: str, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: float | None = None
-) -> Iterator[Step]:
-    """The solver of that name, given the noise and the eta if it takes them."""
-    options: dict[str, Any] = {"noise": noise} if SPECS[sampler].stochastic else {}
-    options |= {} if eta is None else {"eta": eta}
-    return SAMPLERS[sampler](denoise, x, sigmas, **options)
-
-
-def _rows(guidance: Guidance, batch: slice) -> Guidance:
-    """The guidance of some pictures of all."""
-    return guidance if isinstance(guidance.scale, int | float) else replace(guidance, scale=guidance.scale[batch])
 
 
 def _told(guidance: Guidance) -> dict[str, Any]:

@@ -24,7 +24,7 @@ ROWS = [
     {"formats"},
     {"images", "inputs"},
     {"pipeline"},
-    {"training", "data"},
+    {"training", "data", "editing"},
     {"module"},
     {"experiment"},
     {"stages"},

@@ -29,7 +29,7 @@ def test_only_the_networks_run_in_low_precision() -> None:
     model = tiny_model("none")
     x, sigma, image = torch.randn(2, *model.latent_shape()), torch.tensor([0.5, 3.0]), torch.rand(2, 3, SIZE, SIZE)
     with torch.no_grad():
-        cond = model.conditioner.unconditional(2)
+        cond = model.conditioner({"text": [None, None]})
         whole = model.denoise(x, sigma, cond), model.encode(image), model.decode(x)
         model.denoiser.to(torch.bfloat16)
         for module in (

@@ -60,7 +60,7 @@ def evaluate(
     results |= {"psnr": reconstruction(pipe.model, sets[split])}
     if experiment.clip is not None and model is None:
         results["clip"] = retrieval(experiment, sets, HELD_OUT if split == "test" else (split,))
-    if pipe.model.config.conditioner.reads == "text":
+    if pipe.model.config.conditioner.reads == ("text",):
         settings = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
         results["samples"], pictures = listening(pipe, sets, split, train_every, settings)
         picture = out / f"evaluation-{split}.png"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from ldm.cli.common import Debug, new_app, run
 from ldm.errors import SamplingError, unknown
+
+if TYPE_CHECKING:
+    from ldm.images import Images
+    from ldm.pipeline import Pipeline
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -41,8 +45,20 @@ def sample(
     seed: Annotated[int | None, Option(help="Of the first picture; the next have the next. Random.")] = None,
     steps: Annotated[int | None, Option(help="Steps of the sampler. As the model says.")] = None,
     guidance: Annotated[float | None, Option(help="Guidance scale, 1 = none. As the model says.")] = None,
+    guide: Annotated[
+        list[str] | None,
+        Option(help="More of guidance, repeatable: rescale=0.7, interval=[0.3,5], perturbed=3, projection.eta=0, ..."),
+    ] = None,
     sampler: Annotated[str | None, Option(help="See --list-samplers. As the model says.")] = None,
-    eta: Annotated[float | None, Option(help="Fresh noise in a step, 0 to 1. As the sampler says.")] = None,
+    option: Annotated[list[str] | None, Option(help="Of the sampler, repeatable: eta=0.5, order=3, ...")] = None,
+    spacing: Annotated[str | None, Option(help="Of the noise levels: trailing, karras, ... As the model says.")] = None,
+    shift: Annotated[float | None, Option(help="Factor on the noise levels of a flow model.")] = None,
+    sigmas: Annotated[str | None, Option(help="Noise levels of your own: 14.6,5,2,0.5.")] = None,
+    image: Annotated[
+        list[Path] | None, Option(help="A picture to begin with, repeatable; with --mask, to be painted anew in parts.")
+    ] = None,
+    mask: Annotated[list[Path] | None, Option(help="White where the picture is to be painted anew.")] = None,
+    strength: Annotated[float | None, Option(help="Share of the steps that change --image, 0 to 1.")] = None,
     negative: Annotated[str | None, Option(help="What to keep away from.")] = None,
     label: Annotated[list[int] | None, Option(help="A class, for models that read classes; repeatable.")] = None,
     n: Annotated[int, Option("--n", "-n", help="Pictures for each prompt.")] = 1,
@@ -61,6 +77,8 @@ def sample(
         return
     import torch
 
+    from ldm.config import structure
+    from ldm.diffusion import Guidance
     from ldm.images import check_target, write_picture
     from ldm.pipeline import Pipeline
 
@@ -68,22 +86,33 @@ def sample(
         raise SamplingError(unknown("dtype", dtype, DTYPES))
     if demo and prompts:
         raise SamplingError("--demo has prompts of its own; leave either it or yours out.")
+    if not image and (mask or strength is not None):
+        raise SamplingError("--mask and --strength are about a picture to begin with; give --image too.")
     target = check_target(out or ("demo.png" if demo else "sample.png"))
     pipe = Pipeline.from_pretrained(model, device, getattr(torch, DTYPES[dtype]) if dtype else None)
-    images = pipe(
-        [prompt for group in DEMO_PROMPTS.values() for prompt in group] if demo else prompts or None,
-        negative,
-        label=label or None,
-        height=height,
-        width=width,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        sampler=sampler,
-        seed=DEMO_SEED if demo and seed is None else seed,
-        num_images_per_prompt=n,
-        eta=eta,
-        batch_size=batch_size,
-    )
+    settings = {
+        "negative_prompt": negative,
+        "label": label or None,
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "sampler": sampler,
+        "sampler_options": _settings(option),
+        "spacing": spacing,
+        "shift": shift,
+        "sigmas": _numbers(sigmas),
+        "seed": DEMO_SEED if demo and seed is None else seed,
+        "num_images_per_prompt": n,
+        "batch_size": batch_size,
+    }
+    if guide:
+        scale = settings.pop("guidance_scale")
+        scale = pipe.model.config.sampling.guidance_scale if scale is None else scale
+        settings["guidance"] = structure(Guidance, {"scale": scale} | _settings(guide), "--guide")
+    settings = {name: value for name, value in settings.items() if value is not None}
+    asked = [prompt for group in DEMO_PROMPTS.values() for prompt in group] if demo else prompts or None
+    images = _edited(pipe, asked, image, mask, strength, settings) if image else pipe(asked, **settings)
     if demo:
         files = [write_picture(images.grid(columns=4, captions=True, scale=2), target)]
     else:
@@ -92,12 +121,47 @@ def sample(
     print(*files, sep="\n")
 
 
+def _edited(
+    pipe: Pipeline,
+    prompts: list[str] | None,
+    image: list[Path],
+    mask: list[Path] | None,
+    strength: float | None,
+    settings: dict[str, Any],
+) -> Images:
+    from ldm import editing
+
+    settings |= {} if strength is None else {"strength": strength}
+    if mask:
+        return editing.inpaint(pipe, prompts, image, mask, **settings)
+    return editing.image_to_image(pipe, prompts, image, **settings)
+
+
+def _settings(given: list[str] | None) -> dict[str, Any]:
+    """``["order=3", "projection.eta=0"]`` to nested values, read as YAML."""
+    from omegaconf import OmegaConf
+
+    for item in given or []:
+        if "=" not in item:
+            raise SamplingError(f"{item!r} is no setting; write name=value, such as order=3.")
+    values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(given or []))
+    return values
+
+
+def _numbers(given: str | None) -> list[float] | None:
+    try:
+        return None if given is None else [float(item) for item in given.split(",")]
+    except ValueError:
+        raise SamplingError(f"--sigmas is {given!r}; write falling numbers with commas between them.") from None
+
+
 def _print_samplers() -> None:
     from ldm.diffusion import SPECS
 
-    print(f"{'name':<16} {'order':>5} {'evaluations a step':>18}  stochastic")
+    print(f"{'name':<18} {'order':>5} {'evaluations a step':>18}  {'noise':<8}  options")
     for name, spec in SPECS.items():
-        print(f"{name:<16} {spec.order:>5} {spec.evaluations:>18}  {'yes' if spec.stochastic else 'no'}")
+        noise = "none" if not spec.stochastic else "brownian" if spec.brownian else "white"
+        print(f"{name:<18} {spec.order:>5} {spec.evaluations:>18}  {noise:<8}  {', '.join(spec.options)}")
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,13 @@ from ldm.nn.conditioning import Conditioning
 class ConditionerKind(Kind):
     """What a denoiser is conditioned on; ``build`` gives a :class:`Conditioner`.
 
-    ``context_width`` and ``vector_width`` are what it fills of a Conditioning, None where it fills nothing; ``reads`` names the
-    raw condition that it needs, ``text`` or ``label``.
+    ``context_width``, ``vector_width`` and ``concat_channels`` are what it fills of a Conditioning, None or 0 where it
+    fills nothing; ``reads`` names the raw conditions that it takes, such as ``text`` or ``label``.
     """
 
-    reads: ClassVar[str | None] = None
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def context_width(self) -> int | None:
@@ -30,6 +32,10 @@ class ConditionerKind(Kind):
     @property
     def vector_width(self) -> int | None:
         return None
+
+    @property
+    def concat_channels(self) -> int:
+        return 0
 
     @property
     def trainable(self) -> bool:
@@ -48,14 +54,21 @@ class Conditioner(nn.Module):
         """The conditioning of a batch.
 
         Args:
-            inputs: raw conditions by name, a sequence of ``b`` each: ``text`` (list of str), ``label`` (``[b]`` of int).
+            inputs: raw conditions by name, a sequence of ``b`` each: ``text`` (of str), ``label`` (of int). An entry of None
+                is a condition that is not there, like one that was dropped.
             generator: when given (training), each example's condition is dropped at the conditioner's rate, drawn from it.
         """
         raise NotImplementedError
 
-    def unconditional(self, n: int) -> Conditioning:
-        """The conditioning of ``n`` examples that are conditioned on nothing; what a dropped condition becomes."""
-        raise NotImplementedError
+    def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
+        """What guidance leads away from, for a batch with these conditions: all of them dropped.
+
+        Args:
+            inputs: as of :meth:`forward`.
+            negative: texts in place of the dropped ones.
+        """
+        absent: dict[str, Sequence[Any]] = {name: [None] * len(values) for name, values in inputs.items()}
+        return self(absent if negative is None else absent | {"text": negative})
 
 
 def dropped(n: int, rate: float, generator: torch.Generator | None) -> Tensor:
@@ -77,7 +90,4 @@ class NoConditioner(Conditioner):
     """An empty record for every batch."""
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        return Conditioning()
-
-    def unconditional(self, n: int) -> Conditioning:
         return Conditioning()

@@ -20,8 +20,6 @@ from ldm.nn.conditioning import Conditioning
 class ClassConditionerConfig(ConditionerKind, kind="class"):
     """One of a fixed number of classes, as a vector."""
 
-    reads = "label"
-
     classes: int = setting(help="number of classes; labels are 0 .. classes - 1")
     width: int = setting(128, "width of the vector")
     dropout: float = setting(0.1, "share of the training examples whose label is dropped, for guidance")
@@ -31,6 +29,10 @@ class ClassConditionerConfig(ConditionerKind, kind="class"):
             raise ConfigError(
                 f"classes must be at least 1 and dropout in [0, 1), not {self.classes} and {self.dropout}."
             )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("label",)
 
     @property
     def vector_width(self) -> int:
@@ -53,15 +55,13 @@ class ClassConditioner(Conditioner):
             raise DataError(
                 "the denoiser is conditioned on class labels, but the data has none; give each sample a .cls."
             )
-        labels = torch.as_tensor(inputs["label"], dtype=torch.long)
+        absent = torch.tensor([label is None for label in inputs["label"]])
+        labels = torch.tensor([0 if label is None else int(label) for label in inputs["label"]])
         wrong = labels[(labels < 0) | (labels >= self.config.classes)]
         if len(wrong):
             raise SamplingError(
                 f"label {int(wrong[0])} is not one of the {self.config.classes} classes, 0 to {self.config.classes - 1}."
             )
-        drop = dropped(len(labels), self.config.dropout, generator).to(labels.device)
-        labels = torch.where(drop, self.config.classes, labels)
+        drop = dropped(len(labels), self.config.dropout, generator)
+        labels = torch.where(absent | drop, self.config.classes, labels)
         return Conditioning(vector=self.embedding(labels.to(self.embedding.weight.device)))
-
-    def unconditional(self, n: int) -> Conditioning:
-        return Conditioning(vector=self.embedding.weight[-1:].expand(n, -1))

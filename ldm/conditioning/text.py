@@ -21,8 +21,6 @@ from ldm.nn.conditioning import Conditioning
 class TextConditionerConfig(ConditionerKind, kind="text"):
     """A caption, read by the text tower of stage 2; a dropped caption is the encoded empty string."""
 
-    reads = "text"
-
     dropout: float = setting(0.1, "share of the training captions that are dropped, for guidance")
     trainable: bool = setting(
         False, "train the tower along with the denoiser (the way of the LDM paper), from stage 2's weights"
@@ -33,6 +31,10 @@ class TextConditionerConfig(ConditionerKind, kind="text"):
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), not {self.dropout}.")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("text",)
 
     @property
     def context_width(self) -> int | None:
@@ -61,11 +63,8 @@ class TextConditioner(Conditioner):
         captions = list(inputs["text"])
         drop = dropped(len(captions), self.config.dropout, generator)
         tokens = self.tokenizer(
-            ["" if gone else caption for caption, gone in zip(captions, drop.tolist(), strict=True)]
+            ["" if gone or caption is None else caption for caption, gone in zip(captions, drop.tolist(), strict=True)]
         )
         with nullcontext() if self.config.trainable else torch.no_grad():
             context, pooled = self.tower(tokens.to(self.tower.token_embedding.weight.device))
         return Conditioning(context=context, vector=pooled if self.config.pooled else None)
-
-    def unconditional(self, n: int) -> Conditioning:
-        return self({"text": [""] * n})

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.errors import DataError
+from ldm.images import rgb
 
 
 def decode(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
@@ -31,19 +32,9 @@ def decode(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
         if enough is not None:
             picture.draft("RGB", (max(enough), max(enough)))  # both sides: EXIF may swap them
         picture = ImageOps.exif_transpose(picture)
-        return _rgb(picture)
+        return rgb(picture)
     except Exception as error:  # Pillow's plugins raise all sorts of errors over a broken file
         raise DataError(f"cannot be read as a picture ({error})") from None
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit greyscale: convert() would clip it at 255
-        picture = Image.fromarray((np.asarray(picture, np.float32) / 257.0).round().clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        picture = Image.new("RGBA", rgba.size, "white")
-        picture.alpha_composite(rgba)
-    return picture.convert("RGB")
 
 
 @dataclass(frozen=True)

@@ -20,5 +20,10 @@ class DenoiserKind(Kind):
     num_timesteps: int | None = None
     """Timesteps that it has embeddings of; None: it embeds any number."""
 
+    @property
+    def attends_in_the_middle(self) -> bool:
+        """Whether there is a self-attention that ``Conditioning.perturb`` acts on."""
+        return False
+
     def build(self) -> nn.Module:
         raise NotImplementedError

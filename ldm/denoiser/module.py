@@ -133,10 +133,10 @@ class DenoiserModule(StageModule):
             return process_pictures(self.model, points.to(self.device), self.generator("pictures"))
         reads = self.config.conditioner.reads
         wanted: dict[str, Any] = {"num_images_per_prompt": PREVIEW}
-        if reads is not None:
-            wanted = {"prompt": self.config.prompts} if reads == "text" else {"label": self.config.classes}
+        if reads:
+            wanted = {"prompt": self.config.prompts} if reads == ("text",) else {"label": self.config.classes}
         if not all(wanted.values()):
             return {}
         samples = Pipeline(self.model)(**wanted, seed=self.seed, progress=False)
         scale = max(1, LEAST_SIDE // samples[0].height)
-        return {"samples": samples.grid(captions=reads is not None, scale=scale)}
+        return {"samples": samples.grid(captions=bool(reads), scale=scale)}

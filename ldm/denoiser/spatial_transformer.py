@@ -44,7 +44,7 @@ class SpatialTransformer(nn.Module):
         h = h.flatten(2).transpose(1, 2)  # b (h w) c; a view of a channels_last tensor
         h = self.proj_in(h) if self.linear else h
         for block in self.blocks:
-            h = block(h, cond.context, cond.mask)
+            h = block(h, cond)
         h = self.proj_out(h) if self.linear else h
         h = h.transpose(1, 2).unflatten(2, height_width)
         return x + (h if self.linear else self.proj_out(h))

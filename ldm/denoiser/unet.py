@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -57,6 +57,10 @@ class UNetConfig(DenoiserKind, kind="unet"):
             if attends and level.width % (self.heads or self.head_width or 1):
                 given = f"heads {self.heads}" if self.heads else f"head_width {self.head_width}"
                 raise ConfigError(f"levels[{i}].width {level.width} is not divisible by {given}.")
+
+    @property
+    def attends_in_the_middle(self) -> bool:
+        return self.middle_depth > 0
 
     def build(self) -> UNet:
         return UNet(self)
@@ -172,6 +176,7 @@ class UNet(nn.Module):
         if self.vector_embedding is not None:
             embedding = embedding + self.vector_embedding(cond.vector)
         embedding = F.silu(embedding)
+        middle, cond = cond, replace(cond, perturb=None)
 
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
@@ -179,7 +184,7 @@ class UNet(nn.Module):
             x = block(x, embedding, cond)
             skips.append(x)
         for block in self.middle:
-            x = block(x, embedding, cond)
+            x = block(x, embedding, middle)
         for block in self.up:
             x = block(x, embedding, cond, skips.pop())
         return self.conv_out(F.silu(self.norm_out(x)))

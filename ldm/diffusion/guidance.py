@@ -70,11 +70,11 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rescale <= 1:
-            raise SamplingError(f"guidance_rescale is {self.rescale}; it must be from 0 to 1.")
+            raise SamplingError(f"the guidance rescale is {self.rescale}; it must be from 0 to 1.")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
-            raise SamplingError(f"guidance_interval is {self.interval}; give two rising noise levels, 0 or more.")
+            raise SamplingError(f"the guidance interval is {self.interval}; give two rising noise levels, 0 or more.")
         if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise SamplingError(f"dynamic_threshold is {self.threshold}; it must be above 0 and at most 1.")
+            raise SamplingError(f"the guidance threshold is {self.threshold}; it must be above 0 and at most 1.")
 
 
 def guided(

@@ -9,8 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm.diffusion.schedule import Schedule, interpolate, karras_levels
+from ldm.diffusion.schedule import Flow, Schedule, interpolate, karras_levels
 from ldm.errors import SamplingError, unknown
+
+Final = Literal["zero", "sigma_min"]
+"""Where a sample ends: at 0, or at the level of timestep 0 as Stable Diffusion's ddim and plms do."""
 
 
 def leading(schedule: Schedule, n: int, offset: int) -> Tensor:
@@ -91,22 +94,32 @@ def sigmas(
     n: int,
     spacing: str = "trailing",
     offset: int = 0,
-    final: Literal["zero", "sigma_min"] = "zero",
+    final: Final = "zero",
+    shift: float = 1.0,
 ) -> Tensor:
     """The noise levels of ``n`` sampling steps, [n + 1] fp32 on the CPU, falling.
 
-    The last is 0. With ``final="sigma_min"`` it is the level of timestep 0, where Stable Diffusion's ddim and
-    plms end (diffusers' ``set_alpha_to_one=False``); :meth:`Diffusion.finish` then gives what they return.
+    ``shift`` multiplies them (Esser et al. 2403.03206, section 5.3.2), on top of the shift that the model was trained
+    with; only flow schedules, which reach up to pure noise, have room for it.
+
+    The last level is 0. With ``final="sigma_min"`` it is that of timestep 0, where Stable Diffusion's ddim and plms
+    end (diffusers' ``set_alpha_to_one=False``); :meth:`Diffusion.finish` then gives what they return.
 
     Raises:
-        SamplingError: as :func:`timesteps`.
+        SamplingError: as :func:`timesteps`; a shift of another schedule, or one so great that levels become equal.
     """
-    return sigmas_from_timesteps(schedule, timesteps(schedule, n, spacing, offset), final)
+    levels = sigmas_from_timesteps(schedule, timesteps(schedule, n, spacing, offset), final)
+    if shift == 1:
+        return levels
+    if not isinstance(schedule, Flow):
+        raise SamplingError(f"the shift {shift} needs a flow schedule; leave it out, or choose another spacing.")
+    levels = (shift * levels).clamp(max=schedule.sigma_max)
+    if shift <= 0 or not _falls(levels):
+        raise SamplingError(f"the shift {shift} leaves no room for {n} steps; choose one nearer to 1, or fewer steps.")
+    return levels
 
 
-def sigmas_from_timesteps(
-    schedule: Schedule, timesteps: Sequence[float] | Tensor, final: Literal["zero", "sigma_min"] = "zero"
-) -> Tensor:
+def sigmas_from_timesteps(schedule: Schedule, timesteps: Sequence[float] | Tensor, final: Final = "zero") -> Tensor:
     """The noise levels of one's own timesteps, and a final one as in :func:`sigmas`: [n + 1] fp32 on the CPU.
 
     Raises:

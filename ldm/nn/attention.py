@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ldm.nn.conditioning import Conditioning
 
 
 class Attention(nn.Module):
@@ -38,6 +41,10 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
+    def identity(self, x: Tensor) -> Tensor:
+        """``[b n d] -> [b n d]``: each position attends to itself alone."""
+        return self.to_out(self.to_v(x))
+
 
 class GEGLU(nn.Module):
     """value * gelu(gate), both linear in the input (Shazeer 2020, arXiv 2002.05202); the exact-erf gelu."""
@@ -67,9 +74,13 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = nn.Sequential(GEGLU(width, 4 * width), nn.Dropout(dropout), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """``x [b n d], context [b m e], mask [b m] -> [b n d]``"""
-        x = x + self.attn1(self.norm1(x))
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        """``x [b n d] -> [b n d]``"""
+        h = self.norm1(x)
+        attended = self.attn1(h)
+        if cond.perturb is not None:
+            attended = torch.where(cond.perturb[:, None, None], self.attn1.identity(h), attended)
+        x = x + attended
         if self.attn2 is not None and self.norm2 is not None:
-            x = x + self.attn2(self.norm2(x), context, mask)
+            x = x + self.attn2(self.norm2(x), cond.context, cond.mask)
         return x + self.ff(self.norm3(x))

@@ -18,12 +18,15 @@ class Conditioning:
         mask: ``[b n]`` of bool, True where ``context`` may be attended to; absent = everywhere.
         vector: ``[b d]``, added to the embedding of the noise level.
         concat: ``[b c h w]``, concatenated to the noisy latent along its channels.
+        perturb: ``[b]`` of bool, True where the self-attention in the middle of the U-Net is to be the identity
+            (perturbed-attention guidance, Ahn et al. 2024, arXiv 2403.17377).
     """
 
     context: Tensor | None = None
     mask: Tensor | None = None
     vector: Tensor | None = None
     concat: Tensor | None = None
+    perturb: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """The record with ``function`` applied to each part that is there."""

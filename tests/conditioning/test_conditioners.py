@@ -8,6 +8,7 @@ import torch
 from ldm.conditioning import Conditioner, ConditionerKind
 from ldm.config import structure
 from ldm.errors import ConfigError, DataError, SamplingError
+from ldm.nn.conditioning import Conditioning
 from tests.tiny import TOKENIZER, TOWER
 
 CAPTIONS = ["a red apple", "a blue sky", "two green cars"]
@@ -35,7 +36,7 @@ def test_captions_become_the_states_of_the_tower() -> None:
 def test_a_dropped_caption_is_the_encoded_empty_string() -> None:
     conditioner = text(dropout=0.5, pooled=True)
     captions = CAPTIONS * 30
-    kept, dropped = conditioner({"text": captions}), conditioner.unconditional(len(captions))
+    kept, dropped = conditioner({"text": captions}), conditioner.unconditional({"text": captions})
     cond = conditioner({"text": captions}, torch.Generator().manual_seed(0))
     is_kept = (cond.context == kept.context).flatten(1).all(1)
     is_dropped = (cond.context == dropped.context).flatten(1).all(1)
@@ -55,7 +56,7 @@ def test_labels_are_rows_of_a_table_and_no_label_is_its_last() -> None:
     conditioner = label(dropout=0.5)
     table = conditioner.embedding.weight
     assert torch.equal(conditioner({"label": [2, 0]}).vector, table[[2, 0]])
-    assert torch.equal(conditioner.unconditional(3).vector, table[[4, 4, 4]])
+    assert torch.equal(conditioner.unconditional({"label": [2, 0, 1]}).vector, table[[4, 4, 4]])
     labels = torch.arange(4).repeat(25)
     rows = conditioner({"label": labels}, torch.Generator().manual_seed(0)).vector
     is_dropped = (rows == table[4]).all(1)
@@ -76,8 +77,8 @@ def test_data_without_labels_is_refused() -> None:
 
 def test_no_condition_is_an_empty_record() -> None:
     conditioner = structure(ConditionerKind, "none").build()
-    for cond in (conditioner({"text": CAPTIONS}), conditioner.unconditional(3)):
-        assert (cond.context, cond.mask, cond.vector, cond.concat) == (None, None, None, None)
+    for cond in (conditioner({"text": CAPTIONS}), conditioner.unconditional({})):
+        assert cond == Conditioning()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_widths_are_known_before_anything_is_built(
 ) -> None:
     kind = structure(ConditionerKind, config)
     assert (kind.context_width, kind.vector_width) == widths
-    cond = kind.build(TOKENIZER).unconditional(2)
+    cond = kind.build(TOKENIZER).unconditional({name: [None, None] for name in kind.reads})
     assert (None if cond.context is None else cond.context.shape[-1]) == widths[0]
     assert (None if cond.vector is None else cond.vector.shape[-1]) == widths[1]
 

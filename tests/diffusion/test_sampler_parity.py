@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import diffusers
 import pytest
@@ -19,14 +20,15 @@ SHAPE = (2, 3, 8, 8)
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-class Peer(NamedTuple):
+@dataclass(frozen=True)
+class Peer:
     """A scheduler of diffusers, how it is set up to do what ours does, and where its grid ends."""
 
     scheduler: str
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = field(default_factory=dict)
     final: Literal["zero", "sigma_min"] = "zero"
-    options: dict[str, Any] = {}
-    step: dict[str, Any] = {}
+    options: dict[str, Any] = field(default_factory=dict)
+    step: dict[str, Any] = field(default_factory=dict)
 
 
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
@@ -34,9 +36,7 @@ TRAILING = {"timestep_spacing": "trailing"}
 
 PEERS = {
     "ddim": Peer("DDIMScheduler", LEADING | {"set_alpha_to_one": False, "clip_sample": False}, "sigma_min"),
-    "ddim eta": Peer(
-        "DDIMScheduler", TRAILING | {"clip_sample": False}, options={"eta": 0.7}, step={"eta": 0.7}
-    ),
+    "ddim eta": Peer("DDIMScheduler", TRAILING | {"clip_sample": False}, options={"eta": 0.7}, step={"eta": 0.7}),
     "plms": Peer("PNDMScheduler", LEADING | {"skip_prk_steps": True}, "sigma_min"),
     "euler": Peer("EulerDiscreteScheduler", TRAILING),
     "euler_ancestral": Peer("EulerAncestralDiscreteScheduler", TRAILING),
@@ -79,7 +79,7 @@ CASES = [(case, prediction) for case in PEERS for prediction in ("eps", "v") if 
 @pytest.mark.parametrize(("case", "prediction"), CASES)
 @torch.no_grad()
 def test_it_ends_where_the_scheduler_of_diffusers_ends(case: str, prediction: str, n: int) -> None:
-    name, peer = case.split()[0], PEERS[case]
+    name, peer = case.split(maxsplit=1)[0], PEERS[case]
     kind = {"eps": "epsilon", "v": "v_prediction"}[prediction]
     scheduler = getattr(diffusers, peer.scheduler)(**BETAS, prediction_type=kind, **peer.settings)
     scheduler.set_timesteps(n)

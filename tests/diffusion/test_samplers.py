@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.diffusion import SAMPLERS, SPECS, Denoiser, Step, seeded_noise, sigmas
+from ldm.diffusion import SAMPLERS, SPECS, Denoiser, Noise, Step, seeded_noise, sigmas
 from ldm.diffusion.samplers import ddim, ddpm, euler, euler_ancestral
 from ldm.diffusion.schedule import Karras, ScaledLinear, karras_levels
 
@@ -25,14 +25,37 @@ def gaussian(mean: float, std: float) -> Denoiser:
     return denoise
 
 
+def path_noise(draw: Callable[[], Tensor]) -> Noise:
+    """Noise of a Brownian path over the levels, which are asked for in falling order; each ``draw`` is white."""
+    walked: dict[float, Tensor] = {}
+
+    def noise(s: float, s_next: float) -> Tensor:
+        lowest = min([s, *walked])
+        if s_next not in walked:
+            walked[s_next] = walked.get(lowest, torch.zeros(())) + math.sqrt(lowest - s_next) * draw()
+        return (walked[s_next] - walked.get(s, torch.zeros(()))) / math.sqrt(s - s_next)
+
+    return noise
+
+
 def run(name: str, denoise: Denoiser, x: Tensor, grid: Tensor, seed: int = 0, **options: object) -> list[Step]:
-    generator = torch.Generator().manual_seed(seed)
     if SPECS[name].stochastic:
-        options["noise"] = lambda s, s_next: torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        options["noise"] = unit_noise(x, seed) if not SPECS[name].brownian else path_noise(draws(x, seed))
     return list(SAMPLERS[name](denoise, x, grid, **options))
 
 
+def draws(x: Tensor, seed: int) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+
+def unit_noise(x: Tensor, seed: int = 5) -> Noise:
+    draw = draws(x, seed)
+    return lambda s, s_next: draw()
+
+
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
+on_the_grid = pytest.mark.parametrize("name", [name for name in SAMPLERS if not SPECS[name].adaptive])
 stochastic = pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -41,6 +64,11 @@ stochastic = pytest.mark.parametrize(
         ("ddim", {"eta": 0.6}),
         ("ddpm", {"variance": "small"}),
         ("ddpm", {"variance": "large"}),
+        ("dpm2_ancestral", {}),
+        ("dpmpp_2s_ancestral", {}),
+        ("dpmpp_sde", {}),
+        ("dpmpp_2m_sde", {}),
+        ("dpmpp_3m_sde", {}),
     ],
     ids=str,
 )
@@ -52,7 +80,17 @@ def fitted_order(errors: list[float]) -> float:
     return sum(weight * slope for weight, slope in zip((4, 6, 6, 4), slopes, strict=True)) / 20
 
 
-@pytest.mark.parametrize("name", ["euler", "ddim", "heun", "dpmpp_2m"])
+DETERMINISTIC = {name: {} for name, spec in SPECS.items() if not spec.stochastic and not spec.adaptive} | {
+    "ddim": {"eta": 0.0},
+    "dpm2_ancestral": {"eta": 0.0},
+    "dpmpp_2s_ancestral": {"eta": 0.0},
+    "dpmpp_2m_sde": {"eta": 0.0},
+    "dpmpp_3m_sde": {"eta": 0.0},
+}
+"""What makes each solver one of the probability flow."""
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
 @pytest.mark.parametrize(("sigma_max", "sigma_min"), [(80.0, 0.002), (14.6, 0.03)])
 def test_order_of_convergence_on_a_gaussian(name: str, sigma_max: float, sigma_min: float) -> None:
     x = torch.tensor([[-1.5], [0.4], [1.0]], dtype=torch.float64) * sigma_max
@@ -61,18 +99,19 @@ def test_order_of_convergence_on_a_gaussian(name: str, sigma_max: float, sigma_m
     counts = [16, 32, 64, 128, 256]
     errors = []
     for n in counts:
-        steps = run(name, gaussian(MEAN, STD), x, karras_levels(sigma_max, sigma_min, 7.0, n + 1))
+        grid = karras_levels(sigma_max, sigma_min, 7.0, n + 1)
+        steps = run(name, gaussian(MEAN, STD), x, grid, **DETERMINISTIC[name])
         errors.append((steps[-1].x - exact).abs().max().item())
     assert fitted_order(errors) > SPECS[name].order - 0.15, f"errors {errors} at {counts} steps"
 
 
-@every_sampler
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("plms", "lms", "dpm_adaptive")])
 def test_a_step_to_0_ends_at_the_denoised_picture(name: str) -> None:
     steps = run(name, gaussian(MEAN, STD), torch.randn(4, 3) * 15, sigmas(ScaledLinear(), 7))
     torch.testing.assert_close(steps[-1].x, steps[-1].denoised, rtol=0, atol=1e-6)
 
 
-@every_sampler
+@on_the_grid
 def test_steps_say_where_they_are_and_leave_their_input_alone(name: str) -> None:
     grid, x = sigmas(ScaledLinear(), 5), torch.randn(4, 3) * 15
     before = x.clone()
@@ -92,11 +131,28 @@ def test_evaluations_are_as_specified_and_never_at_0(name: str) -> None:
         return gaussian(MEAN, STD)(x, sigma)
 
     x = torch.randn(4, 3)
-    grid = torch.tensor([9.0, 5.0, 2.0, 0.5, 0.1])
-    run(name, denoise, x, grid)
-    assert len(seen) == SPECS[name].evaluations * 4
-    run(name, denoise, x, sigmas(ScaledLinear(), 6))
+    for n in (6, 9):
+        steps = run(name, denoise, x, sigmas(ScaledLinear(), n))
     assert all(sigma.shape == (4,) and (sigma > 0).all() for sigma in seen)
+    if SPECS[name].adaptive:
+        seen.clear()
+        steps = run(name, denoise, x, torch.tensor([9.0, 0.1]))
+        assert len(seen) == SPECS[name].evaluations * len(steps)
+    else:
+        few = run_and_count(name, 6)
+        assert run_and_count(name, 9) - few == SPECS[name].evaluations * 3  # the first and the last step may differ
+
+
+def run_and_count(name: str, n: int) -> int:
+    count = 0
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return gaussian(MEAN, STD)(x, sigma)
+
+    run(name, denoise, torch.randn(4, 3), sigmas(ScaledLinear(), n))
+    return count
 
 
 @every_sampler
@@ -108,8 +164,12 @@ def test_nothing_is_drawn_from_the_global_generator(name: str) -> None:
 
 def test_the_table_of_samplers_tells_what_they_take() -> None:
     assert SPECS.keys() == SAMPLERS.keys()
-    assert {name for name, spec in SPECS.items() if spec.stochastic} == {"ddim", "ddpm", "euler_ancestral"}
+    assert {name for name, spec in SPECS.items() if not spec.stochastic} == {
+        *("euler", "heun", "dpm2", "plms", "lms", "deis", "dpmpp_2m", "unipc", "dpm_adaptive")
+    }
+    assert {name for name, spec in SPECS.items() if spec.brownian} == {"dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"}
     assert SPECS["ddim"].options == ("eta",)
+    assert SPECS["dpm_adaptive"].options == ("rtol", "atol", "h_init")
     assert SPECS["ddpm"].options == ("variance",)
     assert SPECS["heun"].options == ()
 
@@ -117,11 +177,6 @@ def test_the_table_of_samplers_tells_what_they_take() -> None:
 def network_like(x: Tensor, sigma: Tensor) -> Tensor:
     """A denoiser that is no Gaussian's: nothing cancels by chance."""
     return torch.tanh(x + x.roll(1, -1) / (1 + sigma[:, None])) * torch.cos(sigma.log())[:, None]
-
-
-def unit_noise(x: Tensor, seed: int = 5) -> Callable[[float, float], Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return lambda s, s_next: torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
 GRIDS = [
@@ -155,10 +210,11 @@ def test_order_of_convergence_of_the_variance_of_a_gaussian(name: str, options: 
 
     def variance(n: int) -> float:
         # A sample is linear in its start and in the noise of its steps; a row answers to one of them each.
-        start, *impulses = torch.eye(n + 1, dtype=torch.float64)[..., None]
-        noise = iter(impulses)
+        start, *impulses = torch.eye(2 * n + 1, dtype=torch.float64)[..., None]
+        white = iter(impulses)
+        noise = path_noise(lambda: next(white)) if SPECS[name].brownian else lambda s, s_next: next(white)
         grid = karras_levels(sigma_max, sigma_min, 7.0, n + 1)
-        solver = SAMPLERS[name](gaussian(0.0, STD), start, grid, lambda s, s_next: next(noise), **options)
+        solver = SAMPLERS[name](gaussian(0.0, STD), start, grid, noise, **options)
         *_, last = (step.x[:, 0] ** 2 for step in solver)
         return (last[0] * (STD**2 + sigma_max**2) + last[1:].sum()).item()
 

@@ -61,9 +61,7 @@ def brownian_noise(
     except ImportError:
         raise missing_extra("torchsde", "a sampler that takes its noise from a Brownian path", "sde") from None
 
-    paths = [
-        BrownianTree(t0=sigma_min, w0=torch.zeros(*shape), t1=sigma_max, entropy=seed % 2**32) for seed in seeds
-    ]
+    paths = [BrownianTree(t0=sigma_min, w0=torch.zeros(*shape), t1=sigma_max, entropy=seed % 2**32) for seed in seeds]
 
     def noise(sigma: float, sigma_next: float) -> torch.Tensor:
         low, high = (min(max(level, sigma_min), sigma_max) for level in sorted((sigma_next, sigma)))
