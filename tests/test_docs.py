@@ -118,6 +118,21 @@ def test_every_solver_and_kind_of_the_equations_is_explained() -> None:
     assert not [name for name in (*SAMPLERS, *Schedule.kinds, *Parametrization.kinds) if f"`{name}`" not in text]
 
 
+def test_the_tables_of_sampling_are_those_of_the_code() -> None:
+    """A row for each solver, spacing and kind of guidance, with what the code says of it, and a picture that is there."""
+    from ldm.cli.strips import GUIDANCE
+    from ldm.diffusion import SPACINGS, SPECS
+
+    page = ROOT / "docs" / "sampling.md"
+    text = page.read_text()
+    rows = re.findall(r"^\| `?(\w+)`? \| (.*)!\[\]\((\S+)\) \|$", text, re.MULTILINE)
+    assert [name for name, _, _ in rows] == [*SPECS, *SPACINGS, *GUIDANCE]
+    assert all((page.parent / picture).is_file() for _, _, picture in rows)
+    for (name, facts, _), spec in zip(rows, SPECS.values(), strict=False):
+        noise = "none" if not spec.stochastic else "brownian" if spec.brownian else "white"
+        assert facts.startswith(f"{spec.order} | {spec.evaluations} | {noise} |"), name
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "pycon")], ids=name_of)
 def test_sessions_print_what_the_page_says(page: Path) -> None:
     runner = doctest.DocTestRunner()

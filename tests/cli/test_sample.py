@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from ldm import Pipeline
 from ldm.cli.common import new_app, run
 from ldm.cli.sample import DEMO_PROMPTS, main
 from ldm.data.shards import EMOJI, Shards, find_shards
+from ldm.diffusion import SAMPLERS, SPACINGS
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +68,72 @@ def test_options_reach_the_pipeline(
         )[0]
         assert picture.info == expected.info
         assert picture.size == (12, 20)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *([f"--sampler={name}"] for name in SAMPLERS),
+        *([f"--spacing={name}"] for name in SPACINGS),
+        ["--sigmas=10,3,1"],
+        ["--guide=rescale=0.7", "--guide=interval=[0.3,5]"],
+        ["--guide=threshold=0.9"],
+        ["--guide=perturbed=2"],
+        ["--guidance=6", "--guide=projection.norm_threshold=5", "--guide=projection.momentum=-0.5"],
+        ["--sampler=unipc", "--option=order=3"],
+        ["--sampler=ddpm", "--option=variance=large"],
+        ["--sampler=dpm_adaptive", "--option=rtol=0.2"],
+    ],
+    ids=" ".join,
+)
+def test_every_solver_spacing_and_guidance_is_an_option(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    file = tmp_path / "apple.png"
+    assert sample(monkeypatch, "a red apple", "--seed=4", f"--model={model}", f"--out={file}", *options) == 0
+    with Image.open(file) as picture:
+        settings = json.loads(picture.info["settings"])
+    for option in options[-1:]:
+        name, value = option.removeprefix("--").split("=", 1)
+        if name in ("sampler", "spacing"):
+            assert settings[name] == value
+
+
+def test_a_picture_can_be_edited(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, mask, after = tmp_path / "before.png", tmp_path / "mask.png", tmp_path / "after.png"
+    Image.new("RGB", (16, 16), "teal").save(before)
+    Image.new("L", (16, 16), 255).save(mask)
+    common = ["a red apple", "--seed=4", f"--model={model}", f"--out={after}"]
+    assert sample(monkeypatch, *common, f"--image={before}", "--strength=0") == 0
+    assert Image.open(after).tobytes() == Image.open(before).tobytes()
+    assert sample(monkeypatch, *common, f"--image={before}", f"--mask={mask}") == 0
+    painted = Image.open(after).tobytes()
+    assert sample(monkeypatch, *common) == 0
+    assert Image.open(after).tobytes() == painted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--guide=rescal=1"], "--guide: unknown key 'rescal'; did you mean 'rescale'"),
+        (["--guide=rescale=2"], "the guidance rescale is 2.0; it must be from 0 to 1"),
+        (["--guide=rescale"], "'rescale' is no setting; write name=value"),
+        (["--option=order=3"], "the sampler dpmpp_2m takes no order"),
+        (["--sigmas=1;2"], "--sigmas is '1;2'; write falling numbers"),
+        (["--strength=0.5"], "give --image too"),
+        (["--shift=3"], "the shift 3.0 needs a flow schedule"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_told(
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    assert sample(monkeypatch, "a red apple", f"--model={model}", *options) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_demo_prints_the_path_of_its_grid(

@@ -1,0 +1,46 @@
+"""The pictures of docs/sampling.md: for each solver, spacing and kind of guidance a strip (``tools/strips.py``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ldm import Pipeline
+from ldm.diffusion import SAMPLERS, SPACINGS, Guidance, Projection
+from ldm.images import Images
+
+OUT = Path("docs/images/sampling")
+STEPS = (5, 10, 20, 50)
+PROMPTS = ("red apple", "man astronaut medium-light skin tone")
+SEED = 0
+SCALE = 3.0
+
+GUIDANCE: dict[str, Guidance] = {
+    "none": Guidance(1.0),
+    "scale": Guidance(SCALE),
+    "rescale": Guidance(SCALE, rescale=0.7),
+    "interval": Guidance(SCALE, interval=(0.2, 5.0)),
+    "threshold": Guidance(SCALE, threshold=0.95),
+    "perturbed": Guidance(SCALE, perturbed=1.0),
+    "projection": Guidance(2 * SCALE, projection=Projection(eta=0.0, norm_threshold=8.0, momentum=-0.5)),
+}
+"""As quoted in docs/sampling.md."""
+
+
+def strip(pipe: Pipeline, **settings: Any) -> Images:
+    """One row: the first prompt in 5, 10, 20 and 50 steps, then the second."""
+    counts = {n: pipe(list(PROMPTS), num_inference_steps=n, seed=[SEED] * len(PROMPTS), **settings) for n in STEPS}
+    return Images(counts[n][index] for index in range(len(PROMPTS)) for n in STEPS)
+
+
+def main() -> None:
+    """Write every strip, in the folder from which the page shows it."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    pipe = Pipeline.from_pretrained()
+    wanted: dict[str, dict[str, Any]] = {f"sampler-{name}": {"sampler": name} for name in SAMPLERS}
+    wanted |= {f"spacing-{name}": {"spacing": name} for name in SPACINGS}
+    wanted |= {f"guidance-{name}": {"guidance": guidance} for name, guidance in GUIDANCE.items()}
+    for name, settings in wanted.items():
+        pictures = strip(pipe, progress=False, **settings)
+        pictures.grid(columns=len(pictures)).save(OUT / f"{name}.png", optimize=True)
+        print(OUT / f"{name}.png")
