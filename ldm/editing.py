@@ -214,8 +214,8 @@ def interpolate(
     if frames < 2:
         raise SamplingError("frames is 1; a row from one picture to the other needs 2 or more.")
     shape = pipe.latent_shape(settings.get("height"), settings.get("width"))
-    ends = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    noise = torch.stack([slerp(*ends, share) for share in torch.linspace(0, 1, frames).tolist()])
+    a, b = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds)
+    noise = torch.stack([slerp(a, b, share) for share in torch.linspace(0, 1, frames).tolist()])
     return pipe(prompt, latents=noise, seed=[seeds[0]] * frames, num_images_per_prompt=frames, **settings)
 
 

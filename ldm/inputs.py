@@ -96,7 +96,7 @@ def _asked(reads: Sequence[str], given: Mapping[str, Any]) -> dict[str, list[Any
             raise SamplingError(f"this model reads no {argument}; {instead}.")
     if names and not given:
         raise SamplingError(f"this model needs {' or '.join(_shown(name) for name in names)}; give one or several.")
-    asked = {}
+    asked: dict[str, list[Any]] = {}
     for argument, name in names.items():
         if argument not in given:
             asked[name] = [None]

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ldm.diffusion import (
     Denoiser,
     Guidance,
     Noise,
+    Projection,
     Step,
     brownian_noise,
     guided,
@@ -400,7 +401,7 @@ def _told(guidance: Guidance) -> dict[str, Any]:
     """What of the guidance is not as usual, for the record of a picture."""
     told = {field.name: getattr(guidance, field.name) for field in fields(guidance)}
     usual = {field.name: field.default for field in fields(guidance)}
-    named = {name: asdict(value) if is_dataclass(value) else value for name, value in told.items()}
+    named = {name: asdict(value) if isinstance(value, Projection) else value for name, value in told.items()}
     return {"guidance_scale": guidance.scale} | {
         f"guidance_{name}": value for name, value in named.items() if name != "scale" and told[name] != usual[name]
     }

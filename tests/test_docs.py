@@ -126,9 +126,10 @@ def test_the_tables_of_sampling_are_those_of_the_code() -> None:
     page = ROOT / "docs" / "sampling.md"
     text = page.read_text()
     rows = re.findall(r"^\| `?(\w+)`? \| (.*)!\[\]\((\S+)\) \|$", text, re.MULTILINE)
-    assert [name for name, _, _ in rows] == [*SPECS, *SPACINGS, *GUIDANCE]
+    assert sorted(name for name, _, _ in rows) == sorted([*SPECS, *SPACINGS, *GUIDANCE])
     assert all((page.parent / picture).is_file() for _, _, picture in rows)
-    for (name, facts, _), spec in zip(rows, SPECS.values(), strict=False):
+    for name, facts, _ in rows[: len(SPECS)]:
+        spec = SPECS[name]
         noise = "none" if not spec.stochastic else "brownian" if spec.brownian else "white"
         assert facts.startswith(f"{spec.order} | {spec.evaluations} | {noise} |"), name
 

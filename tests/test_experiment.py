@@ -54,7 +54,10 @@ def test_one_tower_serves_clip_and_denoiser(tmp_path: Path) -> None:
         ("denoiser.trian.max_steps=1", r"denoiser: unknown key 'trian'; did you mean 'train'\?"),
         ("vae.train.max_steps=many", r"vae\.train\.max_steps: expected a whole number, found 'many'"),
         ("denoiser.model.heads=3", r"denoiser\.model: levels\[1\]\.width 16 is not divisible by heads 3"),
-        ("denoiser.model.in_channels=3", r"the denoiser has in_channels 3 .* latents have 4 channels; set both to 4"),
+        (
+            "denoiser.model.in_channels=3",
+            r"the denoiser has in_channels 3 .* latents have 4 channels; set them to 4 and 4",
+        ),
         ("denoiser.model.context_width=8", "the denoiser's context_width is 8, but the conditioner gives 16"),
         ("denoiser.model.vector_width=null", "the denoiser's vector_width is None, but the conditioner gives 16"),
         ("clip.model.text.heads=3", r"clip\.model\.text: 3 heads do not divide"),

@@ -51,7 +51,7 @@ def test_only_the_networks_run_in_low_precision() -> None:
         (
             "denoiser",
             {"in_channels": 5},
-            "in_channels 5 and out_channels 4, but the first stage's latents have 4 channels; set both to 4",
+            "in_channels 5 and out_channels 4, but the first stage's latents have 4 channels; set them to 4 and 4",
         ),
         ("denoiser", {"context_width": None}, "context_width is None, but the conditioner gives 16"),
         ("sampling", {"spacing": "trailin"}, "unknown spacing 'trailin'"),

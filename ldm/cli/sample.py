@@ -91,7 +91,7 @@ def sample(
         raise SamplingError("--mask and --strength are about a picture to begin with; give --image too.")
     target = check_target(out or ("demo.png" if demo else "sample.png"))
     pipe = Pipeline.from_pretrained(model, device, getattr(torch, DTYPES[dtype]) if dtype else None)
-    settings = {
+    settings: dict[str, Any] = {
         "negative_prompt": negative,
         "label": label or None,
         "height": height,
@@ -161,7 +161,7 @@ def _print_samplers() -> None:
     from ldm.diffusion import SPECS
 
     print(f"{'name':<18} {'order':>5} {'evaluations a step':>18}  {'noise':<8}  options")
-    for name, spec in SPECS.items():
+    for name, spec in sorted(SPECS.items()):
         noise = "none" if not spec.stochastic else "brownian" if spec.brownian else "white"
         print(f"{name:<18} {spec.order:>5} {spec.evaluations:>18}  {noise:<8}  {', '.join(spec.options)}")
 

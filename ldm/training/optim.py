@@ -77,5 +77,5 @@ def adamw(modules: Iterable[nn.Module], config: TrainConfig) -> torch.optim.Adam
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # fp16 is unscaled before it is clipped
+    optimizer._step_supports_amp_scaling = False  # fp16 is unscaled before it is clipped
     return optimizer

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from ldm import Pipeline
@@ -54,7 +55,7 @@ def test_options_reach_the_pipeline(
     assert sample(monkeypatch, "a", "b", *options.split()) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / f"{index}.png") for index in range(4)]
     with Image.open(tmp_path / "3.png") as picture:
-        expected = Pipeline.from_pretrained(model)(
+        expected = Pipeline.from_pretrained(model, dtype=torch.float32)(
             "b",
             "car",
             seed=7,
@@ -158,8 +159,8 @@ def test_the_demo_tells_the_truth_about_its_prompts() -> None:
 def test_samplers_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert sample(monkeypatch, "--list-samplers") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["heun", "2", "2", "no"] in lines
-    assert ["ddpm", "1", "1", "yes"] in lines
+    assert ["heun", "2", "2", "none"] in lines
+    assert ["ddpm", "1", "1", "white", "variance"] in lines
 
 
 @pytest.mark.parametrize(

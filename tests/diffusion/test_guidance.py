@@ -150,9 +150,9 @@ def test_perturbed_guidance_goes_away_from_the_perturbed_answer_with_or_without_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rescale": 1.5}, "guidance_rescale is 1.5; it must be from 0 to 1"),
+        ({"rescale": 1.5}, "the guidance rescale is 1.5; it must be from 0 to 1"),
         ({"interval": (3.0, 1.0)}, "give two rising noise levels"),
-        ({"threshold": 0.0}, "dynamic_threshold is 0.0; it must be above 0"),
+        ({"threshold": 0.0}, "the guidance threshold is 0.0; it must be above 0"),
     ],
 )
 def test_impossible_guidance_is_one_sentence(settings: dict[str, object], message: str) -> None:

@@ -36,7 +36,13 @@ TRAILING = {"timestep_spacing": "trailing"}
 
 PEERS = {
     "ddim": Peer("DDIMScheduler", LEADING | {"set_alpha_to_one": False, "clip_sample": False}, "sigma_min"),
-    "ddim eta": Peer("DDIMScheduler", TRAILING | {"clip_sample": False}, options={"eta": 0.7}, step={"eta": 0.7}),
+    "ddim eta": Peer(
+        "DDIMScheduler",
+        LEADING | {"set_alpha_to_one": False, "clip_sample": False},
+        "sigma_min",
+        {"eta": 0.7},
+        {"eta": 0.7},
+    ),
     "plms": Peer("PNDMScheduler", LEADING | {"skip_prk_steps": True}, "sigma_min"),
     "euler": Peer("EulerDiscreteScheduler", TRAILING),
     "euler_ancestral": Peer("EulerAncestralDiscreteScheduler", TRAILING),

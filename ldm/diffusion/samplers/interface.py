@@ -73,6 +73,19 @@ def sampler(
     return register
 
 
+VAST = 50.0
+"""Beyond this ratio of two levels, a slope found at the lower one is not to be followed from the higher one."""
+
+
+def is_vast(s: float, s_next: float) -> bool:
+    """Whether a slope at s' says nothing of the way from s, so that a step has to remain Euler's.
+
+    Of a change in D it makes a change s/s' times as great in x'. It is so at s' = 0, and in the first step from pure
+    noise (zero terminal SNR, flow), where s has no bound and D hardly depends on it.
+    """
+    return s > VAST * s_next
+
+
 def evaluate(denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
     """D(x, sigma) with one noise level for the whole batch."""
     return denoise(x, x.new_full((len(x),), sigma))

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ldm.diffusion.samplers.interface import Denoiser, Noise, Step, advance, evaluate, sampler
+from ldm.diffusion.samplers.interface import Denoiser, Noise, Step, advance, evaluate, is_vast, sampler
 
 FEW_STEPS = 15
 """With fewer steps than this, the last ones of deis are of lower order, since there they overshoot."""
@@ -30,7 +30,7 @@ def plms(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = evaluate(denoise, x, s)
         noises.appendleft((x - denoised) / s)
-        if index == 0 and s_next > 0:
+        if index == 0 and not is_vast(s, s_next):
             x_euler = advance(x, denoised, s, s_next)
             slope = (noises[0] + (x_euler - evaluate(denoise, x_euler, s_next)) / s_next) / 2
         else:
@@ -109,7 +109,7 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
         yield Step(index, s_next, x, denoised)
 
 
-@sampler(order=1, brownian=True)
+@sampler(order=2, brownian=True)
 def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 1.0) -> Iterator[Step]:
     """SDE-DPM-Solver++(2M) (Lu et al. 2211.01095, section 5 and appendix B; k-diffusion's midpoint form):
 
@@ -132,7 +132,7 @@ def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta
         yield Step(index, s_next, x, denoised)
 
 
-@sampler(order=1, brownian=True)
+@sampler(order=2, brownian=True)
 def dpmpp_3m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 1.0) -> Iterator[Step]:
     """SDE-DPM-Solver++(3M), k-diffusion's extension of 2M by D's second difference (after Lu et al. 2211.01095):
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ldm.diffusion.samplers.interface import Denoiser, Noise, Step, advance, evaluate, sampler
+from ldm.diffusion.samplers.interface import Denoiser, Noise, Step, advance, evaluate, is_vast, sampler
 
 
 @sampler(order=1)
@@ -77,12 +77,12 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
 
         d = (x - D(x, s)) / s,    d' = (x_euler - D(x_euler, s')) / s',    x' = x + (s' - s) (d + d') / 2
 
-    D is not defined at 0, so a step to 0 remains Euler's.
+    Steps to 0, where D is not defined, and from pure noise remain Euler's.
     """
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = evaluate(denoise, x, s)
         x_euler = advance(x, denoised, s, s_next)
-        if s_next > 0:
+        if not is_vast(s, s_next):
             slope = (x - denoised) / s
             slope_next = (x_euler - evaluate(denoise, x_euler, s_next)) / s_next
             x = x + (s_next - s) / 2 * (slope + slope_next)
@@ -97,7 +97,7 @@ def dpm2(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
 
         m = sqrt(s s'),    d = (x_m - D(x_m, m)) / m  with Euler's x_m,    x' = x + (s' - s) d
 
-    The slope in the middle of the step in ln s. A step to 0, which has no such middle, remains Euler's.
+    The slope in the middle of the step in ln s. Steps to 0, which have no such middle, remain Euler's.
     """
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = evaluate(denoise, x, s)
@@ -136,7 +136,7 @@ def dpmpp_2s_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Nois
         yield Step(index, s_next, x, denoised)
 
 
-@sampler(order=1, evaluations=2, brownian=True)
+@sampler(order=2, evaluations=2, brownian=True)
 def dpmpp_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 1.0) -> Iterator[Step]:
     """DPM-Solver++ for the SDE, single step (Lu et al. 2211.01095, section 5; k-diffusion's form with r = 1/2):
 
@@ -184,8 +184,8 @@ def down_and_up(s: float, s_next: float, eta: float) -> tuple[float, float]:
 
 def _by_middle_slope(denoise: Denoiser, x: Tensor, denoised: Tensor, s: float, s_next: float) -> Tensor:
     """Midpoint rule in s, with the middle taken in ln s: see :func:`dpm2`."""
-    if s_next == 0:
-        return advance(x, denoised, s, 0.0)
     middle = math.sqrt(s * s_next)
+    if is_vast(s, middle):
+        return advance(x, denoised, s, s_next)
     x_middle = advance(x, denoised, s, middle)
     return x + (s_next - s) / middle * (x_middle - evaluate(denoise, x_middle, middle))
