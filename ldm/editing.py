@@ -29,6 +29,7 @@ from ldm.errors import SamplingError
 from ldm.images import read_picture, to_tensor
 from ldm.inputs import check_counts, listed, one_seed
 from ldm.pipeline import Edit, Pipeline
+from ldm.prompts import Blend, Prompt
 
 Picture = Image.Image | str | Path
 
@@ -92,7 +93,7 @@ class Inpaint(ImageToImage):
 
 def image_to_image(
     pipe: Pipeline,
-    prompt: str | Sequence[str] | None,
+    prompt: Prompt | Sequence[Prompt] | None,
     image: Picture | Sequence[Picture],
     strength: float = 0.8,
     **settings: Any,
@@ -110,7 +111,7 @@ def image_to_image(
 
 def inpaint(
     pipe: Pipeline,
-    prompt: str | Sequence[str] | None,
+    prompt: Prompt | Sequence[Prompt] | None,
     image: Picture | Sequence[Picture],
     mask_image: Picture | Sequence[Picture],
     strength: float = 1.0,
@@ -143,7 +144,7 @@ def inpaint(
 
 def outpaint(
     pipe: Pipeline,
-    prompt: str | Sequence[str] | None,
+    prompt: Prompt | Sequence[Prompt] | None,
     image: Picture,
     left: int = 0,
     top: int = 0,
@@ -203,25 +204,40 @@ def style_transfer(
 
 
 def interpolate(
-    pipe: Pipeline, prompt: str | None = None, *, seeds: tuple[int, int], frames: int = 8, **settings: Any
+    pipe: Pipeline,
+    prompt: Prompt | tuple[Prompt, Prompt] | None = None,
+    *,
+    seeds: tuple[int, int],
+    frames: int = 8,
+    **settings: Any,
 ) -> Any:
     """A row of pictures between those of two seeds, along the great circle between their starting noise.
 
+    Args:
+        prompt: one for all pictures, or a pair, from the first of which the row blends to the second.
+        seeds: of the first and the last picture; the same twice changes the prompt alone.
+
     Raises:
-        SamplingError: as the pipeline; fewer than two frames.
+        SamplingError: as the pipeline; fewer than two frames; several prompts that are no pair.
     """
     check_counts(frames=frames)
     if frames < 2:
         raise SamplingError("frames is 1; a row from one picture to the other needs 2 or more.")
     shape = pipe.latent_shape(settings.get("height"), settings.get("width"))
-    a, b = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds)
-    noise = torch.stack([slerp(a, b, share) for share in torch.linspace(0, 1, frames).tolist()])
-    return pipe(prompt, latents=noise, seed=[seeds[0]] * frames, num_images_per_prompt=frames, **settings)
+    first, last = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds)
+    shares = torch.linspace(0, 1, frames).tolist()
+    noise = torch.stack([slerp(first, last, share) for share in shares])
+    settings |= {"latents": noise, "seed": [seeds[0]] * frames}
+    if prompt is None or isinstance(prompt, Prompt):
+        return pipe(prompt, num_images_per_prompt=frames, **settings)
+    if len(prompt) != 2:
+        raise SamplingError(f"{len(prompt)} prompts are given; a row leads from one to the other, so give two.")
+    return pipe([Blend(*prompt, share) for share in shares], **settings)
 
 
 def high_resolution(
     pipe: Pipeline,
-    prompt: str | Sequence[str] | None,
+    prompt: Prompt | Sequence[Prompt] | None,
     height: int,
     width: int,
     strength: float = 0.6,
@@ -251,7 +267,9 @@ def high_resolution(
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     """Spherical interpolation of noise: keeps the length, which a straight line would cut (White 1609.04468)."""
-    angle = torch.acos((a * b).sum() / (a.norm() * b.norm())).item()
+    angle = torch.acos(((a * b).sum() / (a.norm() * b.norm())).clamp(-1, 1)).item()
+    if angle == 0:
+        return a
     return (math.sin((1 - share) * angle) * a + math.sin(share * angle) * b) / math.sin(angle)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm.diffusion import SAMPLERS, SPECS, Guidance
 from ldm.errors import SamplingError, unknown
+from ldm.prompts import Prompt, Reading
 
 ARGUMENTS = {"text": "prompt", "label": "label"}
 """What a conditioner reads, to the argument by which a caller gives it; all else is an entry of ``condition``."""
@@ -26,12 +27,14 @@ class Request:
         unwanted: prompts to keep away from; None for none.
         seeds: of their noise.
         guidance: its scale is one for all, or one for each.
+        reading: of the prompts.
     """
 
     wanted: Mapping[str, list[Any]]
-    unwanted: list[str] | None
+    unwanted: list[Prompt] | None
     seeds: list[int]
     guidance: Guidance
+    reading: Reading
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -44,23 +47,25 @@ class Request:
             self.unwanted and self.unwanted[rows],
             self.seeds[rows],
             replace(self.guidance, scale=scale if isinstance(scale, int | float) else scale[rows]),
+            self.reading,
         )
 
 
 def request(
     reads: Sequence[str],
     conditions: Mapping[str, Any],
-    negative_prompt: str | Sequence[str] | None,
+    negative_prompt: Prompt | Sequence[Prompt] | None,
     guidance: Guidance,
     seed: int | Sequence[int] | None,
     repeats: int,
+    reading: Reading,
 ) -> Request:
     """The request of ``repeats`` pictures for each of the ``conditions``, one picture's after the other.
 
     Args:
         reads: what the conditioner reads.
         conditions: by that name, ``prompt`` and ``label`` by theirs; one that is None counts as left out.
-        negative_prompt, guidance, seed: as of :meth:`ldm.pipeline.Pipeline.__call__`.
+        negative_prompt, guidance, seed, reading: as of :meth:`ldm.pipeline.Pipeline.__call__`.
 
     Raises:
         SamplingError: something missing, of the wrong type, of different lengths, or that the model does not read.
@@ -76,14 +81,17 @@ def request(
             )
     wanted = {name: values if len(values) == n else values * n for name, values in asked.items()}
     avoided = _negatives(reads, negative_prompt, n)
+    for prompt in (*wanted.get("text", ()), *(avoided or ())):
+        reading.changes(prompt, steps=1)  # raises where it is not in the syntax
     if not isinstance(guidance.scale, int | float):
         scales = _one_each("guidance scales", list(guidance.scale), n, "prompts")
         guidance = replace(guidance, scale=[float(scale) for scale in scales for _ in range(repeats)])
     return Request(
         {name: [value for value in values for _ in range(repeats)] for name, values in wanted.items()},
-        avoided and [text for text in avoided for _ in range(repeats)],
+        avoided and [prompt for prompt in avoided for _ in range(repeats)],
         _seeds(seed, n * repeats),
         guidance,
+        reading,
     )
 
 
@@ -101,7 +109,7 @@ def _asked(reads: Sequence[str], given: Mapping[str, Any]) -> dict[str, list[Any
         if argument not in given:
             asked[name] = [None]
         elif name == "text":
-            asked[name] = _strings(argument, given[argument])
+            asked[name] = _prompts(argument, given[argument])
         elif name == "label":
             asked[name] = _labels(given[argument])
         else:
@@ -127,14 +135,14 @@ def _labels(label: Any) -> list[int]:
     return [int(item) for item in labels]
 
 
-def _negatives(reads: Sequence[str], negative_prompt: str | Sequence[str] | None, n: int) -> list[str] | None:
+def _negatives(reads: Sequence[str], negative_prompt: Prompt | Sequence[Prompt] | None, n: int) -> list[Prompt] | None:
     """A negative prompt for each of ``n`` prompts, or None if there is none."""
     if negative_prompt is None:
         return None
     if "text" not in reads:
         raise SamplingError("this model reads no prompt; leave negative_prompt out.")
-    given = _strings("negative_prompt", negative_prompt)
-    given = given * n if isinstance(negative_prompt, str) else given
+    given = _prompts("negative_prompt", negative_prompt)
+    given = given * n if isinstance(negative_prompt, Prompt) else given
     return _one_each("negative prompts", given, n, "prompts")
 
 
@@ -179,10 +187,10 @@ def listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
-def _strings(name: str, value: Any) -> list[str]:
+def _prompts(name: str, value: Any) -> list[Prompt]:
     given = listed(value)
     for index, item in enumerate(given):
-        if not isinstance(item, str):
+        if not isinstance(item, Prompt):
             raise SamplingError(f"{name} {index} is {item!r}, which is no string.")
     if not given:
         raise SamplingError(f"the list of {name}s is empty; give one or several.")

@@ -6,8 +6,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, replace
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import inputs
+from ldm.conditioning import Phases, phased
 from ldm.diffusion import (
     SAMPLERS,
     SPECS,
     Denoiser,
     Guidance,
     Noise,
-    Projection,
     Step,
     brownian_noise,
     guided,
@@ -36,6 +36,7 @@ from ldm.formats import MODEL_FILE, SHIPPED, load
 from ldm.formats.native import save_model
 from ldm.images import Images
 from ldm.model import LatentDiffusion
+from ldm.prompts import Prompt, Reading
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -85,7 +86,7 @@ class Pipeline:
 
     model: LatentDiffusion
 
-    def __new__(cls, model: LatentDiffusion | str | Sequence[str], **settings: Any) -> Any:
+    def __new__(cls, model: LatentDiffusion | Prompt | Sequence[Prompt], **settings: Any) -> Any:
         if not isinstance(model, LatentDiffusion):
             return _shipped()(model, **settings)
         pipe = super().__new__(cls)
@@ -150,9 +151,11 @@ class Pipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
+        prompt: Prompt | Sequence[Prompt] | None = None,
+        negative_prompt: Prompt | Sequence[Prompt] | None = None,
         *,
+        prompt_syntax: str = "plain",
+        long_prompts: str = "chunks",
         label: int | Sequence[int] | None = None,
         condition: Mapping[str, Sequence[Any]] | None = None,
         height: int | None = None,
@@ -179,9 +182,12 @@ class Pipeline:
         """Make pictures; what is not given is as ``model.config.sampling`` and ``model.config.size`` say.
 
         Args:
-            prompt: one or several, for models that read text.
+            prompt: one or several, for models that read text: strings, or objects of :mod:`ldm.prompts`.
             negative_prompt: what the pictures are to keep away from, one for all or one for each prompt;
                 default: the empty prompt. Without effect at a guidance scale of 1.
+            prompt_syntax: ``"plain"``, or ``"weighted"`` for ``(word:1.3)`` and its kin; see :mod:`ldm.prompts`.
+            long_prompts: what becomes of a prompt that is too long for the text tower: read in ``"chunks"`` of its
+                length, one after the other, or ``"cut"``.
             label: one or several classes, for models that read them.
             condition: what else the model reads, by name, an entry for each prompt or one for all.
             height, width: of the pictures in pixels, divisible by the first stage's factor f.
@@ -227,6 +233,7 @@ class Pipeline:
             self._guidance(guidance, guidance_scale),
             seed,
             num_images_per_prompt,
+            Reading(prompt_syntax, long_prompts),
         )
         levels = edit.levels(self.noise_levels(num_inference_steps, timesteps, sigmas, spacing, shift))
         shape = self.latent_shape(height, width)
@@ -245,7 +252,7 @@ class Pipeline:
                     unit = latents[rows].to(self.device, torch.float32)
                 x = edit.start(self.model.diffusion.start(unit, start), unit, start, rows)
                 x = x.contiguous(memory_format=torch.channels_last)
-                denoise = edit.wrap(self.denoiser(request[rows]), rows)
+                denoise = edit.wrap(self.denoiser(request[rows], levels), rows)
                 for step in self._solve(sampler, denoise, x, levels, noise, options, request.seeds[rows]):
                     x = step.x
                     bar.update()
@@ -262,7 +269,8 @@ class Pipeline:
         settings: dict[str, Any] = {
             "sampler": sampler,
             "num_inference_steps": len(levels) - 1,
-            **_told(request.guidance),
+            **request.guidance.record(),
+            **request.reading.record(),
             "height": result.shape[2],
             "width": result.shape[3],
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -328,24 +336,27 @@ class Pipeline:
                 )
         return self.model.latent_shape(height, width)
 
-    def denoiser(self, request: inputs.Request) -> Denoiser:
-        """The model, told what to show, as the denoiser that solvers take."""
-        conditioner, network, guidance = self.model.conditioner, self.model.denoise, request.guidance
-        conditional = conditioner(request.wanted)
-        unconditional = None
-        if self.model.config.conditioner.reads:
-            unconditional = conditioner.unconditional(request.wanted, request.unwanted)
+    def denoiser(self, request: inputs.Request, levels: Tensor) -> Denoiser:
+        """The model, told what to show, as the denoiser that solvers take along ``levels [steps + 1]``."""
+        guidance, wanted = request.guidance, request.wanted
+        conditional, avoided = phased(self.model.conditioner, wanted, request.unwanted, request.reading, levels)
+        unconditional = avoided if self.model.config.conditioner.reads else None
+
+        def network(x: Tensor, sigma: Tensor, phases: Phases) -> Tensor:
+            return self.model.denoise(x, sigma, phases.at(sigma))
+
         if not guidance.perturbed:
             return guided(network, conditional, unconditional, guidance)
         if not self.model.config.denoiser.attends_in_the_middle:
             raise SamplingError("perturbed guidance needs self-attention in the middle of the U-Net, which this lacks.")
-        as_it_is = torch.zeros(len(request), dtype=torch.bool, device=self.device)
+        rows = torch.ones(len(request), dtype=torch.bool, device=self.device)
+        as_it_is, perturbed = (partial(replace, perturb=which) for which in (~rows, rows))
         return guided(
             network,
-            replace(conditional, perturb=as_it_is),
-            unconditional and replace(unconditional, perturb=as_it_is),
+            conditional.map(as_it_is),
+            unconditional and unconditional.map(as_it_is),
             guidance,
-            perturbed=replace(conditional, perturb=~as_it_is),
+            perturbed=conditional.map(perturbed),
         )
 
     def _guidance(self, guidance: Guidance | None, scale: float | Sequence[float] | None) -> Guidance:
@@ -392,19 +403,9 @@ class Pipeline:
         for index, seed in enumerate(request.seeds):
             shown = {name: request.wanted[name][index] for name in inputs.ARGUMENTS if name in request.wanted}
             record = {inputs.ARGUMENTS[name]: str(value) for name, value in shown.items() if value is not None}
-            record |= {"negative_prompt": request.unwanted[index]} if request.unwanted else {}
+            record |= {"negative_prompt": str(request.unwanted[index])} if request.unwanted else {}
             records.append(record | {"seed": str(seed)} | common)
         return records
-
-
-def _told(guidance: Guidance) -> dict[str, Any]:
-    """What of the guidance is not as usual, for the record of a picture."""
-    told = {field.name: getattr(guidance, field.name) for field in fields(guidance)}
-    usual = {field.name: field.default for field in fields(guidance)}
-    named = {name: asdict(value) if isinstance(value, Projection) else value for name, value in told.items()}
-    return {"guidance_scale": guidance.scale} | {
-        f"guidance_{name}": value for name, value in named.items() if name != "scale" and told[name] != usual[name]
-    }
 
 
 def default_device() -> torch.device:

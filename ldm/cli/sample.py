@@ -61,6 +61,9 @@ def sample(
     mask: Annotated[list[Path] | None, Option(help="White where the picture is to be painted anew.")] = None,
     strength: Annotated[float | None, Option(help="Share of the steps that change --image, 0 to 1.")] = None,
     negative: Annotated[str | None, Option(help="What to keep away from.")] = None,
+    prompt_syntax: Annotated[
+        str | None, Option(help="How prompts are read: weighted knows (word:1.3), [word] and [cat:dog:0.4]. plain.")
+    ] = None,
     label: Annotated[list[int] | None, Option(help="A class, for models that read classes; repeatable.")] = None,
     n: Annotated[int, Option("--n", "-n", help="Pictures for each prompt.")] = 1,
     height: Annotated[int | None, Option(help="In pixels. As the model was trained.")] = None,
@@ -93,6 +96,7 @@ def sample(
     pipe = Pipeline.from_pretrained(model, device, getattr(torch, DTYPES[dtype]) if dtype else None)
     settings: dict[str, Any] = {
         "negative_prompt": negative,
+        "prompt_syntax": prompt_syntax,
         "label": label or None,
         "height": height,
         "width": width,

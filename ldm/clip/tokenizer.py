@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from ldm.errors import CheckpointError, ConfigError, DataError, MissingExtraErro
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_VOCAB_SIZE = 49408
 BYTES = 256
+
+COMMAS = frozenset(",;\N{FULLWIDTH COMMA}\N{IDEOGRAPHIC COMMA}")
+"""Behind them a long text is parted best."""
 
 
 class Tokenizer:
@@ -71,6 +75,37 @@ class Tokenizer:
         if longest:
             return tokens[:, : max((sum(encoding.attention_mask) for encoding in encodings), default=0)]
         return tokens
+
+    def windows(self, text: str, cut: bool = False) -> tuple[Tensor, Tensor]:
+        """A text of any length as rows of tokens, each with start, end and padding of its own.
+
+        A row ends where a word does, and after a comma rather than elsewhere, if that is in its last third; without
+        either it is filled.
+
+        Args:
+            cut: keep what fits one filled row, and leave the rest out.
+
+        Returns:
+            Tokens ``[k context_length]`` of int64, and the place in ``text`` of each one's last character, -1 for
+            start, end and padding, of the same shape.
+
+        Raises:
+            DataError: the text is not a string, or not valid Unicode.
+        """
+        encoding = self.backend.encode(_checked(text, 0))
+        tokens = [
+            (token, span)
+            for part in (encoding, *(() if cut else encoding.overflowing))
+            for token, span, added in zip(part.ids, part.offsets, part.special_tokens_mask, strict=True)
+            if not added
+        ]
+        starts = _starts(text, [span for _, span in tokens], self.context_length - 2)
+        ids, places = [], []
+        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            padding = self.context_length - 2 - (end - start)
+            ids.append([self.bos_id, *(token for token, _ in tokens[start:end]), self.eos_id, *[self.pad_id] * padding])
+            places.append([-1, *(last - 1 for _, (_, last) in tokens[start:end]), -1, *[-1] * padding])
+        return torch.tensor(ids, dtype=torch.int64), torch.tensor(places, dtype=torch.int64)
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """The normalised text of one row of tokens, up to its end token."""
@@ -249,6 +284,18 @@ def _finished(backend: tokenizers.Tokenizer, context_length: int, pad_id: int | 
     assert pad is not None, f"{pad_id} is no token"
     backend.enable_padding(length=context_length, pad_id=backend.token_to_id(pad), pad_token=pad)
     return Tokenizer(backend)
+
+
+def _starts(text: str, spans: Sequence[tuple[int, int]], capacity: int) -> list[int]:
+    """The tokens, of those at ``spans`` of ``text``, with which the rows of ``capacity`` tokens begin."""
+    starts = [0]
+    while len(spans) - starts[-1] > capacity:
+        full = starts[-1] + capacity
+        near = range(full, full - capacity // 3, -1)
+        commas = [token for token in near if text[spans[token - 1][1] - 1] in COMMAS]
+        words = [token for token in near if re.search(r"\s", text[spans[token - 1][1] : spans[token][0] + 1])]
+        starts.append((commas or words or [full])[0])
+    return starts
 
 
 def _clip_merges() -> list[tuple[str, str]]:

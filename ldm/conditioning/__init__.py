@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from ldm.conditioning.conditioner import Conditioner, ConditionerKind, NoConditioner
 from ldm.conditioning.label import ClassConditioner
+from ldm.conditioning.phases import Phases, phased
 from ldm.conditioning.text import TextConditioner
 
-__all__ = ["ClassConditioner", "Conditioner", "ConditionerKind", "NoConditioner", "TextConditioner"]
+__all__ = [
+    "ClassConditioner",
+    "Conditioner",
+    "ConditionerKind",
+    "NoConditioner",
+    "Phases",
+    "TextConditioner",
+    "phased",
+]

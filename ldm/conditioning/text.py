@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ldm.clip.text import TextTowerConfig
+from ldm.clip.text import TextOutput, TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
+from ldm.conditioning import windows
 from ldm.conditioning.conditioner import Conditioner, ConditionerKind, dropped
 from ldm.config import setting
 from ldm.errors import ConfigError
 from ldm.nn.conditioning import Conditioning
+from ldm.prompts import Text
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class TextConditionerConfig(ConditionerKind, kind="text"):
 
 
 class TextConditioner(Conditioner):
-    """Tokenizer and text tower."""
+    """Tokenizer and text tower. A string is cut to the tower's length; a :class:`ldm.prompts.Text` says itself whether."""
 
     def __init__(self, config: TextConditionerConfig, tower: TextTowerConfig, tokenizer: Tokenizer):
         super().__init__()
@@ -62,9 +65,15 @@ class TextConditioner(Conditioner):
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         captions = list(inputs["text"])
         drop = dropped(len(captions), self.config.dropout, generator)
-        tokens = self.tokenizer(
-            ["" if gone or caption is None else caption for caption, gone in zip(captions, drop.tolist(), strict=True)]
-        )
+        texts = [
+            "" if gone or caption is None else caption for caption, gone in zip(captions, drop.tolist(), strict=True)
+        ]
         with nullcontext() if self.config.trainable else torch.no_grad():
-            context, pooled = self.tower(tokens.to(self.tower.token_embedding.weight.device))
-        return Conditioning(context=context, vector=pooled if self.config.pooled else None)
+            (context, pooled), mask = self._read(texts)
+        return Conditioning(context=context, mask=mask, vector=pooled if self.config.pooled else None)
+
+    def _read(self, texts: list[str]) -> tuple[TextOutput, Tensor | None]:
+        if any(isinstance(text, Text) for text in texts):
+            return windows.read(texts, self.tokenizer, self.tower)
+        tokens = self.tokenizer(texts)
+        return self.tower(tokens.to(self.tower.token_embedding.weight.device)), None

@@ -7,7 +7,7 @@ as that of F; what is not linear (rescaling, projection, thresholding) says on w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -75,6 +75,15 @@ class Guidance:
             raise SamplingError(f"the guidance interval is {self.interval}; give two rising noise levels, 0 or more.")
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise SamplingError(f"the guidance threshold is {self.threshold}; it must be above 0 and at most 1.")
+
+    def record(self) -> dict[str, Any]:
+        """What of it is not as usual, and the scale, for the record of a picture."""
+        told = {field.name: getattr(self, field.name) for field in fields(self)}
+        usual = {field.name: field.default for field in fields(self)}
+        named = {name: asdict(value) if isinstance(value, Projection) else value for name, value in told.items()}
+        return {"guidance_scale": self.scale} | {
+            f"guidance_{name}": value for name, value in named.items() if name != "scale" and told[name] != usual[name]
+        }
 
 
 def guided(

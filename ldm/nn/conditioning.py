@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -43,7 +44,10 @@ class Conditioning:
 
     @staticmethod
     def cat(records: Sequence[Conditioning]) -> Conditioning:
-        """Records of one shape as one batch, in order."""
+        """Records as one batch, in order; shorter contexts are padded to the longest, and the padding masked."""
+        lengths = {record.context.shape[1] for record in records if record.context is not None}
+        if len(lengths) > 1 or len({record.mask is None for record in records}) > 1:
+            records = [record._padded(max(lengths)) for record in records]
 
         def joined(name: str) -> Tensor | None:
             parts = [getattr(record, name) for record in records]
@@ -51,3 +55,10 @@ class Conditioning:
             return None if parts[0] is None else torch.cat(parts)
 
         return Conditioning(**{field.name: joined(field.name) for field in fields(Conditioning)})
+
+    def _padded(self, length: int) -> Conditioning:
+        """With a context of that length, and a mask that leaves out what was added."""
+        assert self.context is not None, "some records have context and some do not"
+        added = length - self.context.shape[1]
+        mask = self.context.new_ones(self.context.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+        return replace(self, context=F.pad(self.context, (0, 0, 0, added)), mask=F.pad(mask, (0, added)))

@@ -137,6 +137,17 @@ def test_settings_that_cannot_be_are_told(
     assert message in capsys.readouterr().err
 
 
+def test_prompts_can_be_weighted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {syntax: tmp_path / f"{syntax}.png" for syntax in ("plain", "weighted")}
+    for syntax, file in files.items():
+        options = f"--prompt-syntax {syntax} --seed 4 --steps 1 --dtype fp32 --model {model} --out {file}"
+        assert sample(monkeypatch, "(a:1.5) car", *options.split()) == 0
+    with Image.open(files["plain"]) as plain, Image.open(files["weighted"]) as weighted:
+        assert plain.tobytes() != weighted.tobytes()
+        assert "prompt_syntax" not in plain.info["settings"]
+        assert '"prompt_syntax": "weighted"' in weighted.info["settings"]
+
+
 def test_the_demo_prints_the_path_of_its_grid(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

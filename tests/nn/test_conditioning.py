@@ -19,6 +19,16 @@ def test_records_are_joined_along_the_batch_and_taken_apart_again() -> None:
             assert torch.equal(getattr(joined[rows], name), getattr(part, name))
 
 
+def test_the_padding_of_shorter_contexts_is_masked() -> None:
+    short, long = Conditioning(context=torch.randn(2, 3, 4)), record(1)
+    joined = Conditioning.cat([short, Conditioning(context=long.context, mask=long.mask)])
+    assert joined.context.shape == (3, 5, 4)
+    assert torch.equal(joined.context[:2, :3], short.context)
+    assert joined.mask[:2].tolist() == [[True] * 3 + [False] * 2] * 2
+    assert torch.equal(joined.context[2:], long.context)
+    assert torch.equal(joined.mask[2:], long.mask)
+
+
 def test_records_of_other_parts_are_not_joined() -> None:
     with pytest.raises(AssertionError, match="some records have context and some do not"):
         Conditioning.cat([record(1), Conditioning(vector=torch.zeros(1, 2))])

@@ -1,0 +1,108 @@
+"""Conditionings that change as the noise falls, of prompts that say different things at different steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.conditioning.conditioner import Conditioner
+from ldm.nn.conditioning import Conditioning
+from ldm.prompts import Prompt, Reading
+
+
+@dataclass(frozen=True)
+class Phases:
+    """A conditioning for each of some phases of a sampling; guidance takes it as it takes a :class:`Conditioning`.
+
+    Attributes:
+        records: one for each phase, each of the whole batch.
+        ends: noise levels, falling: the phase after ``records[i]`` begins at ``ends[i]``; the last has no end.
+    """
+
+    records: tuple[Conditioning, ...]
+    ends: tuple[float, ...] = ()
+
+    def at(self, sigma: Tensor) -> Conditioning:
+        """The record at noise levels ``sigma [b]``; each row of the batch is in the phase of its own level."""
+        if not self.ends:
+            return self.records[0]
+        phase = sum((sigma <= end).long() for end in self.ends)
+        return self._joined[phase * len(sigma) + torch.arange(len(sigma), device=sigma.device)]
+
+    @cached_property
+    def _joined(self) -> Conditioning:
+        """Phase after phase, ``len(records) * b`` rows."""
+        return Conditioning.cat(self.records)
+
+    def map(self, function: Callable[[Conditioning], Conditioning]) -> Phases:
+        """The same phases, with ``function`` applied to each record."""
+        return Phases(tuple(map(function, self.records)), self.ends)
+
+    @staticmethod
+    def cat(parts: Sequence[Phases]) -> Phases:
+        """Batches with the same ends as one batch, in order."""
+        assert len({part.ends for part in parts}) == 1, "the phases end at different levels"
+        return Phases(
+            tuple(Conditioning.cat(records) for records in zip(*(part.records for part in parts), strict=True)),
+            parts[0].ends,
+        )
+
+
+def phased(
+    conditioner: Conditioner,
+    wanted: Mapping[str, Sequence[Any]],
+    unwanted: Sequence[Prompt] | None,
+    reading: Reading,
+    levels: Tensor,
+) -> tuple[Phases, Phases]:
+    """What a sampling along ``levels [steps + 1]`` is to show, and what guidance leads it away from.
+
+    Args:
+        wanted: raw conditions by name, an entry for each picture; prompts are under ``text``.
+        unwanted: negative prompts, one for each picture; None for none.
+
+    Raises:
+        SamplingError: a prompt is not in the syntax of ``reading``.
+    """
+    steps, prompts = len(levels) - 1, wanted.get("text", ())
+    changes = set[int]().union(*(reading.changes(prompt, steps) for prompt in (*prompts, *(unwanted or ()))))
+    starts = [0, *sorted(step for step in changes if 0 < step < steps)]
+
+    def shown(step: int) -> Conditioning:
+        return _mixed(conditioner, wanted, [reading.at(prompt, step, steps) for prompt in prompts])
+
+    def avoided(step: int) -> Conditioning:
+        if unwanted is None:
+            return conditioner.unconditional(wanted)
+        negatives = [reading.at(prompt, step, steps) for prompt in unwanted]
+        return _mixed(lambda inputs: conditioner.unconditional(inputs, inputs["text"]), wanted, negatives)
+
+    ends = tuple(levels[starts[1:]].tolist())
+    return Phases(tuple(map(shown, starts)), ends), Phases(tuple(map(avoided, starts)), ends)
+
+
+def _mixed(
+    encode: Callable[[Mapping[str, Sequence[Any]]], Conditioning],
+    inputs: Mapping[str, Sequence[Any]],
+    mixtures: Sequence[Sequence[tuple[float, str | None]]],
+) -> Conditioning:
+    """The conditioning of ``inputs`` with a mixture of texts, and their shares, for each row; none: as they are."""
+    if not mixtures:
+        return encode(inputs)
+    rows = [row for row, mixture in enumerate(mixtures) for _ in mixture]
+    texts = [text for mixture in mixtures for _, text in mixture]
+    record = encode({name: [values[row] for row in rows] for name, values in inputs.items()} | {"text": texts})
+    if len(rows) == len(mixtures):
+        return record
+    shares = torch.block_diag(*(torch.tensor([[share for share, _ in mixture]]) for mixture in mixtures))
+
+    def mix(part: Tensor) -> Tensor:
+        mixed = torch.tensordot(shares.to(part.device), part.float(), dims=1)
+        return mixed > 0 if part.dtype == torch.bool else mixed.to(part.dtype)
+
+    return record.map(mix)

@@ -1,0 +1,230 @@
+r"""What may stand for a prompt beside a string, and what a prompt says at each step of a sampling.
+
+The weighted syntax, as users of Automatic1111's web UI know it:
+
+| written          | meaning                                                          |
+|------------------|------------------------------------------------------------------|
+| ``(word:1.3)``   | weight 1.3                                                       |
+| ``(word)``       | weight 1.1                                                       |
+| ``[word]``       | weight 1 / 1.1                                                   |
+| ``[cat:dog:0.4]``| cat in the first 40 % of the steps, then dog; either may be empty |
+| ``[dog:0.4]``    | nothing in the first 40 % of the steps, then dog                 |
+| ``\(``           | the character, also of ``)``, ``[``, ``]``, ``:`` and ``\``      |
+
+Groups nest, and their weights multiply. A colon with no number behind it is a character.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from ldm.errors import SamplingError, unknown
+
+SYNTAXES = ("plain", "weighted")
+LONG_PROMPTS = ("chunks", "cut")
+
+EMPHASIS = 1.1
+"""Weight of a group without a number."""
+
+_PAIRS = {"(": ")", "[": "]"}
+_TOKEN = re.compile(r"\\[()\[\]:\\]|[()\[\]:\\]|[^()\[\]:\\]+")
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)\s*")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    first: Prompt
+    second: Prompt
+    share: float
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        for prompt in (self.first, self.second):
+            if not isinstance(prompt, Prompt):
+                raise SamplingError(f"{kind} is given {prompt!r}, which is no prompt; give two prompts and a share.")
+        if not isinstance(self.share, int | float) or not 0 <= self.share <= 1:
+            raise SamplingError(f"the share of {kind} is {self.share!r}; it must be a number from 0 to 1.")
+
+
+class Blend(_Pair):
+    """Between two prompts: their conditionings, ``1 - share`` of the first plus ``share`` of the second.
+
+    Raises:
+        SamplingError: a share outside of [0, 1], or what is no prompt.
+    """
+
+
+class Scheduled(_Pair):
+    """The first prompt in the first ``share`` of the steps, then the second.
+
+    Raises:
+        SamplingError: a share outside of [0, 1], or what is no prompt.
+    """
+
+
+Prompt = str | Blend | Scheduled
+
+
+class Text(str):
+    """What a conditioner is to read in a sampling: a string, and what a string cannot say.
+
+    Attributes:
+        weights: of its characters; empty: 1 everywhere.
+        cut: whether to leave out what does not fit the text tower, in place of reading it in further windows.
+    """
+
+    weights: tuple[float, ...]
+    cut: bool
+
+    def __new__(cls, text: str, weights: Sequence[float] = (), cut: bool = False) -> Text:
+        self = super().__new__(cls, text)
+        self.weights, self.cut = tuple(weights), cut
+        return self
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the prompts of a sampling are read; the fields are arguments of :meth:`ldm.pipeline.Pipeline.__call__`."""
+
+    prompt_syntax: str = "plain"
+    long_prompts: str = "chunks"
+
+    def __post_init__(self) -> None:
+        for name, known in (("prompt_syntax", SYNTAXES), ("long_prompts", LONG_PROMPTS)):
+            if getattr(self, name) not in known:
+                raise SamplingError(unknown(name, getattr(self, name), known))
+
+    def changes(self, prompt: Prompt | None, steps: int) -> set[int]:
+        """The steps, of 0 to ``steps``, from which on the prompt may say something else than before.
+
+        Raises:
+            SamplingError: the prompt is not in the syntax.
+        """
+        if isinstance(prompt, Blend | Scheduled):
+            inner = self.changes(prompt.first, steps) | self.changes(prompt.second, steps)
+            return inner | {_step(prompt.share, steps)} if isinstance(prompt, Scheduled) else inner
+        if prompt is None or self.prompt_syntax == "plain":
+            return set()
+        return {_step(share, steps) for piece in parse(prompt) for share in (piece.since, piece.until)}
+
+    def at(self, prompt: Prompt | None, step: int, steps: int) -> list[tuple[float, Text | None]]:
+        """What the prompt says in a step, of 0 to ``steps - 1``: texts and their shares, which add up to 1.
+
+        Raises:
+            SamplingError: the prompt is not in the syntax.
+        """
+        if isinstance(prompt, Scheduled):
+            return self.at(prompt.first if step < _step(prompt.share, steps) else prompt.second, step, steps)
+        if isinstance(prompt, Blend):
+            ends = ((1 - prompt.share, prompt.first), (prompt.share, prompt.second))
+            return [(share * part, text) for share, end in ends if share for part, text in self.at(end, step, steps)]
+        return [(1.0, None if prompt is None else self._text(prompt, step, steps))]
+
+    def _text(self, prompt: str, step: int, steps: int) -> Text:
+        cut = self.long_prompts == "cut"
+        if self.prompt_syntax == "plain":
+            return Text(prompt, cut=cut)
+        said = [piece for piece in parse(prompt) if _step(piece.since, steps) <= step < _step(piece.until, steps)]
+        weights = [piece.weight for piece in said for _ in piece.text]
+        return Text("".join(piece.text for piece in said), weights if any(w != 1 for w in weights) else (), cut)
+
+    def record(self) -> dict[str, Any]:
+        """What of it is not as usual, for the record of a picture."""
+        told = {entry.name: (getattr(self, entry.name), entry.default) for entry in fields(self)}
+        return {name: value for name, (value, usual) in told.items() if value != usual}
+
+
+class Piece(NamedTuple):
+    """A stretch of a prompt in the weighted syntax, said in the steps from share ``since`` to share ``until``."""
+
+    text: str
+    weight: float = 1.0
+    since: float = 0.0
+    until: float = 1.0
+
+
+def parse(prompt: str) -> list[Piece]:
+    """The pieces of a prompt in the weighted syntax, in order; neighbours differ in more than their text.
+
+    Raises:
+        SamplingError: a bracket without its partner, or a share of the steps outside of [0, 1].
+    """
+    groups = [_Group("", 0)]
+    for match in _TOKEN.finditer(prompt):
+        token, place = match.group(), match.start() + 1
+        if token in _PAIRS:
+            groups.append(_Group(token, place))
+        elif token in _PAIRS.values():
+            group = groups.pop()
+            if _PAIRS.get(group.bracket) != token:
+                raise _unbalanced(prompt, token, place, "closes nothing; remove it")
+            groups[-1].fields[-1] += group.pieces(prompt)
+        elif token == ":" and len(groups) > 1:
+            groups[-1].fields.append([])
+        else:
+            groups[-1].fields[-1].append(Piece(token[-1] if token[0] == "\\" else token))
+    if len(groups) > 1:
+        raise _unbalanced(prompt, groups[-1].bracket, groups[-1].place, "is never closed; close it")
+    said = (piece for piece in groups[0].fields[0] if piece.text and piece.since < piece.until)
+    return [Piece("".join(piece.text for piece in run), *key) for key, run in groupby(said, lambda piece: piece[1:])]
+
+
+def escape(text: str) -> str:
+    r"""``text`` as it is written in the weighted syntax: a ``\`` before each of its brackets, colons and ``\``."""
+    return re.sub(r"[()\[\]:\\]", r"\\\g<0>", text)
+
+
+@dataclass
+class _Group:
+    """What a bracket holds, parted at its colons; ``place`` is that of the bracket, counted from 1."""
+
+    bracket: str
+    place: int
+    fields: list[list[Piece]] = field(default_factory=lambda: [[]])
+
+    def pieces(self, prompt: str) -> list[Piece]:
+        """What it comes to, once it is closed."""
+        *parts, last = self.fields
+        number = _number(last) if parts else None
+        if self.bracket == "(":
+            parts, weight = (self.fields, EMPHASIS) if number is None else (parts, number)
+            return [piece._replace(weight=piece.weight * weight) for piece in _joined(parts)]
+        if number is None or len(parts) > 2:
+            return [piece._replace(weight=piece.weight / EMPHASIS) for piece in _joined(self.fields)]
+        if not 0 <= number <= 1:
+            raise SamplingError(
+                f"the [ at character {self.place} of the prompt {prompt!r} changes it after {number:g} of the steps; "
+                "give a share from 0 to 1, or (word:weight) for a weight."
+            )
+        before, after = [[], *parts][-2:]
+        return [piece._replace(until=min(piece.until, number)) for piece in before] + [
+            piece._replace(since=max(piece.since, number)) for piece in after
+        ]
+
+
+def _number(pieces: list[Piece]) -> float | None:
+    """The number that the pieces spell, if they do."""
+    text = "".join(piece.text for piece in pieces)
+    number = float(text) if _NUMBER.fullmatch(text) else math.nan
+    return number if math.isfinite(number) else None
+
+
+def _joined(parts: list[list[Piece]]) -> list[Piece]:
+    """The parts with the colons between them."""
+    first, *others = parts
+    return first + [piece for part in others for piece in (Piece(":"), *part)]
+
+
+def _step(share: float, steps: int) -> int:
+    return round(share * steps)
+
+
+def _unbalanced(prompt: str, bracket: str, place: int, what: str) -> SamplingError:
+    return SamplingError(
+        f"the {bracket} at character {place} of the prompt {prompt!r} {what}, or write \\{bracket} for the character."
+    )
