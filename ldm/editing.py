@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ldm.diffusion import Denoiser
 from ldm.errors import SamplingError
-from ldm.images import read_picture, to_tensor
 from ldm.inputs import check_counts, listed, one_seed
+from ldm.pictures import read_picture, to_tensor
 from ldm.pipeline import Edit, Pipeline
 
 Picture = Image.Image | str | Path
