@@ -8,6 +8,9 @@ another source of small pictures lacks (conditioning augmentation, Ho et al. 210
 
 which keeps the variance where y has unit variance. In sampling s is ``noise``, and n depends on the size of the small
 picture alone: neither on the batch, nor on whether it is the conditional pass or the other.
+
+The concat leaves here in the latents' size, so that other conditions can be concatenated beside it; hence ``latent_factor``,
+which the model checks against its first stage.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from ldm.conditioning import Conditioner, ConditionerKind
 from ldm.conditioning.inpaint import draw_mask
 from ldm.config import structure
 from ldm.errors import ConfigError, DataError, SamplingError
-from ldm.stages import train_stage
+from ldm.stages import make_denoiser, train_stage
 from tests.conditioning.training import experiment_on, trained_on
 from tests.tiny import CHANNELS, FACTOR, SIZE, tiny_model
 
@@ -184,3 +184,18 @@ def test_training_shows_holes_samples_and_the_truth(tmp_path: Path, flat: list[n
     is_hole = (holes == 128).all(-1)
     assert (is_hole.any((1, 2)) & ~is_hole.all((1, 2))).all()
     assert np.array_equal(holes[~is_hole], truth[~is_hole])
+
+
+def test_validation_draws_the_same_masks_each_time(tmp_path: Path, flat: list[np.ndarray]) -> None:
+    module = make_denoiser(experiment_on(tmp_path, flat[:8], PIXELS, max_steps=1))
+    torch.nn.init.normal_(module.model.denoiser.conv_out.weight)  # a fresh U-Net answers 0 whatever it is shown
+    seen: list[Tensor] = []
+    module.model.denoiser.register_forward_pre_hook(lambda module, args: seen.append(args[2].concat[:, :1]))
+    batch = {"image": torch.from_numpy(np.stack(flat[:8])).permute(0, 3, 1, 2) / 127.5 - 1}
+    module.on_validation_epoch_start()
+    with torch.no_grad():
+        for index in (0, 0, 1):
+            module.validation_step(batch, index)
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    assert torch.equal(module._losses[0], module._losses[1])

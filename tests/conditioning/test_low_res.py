@@ -175,11 +175,10 @@ def test_upscale_makes_pictures_larger_by_the_factor_one_by_one_or_together() ->
 
 
 def test_upscaling_runs_in_low_precision() -> None:
-    pipe = tiny_upscaler()
-    exact = editing.upscale(pipe, Images.of(torch.rand(1, 3, 4, 4))[0], seed=1, output_type="pt", **QUIET)
-    pipe.to(dtype=torch.bfloat16)
-    low = editing.upscale(pipe, Images.of(torch.rand(1, 3, 4, 4))[0], seed=1, output_type="pt", **QUIET)
-    assert (low - exact).abs().mean() < 0.1
+    pipe, small = tiny_upscaler(noise=0.1), Images.of(torch.rand(1, 3, 4, 4))[0]
+    exact = editing.upscale(pipe, small, seed=1, output_type="pt", **QUIET)
+    low = editing.upscale(pipe.to(dtype=torch.bfloat16), small, seed=1, output_type="pt", **QUIET)
+    assert 0 < (low - exact).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize(
