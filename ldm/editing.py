@@ -13,7 +13,7 @@ prompts and one prompt several pictures. ``strength``, 0 to 1, is the share of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from ldm.conditioning import LowResConditioner
 from ldm.diffusion import Denoiser
 from ldm.errors import SamplingError
-from ldm.images import read_picture, to_tensor
 from ldm.inputs import check_counts, listed, one_seed
+from ldm.pictures import read_picture, to_tensor
 from ldm.pipeline import Edit, Pipeline
 from ldm.prompts import Blend, Prompt
 
@@ -265,6 +266,24 @@ def high_resolution(
     return pipe(prompt, height=height, width=width, seed=seed, edit=edit, **settings)
 
 
+def upscale(pipe: Pipeline, image: Picture | Sequence[Picture], **settings: Any) -> Any:
+    """Pictures like ``image``, larger by the factor of a model that was trained to enlarge (its conditioner is low_res).
+
+    Raises:
+        SamplingError: the model enlarges no pictures; pictures that cannot be read or are of several sizes.
+    """
+    parts = pipe.model.conditioner.modules()
+    factor = next((part.config.factor for part in parts if isinstance(part, LowResConditioner)), None)
+    if factor is None:
+        raise SamplingError(
+            "this model enlarges no pictures; train one with the conditioner low_res, as configs/emoji_sr.yaml does."
+        )
+    pictures = _stacked(image, settings)
+    height, width = (factor * side for side in pictures.shape[-2:])
+    condition = {**settings.pop("condition", {}), "low_res": list(2 * pictures - 1)}
+    return pipe(condition=condition, height=height, width=width, **settings)
+
+
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     """Spherical interpolation of noise: keeps the length, which a straight line would cut (White 1609.04468)."""
     angle = torch.acos(((a * b).sum() / (a.norm() * b.norm())).clamp(-1, 1)).item()
@@ -278,27 +297,32 @@ def _paired(pipe: Pipeline, prompt: Any, image: Any, settings: dict[str, Any]) -
 
     The pictures are ``[m 3 h w]`` in [0, 1]; one is repeated for each prompt, one prompt for each of them.
     """
-    if "height" in settings or "width" in settings:
-        raise SamplingError("the size is that of the picture; resize it, and leave height and width out.")
-    pictures = [read_picture(picture) for picture in listed(image)]
-    sizes = dict.fromkeys(picture.size for picture in pictures)
-    if len(sizes) != 1:
-        given = ", ".join(f"{width} x {height}" for width, height in sizes) or "none"
-        raise SamplingError(f"the pictures must be of one size, but they are {given}; edit them one by one.")
-    stacked = torch.stack([to_tensor(picture) for picture in pictures]).to(pipe.device)
+    stacked = _stacked(image, settings).to(pipe.device)
     height, width = stacked.shape[-2:]
     pipe.latent_shape(height, width)  # raises where the model cannot make it
 
-    m, repeats = len(pictures), settings.get("num_images_per_prompt", 1)
+    m, repeats = len(stacked), settings.get("num_images_per_prompt", 1)
     asked = {"prompt": prompt, "label": settings.get("label")}
     lists = {name: listed(value) for name, value in asked.items() if value is not None}
     n = max((len(values) for values in lists.values()), default=1)
     if n > 1 and m not in (1, n):
         raise SamplingError(f"{m} pictures do not fit {n} prompts; give one, or one for each.")
-    if not lists and "condition" not in settings:
-        asked["num_images_per_prompt"] = m * repeats  # of a model that reads nothing
+    if not pipe.model.config.conditioner.reads:
+        asked["num_images_per_prompt"] = m * repeats
     asked |= {name: values * m if len(values) < m else values for name, values in lists.items()}
     return stacked.expand(max(m, n), -1, -1, -1), settings | asked | {"height": height, "width": width}, repeats
+
+
+def _stacked(image: Any, settings: Mapping[str, Any]) -> Tensor:
+    """The pictures that are asked for, ``[m 3 h w]`` in [0, 1]."""
+    if "height" in settings or "width" in settings:
+        raise SamplingError("the size goes by the picture; resize it, and leave height and width out.")
+    pictures = [read_picture(picture) for picture in listed(image)]
+    sizes = dict.fromkeys(picture.size for picture in pictures)
+    if len(sizes) != 1:
+        given = ", ".join(f"{width} x {height}" for width, height in sizes) or "none"
+        raise SamplingError(f"the pictures must be of one size, but they are {given}; edit them one by one.")
+    return torch.stack([to_tensor(picture) for picture in pictures])
 
 
 def _masks(mask_image: Any, pictures: Tensor, blur: float) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         channels, denoiser = self.first_stage.latent_channels, self.denoiser
+        for name, found in (("latent_channels", channels), ("latent_factor", self.first_stage.factor)):
+            counted_on = getattr(self.conditioner, name)
+            if counted_on not in (None, found):
+                raise ConfigError(
+                    f"the conditioner's {name} is {counted_on}, but that of the first stage is {found}; set it to {found}."
+                )
         seen = channels + self.conditioner.concat_channels
         if denoiser.in_channels != seen or denoiser.out_channels != channels:
             concatenated = f" and the conditioner adds {seen - channels}" if seen > channels else ""

@@ -200,7 +200,7 @@ def test_style_is_told_by_a_prompt_where_the_model_reads_no_picture(pipe: Pipeli
         (lambda pipe: editing.image_to_image(pipe, PROMPT, picture(0, 17)), "the height 17 is not divisible by 2"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, "absent.png"), "absent.png cannot be read as a picture"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, 3), "not int"),
-        (lambda pipe: editing.image_to_image(pipe, PROMPT, picture(), height=32), "the size is that of the picture"),
+        (lambda pipe: editing.image_to_image(pipe, PROMPT, picture(), height=32), "the size goes by the picture"),
         (lambda pipe: editing.inpaint(pipe, PROMPT, picture(), mask(size=(8, 8))), "mask is 8 x 8 .* picture 16 x 16"),
         (lambda pipe: editing.inpaint(pipe, PROMPT, picture(), [mask()] * 2), "2 masks do not fit 1 pictures"),
         (lambda pipe: editing.interpolate(pipe, PROMPT, seeds=(1, 2), frames=1), "needs 2 or more"),

@@ -97,15 +97,16 @@ def _denoiser(experiment: Experiment) -> Part:
     if tower is not None:
         networks["text tower"] = tower.build().requires_grad_(config.conditioner.trainable)
     b = train.batch_size
-    latent = torch.empty(
-        b, config.first_stage.latent_channels, *(side // config.first_stage.factor for side in config.size)
-    )
+    size = [side // config.first_stage.factor for side in config.size]
+    latent = torch.empty(b, config.first_stage.latent_channels, *size)
+    channels = config.conditioner.concat_channels
+    concat = torch.empty(b, channels, *size) if channels else None
     tokens = torch.zeros(b, tower.context_length, dtype=torch.long) if tower else None
 
     def step() -> Tensor:
         context, pooled = networks["text tower"](tokens) if tower else (None, None)
         width = config.denoiser.vector_width
         vector = None if width is None else pooled if tower else torch.empty(b, width)
-        return denoiser(latent, torch.empty(b), Conditioning(context=context, vector=vector))
+        return denoiser(latent, torch.empty(b), Conditioning(context=context, vector=vector, concat=concat))
 
     return train, networks, step

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ldm.conditioning.conditioner import Conditioner, ConditionerKind, NoConditioner
+from ldm.conditioning.inpaint import InpaintConditioner
 from ldm.conditioning.label import ClassConditioner
+from ldm.conditioning.low_res import LowResConditioner
 from ldm.conditioning.phases import Phases, phased
 from ldm.conditioning.text import TextConditioner
 
@@ -11,6 +13,8 @@ __all__ = [
     "ClassConditioner",
     "Conditioner",
     "ConditionerKind",
+    "InpaintConditioner",
+    "LowResConditioner",
     "NoConditioner",
     "Phases",
     "TextConditioner",

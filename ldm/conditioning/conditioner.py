@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.clip.tokenizer import Tokenizer
 from ldm.config import Kind
+from ldm.errors import DataError
 from ldm.nn.conditioning import Conditioning
 
 
@@ -19,7 +20,11 @@ class ConditionerKind(Kind):
 
     ``context_width``, ``vector_width`` and ``concat_channels`` are what it fills of a Conditioning, None or 0 where it
     fills nothing; ``reads`` names the raw conditions that it takes, such as ``text`` or ``label``.
+    ``latent_channels`` and ``latent_factor`` are those of the first stage that it counts on; None: any will do.
     """
+
+    latent_channels: int | None = None
+    latent_factor: int | None = None
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -69,6 +74,33 @@ class Conditioner(nn.Module):
         """
         absent: dict[str, Sequence[Any]] = {name: [None] * len(values) for name, values in inputs.items()}
         return self(absent if negative is None else absent | {"text": negative})
+
+    def of_training(
+        self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
+    ) -> Mapping[str, Any]:
+        """A batch of the data with the raw conditions that are made from its pictures; here as it is.
+
+        Args:
+            batch: ``image [b 3 h w]`` in [-1, 1], unless latents are cached, and what the data say of it.
+            encode: pictures to normalised latents ``[b c h/f w/f]``.
+            generator: source of what is random about the conditions.
+        """
+        return batch
+
+
+def training_pictures(batch: Mapping[str, Any], kind: str) -> Tensor:
+    """The pictures of a batch, ``[b 3 h w]`` in [-1, 1], from which the conditioner ``kind`` makes what it reads.
+
+    Raises:
+        DataError: the batch has latents instead.
+    """
+    if "image" not in batch:
+        raise DataError(
+            f"the conditioner {kind} is made from the training pictures, which cached latents do not carry; "
+            "set data.cache_latents to false."
+        )
+    pictures: Tensor = batch["image"]
+    return pictures
 
 
 def dropped(n: int, rate: float, generator: torch.Generator | None) -> Tensor:

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.errors import DataError
-from ldm.images import rgb
+from ldm.pictures import rgb
 
 
 def decode(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:

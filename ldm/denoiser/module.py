@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.conditioning import ConditionerKind
@@ -17,6 +18,7 @@ from ldm.denoiser.kinds import DenoiserKind
 from ldm.diffusion.draw import Stratified
 from ldm.diffusion.loss import DenoisingLoss
 from ldm.diffusion.parametrization import Diffusion
+from ldm.images import Images
 from ldm.model import LatentDiffusion, SamplingConfig
 from ldm.pipeline import Pipeline
 from ldm.training.optim import TrainConfig
@@ -27,7 +29,7 @@ BINS = 5
 """Equal parts of the schedule by which the validation loss is reported."""
 
 PREVIEW = 8
-"""Samples that are shown of an unconditional model."""
+"""Samples that are shown of an unconditional model, and of one that works on pictures."""
 
 POINTS = 2000
 """Points that are shown of a two-dimensional model."""
@@ -83,11 +85,17 @@ class DenoiserModule(StageModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         generator = self.step_generator(batch_idx)
+        batch = self._conditions(batch, generator)
         cond = self.model.conditioner(batch, generator)
         loss, _ = self.config.loss(
             self.model.denoiser, self.model.diffusion, self._latents(batch, generator), cond, generator
         )
         return self.report(loss.mean())
+
+    def _conditions(self, batch: Mapping[str, Any], generator: torch.Generator) -> Mapping[str, Any]:
+        """The batch with the raw conditions that are made from its pictures."""
+        with torch.no_grad():
+            return self.model.conditioner.of_training(batch, self.model.encode, generator)
 
     def _latents(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Normalised latents drawn from the posterior: of cached means and deviations, or of pictures encoded here."""
@@ -106,6 +114,7 @@ class DenoiserModule(StageModule):
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         generator = self.generator("validation", batch_idx, self.global_rank)
+        batch = self._conditions(batch, generator)
         x0 = self._latents(batch, generator)
         schedule = self.model.diffusion.schedule
         sigma = Stratified().draw(len(x0), schedule, generator)
@@ -127,11 +136,13 @@ class DenoiserModule(StageModule):
                 self.validation[f"loss_{100 * i // BINS}_{100 * (i + 1) // BINS}"] = total / count
 
     def pictures(self) -> Mapping[str, Picture]:
-        """Samples for fixed prompts or classes, from fixed noise; of points, the forward and the reverse process."""
+        """Samples for fixed prompts, classes or pictures, from fixed noise; of points, the forward and the reverse process."""
         if self.of_points:
             points = next(iter(EvaluationLoader(self.data.samples("val"), POINTS)))["image"]
             return process_pictures(self.model, points.to(self.device), self.generator("pictures"))
         reads = self.config.conditioner.reads
+        if {"low_res", "inpaint"} & set(reads):
+            return {"samples": self._beside_the_truth(reads)}
         wanted: dict[str, Any] = {"num_images_per_prompt": PREVIEW}
         if reads:
             wanted = {"prompt": self.config.prompts} if reads == ("text",) else {"label": self.config.classes}
@@ -140,3 +151,25 @@ class DenoiserModule(StageModule):
         samples = Pipeline(self.model)(**wanted, seed=self.seed, progress=False)
         scale = max(1, LEAST_SIDE // samples[0].height)
         return {"samples": samples.grid(captions=bool(reads), scale=scale)}
+
+    def _beside_the_truth(self, reads: tuple[str, ...]) -> Picture:
+        """Of validation pictures, from above: what the model is given of them, what it makes of that, and they themselves."""
+        batch = next(iter(EvaluationLoader(self.data.samples("val"), PREVIEW)))
+        batch = self.data.transfer_batch_to_device(batch, self.device, 0)
+        told = self._conditions(batch, self.generator("pictures"))
+        asked = {name: told[name].tolist() if name == "label" else list(told[name]) for name in reads}
+        prompt, label = asked.pop("text", None), asked.pop("label", None)
+        settings: dict[str, Any] = {"seed": self.seed, "output_type": "pt", "progress": False}
+        made = Pipeline(self.model)(prompt, label=label, condition=asked, **settings)
+        truth = batch["image"]
+        rows = (torch.cat([*_given(told, truth), 2 * made - 1, truth]) + 1) / 2
+        return Images.of(rows).grid(columns=len(truth), scale=max(1, LEAST_SIDE // truth.shape[-2]))
+
+
+def _given(told: Mapping[str, Any], truth: Tensor) -> Iterator[Tensor]:
+    """What raw conditions show of the pictures ``truth [b 3 h w]``, likewise in [-1, 1]."""
+    size = truth.shape[-2:]
+    if "low_res" in told:
+        yield F.interpolate(told["low_res"], size)
+    if "inpaint" in told:
+        yield truth * (1 - F.interpolate(told["inpaint"][:, :1], size))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.config import setting
 from ldm.denoiser.kinds import DenoiserKind
 from ldm.denoiser.spatial_transformer import SpatialTransformer
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, SamplingError
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import NoiseEmbedding, mlp
 from ldm.nn.residual import ResidualBlock, Upsample
@@ -170,11 +170,22 @@ class UNet(nn.Module):
 
         Returns:
             ``[b out_channels h w]``, the target of the parametrization.
+
+        Raises:
+            SamplingError: ``cond.concat`` has another height or width than ``x``.
         """
-        x = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
+        if cond.concat is not None:
+            if cond.concat.shape[-2:] != x.shape[-2:]:
+                given, needed = (" x ".join(map(str, each.shape[-2:])) for each in (cond.concat, x))
+                raise SamplingError(
+                    f"the condition has the size {given} in latents, but the picture {needed}; "
+                    "give the height and width that fit the condition."
+                )
+            x = torch.cat([x, cond.concat.to(x)], dim=1)
         embedding = self.noise_embedding(noise_level)
         if self.vector_embedding is not None:
-            embedding = embedding + self.vector_embedding(cond.vector)
+            assert cond.vector is not None, "the conditioner fills what the config has a width of"
+            embedding = embedding + self.vector_embedding(cond.vector.to(embedding))
         embedding = F.silu(embedding)
         middle, cond = cond, replace(cond, perturb=None)
 

@@ -1,0 +1,138 @@
+"""The known part of a picture, to be painted on: the input of nine-channel U-Nets, as Stable Diffusion's inpainting has it.
+
+To the noisy latent are concatenated a mask (1 where the picture is to be made) and the latents of the picture with its
+hole greyed out (Rombach et al. 2112.10752, section 4.5). Training draws the masks: rectangles, free strokes (as of LaMa,
+Suvorov et al. 2109.07161), and in a share of the examples the whole picture, which keeps the model one that can begin
+with nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ldm.clip.tokenizer import Tokenizer
+from ldm.conditioning.conditioner import Conditioner, ConditionerKind, training_pictures
+from ldm.config import setting
+from ldm.errors import ConfigError, SamplingError
+from ldm.nn.conditioning import Conditioning
+
+MOST_RECTANGLES, MOST_STROKES, MOST_BENDS = 3, 3, 5
+"""Of a mask, and bends of a stroke."""
+
+SIDES = (0.2, 0.8)
+"""Shortest and longest side of a rectangle, as shares of the picture's."""
+
+BRUSHES = (0.08, 0.3)
+"""Thinnest and widest stroke, as shares of the picture's shorter side."""
+
+LENGTHS = (0.1, 0.5)
+"""Shortest and longest way from a bend of a stroke to the next, likewise."""
+
+
+@dataclass(frozen=True)
+class InpaintConditionerConfig(ConditionerKind, kind="inpaint"):
+    """A mask and the latents of the known part of a picture; without dropout, so that guidance has no effect on it."""
+
+    latent_channels: int = setting(4, "channels of the first stage's latents")
+    whole: float = setting(0.25, "share of the training examples in which the whole picture is masked")
+
+    def __post_init__(self) -> None:
+        if self.latent_channels < 1 or not 0 <= self.whole <= 1:
+            raise ConfigError(
+                f"latent_channels must be at least 1 and whole in [0, 1], not {self.latent_channels} and {self.whole}."
+            )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("inpaint",)
+
+    @property
+    def concat_channels(self) -> int:
+        return 1 + self.latent_channels
+
+    def build(self, tokenizer: Tokenizer | None = None) -> InpaintConditioner:
+        return InpaintConditioner(self)
+
+
+class InpaintConditioner(Conditioner):
+    """``inpaint``, of ``[1 + c h w]`` each (mask and latents, as :func:`ldm.editing.inpaint` makes them), as the concat."""
+
+    def __init__(self, config: InpaintConditionerConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
+        """The conditioning of a batch; see :class:`Conditioner`.
+
+        Raises:
+            SamplingError: a known part is missing, or is none.
+        """
+        known, channels = list(inputs["inpaint"]), self.config.concat_channels
+        for part in known:
+            if not isinstance(part, Tensor) or part.ndim != 3 or len(part) != channels:
+                raise SamplingError(
+                    f"this model continues pictures; use editing.inpaint, or give condition={{'inpaint': [...]}} with a mask "
+                    f"and latents of shape [{channels}, h, w] for each."
+                )
+        return Conditioning(concat=torch.stack(known))
+
+    def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
+        """The same known parts: guidance is to leave what is shown as it is."""
+        return self(inputs)
+
+    def of_training(
+        self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
+    ) -> Mapping[str, Any]:
+        """The batch with ``inpaint [b 1 + c h/f w/f]``, of its pictures under masks drawn from ``generator``.
+
+        Raises:
+            DataError: latents are cached.
+        """
+        pictures = training_pictures(batch, "inpaint")
+        n, _, height, width = pictures.shape
+        masks = torch.stack([draw_mask(height, width, self.config.whole, generator) for _ in range(n)]).to(pictures)
+        known = encode(pictures * (1 - masks))
+        return {**batch, "inpaint": torch.cat([F.adaptive_max_pool2d(masks, known.shape[-2:]), known], dim=1)}
+
+
+def draw_mask(height: int, width: int, whole: float, generator: torch.Generator) -> Tensor:
+    """``[1 height width]``, 1 where the picture is masked: everywhere by chance ``whole``, else rectangles or strokes."""
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator))
+
+    def count(most: int) -> int:
+        return 1 + int(uniform(0, most))
+
+    if uniform(0, 1) < whole:
+        return torch.ones(1, height, width)
+    mask = Image.new("L", (width, height))
+    draw = ImageDraw.Draw(mask)
+    if uniform(0, 1) < 0.5:
+        for _ in range(count(MOST_RECTANGLES)):
+            w, h = uniform(*SIDES) * width, uniform(*SIDES) * height
+            left, top = uniform(0, width) - w / 2, uniform(0, height) - h / 2
+            draw.rectangle((left, top, left + w, top + h), 1)
+    else:
+        side = min(height, width)
+        for _ in range(count(MOST_STROKES)):
+            brush, angle = uniform(*BRUSHES) * side, uniform(0, 2 * math.pi)
+            x, y = uniform(0, width), uniform(0, height)
+            for _ in range(1 + count(MOST_BENDS)):
+                length = uniform(*LENGTHS) * side
+                start = (x, y)
+                x = min(max(x + length * math.cos(angle), 0), width)
+                y = min(max(y + length * math.sin(angle), 0), height)
+                draw.circle(start, brush / 2, 1)
+                draw.line((*start, x, y), 1, round(brush))
+                angle += uniform(-math.pi / 2, math.pi / 2)
+    return torch.from_numpy(np.array(mask, np.float32))[None]

@@ -1,0 +1,141 @@
+"""A small picture to enlarge: super-resolution as a diffusion that is shown the small picture.
+
+The small picture is concatenated to the noisy latent (Saharia et al. 2104.07636; Rombach et al. 2112.10752, section 4.4).
+It is noised in training, and the network told how much, so that it does not lean on details of the small picture that
+another source of small pictures lacks (conditioning augmentation, Ho et al. 2106.15282, section 3):
+
+    z = sqrt(1 - s^2) y + s n,    s uniform in [0, noise_max]
+
+which keeps the variance where y has unit variance. In sampling s is ``noise``, and n depends on the size of the small
+picture alone: neither on the batch, nor on whether it is the conditional pass or the other.
+
+The concat leaves here in the latents' size, so that other conditions can be concatenated beside it; hence ``latent_factor``,
+which the model checks against its first stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.clip.tokenizer import Tokenizer
+from ldm.conditioning.conditioner import Conditioner, ConditionerKind, training_pictures
+from ldm.config import setting
+from ldm.errors import ConfigError, DataError, SamplingError
+from ldm.nn.conditioning import Conditioning
+from ldm.nn.embeddings import sinusoidal
+from ldm.pictures import signed_tensor
+
+LEVELS = 1000
+"""The noise level 1 in the units of the sinusoids, which are made for timesteps."""
+
+
+@dataclass(frozen=True)
+class LowResConditionerConfig(ConditionerKind, kind="low_res"):
+    """A small picture, to be enlarged; without dropout, so that guidance has no effect on it."""
+
+    factor: int = setting(4, "how many times the result is larger than the small picture, along each side")
+    latent_factor: int = setting(1, "factor of the first stage; the small picture is brought to its latents' size")
+    noise_max: float = setting(
+        0.5, "greatest noise level of the small picture in training, 0 to 1; they are uniform from 0"
+    )
+    noise: float = setting(0.0, "noise level of the small picture in validation and sampling, up to noise_max")
+    width: int = setting(64, "sinusoids by which the network is told the noise level: the width of the vector")
+
+    def __post_init__(self) -> None:
+        if self.factor < 2 or self.latent_factor < 1:
+            raise ConfigError(
+                f"factor must be at least 2 and latent_factor at least 1, not {self.factor} and {self.latent_factor}."
+            )
+        if not 0 <= self.noise <= self.noise_max <= 1:
+            raise ConfigError(
+                f"noise must be from 0 to noise_max, and that at most 1, not {self.noise} and {self.noise_max}."
+            )
+        if self.width < 2 or self.width % 2:
+            raise ConfigError(f"width must be even and at least 2, not {self.width}.")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("low_res",)
+
+    @property
+    def vector_width(self) -> int:
+        return self.width
+
+    @property
+    def concat_channels(self) -> int:
+        return 3
+
+    def build(self, tokenizer: Tokenizer | None = None) -> LowResConditioner:
+        return LowResConditioner(self)
+
+
+class LowResConditioner(Conditioner):
+    """``low_res``, pictures ``[3 h w]`` in [-1, 1] (or PIL, or files), to a ``concat [b 3 h' w']`` of the latents' size.
+
+    The vector is the sinusoids of the noise level; the U-Net has the perceptron that embeds a vector.
+    """
+
+    def __init__(self, config: LowResConditionerConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
+        """The conditioning of a batch; see :class:`Conditioner`.
+
+        Raises:
+            SamplingError: a small picture is missing or none, or they are of several sizes.
+        """
+        small, config = _stacked(inputs["low_res"]), self.config
+        if generator is None:
+            level = torch.full((len(small),), config.noise)
+            noise = torch.randn(small.shape[1:], generator=torch.Generator().manual_seed(0))
+        else:
+            level = config.noise_max * torch.rand(len(small), generator=generator)
+            noise = torch.randn(small.shape, generator=generator)
+        s = level.to(small)[:, None, None, None]
+        noisy = (1 - s**2).sqrt() * small + s * noise.to(small)
+        size = [side * config.factor // config.latent_factor for side in small.shape[-2:]]
+        return Conditioning(
+            vector=sinusoidal(LEVELS * level.to(small), config.width),
+            concat=F.interpolate(noisy, size=size, mode="bicubic", antialias=True),
+        )
+
+    def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
+        """The same small pictures: guidance is to leave what is shown as it is."""
+        return self(inputs)
+
+    def of_training(
+        self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
+    ) -> Mapping[str, Any]:
+        """The batch with ``low_res [b 3 h/factor w/factor]``: its pictures, averaged over squares of ``factor`` pixels.
+
+        Raises:
+            DataError: latents are cached, or the pictures' sides are not divisible by the factor.
+        """
+        pictures, factor = training_pictures(batch, "low_res"), self.config.factor
+        height, width = pictures.shape[-2:]
+        if height % factor or width % factor:
+            raise DataError(
+                f"pictures of {height} x {width} are not divisible by the factor {factor} of the conditioner low_res; "
+                "set data.size to a multiple of it."
+            )
+        return {**batch, "low_res": F.avg_pool2d(pictures, factor)}
+
+
+def _stacked(pictures: Sequence[Any]) -> Tensor:
+    """``[b 3 h w]`` fp32 in [-1, 1]"""
+    if any(picture is None for picture in pictures):
+        raise SamplingError("this model enlarges pictures; give condition={'low_res': [...]}, or use editing.upscale.")
+    tensors = [signed_tensor(picture) for picture in pictures]
+    sizes = dict.fromkeys(f"{tensor.shape[2]} x {tensor.shape[1]}" for tensor in tensors)
+    if len(sizes) > 1:
+        raise SamplingError(
+            f"small pictures must be of one size, but they are {', '.join(sizes)}; enlarge them one by one."
+        )
+    return torch.stack(tensors)
