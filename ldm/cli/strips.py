@@ -13,16 +13,17 @@ OUT = Path("docs/images/sampling")
 STEPS = (5, 10, 20, 50)
 PROMPTS = ("red apple", "man astronaut medium-light skin tone")
 SEED = 0
-SCALE = 3.0
+MILD, HIGH = 3.0, 8.0
 
 GUIDANCE: dict[str, Guidance] = {
     "none": Guidance(1.0),
-    "scale": Guidance(SCALE),
-    "rescale": Guidance(SCALE, rescale=0.7),
-    "interval": Guidance(SCALE, interval=(0.2, 5.0)),
-    "threshold": Guidance(SCALE, threshold=0.95),
-    "perturbed": Guidance(SCALE, perturbed=1.0),
-    "projection": Guidance(2 * SCALE, projection=Projection(eta=0.0, norm_threshold=8.0, momentum=-0.5)),
+    "mild": Guidance(MILD),
+    "high": Guidance(HIGH),
+    "rescale": Guidance(HIGH, rescale=0.7),
+    "interval": Guidance(MILD, interval=(0.2, 5.0)),
+    "threshold": Guidance(HIGH, threshold=0.95),
+    "perturbed": Guidance(MILD, perturbed=4.0),
+    "projection": Guidance(HIGH, projection=Projection(norm_threshold=2.0, momentum=-0.5)),
 }
 """As quoted in docs/sampling.md."""
 
