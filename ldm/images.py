@@ -171,6 +171,22 @@ def read_picture(picture: Image.Image | str | Path) -> Image.Image:
     return rgb(ImageOps.exif_transpose(picture))
 
 
+def read_map(path: str | Path) -> np.ndarray:
+    """A file's label map as uint8 or wider, [h w]: a picture of one channel, its palette not applied.
+
+    Raises:
+        SamplingError: the file cannot be read, or has several channels.
+    """
+    try:
+        with Image.open(path) as picture:
+            labels = np.array(picture)
+    except (OSError, SyntaxError) as error:
+        raise SamplingError(f"{path} cannot be read as a map ({error}).") from None
+    if labels.ndim != 2:
+        raise SamplingError(f"{path} is no map: it has several channels; save it in grey or with a palette.")
+    return labels
+
+
 def check_target(path: str | Path) -> Path:
     """``path``, if :meth:`Images.save` can write there; worth asking before the pictures are made.
 

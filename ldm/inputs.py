@@ -6,10 +6,14 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ldm.diffusion import SAMPLERS, SPECS, Guidance
 from ldm.errors import SamplingError, unknown
+from ldm.images import read_map, read_picture, to_tensor
 
 ARGUMENTS = {"text": "prompt", "label": "label"}
 """What a conditioner reads, to the argument by which a caller gives it; all else is an entry of ``condition``."""
@@ -96,7 +100,7 @@ def _asked(reads: Sequence[str], given: Mapping[str, Any]) -> dict[str, list[Any
             raise SamplingError(f"this model reads no {argument}; {instead}.")
     if names and not given:
         raise SamplingError(f"this model needs {' or '.join(_shown(name) for name in names)}; give one or several.")
-    asked = {}
+    asked: dict[str, list[Any]] = {}
     for argument, name in names.items():
         if argument not in given:
             asked[name] = [None]
@@ -105,10 +109,31 @@ def _asked(reads: Sequence[str], given: Mapping[str, Any]) -> dict[str, list[Any
         elif name == "label":
             asked[name] = _labels(given[argument])
         else:
-            asked[name] = listed(given[argument])
+            asked[name] = _read(name, given[argument])
             if not asked[name]:
                 raise SamplingError(f"the list of {argument} is empty; give one, or one for each picture.")
     return asked
+
+
+def _read(name: str, value: Any) -> list[Any]:
+    """An entry for each picture; pictures as ``[3 h w]`` in [-1, 1], and label maps as arrays ``[h w]``."""
+    dimensions = {"image": 3, "semantic": 2}.get(name)  # of one that is no list of several
+    values = [value] if dimensions is not None and getattr(value, "ndim", None) == dimensions else listed(value)
+    if name == "image":
+        return [_picture(each) for each in values]
+    if name == "semantic":
+        return [read_map(each) if isinstance(each, str | Path) else each for each in values]
+    return values
+
+
+def _picture(value: Any) -> Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return to_tensor(read_picture(value)) * 2 - 1
+    if value.ndim != 3 or len(value) != 3 or not value.is_floating_point():
+        raise SamplingError(f"a picture as a tensor is [3 h w] in [-1, 1], not {list(value.shape)} of {value.dtype}.")
+    return value.float()
 
 
 def _argument(name: str) -> str:

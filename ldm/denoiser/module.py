@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ldm.conditioning import ConditionerKind
@@ -17,6 +18,7 @@ from ldm.denoiser.kinds import DenoiserKind
 from ldm.diffusion.draw import Stratified
 from ldm.diffusion.loss import DenoisingLoss
 from ldm.diffusion.parametrization import Diffusion
+from ldm.images import Images
 from ldm.model import LatentDiffusion, SamplingConfig
 from ldm.pipeline import Pipeline
 from ldm.training.optim import TrainConfig
@@ -28,6 +30,9 @@ BINS = 5
 
 PREVIEW = 8
 """Samples that are shown of an unconditional model."""
+
+SHOWN = 4
+"""Pictures of val that are shown above samples for what came with them."""
 
 POINTS = 2000
 """Points that are shown of a two-dimensional model."""
@@ -69,8 +74,6 @@ class DenoiserModule(StageModule):
         self.config = config
         self.model = model
         model.first_stage.requires_grad_(False)
-        if not config.conditioner.trainable:
-            model.conditioner.requires_grad_(False)
         self.of_points = model.latent_shape() == (2, 1, 1)
         if self.of_points:
             require_matplotlib()
@@ -127,16 +130,44 @@ class DenoiserModule(StageModule):
                 self.validation[f"loss_{100 * i // BINS}_{100 * (i + 1) // BINS}"] = total / count
 
     def pictures(self) -> Mapping[str, Picture]:
-        """Samples for fixed prompts or classes, from fixed noise; of points, the forward and the reverse process."""
+        """Samples from fixed noise: for fixed prompts or classes, or for what the first pictures of val were given, under these.
+
+        Of points, the forward and the reverse process.
+        """
         if self.of_points:
             points = next(iter(EvaluationLoader(self.data.samples("val"), POINTS)))["image"]
             return process_pictures(self.model, points.to(self.device), self.generator("pictures"))
         reads = self.config.conditioner.reads
         wanted: dict[str, Any] = {"num_images_per_prompt": PREVIEW}
+        if reads and reads not in (("text",), ("label",)):
+            return {"samples": self._beside_the_true()}
         if reads:
             wanted = {"prompt": self.config.prompts} if reads == ("text",) else {"label": self.config.classes}
         if not all(wanted.values()):
             return {}
         samples = Pipeline(self.model)(**wanted, seed=self.seed, progress=False)
-        scale = max(1, LEAST_SIDE // samples[0].height)
-        return {"samples": samples.grid(captions=bool(reads), scale=scale)}
+        return {"samples": samples.grid(captions=bool(reads), scale=_enlargement(samples))}
+
+    def _beside_the_true(self) -> Image.Image:
+        """The first pictures of val, and under each a sample for the conditions that came with it."""
+        batch = next(iter(EvaluationLoader(self.data.samples("val"), SHOWN)))
+        given = {name: _entries(batch[name]) for name in self.config.conditioner.reads}
+        prompt, label = given.pop("text", None), given.pop("label", None)
+        samples = Pipeline(self.model)(
+            prompt, label=label, condition=given, seed=self.seed, output_type="pt", progress=False
+        )
+        if "mean" in batch:
+            true = self.model.decode(self.model.first_stage.normalize(batch["mean"].to(self.device)))
+        else:
+            true = batch["image"].to(self.device)
+        pictures = Images.of(torch.cat([(true + 1) / 2, samples]))
+        return pictures.grid(columns=len(true), scale=_enlargement(pictures))
+
+
+def _entries(values: Any) -> list[Any]:
+    """An entry for each picture; numbers as such, not as tensors."""
+    return values.tolist() if isinstance(values, Tensor) and values.ndim == 1 else list(values)
+
+
+def _enlargement(pictures: Images) -> int:
+    return max(1, LEAST_SIDE // pictures[0].height)

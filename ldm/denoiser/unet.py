@@ -171,7 +171,11 @@ class UNet(nn.Module):
         Returns:
             ``[b out_channels h w]``, the target of the parametrization.
         """
-        x = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
+        if cond.concat is not None:
+            concat = cond.concat
+            if concat.shape[-2:] != x.shape[-2:]:  # of the size of training, where another is sampled
+                concat = F.interpolate(concat, x.shape[-2:], mode="nearest-exact")
+            x = torch.cat([x, concat], dim=1)
         embedding = self.noise_embedding(noise_level)
         if self.vector_embedding is not None:
             embedding = embedding + self.vector_embedding(cond.vector)
