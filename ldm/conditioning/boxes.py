@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +51,8 @@ class BoxesConditionerConfig(ConditionerKind, kind="boxes"):
 class BoxesConditioner(Conditioner):
     """A perceptron on class embedding and Fourier features of the coordinates makes a token of a box.
 
-    ``max_boxes`` tokens are given in any case, the rest masked; a picture without boxes has one, the learnt ``no_box``.
+    Before them stands a learnt token for where no box is, so that each place has something to attend to in any case; after
+    them, masked ones make up for ``max_boxes``.
     """
 
     def __init__(self, config: BoxesConditionerConfig):
@@ -60,8 +60,9 @@ class BoxesConditioner(Conditioner):
         self.config = config
         self.classes = nn.Embedding(config.classes, config.width)
         self.mlp = mlp(config.width + 4 * 2 * FREQUENCIES, config.width)
-        self.no_box = nn.Parameter(torch.empty(config.width))
-        nn.init.normal_(self.no_box)
+        self.norm = nn.LayerNorm(config.width)  # a token weighs as much as those of other contexts
+        self.ground = nn.Parameter(torch.empty(config.width))
+        nn.init.normal_(self.ground)
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         if "boxes" not in inputs:
@@ -76,13 +77,15 @@ class BoxesConditioner(Conditioner):
             if layout and not gone:
                 boxes[row, : len(layout)] = torch.tensor(layout)
                 mask[row, : len(layout)] = True
-        device, dtype = self.no_box.device, self.no_box.dtype
+        device, dtype = self.ground.device, self.ground.dtype
         boxes, is_box = boxes.to(device), mask.to(device)
         features = torch.cat([self.classes(boxes[..., 0].long()), fourier_features(boxes[..., 1:]).to(dtype)], dim=-1)
-        context = torch.where(is_box[..., None], self.mlp(features), self.no_box)
-        attended = is_box.clone()
-        attended[:, 0] = True  # attention to nothing at all is not defined
-        return Conditioning(context=context, mask=attended)
+        context = torch.where(is_box[..., None], self.norm(self.mlp(features)), 0)
+        ground = self.ground.expand(len(layouts), 1, -1)
+        return Conditioning(
+            context=torch.cat([ground.to(context), context], dim=1),
+            mask=torch.cat([torch.ones_like(is_box[:, :1]), is_box], dim=1),
+        )
 
     def _checked(self, number: int, boxes: Any) -> list[Box]:
         """The boxes of one picture, none for None."""
@@ -125,7 +128,7 @@ def read_boxes(values: Any) -> list[Box]:
 
 
 def fourier_features(x: Tensor) -> Tensor:
-    """sin and cos of ``2^k pi x``, k = 0 .. 7 (Mildenhall et al. 2020, arXiv 2003.08934, eq. 4): ``[... d] -> [... 16 d]``."""
-    frequencies = math.pi * 2.0 ** torch.arange(FREQUENCIES, device=x.device)
+    """sin and cos of x at frequencies from 1 to 56, a factor of 100^(1/8) from one to the next: ``[... d] -> [... 16 d]``."""
+    frequencies = 100.0 ** (torch.arange(FREQUENCIES, device=x.device) / FREQUENCIES)
     angles = (x[..., None] * frequencies).flatten(-2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

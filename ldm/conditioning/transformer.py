@@ -195,7 +195,7 @@ def _pretrained_tokenizer(checkpoint: str, context_length: int) -> str:
     """tokenizer.json of a checkpoint, cut and padded to ``context_length``.
 
     Raises:
-        CheckpointError: it has no tokenizer that can be written so, or one without a padding token.
+        CheckpointError: it has no tokenizer, one that cannot be written so, or one without a padding token.
         ConfigError: it takes no captions of that length.
     """
     from transformers import AutoTokenizer
@@ -203,10 +203,12 @@ def _pretrained_tokenizer(checkpoint: str, context_length: int) -> str:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
         backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+    except Exception as error:  # the library raises all sorts of errors over a broken file
         raise CheckpointError(
             f"the tokenizer of {checkpoint} cannot be read ({_first_line(error)}); put its tokenizer.json there."
         ) from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without one
+        raise CheckpointError(f"{checkpoint} holds no tokenizer; put its tokenizer.json there.")
     if tokenizer.pad_token is None:
         raise CheckpointError(f"the tokenizer of {checkpoint} has no padding token; take another encoder.")
     if context_length > tokenizer.model_max_length:
