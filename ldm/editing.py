@@ -201,7 +201,8 @@ def style_transfer(
         return image_to_image(pipe, style, image, strength, **settings)
     if "image" not in pipe.model.config.conditioner.reads:
         raise SamplingError("this model reads no picture; describe the style in a prompt.")
-    return image_to_image(pipe, None, image, strength, condition={"image": [style]}, **settings)
+    styles = [style] * len(listed(image))
+    return image_to_image(pipe, None, image, strength, condition={"image": styles}, **settings)
 
 
 def interpolate(

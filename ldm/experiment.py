@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.clip.module import CLIPStage
-from ldm.conditioning.text import TextConditionerConfig
 from ldm.config import read_yaml, setting, structure
 from ldm.data.kinds import DataKind
 from ldm.denoiser.module import DenoiserStage
@@ -42,8 +41,15 @@ class Experiment:
                 )
             if self.clip.train is not None and self.data.image_shape[0] != 3:
                 raise ConfigError(f"clip reads pictures of 3 channels, but the data's have {self.data.image_shape[0]}.")
-        if self.clip is None and isinstance(self.denoiser.conditioner, TextConditionerConfig):
-            raise ConfigError("denoiser.conditioner reads text, but there is no clip section to give its tower.")
+        if "image" in self.denoiser.conditioner.reads:
+            if self.data.cache_latents:
+                raise ConfigError(
+                    "denoiser.conditioner reads pictures, which cached latents lack; set data.cache_latents to false."
+                )
+            if self.data.image_shape[0] != 3:
+                raise ConfigError(
+                    f"denoiser.conditioner reads pictures of 3 channels, but the data's have {self.data.image_shape[0]}."
+                )
         model_config(self)
 
     @property
@@ -67,18 +73,17 @@ def model_config(experiment: Experiment) -> ModelConfig:
     Raises:
         ConfigError: they do not fit each other.
     """
-    conditioner, clip = experiment.denoiser.conditioner, experiment.clip
-    if isinstance(conditioner, TextConditionerConfig) and conditioner.tower is None:
-        assert clip is not None
-        conditioner = replace(conditioner, tower=replace(clip.model.text, embed_dim=clip.model.embed_dim))
     channels, height, width = experiment.data.image_shape
     if channels != experiment.vae.model.image_channels:
         raise ConfigError(
             f"vae.model.image_channels is {experiment.vae.model.image_channels}, but the data's pictures have {channels}."
         )
+    clip, factor = experiment.clip, experiment.vae.model.factor
     return ModelConfig(
         first_stage=experiment.vae.model,
-        conditioner=conditioner,
+        conditioner=experiment.denoiser.conditioner.resolved(
+            None if clip is None else clip.model, (height // factor, width // factor)
+        ),
         denoiser=experiment.denoiser.model,
         diffusion=experiment.denoiser.diffusion,
         size=(height, width),

@@ -6,10 +6,12 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 from ldm.diffusion import SAMPLERS, SPECS, Guidance
 from ldm.errors import SamplingError, unknown
+from ldm.pictures import read_map, signed_tensor
 from ldm.prompts import Prompt, Reading
 
 ARGUMENTS = {"text": "prompt", "label": "label"}
@@ -113,10 +115,21 @@ def _asked(reads: Sequence[str], given: Mapping[str, Any]) -> dict[str, list[Any
         elif name == "label":
             asked[name] = _labels(given[argument])
         else:
-            asked[name] = listed(given[argument])
+            asked[name] = _read(name, given[argument])
             if not asked[name]:
                 raise SamplingError(f"the list of {argument} is empty; give one, or one for each picture.")
     return asked
+
+
+def _read(name: str, value: Any) -> list[Any]:
+    """An entry for each picture; pictures as ``[3 h w]`` in [-1, 1], and label maps as arrays ``[h w]``."""
+    dimensions = {"image": 3, "semantic": 2}.get(name)  # of one that is no list of several
+    values = [value] if dimensions is not None and getattr(value, "ndim", None) == dimensions else listed(value)
+    if name == "image":
+        return [None if each is None else signed_tensor(each) for each in values]
+    if name == "semantic":
+        return [read_map(each) if isinstance(each, str | Path) else each for each in values]
+    return values
 
 
 def _argument(name: str) -> str:

@@ -112,7 +112,8 @@ class LatentDiffusion(nn.Module):
         return self.diffusion.denoise(self._network, x, sigma, cond)
 
     def _network(self, x: Tensor, noise_level: Tensor, cond: Conditioning) -> Tensor:
-        return self.denoiser(x.to(_precision(self.denoiser, x.dtype)), noise_level, cond)
+        precision = _precision(self.denoiser, x.dtype)
+        return self.denoiser(x.to(precision), noise_level, cond.to(dtype=precision))
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pictures ``[b 3 h w]`` in [-1, 1] to normalised latents: a draw of the posterior, or with no ``noise`` its mean."""

@@ -57,3 +57,19 @@ def signed_tensor(picture: Image.Image | str | Path | Tensor) -> Tensor:
     if picture.ndim != 3 or len(picture) != 3:
         raise SamplingError(f"a picture as a tensor has the shape [3, h, w], not {list(picture.shape)}.")
     return picture.float()
+
+
+def read_map(path: str | Path) -> np.ndarray:
+    """A file's label map as uint8 or wider, [h w]: a picture of one channel, its palette not applied.
+
+    Raises:
+        SamplingError: the file cannot be read, or has several channels.
+    """
+    try:
+        with Image.open(path) as picture:
+            labels = np.array(picture)
+    except (OSError, SyntaxError) as error:
+        raise SamplingError(f"{path} cannot be read as a map ({error}).") from None
+    if labels.ndim != 2:
+        raise SamplingError(f"{path} is no map: it has several channels; save it in grey or with a palette.")
+    return labels

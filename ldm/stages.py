@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ import torch
 from ldm import __version__
 from ldm.clip.model import CLIPConfig
 from ldm.clip.module import CLIPModule
-from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning.text import TextConditioner
+from ldm.clip.tokenizer import Tokenizer, TokenizerKind
 from ldm.config import to_yaml, unstructure
 from ldm.data.datamodule import DataModule, LatentSource
 from ldm.data.stream import EvaluationLoader
@@ -86,7 +86,8 @@ def make_clip(experiment: Experiment) -> CLIPModule:
     config, folder = experiment.clip, experiment.folder / "clip"
     assert config is not None
     assert config.train is not None
-    return CLIPModule(config, config.train, experiment.seed, folder, _tokenizer(experiment, folder / "tokenizer.json"))
+    tokenizer = _tokenizer(experiment, config.tokenizer, folder / "tokenizer.json")
+    return CLIPModule(config, config.train, experiment.seed, folder, tokenizer)
 
 
 def make_denoiser(experiment: Experiment) -> DenoiserModule:
@@ -113,17 +114,22 @@ def make_model(experiment: Experiment) -> tuple[LatentDiffusion, dict[str, str]]
         header = read_header(clip_path, CLIP, CLIPConfig)
         _check_fit(clip_path, "clip.model", header, experiment.clip.model)
         tokenizer, handoff["clip"] = header.tokenizer, header.fingerprint
-    model = LatentDiffusion(config, tokenizer)
+    conditioner = config.conditioner.with_tokenizer(
+        lambda kind, name: _tokenizer(experiment, kind, experiment.folder / "denoiser" / f"tokenizer{name}.json")
+    )
+    model = LatentDiffusion(replace(config, conditioner=conditioner), tokenizer)
     if not isinstance(experiment.vae.model, IdentityConfig):
         path = _predecessor(experiment, "vae", experiment.vae.checkpoint)
         header = read_header(path, FIRST_STAGE, FirstStageKind)
         _check_fit(path, "vae.model", header, experiment.vae.model)
         load_strictly(model.first_stage, read_tensors(path), path)
         handoff["vae"] = header.fingerprint
-    if clip_path is not None and isinstance(model.conditioner, TextConditioner):
-        tensors = read_tensors(clip_path)
-        tower = {name.removeprefix("text."): tensor for name, tensor in tensors.items() if name.startswith("text.")}
-        load_strictly(model.conditioner.tower, tower, clip_path)
+    if clip_path is not None:
+        for part, tower in model.conditioner.towers():
+            prefix, tensors = f"{part}.", read_tensors(clip_path)
+            own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            load_strictly(tower, own, clip_path)
+    model.conditioner.load_pretrained()
     return model, handoff
 
 
@@ -165,13 +171,12 @@ def _write_result(path: Path, module: StageModule, data: DataModule) -> None:
         save_model(path, module.model, provenance)
 
 
-def _tokenizer(experiment: Experiment, path: Path) -> Tokenizer:
-    """The tokenizer of the run: made from the training captions once, then read from ``path``."""
+def _tokenizer(experiment: Experiment, kind: TokenizerKind, path: Path) -> Tokenizer:
+    """A tokenizer of the run: made from the training captions once, then read from ``path``."""
     if path.is_file():
         return Tokenizer.from_json(path.read_text(encoding="utf-8"))
-    assert experiment.clip is not None
     samples = experiment.data.open("train")
-    tokenizer = experiment.clip.tokenizer.build(samples.annotations(np.arange(len(samples)))["text"])
+    tokenizer = kind.build(samples.annotations(np.arange(len(samples)))["text"])
     write_atomically(path, lambda temporary: temporary.write_text(tokenizer.to_json(), encoding="utf-8"))
     return tokenizer
 

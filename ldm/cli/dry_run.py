@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.clip.tokenizer import Tokenizer, TokenizerKind, train_byte_bpe
+from ldm.conditioning import Conditioner, ConditionerKind
 from ldm.config import to_yaml
 from ldm.experiment import Experiment, model_config
-from ldm.nn.conditioning import Conditioning
+from ldm.formats.native import WithoutInit
 from ldm.training.optim import TrainConfig
 
 GIB = 2**30
@@ -93,20 +94,34 @@ def _denoiser(experiment: Experiment) -> Part:
         "denoiser": denoiser,
         "first stage": config.first_stage.build().requires_grad_(False),
     }
-    tower: Any = getattr(config.conditioner, "tower", None)
-    if tower is not None:
-        networks["text tower"] = tower.build().requires_grad_(config.conditioner.trainable)
     b = train.batch_size
-    size = [side // config.first_stage.factor for side in config.size]
-    latent = torch.empty(b, config.first_stage.latent_channels, *size)
-    channels = config.conditioner.concat_channels
-    concat = torch.empty(b, channels, *size) if channels else None
-    tokens = torch.zeros(b, tower.context_length, dtype=torch.long) if tower else None
+    latent = torch.empty(
+        b, config.first_stage.latent_channels, *(side // config.first_stage.factor for side in config.size)
+    )
+    conditioner = _conditioner(experiment, config.conditioner)
+    if list(conditioner.parameters()):
+        networks["conditioner"] = conditioner
 
     def step() -> Tensor:
-        context, pooled = networks["text tower"](tokens) if tower else (None, None)
-        width = config.denoiser.vector_width
-        vector = None if width is None else pooled if tower else torch.empty(b, width)
-        return denoiser(latent, torch.empty(b), Conditioning(context=context, vector=vector, concat=concat))
+        with torch.device(
+            "cpu"
+        ):  # raw conditions are there; the weights, and what comes of them, are on the meta device
+            pictures = {"image": torch.zeros(b, config.first_stage.image_channels, *config.size)}
+            made = conditioner.of_training(pictures, lambda _: torch.zeros(latent.shape), torch.Generator())
+            absent = {name: [None] * b for name in config.conditioner.reads}
+            cond = conditioner(absent | {name: made[name] for name in absent if name in made.keys() - pictures.keys()})
+        return denoiser(latent, torch.empty(b), cond)
 
     return train, networks, step
+
+
+def _conditioner(experiment: Experiment, kind: ConditionerKind) -> Conditioner:
+    """The conditioner without weights; its tokenizers are none of the experiment's, which may not be there yet."""
+    clip = None if experiment.clip is None else _any_tokenizer(experiment.clip.tokenizer)
+    with WithoutInit():
+        return kind.with_tokenizer(lambda described, _: _any_tokenizer(described)).build(clip).to("meta")
+
+
+def _any_tokenizer(kind: TokenizerKind) -> Tokenizer:
+    """One that makes as many tokens of a text."""
+    return train_byte_bpe([""], kind.vocab_size, kind.context_length)

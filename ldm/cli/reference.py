@@ -74,17 +74,17 @@ def _sections() -> Iterator[Section]:
     """Sections depth first from the experiment; one that stands in several places comes once, at the first."""
     places: dict[type, list[str]] = {}
 
-    def visit(config: type, place: str) -> None:
-        if place in places.setdefault(config, []):
+    def visit(config: type, place: str, above: tuple[type, ...]) -> None:
+        if config in above or place in places.setdefault(config, []):
             return
         places[config].append(place)
         for entry in _kinds(config) if _is_family(config) else [config]:
             for name, hint, _ in _keys(entry):
                 suffix = "[]" if typing.get_origin(hint) in (tuple, list) else ""
                 for inner in _configs_in(hint):
-                    visit(inner, f"{place}.{name}{suffix}".lstrip("."))
+                    visit(inner, f"{place}.{name}{suffix}".lstrip("."), (*above, config))
 
-    visit(Experiment, "")
+    visit(Experiment, "", ())
     return (Section(config, tuple(found)) for config, found in places.items())
 
 
@@ -134,6 +134,10 @@ def _type(hint: Any, sections: Mapping[type, Section]) -> str:
         return f"[{', '.join(_type(argument, sections) for argument in arguments)}]"
     if origin in (tuple, list):
         return f"list of {_type(arguments[0], sections)}"
+    if origin is Mapping:
+        return f"section of names, each {_type(arguments[1], sections)}"
+    if hint is Any:
+        return "any value"
     section = sections[hint]
     return f"[{'kind' if _is_family(hint) else 'section'}](#{section.anchor})"
 

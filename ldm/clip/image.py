@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.clip.transformer import Activation, check_shape, stack
@@ -13,13 +14,37 @@ from ldm.config import Kind, setting
 from ldm.errors import ConfigError
 
 
+class ImageTower(nn.Module):
+    """A picture to the states of its parts, and these to one embedding."""
+
+    def states(self, image: Tensor) -> Tensor:
+        """``image [b 3 h w]`` of the config's size in [-1, 1] ``-> [b 1+n width]``, the first that of the whole picture."""
+        raise NotImplementedError
+
+    def embed(self, states: Tensor) -> Tensor:
+        """``[b 1+n width] -> [b embed_dim]``"""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``image [b 3 h w] -> [b embed_dim]``"""
+        return self.embed(self.states(image))
+
+
 class ImageTowerKind(Kind):
     """The family of image towers; ``build(embed_dim)`` gives a module ``[b 3 h w] -> [b embed_dim]``."""
 
     image_size: int
+    width: int
 
-    def build(self, embed_dim: int) -> nn.Module:
+    def build(self, embed_dim: int) -> ImageTower:
         raise NotImplementedError
+
+
+def to_size(image: Tensor, size: int) -> Tensor:
+    """Pictures ``[b 3 h w]`` in [-1, 1] as ``[b 3 size size]``, all of them, squeezed if they are no squares."""
+    if image.shape[2:] == (size, size):
+        return image
+    return F.interpolate(image, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -44,7 +69,7 @@ class ViTConfig(ImageTowerKind, kind="vit"):
         return VisionTransformer(self, embed_dim)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(ImageTower):
     """Patches, a class token and learnt positions through a transformer (Dosovitskiy et al. 2021, arXiv
     2010.11929), with CLIP's layer norm before it (Radford et al. 2021, section 2.4)."""
 
@@ -64,8 +89,7 @@ class VisionTransformer(nn.Module):
         for parameter in (self.class_embedding, self.position_embedding, self.projection.weight):
             nn.init.normal_(parameter, std=config.width**-0.5)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """``image [b 3 h w]`` of the config's size, scaled as in training: [-1, 1]; ``-> [b embed_dim]``."""
+    def states(self, image: Tensor) -> Tensor:
         size = self.config.image_size
         assert image.shape[2:] == (size, size), f"{tuple(image.shape)} is not a batch of {size} x {size} pixels"
         patches = self.patch_embedding(image).flatten(2).transpose(1, 2)
@@ -73,6 +97,8 @@ class VisionTransformer(nn.Module):
         x = self.norm_in(x + self.position_embedding)
         for block in self.blocks:
             x = block(x)
-        if self.config.pool == "class":
-            return self.projection(self.final_norm(x[:, 0]))
-        return self.projection(self.final_norm(x[:, 1:]).mean(dim=1))
+        return self.final_norm(x)
+
+    def embed(self, states: Tensor) -> Tensor:
+        pooled = states[:, 0] if self.config.pool == "class" else states[:, 1:].mean(dim=1)
+        return self.projection(pooled)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.clip.image import ImageTowerKind
+from ldm.clip.image import ImageTowerKind, to_size
 from ldm.clip.text import TextTowerConfig
 from ldm.config import setting
 from ldm.errors import ConfigError
@@ -63,10 +63,7 @@ class CLIP(nn.Module):
 
         A picture of another size than the image tower's is brought to it, all of it, squeezed if it is no square.
         """
-        size = (self.config.image.image_size,) * 2
-        if image.shape[2:] != size:
-            image = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)
-        return F.normalize(self.image(image), dim=-1)
+        return F.normalize(self.image(to_size(image, self.config.image.image_size)), dim=-1)
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``image [b 3 h w], tokens [b n]`` to the first three arguments of :func:`clip_loss`."""

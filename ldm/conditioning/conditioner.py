@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.clip.tokenizer import Tokenizer
+from ldm.clip.model import CLIPConfig
+from ldm.clip.tokenizer import Tokenizer, TokenizerKind
 from ldm.config import Kind
-from ldm.errors import DataError
+from ldm.errors import ConfigError, DataError
 from ldm.nn.conditioning import Conditioning
 
 
@@ -42,13 +43,29 @@ class ConditionerKind(Kind):
     def concat_channels(self) -> int:
         return 0
 
-    @property
-    def trainable(self) -> bool:
-        """Whether its weights are trained along with the denoiser."""
-        return True
+    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int]) -> ConditionerKind:
+        """Itself, with what follows from the rest of an experiment filled in.
+
+        Args:
+            clip: the model of the clip section, if there is one.
+            latent_size: height and width of the latents.
+
+        Raises:
+            ConfigError: something that it needs is not there.
+        """
+        return self
+
+    def with_tokenizer(self, make: Callable[[TokenizerKind, str], Tokenizer], name: str = "") -> ConditionerKind:
+        """Itself, with a tokenizer of its own filled in where it has one.
+
+        Args:
+            make: gives the tokenizer that the config describes, for the conditioner ``name``.
+            name: of this conditioner among several.
+        """
+        return self
 
     def build(self, tokenizer: Tokenizer | None = None) -> Conditioner:
-        """The module; ``tokenizer`` serves those that read text."""
+        """The module, what is not trained along with the denoiser frozen; ``tokenizer`` is that of the clip section."""
         raise NotImplementedError
 
 
@@ -59,8 +76,9 @@ class Conditioner(nn.Module):
         """The conditioning of a batch.
 
         Args:
-            inputs: raw conditions by name, a sequence of ``b`` each: ``text`` (of str), ``label`` (of int). An entry of None
-                is a condition that is not there, like one that was dropped.
+            inputs: raw conditions by name, a sequence of ``b`` each: ``text`` (of str), ``label`` (of int), ``image``
+                (of ``[3 h w]`` in [-1, 1]), ``boxes`` (of lists of (class, x0, y0, x1, y1)), ``semantic`` (of ``[h w]``
+                of int). An entry of None is a condition that is not there, like one that was dropped.
             generator: when given (training), each example's condition is dropped at the conditioner's rate, drawn from it.
         """
         raise NotImplementedError
@@ -87,6 +105,13 @@ class Conditioner(nn.Module):
         """
         return batch
 
+    def towers(self) -> Iterator[tuple[str, nn.Module]]:
+        """What begins a training with weights of stage 2, each with its name there: ``text`` or ``image``."""
+        return iter(())
+
+    def load_pretrained(self) -> None:
+        """Take over the weights of a checkpoint that its config names, as a training does at its start."""
+
 
 def training_pictures(batch: Mapping[str, Any], kind: str) -> Tensor:
     """The pictures of a batch, ``[b 3 h w]`` in [-1, 1], from which the conditioner ``kind`` makes what it reads.
@@ -101,6 +126,12 @@ def training_pictures(batch: Mapping[str, Any], kind: str) -> Tensor:
         )
     pictures: Tensor = batch["image"]
     return pictures
+
+
+def check_dropout(dropout: float) -> None:
+    """Raises a ConfigError for what is no share below 1."""
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout must be in [0, 1), not {dropout}.")
 
 
 def dropped(n: int, rate: float, generator: torch.Generator | None) -> Tensor:

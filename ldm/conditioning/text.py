@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ldm.clip.model import CLIPConfig
 from ldm.clip.text import TextOutput, TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning import windows
-from ldm.conditioning.conditioner import Conditioner, ConditionerKind, dropped
+from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, dropped
 from ldm.config import setting
 from ldm.errors import ConfigError
 from ldm.nn.conditioning import Conditioning
@@ -32,8 +33,7 @@ class TextConditionerConfig(ConditionerKind, kind="text"):
     tower: TextTowerConfig | None = setting(None, "the text tower; null = that of the experiment's clip section")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1), not {self.dropout}.")
+        check_dropout(self.dropout)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -46,6 +46,11 @@ class TextConditionerConfig(ConditionerKind, kind="text"):
     @property
     def vector_width(self) -> int | None:
         return (self.tower.embed_dim or self.tower.width) if self.tower and self.pooled else None
+
+    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int]) -> TextConditionerConfig:
+        if clip is None:
+            raise ConfigError("denoiser.conditioner reads text, but there is no clip section to give its tower.")
+        return replace(self, tower=self.tower or replace(clip.text, embed_dim=clip.embed_dim))
 
     def build(self, tokenizer: Tokenizer | None = None) -> TextConditioner:
         assert self.tower is not None, "the tower comes from the clip section"
@@ -60,7 +65,7 @@ class TextConditioner(Conditioner):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self.tower = tower.build()
+        self.tower = tower.build().requires_grad_(config.trainable)
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         captions = list(inputs["text"])
@@ -77,3 +82,6 @@ class TextConditioner(Conditioner):
             return windows.read(texts, self.tokenizer, self.tower)
         tokens = self.tokenizer(texts)
         return self.tower(tokens.to(self.tower.token_embedding.weight.device)), None
+
+    def towers(self) -> Iterator[tuple[str, nn.Module]]:
+        yield "text", self.tower

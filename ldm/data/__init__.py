@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ldm.data.kinds import DataKind, ShardsData
 from ldm.data.samples import Batch, Draw, Samples
+from ldm.data.shapes import Shapes
 from ldm.data.stream import EvaluationLoader, TrainStream
 from ldm.data.toy import Digits, SCurve
 
@@ -15,6 +16,7 @@ __all__ = [
     "EvaluationLoader",
     "SCurve",
     "Samples",
+    "Shapes",
     "ShardsData",
     "TrainStream",
 ]

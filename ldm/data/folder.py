@@ -1,8 +1,9 @@
 """From a folder of pictures with captions to shards of train, val and test.
 
 A caption stands in ``x.txt`` beside ``x.jpg``, or in a ``metadata.csv`` or ``metadata.jsonl`` (columns
-``file_name`` and ``text``, as Hugging Face's imagefolder has them) in the same folder or above. What
-cannot be used is left out and named in ``report.json``.
+``file_name`` and ``text``, as Hugging Face's imagefolder has them) in the same folder or above. Boxes stand in
+``x.boxes.json`` and a map of classes in ``x.semantic.png``; where one picture has them, all must. What cannot be
+used is left out and named in ``report.json``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.data.shards import PICTURE_SUFFIXES, SPLITS, Sample, write_shard
-from ldm.data.transforms import decode, shrink
+from ldm.conditioning.boxes import Box, read_boxes
+from ldm.data.shards import BOXES, PICTURE_SUFFIXES, SEMANTIC, SPLITS, Sample, write_shard
+from ldm.data.transforms import decode, decode_map, shrink
 from ldm.errors import DataError
 from ldm.formats.native import write_atomically
 
@@ -76,6 +78,8 @@ class _Candidate:
     name: str
     key: str
     text: str
+    boxes: Path | None
+    semantic: Path | None
 
     @property
     def place(self) -> int:
@@ -145,6 +149,15 @@ def _candidates(source: Path, destination: Path, report: Report) -> list[_Candid
     """The pictures that have a caption and a key of their own, in the order of their names."""
     source, destination = source.resolve(), destination.resolve()
     files = sorted(path for path in source.rglob("*") if path.is_file() and destination not in path.parents)
+    boxes, maps = (
+        {
+            path.with_name(path.name.removesuffix(f".{ending}")): path
+            for path in files
+            if path.name.endswith(f".{ending}")
+        }
+        for ending in (BOXES, SEMANTIC)
+    )
+    files = [path for path in files if path not in (*boxes.values(), *maps.values())]
     pictures = {path: path.relative_to(source).as_posix() for path in files if path.suffix.lower() in READABLE}
     metadata = [path for path in files if path.name in METADATA]
     captions = _metadata_captions(source, metadata, set(pictures), report)
@@ -164,8 +177,13 @@ def _candidates(source: Path, destination: Path, report: Report) -> list[_Candid
             report.leave_out("caption is not UTF-8", name)
         elif key in candidates:
             report.leave_out("same name but for suffix or dots", name, candidates[key].name)
+        elif boxes and path.with_suffix("") not in boxes:
+            report.leave_out(f"no boxes (.{BOXES})", name)
+        elif maps and path.with_suffix("") not in maps:
+            report.leave_out(f"no semantic map (.{SEMANTIC})", name)
         else:
-            candidates[key] = _Candidate(path, name, key, text.strip())
+            beside = path.with_suffix("")
+            candidates[key] = _Candidate(path, name, key, text.strip(), boxes.get(beside), maps.get(beside))
     return list(candidates.values())
 
 
@@ -236,6 +254,8 @@ def _examined(candidates: list[_Candidate], min_size: int, workers: int, report:
                 bar.update()
                 if isinstance(size, DataError):
                     report.leave_out("unreadable", candidate.name, str(size))
+                elif problem := _problem_of_layout(candidate, size):
+                    report.leave_out("boxes or semantic map of no use", candidate.name, problem)
                 elif min(size) < min_size:
                     report.leave_out(f"smaller than {min_size} pixels", candidate.name, f"{size[0]} x {size[1]}")
                 else:
@@ -249,6 +269,24 @@ def _size(candidate: _Candidate) -> tuple[int, int] | DataError:
         return DataError(f"cannot be opened ({error.strerror})")
     except DataError as error:
         return error
+
+
+def _problem_of_layout(candidate: _Candidate, size: tuple[int, int]) -> str | None:
+    """What is wrong with the boxes or the map of a picture of that width and height."""
+    try:
+        if candidate.boxes is not None:
+            _boxes(candidate.boxes)
+        if candidate.semantic is not None:
+            labels = decode_map(candidate.semantic.read_bytes())
+            if labels.size != size:
+                return f"the map is {labels.width} x {labels.height}, the picture {size[0]} x {size[1]}"
+    except (DataError, OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _boxes(path: Path) -> list[Box]:
+    return read_boxes(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _write_split(folder: Path, candidates: list[_Candidate], shard_size: int, max_size: int | None) -> None:
@@ -269,12 +307,21 @@ def _write_split(folder: Path, candidates: list[_Candidate], shard_size: int, ma
 def _sample(candidate: _Candidate, max_size: int | None) -> Sample:
     data, suffix = candidate.path.read_bytes(), candidate.path.suffix.lower().removeprefix(".")
     picture = decode(data)
-    if suffix in PICTURE_SUFFIXES and (max_size is None or max(picture.size) <= max_size):
-        return Sample(candidate.key, candidate.text, data, suffix)
-    encoded = io.BytesIO()
-    small = picture if max_size is None else shrink(picture, max_size)
-    if suffix in ("jpg", "jpeg"):
-        small.save(encoded, "JPEG", quality=95, subsampling=0)
-        return Sample(candidate.key, candidate.text, encoded.getvalue(), "jpg")
-    small.save(encoded, "PNG")
-    return Sample(candidate.key, candidate.text, encoded.getvalue(), "png")
+    if suffix not in PICTURE_SUFFIXES or (max_size is not None and max(picture.size) > max_size):
+        encoded = io.BytesIO()
+        small = picture if max_size is None else shrink(picture, max_size)
+        if suffix in ("jpg", "jpeg"):
+            suffix = "jpg"
+            small.save(encoded, "JPEG", quality=95, subsampling=0)
+        else:
+            suffix = "png"
+            small.save(encoded, "PNG")
+        data = encoded.getvalue()
+    return Sample(
+        candidate.key,
+        candidate.text,
+        data,
+        suffix,
+        boxes=None if candidate.boxes is None else _boxes(candidate.boxes),
+        semantic=None if candidate.semantic is None else candidate.semantic.read_bytes(),
+    )

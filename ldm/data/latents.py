@@ -43,7 +43,8 @@ class CachedLatents(Samples):
     def __getitem__(self, draw: Draw) -> Batch:
         rows = torch.cat([self._posteriors[i : i + 1] for i in draw.index.tolist()]).float()
         mean, std = (rows[:, part].contiguous(memory_format=torch.channels_last) for part in range(2))
-        return {"mean": mean, "std": std, **self.annotations(draw.index)}
+        unchanged = Draw(draw.index)  # as the pictures were encoded
+        return {"mean": mean, "std": std, **self.annotations(draw.index), **self._samples.layout(unchanged)}
 
 
 def cache_latents(

@@ -1,14 +1,16 @@
 """Sets of samples from which batches are drawn by number: on disk, or in memory.
 
 ``samples[draw]`` is one batch, a dict of ``image`` (fp32 ``[b c h w]`` in [-1, 1], channels_last), ``text``
-and ``key`` (lists of ``b``) and, for labelled sets, ``label`` (int64 ``[b]``). It depends on the draw alone.
+and ``key`` (lists of ``b``) and, for sets that have them, ``label`` (int64 ``[b]``), ``boxes`` (a list of ``b``
+lists of (class, x0, y0, x1, y1), corners in [0, 1]) and ``semantic`` (int64 ``[b h w]``, a class a pixel). It
+depends on the draw alone.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.conditioning.boxes import Box
 from ldm.data.shards import Shards
-from ldm.data.transforms import Fit, decode, to_tensor
+from ldm.data.transforms import Fit, decode, decode_map, size_of, to_tensor
 from ldm.errors import DataError
 
 Batch = dict[str, Any]
@@ -56,8 +59,12 @@ class Samples(Dataset[Batch]):
         return sum(self.lengths)
 
     def annotations(self, index: np.ndarray) -> Batch:
-        """All of a batch but its pictures: ``text``, ``key`` and perhaps ``label``."""
+        """What is said of whole pictures: ``text``, ``key`` and perhaps ``label``."""
         raise NotImplementedError
+
+    def layout(self, draw: Draw) -> Batch:
+        """What is said of places in the pictures of a draw: ``boxes`` and ``semantic``, where the set has them."""
+        return {}
 
     def __getitem__(self, draw: Draw) -> Batch:
         raise NotImplementedError
@@ -94,12 +101,27 @@ class StoredPictures(Samples):
             batch["label"] = torch.tensor([self.shards.label(i) for i in index])
         return batch
 
+    def layout(self, draw: Draw) -> Batch:
+        batch: Batch = {}
+        if self.shards.boxed:
+            boxes = [self.boxes(i, y, x) for i, y, x in self._cuts(draw)]
+            batch["boxes"] = _mirrored_boxes(boxes, draw) if self.flip else boxes
+        if self.shards.mapped:
+            maps = np.stack([self.semantic(i, y, x) for i, y, x in self._cuts(draw)])
+            batch["semantic"] = torch.from_numpy(_mirrored(maps, draw) if self.flip else maps)
+        return batch
+
     def __getitem__(self, draw: Draw) -> Batch:
+        pictures = np.stack([self.picture(i, y, x) for i, y, x in self._cuts(draw)])
+        image = to_tensor(_mirrored(pictures, draw) if self.flip else pictures)
+        return {"image": image, **self.annotations(draw.index), **self.layout(draw)}
+
+    def _cuts(self, draw: Draw) -> Iterator[tuple[int, float, float]]:
+        """Sample number and place of the cut (y, x) of each sample of a draw."""
         centre = np.full((len(draw.index), 2), 0.5)
         places = draw.jitter[:, :2] if draw.jitter is not None and self.random_crop else centre
-        pictures = np.stack([self.picture(i, y, x) for i, (y, x) in zip(draw.index, places, strict=True)])
-        image = to_tensor(_mirrored(pictures, draw) if self.flip else pictures)
-        return {"image": image, **self.annotations(draw.index)}
+        for i, (y, x) in zip(draw.index, places, strict=True):
+            yield i, y, x
 
     def picture(self, i: int, y: float = 0.5, x: float = 0.5) -> np.ndarray:
         """Picture ``i`` as uint8 ``[h w 3]``, cut at (y, x)."""
@@ -109,6 +131,17 @@ class StoredPictures(Samples):
         except DataError as error:
             raise DataError(f"the picture {self.shards.where(i)} {error}; take it out of the shard.") from None
         return self.fit(picture, y, x)
+
+    def boxes(self, i: int, y: float = 0.5, x: float = 0.5) -> list[Box]:
+        """The boxes of sample ``i`` in its picture cut at (y, x)."""
+        return self.fit.boxes(self.shards.boxes(i), size_of(self.shards.picture(i)), y, x)
+
+    def semantic(self, i: int, y: float = 0.5, x: float = 0.5) -> np.ndarray:
+        """The map of sample ``i`` as int64 ``[h w]``, cut at (y, x)."""
+        try:
+            return self.fit.semantic(decode_map(self.shards.semantic(i)), y, x)
+        except DataError as error:
+            raise DataError(f"the semantic map of {self.shards.where(i)} {error}.") from None
 
 
 class PicturesInMemory(Samples):
@@ -129,7 +162,10 @@ class PicturesInMemory(Samples):
     def __getitem__(self, draw: Draw) -> Batch:
         pictures = self._pictures[draw.index]
         image = to_tensor(_mirrored(pictures, draw) if self._stored.flip else pictures)
-        return {"image": image, **self.annotations(draw.index)}
+        return {"image": image, **self.annotations(draw.index), **self.layout(draw)}
+
+    def layout(self, draw: Draw) -> Batch:
+        return self._stored.layout(draw)
 
     @functools.cached_property
     def _annotations(self) -> Batch:
@@ -159,11 +195,20 @@ class TensorsInMemory(Samples):
         text: ``n`` captions.
         key: ``n`` unique names.
         label: int64 ``[n]`` or None.
+        layout: ``boxes`` and ``semantic`` of all samples, or None.
     """
 
-    def __init__(self, image: Tensor, text: Sequence[str], key: Sequence[str], label: Tensor | None = None):
+    def __init__(
+        self,
+        image: Tensor,
+        text: Sequence[str],
+        key: Sequence[str],
+        label: Tensor | None = None,
+        layout: Batch | None = None,
+    ):
         self._image = image.to(memory_format=torch.channels_last)
         self._annotations = {"text": text, "key": key} | ({} if label is None else {"label": label})
+        self._layout = layout or {}
         self.lengths = [len(image)]
         self.fingerprint = hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
@@ -171,7 +216,11 @@ class TensorsInMemory(Samples):
         return take(self._annotations, index)
 
     def __getitem__(self, draw: Draw) -> Batch:
-        return {"image": self._image[torch.from_numpy(draw.index)], **self.annotations(draw.index)}
+        image = self._image[torch.from_numpy(draw.index)]
+        return {"image": image, **self.annotations(draw.index), **self.layout(draw)}
+
+    def layout(self, draw: Draw) -> Batch:
+        return take(self._layout, draw.index)
 
 
 def take(batch: Batch, index: np.ndarray) -> Batch:
@@ -183,7 +232,19 @@ def take(batch: Batch, index: np.ndarray) -> Batch:
 
 
 def _mirrored(pictures: np.ndarray, draw: Draw) -> np.ndarray:
-    """uint8 ``[b h w c]`` with those whose third jitter is under one half mirrored."""
+    """``[b h w ...]`` with those whose third jitter is under one half mirrored."""
     if draw.jitter is None:
         return pictures
-    return np.where((draw.jitter[:, 2] < 0.5)[:, None, None, None], pictures[:, :, ::-1], pictures)
+    flips = (draw.jitter[:, 2] < 0.5).reshape(-1, *[1] * (pictures.ndim - 1))
+    return np.where(flips, pictures[:, :, ::-1], pictures)
+
+
+def _mirrored_boxes(boxes: list[list[Box]], draw: Draw) -> list[list[Box]]:
+    """The boxes of the pictures that :func:`_mirrored` makes."""
+    if draw.jitter is None:
+        return boxes
+    flips = draw.jitter[:, 2] < 0.5
+    return [
+        [(label, 1 - x1, y0, 1 - x0, y1) for label, x0, y0, x1, y1 in each] if flip else each
+        for each, flip in zip(boxes, flips, strict=True)
+    ]

@@ -1,4 +1,7 @@
-"""Shards: tar files in webdataset's layout, ``key.jpg`` beside ``key.txt`` (and ``key.cls``, a class number).
+"""Shards: tar files in webdataset's layout, ``key.jpg`` beside ``key.txt``.
+
+What else a sample may have: ``key.cls``, a class number; ``key.boxes.json``, a list of boxes [class, x0, y0, x1, y1]
+with corners as shares of width and height; ``key.semantic.png``, a class number a pixel.
 
 A shard on disk needs no streaming: its index, one pass over the headers, gives every sample by number. Order,
 resume, ranks and workers are then arithmetic on sample numbers (see :mod:`ldm.data.stream`).
@@ -10,6 +13,7 @@ import glob
 import hashlib
 import importlib.resources
 import io
+import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ldm.conditioning.boxes import Box, read_boxes
 from ldm.errors import DataError
 from ldm.formats.native import write_atomically
 
@@ -25,20 +30,31 @@ SPLITS = ("train", "val", "test")
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif")
 EMOJI = "emoji"  # as a source: the shards that come with the package
 
-_PICTURE, _TEXT, _CLASS = range(3)
-_MEMBERS = {**dict.fromkeys(PICTURE_SUFFIXES, _PICTURE), "txt": _TEXT, "cls": _CLASS}
+BOXES, SEMANTIC = "boxes.json", "semantic.png"  # what follows a key's dot
+
+_PICTURE, _TEXT, _CLASS, _BOXES, _SEMANTIC = range(5)
+_MEMBERS = {
+    **dict.fromkeys(PICTURE_SUFFIXES, _PICTURE),
+    "txt": _TEXT,
+    "cls": _CLASS,
+    BOXES: _BOXES,
+    SEMANTIC: _SEMANTIC,
+}
+_ON_ALL_OR_NONE = {_CLASS: "a class (.cls)", _BOXES: f"boxes (.{BOXES})", _SEMANTIC: f"a semantic map (.{SEMANTIC})"}
 _BLOCK = 512  # bytes: tar's unit
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture as stored: unique key, caption, encoded bytes, their file suffix, and class number if any."""
+    """A picture as stored: unique key, caption, encoded bytes and their file suffix; class number, boxes and map if any."""
 
     key: str
     text: str
     picture: bytes
     suffix: str
     label: int | None = None
+    boxes: Sequence[Box] | None = None
+    semantic: bytes | None = None
 
 
 def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
@@ -52,6 +68,10 @@ def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
                 members = {sample.suffix: sample.picture, "txt": sample.text.encode()}
                 if sample.label is not None:
                     members["cls"] = str(sample.label).encode()
+                if sample.boxes is not None:
+                    members[BOXES] = json.dumps(sample.boxes).encode()
+                if sample.semantic is not None:
+                    members[SEMANTIC] = sample.semantic
                 for suffix, data in members.items():
                     info = tarfile.TarInfo(f"{sample.key}.{suffix}")
                     info.size = len(data)
@@ -122,11 +142,13 @@ class Shards:
         keys: the key of each sample.
         lengths: the number of samples of each shard.
         labelled: whether the samples carry class numbers.
+        boxed: whether they carry boxes.
+        mapped: whether they carry semantic maps.
 
     Raises:
         DataError: a shard that is missing, ends early or is no tar; a sample without a picture, or without
-            both caption and class number; a key that comes twice; a set with no sample; class numbers on some
-            samples only.
+            both caption and class number; a key that comes twice; a set with no sample; class numbers, boxes or
+            maps on some samples only.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -139,12 +161,9 @@ class Shards:
             self.keys += found
             self.lengths.append(len(found))
             spans.append(np.array(list(found.values()), np.int64).reshape(-1, len(set(_MEMBERS.values())), 2))
-        # [n 3 2]: offset and size, in bytes, of picture, caption and class number; size -1 where there is
-        # none.
-        self._spans = np.concatenate(spans) if spans else np.zeros((0, 3, 2), np.int64)
+        # [n 5 2]: offset and size, in bytes, of each kind of member; size -1 where there is none.
+        self._spans = np.concatenate(spans) if spans else np.zeros((0, len(set(_MEMBERS.values())), 2), np.int64)
         self._shard = np.repeat(np.arange(len(self.paths)), self.lengths)
-        has_class = self._spans[:, _CLASS, 1] >= 0
-        self.labelled = bool(has_class.all())
         if not self.keys:
             raise DataError(
                 f"there is no sample in {', '.join(map(str, self.paths))}; make shards with tools/prepare.py."
@@ -152,9 +171,7 @@ class Shards:
         twice, times = Counter(self.keys).most_common(1)[0]
         if times > 1:
             raise DataError(f"the key {twice!r} comes twice in the shards of {self.paths[0].parent}; list each once.")
-        if has_class.any() and not self.labelled:
-            lacking = self.keys[int(np.argmin(has_class))]
-            raise DataError(f"samples of {self.paths[0].parent} have a class (.cls), but {lacking!r} has none.")
+        self.labelled, self.boxed, self.mapped = (self._all_have(member) for member in _ON_ALL_OR_NONE)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -180,6 +197,18 @@ class Shards:
                 f"the class of {self.where(i)} is {text!r}, not a whole number; write the shard again."
             ) from None
 
+    def boxes(self, i: int) -> list[Box]:
+        """The boxes of sample ``i`` of a boxed set."""
+        try:
+            return read_boxes(json.loads(self._read(i, _BOXES)))
+        except (DataError, ValueError) as error:
+            told = error if isinstance(error, DataError) else f"are no JSON ({error})"
+            raise DataError(f"the boxes of {self.where(i)} {told}; write the shard again.") from None
+
+    def semantic(self, i: int) -> bytes:
+        """The encoded map of sample ``i`` of a mapped set."""
+        return self._read(i, _SEMANTIC)
+
     def where(self, i: int) -> str:
         """Shard and key of sample ``i``, for messages."""
         return f"{self.keys[i]!r} in {self.paths[self._shard[i]]}"
@@ -190,6 +219,16 @@ class Shards:
         digest = hashlib.blake2b("\n".join(self.keys).encode(), digest_size=16)
         digest.update(self._spans.tobytes())
         return digest.hexdigest()
+
+    def _all_have(self, member: int) -> bool:
+        """Whether the samples have this kind of member; a DataError if only some do."""
+        has = self._spans[:, member, 1] >= 0
+        if has.any() and not has.all():
+            lacking = self.keys[int(np.argmin(has))]
+            raise DataError(
+                f"samples of {self.paths[0].parent} have {_ON_ALL_OR_NONE[member]}, but {lacking!r} has none."
+            )
+        return bool(has.all())
 
     def _read(self, i: int, member: int) -> bytes:
         offset, size = self._spans[i, member]
@@ -219,7 +258,7 @@ def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
                 stem, _, suffix = name.partition(".")  # webdataset's rule: a key ends at the name's first dot
                 member = _MEMBERS.get(suffix.lower())
                 if info.isreg() and member is not None:
-                    spans = samples.setdefault(folder + slash + stem, [(0, -1)] * 3)
+                    spans = samples.setdefault(folder + slash + stem, [(0, -1)] * len(set(_MEMBERS.values())))
                     spans[member] = (info.offset_data, info.size)
         with path.open("rb") as file:
             file.seek(end)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from ldm.conditioning.boxes import Box
 from ldm.errors import DataError
 from ldm.pictures import rgb
 
@@ -37,6 +39,36 @@ def decode(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
         raise DataError(f"cannot be read as a picture ({error})") from None
 
 
+def size_of(data: bytes) -> tuple[int, int]:
+    """Width and height of an encoded picture, turned as its EXIF says, without decoding it.
+
+    Raises:
+        DataError: as :func:`decode`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+            return (picture.height, picture.width) if turned else picture.size
+    except Exception as error:  # as in decode
+        raise DataError(f"cannot be read as a picture ({error})") from None
+
+
+def decode_map(data: bytes) -> Image.Image:
+    """An encoded map of classes, one a pixel: the numbers of a picture of one channel, its palette not applied.
+
+    Raises:
+        DataError: the bytes are no such picture; the message is a clause without the sample's name.
+    """
+    try:
+        labels: Image.Image = Image.open(io.BytesIO(data))
+        labels.load()
+    except Exception as error:  # as in decode
+        raise DataError(f"cannot be read as a map ({error})") from None
+    if len(labels.getbands()) != 1:
+        raise DataError("is no map: it has several channels, so save it in grey or with a palette")
+    return labels
+
+
 @dataclass(frozen=True)
 class Fit:
     """Scales a picture so that it covers ``height`` × ``width`` and cuts off what sticks out.
@@ -52,11 +84,34 @@ class Fit:
         """RGB picture to uint8 ``[height width 3]``; ``y``, ``x`` in [0, 1] place the cut, 0.5 being the
         centre.
         """
-        scale = min(picture.height / self.height, picture.width / self.width)
-        height, width = scale * self.height, scale * self.width
-        top, left = y * (picture.height - height), x * (picture.width - width)
-        box = (left, top, min(left + width, picture.width), min(top + height, picture.height))
+        box = self.window(picture.width, picture.height, y, x)
         return np.array(picture.resize((self.width, self.height), Image.Resampling.LANCZOS, box))
+
+    def window(self, width: int, height: int, y: float = 0.5, x: float = 0.5) -> tuple[float, float, float, float]:
+        """The wanted part of a picture of so many pixels: left, top, right, bottom."""
+        scale = min(height / self.height, width / self.width)
+        kept_height, kept_width = scale * self.height, scale * self.width
+        top, left = y * (height - kept_height), x * (width - kept_width)
+        return left, top, min(left + kept_width, width), min(top + kept_height, height)
+
+    def semantic(self, labels: Image.Image, y: float = 0.5, x: float = 0.5) -> np.ndarray:
+        """A map of classes, one a pixel, cut as its picture is: int64 ``[height width]``, of the nearest pixels."""
+        box = self.window(labels.width, labels.height, y, x)
+        return np.asarray(labels.resize((self.width, self.height), Image.Resampling.NEAREST, box)).astype(np.int64)
+
+    def boxes(self, boxes: Sequence[Box], size: tuple[int, int], y: float = 0.5, x: float = 0.5) -> list[Box]:
+        """Boxes of a picture of ``size`` (width, height), as they lie in what is cut of it; those outside are left out."""
+        width, height = size
+        left, top, right, bottom = self.window(width, height, y, x)
+
+        def across(share: float) -> float:
+            return min(max((share * width - left) / (right - left), 0.0), 1.0)
+
+        def down(share: float) -> float:
+            return min(max((share * height - top) / (bottom - top), 0.0), 1.0)
+
+        cut = [(label, across(x0), down(y0), across(x1), down(y1)) for label, x0, y0, x1, y1 in boxes]
+        return [box for box in cut if box[1] < box[3] and box[2] < box[4]]
 
 
 def shrink(picture: Image.Image, longest: int) -> Image.Image:

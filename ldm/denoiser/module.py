@@ -71,8 +71,6 @@ class DenoiserModule(StageModule):
         self.config = config
         self.model = model
         model.first_stage.requires_grad_(False)
-        if not config.conditioner.trainable:
-            model.conditioner.requires_grad_(False)
         self.of_points = model.latent_shape() == (2, 1, 1)
         if self.of_points:
             require_matplotlib()
@@ -136,14 +134,17 @@ class DenoiserModule(StageModule):
                 self.validation[f"loss_{100 * i // BINS}_{100 * (i + 1) // BINS}"] = total / count
 
     def pictures(self) -> Mapping[str, Picture]:
-        """Samples for fixed prompts, classes or pictures, from fixed noise; of points, the forward and the reverse process."""
+        """Samples from fixed noise: for fixed prompts or classes, or for what the first pictures of val tell the model.
+
+        Of points, the forward and the reverse process.
+        """
         if self.of_points:
             points = next(iter(EvaluationLoader(self.data.samples("val"), POINTS)))["image"]
             return process_pictures(self.model, points.to(self.device), self.generator("pictures"))
         reads = self.config.conditioner.reads
-        if {"low_res", "inpaint"} & set(reads):
-            return {"samples": self._beside_the_truth(reads)}
         wanted: dict[str, Any] = {"num_images_per_prompt": PREVIEW}
+        if reads and reads not in (("text",), ("label",)):
+            return {"samples": self._beside_the_truth(reads)}
         if reads:
             wanted = {"prompt": self.config.prompts} if reads == ("text",) else {"label": self.config.classes}
         if not all(wanted.values()):
@@ -157,13 +158,21 @@ class DenoiserModule(StageModule):
         batch = next(iter(EvaluationLoader(self.data.samples("val"), PREVIEW)))
         batch = self.data.transfer_batch_to_device(batch, self.device, 0)
         told = self._conditions(batch, self.generator("pictures"))
-        asked = {name: told[name].tolist() if name == "label" else list(told[name]) for name in reads}
+        asked = {name: _entries(told[name]) for name in reads}
         prompt, label = asked.pop("text", None), asked.pop("label", None)
         settings: dict[str, Any] = {"seed": self.seed, "output_type": "pt", "progress": False}
         made = Pipeline(self.model)(prompt, label=label, condition=asked, **settings)
-        truth = batch["image"]
+        if "mean" in batch:
+            truth = self.model.decode(self.model.first_stage.normalize(batch["mean"]))
+        else:
+            truth = batch["image"]
         rows = (torch.cat([*_given(told, truth), 2 * made - 1, truth]) + 1) / 2
         return Images.of(rows).grid(columns=len(truth), scale=max(1, LEAST_SIDE // truth.shape[-2]))
+
+
+def _entries(values: Any) -> list[Any]:
+    """An entry for each picture; numbers as such, not as tensors."""
+    return values.tolist() if isinstance(values, Tensor) and values.ndim == 1 else list(values)
 
 
 def _given(told: Mapping[str, Any], truth: Tensor) -> Iterator[Tensor]:

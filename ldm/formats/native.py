@@ -208,14 +208,14 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> LatentDiff
         CheckpointError: the file is missing, broken, of another format, or does not fit its own config.
     """
     header = read_header(path, MODEL, ModelConfig)
-    with torch.device("meta"), _WithoutInit():
+    with torch.device("meta"), WithoutInit():
         model = LatentDiffusion(header.config, header.tokenizer)
     load_strictly(model, read_tensors(path, dtype or torch.float32), path)
     model.fingerprint, model.provenance = header.fingerprint, header.provenance
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-class _WithoutInit(TorchFunctionMode):
+class WithoutInit(TorchFunctionMode):
     """Modules built under it skip ``torch.nn.init``, which on the meta device imports torch._dynamo, for 1.5 s."""
 
     def __torch_function__(

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from ldm.data.folder import prepare_folder, split_of
 from ldm.data.shards import SPLITS, Shards, find_shards
-from ldm.data.transforms import decode
+from ldm.data.transforms import decode, decode_map
 from ldm.errors import DataError
 from tests.data.pictures import encoded, noise_picture
 
@@ -220,3 +221,46 @@ def test_a_destination_that_cannot_be(tmp_path: Path) -> None:
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none does not exist"):
         prepare_folder(tmp_path / "none", tmp_path / "shards")
+
+
+def put_layout(folder: Path, name: str, boxes: object = (), labels: np.ndarray | None = None) -> None:
+    """Boxes and a semantic map beside the picture ``name``."""
+    (folder / f"{name}.boxes.json").write_text(json.dumps(boxes))
+    labels = np.zeros((8, 8), np.uint8) if labels is None else labels
+    (folder / f"{name}.semantic.png").write_bytes(encoded(Image.fromarray(labels)))
+
+
+def test_boxes_and_maps_come_along(tmp_path: Path) -> None:
+    source, destination = tmp_path / "source", tmp_path / "shards"
+    labels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    for i, name in enumerate(["a", "b.c"]):
+        put(source, f"{name}.png", seed=i)
+        put_layout(source, name, [[i, 0, 0, 0.5, 1]], labels + i)
+    prepare_folder(source, destination, shares=(1, 0, 0), max_size=6)
+    shards = Shards(find_shards(str(destination / "train"), "train"))
+    found = {key: (shards.boxes(i), np.asarray(decode_map(shards.semantic(i)))) for i, key in enumerate(shards.keys)}
+    assert {key: boxes for key, (boxes, _) in found.items()} == {"a": [(0, 0, 0, 0.5, 1)], "b_c": [(1, 0, 0, 0.5, 1)]}
+    assert all(np.array_equal(found[key][1], labels + i) for i, key in enumerate(["a", "b_c"]))
+
+
+def test_layouts_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    source, destination = tmp_path / "source", tmp_path / "shards"
+    for name in ("good", "bad", "broken", "small", "coloured", "unboxed", "unmapped"):
+        put(source, f"{name}.png")
+        put_layout(source, name)
+    (source / "bad.boxes.json").write_text("[[0, 0.5, 0, 0.4, 1]]")
+    (source / "broken.boxes.json").write_text("[[0")
+    (source / "small.semantic.png").write_bytes(encoded(Image.new("L", (4, 8))))
+    (source / "coloured.semantic.png").write_bytes(encoded(Image.new("RGB", (8, 8))))
+    (source / "unboxed.boxes.json").unlink()
+    (source / "unmapped.semantic.png").unlink()
+    report = prepare_folder(source, destination, shares=(1, 0, 0))
+    assert list(everything(destination)) == ["good"]
+    assert left_out(destination) == {
+        "no boxes (.boxes.json)": ["unboxed.png"],
+        "no semantic map (.semantic.png)": ["unmapped.png"],
+        "boxes or semantic map of no use": ["bad.png", "broken.png", "coloured.png", "small.png"],
+    }
+    reasons = report.left_out["boxes or semantic map of no use"]
+    assert reasons["small.png"] == "the map is 4 x 8, the picture 8 x 8"
+    assert "are not a list of (class, x0, y0, x1, y1)" in reasons["bad.png"]

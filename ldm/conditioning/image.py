@@ -1,0 +1,96 @@
+"""Pictures through the image tower: what a picture shows, as the context of another one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.clip.image import ImageTowerKind, to_size
+from ldm.clip.model import CLIPConfig
+from ldm.clip.tokenizer import Tokenizer
+from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, dropped
+from ldm.config import setting
+from ldm.errors import ConfigError
+from ldm.nn.conditioning import Conditioning
+
+
+@dataclass(frozen=True)
+class ImageConditionerConfig(ConditionerKind, kind="image"):
+    """What a picture shows, by the image tower of stage 2 or by one of its own; in training, the training picture itself."""
+
+    dropout: float = setting(0.1, "share of the training pictures that are dropped, for guidance")
+    trainable: bool = setting(False, "train the tower along with the denoiser; one of its own has to be")
+    tokens: bool = setting(False, "the context is the states of all patches, instead of the embedding as one token")
+    pooled: bool = setting(False, "also hand the embedding to the denoiser, as its conditioning vector")
+    tower: ImageTowerKind | None = setting(None, "the image tower; null = that of the experiment's clip section")
+    embed_dim: int | None = setting(None, "width of the embedding; null = that of the clip section")
+
+    def __post_init__(self) -> None:
+        check_dropout(self.dropout)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("image",)
+
+    @property
+    def context_width(self) -> int | None:
+        return (self.tower.width if self.tower else None) if self.tokens else self.embed_dim
+
+    @property
+    def vector_width(self) -> int | None:
+        return self.embed_dim if self.pooled else None
+
+    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int]) -> ImageConditionerConfig:
+        if clip is None:
+            if self.tower is None or self.embed_dim is None or not self.trainable:
+                raise ConfigError(
+                    "denoiser.conditioner reads pictures, but there is no clip section to give its tower; "
+                    "add one, or set tower, embed_dim and trainable: true for one of its own."
+                )
+            return self
+        if self.tower not in (None, clip.image) or self.embed_dim not in (None, clip.embed_dim):
+            raise ConfigError(
+                "denoiser.conditioner has another image tower than clip.model; leave tower and embed_dim out."
+            )
+        return replace(self, tower=clip.image, embed_dim=clip.embed_dim)
+
+    def build(self, tokenizer: Tokenizer | None = None) -> ImageConditioner:
+        assert self.tower is not None, "the tower comes from the clip section"
+        assert self.embed_dim is not None, "the width comes from the clip section"
+        return ImageConditioner(self, self.tower, self.embed_dim)
+
+
+class ImageConditioner(Conditioner):
+    """Image tower; a dropped picture is all zeros, as in Ramesh et al. 2022 (arXiv 2204.06125, section 2.1)."""
+
+    def __init__(self, config: ImageConditionerConfig, tower: ImageTowerKind, embed_dim: int):
+        super().__init__()
+        self.config = config
+        self.size = tower.image_size
+        self.width = embed_dim
+        self.tower = tower.build(embed_dim).requires_grad_(config.trainable)
+
+    def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
+        """The embedding has unit variance a channel on the average, as other contexts have, instead of unit length."""
+        given = inputs["image"]
+        weight = next(self.tower.parameters())
+        nothing = torch.zeros(1, 3, self.size, self.size)
+        pictures = [given] if isinstance(given, Tensor) else [nothing if each is None else each[None] for each in given]
+        stacked = torch.cat([to_size(each.to(weight.device), self.size) for each in pictures])
+        absent = torch.tensor([each is None for each in given])
+        kept = ~(absent | dropped(len(absent), self.config.dropout, generator)).to(weight.device)
+        states = self.tower.states(stacked.to(weight.dtype))
+        embedding = F.normalize(self.tower.embed(states), dim=-1) * self.width**0.5
+        context = states[:, 1:] if self.config.tokens else embedding[:, None]
+        return Conditioning(
+            context=context * kept[:, None, None],
+            vector=embedding * kept[:, None] if self.config.pooled else None,
+        )
+
+    def towers(self) -> Iterator[tuple[str, nn.Module]]:
+        yield "image", self.tower

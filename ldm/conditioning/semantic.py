@@ -1,0 +1,98 @@
+"""Semantic maps: a class for each place, concatenated to the latent (Rombach et al. 2022, arXiv 2112.10752, section 4.3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.clip.model import CLIPConfig
+from ldm.clip.tokenizer import Tokenizer
+from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, dropped
+from ldm.config import setting
+from ldm.errors import ConfigError, DataError, SamplingError
+from ldm.nn.conditioning import Conditioning
+
+
+@dataclass(frozen=True)
+class SemanticConditionerConfig(ConditionerKind, kind="semantic"):
+    """A map that gives each place a class."""
+
+    classes: int = setting(help="number of classes; a map holds numbers 0 .. classes - 1")
+    embedding: int | None = setting(None, "channels of a learnt embedding of a class; null = one-hot, a channel each")
+    dropout: float = setting(0.1, "share of the training maps that are dropped, for guidance")
+    size: tuple[int, int] | None = setting(
+        None, "height and width that maps are brought to; null = that of the latents"
+    )
+
+    def __post_init__(self) -> None:
+        check_dropout(self.dropout)
+        if self.classes < 1 or (self.embedding is not None and self.embedding < 1):
+            raise ConfigError("classes and embedding must be at least 1.")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("semantic",)
+
+    @property
+    def concat_channels(self) -> int:
+        return self.embedding or self.classes
+
+    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int]) -> SemanticConditionerConfig:
+        return replace(self, size=self.size or latent_size)
+
+    def build(self, tokenizer: Tokenizer | None = None) -> SemanticConditioner:
+        assert self.size is not None, "the size comes from the experiment's latents"
+        return SemanticConditioner(self, self.size)
+
+
+class SemanticConditioner(Conditioner):
+    """A table with one row more than classes: the last, all zeros, stands for no map."""
+
+    def __init__(self, config: SemanticConditionerConfig, size: tuple[int, int]):
+        super().__init__()
+        self.config = config
+        self.size = size
+        self.table = nn.Embedding(config.classes + 1, config.concat_channels, padding_idx=config.classes)
+        if config.embedding is None:
+            self.table.weight.requires_grad_(False).copy_(torch.eye(config.classes + 1, config.classes))
+
+    def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
+        if "semantic" not in inputs:
+            raise DataError(
+                "the denoiser is conditioned on semantic maps, but the data has none; give each sample a .semantic.png."
+            )
+        maps = inputs["semantic"]
+        if isinstance(maps, Tensor):
+            labels = self._resized(maps)
+        else:
+            absent = torch.full((1, *self.size), self.config.classes)
+            labels = torch.cat([absent if each is None else self._resized(_as_map(each)[None]) for each in maps])
+        labels = labels.to(self.table.weight.device)
+        drop = dropped(len(labels), self.config.dropout, generator).to(labels.device)
+        rows = self.table(torch.where(drop[:, None, None], self.config.classes, labels))
+        return Conditioning(concat=rows.permute(0, 3, 1, 2))
+
+    def _resized(self, maps: Tensor) -> Tensor:
+        """``[b H W]`` of class numbers ``-> [b h w]``, each the one nearest to the middle of its place."""
+        wrong = maps[(maps < 0) | (maps >= self.config.classes)]
+        if len(wrong):
+            raise SamplingError(
+                f"a semantic map holds {int(wrong[0])}, but its classes are 0 to {self.config.classes - 1}."
+            )
+        return F.interpolate(maps[:, None].float(), self.size, mode="nearest-exact")[:, 0].long()
+
+
+def _as_map(value: Any) -> Tensor:
+    """``[h w]`` of whole numbers, of an array, a picture of one channel or a list of rows."""
+    values = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
+    if values.ndim != 2 or values.dtype.kind not in "iub":
+        raise SamplingError(
+            f"a semantic map is [h w] of whole numbers, not {list(values.shape)} of {values.dtype}; give a class a pixel."
+        )
+    return torch.from_numpy(values.astype(np.int64))

@@ -1,0 +1,134 @@
+"""Several conditioners at once: what each says is laid side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.clip.model import CLIPConfig
+from ldm.clip.tokenizer import Tokenizer, TokenizerKind
+from ldm.conditioning.conditioner import Conditioner, ConditionerKind
+from ldm.config import setting
+from ldm.errors import ConfigError
+from ldm.nn.conditioning import Conditioning
+
+
+@dataclass(frozen=True)
+class SeveralConditionersConfig(ConditionerKind, kind="several"):
+    """Several conditions at once, each dropped by itself: contexts one after the other, vectors and channels side by side."""
+
+    parts: Mapping[str, ConditionerKind] = setting(help="conditioners by a name that the weights go by")
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ConfigError("parts is empty; name one conditioner or several.")
+        for name in self.parts:
+            if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+                raise ConfigError(f"a part cannot be named {name!r}; choose another name of letters and underscores.")
+        widths = {name: part.context_width for name, part in self.parts.items() if part.context_width is not None}
+        if len(set(widths.values())) > 1:
+            given = ", ".join(f"{width} of {name}" for name, width in widths.items())
+            raise ConfigError(f"the context widths of the parts differ ({given}); make them equal.")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.reads))
+
+    @property
+    def context_width(self) -> int | None:
+        return next((part.context_width for part in self.parts.values() if part.context_width is not None), None)
+
+    @property
+    def vector_width(self) -> int | None:
+        return sum(part.vector_width or 0 for part in self.parts.values()) or None
+
+    @property
+    def latent_channels(self) -> int | None:  # type: ignore[override]  # a value in a kind that is none of several
+        return next((part.latent_channels for part in self.parts.values() if part.latent_channels is not None), None)
+
+    @property
+    def latent_factor(self) -> int | None:  # type: ignore[override]
+        return next((part.latent_factor for part in self.parts.values() if part.latent_factor is not None), None)
+
+    @property
+    def concat_channels(self) -> int:
+        return sum(part.concat_channels for part in self.parts.values())
+
+    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int]) -> SeveralConditionersConfig:
+        return replace(self, parts={name: part.resolved(clip, latent_size) for name, part in self.parts.items()})
+
+    def with_tokenizer(
+        self, make: Callable[[TokenizerKind, str], Tokenizer], name: str = ""
+    ) -> SeveralConditionersConfig:
+        parts = {key: part.with_tokenizer(make, f"{name}_{key}") for key, part in self.parts.items()}
+        return replace(self, parts=parts)
+
+    def build(self, tokenizer: Tokenizer | None = None) -> SeveralConditioners:
+        return SeveralConditioners(self, tokenizer)
+
+
+class SeveralConditioners(Conditioner):
+    """The records of its parts as one."""
+
+    def __init__(self, config: SeveralConditionersConfig, tokenizer: Tokenizer | None):
+        super().__init__()
+        self.config = config
+        self.parts = nn.ModuleDict({name: part.build(tokenizer) for name, part in config.parts.items()})
+
+    def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
+        return side_by_side([part(inputs, generator) for part in self.parts.values()])
+
+    def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
+        return side_by_side([part.unconditional(inputs, negative) for part in self._conditioners()])
+
+    def of_training(
+        self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
+    ) -> Mapping[str, Any]:
+        for part in self._conditioners():
+            batch = part.of_training(batch, encode, generator)
+        return batch
+
+    def towers(self) -> Iterator[tuple[str, nn.Module]]:
+        for part in self._conditioners():
+            yield from part.towers()
+
+    def load_pretrained(self) -> None:
+        for part in self._conditioners():
+            part.load_pretrained()
+
+    def _conditioners(self) -> Iterator[Conditioner]:
+        for part in self.parts.values():
+            assert isinstance(part, Conditioner)
+            yield part
+
+
+def side_by_side(records: list[Conditioning]) -> Conditioning:
+    """One record of several for the same batch: contexts along n, vectors along d, concats along c."""
+    heard = [record for record in records if record.context is not None]
+    mask = None
+    if any(record.mask is not None for record in heard):
+        mask = torch.cat([_mask(record) for record in heard], dim=1)
+    return Conditioning(
+        context=_joined([record.context for record in heard]),
+        mask=mask,
+        vector=_joined([record.vector for record in records]),
+        concat=_joined([record.concat for record in records]),
+    )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """Along the second dimension, those that are there."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there, dim=1) if there else None
+
+
+def _mask(record: Conditioning) -> Tensor:
+    """``[b n]``: its mask, or all True."""
+    if record.mask is not None:
+        return record.mask
+    assert record.context is not None
+    return torch.ones(record.context.shape[:2], dtype=torch.bool, device=record.context.device)

@@ -1,0 +1,223 @@
+"""Captions through an encoder of the ``transformers`` library: a BERT that is trained along, or any that was pretrained.
+
+The first is the way of Rombach et al. 2022 (arXiv 2112.10752, section 4.3.1); the second brings what others have taught
+an encoder, other languages among it. A model file carries the encoder's config and its tokenizer, so that it needs
+the checkpoint no more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import tokenizers
+import torch
+from torch import nn
+
+from ldm.clip.model import CLIPConfig
+from ldm.clip.tokenizer import ByteBPEConfig, Tokenizer, TokenizerKind
+from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, dropped
+from ldm.config import setting
+from ldm.errors import CheckpointError, ConfigError
+from ldm.nn.conditioning import Conditioning
+
+PROVENANCE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+"""Keys of an encoder's config that say where it comes from, and not what it is."""
+
+
+@dataclass(frozen=True)
+class TransformerConditionerConfig(ConditionerKind, kind="transformer"):
+    """A caption, read by an encoder of transformers; padding is masked, and a dropped caption is the encoded empty string."""
+
+    checkpoint: str | None = setting(
+        None, "folder or hub id of an encoder with its tokenizer; null = a BERT from scratch"
+    )
+    context_length: int = setting(77, "tokens of a caption for a checkpoint; one from scratch goes by its tokenizer")
+    trainable: bool | None = setting(
+        None, "train the encoder along with the denoiser; null = if it is from scratch and not from a checkpoint"
+    )
+    dropout: float = setting(0.1, "share of the training captions that are dropped, for guidance")
+    width: int = setting(768, "channels of a BERT from scratch")
+    layers: int = setting(12, "transformer blocks of a BERT from scratch")
+    heads: int = setting(12, "attention heads of a BERT from scratch; must divide width")
+    tokenizer: TokenizerKind = setting(ByteBPEConfig(), "tokenizer of a BERT from scratch")
+    architecture: Mapping[str, Any] | None = setting(None, "config of the checkpoint's encoder; null = read from there")
+    tokenizer_json: str | None = setting(
+        None, "the tokenizer as tokenizer.json; null = made or read as training begins"
+    )
+
+    def __post_init__(self) -> None:
+        check_dropout(self.dropout)
+        if min(self.width, self.layers, self.heads) < 1 or self.width % self.heads:
+            raise ConfigError(f"{self.heads} heads do not divide the width {self.width}, or layers is below 1.")
+        if self.checkpoint is None and self.trainable is False:
+            raise ConfigError("a BERT from scratch is trained along; leave trainable out, or name a checkpoint.")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("text",)
+
+    @property
+    def context_width(self) -> int | None:
+        if self.checkpoint is None:
+            return self.width
+        return None if self.architecture is None else _encoder_config(self.architecture).hidden_size
+
+    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int]) -> TransformerConditionerConfig:
+        if self.checkpoint is None or self.architecture is not None:
+            return self
+        from transformers import AutoConfig
+
+        try:
+            found = AutoConfig.from_pretrained(self.checkpoint, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"the checkpoint {self.checkpoint} cannot be read ({_first_line(error)}); "
+                "give a folder or the hub id of an encoder of transformers."
+            ) from None
+        longest = getattr(found, "max_position_embeddings", None) or self.context_length
+        if self.context_length > longest:
+            raise ConfigError(
+                f"context_length is {self.context_length}, but {self.checkpoint} has {longest} positions; lower it."
+            )
+        described = json.loads(found.to_json_string(use_diff=False))
+        return replace(self, architecture={key: value for key, value in described.items() if key not in PROVENANCE})
+
+    def with_tokenizer(
+        self, make: Callable[[TokenizerKind, str], Tokenizer], name: str = ""
+    ) -> TransformerConditionerConfig:
+        if self.tokenizer_json is not None:
+            return self
+        if self.checkpoint is None:
+            return replace(self, tokenizer_json=make(self.tokenizer, name).to_json())
+        return replace(self, tokenizer_json=_pretrained_tokenizer(self.checkpoint, self.context_length))
+
+    def build(self, tokenizer: Tokenizer | None = None) -> TransformerConditioner:
+        assert self.tokenizer_json is not None, "the tokenizer is made as training begins"
+        backend = tokenizers.Tokenizer.from_str(self.tokenizer_json)
+        # Not on the meta device of a model that is about to be loaded: encoders have buffers that no file holds.
+        with torch.device("cpu"):
+            return TransformerConditioner(self, self.build_encoder(), backend)
+
+    def build_encoder(self) -> nn.Module:
+        """The encoder with random weights."""
+        if self.checkpoint is not None:
+            assert self.architecture is not None, "the architecture comes from the checkpoint"
+            config = _encoder_config(self.architecture)
+            return _without_head(_loader(config).from_config(config))
+        from transformers import BertConfig, BertModel
+
+        config = BertConfig(
+            vocab_size=self.tokenizer.vocab_size,
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=4 * self.width,
+            max_position_embeddings=self.tokenizer.context_length,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=None,  # else its embedding stays zero, and ours is that of the end token
+        )
+        return _without_head(BertModel(config))
+
+
+class TransformerConditioner(Conditioner):
+    """Tokenizer and encoder; the last hidden states are the context."""
+
+    def __init__(self, config: TransformerConditionerConfig, encoder: nn.Module, tokenizer: tokenizers.Tokenizer):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.trained = config.checkpoint is None if config.trainable is None else config.trainable
+        self.encoder = encoder.requires_grad_(self.trained)
+
+    def train(self, mode: bool = True) -> TransformerConditioner:
+        """As of any module, but that a frozen encoder drops nothing out."""
+        super().train(mode)
+        self.encoder.train(mode and self.trained)
+        return self
+
+    def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
+        captions = list(inputs["text"])
+        drop = dropped(len(captions), self.config.dropout, generator).tolist()
+        encodings = self.tokenizer.encode_batch(
+            ["" if gone or caption is None else caption for caption, gone in zip(captions, drop, strict=True)]
+        )
+        device = next(self.encoder.parameters()).device
+        tokens = torch.tensor([encoding.ids for encoding in encodings], device=device)
+        mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool, device=device)
+        mask[:, 0] = True  # an empty text may have no token of its own, and attention to nothing is not defined
+        attended = None if mask.is_meta else mask.long()  # transformers looks into it, where --dry-run has no values
+        states = self.encoder(input_ids=tokens, attention_mask=attended).last_hidden_state
+        return Conditioning(context=states, mask=mask)
+
+    def load_pretrained(self) -> None:
+        if self.config.checkpoint is None:
+            return
+        assert self.config.architecture is not None
+        loader = _loader(_encoder_config(self.config.architecture))
+        try:
+            pretrained = loader.from_pretrained(self.config.checkpoint, dtype=torch.float32, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"the weights of {self.config.checkpoint} cannot be read ({_first_line(error)}); get it anew."
+            ) from None
+        self.encoder.load_state_dict(_without_head(pretrained).state_dict())
+
+
+def _encoder_config(architecture: Mapping[str, Any]) -> Any:
+    """The config object of transformers that ``architecture`` describes."""
+    from transformers import AutoConfig
+
+    values = {key: value for key, value in architecture.items() if key != "model_type"}
+    return AutoConfig.for_model(architecture["model_type"], **values)
+
+
+def _loader(config: Any) -> Any:
+    """The class of transformers that makes an encoder: of those with a decoder the one without it, where there is one."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    return AutoModelForTextEncoding if type(config) in AutoModelForTextEncoding._model_mapping else AutoModel
+
+
+def _without_head(model: Any) -> nn.Module:
+    """What gives the hidden states alone: no decoder that shares the embedding, and no pooling after the last layer."""
+    if hasattr(model, "shared"):
+        return model.encoder
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model
+
+
+def _pretrained_tokenizer(checkpoint: str, context_length: int) -> str:
+    """tokenizer.json of a checkpoint, cut and padded to ``context_length``.
+
+    Raises:
+        CheckpointError: it has no tokenizer, one that cannot be written so, or one without a padding token.
+        ConfigError: it takes no captions of that length.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:  # the library raises all sorts of errors over a broken file
+        raise CheckpointError(
+            f"the tokenizer of {checkpoint} cannot be read ({_first_line(error)}); put its tokenizer.json there."
+        ) from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without one
+        raise CheckpointError(f"{checkpoint} holds no tokenizer; put its tokenizer.json there.")
+    if tokenizer.pad_token is None:
+        raise CheckpointError(f"the tokenizer of {checkpoint} has no padding token; take another encoder.")
+    if context_length > tokenizer.model_max_length:
+        longest = tokenizer.model_max_length
+        raise ConfigError(f"context_length is {context_length}, but {checkpoint} takes {longest} tokens; lower it.")
+    backend.enable_truncation(context_length)
+    backend.enable_padding(length=context_length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    return backend.to_str()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

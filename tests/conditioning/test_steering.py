@@ -1,0 +1,128 @@
+"""Each of configs/conditioning, made smaller still, trained for seconds: what it is told shows in what it makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.data import EvaluationLoader
+from ldm.data.shapes import COLOURS
+from ldm.experiment import load_config
+from ldm.pipeline import Pipeline
+from ldm.stages import train_stage
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "conditioning"
+TRAIN = {
+    "max_steps": 160,
+    "batch_size": 8,
+    "ema_decay": 0.9,
+    "learning_rate": 3e-3,
+    "precision": "fp32",
+    "pictures_every": 160,
+}
+LEVELS = "[{width: 16, blocks: 1}, {width: 32, blocks: 1, depth: 1}, {width: 32, blocks: 1, depth: 1}]"
+NAMES = list(COLOURS)
+TOWARDS = torch.tensor(list(COLOURS.values())) / 127.5 - 1
+"""The colours, in [-1, 1]: what a rectangle adds to the grey of the ground."""
+
+
+def trained(folder: Path, kind: str, samples: int, **train: Any) -> tuple[Pipeline, dict[str, Any]]:
+    """The pipeline of a model that has seen so many pictures of one rectangle, and the first eight of them."""
+    settings = [f"denoiser.train.{name}={value}" for name, value in (TRAIN | train).items()]
+    settings += [f"run_dir={folder}", f"denoiser.model.levels={LEVELS}", "trainer.accelerator=cpu"]
+    settings += ["data.shapes=1", f"data.samples={samples}"]
+    experiment = load_config(CONFIGS / f"{kind}.yaml", settings)
+    if "clip" in experiment.stages:
+        few = ["clip.train.max_steps=20", "clip.train.pictures_every=99", "clip.train.precision=fp32"]
+        train_stage(load_config(CONFIGS / f"{kind}.yaml", settings + few), "clip")
+    train_stage(experiment, "denoiser")
+    batch = next(iter(EvaluationLoader(experiment.data.open("train"), 8)))
+    return Pipeline.from_pretrained(folder, "cpu", torch.float32), batch
+
+
+def sampled(pipe: Pipeline, *args: Any, **asked: Any) -> Tensor:
+    """Pictures ``[n 3 16 16]`` in [-1, 1], of noise that no training has seen."""
+    settings: dict[str, Any] = {"num_inference_steps": 8, "seed": 7, "output_type": "pt", "progress": False}
+    return pipe(*args, **asked, **settings) * 2 - 1
+
+
+def colours_of(pictures: Tensor) -> list[int]:
+    """The colour towards which the mean of each picture lies."""
+    mean = pictures.mean((2, 3))
+    return torch.nn.functional.cosine_similarity(mean[:, None], TOWARDS, dim=2).argmax(1).tolist()
+
+
+def contrast(pictures: Tensor, inside: Tensor, colours: list[int]) -> Tensor:
+    """How much more of each picture's colour is inside of ``inside [n h w]`` than outside, ``[n]``; 1 for a true one."""
+    towards = TOWARDS[colours]
+    means = torch.stack(
+        [
+            picture[:, within].mean(1) - picture[:, ~within].mean(1)
+            for picture, within in zip(pictures, inside, strict=True)
+        ]
+    )
+    return (means * towards).sum(1) / towards.square().sum(1)
+
+
+def test_boxes_say_what_is_drawn_where(tmp_path: Path) -> None:
+    """Of layouts that it has learnt by heart; two of a colour are told apart by the place alone."""
+    pipe, batch = trained(tmp_path, "boxes", samples=8)
+    colours = batch["label"].tolist()
+    assert len(set(colours)) < len(colours), "some have one colour, and other places"
+    pictures = sampled(pipe, condition={"boxes": batch["boxes"]})
+    assert contrast(pictures, batch["semantic"] > 0, colours).min() > 0.3
+
+    shown = np.asarray(Image.open(tmp_path / "denoiser" / "pictures" / f"samples_{TRAIN['max_steps']:07d}.png"))
+    assert min(shown.shape[:2]) > 2 * 64, "two rows, enlarged: true pictures above samples"
+
+
+def test_a_semantic_map_says_what_is_drawn_where(tmp_path: Path) -> None:
+    """Of a map that it has never seen."""
+    pipe, _ = trained(tmp_path, "semantic", samples=64, max_steps=80)
+    inside = torch.zeros(4, 16, 16, dtype=torch.bool)
+    inside[:, 3:10, 5:13] = True
+    maps = inside * torch.arange(1, 5)[:, None, None]
+    pictures = sampled(pipe, condition={"semantic": maps})
+    assert contrast(pictures, inside, [0, 1, 2, 3]).min() > 0.5
+    large = pipe(
+        condition={"semantic": maps}, height=32, width=24, num_inference_steps=2, output_type="pt", progress=False
+    )
+    assert large.shape == (4, 3, 32, 24)
+
+
+def test_a_sample_has_the_colour_of_the_picture_that_is_given(tmp_path: Path) -> None:
+    """Of pictures that it has never seen."""
+    pipe, _ = trained(tmp_path, "image", samples=64)
+    pictures = torch.zeros(4, 3, 16, 16)
+    pictures[:, :, 3:10, 5:13] = TOWARDS[:, :, None, None]
+    assert colours_of(sampled(pipe, condition={"image": pictures})) == [0, 1, 2, 3]
+
+
+def test_a_sample_has_the_colour_that_a_word_of_the_caption_says(tmp_path: Path) -> None:
+    pipe, _ = trained(tmp_path, "transformer", samples=64)
+    prompts = [f"a {name} rectangle" for name in NAMES]
+    assert colours_of(sampled(pipe, prompts)) == [0, 1, 2, 3]
+    assert colours_of(sampled(pipe, prompts, negative_prompt="a red rectangle"))[1:] == [1, 2, 3]
+
+
+def test_several_conditions_are_followed_together_and_each_alone(tmp_path: Path) -> None:
+    pipe, batch = trained(tmp_path, "several", samples=8)
+    colours, boxes = batch["label"].tolist(), {"boxes": batch["boxes"]}
+    both, places = sampled(pipe, batch["text"], condition=boxes), sampled(pipe, condition=boxes)
+    for pictures in (both, places):
+        assert contrast(pictures, batch["semantic"] > 0, colours).min() > 0.3
+    assert colours_of(sampled(pipe, batch["text"])) == colours
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_channels_that_do_not_fit_are_refused(path: Path) -> None:
+    from ldm.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="the denoiser has in_channels 7 and out_channels 3"):
+        load_config(path, ["denoiser.model.in_channels=7"])
