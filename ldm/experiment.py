@@ -82,7 +82,7 @@ def model_config(experiment: Experiment) -> ModelConfig:
     return ModelConfig(
         first_stage=experiment.vae.model,
         conditioner=experiment.denoiser.conditioner.resolved(
-            None if clip is None else clip.model, (height // factor, width // factor)
+            None if clip is None else clip.model, (height // factor, width // factor), factor
         ),
         denoiser=experiment.denoiser.model,
         diffusion=experiment.denoiser.diffusion,

@@ -54,8 +54,9 @@ def signed_tensor(picture: Image.Image | str | Path | Tensor) -> Tensor:
     """
     if not isinstance(picture, Tensor):
         return 2 * to_tensor(read_picture(picture)) - 1
-    if picture.ndim != 3 or len(picture) != 3:
-        raise SamplingError(f"a picture as a tensor has the shape [3, h, w], not {list(picture.shape)}.")
+    if picture.ndim != 3 or len(picture) != 3 or not picture.is_floating_point():
+        given = f"{list(picture.shape)} of {picture.dtype}"
+        raise SamplingError(f"a picture as a tensor is [3, h, w] in [-1, 1], not {given}.")
     return picture.float()
 
 

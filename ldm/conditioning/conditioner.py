@@ -43,7 +43,7 @@ class ConditionerKind(Kind):
     def concat_channels(self) -> int:
         return 0
 
-    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int]) -> ConditionerKind:
+    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> ConditionerKind:
         """Itself, with what follows from the rest of an experiment filled in.
 
         Args:

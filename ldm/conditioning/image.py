@@ -45,7 +45,7 @@ class ImageConditionerConfig(ConditionerKind, kind="image"):
     def vector_width(self) -> int | None:
         return self.embed_dim if self.pooled else None
 
-    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int]) -> ImageConditionerConfig:
+    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> ImageConditionerConfig:
         if clip is None:
             if self.tower is None or self.embed_dim is None or not self.trainable:
                 raise ConfigError(

@@ -58,8 +58,10 @@ class SeveralConditionersConfig(ConditionerKind, kind="several"):
     def concat_channels(self) -> int:
         return sum(part.concat_channels for part in self.parts.values())
 
-    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int]) -> SeveralConditionersConfig:
-        return replace(self, parts={name: part.resolved(clip, latent_size) for name, part in self.parts.items()})
+    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> SeveralConditionersConfig:
+        return replace(
+            self, parts={name: part.resolved(clip, latent_size, factor) for name, part in self.parts.items()}
+        )
 
     def with_tokenizer(
         self, make: Callable[[TokenizerKind, str], Tokenizer], name: str = ""

@@ -47,7 +47,7 @@ class TextConditionerConfig(ConditionerKind, kind="text"):
     def vector_width(self) -> int | None:
         return (self.tower.embed_dim or self.tower.width) if self.tower and self.pooled else None
 
-    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int]) -> TextConditionerConfig:
+    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> TextConditionerConfig:
         if clip is None:
             raise ConfigError("denoiser.conditioner reads text, but there is no clip section to give its tower.")
         return replace(self, tower=self.tower or replace(clip.text, embed_dim=clip.embed_dim))

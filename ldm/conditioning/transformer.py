@@ -65,7 +65,9 @@ class TransformerConditionerConfig(ConditionerKind, kind="transformer"):
             return self.width
         return None if self.architecture is None else _encoder_config(self.architecture).hidden_size
 
-    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int]) -> TransformerConditionerConfig:
+    def resolved(
+        self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int
+    ) -> TransformerConditionerConfig:
         if self.checkpoint is None or self.architecture is not None:
             return self
         from transformers import AutoConfig

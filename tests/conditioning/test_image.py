@@ -29,7 +29,7 @@ QUIET: dict[str, Any] = {"progress": False, "num_inference_steps": 2}
 def image(**changes: Any) -> ImageConditioner:
     config = structure(ConditionerKind, {"kind": "image", "dropout": 0.0} | changes)
     clip = structure(CLIPConfig, {"text": TOWER, "image": VIT, "embed_dim": 16})
-    conditioner = config.resolved(clip, (8, 8)).build()
+    conditioner = config.resolved(clip, (8, 8), 2).build()
     assert isinstance(conditioner, ImageConditioner)
     return conditioner
 
@@ -107,7 +107,7 @@ def test_a_file_a_picture_and_a_tensor_ask_for_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ([torch.zeros(1, 8, 8)], r"a picture as a tensor is \[3 h w\] in \[-1, 1\], not \[1, 8, 8\]"),
+        ([torch.zeros(1, 8, 8)], r"a picture as a tensor is \[3, h, w\] in \[-1, 1\], not \[1, 8, 8\]"),
         ([torch.zeros(3, 8, 8, dtype=torch.uint8)], "of torch.uint8"),
         (["absent.png"], "absent.png cannot be read as a picture"),
         ([7], "a picture is a PIL.Image or the name of a file, not int"),

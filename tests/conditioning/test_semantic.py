@@ -11,12 +11,12 @@ from ldm.conditioning import ConditionerKind, SemanticConditioner
 from ldm.config import structure
 from ldm.errors import ConfigError, DataError, SamplingError
 
-MAP = np.array([[0, 1], [2, 2]])
+MAP = np.kron(np.array([[0, 1], [2, 2]]), np.ones((4, 4), int))  # of a picture of 8 x 8, whose latents are 4 x 4
 
 
 def semantic(**changes: Any) -> SemanticConditioner:
     config = structure(ConditionerKind, {"kind": "semantic", "classes": 3} | changes)
-    conditioner = config.resolved(None, (4, 4)).build()
+    conditioner = config.resolved(None, (4, 4), 2).build()
     assert isinstance(conditioner, SemanticConditioner)
     return conditioner
 
@@ -31,19 +31,23 @@ def labels_of(concat: torch.Tensor) -> list[list[int]]:
 def test_a_map_becomes_a_channel_a_class_of_the_size_of_the_latent(given: Any) -> None:
     given = Image.fromarray(MAP.astype(np.uint8)) if isinstance(given, str) else given
     cond = semantic()({"semantic": [given]})
-    assert labels_of(cond.concat[0]) == np.kron(MAP, np.ones((2, 2), int)).tolist()
+    assert labels_of(cond.concat[0]) == MAP[::2, ::2].tolist()
+    wide = semantic()({"semantic": [np.tile(MAP, 2), None]}).concat
+    assert labels_of(wide[0]) == np.tile(MAP, 2)[::2, ::2].tolist()
+    assert labels_of(wide[1]) == [[-1] * 8] * 4
+    assert semantic().unconditional({"semantic": [np.tile(MAP, 2)]}).concat.shape == (1, 3, 4, 8)
 
 
 def test_a_place_takes_the_class_in_its_middle() -> None:
     fine = np.zeros((12, 12), int)
     fine[1::3, 1::3] = 2  # the middle of each three by three
-    assert labels_of(semantic()({"semantic": [fine]}).concat[0]) == [[2] * 4] * 4
+    assert labels_of(semantic(latent_factor=3)({"semantic": [fine]}).concat[0]) == [[2] * 4] * 4
 
 
 def test_no_map_is_all_zeros_and_dropping_too() -> None:
     conditioner = semantic(dropout=0.5)
     assert not conditioner.unconditional({"semantic": [MAP, MAP]}).concat.any()
-    there = conditioner({"semantic": torch.from_numpy(MAP).expand(100, 2, 2)}, torch.Generator().manual_seed(0))
+    there = conditioner({"semantic": torch.from_numpy(MAP).expand(100, 8, 8)}, torch.Generator().manual_seed(0))
     kept = there.concat.flatten(1).any(1)
     assert 25 < kept.sum() < 75
     assert labels_of(there.concat[~kept][0]) == [[-1] * 4] * 4

@@ -82,7 +82,7 @@ def own_tokenizer(kind: TokenizerKind, name: str) -> Tokenizer:
 
 def resolved(**settings: Any) -> ConditionerKind:
     config = structure(ConditionerKind, {"kind": "transformer", "dropout": 0.0} | settings)
-    return config.resolved(None, (4, 4)).with_tokenizer(own_tokenizer)
+    return config.resolved(None, (4, 4), 2).with_tokenizer(own_tokenizer)
 
 
 def conditioner(**settings: Any) -> TransformerConditioner:
