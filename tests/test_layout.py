@@ -24,7 +24,7 @@ ROWS = [
     {"formats"},
     {"images", "inputs"},
     {"pipeline"},
-    {"training", "data", "editing"},
+    {"training", "data", "editing", "animation"},
     {"module"},
     {"experiment"},
     {"stages"},
