@@ -95,7 +95,7 @@ def sample(
         check_animation(animate)
     pipe = Pipeline.from_pretrained(model, device, getattr(torch, DTYPES[dtype]) if dtype else None)
     frames = Animation(pipe)
-    settings = {
+    settings: dict[str, Any] = {
         "negative_prompt": negative,
         "label": label or None,
         "height": height,

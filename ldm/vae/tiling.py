@@ -19,7 +19,8 @@ from ldm.errors import SamplingError
 from ldm.vae.first_stage import DiagonalGaussian, FirstStage
 
 MEASUREMENTS = 2
-"""How often the tiles are gone through before they are kept. On pictures of the shipped model each time gives 5 to 10 dB."""
+"""How often the tiles are gone through before they are kept. With 0, 1, 2, 3 the shipped model's decoder agrees with the whole
+decode to 35, 44, 49, 50 dB on a sheet of emoji and to 29, 35, 41, 41 dB on a single large one (512 x 512, tiles of 32)."""
 
 BLOCK = 8
 """Side of the blocks, in latent positions, of which the sample of a picture is made up."""
@@ -27,7 +28,7 @@ BLOCK = 8
 
 @dataclass(frozen=True)
 class Span:
-    """A tile along one axis, in latent positions, and its core, counted from its start, where no other tile has one."""
+    """A tile along one axis, in latent positions; its core, counted from its start, overlaps no other tile's."""
 
     start: int
     stop: int
@@ -113,10 +114,11 @@ class Tiling:
         sample, out = x[..., rows[:, None], columns], torch.zeros(())
         with shared_norms(module) as norms:
             for last in [False] * MEASUREMENTS + [True]:
-                norms.tile = None
+                norms.sampling, norms.tile = True, None
                 network(sample)
+                norms.sampling = False
                 for tile, (down, across) in zip(tiles, weights, strict=True):
-                    norms.tile = tile
+                    norms.tile = None if last else tile
                     done = network(_part(x, tile, inner)).float()
                     if not out.ndim:
                         out = done.new_zeros(1, done.shape[1], outer * height, outer * width)
@@ -143,12 +145,12 @@ class SharedNorms:
     """
 
     def __init__(self) -> None:
-        self.tile: Tile | None = None  # what the network is called with next; None = the sample
-        self.sample: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}  # mean and deviation, [b g]
-        self.differences: dict[
-            nn.GroupNorm, tuple[Tensor, Tensor]
-        ] = {}  # of the means, in deviations; of the deviations
-        self.sums: dict[nn.GroupNorm, Tensor] = {}  # over the cores of the tiles, [3 b g]: of 1, x and x^2
+        self.sampling = False  # whether the network is called with the sample, else with a tile
+        self.tile: Tile | None = None  # with which, if it is to be measured
+        # mean and deviation of the sample, and difference of the picture's mean in such deviations and ratio of its deviation
+        self.sample: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}  # [b g] each
+        self.differences: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
+        self.sums: dict[nn.GroupNorm, Tensor] = {}  # of 1, x and x^2 over the cores of the tiles, [3 b g]
 
     def compare(self) -> None:
         """Call when all tiles have been gone through: what was measured counts from the next sample on."""
@@ -161,9 +163,9 @@ class SharedNorms:
         """A forward hook of the norms: measures, and gives what they are to give, ``[b c h w]``."""
         assert isinstance(norm, nn.GroupNorm)
         (x,) = inputs
-        if self.tile is None:
+        if self.sampling:
             self.sample[norm] = _statistics(_sums(x, norm.num_groups), norm.eps)
-        else:
+        elif self.tile is not None:
             scale = x.shape[-2] // (self.tile[0].stop - self.tile[0].start)
             rows, columns = (slice(scale * span.core_start, scale * span.core_stop) for span in self.tile)
             sums = _sums(x[..., rows, columns], norm.num_groups)
@@ -179,15 +181,15 @@ class SharedNorms:
 
 def _sums(x: Tensor, groups: int) -> Tensor:
     """Of 1, x and x^2 over each group of ``x [b c h w]``, in fp32: ``[3 b g]``."""
-    values = x.float().unflatten(1, (groups, -1)).flatten(2)
-    variance, mean = torch.var_mean(values, dim=2, correction=0)
-    return values.shape[2] * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
+    x = x.float()
+    means = [each.mean((2, 3)).unflatten(1, (groups, -1)).mean(2) for each in (x, x.square())]
+    return x[0].numel() / groups * torch.stack([torch.ones_like(means[0]), *means])
 
 
 def _statistics(sums: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and deviation, ``[b g]``, out of such sums."""
     mean, squares = sums[1] / sums[0], sums[2] / sums[0]
-    return mean, (squares - mean.square() + eps).sqrt()
+    return mean, ((squares - mean.square()).clamp(min=0) + eps).sqrt()
 
 
 @contextmanager

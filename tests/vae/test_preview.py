@@ -101,6 +101,6 @@ def test_previews_of_the_shipped_model_look_like_its_pictures() -> None:
     with torch.inference_mode():
         latents = model.encode(images[:96])
         shown = F.avg_pool2d(model.decode(latents), model.first_stage.factor)
-        assert explained(model.preview(latents), shown) > 0.0
+        assert explained(model.preview(latents), shown) > 0.83  # measured: 0.869
         measure_latents(model.first_stage, [{"image": images[96:]}])
-        assert explained(model.preview(latents), shown) > 0.0
+        assert explained(model.preview(model.encode(images[:96])), shown) > 0.86  # measured: 0.887

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,9 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldm import Pipeline
 from ldm.config import structure
+from ldm.data.samples import Draw
 from ldm.errors import SamplingError
+from ldm.experiment import load_config
 from ldm.vae import AutoencoderKLConfig, DiagonalGaussian, FirstStage, Tiling
+from ldm.vae.module import psnr
+
+CONFIG = Path(__file__).parents[2] / "configs" / "emoji_64.yaml"
 
 
 @st.composite
@@ -98,17 +106,17 @@ def largest(stage: FirstStage, tiling: Tiling, *shape: int) -> int:
 
 
 def small_vae(**changes: Any) -> FirstStage:
-    config = {"widths": [16, 16, 16], "blocks": 1, "groups": 4}
+    config = {"widths": [8, 8, 8], "blocks": 1, "groups": 4}
     return structure(AutoencoderKLConfig, config | changes).build()
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 40, 40), (1, 4, 12, 90), (7, 4, 16, 16), (90, 4, 5, 5), (3, 4, 20, 20)])
+@pytest.mark.parametrize("shape", [(1, 4, 24, 24), (1, 4, 12, 60), (4, 4, 16, 16), (40, 4, 5, 5), (2, 4, 20, 20)])
 def test_memory_grows_with_neither_picture_nor_batch(shape: tuple[int, ...]) -> None:
     """No tensor is larger than those of one tile, but the pictures themselves."""
     stage, tiling = small_vae(), Tiling(16, 4)
     of_a_tile = largest(stage, tiling, 1, 4, 16, 16)
     pictures = shape[0] * 3 * 16 * shape[2] * shape[3]
-    assert of_a_tile == 16 * (16 * 4) ** 2
+    assert of_a_tile == 8 * (16 * 4) ** 2
     assert largest(stage, tiling, *shape) <= max(of_a_tile, pictures)
     assert largest(stage, Tiling(1000), *shape) > max(of_a_tile, pictures)
 
@@ -126,3 +134,35 @@ def test_a_batch_in_parts_is_the_batch() -> None:
 def test_impossible_overlaps_are_refused(tile: int, overlap: int) -> None:
     with pytest.raises(SamplingError, match=f"tiles of {tile} cannot overlap by {overlap}"):
         Tiling(tile, overlap)
+
+
+def emoji_sheet(side: int) -> Tensor:
+    """Emoji of 64 pixels in rows and columns, ``[1 3 side side]``; the lower half is blank, so that tiles differ."""
+    samples, n = load_config(CONFIG).data.open("val"), side // 64
+    pictures = samples[Draw(np.arange(n * n) % len(samples))]["image"]
+    sheet = pictures.unflatten(0, (n, n)).permute(2, 0, 3, 1, 4).reshape(1, 3, side, side).contiguous()
+    sheet[..., side // 2 :, :] = 1.0
+    return sheet
+
+
+@pytest.mark.parametrize(
+    ("side", "tiling", "bound"),
+    [(384, Tiling(32, 12), 42.0), pytest.param(1024, Tiling(72, 16), 40.0, marks=pytest.mark.slow)],
+)
+def test_a_tiled_picture_is_the_whole_one_without_seams(side: int, tiling: Tiling, bound: float) -> None:
+    """Of the shipped model, measured: 46.8 and 43.7 dB; 24 dB at 384 with group norms of each tile's own, 36 without measuring.
+
+    Where a tile ends, tiling adds less than a fifth of the mean difference between one row of the picture and the next.
+    """
+    model = Pipeline.from_pretrained("emoji", "cpu", torch.float32).model
+    with torch.inference_mode():
+        latent = model.encode(emoji_sheet(side))
+        whole = model.decode(latent)
+        model.tiling = tiling
+        tiled = model.decode(latent)
+    assert psnr(whole, tiled).item() > bound
+    ends = [8 * end for a, b in pairwise(tiling.spans(side // 8)) for end in (b.start, a.stop)]
+    for expected, actual in ((whole, tiled), (whole.mT, tiled.mT)):
+        added = (actual - expected).diff(dim=2).abs().mean((0, 1, 3))  # from each row to the next
+        for end in ends:
+            assert added[end - 1] < 0.2 * expected.diff(dim=2).abs().mean()
