@@ -6,7 +6,7 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from ldm.formats.native import write_atomically
 CAPTION_SIZE = 12  # pixels
 CAPTION_WIDTH = 20  # characters a line
 GAP = 4  # pixels between the pictures of a grid
+FRAME_TIME = 80  # milliseconds that a frame of an animation is shown
 
 
 def with_record(picture: Image.Image, record: Mapping[str, str]) -> Image.Image:
@@ -159,9 +160,42 @@ def write_picture(picture: Image.Image, path: Path) -> Path:
     Raises:
         SamplingError: it cannot be written.
     """
-    kind = Image.registered_extensions()[path.suffix.lower()]
+    return _write(path, lambda temporary: picture.save(temporary, Image.registered_extensions()[path.suffix.lower()]))
+
+
+def check_animation(path: str | Path) -> Path:
+    """``path``, if it is a name for an animation; worth asking before the pictures are made.
+
+    Raises:
+        SamplingError: it does not end in .gif.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".gif":
+        raise SamplingError(f"{path} is to be an animation, which is a GIF; end it in .gif.")
+    return path
+
+
+def write_animation(frames: Sequence[Image.Image], path: str | Path, hold: int = FRAME_TIME) -> Path:
+    """Write frames of one size, atomically, as a GIF that goes on and on, and return the path.
+
+    Args:
+        frames: one or more; each is shown for ``FRAME_TIME``.
+        hold: milliseconds that the last one is shown instead.
+
+    Raises:
+        SamplingError: the path does not end in .gif, or cannot be written.
+    """
+    first, *others = frames
+    times = [FRAME_TIME] * len(others) + [hold]
+    return _write(
+        check_animation(path),
+        lambda temporary: first.save(temporary, "GIF", save_all=True, append_images=others, duration=times, loop=0),
+    )
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> Path:
     try:
-        write_atomically(path, lambda temporary: picture.save(temporary, kind))
+        write_atomically(path, write)
     except OSError as error:
         reason = error.strerror or error
         raise SamplingError(f"{path} cannot be written ({reason}); choose another place.") from None

@@ -17,7 +17,7 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import SPACINGS, Final
 from ldm.errors import ConfigError, unknown
 from ldm.nn.conditioning import Conditioning
-from ldm.vae import FirstStageKind
+from ldm.vae import FirstStageKind, Tiling
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class LatentDiffusion(nn.Module):
         tokenizer: of the text conditioner; None where nothing reads text.
 
     ``fingerprint`` and ``provenance`` are those of the file that it was loaded from; None and empty for one that was built.
+    ``tiling`` bounds what the first stage works on at once, and may be set to another :class:`ldm.vae.Tiling`.
     Parameters may be in low precision: what goes into a network is cast to it, and what comes out is cast back.
     """
 
@@ -106,6 +107,7 @@ class LatentDiffusion(nn.Module):
         self.first_stage = config.first_stage.build()
         self.conditioner = config.conditioner.build(tokenizer)
         self.denoiser = config.denoiser.build()
+        self.tiling = Tiling()
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """The estimate of the clean latents ``[b c h w]`` of ``x = x0 + sigma n [b c h w]``, ``sigma [b]``; fp32 in and out."""
@@ -117,7 +119,7 @@ class LatentDiffusion(nn.Module):
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pictures ``[b 3 h w]`` in [-1, 1] to normalised latents: a draw of the posterior, or with no ``noise`` its mean."""
-        posterior = self.first_stage.encode(image.to(_precision(self.first_stage, image.dtype)))
+        posterior = self.tiling.encode(self.first_stage, image.to(_precision(self.first_stage, image.dtype)))
         return self.first_stage.normalize(
             (posterior.mean if noise is None else posterior.sample(noise)).to(image.dtype)
         )
@@ -125,7 +127,12 @@ class LatentDiffusion(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """Normalised latents ``[b c h w]`` to pictures ``[b 3 fh fw]`` in [-1, 1]."""
         z = self.first_stage.denormalize(latent)
-        return self.first_stage.decode(z.to(_precision(self.first_stage, z.dtype))).to(latent.dtype).clamp(-1, 1)
+        image = self.tiling.decode(self.first_stage, z.to(_precision(self.first_stage, z.dtype)))
+        return image.to(latent.dtype).clamp(-1, 1)
+
+    def preview(self, latent: Tensor) -> Tensor:
+        """A cheap estimate of :meth:`decode` without the decoder, a pixel for each position: ``[b c h w] -> [b 3 h w]``."""
+        return self.first_stage.preview(latent).clamp(-1, 1)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Shape ``(c, h, w)`` of the latent of a picture; default: the size that the model was trained on."""

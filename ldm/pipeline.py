@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -282,6 +283,14 @@ class Pipeline:
         settings |= {} if latents is None else {"latents": "given"}
         settings |= edit.record()
         return Images.of(result, self._records(request, settings))
+
+    def preview(self, latents: Tensor) -> Images:
+        """What normalised latents ``[n c h/f w/f]``, such as the ``denoised`` of a step, are going to show, roughly."""
+        self._check_output_type("pil")
+        with torch.inference_mode():
+            small = self.model.preview(latents.to(self.device, torch.float32))
+            large = F.interpolate(small, scale_factor=self.model.config.first_stage.factor, mode="bicubic")
+        return Images.of((large.clamp(-1, 1) + 1) / 2)
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures ``[n 3 h w]`` in [0, 1] to normalised latents ``[n c h/f w/f]``, the mean of their posterior."""

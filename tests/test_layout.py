@@ -25,7 +25,7 @@ ROWS = [
     {"images"},
     {"inputs"},
     {"pipeline"},
-    {"training", "data", "editing"},
+    {"training", "data", "editing", "animation"},
     {"module"},
     {"experiment"},
     {"stages"},

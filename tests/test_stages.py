@@ -90,6 +90,7 @@ def test_a_run_ends_in_a_model_that_says_where_it_comes_from(trained: Path) -> N
     for name, tensor in load_file(run / "vae" / "final.safetensors").items():
         assert torch.equal(state[f"first_stage.{name}"], tensor), name
     assert not torch.equal(state["first_stage.latent_std"], torch.ones(4))
+    assert state["first_stage.latent_preview"].shape == (3, 5)
     assert load_config(run / "config.yaml") == tiny_experiment(trained)
 
 

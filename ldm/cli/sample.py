@@ -42,6 +42,7 @@ def sample(
         Path | None,
         Option(help="A file (several pictures: a grid), a pattern with {index} or {seed}, or a folder."),
     ] = None,
+    animate: Annotated[Path | None, Option(help="A .gif to show the denoising in, beside --out.")] = None,
     seed: Annotated[int | None, Option(help="Of the first picture; the next have the next. Random.")] = None,
     steps: Annotated[int | None, Option(help="Steps of the sampler. As the model says.")] = None,
     guidance: Annotated[float | None, Option(help="Guidance scale, 1 = none. As the model says.")] = None,
@@ -81,9 +82,10 @@ def sample(
         return
     import torch
 
+    from ldm.animation import Animation
     from ldm.config import structure
     from ldm.diffusion import Guidance
-    from ldm.images import check_target, write_picture
+    from ldm.images import check_animation, check_target, write_picture
     from ldm.pipeline import Pipeline
 
     if dtype is not None and dtype not in DTYPES:
@@ -93,7 +95,10 @@ def sample(
     if not image and (mask or strength is not None):
         raise SamplingError("--mask and --strength are about a picture to begin with; give --image too.")
     target = check_target(out or ("demo.png" if demo else "sample.png"))
+    if animate:
+        check_animation(animate)
     pipe = Pipeline.from_pretrained(model, device, getattr(torch, DTYPES[dtype]) if dtype else None)
+    frames = Animation(pipe)
     settings: dict[str, Any] = {
         "negative_prompt": negative,
         "prompt_syntax": prompt_syntax,
@@ -111,6 +116,7 @@ def sample(
         "seed": DEMO_SEED if demo and seed is None else seed,
         "num_images_per_prompt": n,
         "batch_size": batch_size,
+        "callback": frames if animate else None,
     }
     if guide:
         scale = settings.pop("guidance_scale")
@@ -124,6 +130,8 @@ def sample(
     else:
         files = images.save(target)
         print(f"seed {images.seeds[0]}", file=sys.stderr)
+    if animate:
+        files.append(frames.save(animate, images))
     print(*files, sep="\n")
 
 

@@ -27,6 +27,7 @@ from ldm.clip.tokenizer import Tokenizer
 from ldm.config import structure, unstructure
 from ldm.errors import CheckpointError, LdmError
 from ldm.model import LatentDiffusion, ModelConfig
+from ldm.vae import FirstStage
 
 FIRST_STAGE, CLIP, MODEL = "ldm.first_stage.1", "ldm.clip.1", "ldm.model.1"
 """What a file of ours can hold."""
@@ -101,7 +102,7 @@ def fingerprint(tensors: Mapping[str, Tensor], meaning: Mapping[str, Any]) -> st
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Weights into a module; every name and shape must match.
+    """Weights into a module; every name and shape must match, but a first stage may come with a preview or without.
 
     Raises:
         CheckpointError: listing the first of the names that are missing, unexpected or of another shape.
@@ -113,9 +114,12 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
 def check_names(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Raises the CheckpointError of :func:`load_strictly`, loading nothing."""
     wanted = module.state_dict()
+    optional = {
+        f"{path}.latent_preview".lstrip(".") for path, part in module.named_modules() if isinstance(part, FirstStage)
+    }
     problems = {
         "missing": [name for name in wanted if name not in tensors],
-        "unexpected": [name for name in tensors if name not in wanted],
+        "unexpected": [name for name in tensors if name not in wanted and name not in optional],
         "of another shape": [name for name in wanted if name in tensors and wanted[name].shape != tensors[name].shape],
     }
     told = [

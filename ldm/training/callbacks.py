@@ -15,11 +15,9 @@ import lightning as L
 import torch
 
 from ldm.errors import TrainingError
+from ldm.images import write_animation
 from ldm.training.metrics import MetricsFile
 from ldm.training.stage import StageModule
-
-FRAME_TIME = 80
-"""Milliseconds that a frame of an animation is shown."""
 
 
 class Counting(L.Callback):
@@ -138,8 +136,7 @@ class Pictures(L.Callback):
         folder.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
             if isinstance(picture, list):
-                first, *others = picture
-                first.save(folder / f"{name}.gif", save_all=True, append_images=others, duration=FRAME_TIME, loop=0)
+                write_animation(picture, folder / f"{name}.gif")
             else:
                 picture.save(folder / f"{name}_{step:07d}.png")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ldm.vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from ldm.vae.first_stage import DiagonalGaussian, FirstStage, FirstStageKind, Identity, IdentityConfig
+from ldm.vae.tiling import Tiling
 
 __all__ = [
     "AutoencoderKL",
@@ -13,4 +14,5 @@ __all__ = [
     "FirstStageKind",
     "Identity",
     "IdentityConfig",
+    "Tiling",
 ]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config import Kind, setting
+from ldm.vae.preview import LeastSquares
 
 
 class DiagonalGaussian:
@@ -53,11 +57,14 @@ class FirstStageKind(Kind):
 class FirstStage(nn.Module):
     """Pictures ``[b c h w]`` in [-1, 1] to a posterior over latents ``[b z h/f w/f]``, and latents to pictures.
 
-    ``latent_mean`` and ``latent_std``, ``[z]``, are measured at the end of training and saved with the weights.
+    ``latent_mean`` and ``latent_std``, ``[z]``, are measured at the end of training and saved with the weights, and so is
+    ``latent_preview``, ``[c z + 1]``: the map, its bias last, from normalised latents to colours. A file may lack that one;
+    it is then fitted when first needed, and not saved.
     """
 
     latent_mean: Tensor
     latent_std: Tensor
+    latent_preview: Tensor | None
 
     def __init__(self, latent_channels: int, factor: int):
         super().__init__()
@@ -65,6 +72,8 @@ class FirstStage(nn.Module):
         self.factor = factor
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
+        self.register_buffer("latent_preview", None)
+        self.register_load_state_dict_pre_hook(_make_room_for_preview)
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """``image [b c h w]`` in [-1, 1], sides divisible by the factor, to the posterior over ``[b z h/f w/f]``."""
@@ -89,6 +98,26 @@ class FirstStage(nn.Module):
     def denormalize(self, latent: Tensor) -> Tensor:
         """The inverse of :meth:`normalize`."""
         return latent * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+
+    def preview(self, latent: Tensor) -> Tensor:
+        """A cheap estimate of the picture of normalised latents ``[b z h w]``, a pixel each: ``[b c h w]``, about in [-1, 1]."""
+        if self.latent_preview is None:
+            self.register_buffer("latent_preview", self._fit_preview(), persistent=False)
+        assert self.latent_preview is not None
+        weight, bias = self.latent_preview[:, :-1], self.latent_preview[:, -1]
+        return F.conv2d(latent.float(), weight[..., None, None], bias)
+
+    @torch.no_grad()
+    def _fit_preview(self) -> Tensor:
+        """The map for what the decoder makes of smooth random latents: nearer to pictures than of white noise."""
+        fit, generator = LeastSquares(), torch.Generator().manual_seed(0)
+        for _ in range(4):
+            noise = torch.randn(16, self.latent_channels, 2, 2, generator=generator).to(self.latent_mean)
+            latent = F.interpolate(noise, size=(8, 8), mode="bilinear")
+            z = self.denormalize(latent).to(next(self.parameters()).dtype)
+            fit.add(latent, self.decode(z).clamp(-1, 1))
+        weight, bias = fit.solve()
+        return torch.cat([weight, bias[:, None]], dim=1).to(self.latent_mean)
 
 
 @dataclass(frozen=True)
@@ -117,3 +146,13 @@ class Identity(FirstStage):
 
     def decode(self, latent: Tensor) -> Tensor:
         return latent
+
+    def preview(self, latent: Tensor) -> Tensor:
+        return latent
+
+
+def _make_room_for_preview(stage: FirstStage, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    """Whether there is a preview is for the file to say that is about to be loaded."""
+    preview = state.get(f"{prefix}latent_preview")
+    room = None if preview is None else torch.empty_like(preview, device=stage.latent_mean.device)
+    stage.register_buffer("latent_preview", room)

@@ -18,6 +18,7 @@ from ldm.training.stage import StageModule
 from ldm.vae.discriminator import PatchDiscriminator
 from ldm.vae.first_stage import FirstStage, FirstStageKind
 from ldm.vae.loss import AutoencoderLossConfig, ReconstructionLoss, adaptive_weight, hinge_loss, kl_loss
+from ldm.vae.preview import LeastSquares
 
 PREVIEW = 8
 """Pictures that are shown beside their reconstructions."""
@@ -146,7 +147,8 @@ def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:
 def measure_latents(
     first_stage: FirstStage, batches: Iterable[Mapping[str, Any]], device: torch.device | str = "cpu"
 ) -> None:
-    """Set ``latent_mean`` and ``latent_std`` to the statistics a channel of latents drawn for all pictures of ``batches``.
+    """Set ``latent_mean`` and ``latent_std`` to the statistics a channel of latents drawn for all pictures of ``batches``, and
+    fit ``latent_preview`` to those pictures.
 
     By the law of total variance, var(z) = E[posterior variance] + var(posterior mean); summed in fp64.
     """
@@ -156,12 +158,19 @@ def measure_latents(
         torch.zeros(channels, dtype=torch.float64),
         torch.zeros(channels, dtype=torch.float64),
     )
+    fit = LeastSquares()
     for batch in batches:
-        posterior = first_stage.encode(batch["image"].to(device))
+        image = batch["image"].to(device)
+        posterior = first_stage.encode(image)
+        fit.add(posterior.mean, image)
         mean, variance = posterior.mean.double().cpu(), posterior.logvar.exp().double().cpu()
         total += mean.sum((0, 2, 3))
         squares += (mean.square() + variance).sum((0, 2, 3))
         count += mean.numel() // channels
     mean = total / count
+    std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
     first_stage.latent_mean.copy_(mean)
-    first_stage.latent_std.copy_((squares / count - mean.square()).clamp(min=1e-12).sqrt())
+    first_stage.latent_std.copy_(std)
+    weight, bias = fit.solve()
+    preview = torch.cat([weight * std, (bias + weight @ mean)[:, None]], dim=1)  # of normalised latents
+    first_stage.register_buffer("latent_preview", preview.to(first_stage.latent_mean))

@@ -148,6 +148,18 @@ def test_prompts_can_be_weighted(model: Path, tmp_path: Path, monkeypatch: pytes
         assert '"prompt_syntax": "weighted"' in weighted.info["settings"]
 
 
+def test_the_denoising_is_animated_beside_the_picture(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, animation = tmp_path / "a.png", tmp_path / "a.gif"
+    options = f"--steps 3 --model {model} --out {picture} --animate {animation}"
+    assert sample(monkeypatch, "a", "b", *options.split()) == 0
+    assert capsys.readouterr().out.split() == [str(picture), str(animation)]
+    with Image.open(picture) as still, Image.open(animation) as gif:
+        assert gif.size == still.size
+        assert gif.n_frames >= 3
+
+
 def test_the_demo_prints_the_path_of_its_grid(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +195,7 @@ def test_samplers_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["a", "--dtype", "bf"], "error: unknown dtype 'bf'; did you mean 'bf16'?"),
         (["a", "--device", "gpu"], "error: the device gpu cannot be used"),
         (["a", "--out", "x.pgn"], "error: x.pgn ends in '.pgn'"),
+        (["a", "--animate", "x.mp4"], "error: x.mp4 is to be an animation, which is a GIF; end it in .gif."),
         (["a", "--demo"], "error: --demo has prompts of its own"),
         (["--seed", "1"], "error: this model needs a prompt"),
         (["a", "--model", "nowhere"], "error: there is no model nowhere"),

@@ -122,7 +122,7 @@ def test_training_averages_over_squares_of_pixels() -> None:
     ("given", "message"),
     [
         ([None], r"enlarges pictures; give condition=\{'low_res'"),
-        ([torch.zeros(8, 8)], r"has the shape \[3, h, w\], not \[8, 8\]"),
+        ([torch.zeros(8, 8)], r"is \[3, h, w\] in \[-1, 1\], not \[8, 8\]"),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 4)], "of one size, but they are 8 x 8, 4 x 8"),
         ([3], "not int"),
     ],
