@@ -119,9 +119,17 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(top, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.coarse(self.fine(x))
+
+    def fine(self, x: Tensor) -> Tensor:
+        """``[b image_channels h w] -> [b top h/f w/f]``"""
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
+        return h
+
+    def coarse(self, h: Tensor) -> Tensor:
+        """``[b top h w] -> [b 2 latent_channels h w]``"""
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -147,7 +155,14 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
+        return self.fine(self.coarse(z))
+
+    def coarse(self, z: Tensor) -> Tensor:
+        """``[b latent_channels h w] -> [b top h w]``"""
+        return self.mid(self.conv_in(z))
+
+    def fine(self, h: Tensor) -> Tensor:
+        """``[b top h/f w/f] -> [b image_channels h w]``"""
         for level in self.up:
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
@@ -167,13 +182,27 @@ class AutoencoderKL(FirstStage):
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """``image [b c h w]`` in [-1, 1], sides divisible by the factor, to the posterior over ``[b z h/f w/f]``."""
-        moments = self.quant_conv(self.encoder(image.contiguous(memory_format=torch.channels_last)))
-        mean, logvar = moments.float().chunk(2, dim=1)
+        return self._posterior(self.encoder(image.contiguous(memory_format=torch.channels_last)))
+
+    def _posterior(self, h: Tensor) -> DiagonalGaussian:
+        mean, logvar = self.quant_conv(h).float().chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar)
 
     def decode(self, latent: Tensor) -> Tensor:
         """``latent [b z h w]`` (not normalised) to pictures ``[b c fh fw]``, about in [-1, 1] (not clamped)."""
         return self.decoder(self.post_quant_conv(latent.contiguous(memory_format=torch.channels_last)))
+
+    def coarse_decode(self, latent: Tensor) -> Tensor:
+        return self.decoder.coarse(self.post_quant_conv(latent.contiguous(memory_format=torch.channels_last)))
+
+    def fine_decode(self, features: Tensor) -> Tensor:
+        return self.decoder.fine(features)
+
+    def fine_encode(self, image: Tensor) -> Tensor:
+        return self.encoder.fine(image.contiguous(memory_format=torch.channels_last))
+
+    def coarse_encode(self, features: Tensor) -> DiagonalGaussian:
+        return self._posterior(self.encoder.coarse(features))
 
     @property
     def last_layer(self) -> Tensor:

@@ -83,6 +83,25 @@ class FirstStage(nn.Module):
         """``latent [b z h w]`` (not normalised) to pictures ``[b c fh fw]``, about in [-1, 1] (not clamped)."""
         raise NotImplementedError
 
+    # For tiling, each of the two in a part that works at the resolution of the latents and one that works at finer ones
+
+    def coarse_decode(self, latent: Tensor) -> Tensor:
+        """The first part of :meth:`decode`: ``[b z h w] -> [b e h w]``."""
+        return latent
+
+    def fine_decode(self, features: Tensor) -> Tensor:
+        """The rest of it: ``[b e h w] -> [b c fh fw]``."""
+        return self.decode(features)
+
+    def fine_encode(self, image: Tensor) -> Tensor:
+        """The first part of :meth:`encode`: ``[b c fh fw] -> [b e h w]``."""
+        posterior = self.encode(image)
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    def coarse_encode(self, features: Tensor) -> DiagonalGaussian:
+        """The rest of it: ``[b e h w]`` to the posterior over ``[b z h w]``."""
+        return DiagonalGaussian(*features.chunk(2, dim=1))
+
     @property
     def last_layer(self) -> Tensor:
         """The weight by whose gradients the adversarial loss is balanced against the reconstruction."""

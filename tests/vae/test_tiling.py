@@ -147,10 +147,10 @@ def emoji_sheet(side: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("side", "tiling", "bound"),
-    [(384, Tiling(32, 12), 42.0), pytest.param(1024, Tiling(72, 16), 40.0, marks=pytest.mark.slow)],
+    [(384, Tiling(32, 12), 50.0), pytest.param(1024, Tiling(72, 16), 47.0, marks=pytest.mark.slow)],
 )
 def test_a_tiled_picture_is_the_whole_one_without_seams(side: int, tiling: Tiling, bound: float) -> None:
-    """Of the shipped model, measured: 46.8 and 43.7 dB; 24 dB at 384 with group norms of each tile's own, 36 without measuring.
+    """Of the shipped model, measured: 54.8 and 51.4 dB; 34.6 dB at 384 without measuring.
 
     Where a tile ends, tiling adds less than a fifth of the mean difference between one row of the picture and the next.
     """
