@@ -101,10 +101,17 @@ class TransformerConditionerConfig(ConditionerKind, kind="transformer"):
         backend = tokenizers.Tokenizer.from_str(self.tokenizer_json)
         # Not on the meta device of a model that is about to be loaded: encoders have buffers that no file holds.
         with torch.device("cpu"):
-            return TransformerConditioner(self, self.build_encoder(), backend)
+            encoder = self._encoder()
+        rows = encoder.get_input_embeddings().num_embeddings
+        if backend.get_vocab_size() > rows:
+            raise CheckpointError(
+                f"the tokenizer has {backend.get_vocab_size()} tokens, but the encoder embeds {rows}; "
+                "take the tokenizer that belongs to it, or set tokenizer.vocab_size to at least that."
+            )
+        return TransformerConditioner(self, encoder, backend)
 
-    def build_encoder(self) -> nn.Module:
-        """The encoder with random weights."""
+    def _encoder(self) -> Any:
+        """The encoder of transformers, with random weights."""
         if self.checkpoint is not None:
             assert self.architecture is not None, "the architecture comes from the checkpoint"
             config = _encoder_config(self.architecture)
@@ -184,7 +191,7 @@ def _loader(config: Any) -> Any:
     return AutoModelForTextEncoding if type(config) in AutoModelForTextEncoding._model_mapping else AutoModel
 
 
-def _without_head(model: Any) -> nn.Module:
+def _without_head(model: Any) -> Any:
     """What gives the hidden states alone: no decoder that shares the embedding, and no pooling after the last layer."""
     if hasattr(model, "shared"):
         return model.encoder

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,11 @@ from ldm.conditioning import ConditionerKind, SeveralConditioners
 from ldm.config import structure, unstructure
 from ldm.denoiser import LevelSpec, UNetConfig
 from ldm.errors import ConfigError
+from ldm.formats.native import save_model
+from ldm.model import LatentDiffusion, ModelConfig
 from ldm.nn.conditioning import Conditioning
-from tests.tiny import TOKENIZER, TOWER
+from ldm.pipeline import Pipeline
+from tests.tiny import TOKENIZER, TOWER, tiny_model
 
 BOX = (0, 0.0, 0.0, 0.5, 0.5)
 PARTS: dict[str, dict[str, Any]] = {
@@ -91,6 +96,34 @@ def test_masks_survive_the_common_batch_of_guidance() -> None:
     assert both.isfinite().all()
     unmasked = torch.cat([network(x, level, Conditioning(record.context, None, record.vector)) for record in records])
     assert not torch.allclose(both, unmasked)
+
+
+def test_a_model_in_low_precision_hears_all_of_them(tmp_path: Path) -> None:
+    """It is saved, loaded and sampled, in another size than that of its training too."""
+    parts = PARTS | {name: PARTS[name] | {"size": [8, 8]} for name in ("ground", "colours")}
+    network = {"kind": "unet", "levels": [{"width": 16, "blocks": 1, "depth": 1}], "heads": 2, "groups": 4}
+    widths = {"in_channels": 9, "context_width": 16, "vector_width": 21}
+    sections = {"conditioner": {"kind": "several", "parts": parts}, "denoiser": network | widths}
+    config = structure(ModelConfig, unstructure(tiny_model("none").config) | sections)
+    model = LatentDiffusion(config, TOKENIZER)
+    torch.nn.init.normal_(model.denoiser.conv_out.weight, std=0.1)
+    save_model(tmp_path / "model.safetensors", model, {})
+    pipe = Pipeline.from_pretrained(tmp_path, "cpu", torch.bfloat16)
+    settings: dict[str, Any] = {"seed": 0, "num_inference_steps": 2, "progress": False, "output_type": "pt"}
+    conditions = {name: INPUTS[name] for name in ("boxes", "semantic")}
+    for size in (16, 24):
+        pictures = pipe(
+            INPUTS["text"], label=INPUTS["label"], condition=conditions, height=size, width=size, **settings
+        )
+        assert pictures.shape == (2, 3, size, size)
+        assert pictures.isfinite().all()
+    unseen = {**conditions, "semantic": [[[1, 0]], [[0, 0]]]}
+    changed = pipe(INPUTS["text"], label=INPUTS["label"], condition=unseen, height=24, width=24, **settings)
+    assert not torch.allclose(changed, pictures)
+    with pytest.raises(
+        ConfigError, match="first stage's latents have 4 channels and the conditioner adds 5; set them to 9"
+    ):
+        replace(config, denoiser=replace(config.denoiser, in_channels=4))
 
 
 @pytest.mark.parametrize(

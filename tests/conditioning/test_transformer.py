@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import tokenizers
 import torch
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from ldm.clip.tokenizer import Tokenizer, TokenizerKind, train_byte_bpe
+from ldm.cli.dry_run import describe
+from ldm.clip.tokenizer import ByteBPEConfig, Tokenizer, TokenizerKind, train_byte_bpe
 from ldm.conditioning import ConditionerKind, TransformerConditioner
 from ldm.config import structure, unstructure
 from ldm.errors import CheckpointError, ConfigError
+from ldm.experiment import load_config
 from ldm.formats.native import load_model, save_model
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.pipeline import Pipeline
@@ -193,6 +197,28 @@ def test_a_checkpoint_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> Non
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"the weights of .* cannot be read"):
         built.load_pretrained()
+
+
+def test_a_tokenizer_of_another_encoder_is_refused() -> None:
+    other = train_byte_bpe(CAPTIONS, 300, 12)
+    config = structure(ConditionerKind, {"kind": "transformer"} | SCRATCH | {"tokenizer_json": other.to_json()})
+    smaller = replace(config, tokenizer=ByteBPEConfig(vocab_size=270, context_length=12))
+    with pytest.raises(CheckpointError, match=f"has {other.vocab_size} tokens, but the encoder embeds 270"):
+        smaller.build()
+
+
+def test_a_dry_run_counts_the_encoder_where_it_is_trained(checkpoint: tuple[Path, Any]) -> None:
+    trained = []
+    for trainable in ("false", "true"):
+        settings = f"{{kind: transformer, checkpoint: {checkpoint[0]}, context_length: 8, trainable: {trainable}}}"
+        overrides = [f"denoiser.conditioner={settings}", "denoiser.model.context_width=16"]
+        experiment = load_config(ROOT / "configs" / "conditioning" / "boxes.yaml", overrides)
+        told = describe(experiment, ["denoiser"])
+        built = conditioner(checkpoint=str(checkpoint[0]), context_length=8)
+        count = sum(parameter.numel() for parameter in built.parameters())
+        assert f"conditioner: {count:,} parameters" in told
+        trained.append(re.search(r"trained: ([\d,]+)", told)[1].replace(",", ""))
+    assert int(trained[1]) - int(trained[0]) == count
 
 
 @pytest.mark.parametrize(
