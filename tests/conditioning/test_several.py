@@ -22,14 +22,14 @@ PARTS: dict[str, dict[str, Any]] = {
     "caption": {"kind": "text", "tower": TOWER, "pooled": True},
     "layout": {"kind": "boxes", "classes": 3, "max_boxes": 4, "width": 16},
     "number": {"kind": "class", "classes": 3, "width": 5},
-    "ground": {"kind": "semantic", "classes": 2, "size": [4, 4]},
-    "colours": {"kind": "semantic", "classes": 3, "size": [4, 4]},
+    "ground": {"kind": "semantic", "classes": 2, "size": [4, 4], "latent_factor": 2},
+    "colours": {"kind": "semantic", "classes": 3, "size": [4, 4], "latent_factor": 2},
 }
 INPUTS: dict[str, list[Any]] = {
     "text": ["a red apple", "a blue car"],
     "boxes": [[BOX], [BOX, BOX]],
     "label": [1, 2],
-    "semantic": [[[0, 1]], [[1, 1]]],
+    "semantic": [[[0, 0, 1, 1]] * 4, [[1, 1, 1, 1]] * 4],
 }
 
 
@@ -110,14 +110,17 @@ def test_a_model_in_low_precision_hears_all_of_them(tmp_path: Path) -> None:
     save_model(tmp_path / "model.safetensors", model, {})
     pipe = Pipeline.from_pretrained(tmp_path, "cpu", torch.bfloat16)
     settings: dict[str, Any] = {"seed": 0, "num_inference_steps": 2, "progress": False, "output_type": "pt"}
-    conditions = {name: INPUTS[name] for name in ("boxes", "semantic")}
     for size in (16, 24):
+        conditions = {
+            "boxes": INPUTS["boxes"],
+            "semantic": torch.tensor(INPUTS["semantic"]).repeat(1, size // 4, size // 4),
+        }
         pictures = pipe(
             INPUTS["text"], label=INPUTS["label"], condition=conditions, height=size, width=size, **settings
         )
         assert pictures.shape == (2, 3, size, size)
         assert pictures.isfinite().all()
-    unseen = {**conditions, "semantic": [[[1, 0]], [[0, 0]]]}
+    unseen = {**conditions, "semantic": 1 - conditions["semantic"]}
     changed = pipe(INPUTS["text"], label=INPUTS["label"], condition=unseen, height=24, width=24, **settings)
     assert not torch.allclose(changed, pictures)
     with pytest.raises(
