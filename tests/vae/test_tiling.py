@@ -147,19 +147,21 @@ def emoji_sheet(side: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("side", "tiling", "bound"),
-    [(384, Tiling(32, 12), 50.0), pytest.param(1024, Tiling(72, 16), 47.0, marks=pytest.mark.slow)],
+    [(384, Tiling(32, 12), 50.0), pytest.param(1024, Tiling(72, 16), 52.0, marks=pytest.mark.slow)],
 )
 def test_a_tiled_picture_is_the_whole_one_without_seams(side: int, tiling: Tiling, bound: float) -> None:
-    """Of the shipped model, measured: 54.8 and 51.4 dB; 34.6 dB at 384 without measuring.
+    """Of the shipped model, measured: 54.9 and 57.6 dB; 34.6 dB at 384 without measuring.
 
+    Whole in double precision, since PyTorch's group norm of a picture so large, in single, is off by as much as 42 dB.
     Where a tile ends, tiling adds less than a fifth of the mean difference between one row of the picture and the next.
     """
     model = Pipeline.from_pretrained("emoji", "cpu", torch.float32).model
     with torch.inference_mode():
         latent = model.encode(emoji_sheet(side))
-        whole = model.decode(latent)
         model.tiling = tiling
         tiled = model.decode(latent)
+        model.tiling = Tiling(side)
+        whole = model.double().decode(latent.double()).float()
     assert psnr(whole, tiled).item() > bound
     ends = [8 * end for a, b in pairwise(tiling.spans(side // 8)) for end in (b.start, a.stop)]
     for expected, actual in ((whole, tiled), (whole.mT, tiled.mT)):
