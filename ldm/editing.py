@@ -41,7 +41,7 @@ class ImageToImage(Edit):
 
     Attributes:
         latents: normalised, one for each picture to make, ``[n c h w]``.
-        strength: share of the steps to make. With all of them it starts from noise alone.
+        strength: share of the steps to make; at 1 it starts from noise alone.
         pictures: what the latents are of, ``[n 3 H W]`` in [0, 1]; with no step to make, they are the result.
     """
 
@@ -82,6 +82,10 @@ class Inpaint(ImageToImage):
     mask: Tensor
     blend: Tensor
 
+    def start(self, x: Tensor, unit: Tensor, sigma: float, rows: slice) -> Tensor:
+        free = super().start(x, unit, sigma, rows)
+        return torch.lerp(self.latents[rows] + sigma * unit, free, self.mask[rows])
+
     def wrap(self, denoise: Denoiser, rows: slice) -> Denoiser:
         known, mask = self.latents[rows], self.mask[rows]
         return lambda x, sigma: torch.lerp(known, denoise(x, sigma), mask)
@@ -119,7 +123,7 @@ def inpaint(
     blur: float = 0.0,
     **settings: Any,
 ) -> Any:
-    """Paint what is white in ``mask_image`` anew; what is black stays as it is, to the bit.
+    """Paint what is white in ``mask_image`` anew; what is black stays as it is, to the bit, but for the edge that is blurred.
 
     Works with any model; one whose conditioner reads ``inpaint`` (a 9-channel U-Net) is also shown the known part.
 
@@ -136,7 +140,7 @@ def inpaint(
     if "inpaint" in pipe.model.config.conditioner.reads:
         known = pipe.encode(torch.where(sharp > 0.5, 0.5, pictures))
         condition = {"inpaint": list(torch.cat([mask, known], dim=1))}
-        settings["condition"] = {**settings.get("condition", {}), **condition}
+        settings["condition"] |= condition
     parts = (each.repeat_interleave(repeats, 0) for each in (pipe.encode(pictures), mask, pictures, blend))
     latents, mask, pictures, blend = parts
     edit = Inpaint(latents=latents, strength=strength, pictures=pictures, mask=mask, blend=blend)
@@ -180,13 +184,14 @@ def variations(pipe: Pipeline, image: Picture | Sequence[Picture], **settings: A
             "this model reads no picture, which variations need; "
             "train one with the conditioner image, or try image_to_image."
         )
-    return pipe(condition={"image": listed(image)}, **settings)
+    condition = {**(settings.pop("condition", None) or {}), "image": listed(image)}
+    return pipe(condition=condition, **settings)
 
 
 def style_transfer(
     pipe: Pipeline,
     image: Picture | Sequence[Picture],
-    style: Picture | str,
+    style: Picture | Prompt,
     strength: float = 0.6,
     **settings: Any,
 ) -> Any:
@@ -197,12 +202,12 @@ def style_transfer(
     Raises:
         SamplingError: as :func:`image_to_image`; a style picture for a model that reads none.
     """
-    if isinstance(style, str) and not Path(style).is_file():
+    if isinstance(style, Prompt) and not (isinstance(style, str) and _is_file(style)):
         return image_to_image(pipe, style, image, strength, **settings)
     if "image" not in pipe.model.config.conditioner.reads:
         raise SamplingError("this model reads no picture; describe the style in a prompt.")
-    styles = [style] * len(listed(image))
-    return image_to_image(pipe, None, image, strength, condition={"image": styles}, **settings)
+    condition = {**(settings.pop("condition", None) or {}), "image": [style]}
+    return image_to_image(pipe, settings.pop("prompt", None), image, strength, condition=condition, **settings)
 
 
 def interpolate(
@@ -225,6 +230,8 @@ def interpolate(
     check_counts(frames=frames)
     if frames < 2:
         raise SamplingError("frames is 1; a row from one picture to the other needs 2 or more.")
+    if "num_images_per_prompt" in settings:
+        raise SamplingError("a row has as many pictures as frames; leave num_images_per_prompt out.")
     shape = pipe.latent_shape(settings.get("height"), settings.get("width"))
     first, last = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds)
     shares = torch.linspace(0, 1, frames).tolist()
@@ -281,7 +288,7 @@ def upscale(pipe: Pipeline, image: Picture | Sequence[Picture], **settings: Any)
         )
     pictures = _stacked(image, settings)
     height, width = (factor * side for side in pictures.shape[-2:])
-    condition = {**settings.pop("condition", {}), "low_res": list(2 * pictures - 1)}
+    condition = {**(settings.pop("condition", None) or {}), "low_res": list(2 * pictures - 1)}
     return pipe(condition=condition, height=height, width=width, **settings)
 
 
@@ -299,19 +306,25 @@ def _paired(pipe: Pipeline, prompt: Any, image: Any, settings: dict[str, Any]) -
     The pictures are ``[m 3 h w]`` in [0, 1]; one is repeated for each prompt, one prompt for each of them.
     """
     stacked = _stacked(image, settings).to(pipe.device)
+    if pipe.model.config.first_stage.image_channels == 1:
+        stacked = stacked.mean(1, keepdim=True)
     height, width = stacked.shape[-2:]
     pipe.latent_shape(height, width)  # raises where the model cannot make it
 
     m, repeats = len(stacked), settings.get("num_images_per_prompt", 1)
-    asked = {"prompt": prompt, "label": settings.get("label")}
+    check_counts(num_images_per_prompt=repeats)
+    asked = {"prompt": prompt, "label": settings.get("label"), **(settings.get("condition") or {})}
     lists = {name: listed(value) for name, value in asked.items() if value is not None}
     n = max((len(values) for values in lists.values()), default=1)
     if n > 1 and m not in (1, n):
-        raise SamplingError(f"{m} pictures do not fit {n} prompts; give one, or one for each.")
+        what = next(name for name, values in lists.items() if len(values) == n)
+        raise SamplingError(f"{m} pictures do not fit {n} of {what}; give one, or one for each.")
+    lists = {name: values * m if len(values) == 1 else values for name, values in lists.items()}
+    settings = settings | {name: lists.pop(name, None) for name in ("prompt", "label")}
+    settings |= {"condition": lists, "height": height, "width": width}
     if not pipe.model.config.conditioner.reads:
-        asked["num_images_per_prompt"] = m * repeats
-    asked |= {name: values * m if len(values) < m else values for name, values in lists.items()}
-    return stacked.expand(max(m, n), -1, -1, -1), settings | asked | {"height": height, "width": width}, repeats
+        settings["num_images_per_prompt"] = m * repeats
+    return stacked.expand(max(m, n), -1, -1, -1), settings, repeats
 
 
 def _stacked(image: Any, settings: Mapping[str, Any]) -> Tensor:
@@ -324,6 +337,13 @@ def _stacked(image: Any, settings: Mapping[str, Any]) -> Tensor:
         given = ", ".join(f"{width} x {height}" for width, height in sizes) or "none"
         raise SamplingError(f"the pictures must be of one size, but they are {given}; edit them one by one.")
     return torch.stack([to_tensor(picture) for picture in pictures])
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # too long for a name
+        return False
 
 
 def _masks(mask_image: Any, pictures: Tensor, blur: float) -> tuple[Tensor, Tensor]:

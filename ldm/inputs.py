@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -41,6 +42,21 @@ class Request:
     def __len__(self) -> int:
         return len(self.seeds)
 
+    def record(self, index: int, settings: Mapping[str, Any]) -> dict[str, str]:
+        """What a picture says of itself: what was asked of it, and how all were made."""
+        own = self[index : index + 1]
+        guidance = own.guidance.record()
+        if isinstance(guidance["guidance_scale"], Sequence):
+            guidance["guidance_scale"] = guidance["guidance_scale"][0]
+        asked = {
+            ARGUMENTS[name]: str(own.wanted[name][0])
+            for name in ARGUMENTS
+            if own.wanted.get(name, [None])[0] is not None
+        }
+        asked |= {"negative_prompt": str(own.unwanted[0])} if own.unwanted else {}
+        settings = {**settings, **guidance, **self.reading.record()}
+        return asked | {"seed": str(own.seeds[0]), "settings": json.dumps(settings)}
+
     def __getitem__(self, rows: slice) -> Request:
         """The request of some of the pictures."""
         scale = self.guidance.scale
@@ -48,7 +64,7 @@ class Request:
             {name: values[rows] for name, values in self.wanted.items()},
             self.unwanted and self.unwanted[rows],
             self.seeds[rows],
-            replace(self.guidance, scale=scale if isinstance(scale, int | float) else scale[rows]),
+            replace(self.guidance, scale=scale[rows] if isinstance(scale, Sequence) else scale),
             self.reading,
         )
 
@@ -85,7 +101,7 @@ def request(
     avoided = _negatives(reads, negative_prompt, n)
     for prompt in (*wanted.get("text", ()), *(avoided or ())):
         reading.changes(prompt, steps=1)  # raises where it is not in the syntax
-    if not isinstance(guidance.scale, int | float):
+    if isinstance(guidance.scale, Sequence):
         scales = _one_each("guidance scales", list(guidance.scale), n, "prompts")
         guidance = replace(guidance, scale=[float(scale) for scale in scales for _ in range(repeats)])
     return Request(
@@ -175,8 +191,19 @@ def one_seed() -> int:
     return secrets.randbelow(2**32)
 
 
-def check_solver(sampler: str, options: Mapping[str, Any]) -> None:
-    """Raises a SamplingError for an unknown sampler, an option that it does not take, or an eta outside [0, 1]."""
+OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "eta": (lambda value: isinstance(value, int | float) and 0 <= value <= 1, "from 0 to 1"),
+    "order": (lambda value: isinstance(value, int) and value >= 1, "a whole number, 1 or more"),
+    "variance": (lambda value: value in ("small", "large"), "small or large"),
+    "rtol": (lambda value: isinstance(value, int | float) and value > 0, "above 0"),
+    "atol": (lambda value: isinstance(value, int | float) and value > 0, "above 0"),
+    "h_init": (lambda value: isinstance(value, int | float) and value > 0, "above 0"),
+}
+"""What the options of samplers must be."""
+
+
+def check_solver(sampler: str, options: Mapping[str, Any], guidance: Guidance) -> None:
+    """Raises a SamplingError for an unknown sampler, or an option or guidance that it does not take."""
     if sampler not in SAMPLERS:
         raise SamplingError(unknown("sampler", sampler, SAMPLERS))
     for name in options:
@@ -184,8 +211,13 @@ def check_solver(sampler: str, options: Mapping[str, Any]) -> None:
             takers = ", ".join(taker for taker, spec in SPECS.items() if name in spec.options)
             instead = f", or choose one of {takers}" if takers else ""
             raise SamplingError(f"the sampler {sampler} takes no {name}; leave it out{instead}.")
-    if not 0 <= options.get("eta", 0) <= 1:
-        raise SamplingError(f"eta is {options['eta']}; it must be from 0 to 1.")
+        fits, what = OPTIONS[name]
+        if not fits(options[name]):
+            raise SamplingError(f"{name} is {options[name]!r}; it must be {what}.")
+    if SPECS[sampler].adaptive and guidance.projection is not None and guidance.projection.momentum:
+        raise SamplingError(
+            f"the sampler {sampler} repeats steps, which momentum would count twice; set momentum to 0."
+        )
 
 
 def check_counts(**counts: Any) -> None:
@@ -213,5 +245,5 @@ def _prompts(name: str, value: Any) -> list[Prompt]:
 def _one_each(name: str, given: list[Any], n: int, whom: str) -> list[Any]:
     """``given``, if there are ``n`` of them; else a SamplingError."""
     if len(given) != n:
-        raise SamplingError(f"{len(given)} {name} do not fit {n} {whom}; give one, or one for each.")
+        raise SamplingError(f"{len(given)} {name} do not fit {n} {whom}; give one for each, or one that is in no list.")
     return given

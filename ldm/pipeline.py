@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,7 +76,8 @@ class Pipeline:
     >>> Pipeline("a red apple")  # the shipped model, loaded once per process; returns the pictures
 
     A picture depends, to rounding and within one dtype, on model, prompt, settings and seed alone: all its
-    noise comes from one CPU generator of its own, first what it starts from, then what the steps add.
+    noise comes from one CPU generator of its own, first what it starts from, then what the steps add; solvers with a
+    Brownian path draw the latter from one that the seed fixes.
 
     Args:
         model: what to sample from, used where it is (:meth:`to` moves it). Anything else is a prompt: the
@@ -195,7 +195,7 @@ class Pipeline:
             num_inference_steps: steps of the sampler, 1 or more.
             guidance_scale: classifier-free guidance, one for all or one for each prompt; 1 = none, at half the work;
                 above 1 stresses the prompt.
-            guidance: all else about guidance, in place of the scale; see :class:`ldm.diffusion.Guidance`.
+            guidance: all else about guidance; see :class:`ldm.diffusion.Guidance`.
             sampler: a name of ``ldm.diffusion.SAMPLERS``.
             sampler_options: its further parameters by name, such as ``{"order": 3}``.
             seed: of the n pictures: one each, or s for s, s + 1, ...; None draws s at random and leaves it in
@@ -222,7 +222,8 @@ class Pipeline:
         """
         sampler = self.model.config.sampling.sampler if sampler is None else sampler
         options = dict(sampler_options or {}) | ({} if eta is None else {"eta": eta})
-        inputs.check_solver(sampler, options)
+        guidance = self._guidance(guidance, guidance_scale)
+        inputs.check_solver(sampler, options, guidance)
         inputs.check_counts(num_images_per_prompt=num_images_per_prompt, batch_size=batch_size)
         self._check_output_type(output_type)
 
@@ -231,7 +232,7 @@ class Pipeline:
             self.model.config.conditioner.reads,
             {"prompt": prompt, "label": label, **(condition or {})},
             negative_prompt,
-            self._guidance(guidance, guidance_scale),
+            guidance,
             seed,
             num_images_per_prompt,
             Reading(prompt_syntax, long_prompts),
@@ -269,9 +270,7 @@ class Pipeline:
 
         settings: dict[str, Any] = {
             "sampler": sampler,
-            "num_inference_steps": len(levels) - 1,
-            **request.guidance.record(),
-            **request.reading.record(),
+            **({} if steps is None else {"num_inference_steps": len(levels) - 1}),
             "height": result.shape[2],
             "width": result.shape[3],
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -282,7 +281,8 @@ class Pipeline:
         settings |= {} if timesteps is None and sigmas is None else {"sigmas": levels.tolist()}
         settings |= {} if latents is None else {"latents": "given"}
         settings |= edit.record()
-        return Images.of(result, self._records(request, settings))
+        model = {"model": self.model.fingerprint} if self.model.fingerprint else {}
+        return Images.of(result, [request.record(index, settings) | model for index in range(len(request))])
 
     def preview(self, latents: Tensor) -> Images:
         """What normalised latents ``[n c h/f w/f]``, such as the ``denoised`` of a step, are going to show, roughly."""
@@ -348,7 +348,8 @@ class Pipeline:
     def denoiser(self, request: inputs.Request, levels: Tensor) -> Denoiser:
         """The model, told what to show, as the denoiser that solvers take along ``levels [steps + 1]``."""
         guidance, wanted = request.guidance, request.wanted
-        conditional, avoided = phased(self.model.conditioner, wanted, request.unwanted, request.reading, levels)
+        told = phased(self.model.conditioner, wanted, request.unwanted, request.reading, levels)
+        conditional, avoided = (phases.map(lambda record: record.to(self.device)) for phases in told)
         unconditional = avoided if self.model.config.conditioner.reads else None
 
         def network(x: Tensor, sigma: Tensor, phases: Phases) -> Tensor:
@@ -369,11 +370,12 @@ class Pipeline:
         )
 
     def _guidance(self, guidance: Guidance | None, scale: float | Sequence[float] | None) -> Guidance:
-        if guidance is None:
-            return Guidance(self.model.config.sampling.guidance_scale if scale is None else scale)
-        if scale is not None:
-            raise SamplingError("give either guidance_scale or guidance, which has a scale of its own.")
-        return guidance
+        guidance = guidance or Guidance()
+        if scale is not None and guidance.scale is not None:
+            raise SamplingError("give either guidance_scale or a guidance with a scale of its own, not both.")
+        if scale is None:
+            scale = self.model.config.sampling.guidance_scale if guidance.scale is None else guidance.scale
+        return replace(guidance, scale=scale)
 
     def _solve(
         self,
@@ -385,10 +387,12 @@ class Pipeline:
         options: Mapping[str, Any],
         seeds: Sequence[int],
     ) -> Iterator[Step]:
-        """The solver of that name, with the kind of noise that it takes."""
+        """The solver of that name, with the kind of noise that it takes; nothing where there is no step to make."""
+        if len(levels) < 2:
+            return iter(())
         spec, schedule = SPECS[sampler], self.model.diffusion.schedule
         given = dict(options)
-        if spec.brownian and options.get("eta") != 0 and len(levels) > 1:
+        if spec.brownian and options.get("eta") != 0:
             # over the range of the schedule, and wider only where the levels are: it is to depend on the seed alone
             least = min(levels[levels > 0].min().item(), schedule.sigma_min)
             noise = brownian_noise(seeds, x.shape[1:], least, max(levels[0].item(), schedule.sigma_max), self.device)
@@ -402,19 +406,6 @@ class Pipeline:
         channels = self.model.config.first_stage.image_channels
         if output_type == "pil" and channels not in (1, 3):
             raise SamplingError(f"data of {channels} channels are no pictures; ask for output_type 'latent'.")
-
-    def _records(self, request: inputs.Request, settings: Mapping[str, Any]) -> list[dict[str, str]]:
-        """What each picture says of itself; see :class:`Images`."""
-        common = {"settings": json.dumps(settings)}
-        if self.model.fingerprint:
-            common["model"] = self.model.fingerprint
-        records = []
-        for index, seed in enumerate(request.seeds):
-            shown = {name: request.wanted[name][index] for name in inputs.ARGUMENTS if name in request.wanted}
-            record = {inputs.ARGUMENTS[name]: str(value) for name, value in shown.items() if value is not None}
-            record |= {"negative_prompt": str(request.unwanted[index])} if request.unwanted else {}
-            records.append(record | {"seed": str(seed)} | common)
-        return records
 
 
 def default_device() -> torch.device:

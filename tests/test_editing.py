@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ldm import Pipeline, editing
+from ldm.diffusion import SAMPLERS
 from ldm.editing import slerp
 from ldm.errors import SamplingError
 from tests.tiny import SIZE, tiny_model
@@ -46,6 +47,26 @@ def test_strength_0_returns_the_picture_and_strength_1_what_noise_alone_gives(pi
     assert same(editing.image_to_image(pipe, PROMPT, image, strength=0, seed=1, **QUIET)[0], image)
     whole = editing.image_to_image(pipe, PROMPT, image, strength=1, seed=1, **QUIET)[0]
     assert same(whole, pipe(PROMPT, seed=1, **QUIET)[0])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_solver_needs_a_step(pipe: Pipeline, sampler: str) -> None:
+    image = picture()
+    assert same(editing.image_to_image(pipe, PROMPT, image, strength=0, sampler=sampler, **QUIET)[0], image)
+
+
+def test_conditions_count_as_prompts_do() -> None:
+    network = {"kind": "unet", "levels": [{"width": 16, "blocks": 1, "depth": 1}], "heads": 2, "groups": 4}
+    boxes = {"kind": "boxes", "classes": 2, "max_boxes": 2, "width": 16}
+    pipe = Pipeline(tiny_model("none", conditioner=boxes, denoiser=network | {"context_width": 16}))
+    left, right = [(0, 0.0, 0.0, 0.5, 1.0)], [(1, 0.5, 0.0, 1.0, 1.0)]
+    options: dict[str, Any] = {"strength": 0.5, "seed": [3, 4], **QUIET}
+    two = editing.image_to_image(pipe, None, [picture(0), picture(1)], condition={"boxes": [left]}, **options)
+    assert len(two) == 2
+    two = editing.image_to_image(pipe, None, picture(), condition={"boxes": [left, right]}, batch_size=1, **options)
+    assert len(two) == 2
+    with pytest.raises(SamplingError, match="3 pictures do not fit 2 of boxes"):
+        editing.image_to_image(pipe, None, [picture()] * 3, condition={"boxes": [left, right]})
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.0, 0), (0.3, 3), (0.75, 8), (1.0, 10)])
@@ -194,7 +215,7 @@ def test_style_is_told_by_a_prompt_where_the_model_reads_no_picture(pipe: Pipeli
             lambda pipe: editing.image_to_image(pipe, PROMPT, picture(), 1.5),
             r"strength is 1\.5; it must be from 0 to 1",
         ),
-        (lambda pipe: editing.image_to_image(pipe, [PROMPT] * 3, [picture()] * 2), "2 pictures do not fit 3 prompts"),
+        (lambda pipe: editing.image_to_image(pipe, [PROMPT] * 3, [picture()] * 2), "2 pictures do not fit 3 of prompt"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, [picture(), picture(0, 8)]), "16 x 16, 16 x 8"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, []), "they are none"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, picture(0, 17)), "the height 17 is not divisible by 2"),

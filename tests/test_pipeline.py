@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from PIL import Image
 
 from ldm import Pipeline
-from ldm.diffusion import SAMPLERS, Step, seeded_noise, timesteps
-from ldm.errors import SamplingError
+from ldm.diffusion import SAMPLERS, Guidance, Projection, Step, seeded_noise, timesteps
+from ldm.errors import MissingExtraError, SamplingError
 from ldm.images import Images
 from ldm.pipeline import _shipped
 from tests.tiny import CAPTIONS, CHANNELS, FACTOR, SIZE, tiny_model
@@ -68,6 +69,21 @@ def test_a_seed_drawn_at_random_is_reported_and_gives_the_picture_again(pipe: Pi
     assert first.seeds != second.seeds
     again = pipe("a red apple", seed=first.seeds[1], progress=False)
     assert difference(again[0], first[1]) <= 1
+
+
+def test_each_picture_has_and_tells_its_own_guidance_scale(pipe: Pipeline) -> None:
+    both = pipe(["a red apple", "a blue car"], guidance_scale=[1.0, 4.0], seed=5, progress=False)
+    for index, (prompt, scale) in enumerate((("a red apple", 1.0), ("a blue car", 4.0))):
+        assert json.loads(both[index].info["settings"])["guidance_scale"] == scale
+        alone = pipe(prompt, guidance_scale=scale, seed=5 + index, progress=False)
+        assert difference(both[index], alone[0]) <= 1
+
+
+def test_a_brownian_path_without_torchsde_names_the_extra(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchsde", None)
+    with pytest.raises(MissingExtraError, match=r"torchsde.*pip install 'ldm\[sde\]'"):
+        pipe("a red apple", sampler="dpmpp_2m_sde", progress=False)
+    pipe("a red apple", sampler="dpmpp_2m_sde", eta=0.0, progress=False)
 
 
 def test_no_number_is_drawn_from_the_global_generator(pipe: Pipeline) -> None:
@@ -316,6 +332,17 @@ def test_one_line_samples_from_the_shipped_model_loaded_once(
         ({"seed": 1.5}, "the seed 1.5 is no whole number"),
         ({"sampler": "heun", "eta": 0.5}, "the sampler heun takes no eta"),
         ({"sampler": "ddim", "eta": 1.5}, "eta is 1.5"),
+        ({"sampler": "unipc", "sampler_options": {"order": 0}}, "order is 0; it must be a whole number, 1 or more"),
+        ({"sampler": "ddpm", "sampler_options": {"variance": "smal"}}, "variance is 'smal'; it must be small or large"),
+        ({"sampler": "dpm_adaptive", "sampler_options": {"rtol": 0}}, "rtol is 0; it must be above 0"),
+        (
+            {"sampler": "dpm_adaptive", "guidance": Guidance(2.0, projection=Projection(momentum=-0.5))},
+            "repeats steps, which momentum would count twice",
+        ),
+        ({"guidance_scale": 2.0, "guidance": Guidance(2.0)}, "not both"),
+        ({"guidance_scale": [2.0, 3.0]}, "2 guidance scales do not fit 1 prompts"),
+        ({"spacing": "karas"}, "unknown spacing 'karas'; did you mean 'karras'"),
+        ({"spacing": "karras", "sigmas": [1.0]}, "leave spacing and shift out"),
         ({"latents": torch.zeros(1, 4, 8, 9)}, r"\[1, 4, 8, 9\]; these pictures need \[1, 4, 8, 8\]"),
     ],
 )

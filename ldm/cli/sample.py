@@ -119,9 +119,7 @@ def sample(
         "callback": frames if animate else None,
     }
     if guide:
-        scale = settings.pop("guidance_scale")
-        scale = pipe.model.config.sampling.guidance_scale if scale is None else scale
-        settings["guidance"] = structure(Guidance, {"scale": scale} | _settings(guide), "--guide")
+        settings["guidance"] = structure(Guidance, _settings(guide), "--guide")
     settings = {name: value for name, value in settings.items() if value is not None}
     asked = [prompt for group in DEMO_PROMPTS.values() for prompt in group] if demo else prompts or None
     images = _edited(pipe, asked, image, mask, strength, settings) if image else pipe(asked, **settings)

@@ -16,13 +16,14 @@ which the model checks against its first stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning.conditioner import Conditioner, ConditionerKind, training_pictures
 from ldm.config import setting
@@ -40,7 +41,9 @@ class LowResConditionerConfig(ConditionerKind, kind="low_res"):
     """A small picture, to be enlarged; without dropout, so that guidance has no effect on it."""
 
     factor: int = setting(4, "how many times the result is larger than the small picture, along each side")
-    latent_factor: int = setting(1, "factor of the first stage; the small picture is brought to its latents' size")
+    latent_factor: int | None = setting(
+        None, "factor of the first stage, to whose latents' size the small picture is brought; null = the experiment's"
+    )
     noise_max: float = setting(
         0.5, "greatest noise level of the small picture in training, 0 to 1; they are uniform from 0"
     )
@@ -48,7 +51,7 @@ class LowResConditionerConfig(ConditionerKind, kind="low_res"):
     width: int = setting(64, "sinusoids by which the network is told the noise level: the width of the vector")
 
     def __post_init__(self) -> None:
-        if self.factor < 2 or self.latent_factor < 1:
+        if self.factor < 2 or (self.latent_factor is not None and self.latent_factor < 1):
             raise ConfigError(
                 f"factor must be at least 2 and latent_factor at least 1, not {self.factor} and {self.latent_factor}."
             )
@@ -71,8 +74,12 @@ class LowResConditionerConfig(ConditionerKind, kind="low_res"):
     def concat_channels(self) -> int:
         return 3
 
+    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> LowResConditionerConfig:
+        return replace(self, latent_factor=self.latent_factor or factor)
+
     def build(self, tokenizer: Tokenizer | None = None) -> LowResConditioner:
-        return LowResConditioner(self)
+        assert self.latent_factor is not None, "the factor comes from the experiment's first stage"
+        return LowResConditioner(self, self.latent_factor)
 
 
 class LowResConditioner(Conditioner):
@@ -81,9 +88,10 @@ class LowResConditioner(Conditioner):
     The vector is the sinusoids of the noise level; the U-Net has the perceptron that embeds a vector.
     """
 
-    def __init__(self, config: LowResConditionerConfig):
+    def __init__(self, config: LowResConditionerConfig, latent_factor: int):
         super().__init__()
         self.config = config
+        self.latent_factor = latent_factor
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         """The conditioning of a batch; see :class:`Conditioner`.
@@ -100,7 +108,7 @@ class LowResConditioner(Conditioner):
             noise = torch.randn(small.shape, generator=generator)
         s = level.to(small)[:, None, None, None]
         noisy = (1 - s**2).sqrt() * small + s * noise.to(small)
-        size = [side * config.factor // config.latent_factor for side in small.shape[-2:]]
+        size = [side * config.factor // self.latent_factor for side in small.shape[-2:]]
         return Conditioning(
             vector=sinusoidal(LEVELS * level.to(small), config.width),
             concat=F.interpolate(noisy, size=size, mode="bicubic", antialias=True),

@@ -33,6 +33,9 @@ class SeveralConditionersConfig(ConditionerKind, kind="several"):
         if len(set(widths.values())) > 1:
             given = ", ".join(f"{width} of {name}" for name, width in widths.items())
             raise ConfigError(f"the context widths of the parts differ ({given}); make them equal.")
+        for name in ("latent_channels", "latent_factor"):
+            if len({getattr(part, name) for part in self.parts.values()} - {None}) > 1:
+                raise ConfigError(f"the parts differ in {name}; make them equal.")
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -109,7 +112,13 @@ class SeveralConditioners(Conditioner):
 
 
 def side_by_side(records: list[Conditioning]) -> Conditioning:
-    """One record of several for the same batch: contexts along n, vectors along d, concats along c."""
+    """One record of several for the same batch: contexts along n, vectors along d, concats along c.
+
+    Those of conditioners without weights may still be on the CPU.
+    """
+    parts = [part for record in records for part in (record.context, record.vector, record.concat) if part is not None]
+    device = next((part.device for part in parts if part.device.type != "cpu"), torch.device("cpu"))
+    records = [record.to(device) for record in records]
     heard = [record for record in records if record.context is not None]
     mask = None
     if any(record.mask is not None for record in heard):

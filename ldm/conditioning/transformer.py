@@ -20,8 +20,9 @@ from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import ByteBPEConfig, Tokenizer, TokenizerKind
 from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, dropped
 from ldm.config import setting
-from ldm.errors import CheckpointError, ConfigError
+from ldm.errors import CheckpointError, ConfigError, SamplingError
 from ldm.nn.conditioning import Conditioning
+from ldm.prompts import Text
 
 PROVENANCE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
 """Keys of an encoder's config that say where it comes from, and not what it is."""
@@ -150,6 +151,8 @@ class TransformerConditioner(Conditioner):
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         captions = list(inputs["text"])
+        if any(isinstance(caption, Text) and caption.weights for caption in captions):
+            raise SamplingError("this model's encoder knows no weights of words; set prompt_syntax to 'plain'.")
         drop = dropped(len(captions), self.config.dropout, generator).tolist()
         encodings = self.tokenizer.encode_batch(
             ["" if gone or caption is None else caption for caption, gone in zip(captions, drop, strict=True)]

@@ -33,8 +33,8 @@ class Projection:
     """Adaptive projected guidance (Sadat et al. 2410.02416): less of what only saturates.
 
     Of the difference between conditional and unconditional estimate, the part along the conditional one mostly raises
-    contrast; ``eta`` of it is kept. Differences longer than ``norm_threshold`` are shortened to it, and each step
-    adds ``momentum`` times the sum so far, where a negative number damps what all steps agree on.
+    contrast; ``eta`` of it is kept. Differences longer than ``norm_threshold`` are shortened to it, and each evaluation
+    adds ``momentum`` times the sum so far, where a negative number damps what all of them agree on.
     """
 
     eta: float = 0.0
@@ -48,7 +48,7 @@ class Guidance:
 
     Args:
         scale: of classifier-free guidance, one for all pictures or one for each; 0 is the unconditional model, 1 the
-            conditional one, above 1 exaggerates.
+            conditional one, above 1 exaggerates. None is 1, or to a pipeline what its model asks for.
         rescale: share, 0 to 1, to which the result gets back the contrast of the conditional answer, measured on the
             velocity v (Lin et al. 2305.08891, section 3.4); the cure of overexposed pictures.
         interval: (least, greatest) noise level at which guidance acts; outside it the conditional model runs alone, in
@@ -61,7 +61,7 @@ class Guidance:
         projection: replaces plain classifier-free guidance by the adaptive projected one.
     """
 
-    scale: float | Sequence[float] = 1.0
+    scale: float | Sequence[float] | None = None
     rescale: float = 0.0
     interval: tuple[float, float] | None = None
     threshold: float | None = None
@@ -109,7 +109,7 @@ def guided(
         where nothing guides. It may remember (momentum), so each sample takes a new one.
     """
     how = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-    scale = torch.as_tensor(how.scale, dtype=torch.float32)
+    scale = torch.as_tensor(1.0 if how.scale is None else how.scale, dtype=torch.float32)
     parts = [conditional]
     if unconditional is not None and bool((scale != 1).any()):
         parts.append(unconditional)
@@ -118,12 +118,15 @@ def guided(
     if len(parts) == 1:
         return lambda x, sigma: network(x, sigma, conditional)
     joined = conditional.cat(parts)
-    momentum: Tensor | float = 0.0
+    momentum = torch.zeros(())
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         nonlocal momentum
-        acts = None if how.interval is None else (how.interval[0] <= sigma) & (sigma <= how.interval[1])
-        if acts is not None and not acts.any():
+        scales = scale.to(x).expand(len(x))
+        acts = (scales != 1) | (perturbed is not None and how.perturbed != 0)
+        if how.interval is not None:
+            acts = acts & (how.interval[0] <= sigma) & (sigma <= how.interval[1])
+        if not acts.any():
             return network(x, sigma, conditional)
         n = len(parts)
         towards, *others = network(torch.cat([x] * n), torch.cat([sigma] * n), joined).chunk(n)
@@ -133,14 +136,15 @@ def guided(
         if others:
             difference = towards - others[0]
             if how.projection is not None:
-                momentum = difference + how.projection.momentum * momentum
-                difference = _projected(momentum, towards, how.projection)
-            result = result + (per_item(scale.to(x).expand(len(x)), x) - 1) * difference
+                summed = difference + how.projection.momentum * momentum
+                momentum = torch.where(per_item(acts, x), summed, momentum)
+                difference = _projected(summed, towards, how.projection)
+            result = result + (per_item(scales, x) - 1) * difference
         if how.rescale:
             result = _rescaled(result, towards, x, per_item(sigma, x), how.rescale)
         if how.threshold is not None:
             result = _thresholded(result, towards, how.threshold)
-        return result if acts is None else torch.where(per_item(acts, x), result, towards)
+        return torch.where(per_item(acts, x), result, towards)
 
     return denoise
 

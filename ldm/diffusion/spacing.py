@@ -133,6 +133,8 @@ def sigmas_from_timesteps(schedule: Schedule, timesteps: Sequence[float] | Tenso
             f"give one or more falling numbers from {schedule.num_timesteps - 1} down to 0."
         )
     last = torch.zeros(1, device="cpu") if final == "zero" else schedule.table[:1]
+    if len(levels) > 1 and levels[-1] <= last * (1 + 1e-6):
+        levels = levels[:-1]  # it ends there without a step of its own
     return torch.cat([levels, last]).float()
 
 

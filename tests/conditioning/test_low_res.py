@@ -24,7 +24,7 @@ QUIET: dict[str, Any] = {"progress": False}
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    return {"kind": "low_res", "factor": 4, "width": WIDTH} | changes
+    return {"kind": "low_res", "factor": 4, "latent_factor": 1, "width": WIDTH} | changes
 
 
 def low_res(**changes: Any) -> Conditioner:

@@ -158,3 +158,12 @@ def test_perturbed_guidance_goes_away_from_the_perturbed_answer_with_or_without_
 def test_impossible_guidance_is_one_sentence(settings: dict[str, object], message: str) -> None:
     with pytest.raises(SamplingError, match=message):
         Guidance(2.0, **settings)
+
+
+def test_what_a_picture_becomes_does_not_depend_on_the_scales_beside_it() -> None:
+    network, how = CountingNetwork(), {"threshold": 0.6, "rescale": 0.5}
+    together = guided(network, CONDITIONAL, UNCONDITIONAL, Guidance([1.0, 5.0, 2.0], **how))(X, SIGMA)
+    for row, scale in enumerate((1.0, 5.0, 2.0)):
+        one = slice(row, row + 1)
+        alone = guided(network, CONDITIONAL[one], UNCONDITIONAL[one], Guidance(scale, **how))(X[one], SIGMA[one])
+        torch.testing.assert_close(together[one], alone)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.diffusion import SAMPLERS, SPECS, Denoiser, Noise, Step, seeded_noise, sigmas
+from ldm.diffusion import SAMPLERS, SPECS, Denoiser, Diffusion, Noise, Step, seeded_noise, sigmas
+from ldm.diffusion.parametrization import X0, Edm, Eps, V
+from ldm.diffusion.parametrization import Flow as Velocity
 from ldm.diffusion.samplers import ddim, ddpm, euler, euler_ancestral
-from ldm.diffusion.schedule import Cosine, Flow, Karras, ScaledLinear, Schedule, karras_levels
+from ldm.diffusion.schedule import Cosine, Flow, Karras, ScaledLinear, Schedule, interpolate, karras_levels
 
 MEAN, STD = 0.3, 0.5
 
@@ -116,6 +118,39 @@ def test_every_solver_can_begin_at_pure_noise(name: str, schedule: Schedule, n: 
     assert grid[0] > 500 * grid[1] / n
     assert abs(last.mean() - MEAN) < 0.1
     assert 0.5 < last.std() / STD < 1.4 or name == "lcm"
+
+
+@every_sampler
+@pytest.mark.parametrize(
+    "diffusion",
+    [
+        Diffusion(ScaledLinear(), Eps()),
+        Diffusion(ScaledLinear(zero_terminal_snr=True), V()),
+        Diffusion(Cosine(), X0()),
+        Diffusion(Flow(), Velocity()),
+        Diffusion(Karras(), Edm()),
+    ],
+    ids=lambda diffusion: f"{diffusion.parametrization.kind}-{diffusion.schedule.kind}",
+)
+def test_every_solver_samples_with_every_parametrization(name: str, diffusion: Diffusion) -> None:
+    """The network knows the data, and the noise level by what it is told of it alone."""
+    table = diffusion.schedule.table.double()
+    told = diffusion.parametrization.noise_level(table, diffusion.schedule)
+
+    def network(scaled: Tensor, noise_level: Tensor, _: None) -> Tensor:
+        sigma = interpolate(noise_level, told, table.log()).exp().to(scaled)[:, None]
+        skip, out, inp = diffusion.parametrization.scalings(sigma)
+        x = scaled / inp
+        return (gaussian(MEAN, STD)(x, sigma[:, 0]) - skip * x) / out
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return diffusion.denoise(network, x, sigma, None)
+
+    grid = sigmas(diffusion.schedule, 15)
+    x = diffusion.start(torch.randn(2000, 1, generator=torch.Generator().manual_seed(0)), grid[0].item())
+    last = run(name, denoise, x, grid)[-1].x
+    assert abs(last.mean() - MEAN) < 0.1
+    assert 0.6 < last.std() / STD < 1.4 or name == "lcm"
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("plms", "lms", "dpm_adaptive")])

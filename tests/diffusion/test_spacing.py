@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from ldm.diffusion import Schedule, sigmas, sigmas_from_timesteps, sigmas_from_values, timesteps
+from ldm.diffusion import SPACINGS, Schedule, sigmas, sigmas_from_timesteps, sigmas_from_values, timesteps
 from ldm.diffusion.schedule import Flow, Karras, ScaledLinear
 from ldm.errors import SamplingError
 
@@ -62,6 +62,13 @@ def test_the_grid_may_end_at_timestep_0() -> None:
     assert sigmas(ScaledLinear(), 20, "leading", offset=1, final="sigma_min")[-1] == np.float32(
         ScaledLinear().sigma_min
     )
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_a_grid_that_reaches_timestep_0_ends_there(spacing: str) -> None:
+    grid = sigmas(ScaledLinear(), 10, spacing, final="sigma_min")
+    assert grid[-1] == ScaledLinear().table[0].float()
+    assert (grid[:-1] > grid[1:]).all()
 
 
 def test_timesteps_of_ones_own() -> None:

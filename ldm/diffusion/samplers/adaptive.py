@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.samplers.interface import Denoiser, Step, sampler
+from ldm.errors import SamplingError
 
 SAFETY = 0.81
 """A step is accepted if the next would be at least this share of it."""
 
 MOST_STEPS = 1000
-"""After so many attempts it is given up: the tolerance asks for more than fp32 can give."""
+"""After so many attempts it is given up."""
 
 
 @dataclass
@@ -50,6 +51,9 @@ def dpm_adaptive(
     Args:
         rtol, atol: tolerance of a step, relative and absolute; less is slower and more exact.
         h_init: length of the first step in ln s.
+
+    Raises:
+        SamplingError: the tolerance asks for more than fp32 can give.
     """
     levels = [level for level in sigmas.tolist() if level > 0]
     end = -math.log(levels[-1])
@@ -65,7 +69,7 @@ def dpm_adaptive(
         denoised = denoise(x, s.flatten())
         return denoised, (x - denoised) / s
 
-    while bool((t < end - 1e-5).any()) and index < MOST_STEPS:
+    while index < MOST_STEPS and bool((t < end - 1e-5).any()):
         h = torch.minimum(control.h, end - t).clamp(min=0)
         to = t + h
         denoised, e = noise_in(x, t)
@@ -85,6 +89,8 @@ def dpm_adaptive(
         before, x, t = torch.where(accepted, low, before), torch.where(accepted, high, x), torch.where(accepted, to, t)
         yield Step(index, float((-t).exp().max()), x, denoised)
         index += 1
+    if bool((t < end - 1e-5).any()):
+        raise SamplingError(f"dpm_adaptive is not at its end after {MOST_STEPS} steps; raise rtol or atol, or h_init.")
     if sigmas[-1] == 0:
         x, _ = noise_in(x, t)
         yield Step(index, 0.0, x, x)

@@ -23,7 +23,7 @@ class Step:
     index: int
     """Which interval, from 0."""
     sigma: float
-    """The noise level that x has now, ``sigmas[index + 1]``."""
+    """The noise level that x has now, ``sigmas[index + 1]``; of an adaptive solver the greatest in the batch."""
     x: Tensor
     """The sample after the step."""
     denoised: Tensor
