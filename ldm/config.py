@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union
 
-from ldm.errors import ConfigError, unknown
+from ldm.errors import ConfigError, first_line, unknown
 
 T = TypeVar("T")
 REQUIRED: Any = dataclasses.MISSING
@@ -116,11 +116,11 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         try:
             _override(merged, key.strip(), OmegaConf.create(f"value: {value}").value)
         except Exception as error:
-            raise ConfigError(f"the override {override!r} does not fit {path}: {_first_line(error)}.") from None
+            raise ConfigError(f"the override {override!r} does not fit {path}: {first_line(error)}.") from None
     try:
         return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except Exception as error:
-        raise ConfigError(f"{path}: {_first_line(error)}.") from None
+        raise ConfigError(f"{path}: {first_line(error)}.") from None
 
 
 def _with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
@@ -134,7 +134,7 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
     try:
         config = OmegaConf.load(path)
     except Exception as error:
-        raise ConfigError(f"{path} is not valid YAML: {_first_line(error)}.") from None
+        raise ConfigError(f"{path} is not valid YAML: {first_line(error)}.") from None
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path} holds no section; it needs the keys of an experiment, as configs/emoji_64.yaml has.")
     base = config.pop("base", None)
@@ -233,7 +233,3 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
 
 def _at(where: str) -> str:
     return where or "config"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")

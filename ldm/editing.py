@@ -184,8 +184,7 @@ def variations(pipe: Pipeline, image: Picture | Sequence[Picture], **settings: A
             "this model reads no picture, which variations need; "
             "train one with the conditioner image, or try image_to_image."
         )
-    condition = {**(settings.pop("condition", None) or {}), "image": listed(image)}
-    return pipe(condition=condition, **settings)
+    return pipe(**_with_condition(settings, image=listed(image)))
 
 
 def style_transfer(
@@ -206,8 +205,8 @@ def style_transfer(
         return image_to_image(pipe, style, image, strength, **settings)
     if "image" not in pipe.model.config.conditioner.reads:
         raise SamplingError("this model reads no picture; describe the style in a prompt.")
-    condition = {**(settings.pop("condition", None) or {}), "image": [style]}
-    return image_to_image(pipe, settings.pop("prompt", None), image, strength, condition=condition, **settings)
+    prompt = settings.pop("prompt", None)
+    return image_to_image(pipe, prompt, image, strength, **_with_condition(settings, image=[style]))
 
 
 def interpolate(
@@ -288,8 +287,7 @@ def upscale(pipe: Pipeline, image: Picture | Sequence[Picture], **settings: Any)
         )
     pictures = _stacked(image, settings)
     height, width = (factor * side for side in pictures.shape[-2:])
-    condition = {**(settings.pop("condition", None) or {}), "low_res": list(2 * pictures - 1)}
-    return pipe(condition=condition, height=height, width=width, **settings)
+    return pipe(**_with_condition(settings, low_res=list(2 * pictures - 1)), height=height, width=width)
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
@@ -337,6 +335,10 @@ def _stacked(image: Any, settings: Mapping[str, Any]) -> Tensor:
         given = ", ".join(f"{width} x {height}" for width, height in sizes) or "none"
         raise SamplingError(f"the pictures must be of one size, but they are {given}; edit them one by one.")
     return torch.stack([to_tensor(picture) for picture in pictures])
+
+
+def _with_condition(settings: Mapping[str, Any], **more: list[Any]) -> dict[str, Any]:
+    return {**settings, "condition": {**(settings.get("condition") or {}), **more}}
 
 
 def _is_file(name: str) -> bool:

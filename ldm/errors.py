@@ -39,6 +39,11 @@ def missing_extra(package: str, needed_for: str, extra: str) -> MissingExtraErro
     return MissingExtraError(f"{needed_for} needs the package {package!r}; install it with pip install 'ldm[{extra}]'.")
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says first, as a clause of one of ours."""
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
     """One sentence for a name that is not among ``known``, with the nearest ones first.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from ldm.diffusion import SAMPLERS, SPECS, Guidance
+from ldm.diffusion import OPTIONS, SAMPLERS, SPECS, Guidance
 from ldm.errors import SamplingError, unknown
 from ldm.pictures import read_map, signed_tensor
 from ldm.prompts import Prompt, Reading
@@ -189,17 +189,6 @@ def _seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
 def one_seed() -> int:
     """A seed drawn at random."""
     return secrets.randbelow(2**32)
-
-
-OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "eta": (lambda value: isinstance(value, int | float) and 0 <= value <= 1, "from 0 to 1"),
-    "order": (lambda value: isinstance(value, int) and value >= 1, "a whole number, 1 or more"),
-    "variance": (lambda value: value in ("small", "large"), "small or large"),
-    "rtol": (lambda value: isinstance(value, int | float) and value > 0, "above 0"),
-    "atol": (lambda value: isinstance(value, int | float) and value > 0, "above 0"),
-    "h_init": (lambda value: isinstance(value, int | float) and value > 0, "above 0"),
-}
-"""What the options of samplers must be."""
 
 
 def check_solver(sampler: str, options: Mapping[str, Any], guidance: Guidance) -> None:

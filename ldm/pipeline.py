@@ -31,7 +31,7 @@ from ldm.diffusion import (
     sigmas_from_values,
 )
 from ldm.diffusion import sigmas as spaced_sigmas
-from ldm.errors import SamplingError, unknown
+from ldm.errors import SamplingError, first_line, unknown
 from ldm.formats import MODEL_FILE, SHIPPED, load
 from ldm.formats.native import save_model
 from ldm.images import Images
@@ -435,5 +435,4 @@ def _usable(device: torch.device | str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0].rstrip(".")
-        raise SamplingError(f"the device {device} cannot be used ({reason}); 'cpu' always can.") from None
+        raise SamplingError(f"the device {device} cannot be used ({first_line(error)}); 'cpu' always can.") from None

@@ -130,8 +130,7 @@ def test_the_tables_of_sampling_are_those_of_the_code() -> None:
     assert all((page.parent / picture).is_file() for _, _, picture in rows)
     for name, facts, _ in rows[: len(SPECS)]:
         spec = SPECS[name]
-        noise = "none" if not spec.stochastic else "brownian" if spec.brownian else "white"
-        assert facts.startswith(f"{spec.order} | {spec.evaluations} | {noise} |"), name
+        assert facts.startswith(f"{spec.order} | {spec.evaluations} | {spec.noise} |"), name
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "pycon")], ids=name_of)

@@ -103,9 +103,8 @@ def _denoiser(experiment: Experiment) -> Part:
         networks["conditioner"] = conditioner
 
     def step() -> Tensor:
-        with torch.device(
-            "cpu"
-        ):  # raw conditions are there; the weights, and what comes of them, are on the meta device
+        # Raw conditions are on the CPU; the weights, and what comes of them, on the meta device.
+        with torch.device("cpu"):
             pictures = {"image": torch.zeros(b, config.first_stage.image_channels, *config.size)}
             made = conditioner.of_training(pictures, lambda _: torch.zeros(latent.shape), torch.Generator())
             absent = {name: [None] * b for name in config.conditioner.reads}

@@ -172,8 +172,7 @@ def _print_samplers() -> None:
 
     print(f"{'name':<18} {'order':>5} {'evaluations a step':>18}  {'noise':<8}  options")
     for name, spec in sorted(SPECS.items()):
-        noise = "none" if not spec.stochastic else "brownian" if spec.brownian else "white"
-        print(f"{name:<18} {spec.order:>5} {spec.evaluations:>18}  {noise:<8}  {', '.join(spec.options)}")
+        print(f"{name:<18} {spec.order:>5} {spec.evaluations:>18}  {spec.noise:<8}  {', '.join(spec.options)}")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,12 @@ class ConditionerKind(Kind):
 
 
 class Conditioner(nn.Module):
-    """Raw conditions of a batch to the record that the denoiser reads."""
+    """Raw conditions of a batch to the record that the denoiser reads.
+
+    ``kept`` says that guidance leaves the condition as it is, in the pass too that it leads away from.
+    """
+
+    kept: ClassVar[bool] = False
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         """The conditioning of a batch.
@@ -84,12 +89,14 @@ class Conditioner(nn.Module):
         raise NotImplementedError
 
     def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
-        """What guidance leads away from, for a batch with these conditions: all of them dropped.
+        """What guidance leads away from, for a batch with these conditions: all dropped but what is ``kept``.
 
         Args:
             inputs: as of :meth:`forward`.
             negative: texts in place of the dropped ones.
         """
+        if self.kept:
+            return self(inputs)
         absent: dict[str, Sequence[Any]] = {name: [None] * len(values) for name, values in inputs.items()}
         return self(absent if negative is None else absent | {"text": negative})
 
@@ -139,6 +146,13 @@ def dropped(n: int, rate: float, generator: torch.Generator | None) -> Tensor:
     if generator is None:
         return torch.zeros(n, dtype=torch.bool)
     return torch.rand(n, generator=generator) < rate
+
+
+def texts(inputs: Mapping[str, Any], rate: float, generator: torch.Generator | None) -> list[str]:
+    """The captions of a batch; the empty text for those that are not there or, at this rate, dropped."""
+    captions = list(inputs["text"])
+    drop = dropped(len(captions), rate, generator).tolist()
+    return ["" if gone or caption is None else caption for caption, gone in zip(captions, drop, strict=True)]
 
 
 @dataclass(frozen=True)

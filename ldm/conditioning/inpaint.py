@@ -9,7 +9,7 @@ with nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,8 @@ class InpaintConditionerConfig(ConditionerKind, kind="inpaint"):
 class InpaintConditioner(Conditioner):
     """``inpaint``, of ``[1 + c h w]`` each (mask and latents, as :func:`ldm.editing.inpaint` makes them), as the concat."""
 
+    kept = True
+
     def __init__(self, config: InpaintConditionerConfig):
         super().__init__()
         self.config = config
@@ -84,10 +86,6 @@ class InpaintConditioner(Conditioner):
                     f"and latents of shape [{channels}, h, w] for each."
                 )
         return Conditioning(concat=torch.stack(known))
-
-    def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
-        """The same known parts: guidance is to leave what is shown as it is."""
-        return self(inputs)
 
     def of_training(
         self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator

@@ -88,6 +88,8 @@ class LowResConditioner(Conditioner):
     The vector is the sinusoids of the noise level; the U-Net has the perceptron that embeds a vector.
     """
 
+    kept = True
+
     def __init__(self, config: LowResConditionerConfig, latent_factor: int):
         super().__init__()
         self.config = config
@@ -113,10 +115,6 @@ class LowResConditioner(Conditioner):
             vector=sinusoidal(LEVELS * level.to(small), config.width),
             concat=F.interpolate(noisy, size=size, mode="bicubic", antialias=True),
         )
-
-    def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
-        """The same small pictures: guidance is to leave what is shown as it is."""
-        return self(inputs)
 
     def of_training(
         self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator

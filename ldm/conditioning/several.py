@@ -122,7 +122,7 @@ def side_by_side(records: list[Conditioning]) -> Conditioning:
     heard = [record for record in records if record.context is not None]
     mask = None
     if any(record.mask is not None for record in heard):
-        mask = torch.cat([_mask(record) for record in heard], dim=1)
+        mask = torch.cat([record.whole_mask() for record in heard], dim=1)
     return Conditioning(
         context=_joined([record.context for record in heard]),
         mask=mask,
@@ -135,11 +135,3 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
     """Along the second dimension, those that are there."""
     there = [part for part in parts if part is not None]
     return torch.cat(there, dim=1) if there else None
-
-
-def _mask(record: Conditioning) -> Tensor:
-    """``[b n]``: its mask, or all True."""
-    if record.mask is not None:
-        return record.mask
-    assert record.context is not None
-    return torch.ones(record.context.shape[:2], dtype=torch.bool, device=record.context.device)

@@ -14,7 +14,7 @@ from ldm.clip.model import CLIPConfig
 from ldm.clip.text import TextOutput, TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning import windows
-from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, dropped
+from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, texts
 from ldm.config import setting
 from ldm.errors import ConfigError
 from ldm.nn.conditioning import Conditioning
@@ -68,19 +68,15 @@ class TextConditioner(Conditioner):
         self.tower = tower.build().requires_grad_(config.trainable)
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        captions = list(inputs["text"])
-        drop = dropped(len(captions), self.config.dropout, generator)
-        texts = [
-            "" if gone or caption is None else caption for caption, gone in zip(captions, drop.tolist(), strict=True)
-        ]
+        captions = texts(inputs, self.config.dropout, generator)
         with nullcontext() if self.config.trainable else torch.no_grad():
-            (context, pooled), mask = self._read(texts)
+            (context, pooled), mask = self._read(captions)
         return Conditioning(context=context, mask=mask, vector=pooled if self.config.pooled else None)
 
-    def _read(self, texts: list[str]) -> tuple[TextOutput, Tensor | None]:
-        if any(isinstance(text, Text) for text in texts):
-            return windows.read(texts, self.tokenizer, self.tower)
-        tokens = self.tokenizer(texts)
+    def _read(self, captions: list[str]) -> tuple[TextOutput, Tensor | None]:
+        if any(isinstance(caption, Text) for caption in captions):
+            return windows.read(captions, self.tokenizer, self.tower)
+        tokens = self.tokenizer(captions)
         return self.tower(tokens.to(self.tower.token_embedding.weight.device)), None
 
     def towers(self) -> Iterator[tuple[str, nn.Module]]:

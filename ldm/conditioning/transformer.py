@@ -18,9 +18,9 @@ from torch import nn
 
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import ByteBPEConfig, Tokenizer, TokenizerKind
-from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, dropped
+from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, texts
 from ldm.config import setting
-from ldm.errors import CheckpointError, ConfigError, SamplingError
+from ldm.errors import CheckpointError, ConfigError, SamplingError, first_line
 from ldm.nn.conditioning import Conditioning
 from ldm.prompts import Text
 
@@ -77,7 +77,7 @@ class TransformerConditionerConfig(ConditionerKind, kind="transformer"):
             found = AutoConfig.from_pretrained(self.checkpoint, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"the checkpoint {self.checkpoint} cannot be read ({_first_line(error)}); "
+                f"the checkpoint {self.checkpoint} cannot be read ({first_line(error)}); "
                 "give a folder or the hub id of an encoder of transformers."
             ) from None
         longest = getattr(found, "max_position_embeddings", None) or self.context_length
@@ -150,13 +150,10 @@ class TransformerConditioner(Conditioner):
         return self
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        captions = list(inputs["text"])
+        captions = texts(inputs, self.config.dropout, generator)
         if any(isinstance(caption, Text) and caption.weights for caption in captions):
             raise SamplingError("this model's encoder knows no weights of words; set prompt_syntax to 'plain'.")
-        drop = dropped(len(captions), self.config.dropout, generator).tolist()
-        encodings = self.tokenizer.encode_batch(
-            ["" if gone or caption is None else caption for caption, gone in zip(captions, drop, strict=True)]
-        )
+        encodings = self.tokenizer.encode_batch(captions)
         device = next(self.encoder.parameters()).device
         tokens = torch.tensor([encoding.ids for encoding in encodings], device=device)
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool, device=device)
@@ -174,7 +171,7 @@ class TransformerConditioner(Conditioner):
             pretrained = loader.from_pretrained(self.config.checkpoint, dtype=torch.float32, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"the weights of {self.config.checkpoint} cannot be read ({_first_line(error)}); get it anew."
+                f"the weights of {self.config.checkpoint} cannot be read ({first_line(error)}); get it anew."
             ) from None
         self.encoder.load_state_dict(_without_head(pretrained).state_dict())
 
@@ -217,7 +214,7 @@ def _pretrained_tokenizer(checkpoint: str, context_length: int) -> str:
         backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # the library raises all sorts of errors over a broken file
         raise CheckpointError(
-            f"the tokenizer of {checkpoint} cannot be read ({_first_line(error)}); put its tokenizer.json there."
+            f"the tokenizer of {checkpoint} cannot be read ({first_line(error)}); put its tokenizer.json there."
         ) from None
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without one
         raise CheckpointError(f"{checkpoint} holds no tokenizer; put its tokenizer.json there.")
@@ -229,7 +226,3 @@ def _pretrained_tokenizer(checkpoint: str, context_length: int) -> str:
     backend.enable_truncation(context_length)
     backend.enable_padding(length=context_length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
     return backend.to_str()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")

@@ -40,6 +40,7 @@ _MEMBERS = {
     BOXES: _BOXES,
     SEMANTIC: _SEMANTIC,
 }
+_KINDS_OF_MEMBERS = len(set(_MEMBERS.values()))
 _ON_ALL_OR_NONE = {_CLASS: "a class (.cls)", _BOXES: f"boxes (.{BOXES})", _SEMANTIC: f"a semantic map (.{SEMANTIC})"}
 _BLOCK = 512  # bytes: tar's unit
 
@@ -160,9 +161,9 @@ class Shards:
             found = _index(path)
             self.keys += found
             self.lengths.append(len(found))
-            spans.append(np.array(list(found.values()), np.int64).reshape(-1, len(set(_MEMBERS.values())), 2))
+            spans.append(np.array(list(found.values()), np.int64).reshape(-1, _KINDS_OF_MEMBERS, 2))
         # [n 5 2]: offset and size, in bytes, of each kind of member; size -1 where there is none.
-        self._spans = np.concatenate(spans) if spans else np.zeros((0, len(set(_MEMBERS.values())), 2), np.int64)
+        self._spans = np.concatenate(spans) if spans else np.zeros((0, _KINDS_OF_MEMBERS, 2), np.int64)
         self._shard = np.repeat(np.arange(len(self.paths)), self.lengths)
         if not self.keys:
             raise DataError(
@@ -258,7 +259,7 @@ def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
                 stem, _, suffix = name.partition(".")  # webdataset's rule: a key ends at the name's first dot
                 member = _MEMBERS.get(suffix.lower())
                 if info.isreg() and member is not None:
-                    spans = samples.setdefault(folder + slash + stem, [(0, -1)] * len(set(_MEMBERS.values())))
+                    spans = samples.setdefault(folder + slash + stem, [(0, -1)] * _KINDS_OF_MEMBERS)
                     spans[member] = (info.offset_data, info.size)
         with path.open("rb") as file:
             file.seek(end)

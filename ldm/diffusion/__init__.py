@@ -7,6 +7,7 @@ from ldm.diffusion.guidance import Guidance, Projection, guided
 from ldm.diffusion.loss import DenoisingLoss
 from ldm.diffusion.parametrization import Diffusion, Parametrization
 from ldm.diffusion.samplers import (
+    OPTIONS,
     SAMPLERS,
     SPECS,
     Denoiser,
@@ -26,6 +27,7 @@ from ldm.diffusion.spacing import (
 )
 
 __all__ = [
+    "OPTIONS",
     "SAMPLERS",
     "SPACINGS",
     "SPECS",

@@ -118,16 +118,19 @@ def guided(
     if len(parts) == 1:
         return lambda x, sigma: network(x, sigma, conditional)
     joined = conditional.cat(parts)
+    guides = (scale != 1) | (perturbed is not None and how.perturbed != 0)  # which pictures anything is made of
+    all_guided = bool(guides.all())
     momentum = torch.zeros(())
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         nonlocal momentum
         scales = scale.to(x).expand(len(x))
-        acts = (scales != 1) | (perturbed is not None and how.perturbed != 0)
+        acts = None if all_guided else guides.to(x.device).expand(len(x))
         if how.interval is not None:
-            acts = acts & (how.interval[0] <= sigma) & (sigma <= how.interval[1])
-        if not acts.any():
-            return network(x, sigma, conditional)
+            inside = (how.interval[0] <= sigma) & (sigma <= how.interval[1])
+            acts = inside if acts is None else inside & acts
+            if not acts.any():
+                return network(x, sigma, conditional)
         n = len(parts)
         towards, *others = network(torch.cat([x] * n), torch.cat([sigma] * n), joined).chunk(n)
         result = towards
@@ -137,14 +140,14 @@ def guided(
             difference = towards - others[0]
             if how.projection is not None:
                 summed = difference + how.projection.momentum * momentum
-                momentum = torch.where(per_item(acts, x), summed, momentum)
+                momentum = summed if acts is None else torch.where(per_item(acts, x), summed, momentum)
                 difference = _projected(summed, towards, how.projection)
             result = result + (per_item(scales, x) - 1) * difference
         if how.rescale:
             result = _rescaled(result, towards, x, per_item(sigma, x), how.rescale)
         if how.threshold is not None:
             result = _thresholded(result, towards, how.threshold)
-        return torch.where(per_item(acts, x), result, towards)
+        return result if acts is None else torch.where(per_item(acts, x), result, towards)
 
     return denoise
 

@@ -42,6 +42,11 @@ class Conditioning:
         """Some rows of the batch."""
         return self.map(lambda part: part[rows])
 
+    def whole_mask(self) -> Tensor:
+        """``mask``, or if it is absent what that means: True for each place of the context."""
+        assert self.context is not None, "there is no context to be masked"
+        return self.context.new_ones(self.context.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+
     @staticmethod
     def cat(records: Sequence[Conditioning]) -> Conditioning:
         """Records as one batch, in order; shorter contexts are padded to the longest, and the padding masked."""
@@ -60,5 +65,4 @@ class Conditioning:
         """With a context of that length, and a mask that leaves out what was added."""
         assert self.context is not None, "some records have context and some do not"
         added = length - self.context.shape[1]
-        mask = self.context.new_ones(self.context.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
-        return replace(self, context=F.pad(self.context, (0, 0, 0, added)), mask=F.pad(mask, (0, added)))
+        return replace(self, context=F.pad(self.context, (0, 0, 0, added)), mask=F.pad(self.whole_mask(), (0, added)))

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 
 from ldm.config import setting
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, first_line
 from ldm.formats.native import check_names
 from ldm.pipeline import default_device, default_dtype
 from ldm.training.callbacks import Checkpoints, Counting, Metrics, Pictures, Progress
@@ -54,7 +54,7 @@ def completed_steps(module: StageModule) -> int:
     try:
         checkpoint = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(f"{last} cannot be read ({reason}); delete it to begin the stage anew.") from None
     for name, mark in module.handoff.items():
         if checkpoint["handoff"].get(name) != mark:

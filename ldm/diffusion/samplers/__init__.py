@@ -19,7 +19,7 @@ these coordinates their alpha is 1, and the half-log-SNR lambda is -ln s.
 from __future__ import annotations
 
 from ldm.diffusion.samplers.adaptive import dpm_adaptive
-from ldm.diffusion.samplers.interface import SAMPLERS, SPECS, Denoiser, Noise, SamplerSpec, Step
+from ldm.diffusion.samplers.interface import OPTIONS, SAMPLERS, SPECS, Denoiser, Noise, SamplerSpec, Step
 from ldm.diffusion.samplers.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, lms, plms, unipc
 from ldm.diffusion.samplers.noise import brownian_noise, seeded_noise
 from ldm.diffusion.samplers.single_step import (
@@ -36,6 +36,7 @@ from ldm.diffusion.samplers.single_step import (
 )
 
 __all__ = [
+    "OPTIONS",
     "SAMPLERS",
     "SPECS",
     "Denoiser",

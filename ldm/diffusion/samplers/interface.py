@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -45,7 +45,12 @@ class SamplerSpec:
     adaptive: bool
     """Whether it takes only the ends of the grid and chooses its steps by itself."""
     options: tuple[str, ...]
-    """Names of its further parameters."""
+    """Names of its further parameters, of ``OPTIONS``."""
+
+    @property
+    def noise(self) -> str:
+        """What noise it takes: none, white or brownian."""
+        return "none" if not self.stochastic else "brownian" if self.brownian else "white"
 
 
 SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {}
@@ -54,6 +59,16 @@ SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {}
 
 SPECS: dict[str, SamplerSpec] = {}
 """The same names to their :class:`SamplerSpec`."""
+
+OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "eta": (lambda value: isinstance(value, int | float) and 0 <= value <= 1, "from 0 to 1"),
+    "order": (lambda value: isinstance(value, int) and value >= 1, "a whole number, 1 or more"),
+    "variance": (lambda value: value in ("small", "large"), "small or large"),
+    "rtol": (lambda value: isinstance(value, int | float) and value > 0, "above 0"),
+    "atol": (lambda value: isinstance(value, int | float) and value > 0, "above 0"),
+    "h_init": (lambda value: isinstance(value, int | float) and value > 0, "above 0"),
+}
+"""What the options of samplers must be."""
 
 Solver = TypeVar("Solver", bound=Callable[..., Iterator[Step]])
 
@@ -66,6 +81,7 @@ def sampler(
     def register(solver: Solver) -> Solver:
         parameters = list(inspect.signature(solver).parameters)
         options = tuple(name for name in parameters if name not in ("denoise", "x", "sigmas", "noise"))
+        assert OPTIONS.keys() >= set(options), f"say in OPTIONS what those of {solver.__name__} must be"
         SAMPLERS[solver.__name__] = solver
         SPECS[solver.__name__] = SamplerSpec(order, evaluations, "noise" in parameters, brownian, adaptive, options)
         return solver
