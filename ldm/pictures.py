@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm.errors import SamplingError
+from ldm.errors import DataError, SamplingError
 
 
 def rgb(picture: Image.Image) -> Image.Image:
@@ -60,17 +61,29 @@ def signed_tensor(picture: Image.Image | str | Path | Tensor) -> Tensor:
     return picture.float()
 
 
-def read_map(path: str | Path) -> np.ndarray:
-    """A file's label map as uint8 or wider, [h w]: a picture of one channel, its palette not applied.
+def decode_map(source: bytes | str | Path) -> Image.Image:
+    """An encoded map of classes, one a pixel, or the file of one: a picture of one channel, its palette not applied.
 
     Raises:
-        SamplingError: the file cannot be read, or has several channels.
+        DataError: it is no such picture; the message is a clause without the source's name.
     """
     try:
-        with Image.open(path) as picture:
-            labels = np.array(picture)
-    except (OSError, SyntaxError) as error:
-        raise SamplingError(f"{path} cannot be read as a map ({error}).") from None
-    if labels.ndim != 2:
-        raise SamplingError(f"{path} is no map: it has several channels; save it in grey or with a palette.")
+        labels: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        labels.load()
+    except Exception as error:  # Pillow's plugins raise all sorts of errors over a broken file
+        raise DataError(f"cannot be read as a map ({error})") from None
+    if len(labels.getbands()) != 1:
+        raise DataError("is no map: it has several channels, so save it in grey or with a palette")
     return labels
+
+
+def read_map(path: str | Path) -> np.ndarray:
+    """A file's label map as uint8 or wider, [h w].
+
+    Raises:
+        SamplingError: as :func:`decode_map`.
+    """
+    try:
+        return np.array(decode_map(path))
+    except DataError as error:
+        raise SamplingError(f"{path} {error}.") from None

@@ -22,8 +22,9 @@ from torch.utils.data import Dataset
 
 from ldm.conditioning.boxes import Box
 from ldm.data.shards import Shards
-from ldm.data.transforms import Fit, decode, decode_map, size_of, to_tensor
+from ldm.data.transforms import Fit, decode, size_of, to_tensor
 from ldm.errors import DataError
+from ldm.pictures import decode_map
 
 Batch = dict[str, Any]
 

@@ -53,22 +53,6 @@ def size_of(data: bytes) -> tuple[int, int]:
         raise DataError(f"cannot be read as a picture ({error})") from None
 
 
-def decode_map(data: bytes) -> Image.Image:
-    """An encoded map of classes, one a pixel: the numbers of a picture of one channel, its palette not applied.
-
-    Raises:
-        DataError: the bytes are no such picture; the message is a clause without the sample's name.
-    """
-    try:
-        labels: Image.Image = Image.open(io.BytesIO(data))
-        labels.load()
-    except Exception as error:  # as in decode
-        raise DataError(f"cannot be read as a map ({error})") from None
-    if len(labels.getbands()) != 1:
-        raise DataError("is no map: it has several channels, so save it in grey or with a palette")
-    return labels
-
-
 @dataclass(frozen=True)
 class Fit:
     """Scales a picture so that it covers ``height`` × ``width`` and cuts off what sticks out.

@@ -11,8 +11,9 @@ from PIL import Image
 
 from ldm.data.folder import prepare_folder, split_of
 from ldm.data.shards import SPLITS, Shards, find_shards
-from ldm.data.transforms import decode, decode_map
+from ldm.data.transforms import decode
 from ldm.errors import DataError
+from ldm.pictures import decode_map
 from tests.data.pictures import encoded, noise_picture
 
 
