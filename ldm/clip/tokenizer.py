@@ -11,13 +11,13 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
 import torch
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from ldm.config import Kind, setting
@@ -26,6 +26,8 @@ from ldm.errors import CheckpointError, ConfigError, DataError, MissingExtraErro
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_VOCAB_SIZE = 49408
 BYTES = 256
+END_OF_WORD = "</w>"
+"""What CLIP's tokens end with that end a word."""
 
 COMMAS = frozenset(",;\N{FULLWIDTH COMMA}\N{IDEOGRAPHIC COMMA}")
 """Behind them a long text is parted best."""
@@ -111,11 +113,11 @@ class Tokenizer:
         """The normalised text of one row of tokens, up to its end token."""
         ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
         ids = ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids
-        return self.backend.decode([token for token in ids if token != self.bos_id])
+        return self.backend.decode([token for token in ids if token != self.bos_id], skip_special_tokens=False)
 
     def with_context_length(self, context_length: int) -> Tokenizer:
         """The same tokens, cut and padded to another length."""
-        return _finished(tokenizers.Tokenizer.from_str(self.to_json()), context_length, self.pad_id)
+        return finish(tokenizers.Tokenizer.from_str(self.to_json()), context_length, self.pad_id)
 
     def fingerprint(self) -> str:
         """16 hex digits that change with the meaning of any token, with the length or with the padding.
@@ -213,20 +215,30 @@ class ByteBPEConfig(TokenizerKind, kind="byte_bpe"):
         return tokenizer.with_context_length(self.context_length)
 
 
-def clip_bpe(merges: Sequence[tuple[str, str]], context_length: int = 77, pad_id: int | None = None) -> Tokenizer:
+def clip_bpe(
+    merges: Sequence[tuple[str, str]],
+    context_length: int = 77,
+    pad_id: int | None = None,
+    vocab: Mapping[str, int] | None = None,
+    added: Sequence[AddedToken] = (),
+) -> Tokenizer:
     """CLIP's tokenizer (OpenAI's ``simple_tokenizer.py``) from its merges, normalising as transformers does.
 
-    Ids: the 256 bytes, the same at the end of a word, one for each merge, start, end.
+    As there, a token of its own for the padding (SD 2's "!") is that one wherever it stands in a text.
+
+    Args:
+        merges: pairs of entries, the first to be made first.
+        context_length: tokens of a row.
+        pad_id: token after the end; None: the end token.
+        vocab: entries to ids; None: the 256 bytes, the same at the end of a word, one for each merge, start, end.
+        added: entries of ``vocab`` that are found in a text before anything is merged.
     """
-    alphabet = _byte_alphabet()
-    entries = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges), BOS, EOS]
+    if vocab is None:
+        alphabet = _byte_alphabet()
+        entries = [*alphabet, *(byte + END_OF_WORD for byte in alphabet), *map("".join, merges), BOS, EOS]
+        vocab = {entry: index for index, entry in enumerate(entries)}
     backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={entry: index for index, entry in enumerate(entries)},
-            merges=list(merges),
-            end_of_word_suffix="</w>",
-            unk_token=EOS,
-        )
+        models.BPE(vocab=dict(vocab), merges=list(merges), end_of_word_suffix=END_OF_WORD, unk_token=EOS)
     )
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -239,10 +251,11 @@ def clip_bpe(merges: Sequence[tuple[str, str]], context_length: int = 77, pad_id
         ]
     )
     backend.decoder = decoders.Sequence(
-        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
+        [decoders.ByteLevel(), decoders.Replace(END_OF_WORD, " "), decoders.Strip(" ", 0, 1)]
     )
-    backend.add_special_tokens([BOS, EOS])
-    return _finished(backend, context_length, pad_id)
+    backend.add_tokens(list(added))
+    backend.add_special_tokens([BOS, EOS] if pad_id is None else [BOS, EOS, _token(backend, pad_id)])
+    return finish(backend, context_length, pad_id)
 
 
 def train_byte_bpe(captions: Iterable[str], vocab_size: int = 2048, context_length: int = 32) -> Tokenizer:
@@ -272,18 +285,23 @@ def train_byte_bpe(captions: Iterable[str], vocab_size: int = 2048, context_leng
     backend.train_from_iterator(texts, trainer)
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     backend.add_special_tokens([BOS, EOS])
-    return _finished(backend, context_length)
+    return finish(backend, context_length)
 
 
-def _finished(backend: tokenizers.Tokenizer, context_length: int, pad_id: int | None = None) -> Tokenizer:
-    """Start and end around a text, truncation and padding to ``context_length``."""
+def finish(backend: tokenizers.Tokenizer, context_length: int, pad_id: int | None = None) -> Tokenizer:
+    """Start and end around a text, truncation and padding to ``context_length``; they must be in the vocabulary."""
     ids = {token: backend.token_to_id(token) for token in (BOS, EOS)}
     backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=list(ids.items()))
     backend.enable_truncation(context_length)
-    pad = EOS if pad_id is None else backend.id_to_token(pad_id)
-    assert pad is not None, f"{pad_id} is no token"
+    pad = EOS if pad_id is None else _token(backend, pad_id)
     backend.enable_padding(length=context_length, pad_id=backend.token_to_id(pad), pad_token=pad)
     return Tokenizer(backend)
+
+
+def _token(backend: tokenizers.Tokenizer, index: int) -> str:
+    token = backend.id_to_token(index)
+    assert token is not None, f"{index} is no token"
+    return token
 
 
 def _starts(text: str, spans: Sequence[tuple[int, int]], capacity: int) -> list[int]:

@@ -86,6 +86,15 @@ def test_sd2_pads_with_zero(clip_bpe: Tokenizer) -> None:
     assert zero.decode(zero("a red apple")[0]) == "a red apple"
 
 
+def test_the_padding_is_one_token_within_a_text_as_in_transformers() -> None:
+    """SD 2's "!" is then not the "!" that ends a word."""
+    zero = CLIPBPEConfig(pad_id=0).build()
+    row = zero("hello! wow!!")[0]
+    assert row[:7].tolist() == [49406, 3306, 0, 2781, 0, 0, 49407]
+    assert torch.equal(zero.windows("hello! wow!!")[0][0], row)
+    assert zero.decode(row).count("!") == 3
+
+
 def test_a_long_text_is_cut_and_keeps_its_end(clip_bpe: Tokenizer) -> None:
     row = clip_bpe("word " * 100)[0]
     assert row.shape == (77,)
