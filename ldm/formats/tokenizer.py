@@ -1,0 +1,177 @@
+"""Tokenizers in the folders of transformers and diffusers: read as ours, and written so that they are read there.
+
+A folder holds ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``; ``tokenizer_config.json``, ``special_tokens_map.json``
+and ``added_tokens.json`` say the rest, where there are any.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from operator import methodcaller
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from ldm.clip.tokenizer import BOS, END_OF_WORD, EOS, Tokenizer, clip_bpe, finish
+from ldm.errors import CheckpointError, first_line
+from ldm.formats.native import write_atomically
+
+CONTEXT_LENGTH = 77
+"""CLIP's, where a folder does not say; transformers then writes a length that is larger than any text."""
+
+LONGEST = 1 << 20
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""What is said of an added token beside its text."""
+
+
+def read_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a folder that transformers or diffusers reads, with the same tokens for any text.
+
+    Args:
+        folder: of the tokenizer's own files (diffusers' ``tokenizer/``), or of a transformers model that brings them.
+
+    Raises:
+        CheckpointError: the folder holds no tokenizer, a file of it is broken, or it is not of CLIP's kind.
+    """
+    folder = Path(folder)
+    settings = read_json(folder / "special_tokens_map.json", {}) | read_json(folder / "tokenizer_config.json", {})
+    whole = folder / "tokenizer.json"
+    if not whole.is_file() and not (folder / "vocab.json").is_file():
+        raise CheckpointError(f"{folder} holds no tokenizer; it needs tokenizer.json, or vocab.json and merges.txt.")
+    try:
+        return _from_whole(whole, settings) if whole.is_file() else _from_parts(folder, settings)
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower, and a value of another type may stand anywhere
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read ({first_line(error)}); get it anew.") from None
+
+
+def _from_whole(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
+    values = read_json(path)
+    model, padding, truncation = values["model"], values.get("padding") or {}, values.get("truncation") or {}
+    settings = {"pad_token": padding.get("pad_token"), "model_max_length": truncation.get("max_length"), **settings}
+    if model.get("end_of_word_suffix") == END_OF_WORD:
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+        return _clip(model["vocab"], merges, _added(values.get("added_tokens") or [], settings), settings, path)
+    backend = tokenizers.Tokenizer.from_str(json.dumps(values))
+    return finish(backend, _context_length(settings), _pad_id(backend.get_vocab(), settings, path))
+
+
+def _from_parts(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
+    lines = _text(folder / "merges.txt").split("\n")
+    merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    added = [{"content": token, "id": index} for token, index in read_json(folder / "added_tokens.json", {}).items()]
+    return _clip(read_json(folder / "vocab.json"), merges, _added(added, settings), settings, folder / "vocab.json")
+
+
+def _clip(
+    vocab: Mapping[str, int],
+    merges: list[Any],
+    added: Mapping[int, AddedToken],
+    settings: Mapping[str, Any],
+    source: Path,
+) -> Tokenizer:
+    vocab = {**vocab, **{token.content: index for index, token in added.items()}}
+    pad_id = _pad_id(vocab, settings, source)
+    return clip_bpe(
+        merges, _context_length(settings), None if pad_id == vocab[EOS] else pad_id, vocab, [*added.values()]
+    )
+
+
+def _added(entries: list[Any], settings: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """Added tokens by id, of ``tokenizer.json`` or ``added_tokens.json`` and of ``tokenizer_config.json``, which wins."""
+    tokens = {entry["id"]: entry for entry in entries}
+    tokens |= {int(index): entry for index, entry in (settings.get("added_tokens_decoder") or {}).items()}
+    return {
+        index: AddedToken(entry["content"], **{flag: entry[flag] for flag in FLAGS if flag in entry})
+        for index, entry in sorted(tokens.items())
+        if entry["content"] not in (BOS, EOS)
+    }
+
+
+def _pad_id(vocab: Mapping[str, int], settings: Mapping[str, Any], source: Path) -> int:
+    pad = settings.get("pad_token") or EOS
+    pad = pad["content"] if isinstance(pad, dict) else pad
+    for token in (BOS, EOS, pad):
+        if token not in vocab:
+            raise CheckpointError(f"{source} lacks the token {token!r}; only tokenizers of CLIP's kind can be read.")
+    return vocab[pad]
+
+
+def _context_length(settings: Mapping[str, Any]) -> int:
+    length = settings.get("model_max_length") or LONGEST
+    return int(length) if length < LONGEST else CONTEXT_LENGTH
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Files of which transformers' ``AutoTokenizer`` makes the same tokens.
+
+    CLIP's byte-pair encoding becomes ``vocab.json`` and ``merges.txt``, which ``CLIPTokenizer`` of any version reads; one
+    that was trained here becomes ``tokenizer.json``, of the class ``PreTrainedTokenizerFast``.
+    """
+    folder = Path(folder)
+    values = json.loads(tokenizer.to_json())
+    special = {
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": tokenizer.backend.id_to_token(tokenizer.pad_id),
+    }
+    if is_clip_bpe(tokenizer):
+        special["unk_token"] = EOS
+        merges = "".join(f"{first} {second}\n" for first, second in values["model"]["merges"])
+        vocab = json.dumps(tokenizer.backend.get_vocab(), ensure_ascii=False)
+        files = {"vocab.json": vocab, "merges.txt": f"#version: 0.2\n{merges}"}
+    else:
+        files = {"tokenizer.json": tokenizer.to_json()}
+    files["special_tokens_map.json"] = json.dumps(special, indent=2)
+    settings = {
+        **special,
+        "tokenizer_class": tokenizer_class(tokenizer),
+        "model_max_length": tokenizer.context_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "added_tokens_decoder": {
+            str(token["id"]): {name: token[name] for name in ("content", *FLAGS)} for token in values["added_tokens"]
+        },
+    }
+    files["tokenizer_config.json"] = json.dumps(settings, indent=2, ensure_ascii=False)
+    for name, text in files.items():
+        write_atomically(folder / name, methodcaller("write_text", text, encoding="utf-8"))
+
+
+def is_clip_bpe(tokenizer: Tokenizer) -> bool:
+    """Whether it is CLIP's byte-pair encoding, of whatever vocabulary."""
+    return getattr(tokenizer.backend.model, "end_of_word_suffix", None) == END_OF_WORD
+
+
+def tokenizer_class(tokenizer: Tokenizer) -> str:
+    """The class of transformers that reads what :func:`write_tokenizer` writes; diffusers' ``model_index.json`` names it."""
+    return "CLIPTokenizer" if is_clip_bpe(tokenizer) else "PreTrainedTokenizerFast"
+
+
+def read_json(path: Path, otherwise: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The object in a file of JSON; ``otherwise`` if there is no such file.
+
+    Raises:
+        CheckpointError: the file holds anything else, or is missing and there is nothing ``otherwise``.
+    """
+    if otherwise is not None and not path.is_file():
+        return otherwise
+    try:
+        values = json.loads(_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON ({first_line(error)}); get it anew.") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no JSON object; get it anew.")
+    return values
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        raise CheckpointError(f"there is no file {path}.") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path} is no text in UTF-8; get it anew.") from None
