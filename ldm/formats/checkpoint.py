@@ -1,0 +1,177 @@
+"""What a file or folder of any format holds, under our names: parts, and what they mean together.
+
+Readers of a format make a :class:`Checkpoint`, writers take one; between them lies :class:`LatentDiffusion`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.clip.text import TextTowerConfig
+from ldm.clip.tokenizer import Tokenizer
+from ldm.conditioning import ConditionerKind
+from ldm.diffusion.parametrization import Diffusion
+from ldm.errors import CheckpointError, ConfigError
+from ldm.formats.native import WithoutInit, load_strictly
+from ldm.formats.tensors import check_finite
+from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
+
+PARTS = {"vae": "first_stage", "unet": "denoiser"}
+"""Parts by the names that diffusers' pipelines have for them, and where they are in a LatentDiffusion; others are towers."""
+
+NOT_OF_THE_NETWORK = ("latent_mean", "latent_std", "latent_preview")
+"""What the state of a first stage has beside weights; formats say it in ways of their own."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network: its config, and its state under our names."""
+
+    config: Any
+    state: Mapping[str, Tensor]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The state without the statistics of the latents."""
+        return {name: tensor for name, tensor in self.state.items() if name not in NOT_OF_THE_NETWORK}
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(tensor.numel() for tensor in self.weights.values())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a source holds; a lone network is a checkpoint of one part.
+
+    Attributes:
+        source: where it comes from, for errors.
+        layout: ``native``, ``ldm`` (single file), ``diffusers``, ``transformers`` or ``open_clip``.
+        kind: what it was taken for, such as ``SD 1``.
+        parts: ``vae``, ``unet``, and the towers as :meth:`Conditioner.towers` names them: ``text``, ``text_2``.
+        conditioner: what the towers are part of.
+        notes: how things were told that the weights do not say, a sentence each.
+        unused: names that were found and that nothing needs.
+    """
+
+    source: str
+    layout: str
+    kind: str
+    parts: Mapping[str, Part]
+    tokenizer: Tokenizer | None = None
+    conditioner: ConditionerKind | None = None
+    diffusion: Diffusion | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    size: tuple[int, int] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    def config(self) -> ModelConfig:
+        """Of the whole model.
+
+        Raises:
+            CheckpointError: a part is missing, or the parts do not fit each other.
+        """
+        absent = [name for name in PARTS if name not in self.parts]
+        if self.conditioner is None:
+            absent.append("text_encoder")
+        if absent or self.conditioner is None:
+            raise CheckpointError(
+                f"{self.source} is no whole model: it lacks {' and '.join(absent)}; name one that has "
+                f"{'it' if len(absent) == 1 else 'them'} ({', '.join(f'{name}=...' for name in absent)})."
+            )
+        try:
+            return ModelConfig(
+                first_stage=self.parts["vae"].config,
+                conditioner=self.conditioner,
+                denoiser=self.parts["unet"].config,
+                diffusion=self.diffusion or Diffusion(),
+                size=self.size or (512, 512),
+                sampling=self.sampling,
+            )
+        except ConfigError as error:
+            raise CheckpointError(f"the parts of {self.source} do not fit each other: {error}") from None
+
+    def with_part(self, name: str, other: Checkpoint) -> Checkpoint:
+        """The checkpoint with a part of another one in place of its own.
+
+        Raises:
+            CheckpointError: the other has no such part.
+        """
+        if name not in other.parts:
+            raise CheckpointError(f"{other.source} holds no {name}, but {', '.join(other.parts) or 'nothing known'}.")
+        part, own = other.parts[name], self.parts.get(name)
+        changed = replace(self, source=f"{self.source} with the {name} of {other.source}")
+        if isinstance(part.config, TextTowerConfig):
+            if own is None or self.conditioner is None:
+                return replace(
+                    changed,
+                    parts={**self.parts, **{each: other.parts[each] for each in other.parts if each not in PARTS}},
+                    conditioner=other.conditioner,
+                    tokenizer=other.tokenizer,
+                )
+            # What of the tower the U-Net was trained with is the U-Net's affair.
+            read = replace(part.config, hidden_state=own.config.hidden_state, context_norm=own.config.context_norm)
+            field_name = {"text": "tower" if hasattr(self.conditioner, "tower") else "first", "text_2": "second"}[name]
+            part = replace(part, config=read)
+            changed = replace(changed, conditioner=replace(self.conditioner, **{field_name: read}))  # type: ignore[type-var]
+            changed = replace(changed, tokenizer=other.tokenizer or self.tokenizer)
+        return replace(changed, parts={**self.parts, name: part})
+
+    def build(self, dtype: torch.dtype | None = None) -> LatentDiffusion:
+        """The model, in evaluation mode, its parameters frozen; views of the source where ``dtype`` allows it.
+
+        Raises:
+            CheckpointError: the parts are no whole model, or a weight is not finite.
+        """
+        config = self.config()
+        if self.tokenizer is None:
+            raise CheckpointError(f"{self.source} has no tokenizer; name one that has.")
+        with torch.device("meta"), WithoutInit():
+            model = LatentDiffusion(config, self.tokenizer)
+        state = {}
+        for name, prefix in places(model).items():
+            if name not in self.parts:
+                raise CheckpointError(f"{self.source} is no whole model: it lacks {name}; name one that has it.")
+            for key, tensor in self.parts[name].state.items():
+                keep = key in NOT_OF_THE_NETWORK or not tensor.is_floating_point()
+                state[f"{prefix}.{key}"] = tensor if keep else tensor.to(dtype or torch.float32)
+        check_finite(state, self.source)
+        load_strictly(model, state, self.source)
+        model.provenance = dict(self.provenance)
+        return model.eval().requires_grad_(False)
+
+
+def places(model: LatentDiffusion) -> dict[str, str]:
+    """Parts of a model, and the prefix of each in the model's state."""
+    names = {module: name for name, module in model.named_modules()}
+    towers = {part: names[tower] for part, tower in model.conditioner.towers()}
+    return PARTS | towers
+
+
+def parts_of(model: LatentDiffusion, target: str) -> dict[str, Part]:
+    """The parts of a model, for a writer of the format ``target``.
+
+    Raises:
+        CheckpointError: it has weights that are in none of them.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    parts = {}
+    for name, prefix in places(model).items():
+        module = modules[prefix]
+        parts[name] = Part(module.config, module.state_dict())  # type: ignore[arg-type]
+    known = {f"{prefix}.{key}" for name, prefix in places(model).items() for key in parts[name].state}
+    others = [name for name in model.state_dict() if name not in known]
+    if others:
+        raise CheckpointError(
+            f"this model has weights that {target} has no place for ({', '.join(others[:3])}"
+            f"{', ...' if len(others) > 3 else ''}); write a native file."
+        )
+    return parts

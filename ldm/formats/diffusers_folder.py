@@ -1,0 +1,298 @@
+"""The folder of a diffusers pipeline: a sub-folder for each part, with its weights and a ``config.json``.
+
+``model_index.json`` names the parts; ``scheduler_config.json`` says prediction type, schedule and how to sample. A folder
+of one network has its ``config.json`` and its weights alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.clip.text import TextTowerConfig
+from ldm.conditioning.conditioner import ConditionerKind
+from ldm.conditioning.sdxl import SDXLConditionerConfig
+from ldm.conditioning.several import SeveralConditionersConfig
+from ldm.conditioning.text import TextConditionerConfig
+from ldm.denoiser import UNetConfig
+from ldm.errors import CheckpointError, first_line
+from ldm.formats import configs, names
+from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, parts_of, with_scale
+from ldm.formats.folding import SCALE, folded, scale_of
+from ldm.formats.native import WithoutInit
+from ldm.formats.schedulers import read_scheduler, write_scheduler
+from ldm.formats.tensors import read_json, read_weights, write_atomically, write_tensors
+from ldm.formats.tokenizer import read_tokenizer, tokenizer_class, write_tokenizer
+from ldm.model import LatentDiffusion
+from ldm.vae import AutoencoderKLConfig
+
+INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
+WEIGHTS, WEIGHTS_TEXT = "diffusion_pytorch_model", ("model", "pytorch_model")
+FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder", "text_2": "text_encoder_2"}
+OLD_ATTENTION = tuple(
+    (rf"\b{old}\b", new)
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+)
+"""What the attention of the autoencoder was called before diffusers 0.15."""
+
+GUIDANCE, GUIDANCE_SDXL = 7.5, 5.0
+"""What diffusers' pipelines take if they are asked for none."""
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is a pipeline's, or one network's."""
+    return (path / INDEX).is_file() or (path / CONFIG).is_file()
+
+
+def read_folder(path: Path, prediction_type: str | None = None) -> Checkpoint:
+    """What a folder holds: a whole pipeline, or one network.
+
+    Args:
+        path: of the folder.
+        prediction_type: in place of that of the scheduler's config.
+
+    Raises:
+        CheckpointError: a part is missing or broken, or is one that ldm's cannot be.
+    """
+    if not (path / INDEX).is_file():
+        return _lone(path)
+    index = read_json(path / INDEX)
+    parts, notes = {}, [f"by {INDEX}: {index.get('_class_name', 'no class')}"]
+    for name, folder in FOLDERS.items():
+        if isinstance(index.get(folder), list) and index[folder][0] is not None:
+            if not (path / folder / CONFIG).is_file():
+                raise CheckpointError(f"{path} lacks {folder}/{CONFIG}, which its {INDEX} names; get the folder anew.")
+            parts[name] = _part(name, path / folder)
+    two = "text_2" in parts
+    if two:
+        parts |= {name: _of_two(name, parts[name]) for name in ("text", "text_2") if name in parts}
+    config = read_json(path / "unet" / CONFIG) if "unet" in parts else {}
+    scheduler = path / "scheduler" / SCHEDULER
+    if not scheduler.is_file():
+        raise CheckpointError(f"{path} lacks scheduler/{SCHEDULER}, which says what the U-Net estimates; get it anew.")
+    values = read_json(scheduler)
+    reason = f"by scheduler/{SCHEDULER}" if "prediction_type" in values else f"by default, {SCHEDULER} says nothing"
+    if prediction_type is not None:
+        values, reason = {**values, "prediction_type": prediction_type}, "as asked for"
+    diffusion, sampling, differing = read_scheduler(values, str(scheduler))
+    notes.append(f"the prediction type is {diffusion.parametrization.kind}, {reason}")
+    notes += [f"{SCHEDULER}: {sentence}" for sentence in differing.values()]
+    factor = parts["vae"].config.factor if "vae" in parts else 8
+    size = config.get("sample_size") or (128 if two else 64)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return Checkpoint(
+        source=str(path),
+        layout="diffusers",
+        kind="SDXL" if two else "SD 2" if config.get("use_linear_projection") else "SD 1",
+        parts=parts,
+        tokenizer=read_tokenizer(path / "tokenizer") if "text" in parts else None,
+        conditioner=_conditioner(path, index, config, parts),
+        diffusion=diffusion,
+        sampling=replace(sampling, guidance_scale=GUIDANCE_SDXL if two else GUIDANCE),
+        size=(height * factor, width * factor),
+        provenance={"source": path.name},
+        notes=tuple(notes),
+    )
+
+
+def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None = None) -> None:
+    """Write a model as the folder of a ``StableDiffusionPipeline``, or of SDXL's.
+
+    Latents whose statistics are per channel are folded into the autoencoder. A text tower of which the last state but one
+    is the context is written without its last block, as diffusers has that of SD 2. A model whose U-Net also hears the
+    pooled state opens by its parts: diffusers has no pipeline that hands it on.
+
+    Raises:
+        CheckpointError: the model has parts that such a folder has no place for.
+    """
+    parts = parts_of(model, "a diffusers folder")
+    conditioner, height_width = model.config.conditioner, model.latent_shape()[1:]
+    inner = conditioner.parts.get("text") if isinstance(conditioner, SeveralConditionersConfig) else conditioner
+    if not isinstance(inner, TextConditionerConfig | SDXLConditionerConfig):
+        raise CheckpointError(
+            f"a diffusers folder has no place for the conditioner {conditioner.kind}; write a native file."
+        )
+    if not isinstance(parts["unet"].config, UNetConfig) or not isinstance(parts["vae"].config, AutoencoderKLConfig):
+        raise CheckpointError("a diffusers folder holds a U-Net and an autoencoder; write a native file.")
+    two = isinstance(inner, SDXLConditionerConfig)
+    parts |= {name: _tower(parts[name], two) for name in ("text", "text_2") if name in parts}
+    parts["vae"] = folded(parts["vae"])
+    vector = "add_embedding" if two else "class_embedding"
+    unet = configs.write_unet(parts["unet"].config, (height_width[0], height_width[1]), vector)
+    if two:
+        unet["addition_time_embed_dim"] = inner.size_embedding_width
+    written: dict[str, tuple[dict[str, Any], names.Table]] = {
+        "unet": (unet, names.unet_diffusers(parts["unet"].config, parts["unet"].weights, vector)),
+        "vae": (
+            configs.write_vae(parts["vae"].config, model.config.size, scale_of(parts["vae"]) or 1.0),
+            names.vae_diffusers(parts["vae"].config, parts["vae"].weights),
+        ),
+    }
+    for name in ("text", "text_2"):
+        if name in parts:
+            tower = parts[name]
+            written[name] = (configs.write_text(tower.config), names.text_transformers(tower.weights))
+    for name, (config, table) in written.items():
+        tensors = names.scatter(parts[name].weights, table)
+        if dtype is not None:
+            tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+        stem = WEIGHTS_TEXT[0] if name in ("text", "text_2") else WEIGHTS
+        write_tensors(path / FOLDERS[name] / f"{stem}.safetensors", tensors, {"format": "pt"})
+        _write_json(path / FOLDERS[name] / CONFIG, config)
+    _write_json(path / "scheduler" / SCHEDULER, write_scheduler(model.diffusion, model.config.sampling))
+    assert model.tokenizer is not None, "what reads text has a tokenizer"
+    write_tokenizer(model.tokenizer, path / "tokenizer")
+    if two:
+        write_tokenizer(model.tokenizer.with_padding(inner.pad_id), path / "tokenizer_2")
+    _write_json(path / INDEX, _index(model, inner, parts))
+
+
+def _index(model: LatentDiffusion, conditioner: Any, parts: Mapping[str, Part]) -> dict[str, Any]:
+    """``model_index.json``; written last, since it makes a folder a pipeline."""
+    two = isinstance(conditioner, SDXLConditionerConfig)
+    painting = "Inpaint" if model.config.conditioner.concat_channels else ""
+    scheduler = write_scheduler(model.diffusion, model.config.sampling)["_class_name"]
+    index: dict[str, Any] = {
+        "_class_name": f"StableDiffusion{'XL' if two else ''}{painting}Pipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", scheduler],
+    }
+    assert model.tokenizer is not None, "what reads text has a tokenizer"
+    for name, tokenizer in (("text", "tokenizer"), ("text_2", "tokenizer_2")):
+        if name in parts:
+            index[tokenizer] = ["transformers", tokenizer_class(model.tokenizer)]
+            projected = "WithProjection" if parts[name].config.embed_dim else ""
+            index[FOLDERS[name]] = ["transformers", f"CLIPTextModel{projected}"]
+    if two:
+        return {**index, "force_zeros_for_empty_prompt": conditioner.zeros_for_empty}
+    nothing = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None])
+    return {**index, **nothing, "requires_safety_checker": False}
+
+
+def _conditioner(
+    path: Path, index: Mapping[str, Any], unet: Mapping[str, Any], parts: Mapping[str, Part]
+) -> ConditionerKind | None:
+    conditioner = conditioner_of(parts, pooled=unet.get("class_embed_type") == "projection")
+    if isinstance(conditioner, SDXLConditionerConfig):
+        return replace(
+            conditioner,
+            pad_id=read_tokenizer(path / "tokenizer_2").pad_id,
+            zeros_for_empty=index.get("force_zeros_for_empty_prompt", True),
+            size_embedding_width=unet.get("addition_time_embed_dim", 256),
+        )
+    return conditioner
+
+
+def _part(name: str, folder: Path) -> Part:
+    """A network of a folder, a text tower's context as it is by itself: the last state, normed."""
+    values, where = read_json(folder / CONFIG), folder / CONFIG
+    if name in ("text", "text_2"):
+        tensors, files = read_weights(folder, WEIGHTS_TEXT)
+        tensors = {_with_infix(key): tensor for key, tensor in tensors.items() if not key.endswith("position_ids")}
+        config: Any = configs.read_text(values, where, projected="text_projection.weight" in tensors)
+        return _gathered(config, tensors, lambda state: names.text_transformers(state), files[0])
+    tensors, files = read_weights(folder, WEIGHTS)
+    if name == "unet":
+        config = configs.read_unet(values, where)
+        vector = "class_embedding" if values.get("class_embed_type") else "add_embedding"
+        return _gathered(config, tensors, lambda state: names.unet_diffusers(config, state, vector), files[0])
+    config = configs.read_vae(values, where)
+    tensors = {names.renamed(key, OLD_ATTENTION): tensor for key, tensor in tensors.items()}
+    part = _gathered(config, tensors, lambda state: names.vae_diffusers(config, state), files[0])
+    return _with_statistics(part, values, where)
+
+
+def _gathered(config: Any, tensors: Mapping[str, Tensor], table: Callable[[Iterable[str]], names.Table], file: Path) -> Part:
+    with torch.device("meta"), WithoutInit():
+        wanted = Part(config, config.build().state_dict()).weights
+    return Part(config, names.gather(tensors, table(wanted), wanted, file))
+
+
+def _with_infix(name: str) -> str:
+    """Versions of transformers differ in whether they write it."""
+    return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
+
+
+def _with_statistics(part: Part, values: Mapping[str, Any], where: Path) -> Part:
+    """An autoencoder with the statistics of its latents: z = normalised * std / scaling_factor + mean."""
+    try:
+        part = with_scale(part, float(values.get("scaling_factor", SCALE)))
+        state = dict(part.state)
+        if values.get("latents_std") is not None:
+            state["latent_std"] = state["latent_std"] * torch.tensor(values["latents_std"], dtype=torch.float32)
+        mean = values.get("latents_mean") or [values.get("shift_factor") or 0.0] * part.config.latent_channels
+        state["latent_mean"] = torch.tensor(mean, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{where} does not say how latents are normalised: {first_line(error)}.") from None
+    return replace(part, state=state)
+
+
+def _lone(path: Path) -> Checkpoint:
+    """A folder of one network."""
+    values = read_json(path / CONFIG)
+    said = [values.get("_class_name"), *(values.get("architectures") or ())]
+    known = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "CLIPTextModel": "text", "CLIPTextModelWithProjection": "text"}
+    name = next((known[each] for each in said if each in known), None)
+    if name is None:
+        raise CheckpointError(
+            f"{path / CONFIG} says {' and '.join(str(each) for each in said if each) or 'nothing of its class'}; "
+            f"ldm reads folders of {', '.join(known)}, and of whole pipelines."
+        )
+    part, tokenizer = _part(name, path), None
+    if name == "text":
+        homes = (path, path.parent / "tokenizer")
+        home = next((each for each in homes if any((each / file).is_file() for file in ("tokenizer.json", "vocab.json"))), None)
+        tokenizer = read_tokenizer(home) if home else None
+    parts = {name: part}
+    return Checkpoint(
+        source=str(path),
+        layout="diffusers",
+        kind="a lone network",
+        parts=parts,
+        tokenizer=tokenizer,
+        conditioner=conditioner_of(parts),
+        notes=(f"by {CONFIG}: {values.get('_class_name') or said[1]}",),
+    )
+
+
+def _of_two(name: str, part: Part) -> Part:
+    """A tower as SDXL reads it: the last state but one, not normed; of the first, no pooled state."""
+    state = {key: tensor for key, tensor in part.state.items() if name == "text_2" or key != "projection.weight"}
+    embed_dim = part.config.embed_dim if name == "text_2" else None
+    return Part(replace(part.config, hidden_state="penultimate", context_norm=False, embed_dim=embed_dim), state)
+
+
+def _tower(part: Part, two: bool) -> Part:
+    """A tower as diffusers' pipelines are going to read it.
+
+    Raises:
+        CheckpointError: they cannot read it so that the context is the same.
+    """
+    config: TextTowerConfig = part.config
+    if two == config.context_norm or (two and config.hidden_state == "last"):
+        raise CheckpointError(
+            f"diffusers' pipelines with {'two text towers' if two else 'one text tower'} cannot read the {config.hidden_state} "
+            f"hidden state {'with' if config.context_norm else 'without'} the final norm; write a native or an LDM file."
+        )
+    if two or config.hidden_state == "last":
+        return part
+    if config.embed_dim:
+        raise CheckpointError(
+            "the context is the last hidden state but one, and the pooled state that of the last, which diffusers' pipelines "
+            "with one text tower cannot read; write a native or an LDM file."
+        )
+    last = f"blocks.{config.layers - 1}."
+    state = {key: tensor for key, tensor in part.state.items() if not key.startswith(last)}
+    return Part(replace(config, layers=config.layers - 1, hidden_state="last"), state)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

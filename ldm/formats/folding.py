@@ -1,0 +1,49 @@
+"""The statistics of the latents, for readers that know one scale alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ldm.formats.checkpoint import Part
+
+SCALE = 0.18215
+"""The factor that some readers take for granted."""
+
+
+def scale_of(part: Part) -> float | None:
+    """The one factor that normalises the latents of an autoencoder; None if it is not one factor."""
+    mean, std = part.state["latent_mean"], part.state["latent_std"]
+    if mean.any() or not bool((std == std[0]).all()):
+        return None
+    # The shortest decimal that comes back as this deviation: 0.18215, not 0.18214999.
+    candidates = (float(f"{1 / float(std[0]):.{digits}g}") for digits in range(1, 18))
+    return next(k for k in candidates if bool(torch.tensor(1 / k, dtype=std.dtype) == std[0]))
+
+
+def folded(part: Part) -> Part:
+    """An autoencoder whose latents one factor normalises: mean m and deviation s of each channel go into its 1 x 1 convolutions.
+
+    The encoder's is to give (z - m) / (s k) in place of z, with k = ``SCALE``, and the decoder's takes that: of the mean,
+    bias first less m, then rows divided by s k; of the log-variance, bias less 2 ln(s k); back, W diag(s k) and b + W m.
+    """
+    if scale_of(part) is not None:
+        return part
+    mean, std = (part.state[name].double() for name in ("latent_mean", "latent_std"))
+    factor = std * SCALE
+    state = dict(part.state)
+    weight, bias = (part.state[f"quant_conv.{name}"].double() for name in ("weight", "bias"))
+    (weight_mean, weight_var), (bias_mean, bias_var) = weight.chunk(2), bias.chunk(2)
+    state["quant_conv.weight"] = torch.cat([weight_mean / factor[:, None, None, None], weight_var])
+    state["quant_conv.bias"] = torch.cat([(bias_mean - mean) / factor, bias_var - 2 * factor.log()])
+    weight, bias = (part.state[f"post_quant_conv.{name}"].double() for name in ("weight", "bias"))
+    state["post_quant_conv.weight"] = weight * factor[:, None, None]
+    state["post_quant_conv.bias"] = bias + weight[:, :, 0, 0] @ mean
+    for name in ("quant_conv", "post_quant_conv"):
+        for each in (f"{name}.weight", f"{name}.bias"):
+            state[each] = state[each].to(part.state[each].dtype)
+    state["latent_mean"], state["latent_std"] = torch.zeros_like(part.state["latent_mean"]), torch.full_like(
+        part.state["latent_std"], 1 / SCALE
+    )
+    return replace(part, state=state)
