@@ -128,7 +128,8 @@ def make_model(experiment: Experiment) -> tuple[LatentDiffusion, dict[str, str]]
         for part, tower in model.conditioner.towers():
             prefix, tensors = f"{part}.", read_tensors(clip_path)
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            load_strictly(tower, own, clip_path)
+            if own:  # a CLIP has no second text tower
+                load_strictly(tower, own, clip_path)
     model.conditioner.load_pretrained()
     return model, handoff
 
