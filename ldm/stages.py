@@ -29,12 +29,10 @@ from ldm.formats.native import (
     Header,
     load_strictly,
     read_header,
-    read_metadata,
-    read_tensors,
     save_model,
     save_module,
-    write_atomically,
 )
+from ldm.formats.tensors import read_metadata, read_tensors, write_atomically
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.training.fit import fit
 from ldm.training.stage import StageModule, seed_of
