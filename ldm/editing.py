@@ -27,7 +27,7 @@ from torch import Tensor
 from ldm.conditioning import LowResConditioner
 from ldm.diffusion import Denoiser
 from ldm.errors import SamplingError
-from ldm.inputs import check_counts, listed, one_seed
+from ldm.inputs import check_counts, entries, listed, one_seed
 from ldm.pictures import read_picture, to_tensor
 from ldm.pipeline import Edit, Pipeline
 from ldm.prompts import Blend, Prompt
@@ -312,7 +312,7 @@ def _paired(pipe: Pipeline, prompt: Any, image: Any, settings: dict[str, Any]) -
     m, repeats = len(stacked), settings.get("num_images_per_prompt", 1)
     check_counts(num_images_per_prompt=repeats)
     asked = {"prompt": prompt, "label": settings.get("label"), **(settings.get("condition") or {})}
-    lists = {name: listed(value) for name, value in asked.items() if value is not None}
+    lists = {name: entries(name, value) for name, value in asked.items() if value is not None}
     n = max((len(values) for values in lists.values()), default=1)
     if n > 1 and m not in (1, n):
         what = next(name for name, values in lists.items() if len(values) == n)

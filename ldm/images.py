@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm.errors import SamplingError
-from ldm.formats.native import write_atomically
+from ldm.formats.tensors import write_atomically
 
 CAPTION_SIZE = 12  # pixels
 CAPTION_WIDTH = 20  # characters a line

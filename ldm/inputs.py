@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import operator
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from ldm.conditioning.conditioner import Pair
+from ldm.conditioning.sdxl import SIZES
 from ldm.diffusion import OPTIONS, SAMPLERS, SPECS, Guidance
 from ldm.errors import SamplingError, unknown
 from ldm.pictures import read_map, signed_tensor
@@ -17,6 +21,9 @@ from ldm.prompts import Prompt, Reading
 
 ARGUMENTS = {"text": "prompt", "label": "label"}
 """What a conditioner reads, to the argument by which a caller gives it; all else is an entry of ``condition``."""
+
+DIMENSIONS = {"image": 3, "semantic": 2, **dict.fromkeys(SIZES, 1)}
+"""Of a tensor or array that is one entry, and no list of several."""
 
 SEED_LIMIT = 2**63
 
@@ -31,6 +38,7 @@ class Request:
         seeds: of their noise.
         guidance: its scale is one for all, or one for each.
         reading: of the prompts.
+        defaults: what some conditions are unless the caller says otherwise; a record tells where he does.
     """
 
     wanted: Mapping[str, list[Any]]
@@ -38,6 +46,7 @@ class Request:
     seeds: list[int]
     guidance: Guidance
     reading: Reading
+    defaults: Mapping[str, Pair]
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -54,7 +63,8 @@ class Request:
             if own.wanted.get(name, [None])[0] is not None
         }
         asked |= {"negative_prompt": str(own.unwanted[0])} if own.unwanted else {}
-        settings = {**settings, **guidance, **self.reading.record()}
+        told = {name: pair for name, default in self.defaults.items() if (pair := own.wanted[name][0]) != default}
+        settings = {**settings, **guidance, **told, **self.reading.record()}
         return asked | {"seed": str(own.seeds[0]), "settings": json.dumps(settings)}
 
     def __getitem__(self, rows: slice) -> Request:
@@ -66,6 +76,7 @@ class Request:
             self.seeds[rows],
             replace(self.guidance, scale=scale[rows] if isinstance(scale, Sequence) else scale),
             self.reading,
+            self.defaults,
         )
 
 
@@ -77,18 +88,20 @@ def request(
     seed: int | Sequence[int] | None,
     repeats: int,
     reading: Reading,
+    defaults: Mapping[str, Pair] = MappingProxyType({}),
 ) -> Request:
     """The request of ``repeats`` pictures for each of the ``conditions``, one picture's after the other.
 
     Args:
         reads: what the conditioner reads.
+        defaults: what it reads besides, and takes so where the caller does not give it.
         conditions: by that name, ``prompt`` and ``label`` by theirs; one that is None counts as left out.
         negative_prompt, guidance, seed, reading: as of :meth:`ldm.pipeline.Pipeline.__call__`.
 
     Raises:
         SamplingError: something missing, of the wrong type, of different lengths, or that the model does not read.
     """
-    asked = _asked(reads, {name: value for name, value in conditions.items() if value is not None})
+    asked = _asked(reads, defaults, {name: value for name, value in conditions.items() if value is not None})
     lengths = {name: len(values) for name, values in asked.items()}
     n = max(lengths.values(), default=1)
     for name, length in lengths.items():
@@ -110,17 +123,18 @@ def request(
         _seeds(seed, n * repeats),
         guidance,
         reading,
+        defaults,
     )
 
 
-def _asked(reads: Sequence[str], given: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """A list for each name that is read; ``[None]`` for one that is left out where another is given."""
+def _asked(reads: Sequence[str], defaults: Mapping[str, Pair], given: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """A list for each name that is read; ``[None]`` for one that is left out where another is given, or its default."""
     names = {_argument(name): name for name in reads}
     for argument in given:
-        if argument not in names:
+        if argument not in names and argument not in defaults:
             instead = f"give {' and '.join(_shown(name) for name in names)}" if names else "leave it out"
             raise SamplingError(f"this model reads no {argument}; {instead}.")
-    if names and not given:
+    if names and not names.keys() & given.keys():
         raise SamplingError(f"this model needs {' or '.join(_shown(name) for name in names)}; give one or several.")
     asked: dict[str, list[Any]] = {}
     for argument, name in names.items():
@@ -131,21 +145,44 @@ def _asked(reads: Sequence[str], given: Mapping[str, Any]) -> dict[str, list[Any
         elif name == "label":
             asked[name] = _labels(given[argument])
         else:
-            asked[name] = _read(name, given[argument])
-            if not asked[name]:
-                raise SamplingError(f"the list of {argument} is empty; give one, or one for each picture.")
+            asked[name] = entries(name, given[argument])
+    for name, default in defaults.items():
+        asked[name] = [default if pair is None else pair for pair in entries(name, given.get(name))]
     return asked
 
 
-def _read(name: str, value: Any) -> list[Any]:
-    """An entry for each picture; pictures as ``[3 h w]`` in [-1, 1], and label maps as arrays ``[h w]``."""
-    dimensions = {"image": 3, "semantic": 2}.get(name)  # of one that is no list of several
+def entries(name: str, value: Any) -> list[Any]:
+    """A list of what is given of a condition that has no argument of its own: an entry for each picture, or one for all.
+
+    Pictures are ``[3 h w]`` in [-1, 1], label maps arrays ``[h w]``, sizes pairs of whole numbers.
+
+    Raises:
+        SamplingError: there is none, or one of the wrong type.
+    """
+    dimensions = DIMENSIONS.get(name)
     values = [value] if dimensions is not None and getattr(value, "ndim", None) == dimensions else listed(value)
+    if not values:
+        raise SamplingError(f"the list of {name} is empty; give one, or one for each picture.")
+    if name in SIZES:
+        pairs = [values] if all(isinstance(each, Integral) for each in values) else values
+        return [None if pair is None else _pair(name, pair) for pair in pairs]
     if name == "image":
         return [None if each is None else signed_tensor(each) for each in values]
     if name == "semantic":
         return [read_map(each) if isinstance(each, str | Path) else each for each in values]
     return values
+
+
+def _pair(name: str, value: Any) -> Pair:
+    try:
+        first, second = (operator.index(number) for number in value)
+        if min(first, second) < 0:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise SamplingError(
+            f"{name} has {value!r}, which is no pair of whole numbers, 0 or more; give such as (512, 512)."
+        ) from None
+    return first, second
 
 
 def _argument(name: str) -> str:

@@ -227,18 +227,19 @@ class Pipeline:
         inputs.check_counts(num_images_per_prompt=num_images_per_prompt, batch_size=batch_size)
         self._check_output_type(output_type)
 
-        edit = edit or Edit()
+        edit, conditioner = edit or Edit(), self.model.config.conditioner
+        shape = self.latent_shape(height, width)
         request = inputs.request(
-            self.model.config.conditioner.reads,
+            conditioner.reads,
             {"prompt": prompt, "label": label, **(condition or {})},
             negative_prompt,
             guidance,
             seed,
             num_images_per_prompt,
             Reading(prompt_syntax, long_prompts),
+            conditioner.defaults(*(side * self.model.config.first_stage.factor for side in shape[1:])),
         )
         levels = edit.levels(self.noise_levels(num_inference_steps, timesteps, sigmas, spacing, shift))
-        shape = self.latent_shape(height, width)
         if latents is not None and latents.shape != (len(request), *shape):
             given, needed = list(latents.shape), [len(request), *shape]
             raise SamplingError(f"latents have the shape {given}; these pictures need {needed}.")

@@ -29,12 +29,10 @@ from ldm.formats.native import (
     Header,
     load_strictly,
     read_header,
-    read_metadata,
-    read_tensors,
     save_model,
     save_module,
-    write_atomically,
 )
+from ldm.formats.tensors import read_metadata, read_tensors, write_atomically
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.training.fit import fit
 from ldm.training.stage import StageModule, seed_of
@@ -128,7 +126,8 @@ def make_model(experiment: Experiment) -> tuple[LatentDiffusion, dict[str, str]]
         for part, tower in model.conditioner.towers():
             prefix, tensors = f"{part}.", read_tensors(clip_path)
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            load_strictly(tower, own, clip_path)
+            if own:  # a CLIP has no second text tower
+                load_strictly(tower, own, clip_path)
     model.conditioner.load_pretrained()
     return model, handoff
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.errors import CheckpointError, LdmError, TrainingError
 from ldm.experiment import load_config
 from ldm.formats import load
-from ldm.formats.native import read_metadata
+from ldm.formats.tensors import read_metadata
 from ldm.stages import result_file, train_stage
 from ldm.training.optim import TrainConfig
 from tests.experiments import CAPTIONS, tiny_experiment, write_experiment

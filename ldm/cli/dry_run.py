@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +108,9 @@ def _denoiser(experiment: Experiment) -> Part:
         with torch.device("cpu"):
             pictures = {"image": torch.zeros(b, config.first_stage.image_channels, *config.size)}
             made = conditioner.of_training(pictures, lambda _: torch.zeros(latent.shape), torch.Generator())
-            absent = {name: [None] * b for name in config.conditioner.reads}
-            cond = conditioner(absent | {name: made[name] for name in absent if name in made.keys() - pictures.keys()})
+            told: dict[str, Any] = dict.fromkeys(config.conditioner.reads, [None] * b)
+            told |= {name: [pair] * b for name, pair in config.conditioner.defaults(*config.size).items()}
+            cond = conditioner(told | {name: made[name] for name in made.keys() - pictures.keys()})
         return denoiser(latent, torch.empty(b), cond)
 
     return train, networks, step

@@ -92,7 +92,8 @@ def retrieval(experiment: Experiment, sets: Mapping[str, Samples], splits: tuple
     from ldm.clip.model import CLIPConfig
     from ldm.clip.retrieval import recall_at_k
     from ldm.data.stream import EvaluationLoader
-    from ldm.formats.native import CLIP, load_strictly, read_header, read_tensors
+    from ldm.formats.native import CLIP, load_strictly, read_header
+    from ldm.formats.tensors import read_tensors
     from ldm.stages import result_file
 
     assert experiment.clip is not None

@@ -86,7 +86,7 @@ def tokenizer(
     """Train a byte-level BPE on the captions of the training shards."""
     from ldm.clip.tokenizer import train_byte_bpe
     from ldm.data.shards import Shards, find_shards
-    from ldm.formats.native import write_atomically
+    from ldm.formats.tensors import write_atomically
 
     shards = Shards(find_shards(data, "train"))
     trained = train_byte_bpe([shards.text(i) for i in range(len(shards))], vocab_size, context_length)

@@ -14,6 +14,10 @@ from ldm.config import Kind, setting
 from ldm.errors import ConfigError
 
 
+HALF = (0.5, 0.5, 0.5)
+"""Mean and standard deviation that bring [0, 1] to [-1, 1]."""
+
+
 class ImageTower(nn.Module):
     """A picture to the states of its parts, and these to one embedding."""
 
@@ -59,11 +63,15 @@ class ViTConfig(ImageTowerKind, kind="vit"):
     mlp_ratio: float = setting(4.0, "hidden width of a block's feed-forward layer over width")
     activation: Activation = setting("gelu", "quick_gelu for OpenAI's weights, gelu for all others")
     pool: Literal["class", "mean"] = setting("class", "state to embed: the class token's, or the patches' mean")
+    mean: tuple[float, float, float] = setting(HALF, "of red, green and blue in [0, 1], taken off the pixels")
+    std: tuple[float, float, float] = setting(HALF, "likewise, what the rest is divided by; 0.5 keeps our [-1, 1]")
 
     def __post_init__(self) -> None:
         check_shape(self.width, self.layers, self.heads)
         if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
             raise ConfigError(f"patches of {self.patch_size} pixels do not divide the image_size {self.image_size}.")
+        if min(self.std) <= 0:
+            raise ConfigError(f"the std of the pixels must be positive, not {list(self.std)}.")
 
     def build(self, embed_dim: int) -> VisionTransformer:
         return VisionTransformer(self, embed_dim)
@@ -92,12 +100,19 @@ class VisionTransformer(ImageTower):
     def states(self, image: Tensor) -> Tensor:
         size = self.config.image_size
         assert image.shape[2:] == (size, size), f"{tuple(image.shape)} is not a batch of {size} x {size} pixels"
-        patches = self.patch_embedding(image).flatten(2).transpose(1, 2)
+        patches = self.patch_embedding(self._normalized(image)).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
         x = self.norm_in(x + self.position_embedding)
         for block in self.blocks:
             x = block(x)
         return self.final_norm(x)
+
+    def _normalized(self, image: Tensor) -> Tensor:
+        """From [-1, 1] to what the weights were trained with."""
+        mean, std = self.config.mean, self.config.std
+        if mean == std == HALF:
+            return image
+        return (image - (2 * image.new_tensor(mean) - 1)[:, None, None]) / (2 * image.new_tensor(std))[:, None, None]
 
     def embed(self, states: Tensor) -> Tensor:
         pooled = states[:, 0] if self.config.pool == "class" else states[:, 1:].mean(dim=1)

@@ -119,6 +119,16 @@ class Tokenizer:
         """The same tokens, cut and padded to another length."""
         return finish(tokenizers.Tokenizer.from_str(self.to_json()), context_length, self.pad_id)
 
+    def with_padding(self, pad_id: int) -> Tokenizer:
+        """The same tokens, padded with another one.
+
+        Raises:
+            ConfigError: there is no such token.
+        """
+        if not 0 <= pad_id < self.vocab_size:
+            raise ConfigError(f"the pad_id {pad_id} is not among the {self.vocab_size} tokens of the tokenizer.")
+        return _finished(tokenizers.Tokenizer.from_str(self.to_json()), self.context_length, pad_id)
+
     def fingerprint(self) -> str:
         """16 hex digits that change with the meaning of any token, with the length or with the padding.
 

@@ -9,6 +9,7 @@ from ldm.conditioning.inpaint import InpaintConditioner
 from ldm.conditioning.label import ClassConditioner
 from ldm.conditioning.low_res import LowResConditioner
 from ldm.conditioning.phases import Phases, phased
+from ldm.conditioning.sdxl import SDXLConditioner
 from ldm.conditioning.semantic import SemanticConditioner
 from ldm.conditioning.several import SeveralConditioners
 from ldm.conditioning.text import TextConditioner
@@ -24,6 +25,7 @@ __all__ = [
     "LowResConditioner",
     "NoConditioner",
     "Phases",
+    "SDXLConditioner",
     "SemanticConditioner",
     "SeveralConditioners",
     "TextConditioner",

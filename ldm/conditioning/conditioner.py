@@ -15,6 +15,9 @@ from ldm.config import Kind
 from ldm.errors import ConfigError, DataError
 from ldm.nn.conditioning import Conditioning
 
+Pair = tuple[int, int]
+"""Height and width, or top and left, in pixels."""
+
 
 class ConditionerKind(Kind):
     """What a denoiser is conditioned on; ``build`` gives a :class:`Conditioner`.
@@ -30,6 +33,10 @@ class ConditionerKind(Kind):
     @property
     def reads(self) -> tuple[str, ...]:
         return ()
+
+    def defaults(self, height: int, width: int) -> Mapping[str, Pair]:
+        """Raw conditions that it takes besides, and may be left out: each with what it then is for pictures of this size."""
+        return {}
 
     @property
     def context_width(self) -> int | None:
@@ -148,11 +155,16 @@ def dropped(n: int, rate: float, generator: torch.Generator | None) -> Tensor:
     return torch.rand(n, generator=generator) < rate
 
 
+def captions(inputs: Mapping[str, Any], rate: float, generator: torch.Generator | None) -> list[str | None]:
+    """The captions of a batch; None for those that are not there or, at this rate, dropped."""
+    given = list(inputs["text"])
+    drop = dropped(len(given), rate, generator).tolist()
+    return [None if gone else caption for caption, gone in zip(given, drop, strict=True)]
+
+
 def texts(inputs: Mapping[str, Any], rate: float, generator: torch.Generator | None) -> list[str]:
-    """The captions of a batch; the empty text for those that are not there or, at this rate, dropped."""
-    captions = list(inputs["text"])
-    drop = dropped(len(captions), rate, generator).tolist()
-    return ["" if gone or caption is None else caption for caption, gone in zip(captions, drop, strict=True)]
+    """As :func:`captions`, the empty text in place of None."""
+    return ["" if caption is None else caption for caption in captions(inputs, rate, generator)]
 
 
 @dataclass(frozen=True)

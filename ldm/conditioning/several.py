@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer, TokenizerKind
-from ldm.conditioning.conditioner import Conditioner, ConditionerKind
+from ldm.conditioning.conditioner import Conditioner, ConditionerKind, Pair
 from ldm.config import setting
 from ldm.errors import ConfigError
 from ldm.nn.conditioning import Conditioning
@@ -40,6 +40,9 @@ class SeveralConditionersConfig(ConditionerKind, kind="several"):
     @property
     def reads(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.reads))
+
+    def defaults(self, height: int, width: int) -> dict[str, Pair]:
+        return {name: pair for part in self.parts.values() for name, pair in part.defaults(height, width).items()}
 
     @property
     def context_width(self) -> int | None:

@@ -8,17 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.clip.model import CLIPConfig
-from ldm.clip.text import TextOutput, TextTowerConfig
+from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning import windows
 from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, texts
 from ldm.config import setting
 from ldm.errors import ConfigError
 from ldm.nn.conditioning import Conditioning
-from ldm.prompts import Text
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,8 @@ class TextConditioner(Conditioner):
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         captions = texts(inputs, self.config.dropout, generator)
         with nullcontext() if self.config.trainable else torch.no_grad():
-            (context, pooled), mask = self._read(captions)
+            (context, pooled), mask = windows.read(captions, self.tokenizer, self.tower)
         return Conditioning(context=context, mask=mask, vector=pooled if self.config.pooled else None)
-
-    def _read(self, captions: list[str]) -> tuple[TextOutput, Tensor | None]:
-        if any(isinstance(caption, Text) for caption in captions):
-            return windows.read(captions, self.tokenizer, self.tower)
-        tokens = self.tokenizer(captions)
-        return self.tower(tokens.to(self.tower.token_embedding.weight.device)), None
 
     def towers(self) -> Iterator[tuple[str, nn.Module]]:
         yield "text", self.tower

@@ -22,9 +22,12 @@ def read(texts: Sequence[str], tokenizer: Tokenizer, tower: TextTower) -> tuple[
         Context ``[b k*n d]`` and pooled state ``[b e]``, that of the first window; the mask ``[b k*n]``, None if all
         texts have as many windows.
     """
+    device = tower.token_embedding.weight.device
+    if not any(isinstance(text, Text) for text in texts):
+        return tower(tokenizer(list(texts)).to(device)), None
     asked = [text if isinstance(text, Text) else Text(text, cut=True) for text in texts]
     parts = [tokenizer.windows(text, text.cut) for text in asked]
-    counts, device = [len(tokens) for tokens, _ in parts], tower.token_embedding.weight.device
+    counts = [len(tokens) for tokens, _ in parts]
     states, pooled = tower(torch.cat([tokens for tokens, _ in parts]).to(device))
     if any(text.weights for text in asked):
         weights = [_weights(text, places) for text, (_, places) in zip(asked, parts, strict=True)]

@@ -24,7 +24,7 @@ from ldm.conditioning.boxes import Box, read_boxes
 from ldm.data.shards import BOXES, PICTURE_SUFFIXES, SEMANTIC, SPLITS, Sample, write_shard
 from ldm.data.transforms import decode, shrink
 from ldm.errors import DataError
-from ldm.formats.native import write_atomically
+from ldm.formats.tensors import write_atomically
 from ldm.pictures import decode_map
 
 READABLE = {*(f".{suffix}" for suffix in PICTURE_SUFFIXES), ".bmp", ".gif", ".tif", ".tiff"}

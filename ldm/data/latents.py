@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ldm.data.samples import Batch, Draw, Samples
 from ldm.data.stream import EvaluationLoader
-from ldm.formats.native import write_atomically
+from ldm.formats.tensors import write_atomically
 from ldm.vae import FirstStage
 
 _TENSOR = "posterior"

@@ -24,7 +24,7 @@ import numpy as np
 
 from ldm.conditioning.boxes import Box, read_boxes
 from ldm.errors import DataError
-from ldm.formats.native import write_atomically
+from ldm.formats.tensors import write_atomically
 
 SPLITS = ("train", "val", "test")
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif")

@@ -91,7 +91,9 @@ class DenoiserModule(StageModule):
         return self.report(loss.mean())
 
     def _conditions(self, batch: Mapping[str, Any], generator: torch.Generator) -> Mapping[str, Any]:
-        """The batch with the raw conditions that are made from its pictures."""
+        """The batch with the raw conditions that it lacks, and with those that are made from its pictures."""
+        defaults = self.model.config.conditioner.defaults(*self.model.config.size)
+        batch = {**{name: [pair] * len(batch["key"]) for name, pair in defaults.items()}, **batch}
         with torch.no_grad():
             return self.model.conditioner.of_training(batch, self.model.encode, generator)
 

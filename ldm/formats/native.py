@@ -7,10 +7,7 @@ whole LatentDiffusion that a pipeline opens.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,87 +15,18 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.clip.tokenizer import Tokenizer
 from ldm.config import structure, unstructure
 from ldm.errors import CheckpointError, LdmError
+from ldm.formats.tensors import fingerprint, read_metadata, read_tensors, to_dtype, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.vae import FirstStage
 
 FIRST_STAGE, CLIP, MODEL = "ldm.first_stage.1", "ldm.clip.1", "ldm.model.1"
 """What a file of ours can hold."""
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, force it to disk, and rename it; readers see all or nothing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, written atomically; tensors are stored contiguous, on the CPU."""
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = save(stored, metadata=dict(metadata))
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file.
-
-    Raises:
-        CheckpointError: the file is missing or is no safetensors file.
-    """
-    return _open(path, lambda file: file.metadata() or {})
-
-
-def read_tensors(path: str | Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, those of floating point in ``dtype`` if it is given.
-
-    Raises:
-        CheckpointError: the file is missing or is no safetensors file.
-    """
-
-    def tensors(file: Any) -> dict[str, Tensor]:
-        loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-        return {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in loaded.items()}
-
-    return _open(path, tensors)
-
-
-def _open(path: str | Path, read: Callable[[Any], Any]) -> Any:
-    if not Path(path).is_file():
-        raise CheckpointError(f"there is no file {path}.")
-    try:
-        with safe_open(str(path), "pt") as file:
-            return read(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); get or make it anew.") from None
-
-
-def fingerprint(tensors: Mapping[str, Tensor], meaning: Mapping[str, Any]) -> str:
-    """16 hex digits that change with any weight (names, shapes, values as fp32) and with what they mean (JSON values)."""
-    digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu()
-        tensor = tensor.float() if tensor.is_floating_point() else tensor
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
@@ -214,7 +142,8 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> LatentDiff
     header = read_header(path, MODEL, ModelConfig)
     with torch.device("meta"), WithoutInit():
         model = LatentDiffusion(header.config, header.tokenizer)
-    load_strictly(model, read_tensors(path, dtype or torch.float32), path)
+    tensors = {name: to_dtype(tensor, dtype or torch.float32) for name, tensor in read_tensors(path).items()}
+    load_strictly(model, tensors, path)
     model.fingerprint, model.provenance = header.fingerprint, header.provenance
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 

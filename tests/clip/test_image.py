@@ -60,11 +60,23 @@ def test_vit_equals_open_clip(pool: str, theirs: str) -> None:
         torch.testing.assert_close(tower(picture), expected, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_pixels_are_normalised_as_the_weights_were_trained() -> None:
+    mean, std = (0.48, 0.45, 0.4), (0.26, 0.27, 0.28)
+    plain = TINY.build(EMBED)
+    tower = replace(TINY, mean=mean, std=std).build(EMBED)
+    tower.load_state_dict(plain.state_dict())
+    image = torch.rand(2, 3, 24, 24)
+    normalized = (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(tower(2 * image - 1), plain(normalized), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("values", "part"),
     [
         ({"kind": "vit", "width": 32, "heads": 5}, "5 heads do not divide"),
         ({"kind": "vit", "image_size": 60, "patch_size": 8}, "patches of 8 pixels do not divide"),
+        ({"kind": "vit", "std": [0.5, 0, 0.5]}, "must be positive"),
         ({"kind": "resnet"}, "unknown kind 'resnet'"),
     ],
 )

@@ -1,0 +1,125 @@
+"""Captions through two text towers, and the sizes of the picture, as SDXL is told them.
+
+(Podell et al. 2023, arXiv 2307.01952.) The contexts of the towers lie side by side along their width; the vector is the
+pooled state of the second, followed by the sinusoids of six numbers (section 2.2): from how large an original a training
+picture was made, where it was cut, and how large it became. Told so in training, small originals and cut-off heads need
+not be left out, and are not imitated: a sample is told a large original, cut at (0, 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.clip.model import CLIPConfig
+from ldm.clip.text import TextTowerConfig
+from ldm.clip.tokenizer import Tokenizer
+from ldm.conditioning import windows
+from ldm.conditioning.conditioner import Conditioner, ConditionerKind, Pair, captions, check_dropout
+from ldm.config import setting
+from ldm.errors import ConfigError
+from ldm.nn.conditioning import Conditioning
+from ldm.nn.embeddings import sinusoidal
+
+SIZES = ("original_size", "crops_coords_top_left", "target_size")
+"""Pairs that a picture is described by, by the names that diffusers gives them, in the order of the vector."""
+
+
+@dataclass(frozen=True)
+class SDXLConditionerConfig(ConditionerKind, kind="sdxl"):
+    """A caption, read by two text towers, and the original size, the cut and the size of the picture."""
+
+    second: TextTowerConfig = setting(help="the second text tower, whose pooled state is part of the vector")
+    first: TextTowerConfig | None = setting(None, "the first text tower; null = that of the experiment's clip section")
+    pad_id: int = setting(0, "token after the end in what the second tower reads; the vocabulary is that of the first")
+    size_embedding_width: int = setting(256, "sinusoids of each of the six numbers about the picture's size")
+    dropout: float = setting(0.1, "share of the training captions that are dropped, for guidance; sizes never are")
+    zeros_for_empty: bool = setting(
+        True, "a caption that is dropped or not there is zeros; false = the encoded empty string"
+    )
+    trainable: bool = setting(False, "train both towers along with the denoiser")
+
+    def __post_init__(self) -> None:
+        check_dropout(self.dropout)
+        if self.size_embedding_width < 2 or self.size_embedding_width % 2:
+            raise ConfigError(f"size_embedding_width must be even and at least 2, not {self.size_embedding_width}.")
+        if not 0 <= self.pad_id < self.second.vocab_size:
+            raise ConfigError(f"the pad_id {self.pad_id} is not below second.vocab_size, {self.second.vocab_size}.")
+        for name in ("vocab_size", "context_length") if self.first else ():
+            found, wanted = getattr(self.second, name), getattr(self.first, name)
+            if found != wanted:
+                raise ConfigError(
+                    f"second.{name} is {found}, but that of the first tower is {wanted}; make them equal, "
+                    "since both read the same tokens."
+                )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("text",)
+
+    def defaults(self, height: int, width: int) -> dict[str, Pair]:
+        return dict(zip(SIZES, ((height, width), (0, 0), (height, width)), strict=True))
+
+    @property
+    def context_width(self) -> int | None:
+        return self.first.width + self.second.width if self.first else None
+
+    @property
+    def vector_width(self) -> int:
+        return (self.second.embed_dim or self.second.width) + 2 * len(SIZES) * self.size_embedding_width
+
+    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> SDXLConditionerConfig:
+        if clip is None:
+            raise ConfigError("denoiser.conditioner reads text, but there is no clip section to give its first tower.")
+        return replace(self, first=self.first or replace(clip.text, embed_dim=clip.embed_dim))
+
+    def build(self, tokenizer: Tokenizer | None = None) -> SDXLConditioner:
+        assert self.first is not None, "the first tower comes from the clip section"
+        assert tokenizer is not None, "a text conditioner needs a tokenizer"
+        return SDXLConditioner(self, self.first, tokenizer)
+
+
+class SDXLConditioner(Conditioner):
+    """Two text towers with a tokenizer each; texts are cut or go on in windows as :class:`TextConditioner` has it.
+
+    Beside ``text`` it reads ``original_size``, ``crops_coords_top_left`` and ``target_size``: a pair for each picture,
+    (height, width) or (top, left) in pixels.
+    """
+
+    def __init__(self, config: SDXLConditionerConfig, first: TextTowerConfig, tokenizer: Tokenizer):
+        super().__init__()
+        self.config = config
+        self.tokenizers = (tokenizer, tokenizer.with_padding(config.pad_id))
+        self.first = first.build().requires_grad_(config.trainable)
+        self.second = config.second.build().requires_grad_(config.trainable)
+
+    def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
+        said = captions(inputs, self.config.dropout, generator)
+        texts = ["" if caption is None else caption for caption in said]
+        with nullcontext() if self.config.trainable else torch.no_grad():
+            (first, _), mask = windows.read(texts, self.tokenizers[0], self.first)
+            (second, pooled), _ = windows.read(texts, self.tokenizers[1], self.second)
+        context = torch.cat([first, second], dim=2)
+        if self.config.zeros_for_empty:
+            silent = torch.tensor([caption is None for caption in said]).to(context.device)
+            context, pooled = context.masked_fill(silent[:, None, None], 0), pooled.masked_fill(silent[:, None], 0)
+        return Conditioning(context, mask, vector=torch.cat([pooled, self._sizes(inputs).to(pooled)], dim=1))
+
+    def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
+        """What guidance leads away from: no text or the ``negative`` one, of a picture of the same sizes."""
+        absent = [None] * len(inputs["text"])
+        return self({**inputs, "text": absent if negative is None else negative})
+
+    def _sizes(self, inputs: Mapping[str, Any]) -> Tensor:
+        """``[b 6 size_embedding_width]``, flattened."""
+        numbers = torch.cat([torch.as_tensor(inputs[name]) for name in SIZES], dim=1)
+        return sinusoidal(numbers.flatten(), self.config.size_embedding_width).reshape(len(numbers), -1)
+
+    def towers(self) -> Iterator[tuple[str, nn.Module]]:
+        yield "text", self.first
+        yield "text_2", self.second
