@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ldm import inputs
 from ldm.conditioning import Phases, phased
+from ldm.devices import default_device, default_dtype, usable
 from ldm.diffusion import (
     SAMPLERS,
     SPECS,
@@ -31,7 +32,7 @@ from ldm.diffusion import (
     sigmas_from_values,
 )
 from ldm.diffusion import sigmas as spaced_sigmas
-from ldm.errors import SamplingError, first_line, unknown
+from ldm.errors import SamplingError, unknown
 from ldm.formats import MODEL_FILE, SHIPPED, load
 from ldm.formats.native import save_model
 from ldm.images import Images
@@ -112,7 +113,7 @@ class Pipeline:
             CheckpointError: the source cannot be read.
             SamplingError: the device cannot be used.
         """
-        device = default_device() if device is None else _usable(device)
+        device = default_device() if device is None else usable(device)
         pipe: Pipeline = cls(load(source))
         return pipe.to(device, dtype or default_dtype(device))
 
@@ -123,7 +124,7 @@ class Pipeline:
             SamplingError: the device cannot be used.
         """
         if device is not None:
-            self.model.to(_usable(device))
+            self.model.to(usable(device))
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(dtype or parameter.dtype)
         self.model.to(memory_format=torch.channels_last)
@@ -408,31 +409,6 @@ class Pipeline:
             raise SamplingError(f"data of {channels} channels are no pictures; ask for output_type 'latent'.")
 
 
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device computes in it natively, else fp32: emulated, it is many times slower."""
-    native = False
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
-        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return torch.bfloat16 if native else torch.float32
-
-
 @cache
 def _shipped() -> Pipeline:
     return Pipeline.from_pretrained()
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise SamplingError(f"the device {device} cannot be used ({first_line(error)}); 'cpu' always can.") from None
