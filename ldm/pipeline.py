@@ -238,7 +238,7 @@ class Pipeline:
             num_images_per_prompt,
             Reading(prompt_syntax, long_prompts),
         )
-        levels = edit.levels(self.noise_levels(num_inference_steps, timesteps, sigmas, spacing, shift))
+        levels = edit.levels(self.noise_levels(num_inference_steps, timesteps, sigmas, spacing, shift, sampler))
         shape = self.latent_shape(height, width)
         if latents is not None and latents.shape != (len(request), *shape):
             given, needed = list(latents.shape), [len(request), *shape]
@@ -305,19 +305,23 @@ class Pipeline:
         sigmas: Sequence[float] | Tensor | None = None,
         spacing: str | None = None,
         shift: float | None = None,
+        sampler: str | None = None,
     ) -> Tensor:
-        """The falling noise levels to sample along, [steps + 1] fp32 on the CPU, asked for in any one way.
+        """The falling noise levels that ``sampler`` walks along, [steps + 1] fp32 on the CPU, asked for in any one way.
 
         Raises:
-            SamplingError: several ways at once, or levels that the model's schedule does not have.
+            SamplingError: several ways at once, levels that the model's schedule does not have, or an unknown sampler.
         """
         if sum(way is not None for way in (num_inference_steps, timesteps, sigmas)) > 1:
             raise SamplingError("give only one of num_inference_steps, timesteps and sigmas.")
         if (spacing, shift) != (None, None) and (timesteps is not None or sigmas is not None):
             raise SamplingError("timesteps and sigmas are a spacing of their own; leave spacing and shift out.")
         schedule, defaults = self.model.diffusion.schedule, self.model.config.sampling
+        sampler = sampler or defaults.sampler
+        inputs.check_sampler(sampler)
+        final = defaults.final_of(sampler)
         if timesteps is not None:
-            return sigmas_from_timesteps(schedule, timesteps)
+            return sigmas_from_timesteps(schedule, timesteps, final)
         if sigmas is not None:
             return sigmas_from_values(schedule, sigmas)
         inputs.check_counts(num_inference_steps=num_inference_steps)
@@ -326,8 +330,9 @@ class Pipeline:
             num_inference_steps or defaults.num_inference_steps,
             spacing or defaults.spacing,
             defaults.offset,
-            defaults.final,
+            final,
             defaults.shift if shift is None else shift,
+            SPECS[sampler].grid,
         )
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
