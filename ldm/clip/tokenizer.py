@@ -127,7 +127,7 @@ class Tokenizer:
         """
         if not 0 <= pad_id < self.vocab_size:
             raise ConfigError(f"the pad_id {pad_id} is not among the {self.vocab_size} tokens of the tokenizer.")
-        return _finished(tokenizers.Tokenizer.from_str(self.to_json()), self.context_length, pad_id)
+        return finish(tokenizers.Tokenizer.from_str(self.to_json()), self.context_length, pad_id)
 
     def fingerprint(self) -> str:
         """16 hex digits that change with the meaning of any token, with the length or with the padding.

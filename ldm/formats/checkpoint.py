@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning import ConditionerKind
+from ldm.conditioning.inpaint import InpaintConditionerConfig
+from ldm.conditioning.sdxl import SDXLConditionerConfig
+from ldm.conditioning.several import SeveralConditionersConfig
+from ldm.conditioning.text import TextConditionerConfig
 from ldm.diffusion.parametrization import Diffusion
 from ldm.errors import CheckpointError, ConfigError
 from ldm.formats.native import CLIP, FIRST_STAGE, HELD, WithoutInit, load_strictly, read_header
@@ -183,6 +187,27 @@ def parts_of(model: LatentDiffusion, target: str) -> dict[str, Part]:
             f"{', ...' if len(others) > 3 else ''}); write a native file."
         )
     return parts
+
+
+def with_scale(part: Part, scale: float) -> Part:
+    """An autoencoder with the one factor that normalises its latents."""
+    channels = part.config.latent_channels
+    statistics = {"latent_mean": torch.zeros(channels), "latent_std": torch.full((channels,), 1 / scale)}
+    return replace(part, state={**part.state, **statistics})
+
+
+def conditioner_of(parts: Mapping[str, Part], pooled: bool = False) -> ConditionerKind | None:
+    """What the towers among the parts are together; the U-Net's channels tell one for inpainting."""
+    if "text" not in parts:
+        return None
+    tower, vae, unet = parts["text"].config, parts.get("vae"), parts.get("unet")
+    conditioner: ConditionerKind = TextConditionerConfig(tower=tower, pooled=pooled)
+    if "text_2" in parts:
+        conditioner = SDXLConditionerConfig(first=tower, second=parts["text_2"].config)
+    if vae and unet and unet.config.in_channels == 2 * vae.config.latent_channels + 1:
+        inpaint = InpaintConditionerConfig(latent_channels=vae.config.latent_channels)
+        return SeveralConditionersConfig({"text": conditioner, "inpaint": inpaint})
+    return conditioner
 
 
 def read_native(path: Path) -> Checkpoint:

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 
 from ldm.clip.tokenizer import BOS, END_OF_WORD, EOS, Tokenizer, clip_bpe, finish
 from ldm.errors import CheckpointError, first_line
-from ldm.formats.native import write_atomically
+from ldm.formats.tensors import read_json, write_atomically
 
 CONTEXT_LENGTH = 77
 """CLIP's, where a folder does not say; transformers then writes a length that is larger than any text."""

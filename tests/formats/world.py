@@ -12,7 +12,6 @@ import transformers
 from torch import nn
 
 from ldm.clip.tokenizer import CLIP_VOCAB_SIZE, clip_bpe
-from ldm.formats.tokenizer import write_tokenizer
 
 KINDS = ("sd1", "sd2", "sdxl")
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
