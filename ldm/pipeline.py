@@ -100,20 +100,23 @@ class Pipeline:
         source: str | os.PathLike[str] = SHIPPED,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        revision: str | None = None,
     ) -> Pipeline:
         """A pipeline of a saved model.
 
         Args:
-            source: a run folder, a file, or ``"emoji"``, the model that comes along; see :func:`ldm.load`.
+            source: a run folder, a file, ``"owner/name"`` on the hub, or ``"emoji"``, the model that comes along; see
+                :func:`ldm.load`.
             device: default: the GPU if there is one, else the CPU.
             dtype: in which the networks compute; default: bf16 where the device has it natively, else fp32.
+            revision: of a model on the hub: a branch, tag or commit.
 
         Raises:
             CheckpointError: the source cannot be read.
             SamplingError: the device cannot be used.
         """
         device = default_device() if device is None else _usable(device)
-        pipe: Pipeline = cls(load(source))
+        pipe: Pipeline = cls(load(source, revision))
         return pipe.to(device, dtype or default_dtype(device))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:

@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from ldm.errors import CheckpointError
+from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.native import load_model
 from ldm.model import LatentDiffusion
 
@@ -18,16 +19,21 @@ MODEL_FILE = "model.safetensors"
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
-def load(source: str | PathLike[str] = SHIPPED) -> LatentDiffusion:
+def load(source: str | PathLike[str] = SHIPPED, revision: str | None = None) -> LatentDiffusion:
     """A whole model in fp32 on the CPU, in evaluation mode, its parameters frozen.
 
     Args:
         source: ``"emoji"`` for the shipped model (a folder of that name is ``"./emoji"``), a run folder or
-            any other with a ``model.safetensors`` in it, or such a file.
+            any other with a ``model.safetensors`` in it, such a file, or what :func:`ldm.formats.hub.fetch` takes.
+        revision: of a model on the hub: a branch, tag or commit.
 
     Raises:
         CheckpointError: there is nothing that can be read, or it does not fit its own config.
     """
+    if isinstance(source, str) and is_hub_id(source):
+        source = fetch(source, revision)
+    elif revision is not None:
+        raise CheckpointError(f"{source} is no model on the hub, so it has no revision {revision!r}; leave that out.")
     return load_model(find(source))
 
 
@@ -47,7 +53,7 @@ def find(source: str | PathLike[str]) -> Path:
             path / MODEL_FILE,
             f"{path} holds no {MODEL_FILE}; a run has one after its last stage (tools/train.py --stage all).",
         )
-    _existing(path, f"there is no model {path}; name a run folder, a .safetensors file, or {SHIPPED!r}.")
+    _existing(path, f"there is no model {path}; name a run folder, a file, a hub id, or {SHIPPED!r}.")
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is no .safetensors file; only files that ldm wrote can be read.")
     return path
