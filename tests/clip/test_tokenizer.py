@@ -20,6 +20,7 @@ from ldm.clip.tokenizer import (
 )
 from ldm.config import structure
 from ldm.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from tests.clip.peers import clip_tokenizer
 
 PROMPTS = [
     "",
@@ -55,11 +56,7 @@ def byte_bpe() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def transformers_peer() -> CLIPTokenizer:
-    """transformers' tokenizer over the merges and ids of open_clip's."""
-    source = SimpleTokenizer()
-    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocab = {names.get(token, token): index for token, index in source.encoder.items()}
-    return CLIPTokenizer(vocab=vocab, merges=list(source.bpe_ranks))
+    return clip_tokenizer()
 
 
 def test_clip_bpe_equals_transformers(clip_bpe: Tokenizer, transformers_peer: CLIPTokenizer) -> None:
@@ -93,6 +90,16 @@ def test_the_padding_is_one_token_within_a_text_as_in_transformers() -> None:
     assert row[:7].tolist() == [49406, 3306, 0, 2781, 0, 0, 49407]
     assert torch.equal(zero.windows("hello! wow!!")[0][0], row)
     assert zero.decode(row).count("!") == 3
+
+
+def test_another_padding_changes_what_follows_the_end_alone(clip_bpe: Tokenizer) -> None:
+    padded, rows = clip_bpe.with_padding(0), clip_bpe(PROMPTS)
+    is_padding = (rows == clip_bpe.eos_id).cumsum(1) - (rows == clip_bpe.eos_id).int() > 0
+    assert torch.equal(padded(PROMPTS), rows.masked_fill(is_padding, 0))
+    assert torch.equal(padded.with_padding(clip_bpe.pad_id)(PROMPTS), rows)
+    assert padded.fingerprint() == CLIPBPEConfig(pad_id=0).build().fingerprint()
+    with pytest.raises(ConfigError, match="pad_id 49408 is not among the 49408 tokens"):
+        clip_bpe.with_padding(49408)
 
 
 def test_a_long_text_is_cut_and_keeps_its_end(clip_bpe: Tokenizer) -> None:
