@@ -39,7 +39,7 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     settings = _optional(folder / "special_tokens_map.json") | _optional(folder / "tokenizer_config.json")
     whole = folder / "tokenizer.json"
-    if not whole.is_file() and not (folder / "vocab.json").is_file():
+    if not has_tokenizer(folder):
         raise CheckpointError(f"{folder} holds no tokenizer; it needs tokenizer.json, or vocab.json and merges.txt.")
     try:
         return _from_whole(whole, settings) if whole.is_file() else _from_parts(folder, settings)
@@ -47,6 +47,11 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
         raise
     except Exception as error:  # tokenizers raises nothing narrower, and a value of another type may stand anywhere
         raise CheckpointError(f"the tokenizer in {folder} cannot be read ({first_line(error)}); get it anew.") from None
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds what :func:`read_tokenizer` reads."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
 def _from_whole(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
