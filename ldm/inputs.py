@@ -230,8 +230,7 @@ def one_seed() -> int:
 
 def check_solver(sampler: str, options: Mapping[str, Any], guidance: Guidance) -> None:
     """Raises a SamplingError for an unknown sampler, or an option or guidance that it does not take."""
-    if sampler not in SAMPLERS:
-        raise SamplingError(unknown("sampler", sampler, SAMPLERS))
+    check_sampler(sampler)
     for name in options:
         if name not in SPECS[sampler].options:
             takers = ", ".join(taker for taker, spec in SPECS.items() if name in spec.options)
@@ -244,6 +243,12 @@ def check_solver(sampler: str, options: Mapping[str, Any], guidance: Guidance) -
         raise SamplingError(
             f"the sampler {sampler} repeats steps, which momentum would count twice; set momentum to 0."
         )
+
+
+def check_sampler(sampler: str) -> None:
+    """Raises a SamplingError for an unknown sampler."""
+    if sampler not in SAMPLERS:
+        raise SamplingError(unknown("sampler", sampler, SAMPLERS))
 
 
 def check_counts(**counts: Any) -> None:

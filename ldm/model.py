@@ -30,7 +30,9 @@ class SamplingConfig:
     spacing: str = setting("trailing", "how the noise levels are spaced: " + ", ".join(SPACINGS))
     offset: int = setting(0, "added to the timesteps of the spacing leading; 1 for Stable Diffusion")
     final: Final = setting(
-        "zero", "the last noise level: zero, or sigma_min as Stable Diffusion's ddim and plms have it"
+        "zero",
+        "the last noise level: zero, or sigma_min as Stable Diffusion's ddim and plms have it; counts for this sampler, "
+        "ddim and plms, while others end at zero",
     )
     shift: float = setting(1.0, "factor on the noise levels of a flow schedule, beside the schedule's own")
 
@@ -39,6 +41,10 @@ class SamplingConfig:
             raise ConfigError(unknown("sampler", self.sampler, SAMPLERS))
         if self.spacing not in SPACINGS:
             raise ConfigError(unknown("spacing", self.spacing, SPACINGS))
+
+    def final_of(self, sampler: str) -> Final:
+        """Where ``sampler`` ends: ``final`` is of the model's own one, and of the two whose pictures it changes in SD."""
+        return self.final if sampler in (self.sampler, "ddim", "plms") else "zero"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ldm import inputs
 from ldm.conditioning import Phases, phased
+from ldm.devices import default_device, default_dtype, usable
 from ldm.diffusion import (
     SAMPLERS,
     SPECS,
@@ -31,7 +32,7 @@ from ldm.diffusion import (
     sigmas_from_values,
 )
 from ldm.diffusion import sigmas as spaced_sigmas
-from ldm.errors import SamplingError, first_line, unknown
+from ldm.errors import SamplingError, unknown
 from ldm.formats import MODEL_FILE, SHIPPED, load
 from ldm.formats.native import save_model
 from ldm.images import Images
@@ -112,7 +113,7 @@ class Pipeline:
             CheckpointError: the source cannot be read.
             SamplingError: the device cannot be used.
         """
-        device = default_device() if device is None else _usable(device)
+        device = default_device() if device is None else usable(device)
         pipe: Pipeline = cls(load(source))
         return pipe.to(device, dtype or default_dtype(device))
 
@@ -123,7 +124,7 @@ class Pipeline:
             SamplingError: the device cannot be used.
         """
         if device is not None:
-            self.model.to(_usable(device))
+            self.model.to(usable(device))
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(dtype or parameter.dtype)
         self.model.to(memory_format=torch.channels_last)
@@ -239,7 +240,7 @@ class Pipeline:
             Reading(prompt_syntax, long_prompts),
             conditioner.defaults(*(side * self.model.config.first_stage.factor for side in shape[1:])),
         )
-        levels = edit.levels(self.noise_levels(num_inference_steps, timesteps, sigmas, spacing, shift))
+        levels = edit.levels(self.noise_levels(num_inference_steps, timesteps, sigmas, spacing, shift, sampler))
         if latents is not None and latents.shape != (len(request), *shape):
             given, needed = list(latents.shape), [len(request), *shape]
             raise SamplingError(f"latents have the shape {given}; these pictures need {needed}.")
@@ -305,19 +306,23 @@ class Pipeline:
         sigmas: Sequence[float] | Tensor | None = None,
         spacing: str | None = None,
         shift: float | None = None,
+        sampler: str | None = None,
     ) -> Tensor:
-        """The falling noise levels to sample along, [steps + 1] fp32 on the CPU, asked for in any one way.
+        """The falling noise levels that ``sampler`` walks along, [steps + 1] fp32 on the CPU, asked for in any one way.
 
         Raises:
-            SamplingError: several ways at once, or levels that the model's schedule does not have.
+            SamplingError: several ways at once, levels that the model's schedule does not have, or an unknown sampler.
         """
         if sum(way is not None for way in (num_inference_steps, timesteps, sigmas)) > 1:
             raise SamplingError("give only one of num_inference_steps, timesteps and sigmas.")
         if (spacing, shift) != (None, None) and (timesteps is not None or sigmas is not None):
             raise SamplingError("timesteps and sigmas are a spacing of their own; leave spacing and shift out.")
         schedule, defaults = self.model.diffusion.schedule, self.model.config.sampling
+        sampler = sampler or defaults.sampler
+        inputs.check_sampler(sampler)
+        final = defaults.final_of(sampler)
         if timesteps is not None:
-            return sigmas_from_timesteps(schedule, timesteps)
+            return sigmas_from_timesteps(schedule, timesteps, final)
         if sigmas is not None:
             return sigmas_from_values(schedule, sigmas)
         inputs.check_counts(num_inference_steps=num_inference_steps)
@@ -326,8 +331,9 @@ class Pipeline:
             num_inference_steps or defaults.num_inference_steps,
             spacing or defaults.spacing,
             defaults.offset,
-            defaults.final,
+            final,
             defaults.shift if shift is None else shift,
+            SPECS[sampler].grid,
         )
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
@@ -409,31 +415,6 @@ class Pipeline:
             raise SamplingError(f"data of {channels} channels are no pictures; ask for output_type 'latent'.")
 
 
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device computes in it natively, else fp32: emulated, it is many times slower."""
-    native = False
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
-        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return torch.bfloat16 if native else torch.float32
-
-
 @cache
 def _shipped() -> Pipeline:
     return Pipeline.from_pretrained()
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise SamplingError(f"the device {device} cannot be used ({first_line(error)}); 'cpu' always can.") from None

@@ -15,7 +15,7 @@ SOURCES = sorted(ROOT.glob("ldm/**/*.py"))
 # may read.
 ROWS = [
     {"errors"},
-    {"config", "pictures", "prompts"},
+    {"devices", "config", "pictures", "prompts"},
     {"nn"},
     {"diffusion"},
     {"vae", "clip", "denoiser"},

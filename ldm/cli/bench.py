@@ -32,7 +32,7 @@ def bench(
     """Time a forward pass and forward with backward of each network, ours beside the peer's of the same shape."""
     import torch
 
-    from ldm.pipeline import default_device, default_dtype
+    from ldm.devices import default_device, default_dtype
 
     for name in names or []:
         if name not in PAIRS:

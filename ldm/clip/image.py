@@ -13,7 +13,6 @@ from ldm.clip.transformer import Activation, check_shape, stack
 from ldm.config import Kind, setting
 from ldm.errors import ConfigError
 
-
 HALF = (0.5, 0.5, 0.5)
 """Mean and standard deviation that bring [0, 1] to [-1, 1]."""
 

@@ -16,6 +16,14 @@ Final = Literal["zero", "sigma_min"]
 """Where a sample ends: at 0, or at the level of timestep 0 as Stable Diffusion's ddim and plms do."""
 
 
+Grid = Literal["fractional", "rounded", "inner"]
+"""How the spacings ``leading`` and ``linspace`` are read, which each family of solvers does in its own way.
+
+``fractional``: as they are (k-diffusion); ``rounded``: to whole timesteps (DDIM and its kin); ``inner``: with one
+step more, whose last is left to the step to the end, and rounded (DPM-Solver++ and its kin).
+"""
+
+
 def leading(schedule: Schedule, n: int, offset: int) -> Tensor:
     """Every (T // n)-th timestep from ``offset`` up (1 for Stable Diffusion); leaves the last ones out."""
     return torch.arange(n, device="cpu").flip(0) * (schedule.num_timesteps // n) + offset
@@ -23,8 +31,9 @@ def leading(schedule: Schedule, n: int, offset: int) -> Tensor:
 
 def trailing(schedule: Schedule, n: int, offset: int) -> Tensor:
     """Every (T / n)-th timestep from the last one down, rounded (Lin et al. 2305.08891, section 3.3)."""
-    steps = torch.arange(n, dtype=torch.float64, device="cpu") * (schedule.num_timesteps / n)
-    return (schedule.num_timesteps - steps).round() - 1
+    last = float(schedule.num_timesteps)
+    down = (last - last / n) - last  # numpy's arange, by whose rounding diffusers settles which way halves go
+    return (last + down * torch.arange(n, dtype=torch.float64, device="cpu")).round() - 1
 
 
 def linspace(schedule: Schedule, n: int, offset: int) -> Tensor:
@@ -64,7 +73,9 @@ SPACINGS: dict[str, Callable[[Schedule, int, int], Tensor]] = {
 """Name to ``(schedule, n, offset) -> timesteps [n]``, falling; only ``leading`` heeds the offset."""
 
 
-def timesteps(schedule: Schedule, n: int, spacing: str = "trailing", offset: int = 0) -> Tensor:
+def timesteps(
+    schedule: Schedule, n: int, spacing: str = "trailing", offset: int = 0, grid: Grid = "fractional"
+) -> Tensor:
     """The timesteps of ``n`` sampling steps, [n] fp64, falling, fractional.
 
     Args:
@@ -72,6 +83,7 @@ def timesteps(schedule: Schedule, n: int, spacing: str = "trailing", offset: int
         n: number of steps, 1 or more.
         spacing: a name of ``SPACINGS``.
         offset: added to the timesteps of ``leading`` (diffusers' ``steps_offset``; 1 for Stable Diffusion).
+        grid: how ``leading`` and ``linspace`` are read; see :class:`ldm.diffusion.SamplerSpec`.
 
     Raises:
         SamplingError: unknown spacing, or more steps than the schedule has room for.
@@ -80,7 +92,9 @@ def timesteps(schedule: Schedule, n: int, spacing: str = "trailing", offset: int
         raise SamplingError(unknown("spacing", spacing, SPACINGS))
     if n < 1:
         raise SamplingError(f"num_inference_steps is {n}; it must be 1 or more.")
-    result = SPACINGS[spacing](schedule, n, offset).double()
+    grid = grid if spacing in ("leading", "linspace") else "fractional"
+    result = SPACINGS[spacing](schedule, n + (grid == "inner"), offset)[:n].double()
+    result = result if grid == "fractional" else result.round()
     if not _falls(result) or result[0] > schedule.num_timesteps - 1:
         raise SamplingError(
             f"{n} steps of spacing {spacing!r} and offset {offset} do not fit into {schedule.num_timesteps} "
@@ -96,6 +110,7 @@ def sigmas(
     offset: int = 0,
     final: Final = "zero",
     shift: float = 1.0,
+    grid: Grid = "fractional",
 ) -> Tensor:
     """The noise levels of ``n`` sampling steps, [n + 1] fp32 on the CPU, falling.
 
@@ -108,7 +123,7 @@ def sigmas(
     Raises:
         SamplingError: as :func:`timesteps`; a shift of another schedule, or one so great that levels become equal.
     """
-    levels = sigmas_from_timesteps(schedule, timesteps(schedule, n, spacing, offset), final)
+    levels = sigmas_from_timesteps(schedule, timesteps(schedule, n, spacing, offset, grid), final)
     if shift == 1:
         return levels
     if not isinstance(schedule, Flow):

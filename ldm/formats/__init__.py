@@ -5,8 +5,14 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
+import torch
+
 from ldm.errors import CheckpointError
-from ldm.formats.native import load_model
+from ldm.formats.checkpoint import Checkpoint, read_native
+from ldm.formats.diffusers_folder import CONFIG, is_folder, read_folder, write_folder
+from ldm.formats.native import HELD, load_model, save_model
+from ldm.formats.single_file import read_single_file, write_single_file
+from ldm.formats.tensors import PICKLES, SAFETENSORS, read_metadata
 from ldm.model import LatentDiffusion
 
 SHIPPED = "emoji"
@@ -17,22 +23,92 @@ MODEL_FILE = "model.safetensors"
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
+FORMATS = ("native", "ldm", "diffusers")
+"""What :func:`save` writes."""
 
-def load(source: str | PathLike[str] = SHIPPED) -> LatentDiffusion:
-    """A whole model in fp32 on the CPU, in evaluation mode, its parameters frozen.
+Source = str | PathLike[str]
+
+
+def load(
+    source: Source = SHIPPED,
+    *,
+    vae: Source | None = None,
+    unet: Source | None = None,
+    text_encoder: Source | None = None,
+    text_encoder_2: Source | None = None,
+    revision: str | None = None,
+    prediction_type: str | None = None,
+    ema: bool = True,
+    dtype: torch.dtype | None = None,
+) -> LatentDiffusion:
+    """A whole model on the CPU, in evaluation mode, its parameters frozen.
 
     Args:
-        source: ``"emoji"`` for the shipped model (a folder of that name is ``"./emoji"``), a run folder or
-            any other with a ``model.safetensors`` in it, or such a file.
+        source: ``"emoji"`` for the shipped model (a folder of that name is ``"./emoji"``); a run folder or another with a
+            ``model.safetensors`` of ours in it, or such a file; an LDM single file of SD 1.x, 2.x or SDXL
+            (``.safetensors`` or ``.ckpt``); a folder of a diffusers pipeline; or the id of either on the hub.
+        vae, unet, text_encoder, text_encoder_2: sources of what is to stand in place of a part.
+        revision: branch, tag or commit of a hub id.
+        prediction_type: ``"epsilon"`` or ``"v_prediction"`` of a foreign U-Net; default: as the source says, else epsilon.
+        ema: take averaged weights where an LDM file has both.
+        dtype: of the networks; default: fp32. The statistics of the latents stay fp32.
 
     Raises:
-        CheckpointError: there is nothing that can be read, or it does not fit its own config.
+        CheckpointError: there is nothing that can be read, or its parts do not fit each other.
     """
-    return load_model(find(source))
+    path = find(source, revision)
+    parts = {"vae": vae, "unet": unet, "text": text_encoder, "text_2": text_encoder_2}
+    replaced = {name: given for name, given in parts.items() if given is not None}
+    if not replaced and _is_native(path):
+        return load_model(path, dtype)
+    checkpoint = read(path, prediction_type=prediction_type, ema=ema)
+    for name, given in replaced.items():
+        checkpoint = checkpoint.with_part(name, read(given, ema=ema))
+    return checkpoint.build(dtype)
 
 
-def find(source: str | PathLike[str]) -> Path:
-    """The file that :func:`load` reads for ``source``.
+def read(
+    source: Source, *, revision: str | None = None, prediction_type: str | None = None, ema: bool = True
+) -> Checkpoint:
+    """What a source holds, whole model or lone network, no value of its weights read yet; as :func:`load`."""
+    path = find(source, revision)
+    if path.is_dir():
+        return read_folder(path, prediction_type)
+    if _is_native(path):
+        return read_native(path)
+    return read_single_file(path, prediction_type, ema)
+
+
+def save(model: LatentDiffusion, path: Source, to: str = "native", dtype: torch.dtype | None = None) -> Path:
+    """Write a model, and return the file or folder.
+
+    Args:
+        model: of whatever source.
+        path: a folder, or a file name that ends in .safetensors; of diffusers a folder.
+        to: ``"native"``, ``"ldm"`` (single file) or ``"diffusers"`` (folder).
+        dtype: of the stored weights; default: as they are.
+
+    Raises:
+        CheckpointError: the model has parts that the format has no place for.
+    """
+    path = Path(path)
+    if to not in FORMATS:
+        raise CheckpointError(f"there is no format {to!r}; choose one of {', '.join(FORMATS)}.")
+    if to == "diffusers":
+        if path.suffix == SAFETENSORS or path.is_file():
+            raise CheckpointError(f"{path} is no folder, which diffusers needs; name one.")
+        write_folder(path, model, dtype)
+        return path
+    file = path if path.suffix == SAFETENSORS else path / MODEL_FILE
+    if to == "native":
+        save_model(file, model, model.provenance, dtype)
+    else:
+        write_single_file(file, model, dtype)
+    return file
+
+
+def find(source: Source, revision: str | None = None) -> Path:
+    """The file or folder that :func:`load` reads for ``source``, fetched from the hub if it has to be.
 
     Raises:
         CheckpointError: saying what is there instead.
@@ -40,17 +116,21 @@ def find(source: str | PathLike[str]) -> Path:
     if source == SHIPPED:
         return _existing(ASSETS / MODEL_FILE, "this installation lacks the shipped model; install ldm anew.")
     path = Path(source)
-    if (path / "model_index.json").is_file():
-        raise CheckpointError(f"{path} is a diffusers folder; only files that ldm wrote can be read.")
     if path.is_dir():
+        if is_folder(path):
+            return path
         return _existing(
             path / MODEL_FILE,
             f"{path} holds no {MODEL_FILE}; a run has one after its last stage (tools/train.py --stage all).",
         )
-    _existing(path, f"there is no model {path}; name a run folder, a .safetensors file, or {SHIPPED!r}.")
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path} is no .safetensors file; only files that ldm wrote can be read.")
-    return path
+    _existing(path, f"there is no model {path}; name a run folder, a file, a diffusers folder, or {SHIPPED!r}.")
+    if path.suffix not in (SAFETENSORS, *PICKLES):
+        raise CheckpointError(f"{path} is no file of weights; those end in {', '.join((SAFETENSORS, *PICKLES))}.")
+    return path.parent if (path.parent / CONFIG).is_file() and not _is_native(path) else path
+
+
+def _is_native(path: Path) -> bool:
+    return path.is_file() and read_metadata(path).get("format") in HELD
 
 
 def _existing(path: Path, otherwise: str) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,14 @@ from torch import Tensor, nn
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning import ConditionerKind
+from ldm.conditioning.inpaint import InpaintConditionerConfig
+from ldm.conditioning.sdxl import SDXLConditionerConfig
+from ldm.conditioning.several import SeveralConditionersConfig
+from ldm.conditioning.text import TextConditionerConfig
 from ldm.diffusion.parametrization import Diffusion
 from ldm.errors import CheckpointError, ConfigError
-from ldm.formats.native import WithoutInit, load_strictly
-from ldm.formats.tensors import check_finite
+from ldm.formats.native import CLIP, FIRST_STAGE, HELD, WithoutInit, load_strictly, read_header
+from ldm.formats.tensors import check_finite, read_metadata, read_tensors, to_dtype
 from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
 
 PARTS = {"vae": "first_stage", "unet": "denoiser"}
@@ -118,11 +123,18 @@ class Checkpoint:
                     tokenizer=other.tokenizer,
                 )
             # What of the tower the U-Net was trained with is the U-Net's affair.
-            read = replace(part.config, hidden_state=own.config.hidden_state, context_norm=own.config.context_norm)
-            field_name = {"text": "tower" if hasattr(self.conditioner, "tower") else "first", "text_2": "second"}[name]
-            part = replace(part, config=read)
-            changed = replace(changed, conditioner=replace(self.conditioner, **{field_name: read}))  # type: ignore[type-var]
-            changed = replace(changed, tokenizer=other.tokenizer or self.tokenizer)
+            uses = {key: getattr(own.config, key) for key in ("hidden_state", "context_norm")}
+            projected = own.config.embed_dim is not None
+            part = Part(
+                replace(part.config, **uses, embed_dim=part.config.embed_dim if projected else None),
+                {key: tensor for key, tensor in part.state.items() if projected or key != "projection.weight"},
+            )
+            place = "second" if name == "text_2" else "first" if hasattr(self.conditioner, "first") else "tower"
+            changed = replace(
+                changed,
+                conditioner=replace(self.conditioner, **{place: part.config}),  # type: ignore[type-var]
+                tokenizer=other.tokenizer or self.tokenizer,
+            )
         return replace(changed, parts={**self.parts, name: part})
 
     def build(self, dtype: torch.dtype | None = None) -> LatentDiffusion:
@@ -141,8 +153,8 @@ class Checkpoint:
             if name not in self.parts:
                 raise CheckpointError(f"{self.source} is no whole model: it lacks {name}; name one that has it.")
             for key, tensor in self.parts[name].state.items():
-                keep = key in NOT_OF_THE_NETWORK or not tensor.is_floating_point()
-                state[f"{prefix}.{key}"] = tensor if keep else tensor.to(dtype or torch.float32)
+                wanted = torch.float32 if key in NOT_OF_THE_NETWORK else dtype or torch.float32
+                state[f"{prefix}.{key}"] = to_dtype(tensor, wanted)
         check_finite(state, self.source)
         load_strictly(model, state, self.source)
         model.provenance = dict(self.provenance)
@@ -175,3 +187,64 @@ def parts_of(model: LatentDiffusion, target: str) -> dict[str, Part]:
             f"{', ...' if len(others) > 3 else ''}); write a native file."
         )
     return parts
+
+
+def with_scale(part: Part, scale: float) -> Part:
+    """An autoencoder with the one factor that normalises its latents."""
+    channels = part.config.latent_channels
+    statistics = {"latent_mean": torch.zeros(channels), "latent_std": torch.full((channels,), 1 / scale)}
+    return replace(part, state={**part.state, **statistics})
+
+
+def conditioner_of(parts: Mapping[str, Part], pooled: bool = False) -> ConditionerKind | None:
+    """What the towers among the parts are together; the U-Net's channels tell one for inpainting."""
+    if "text" not in parts:
+        return None
+    tower, vae, unet = parts["text"].config, parts.get("vae"), parts.get("unet")
+    conditioner: ConditionerKind = TextConditionerConfig(tower=tower, pooled=pooled)
+    if "text_2" in parts:
+        conditioner = SDXLConditionerConfig(first=tower, second=parts["text_2"].config)
+    if vae and unet and unet.config.in_channels == 2 * vae.config.latent_channels + 1:
+        inpaint = InpaintConditionerConfig(latent_channels=vae.config.latent_channels)
+        return SeveralConditionersConfig({"text": conditioner, "inpaint": inpaint})
+    return conditioner
+
+
+def read_native(path: Path) -> Checkpoint:
+    """What a file of our own format holds: a whole model, a first stage or a CLIP.
+
+    Raises:
+        CheckpointError: the file is broken, or a model in it has weights that are of no part.
+    """
+    held = read_metadata(path).get("format", "")
+    header, tensors = read_header(path, held, HELD[held]), read_tensors(path)
+    common: dict[str, Any] = {
+        "source": str(path),
+        "layout": "native",
+        "kind": held,
+        "tokenizer": header.tokenizer,
+        "provenance": header.provenance,
+        "notes": ("all as its metadata say",),
+    }
+
+    def under(prefix: str, config: Any) -> Part:
+        start = f"{prefix}." if prefix else ""
+        return Part(config, {name[len(start) :]: each for name, each in tensors.items() if name.startswith(start)})
+
+    if held == FIRST_STAGE:
+        return Checkpoint(parts={"vae": under("", header.config)}, **common)
+    config = header.config
+    if held == CLIP:
+        text = replace(config.text, embed_dim=config.embed_dim)
+        return Checkpoint(parts={"text": under("text", text), "image": under("image", config.image)}, **common)
+    with torch.device("meta"), WithoutInit():
+        model = LatentDiffusion(config, header.tokenizer)
+    prefixes = places(model)
+    return Checkpoint(
+        parts={name: under(prefixes[name], part.config) for name, part in parts_of(model, "another format").items()},
+        conditioner=config.conditioner,
+        diffusion=config.diffusion,
+        sampling=config.sampling,
+        size=config.size,
+        **common,
+    )

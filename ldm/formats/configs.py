@@ -147,9 +147,7 @@ def read_unet(values: Values, where: object) -> UNetConfig:
             )
         has_vector = given["class_embed_type"] or given["addition_embed_type"]
         return UNetConfig(
-            levels=tuple(
-                LevelSpec(width, blocks[i], depths[i] if attends[i] else 0) for i, width in enumerate(widths)
-            ),
+            levels=tuple(LevelSpec(width, blocks[i], depths[i] if attends[i] else 0) for i, width in enumerate(widths)),
             in_channels=given["in_channels"],
             out_channels=given["out_channels"],
             context_width=given["cross_attention_dim"],
@@ -205,11 +203,7 @@ def write_unet(config: UNetConfig, sample_size: tuple[int, int], vector: str) ->
         "use_linear_projection": config.projection == "linear",
         "norm_num_groups": config.groups,
         "dropout": config.dropout,
-        **(
-            {mark: kind, "projection_class_embeddings_input_dim": config.vector_width}
-            if config.vector_width
-            else {}
-        ),
+        **({mark: kind, "projection_class_embeddings_input_dim": config.vector_width} if config.vector_width else {}),
     }
 
 
@@ -223,9 +217,7 @@ def read_vae(values: Values, where: object) -> AutoencoderKLConfig:
     try:
         kinds = {*given.get("down_block_types", ()), *given.get("up_block_types", ())}
         if kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
-            raise CheckpointError(
-                f"{where}: ldm's autoencoder has no {', '.join(sorted(kinds))}; take another model."
-            )
+            raise CheckpointError(f"{where}: ldm's autoencoder has no {', '.join(sorted(kinds))}; take another model.")
         return AutoencoderKLConfig(
             widths=tuple(given["block_out_channels"]),
             blocks=given["layers_per_block"],
@@ -356,7 +348,9 @@ def checked(values: Values, defaults: Values, fixed: Values, where: object) -> d
     for name, allowed in fixed.items():
         if name in values and values[name] not in allowed:
             known = " or ".join(map(repr, allowed))
-            raise CheckpointError(f"{where}: {name} is {values[name]!r}, but ldm knows {known} alone; take another model.")
+            raise CheckpointError(
+                f"{where}: {name} is {values[name]!r}, but ldm knows {known} alone; take another model."
+            )
     return {**defaults, **values}
 
 

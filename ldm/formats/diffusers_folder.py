@@ -209,7 +209,9 @@ def _part(name: str, folder: Path) -> Part:
     return _with_statistics(part, values, where)
 
 
-def _gathered(config: Any, tensors: Mapping[str, Tensor], table: Callable[[Iterable[str]], names.Table], file: Path) -> Part:
+def _gathered(
+    config: Any, tensors: Mapping[str, Tensor], table: Callable[[Iterable[str]], names.Table], file: Path
+) -> Part:
     with torch.device("meta"), WithoutInit():
         wanted = Part(config, config.build().state_dict()).weights
     return Part(config, names.gather(tensors, table(wanted), wanted, file))
@@ -238,7 +240,12 @@ def _lone(path: Path) -> Checkpoint:
     """A folder of one network."""
     values = read_json(path / CONFIG)
     said = [values.get("_class_name"), *(values.get("architectures") or ())]
-    known = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "CLIPTextModel": "text", "CLIPTextModelWithProjection": "text"}
+    known = {
+        "UNet2DConditionModel": "unet",
+        "AutoencoderKL": "vae",
+        "CLIPTextModel": "text",
+        "CLIPTextModelWithProjection": "text",
+    }
     name = next((known[each] for each in said if each in known), None)
     if name is None:
         raise CheckpointError(
@@ -248,7 +255,9 @@ def _lone(path: Path) -> Checkpoint:
     part, tokenizer = _part(name, path), None
     if name == "text":
         homes = (path, path.parent / "tokenizer")
-        home = next((each for each in homes if any((each / file).is_file() for file in ("tokenizer.json", "vocab.json"))), None)
+        home = next(
+            (each for each in homes if any((each / file).is_file() for file in ("tokenizer.json", "vocab.json"))), None
+        )
         tokenizer = read_tokenizer(home) if home else None
     parts = {name: part}
     return Checkpoint(

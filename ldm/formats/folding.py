@@ -43,7 +43,8 @@ def folded(part: Part) -> Part:
     for name in ("quant_conv", "post_quant_conv"):
         for each in (f"{name}.weight", f"{name}.bias"):
             state[each] = state[each].to(part.state[each].dtype)
-    state["latent_mean"], state["latent_std"] = torch.zeros_like(part.state["latent_mean"]), torch.full_like(
-        part.state["latent_std"], 1 / SCALE
+    state["latent_mean"], state["latent_std"] = (
+        torch.zeros_like(part.state["latent_mean"]),
+        torch.full_like(part.state["latent_std"], 1 / SCALE),
     )
     return replace(part, state=state)

@@ -18,15 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.config import structure, unstructure
 from ldm.errors import CheckpointError, LdmError
 from ldm.formats.tensors import fingerprint, read_metadata, read_tensors, to_dtype, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig
-from ldm.vae import FirstStage
+from ldm.vae import FirstStage, FirstStageKind
 
 FIRST_STAGE, CLIP, MODEL = "ldm.first_stage.1", "ldm.clip.1", "ldm.model.1"
 """What a file of ours can hold."""
+
+HELD: dict[str, type[Any]] = {FIRST_STAGE: FirstStageKind, CLIP: CLIPConfig, MODEL: ModelConfig}
+"""The config of each."""
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
@@ -89,9 +93,14 @@ def save_module(
         "tokenizer": tokenizer.to_json() if tokenizer else "",
         "provenance": json.dumps(dict(provenance)),
     }
-    metadata["fingerprint"] = fingerprint(tensors, {name: metadata[name] for name in ("format", "config", "tokenizer")})
+    metadata["fingerprint"] = fingerprint(tensors, meaning(metadata))
     write_tensors(path, tensors, metadata)
     return metadata["fingerprint"]
+
+
+def meaning(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What of the metadata the fingerprint covers beside the weights."""
+    return {name: metadata[name] for name in ("format", "config", "tokenizer")}
 
 
 def save_model(
@@ -122,6 +131,15 @@ def read_header(path: str | Path, format: str, config: type[Any]) -> Header:
         raise CheckpointError(
             f"{path} does not hold what is wanted, {format}; its metadata says {metadata.get('format')!r}."
         )
+    return header_of(metadata, path, config)
+
+
+def header_of(metadata: Mapping[str, str], path: str | Path, config: type[Any]) -> Header:
+    """The header in the metadata of a file, its config as an instance of ``config``.
+
+    Raises:
+        CheckpointError: it is broken, or of a config that this version does not know.
+    """
     try:
         return Header(
             structure(config, json.loads(metadata["config"])),

@@ -25,18 +25,13 @@ from torch import Tensor
 
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import CLIP_VOCAB_SIZE, CLIPBPEConfig, Tokenizer
-from ldm.conditioning import ConditionerKind
-from ldm.conditioning.inpaint import InpaintConditionerConfig
-from ldm.conditioning.sdxl import SDXLConditionerConfig
-from ldm.conditioning.several import SeveralConditionersConfig
-from ldm.conditioning.text import TextConditionerConfig
 from ldm.config import unstructure
 from ldm.denoiser import UNetConfig
 from ldm.diffusion import Diffusion
 from ldm.diffusion.parametrization import Eps, Parametrization, V
 from ldm.errors import CheckpointError, unknown
 from ldm.formats import names, recognise
-from ldm.formats.checkpoint import Checkpoint, Part, parts_of
+from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, parts_of, with_scale
 from ldm.formats.folding import folded
 from ldm.formats.native import WithoutInit, header_of, meaning
 from ldm.formats.tensors import fingerprint, read_metadata, read_tensors, write_tensors
@@ -125,7 +120,9 @@ def read_single_file(path: Path, prediction_type: str | None = None, ema: bool =
         stored = tensors.get("scale_factor")
         scale = float(stored) if stored is not None else SCALE_SDXL if kind == "SDXL" else SCALE
         parts["vae"] = with_scale(parts["vae"], scale)
-        notes.append(f"the scale of the latents is {scale:g}, as {'the file says' if stored is not None else 'of ' + kind}")
+        notes.append(
+            f"the scale of the latents is {scale:g}, as {'the file says' if stored is not None else 'of ' + kind}"
+        )
     parametrization, reason = _prediction(prediction_type, tensors, metadata)
     if "unet" in parts:
         notes.append(f"the prediction type is {parametrization.kind}, {reason}")
@@ -174,27 +171,6 @@ def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | N
     return metadata["fingerprint"]
 
 
-def with_scale(part: Part, scale: float) -> Part:
-    """An autoencoder with the one factor that normalises its latents."""
-    channels = part.config.latent_channels
-    statistics = {"latent_mean": torch.zeros(channels), "latent_std": torch.full((channels,), 1 / scale)}
-    return replace(part, state={**part.state, **statistics})
-
-
-def conditioner_of(parts: Mapping[str, Part], pooled: bool = False) -> ConditionerKind | None:
-    """What the towers among the parts are together; the U-Net's channels tell one for inpainting."""
-    if "text" not in parts:
-        return None
-    tower, vae, unet = parts["text"].config, parts.get("vae"), parts.get("unet")
-    conditioner: ConditionerKind = TextConditionerConfig(tower=tower, pooled=pooled)
-    if "text_2" in parts:
-        conditioner = SDXLConditionerConfig(first=tower, second=parts["text_2"].config)
-    if vae and unet and unet.config.in_channels == 2 * vae.config.latent_channels + 1:
-        inpaint = InpaintConditionerConfig(latent_channels=vae.config.latent_channels, latent_factor=vae.config.factor)
-        return SeveralConditionersConfig({"text": conditioner, "inpaint": inpaint})
-    return conditioner
-
-
 def _own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
     """A file that we wrote: nothing is guessed."""
     header = header_of(metadata, path, ModelConfig)
@@ -216,7 +192,9 @@ def _own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         latents = json.loads(metadata["latents"])
         known = {f"latent_{key}": torch.tensor(latents[key]) for key in ("mean", "std", "preview") if latents[key]}
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the statistics of the latents in {path} cannot be read ({error!r}); get it anew.") from None
+        raise CheckpointError(
+            f"the statistics of the latents in {path} cannot be read ({error!r}); get it anew."
+        ) from None
     parts["vae"] = replace(parts["vae"], state={**parts["vae"].state, **known})
     return Checkpoint(
         source=str(path),
@@ -229,7 +207,9 @@ def _own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         sampling=config.sampling,
         size=config.size,
         provenance=header.provenance,
-        notes=(f"written by ldm, all as its metadata say; the prediction type is {config.diffusion.parametrization.kind}",),
+        notes=(
+            f"written by ldm, all as its metadata say; the prediction type is {config.diffusion.parametrization.kind}",
+        ),
         unused=tuple(unused),
     )
 
@@ -320,7 +300,9 @@ def _prefix(name: str, part: Part, parts: Mapping[str, Part]) -> str:
     """
     if isinstance(part.config, UNetConfig) and name == "unet":
         if part.config.context_width is None and any(level.depth for level in part.config.levels):
-            raise CheckpointError("the U-Net of an LDM file attends to a context, which this has not; write a native file.")
+            raise CheckpointError(
+                "the U-Net of an LDM file attends to a context, which this has not; write a native file."
+            )
         return UNET
     if isinstance(part.config, AutoencoderKLConfig):
         return VAE

@@ -9,9 +9,9 @@ import lightning as L
 import torch
 
 from ldm.config import setting
+from ldm.devices import default_device, default_dtype
 from ldm.errors import CheckpointError, first_line
 from ldm.formats.native import check_names
-from ldm.pipeline import default_device, default_dtype
 from ldm.training.callbacks import Checkpoints, Counting, Metrics, Pictures, Progress
 from ldm.training.optim import Precision, TrainConfig
 from ldm.training.stage import StageModule

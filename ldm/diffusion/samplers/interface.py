@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ldm.diffusion.spacing import Grid
+
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """Noisy x [b ...] and its noise levels sigma [b], above 0, to an estimate of the clean x0 [b ...]."""
 
@@ -46,6 +48,8 @@ class SamplerSpec:
     """Whether it takes only the ends of the grid and chooses its steps by itself."""
     options: tuple[str, ...]
     """Names of its further parameters, of ``OPTIONS``."""
+    grid: Grid
+    """How its family reads the spacings leading and linspace."""
 
     @property
     def noise(self) -> str:
@@ -74,7 +78,7 @@ Solver = TypeVar("Solver", bound=Callable[..., Iterator[Step]])
 
 
 def sampler(
-    order: int, evaluations: int = 1, brownian: bool = False, adaptive: bool = False
+    order: int, evaluations: int = 1, brownian: bool = False, adaptive: bool = False, grid: Grid = "fractional"
 ) -> Callable[[Solver], Solver]:
     """Enter a solver in ``SAMPLERS`` and ``SPECS``; what else there is to know is read from its signature."""
 
@@ -83,7 +87,8 @@ def sampler(
         options = tuple(name for name in parameters if name not in ("denoise", "x", "sigmas", "noise"))
         assert OPTIONS.keys() >= set(options), f"say in OPTIONS what those of {solver.__name__} must be"
         SAMPLERS[solver.__name__] = solver
-        SPECS[solver.__name__] = SamplerSpec(order, evaluations, "noise" in parameters, brownian, adaptive, options)
+        stochastic = "noise" in parameters
+        SPECS[solver.__name__] = SamplerSpec(order, evaluations, stochastic, brownian, adaptive, options, grid)
         return solver
 
     return register

@@ -17,7 +17,7 @@ FEW_STEPS = 15
 """With fewer steps than this, the last ones of deis are of lower order, since there they overshoot."""
 
 
-@sampler(order=2)
+@sampler(order=2, grid="rounded")
 def plms(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """Pseudo linear multistep (Liu et al. 2202.09778, equations 9 and 12), Stable Diffusion's first default:
 
@@ -64,7 +64,7 @@ def lms(denoise: Denoiser, x: Tensor, sigmas: Tensor, order: int = 4) -> Iterato
         yield Step(index, s_next, x, denoised)
 
 
-@sampler(order=2)
+@sampler(order=2, grid="inner")
 def deis(denoise: Denoiser, x: Tensor, sigmas: Tensor, order: int = 2) -> Iterator[Step]:
     """DEIS, the log-rho Adams-Bashforth variant (Zhang & Chen 2204.13902, section 4 and appendix H.2):
 
@@ -88,7 +88,7 @@ def deis(denoise: Denoiser, x: Tensor, sigmas: Tensor, order: int = 2) -> Iterat
         yield Step(index, s_next, x, denoised)
 
 
-@sampler(order=2)
+@sampler(order=2, grid="inner")
 def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """DPM-Solver++(2M) (Lu et al. 2211.01095, algorithm 2): D extrapolated to the middle of the step in ln s.
 
@@ -109,7 +109,7 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
         yield Step(index, s_next, x, denoised)
 
 
-@sampler(order=2, brownian=True)
+@sampler(order=2, brownian=True, grid="inner")
 def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 1.0) -> Iterator[Step]:
     """SDE-DPM-Solver++(2M) (Lu et al. 2211.01095, section 5 and appendix B; k-diffusion's midpoint form):
 
@@ -166,7 +166,7 @@ def dpmpp_3m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta
         yield Step(index, s_next, x, denoised)
 
 
-@sampler(order=2)
+@sampler(order=2, grid="inner")
 def unipc(denoise: Denoiser, x: Tensor, sigmas: Tensor, order: int = 2) -> Iterator[Step]:
     """UniPC, the B_2 variant on D (Zhao et al. 2302.04867, algorithms 1 and 2).
 

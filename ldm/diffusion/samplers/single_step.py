@@ -41,7 +41,7 @@ def euler_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, 
         yield Step(index, s_next, x, denoised)
 
 
-@sampler(order=1)
+@sampler(order=1, grid="rounded")
 def ddim(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 0.0) -> Iterator[Step]:
     """DDIM (Song et al. 2010.02502, equations 12 and 16); a is abar, e the estimate of the noise:
 
@@ -52,7 +52,7 @@ def ddim(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: float 
     yield from euler_ancestral(denoise, x, sigmas, noise, eta)
 
 
-@sampler(order=1)
+@sampler(order=1, grid="rounded")
 def ddpm(
     denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, variance: Literal["small", "large"] = "small"
 ) -> Iterator[Step]:
@@ -161,7 +161,7 @@ def dpmpp_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: f
         yield Step(index, s_next, x, denoised)
 
 
-@sampler(order=1)
+@sampler(order=1, grid="rounded")
 def lcm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
     """Multistep consistency sampling (Luo et al. 2310.04378, algorithm 3): x' = D + s' n
 
