@@ -396,7 +396,7 @@ def _write_open_clip(
         "mlp_ratio": image.mlp_ratio,
         "pool_type": next(theirs for theirs, ours in POOLS.items() if ours == image.pool),
     }
-    text_cfg = {
+    text_cfg: dict[str, Any] = {
         "vocab_size": text.vocab_size,
         "context_length": text.context_length,
         "width": text.width,
