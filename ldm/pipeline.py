@@ -101,21 +101,25 @@ class Pipeline:
         source: str | os.PathLike[str] = SHIPPED,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> Pipeline:
         """A pipeline of a saved model.
 
         Args:
-            source: a run folder, a file, or ``"emoji"``, the model that comes along; see :func:`ldm.load`.
+            source: a run folder, a file or folder of SD 1.x, SD 2.x or SDXL, a hub id, or ``"emoji"``, the model that
+                comes along; see :func:`ldm.load`.
             device: default: the GPU if there is one, else the CPU.
             dtype: in which the networks compute; default: bf16 where the device has it natively, else fp32.
+            options: further ones of :func:`ldm.load`: ``vae``, ``revision``, ``prediction_type``, ...
 
         Raises:
             CheckpointError: the source cannot be read.
             SamplingError: the device cannot be used.
         """
         device = default_device() if device is None else usable(device)
-        pipe: Pipeline = cls(load(source))
-        return pipe.to(device, dtype or default_dtype(device))
+        dtype = dtype or default_dtype(device)
+        pipe: Pipeline = cls(load(source, dtype=dtype, **options))
+        return pipe.to(device, dtype)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Move the model, in place. The networks go into ``dtype``; the statistics of the latents stay fp32.

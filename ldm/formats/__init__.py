@@ -10,6 +10,7 @@ import torch
 from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import Checkpoint, read_native
 from ldm.formats.diffusers_folder import CONFIG, is_folder, read_folder, write_folder
+from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.native import HELD, load_model, save_model
 from ldm.formats.single_file import read_single_file, write_single_file
 from ldm.formats.tensors import PICKLES, SAFETENSORS, read_metadata
@@ -113,8 +114,12 @@ def find(source: Source, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: saying what is there instead.
     """
-    if source == SHIPPED:
+    if source == SHIPPED and revision is None:
         return _existing(ASSETS / MODEL_FILE, "this installation lacks the shipped model; install ldm anew.")
+    if isinstance(source, str) and is_hub_id(source):
+        source = fetch(source, revision)
+    elif revision is not None:
+        raise CheckpointError(f"{source} is no model on the hub, so it has no revision {revision!r}; leave that out.")
     path = Path(source)
     if path.is_dir():
         if is_folder(path):
@@ -123,7 +128,7 @@ def find(source: Source, revision: str | None = None) -> Path:
             path / MODEL_FILE,
             f"{path} holds no {MODEL_FILE}; a run has one after its last stage (tools/train.py --stage all).",
         )
-    _existing(path, f"there is no model {path}; name a run folder, a file, a diffusers folder, or {SHIPPED!r}.")
+    _existing(path, f"there is no model {path}; name a run folder, a file, a diffusers folder, a hub id, or {SHIPPED!r}.")
     if path.suffix not in (SAFETENSORS, *PICKLES):
         raise CheckpointError(f"{path} is no file of weights; those end in {', '.join((SAFETENSORS, *PICKLES))}.")
     return path.parent if (path.parent / CONFIG).is_file() and not _is_native(path) else path

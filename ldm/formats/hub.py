@@ -1,0 +1,143 @@
+"""Models on the Hugging Face hub: from an id to a path that the rest of :mod:`ldm.formats` opens.
+
+The cache, the progress bars and the environment variables (``HF_ENDPOINT``, ``HF_HOME``, ``HF_HUB_OFFLINE``,
+``HF_TOKEN``) are those of ``huggingface_hub``.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.errors import CheckpointError, first_line
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+"""Of the files of weights that an id can name."""
+
+PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
+"""What is read of a folder in diffusers' layout."""
+
+STEM, SHARD = "(model|diffusion_pytorch_model|pytorch_model)", r"-\d+-of-\d+"
+WEIGHTS = (
+    rf"{STEM}\.safetensors",
+    rf"{STEM}({SHARD}\.safetensors|\.safetensors\.index\.json)",
+    rf"{STEM}\.fp16\.safetensors",
+    rf"{STEM}(\.fp16{SHARD}\.safetensors|{SHARD}\.fp16\.safetensors|\.safetensors\.index\.fp16\.json)",
+    rf"{STEM}\.bin",
+    rf"{STEM}({SHARD}\.bin|\.bin\.index\.json)",
+)
+"""The names of one set of weights in a folder that may hold several, in order of preference."""
+
+NAME = r"(?![\w.-]*(?:--|\.\.))\w(?:[\w.-]*\w)?"
+ID = re.compile(rf"{NAME}/({NAME})((?:/(?!\.\.?/)[^/\\]+)*)", re.ASCII)
+"""Owner, model, and perhaps the path of a file inside of it."""
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether ``source`` reads as ``"owner/name"``, or ``"owner/name/path/to/file.safetensors"``, and is no local path."""
+    match = ID.fullmatch(source)
+    if match is None or Path(source).exists():
+        return False
+    name, inside = match.groups()
+    return inside.endswith(SUFFIXES) if inside else not name.endswith(SUFFIXES)
+
+
+def fetch(source: str, revision: str | None = None) -> Path:
+    """The folder or file in the cache of what ``source`` names; only the files that are read of it are fetched.
+
+    Where the hub does not answer, or no longer lets the model be read, what was fetched before serves.
+
+    Args:
+        source: see :func:`is_hub_id`. Without the name of a file it is the model in diffusers' layout, else the weights
+            with the usual name, else the only file of weights at the root.
+        revision: a branch, tag or commit; default: the main branch.
+
+    Raises:
+        CheckpointError: it is neither on the hub nor in the cache, it needs a token, or what is meant is not clear.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    owner, name, *inside = source.split("/", 2)
+    model = f"{owner}/{name}"
+    try:
+        siblings = HfApi().model_info(model, revision=revision).siblings or []
+    except Exception as error:  # the library's own, or one of the library that it speaks HTTP with
+        try:  # what cannot be chosen of the cache is absent there
+            folder = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=[]))
+            chosen = _choose(source, inside, [path.relative_to(folder).as_posix() for path in folder.rglob("*")])
+        except Exception:
+            raise CheckpointError(_refusal(error, source, revision)) from None
+    else:
+        chosen = _choose(source, inside, [sibling.rfilename for sibling in siblings])
+        try:
+            patterns = [glob.escape(file) for file in chosen]
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        except Exception as error:
+            raise CheckpointError(_refusal(error, source, revision)) from None
+    return folder / chosen[0] if len(chosen) == 1 else folder
+
+
+def _choose(source: str, inside: Sequence[str], files: Sequence[str]) -> list[str]:
+    """The files to read, of those of a repository."""
+    singles = [file for file in files if "/" not in file and file.endswith((".safetensors", ".ckpt"))]
+    if inside:
+        if inside[0] not in files:
+            raise CheckpointError(
+                f"there is no file {source}, neither here nor on the hub; that model has "
+                f"{', '.join(singles) or 'no weights'} at its root."
+            )
+        return [inside[0]]
+    if "model_index.json" in files:
+        parts = {part: _part(files, f"{part}/") for part in PARTS}
+        if not parts["unet"][1]:
+            raise CheckpointError(f"{source} on the hub has no weights of a U-Net in unet/; name another model.")
+        return ["model_index.json", *(file for texts, weights in parts.values() for file in texts + weights)]
+    texts, weights = _part(files, "")
+    if weights:
+        return texts + weights
+    if not singles:
+        raise CheckpointError(
+            f"{source} on the hub has neither a model_index.json nor a .safetensors or .ckpt file at its root; "
+            f'name one inside of it: "{source}/path/to/file.safetensors".'
+        )
+    if len(singles) > 1:
+        raise CheckpointError(
+            f"{source} on the hub has several models, {', '.join(singles)}; "
+            f'name the one that you mean: "{source}/{singles[0]}".'
+        )
+    return singles
+
+
+def _part(files: Sequence[str], folder: str) -> tuple[list[str], list[str]]:
+    """What ``folder`` itself holds of configs and tokenizers, and the one set of weights to read."""
+    names = [file[len(folder) :] for file in files if file.startswith(folder)]
+    texts = [n for n in names if "/" not in n and n.endswith((".json", "merges.txt")) and ".index." not in n]
+    sets = ([n for n in names if re.fullmatch(pattern, n)] for pattern in WEIGHTS)
+    weights = next(filter(None, sets), [])
+    return [folder + n for n in texts], [folder + n for n in weights]
+
+
+def _refusal(error: Exception, source: str, revision: str | None) -> str:
+    """Why ``source`` cannot be had, in a sentence."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    hub, login = f"the hub ({constants.ENDPOINT})", "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{source} is gated on {hub}; ask for access on its page there, then {login}."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{source} has no revision {revision or 'main'!r} on {hub}; name a branch, a tag or a commit of it."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"there is no folder or file {source} here, and no such model on {hub}; "
+            f"check the name, or {login} if it is private."
+        )
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        return f"{hub} does not let you read {source}; {login} with a token that may."
+    return (
+        f"there is no folder or file {source} here, and it cannot be fetched from {hub}: {first_line(error)}; "
+        "check the name and the connection, and try again."
+    )
