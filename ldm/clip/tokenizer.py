@@ -189,7 +189,7 @@ class CLIPBPEConfig(TokenizerKind, kind="clip_bpe"):
         Raises:
             MissingExtraError: open_clip, which brings the merges, is not installed.
         """
-        return clip_bpe(_clip_merges(), self.context_length, self.pad_id)
+        return clip_bpe(clip_merges(), self.context_length, self.pad_id)
 
 
 @dataclass(frozen=True)
@@ -231,10 +231,9 @@ def clip_bpe(
     pad_id: int | None = None,
     vocab: Mapping[str, int] | None = None,
     added: Sequence[AddedToken] = (),
+    pad_in_text: bool = True,
 ) -> Tokenizer:
     """CLIP's tokenizer (OpenAI's ``simple_tokenizer.py``) from its merges, normalising as transformers does.
-
-    As there, a token of its own for the padding (SD 2's "!") is that one wherever it stands in a text.
 
     Args:
         merges: pairs of entries, the first to be made first.
@@ -242,6 +241,7 @@ def clip_bpe(
         pad_id: token after the end; None: the end token.
         vocab: entries to ids; None: the 256 bytes, the same at the end of a word, one for each merge, start, end.
         added: entries of ``vocab`` that are found in a text before anything is merged.
+        pad_in_text: whether a text's "!" is the token that SD 2 pads with, as in transformers; in open_clip it is not.
     """
     if vocab is None:
         alphabet = _byte_alphabet()
@@ -264,7 +264,9 @@ def clip_bpe(
         [decoders.ByteLevel(), decoders.Replace(END_OF_WORD, " "), decoders.Strip(" ", 0, 1)]
     )
     backend.add_tokens(list(added))
-    backend.add_special_tokens([BOS, EOS] if pad_id is None else [BOS, EOS, _token(backend, pad_id)])
+    backend.add_special_tokens([BOS, EOS])
+    if pad_id is not None and pad_in_text:
+        backend.add_special_tokens([_token(backend, pad_id)])
     return finish(backend, context_length, pad_id)
 
 
@@ -326,7 +328,7 @@ def _starts(text: str, spans: Sequence[tuple[int, int]], capacity: int) -> list[
     return starts
 
 
-def _clip_merges() -> list[tuple[str, str]]:
+def clip_merges() -> list[tuple[str, str]]:
     """The merges of CLIP, from the file that open_clip brings; to import open_clip would take seconds."""
     package = importlib.util.find_spec("open_clip")
     folders = (package.submodule_search_locations or []) if package else []

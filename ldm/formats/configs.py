@@ -5,14 +5,17 @@ Whatever such a file says that our networks cannot do is refused: a network that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
+from ldm.clip.image import ViTConfig
 from ldm.clip.text import TextTowerConfig
 from ldm.denoiser import LevelSpec, UNetConfig
 from ldm.errors import CheckpointError, LdmError
 from ldm.vae import AutoencoderKLConfig
 
+T = TypeVar("T")
 Values = Mapping[str, Any]
 """Of a ``config.json``."""
 
@@ -97,6 +100,18 @@ TEXT_DEFAULTS: Values = {
 }
 TEXT_FIXED: Values = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)}
 
+IMAGE_DEFAULTS: Values = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "projection_dim": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+}
+IMAGE_FIXED: Values = {**TEXT_FIXED, "num_channels": (3,)}
+
 LEGACY_EOS = 2
 """The ``eos_token_id`` that older versions of transformers wrote, which means the highest token."""
 
@@ -107,7 +122,7 @@ def read_unet(values: Values, where: object) -> UNetConfig:
     Raises:
         CheckpointError: it is one that ours cannot be.
     """
-    given = _checked(values, UNET_DEFAULTS, UNET_FIXED, where)
+    given = checked(values, UNET_DEFAULTS, UNET_FIXED, where)
     try:
         widths = list(given["block_out_channels"])
         attends = [name == "CrossAttnDownBlock2D" for name in given["down_block_types"]]
@@ -198,7 +213,7 @@ def read_vae(values: Values, where: object) -> AutoencoderKLConfig:
     Raises:
         CheckpointError: it is one that ours cannot be.
     """
-    given = _checked(values, VAE_DEFAULTS, VAE_FIXED, where)
+    given = checked(values, VAE_DEFAULTS, VAE_FIXED, where)
     try:
         kinds = {*given.get("down_block_types", ()), *given.get("up_block_types", ())}
         if kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
@@ -243,7 +258,7 @@ def read_text(values: Values, where: object, projected: bool) -> TextTowerConfig
     Raises:
         CheckpointError: it is one that ours cannot be.
     """
-    given = _checked(values, TEXT_DEFAULTS, TEXT_FIXED, where)
+    given = checked(values, TEXT_DEFAULTS, TEXT_FIXED, where)
     try:
         eos = given["eos_token_id"]
         return TextTowerConfig(
@@ -252,7 +267,7 @@ def read_text(values: Values, where: object, projected: bool) -> TextTowerConfig
             width=given["hidden_size"],
             layers=given["num_hidden_layers"],
             heads=given["num_attention_heads"],
-            mlp_ratio=given["intermediate_size"] / given["hidden_size"],
+            mlp_ratio=ratio(given["intermediate_size"], given["hidden_size"]),
             activation=given["hidden_act"],
             embed_dim=given["projection_dim"] if projected else None,
             eos_id=None if eos in (None, LEGACY_EOS) or eos >= given["vocab_size"] - 1 else eos,
@@ -281,7 +296,54 @@ def write_text(config: TextTowerConfig) -> dict[str, Any]:
     }
 
 
-def _checked(values: Values, defaults: Values, fixed: Values, where: object) -> dict[str, Any]:
+def read_image(values: Values, where: object) -> ViTConfig:
+    """The image tower of a ``config.json`` of transformers' CLIP, of pixels in [-1, 1].
+
+    Raises:
+        CheckpointError: it is one that ours cannot be.
+    """
+    given = checked(values, IMAGE_DEFAULTS, IMAGE_FIXED, where)
+    try:
+        return ViTConfig(
+            image_size=given["image_size"],
+            patch_size=given["patch_size"],
+            width=given["hidden_size"],
+            layers=given["num_hidden_layers"],
+            heads=given["num_attention_heads"],
+            mlp_ratio=ratio(given["intermediate_size"], given["hidden_size"]),
+            activation=given["hidden_act"],
+        )
+    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise _unreadable(where, error) from None
+
+
+def write_image(config: ViTConfig, embed_dim: int) -> dict[str, Any]:
+    """The inverse of :func:`read_image`, for a projection to ``embed_dim``.
+
+    Raises:
+        CheckpointError: transformers has no such image tower.
+    """
+    if config.pool != "class":
+        raise CheckpointError(
+            f"transformers' image tower embeds the class token's state, not the {config.pool} of the patches; "
+            "write an open_clip folder instead."
+        )
+    return {
+        "architectures": ["CLIPVisionModelWithProjection"],
+        "model_type": "clip_vision_model",
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "hidden_size": config.width,
+        "intermediate_size": int(config.width * config.mlp_ratio),
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "hidden_act": config.activation,
+        "layer_norm_eps": 1e-5,
+        "projection_dim": embed_dim,
+    }
+
+
+def checked(values: Values, defaults: Values, fixed: Values, where: object) -> dict[str, Any]:
     """The values over the defaults, if nothing among them is other than it has to be."""
     for name, allowed in fixed.items():
         if name in values and values[name] not in allowed:
@@ -290,6 +352,12 @@ def _checked(values: Values, defaults: Values, fixed: Values, where: object) -> 
                 f"{where}: {name} is {values[name]!r}, but ldm knows {known} alone; take another model."
             )
     return {**defaults, **values}
+
+
+def ratio(hidden: int, width: int) -> float:
+    """``hidden / width``, rounded so that ``int(width * ratio)`` is ``hidden`` again."""
+    quotient = hidden / width
+    return quotient if int(width * quotient) == hidden else math.nextafter(quotient, math.inf)
 
 
 def _each(value: Any, widths: list[int]) -> list[int]:
@@ -308,6 +376,18 @@ def _one(values: Any) -> Any:
 
 def _any(value: Any) -> bool:
     return any(value) if isinstance(value, list | tuple) else bool(value)
+
+
+def described(where: object, describe: Callable[[], T]) -> T:
+    """What ``describe`` makes of the values of a file.
+
+    Raises:
+        CheckpointError: whatever it came upon, as one sentence that names the file.
+    """
+    try:
+        return describe()
+    except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError, AttributeError) as error:
+        raise _unreadable(where, error) from None
 
 
 def _unreadable(where: object, error: Exception) -> CheckpointError:

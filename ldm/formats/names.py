@@ -254,7 +254,7 @@ def _is_attention(name: str) -> bool:
     return re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name) is not None
 
 
-# The text tower
+# CLIP
 
 
 TEXT_TRANSFORMERS: Rules = (
@@ -278,6 +278,19 @@ TOWER_OPEN_CLIP: Rules = (
     (r"^final_norm", "ln_final"),
     (r"^projection\.weight", "text_projection"),
 )
+IMAGE_TRANSFORMERS: Rules = (
+    (r"^(class_embedding|patch_embedding)", r"embeddings.\1"),
+    (r"^norm_in", "pre_layrnorm"),
+    (r"^final_norm", "post_layernorm"),
+    *TEXT_TRANSFORMERS,
+)
+IMAGE_OPEN_CLIP: Rules = (
+    (r"^patch_embedding", "conv1"),
+    (r"^norm_in", "ln_pre"),
+    (r"^final_norm", "ln_post"),
+    (r"^projection\.weight", "proj"),
+    *TOWER_OPEN_CLIP,
+)
 
 
 def text_transformers(state: Iterable[str]) -> Table:
@@ -290,11 +303,49 @@ def text_transformers(state: Iterable[str]) -> Table:
     }
 
 
+def image_transformers(state: Iterable[str]) -> Table:
+    """Names of an image tower in transformers' CLIP, likewise."""
+    return {
+        name: Place("visual_projection.weight")
+        if name == "projection.weight"
+        else Place(f"vision_model.{renamed(name, IMAGE_TRANSFORMERS)}")
+        for name in state
+    }
+
+
 def tower_open_clip(state: Iterable[str], rules: Rules = TOWER_OPEN_CLIP) -> Table:
-    """Names of a text tower in open_clip's CLIP: queries, keys and values are one, the projection is transposed."""
+    """Names of a tower in open_clip's CLIP: queries, keys and values are one, the projection is transposed."""
     table = {}
     for name in state:
         part = re.search(r"\battn\.to_([qkv])\.", name)
         layout = THIRDS["qkv".index(part[1])] if part else TRANSPOSED if name == "projection.weight" else SAME
         table[name] = Place(renamed(name, rules), layout)
+    return table
+
+
+def clip_transformers(state: Iterable[str]) -> Table:
+    """Names of both towers in transformers' ``CLIPModel``."""
+    return _towers([*state], text_transformers, image_transformers)
+
+
+def clip_open_clip(state: Iterable[str], text: str = "") -> Table:
+    """Names of both towers in open_clip's ``CLIP``; ``text`` is ``text.`` in a ``CustomTextCLIP``."""
+    return _towers(
+        [*state],
+        lambda names: _below(text, tower_open_clip(names)),
+        lambda names: _below("visual.", tower_open_clip(names, IMAGE_OPEN_CLIP)),
+    )
+
+
+def _below(prefix: str, table: Table) -> Table:
+    return {ours: place._replace(name=prefix + place.name) for ours, place in table.items()}
+
+
+def _towers(
+    state: Sequence[str], text: Callable[[Iterable[str]], Table], image: Callable[[Iterable[str]], Table]
+) -> Table:
+    table = {"logit_scale": Place("logit_scale")}
+    for tower, places in (("text.", text), ("image.", image)):
+        names = [name.removeprefix(tower) for name in state if name.startswith(tower)]
+        table |= {tower + ours: place for ours, place in places(names).items()}
     return table

@@ -37,9 +37,9 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
         CheckpointError: the folder holds no tokenizer, a file of it is broken, or it is not of CLIP's kind.
     """
     folder = Path(folder)
-    settings = read_json(folder / "special_tokens_map.json", {}) | read_json(folder / "tokenizer_config.json", {})
+    settings = _optional(folder / "special_tokens_map.json") | _optional(folder / "tokenizer_config.json")
     whole = folder / "tokenizer.json"
-    if not whole.is_file() and not (folder / "vocab.json").is_file():
+    if not has_tokenizer(folder):
         raise CheckpointError(f"{folder} holds no tokenizer; it needs tokenizer.json, or vocab.json and merges.txt.")
     try:
         return _from_whole(whole, settings) if whole.is_file() else _from_parts(folder, settings)
@@ -47,6 +47,11 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
         raise
     except Exception as error:  # tokenizers raises nothing narrower, and a value of another type may stand anywhere
         raise CheckpointError(f"the tokenizer in {folder} cannot be read ({first_line(error)}); get it anew.") from None
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds what :func:`read_tokenizer` reads."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
 def _from_whole(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
@@ -61,9 +66,12 @@ def _from_whole(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
 
 
 def _from_parts(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
-    lines = _text(folder / "merges.txt").split("\n")
+    path = folder / "merges.txt"
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}; get the folder anew.")
+    lines = path.read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-    added = [{"content": token, "id": index} for token, index in read_json(folder / "added_tokens.json", {}).items()]
+    added = [{"content": token, "id": index} for token, index in _optional(folder / "added_tokens.json").items()]
     return _clip(read_json(folder / "vocab.json"), merges, _added(added, settings), settings, folder / "vocab.json")
 
 
@@ -151,27 +159,5 @@ def tokenizer_class(tokenizer: Tokenizer) -> str:
     return "CLIPTokenizer" if is_clip_bpe(tokenizer) else "PreTrainedTokenizerFast"
 
 
-def read_json(path: Path, otherwise: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The object in a file of JSON; ``otherwise`` if there is no such file.
-
-    Raises:
-        CheckpointError: the file holds anything else, or is missing and there is nothing ``otherwise``.
-    """
-    if otherwise is not None and not path.is_file():
-        return otherwise
-    try:
-        values = json.loads(_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON ({first_line(error)}); get it anew.") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object; get it anew.")
-    return values
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        raise CheckpointError(f"there is no file {path}.") from None
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{path} is no text in UTF-8; get it anew.") from None
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
