@@ -128,7 +128,9 @@ def find(source: Source, revision: str | None = None) -> Path:
             path / MODEL_FILE,
             f"{path} holds no {MODEL_FILE}; a run has one after its last stage (tools/train.py --stage all).",
         )
-    _existing(path, f"there is no model {path}; name a run folder, a file, a diffusers folder, a hub id, or {SHIPPED!r}.")
+    _existing(
+        path, f"there is no model {path}; name a run folder, a file, a diffusers folder, a hub id, or {SHIPPED!r}."
+    )
     if path.suffix not in (SAFETENSORS, *PICKLES):
         raise CheckpointError(f"{path} is no file of weights; those end in {', '.join((SAFETENSORS, *PICKLES))}.")
     return path.parent if (path.parent / CONFIG).is_file() and not _is_native(path) else path

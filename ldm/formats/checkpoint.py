@@ -33,7 +33,7 @@ from ldm.formats.native import (
     metadata_of,
     read_header,
 )
-from ldm.formats.tensors import read_metadata, read_tensors
+from ldm.formats.tensors import read_metadata, read_tensors, to_dtype
 from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
 
 PARTS = {"vae": "first_stage", "unet": "denoiser"}
@@ -54,6 +54,12 @@ class Part:
     def weights(self) -> dict[str, Tensor]:
         """The state without the statistics of the latents."""
         return {name: tensor for name, tensor in self.state.items() if name not in NOT_OF_THE_NETWORK}
+
+    def to(self, dtype: torch.dtype | None) -> Part:
+        """With weights in ``dtype``; the statistics of the latents stay as they are."""
+        return replace(
+            self, state={**self.state, **{name: to_dtype(each, dtype) for name, each in self.weights.items()}}
+        )
 
     @property
     def parameters(self) -> int:
@@ -163,7 +169,9 @@ class Checkpoint:
         absent = [name for name in prefixes if name not in self.parts]
         if absent:
             raise CheckpointError(f"{self.source} is no whole model: it lacks {' and '.join(absent)}.")
-        state = {f"{prefix}.{key}": each for name, prefix in prefixes.items() for key, each in self.parts[name].state.items()}
+        state = {
+            f"{prefix}.{key}": each for name, prefix in prefixes.items() for key, each in self.parts[name].state.items()
+        }
         meant = meaning(metadata_of(config, self.tokenizer))
         header = Header(config, self.tokenizer, meant, self.fingerprint, dict(self.provenance))
         return assemble(header, state, self.source, dtype)
@@ -186,7 +194,7 @@ def parts_of(model: LatentDiffusion, target: str) -> dict[str, Part]:
     parts = {}
     for name, prefix in places(model).items():
         module = modules[prefix]
-        parts[name] = Part(module.config, module.state_dict())  # type: ignore[arg-type]
+        parts[name] = Part(module.config, module.state_dict())
     known = {f"{prefix}.{key}" for name, prefix in places(model).items() for key in parts[name].state}
     others = [name for name in model.state_dict() if name not in known]
     if others:

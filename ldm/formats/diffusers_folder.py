@@ -125,7 +125,7 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
     parts["vae"] = folded(parts["vae"])
     vector = "add_embedding" if two else "class_embedding"
     unet = configs.write_unet(parts["unet"].config, (height_width[0], height_width[1]), vector)
-    if two:
+    if isinstance(inner, SDXLConditionerConfig):
         unet["addition_time_embed_dim"] = inner.size_embedding_width
     written: dict[str, tuple[dict[str, Any], names.Table]] = {
         "unet": (unet, names.unet_diffusers(parts["unet"].config, parts["unet"].weights, vector)),
@@ -139,16 +139,14 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
             tower = parts[name]
             written[name] = (configs.write_text(tower.config), names.text_transformers(tower.weights))
     for name, (config, table) in written.items():
-        tensors = names.scatter(parts[name].weights, table)
-        if dtype is not None:
-            tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+        tensors = names.scatter(parts[name].to(dtype).weights, table)
         stem = WEIGHTS_TEXT[0] if name in ("text", "text_2") else WEIGHTS
         write_tensors(path / FOLDERS[name] / f"{stem}.safetensors", tensors, {"format": "pt"})
         _write_json(path / FOLDERS[name] / CONFIG, config)
     _write_json(path / "scheduler" / SCHEDULER, write_scheduler(model.diffusion, model.config.sampling))
     assert model.tokenizer is not None, "what reads text has a tokenizer"
     write_tokenizer(model.tokenizer, path / "tokenizer")
-    if two:
+    if isinstance(inner, SDXLConditionerConfig):
         write_tokenizer(model.tokenizer.with_padding(inner.pad_id), path / "tokenizer_2")
     _write_json(path / INDEX, _index(model, inner, parts))
 
@@ -172,7 +170,7 @@ def _index(model: LatentDiffusion, conditioner: Any, parts: Mapping[str, Part]) 
             index[FOLDERS[name]] = ["transformers", f"CLIPTextModel{projected}"]
     if two:
         return {**index, "force_zeros_for_empty_prompt": conditioner.zeros_for_empty}
-    nothing = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None])
+    nothing = {part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")}
     return {**index, **nothing, "requires_safety_checker": False}
 
 
@@ -197,7 +195,7 @@ def _part(name: str, folder: Path) -> Part:
         tensors, files = read_weights(folder, WEIGHTS_TEXT)
         tensors = {_with_infix(key): tensor for key, tensor in tensors.items() if not key.endswith("position_ids")}
         config: Any = configs.read_text(values, where, projected="text_projection.weight" in tensors)
-        return _gathered(config, tensors, lambda state: names.text_transformers(state), files[0])
+        return _gathered(config, tensors, names.text_transformers, files[0])
     tensors, files = read_weights(folder, WEIGHTS)
     if name == "unet":
         config = configs.read_unet(values, where)

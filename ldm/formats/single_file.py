@@ -25,15 +25,14 @@ from torch import Tensor
 
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import CLIP_VOCAB_SIZE, CLIPBPEConfig, Tokenizer
-from ldm.config import unstructure
 from ldm.denoiser import UNetConfig
 from ldm.diffusion import Diffusion
 from ldm.diffusion.parametrization import Eps, Parametrization, V
 from ldm.errors import CheckpointError, unknown
 from ldm.formats import names, recognise
-from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, parts_of, with_scale
+from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, parts_of, places, with_scale
 from ldm.formats.folding import folded
-from ldm.formats.native import WithoutInit, header_of, meaning
+from ldm.formats.native import WithoutInit, header_of, meaning, metadata_of
 from ldm.formats.tensors import fingerprint, read_metadata, read_tensors, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
 from ldm.vae import AutoencoderKLConfig
@@ -144,7 +143,7 @@ def read_single_file(path: Path, prediction_type: str | None = None, ema: bool =
 
 
 def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | None = None) -> str:
-    """Write a model as an LDM file with its config in the metadata, and return its fingerprint.
+    """Write a model as an LDM file with its config in the metadata, and return the fingerprint that it then has.
 
     Latents whose statistics are per channel are folded into the autoencoder, so that a reader that knows one scale alone
     makes the same pictures. A text tower of which the last state is the context gets a block more where other readers
@@ -163,10 +162,11 @@ def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | N
             last, extra = (f"transformer.resblocks.{part.config.layers - i}." for i in (1, 0))
             theirs |= {key.replace(last, extra): tensor for key, tensor in theirs.items() if key.startswith(last)}
         tensors |= {prefix + key: tensor for key, tensor in theirs.items()}
-    if dtype is not None:
-        tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     metadata = _metadata(model, parts["vae"])
-    metadata["fingerprint"] = fingerprint(tensors, meaning(metadata))
+    state = {
+        f"{prefix}.{key}": each for name, prefix in places(model).items() for key, each in parts[name].state.items()
+    }
+    metadata["fingerprint"] = fingerprint(state, meaning(metadata_of(model.config, model.tokenizer)))
     write_tensors(path, tensors, metadata)
     return metadata["fingerprint"]
 
@@ -223,10 +223,7 @@ def _metadata(model: LatentDiffusion, vae: Part) -> dict[str, str]:
         "preview": None if own.latent_preview is None else own.latent_preview.tolist(),
         "before_folding": {"mean": own.latent_mean.tolist(), "std": own.latent_std.tolist()},
     }
-    return {
-        "format": SINGLE_FILE,
-        "config": json.dumps(unstructure(model.config)),
-        "tokenizer": model.tokenizer.to_json() if model.tokenizer else "",
+    return metadata_of(model.config, model.tokenizer, SINGLE_FILE) | {
         "latents": json.dumps(latents),
         "provenance": json.dumps(dict(model.provenance)),
         "modelspec.sai_model_spec": "1.0.0",

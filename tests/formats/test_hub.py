@@ -93,8 +93,11 @@ def test_what_is_here_is_no_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_model_loads_by_its_id_and_revision(hub: Hub, runs: list[Path]) -> None:
     first, second = [hub.commit("owner/run", run) for run in runs]
     assert load("owner/run").provenance == {"seed": 1}
-    assert load("owner/run", first).provenance == {"seed": 0}
-    assert load("owner/run", "main").fingerprint == load("owner/run/model.safetensors", second).fingerprint
+    assert load("owner/run", revision=first).provenance == {"seed": 0}
+    assert (
+        load("owner/run", revision="main").fingerprint
+        == load("owner/run/model.safetensors", revision=second).fingerprint
+    )
     pipe = Pipeline.from_pretrained("owner/run", revision=first)
     assert pipe.model.fingerprint == load(runs[0]).fingerprint
     assert len(hub.fetched) == 2
