@@ -94,9 +94,9 @@ def request(
 
     Args:
         reads: what the conditioner reads.
-        defaults: what it reads besides, and takes so where the caller does not give it.
         conditions: by that name, ``prompt`` and ``label`` by theirs; one that is None counts as left out.
         negative_prompt, guidance, seed, reading: as of :meth:`ldm.pipeline.Pipeline.__call__`.
+        defaults: what it reads besides, and takes so where the caller does not give it.
 
     Raises:
         SamplingError: something missing, of the wrong type, of different lengths, or that the model does not read.

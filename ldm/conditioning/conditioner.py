@@ -90,7 +90,8 @@ class Conditioner(nn.Module):
         Args:
             inputs: raw conditions by name, a sequence of ``b`` each: ``text`` (of str), ``label`` (of int), ``image``
                 (of ``[3 h w]`` in [-1, 1]), ``boxes`` (of lists of (class, x0, y0, x1, y1)), ``semantic`` (of ``[h w]``
-                of int). An entry of None is a condition that is not there, like one that was dropped.
+                of int), ``original_size``, ``crops_coords_top_left`` and ``target_size`` (of :data:`Pair`). An entry of
+                None is a condition that is not there, like one that was dropped; of the last three there is none.
             generator: when given (training), each example's condition is dropped at the conditioner's rate, drawn from it.
         """
         raise NotImplementedError

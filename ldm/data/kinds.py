@@ -42,6 +42,10 @@ class ShardsData(DataKind, kind="shards"):
         "center", "Which part of a picture of another shape is kept in training."
     )
     flip: bool = setting(False, "Mirror half of the training pictures; captions that say left or right forbid it.")
+    sizes: bool = setting(
+        False,
+        "Tell the conditioner sdxl the true original size and cut of each picture; false: the size, and a cut at (0, 0).",
+    )
     cache: Literal["none", "ram"] = setting(
         "none",
         "ram decodes the set once and keeps it (3 bytes a pixel); none decodes whenever a picture is drawn.",
@@ -85,6 +89,7 @@ class ShardsData(DataKind, kind="shards"):
             Fit(*self._height_width),
             random_crop=self.crop == "random",
             flip=self.flip,
+            sizes=self.sizes,
             workers=self.workers,
         )
         return PicturesInMemory(stored) if self.cache == "ram" else stored

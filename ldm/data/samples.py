@@ -2,8 +2,9 @@
 
 ``samples[draw]`` is one batch, a dict of ``image`` (fp32 ``[b c h w]`` in [-1, 1], channels_last), ``text``
 and ``key`` (lists of ``b``) and, for sets that have them, ``label`` (int64 ``[b]``), ``boxes`` (a list of ``b``
-lists of (class, x0, y0, x1, y1), corners in [0, 1]) and ``semantic`` (int64 ``[b h w]``, a class a pixel). It
-depends on the draw alone.
+lists of (class, x0, y0, x1, y1), corners in [0, 1]), ``semantic`` (int64 ``[b h w]``, a class a pixel),
+``original_size`` (a list of ``b`` (height, width) in pixels) and ``crops_coords_top_left`` (of (top, left) of the cut in
+the resized original). It depends on the draw alone.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Samples(Dataset[Batch]):
         raise NotImplementedError
 
     def layout(self, draw: Draw) -> Batch:
-        """What is said of places in the pictures of a draw: ``boxes`` and ``semantic``, where the set has them."""
+        """What is said of places in the pictures of a draw: ``boxes``, ``semantic`` and sizes, where the set has them."""
         return {}
 
     def __getitem__(self, draw: Draw) -> Batch:
@@ -79,17 +80,22 @@ class StoredPictures(Samples):
         fit: size to which they are brought.
         random_crop: place the cut by the draw's jitter instead of in the middle.
         flip: mirror half of the draws, left to right.
+        sizes: tell original sizes and cuts, which takes a look into each picture's file.
         workers: processes that decode.
     """
 
-    def __init__(self, shards: Shards, fit: Fit, *, random_crop: bool = False, flip: bool = False, workers: int = 0):
-        self.shards, self.fit, self.random_crop, self.flip, self.workers = (
-            shards,
-            fit,
-            random_crop,
-            flip,
-            workers,
-        )
+    def __init__(
+        self,
+        shards: Shards,
+        fit: Fit,
+        *,
+        random_crop: bool = False,
+        flip: bool = False,
+        sizes: bool = False,
+        workers: int = 0,
+    ):
+        self.shards, self.fit, self.workers = shards, fit, workers
+        self.random_crop, self.flip, self.sizes = random_crop, flip, sizes
         self.lengths = shards.lengths
         self.fingerprint = f"{shards.fingerprint}-{fit.height}x{fit.width}"
 
@@ -110,6 +116,14 @@ class StoredPictures(Samples):
         if self.shards.mapped:
             maps = np.stack([self.semantic(i, y, x) for i, y, x in self._cuts(draw)])
             batch["semantic"] = torch.from_numpy(_mirrored(maps, draw) if self.flip else maps)
+        if self.sizes:
+            originals = [size_of(self.shards.picture(i)) for i in draw.index]
+            places = [
+                self.fit.place(size, y, 1 - x if flipped and self.flip else x)
+                for size, (_, y, x), flipped in zip(originals, self._cuts(draw), _flips(draw), strict=True)
+            ]
+            batch["original_size"] = [(height, width) for width, height in originals]
+            batch["crops_coords_top_left"] = places
         return batch
 
     def __getitem__(self, draw: Draw) -> Batch:
@@ -233,19 +247,19 @@ def take(batch: Batch, index: np.ndarray) -> Batch:
 
 
 def _mirrored(pictures: np.ndarray, draw: Draw) -> np.ndarray:
-    """``[b h w ...]`` with those whose third jitter is under one half mirrored."""
-    if draw.jitter is None:
-        return pictures
-    flips = (draw.jitter[:, 2] < 0.5).reshape(-1, *[1] * (pictures.ndim - 1))
+    """``[b h w ...]`` with those of :func:`_flips` mirrored."""
+    flips = _flips(draw).reshape(-1, *[1] * (pictures.ndim - 1))
     return np.where(flips, pictures[:, :, ::-1], pictures)
 
 
 def _mirrored_boxes(boxes: list[list[Box]], draw: Draw) -> list[list[Box]]:
     """The boxes of the pictures that :func:`_mirrored` makes."""
-    if draw.jitter is None:
-        return boxes
-    flips = draw.jitter[:, 2] < 0.5
     return [
         [(label, 1 - x1, y0, 1 - x0, y1) for label, x0, y0, x1, y1 in each] if flip else each
-        for each, flip in zip(boxes, flips, strict=True)
+        for each, flip in zip(boxes, _flips(draw), strict=True)
     ]
+
+
+def _flips(draw: Draw) -> np.ndarray:
+    """``[b]`` of bool: which are mirrored, in a set that mirrors."""
+    return np.zeros(len(draw.index), bool) if draw.jitter is None else draw.jitter[:, 2] < 0.5

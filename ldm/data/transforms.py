@@ -78,6 +78,11 @@ class Fit:
         top, left = y * (height - kept_height), x * (width - kept_width)
         return left, top, min(left + kept_width, width), min(top + kept_height, height)
 
+    def place(self, size: tuple[int, int], y: float = 0.5, x: float = 0.5) -> tuple[int, int]:
+        """Top and left of the cut in a picture of ``size`` (width, height), in pixels of the result."""
+        left, top, right, bottom = self.window(*size, y, x)
+        return round(top * self.height / (bottom - top)), round(left * self.width / (right - left))
+
     def semantic(self, labels: Image.Image, y: float = 0.5, x: float = 0.5) -> np.ndarray:
         """A map of classes, one a pixel, cut as its picture is: int64 ``[height width]``, of the nearest pixels."""
         box = self.window(labels.width, labels.height, y, x)

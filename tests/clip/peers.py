@@ -1,11 +1,13 @@
-"""Weights of transformers' and open_clip's towers under our names, for the tests of parity."""
+"""Weights of transformers' and open_clip's towers under our names, and transformers' tokenizer, for the tests of parity."""
 
 from __future__ import annotations
 
 import re
 
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 TRANSFORMERS = {
     r"^(text|vision)_model\.": "",
@@ -64,3 +66,11 @@ def from_open_clip(peer: nn.Module) -> dict[str, Tensor]:
         else:
             state[ours] = tensor.T if ours == "projection.weight" else tensor
     return state
+
+
+def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+    """transformers' tokenizer over the merges and ids of open_clip's."""
+    source = SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocab = {names.get(token, token): index for token, index in source.encoder.items()}
+    return CLIPTokenizer(vocab=vocab, merges=list(source.bpe_ranks), pad_token=pad_token, model_max_length=77)

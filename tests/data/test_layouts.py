@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.data import Draw, ShardsData, TrainStream
 from ldm.data.latents import cache_latents
 from ldm.data.shards import Sample, Shards, write_shard
-from ldm.data.transforms import size_of
+from ldm.data.transforms import decode, size_of
 from ldm.errors import DataError
 from ldm.vae import IdentityConfig
 from tests.data.pictures import encoded, sample
@@ -59,6 +59,32 @@ def test_boxes_and_maps_lie_where_the_picture_shows_it(tmp_path: Path, settings:
     assert bool(mirrored) == bool(settings)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"flip": True}, {"crop": "random", "flip": True}, {"cache": "ram", "flip": True}]
+)
+def test_sizes_tell_of_what_and_from_where_a_picture_was_cut(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Cut there, the resized original, mirrored or not, is the picture."""
+    write_spots(tmp_path / "a.tar")
+    data = ShardsData(str(tmp_path / "a.tar"), size=(32, 24), workers=0, sizes=True, **settings)
+    originals = {key: decode(picture) for key, picture in pictures_of(tmp_path / "a.tar")}
+    for batch in TrainStream(data.open("train"), N, seed=0, total_batches=3):
+        sizes, cuts = batch["original_size"], batch["crops_coords_top_left"]
+        for key, image, (height, width), (top, left) in zip(batch["key"], batch["image"], sizes, cuts, strict=True):
+            original = originals[key]
+            assert (original.height, original.width) == (height, width)
+            scale = max(32 / height, 24 / width)
+            resized = original.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
+            both = [resized, resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+            cut = [np.asarray(each.crop((left, top, left + 24, top + 32)))[..., 0] / 127.5 - 1 for each in both]
+            assert min(np.abs(each - image[0].numpy()).mean() for each in cut) < 0.1
+    assert "original_size" not in ShardsData(str(tmp_path / "a.tar"), workers=0).open("train")[Draw(np.arange(2))]
+
+
+def pictures_of(path: Path) -> list[tuple[str, bytes]]:
+    shards = Shards([path])
+    return [(key, shards.picture(i)) for i, key in enumerate(shards.keys)]
+
+
 def test_a_box_that_is_cut_off_is_left_out(tmp_path: Path) -> None:
     picture = encoded(Image.new("RGB", (40, 10)))
     boxes = [(0, 0.0, 0.0, 0.2, 1.0), (1, 0.3, 0.0, 0.5, 1.0)]  # the middle quarter is kept
@@ -68,13 +94,14 @@ def test_a_box_that_is_cut_off_is_left_out(tmp_path: Path) -> None:
     assert kept == [(1, 0.0, 0.0, 0.5, 1.0)]
 
 
-def test_cached_latents_come_with_boxes_and_maps(tmp_path: Path) -> None:
+def test_cached_latents_come_with_boxes_maps_and_sizes(tmp_path: Path) -> None:
     write_spots(tmp_path / "a.tar")
-    samples = ShardsData(str(tmp_path / "a.tar"), size=16, workers=0).open("train")
+    samples = ShardsData(str(tmp_path / "a.tar"), size=16, workers=0, sizes=True).open("train")
     draw = Draw(np.array([3, 1]), np.zeros((2, 3), np.float32))
     cached = cache_latents(IdentityConfig().build(), "none", samples, tmp_path / "latents")[draw]
     expected = samples[Draw(np.array([3, 1]))]
-    assert cached["boxes"] == expected["boxes"]
+    for name in ("boxes", "original_size", "crops_coords_top_left"):
+        assert cached[name] == expected[name]
     assert torch.equal(cached["semantic"], expected["semantic"])
     assert "image" not in cached
 
