@@ -27,6 +27,15 @@ from ldm.prompts import Text
 PROVENANCE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
 """Keys of an encoder's config that say where it comes from, and not what it is."""
 
+UNSAFE = {
+    "auto_map", "attn_implementation", "experts_implementation", "quantization_config", "backbone", "backbone_config",
+    "use_pretrained_backbone", "use_timm_backbone", "num_labels", "id2label", "label2id",
+}  # fmt: skip
+"""Keys of an encoder's config that name code, other checkpoints, or labels without end."""
+
+LARGEST = 10**7
+"""Above any whole number in an encoder's config."""
+
 
 @dataclass(frozen=True)
 class TransformerConditionerConfig(ConditionerKind, kind="transformer"):
@@ -116,7 +125,7 @@ class TransformerConditionerConfig(ConditionerKind, kind="transformer"):
         if self.checkpoint is not None:
             assert self.architecture is not None, "the architecture comes from the checkpoint"
             config = _encoder_config(self.architecture)
-            return _without_head(_loader(config).from_config(config))
+            return _without_head(_loader(config).from_config(config, trust_remote_code=False))
         from transformers import BertConfig, BertModel
 
         config = BertConfig(
@@ -177,11 +186,33 @@ class TransformerConditioner(Conditioner):
 
 
 def _encoder_config(architecture: Mapping[str, Any]) -> Any:
-    """The config object of transformers that ``architecture`` describes."""
+    """The config object of transformers that ``architecture`` describes, which comes from a file and is not trusted.
+
+    Raises:
+        CheckpointError: transformers knows no such encoder, or a number is beyond that of any.
+    """
     from transformers import AutoConfig
 
-    values = {key: value for key, value in architecture.items() if key != "model_type"}
-    return AutoConfig.for_model(architecture["model_type"], **values)
+    values = _harmless({key: value for key, value in architecture.items() if key != "model_type"})
+    try:
+        return AutoConfig.for_model(architecture["model_type"], **values)
+    except Exception as error:  # each class has its own way of saying what it does not take
+        raise CheckpointError(
+            f"the encoder's architecture cannot be made ({first_line(error)}); install the transformers that wrote it."
+        ) from None
+
+
+def _harmless(value: Any) -> Any:
+    """A part of an encoder's config without what could make the library fetch, run or fill memory."""
+    if isinstance(value, Mapping):
+        return {
+            key: _harmless(item) for key, item in value.items() if key not in UNSAFE and not str(key).startswith("_")
+        }
+    if isinstance(value, (list, tuple)):
+        return [_harmless(item) for item in value]
+    if isinstance(value, int) and abs(value) > LARGEST:  # lists are made of as many entries as there are layers
+        raise CheckpointError(f"the encoder's architecture has the number {value:.3e}, which is beyond any encoder's.")
+    return value
 
 
 def _loader(config: Any) -> Any:

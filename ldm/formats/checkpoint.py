@@ -22,8 +22,18 @@ from ldm.conditioning.several import SeveralConditionersConfig
 from ldm.conditioning.text import TextConditionerConfig
 from ldm.diffusion.parametrization import Diffusion
 from ldm.errors import CheckpointError, ConfigError
-from ldm.formats.native import CLIP, FIRST_STAGE, HELD, WithoutInit, load_strictly, read_header
-from ldm.formats.tensors import check_finite, read_metadata, read_tensors, to_dtype
+from ldm.formats.native import (
+    CLIP,
+    FIRST_STAGE,
+    HELD,
+    Header,
+    WithoutInit,
+    assemble,
+    meaning,
+    metadata_of,
+    read_header,
+)
+from ldm.formats.tensors import read_metadata, read_tensors
 from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
 
 PARTS = {"vae": "first_stage", "unet": "denoiser"}
@@ -61,6 +71,7 @@ class Checkpoint:
         kind: what it was taken for, such as ``SD 1``.
         parts: ``vae``, ``unet``, and the towers as :meth:`Conditioner.towers` names them: ``text``, ``text_2``.
         conditioner: what the towers are part of.
+        fingerprint: that it was written with; empty for none.
         notes: how things were told that the weights do not say, a sentence each.
         unused: names that were found and that nothing needs.
     """
@@ -75,6 +86,7 @@ class Checkpoint:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     size: tuple[int, int] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
     notes: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
@@ -141,24 +153,20 @@ class Checkpoint:
         """The model, in evaluation mode, its parameters frozen; views of the source where ``dtype`` allows it.
 
         Raises:
-            CheckpointError: the parts are no whole model, or a weight is not finite.
+            CheckpointError: the parts are no whole model, or a weight is NaN.
         """
         config = self.config()
         if self.tokenizer is None:
             raise CheckpointError(f"{self.source} has no tokenizer; name one that has.")
         with torch.device("meta"), WithoutInit():
-            model = LatentDiffusion(config, self.tokenizer)
-        state = {}
-        for name, prefix in places(model).items():
-            if name not in self.parts:
-                raise CheckpointError(f"{self.source} is no whole model: it lacks {name}; name one that has it.")
-            for key, tensor in self.parts[name].state.items():
-                wanted = torch.float32 if key in NOT_OF_THE_NETWORK else dtype or torch.float32
-                state[f"{prefix}.{key}"] = to_dtype(tensor, wanted)
-        check_finite(state, self.source)
-        load_strictly(model, state, self.source)
-        model.provenance = dict(self.provenance)
-        return model.eval().requires_grad_(False)
+            prefixes = places(LatentDiffusion(config, self.tokenizer))
+        absent = [name for name in prefixes if name not in self.parts]
+        if absent:
+            raise CheckpointError(f"{self.source} is no whole model: it lacks {' and '.join(absent)}.")
+        state = {f"{prefix}.{key}": each for name, prefix in prefixes.items() for key, each in self.parts[name].state.items()}
+        meant = meaning(metadata_of(config, self.tokenizer))
+        header = Header(config, self.tokenizer, meant, self.fingerprint, dict(self.provenance))
+        return assemble(header, state, self.source, dtype)
 
 
 def places(model: LatentDiffusion) -> dict[str, str]:

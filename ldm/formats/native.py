@@ -8,6 +8,8 @@ whole LatentDiffusion that a pipeline opens.
 from __future__ import annotations
 
 import json
+import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.config import structure, unstructure
-from ldm.errors import CheckpointError, LdmError
-from ldm.formats.tensors import fingerprint, read_metadata, read_tensors, to_dtype, write_tensors
+from ldm.errors import CheckpointError, LdmError, first_line
+from ldm.formats.tensors import check_finite, fingerprint, read_metadata, read_tensors, to_dtype, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.vae import FirstStage, FirstStageKind
 
@@ -32,12 +35,15 @@ FIRST_STAGE, CLIP, MODEL = "ldm.first_stage.1", "ldm.clip.1", "ldm.model.1"
 HELD: dict[str, type[Any]] = {FIRST_STAGE: FirstStageKind, CLIP: CLIPConfig, MODEL: ModelConfig}
 """The config of each."""
 
+LARGE = 1 << 30
+"""Bytes of weights beyond which to look at all of them takes longer than to load them."""
+
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Weights into a module; every name and shape must match, but a first stage may come with a preview or without.
 
     Raises:
-        CheckpointError: listing the first of the names that are missing, unexpected or of another shape.
+        CheckpointError: listing the first of the names that are missing, unexpected, or of another shape or kind of number.
     """
     check_names(module, tensors, source)
     module.load_state_dict(dict(tensors), assign=True)
@@ -53,6 +59,11 @@ def check_names(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
         "missing": [name for name in wanted if name not in tensors],
         "unexpected": [name for name in tensors if name not in wanted and name not in optional],
         "of another shape": [name for name in wanted if name in tensors and wanted[name].shape != tensors[name].shape],
+        "of another kind of number": [
+            name
+            for name in wanted
+            if name in tensors and wanted[name].is_floating_point() != tensors[name].is_floating_point()
+        ],
     }
     told = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
@@ -87,15 +98,19 @@ def save_module(
         name: tensor.to(dtype) if dtype and tensor.is_floating_point() and "latent_" not in name else tensor
         for name, tensor in module.state_dict().items()
     }
-    metadata = {
-        "format": format,
-        "config": json.dumps(unstructure(config)),
-        "tokenizer": tokenizer.to_json() if tokenizer else "",
-        "provenance": json.dumps(dict(provenance)),
-    }
+    metadata = metadata_of(config, tokenizer, format) | {"provenance": json.dumps(dict(provenance))}
     metadata["fingerprint"] = fingerprint(tensors, meaning(metadata))
     write_tensors(path, tensors, metadata)
     return metadata["fingerprint"]
+
+
+def metadata_of(config: Any, tokenizer: Tokenizer | None, format: str = MODEL) -> dict[str, str]:
+    """The metadata that :func:`meaning` reads."""
+    return {
+        "format": format,
+        "config": json.dumps(unstructure(config)),
+        "tokenizer": tokenizer.to_json() if tokenizer else "",
+    }
 
 
 def meaning(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -116,6 +131,7 @@ class Header:
 
     config: Any
     tokenizer: Tokenizer | None
+    meaning: dict[str, str]
     fingerprint: str
     provenance: dict[str, Any]
 
@@ -144,26 +160,86 @@ def header_of(metadata: Mapping[str, str], path: str | Path, config: type[Any]) 
         return Header(
             structure(config, json.loads(metadata["config"])),
             Tokenizer.from_json(metadata["tokenizer"]) if metadata["tokenizer"] else None,
+            meaning(metadata),
             metadata["fingerprint"],
             json.loads(metadata["provenance"]),
         )
-    except (LdmError, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"the header of {path} cannot be read: {error}") from None
+    except Exception as error:  # a config of a file may hold anything, and goes through the constructors of all kinds
+        told = first_line(error) if isinstance(error, LdmError) else f"{type(error).__name__} {first_line(error)}"
+        raise CheckpointError(f"the header of {path} cannot be read: {told}.") from None
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None) -> LatentDiffusion:
-    """A model that :func:`save_model` wrote, in evaluation mode, in ``dtype`` (default: fp32).
+    """A model that :func:`save_model` wrote, in evaluation mode, its parameters in ``dtype`` (default: fp32).
+
+    Its ``fingerprint`` is that of what was read. A warning tells if it was written with another.
 
     Raises:
-        CheckpointError: the file is missing, broken, of another format, or does not fit its own config.
+        CheckpointError: the file is missing, broken, of another format, does not fit its own config, or holds NaN.
     """
     header = read_header(path, MODEL, ModelConfig)
-    with torch.device("meta"), WithoutInit():
-        model = LatentDiffusion(header.config, header.tokenizer)
-    tensors = {name: to_dtype(tensor, dtype or torch.float32) for name, tensor in read_tensors(path).items()}
-    load_strictly(model, tensors, path)
-    model.fingerprint, model.provenance = header.fingerprint, header.provenance
-    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return assemble(header, read_tensors(path), path, dtype)
+
+
+def assemble(
+    header: Header, tensors: Mapping[str, Tensor], source: str | Path, dtype: torch.dtype | None = None
+) -> LatentDiffusion:
+    """The model of a header and its weights under our names, as :func:`load_model`.
+
+    Of more than ``LARGE`` bytes the values are not looked at: they are read as they are needed, and what comes of
+    them is looked at instead. Such a model's ``fingerprint`` is the one that it was written with, if any.
+
+    Raises:
+        CheckpointError: they do not fit each other, or a weight is NaN.
+    """
+    model = _empty_model(header, tensors, source)
+    check_names(model, tensors, source)
+    model.fingerprint, model.provenance = header.fingerprint or None, header.provenance
+    if sum(tensor.nbytes for tensor in tensors.values()) <= LARGE:
+        check_finite(tensors, source)
+        model.fingerprint = fingerprint(tensors, header.meaning)
+        if header.fingerprint and model.fingerprint != header.fingerprint:
+            warnings.warn(
+                f"{source}: its weights are not those that it was written with (fingerprint {model.fingerprint}, "
+                f"written as {header.fingerprint!r}); get it anew if you did not change it.",
+                stacklevel=3,
+            )
+    wanted = dict.fromkeys((name for name, _ in model.named_parameters()), dtype or torch.float32)
+    state = {
+        name: to_dtype(tensor, wanted.get(name, torch.float32), torch.channels_last) for name, tensor in tensors.items()
+    }
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _empty_model(header: Header, tensors: Mapping[str, Tensor], path: str | Path) -> LatentDiffusion:
+    """The model of a header without weights, which must not be larger by far than what the file holds.
+
+    Raises:
+        CheckpointError: it is, or the config cannot be built.
+    """
+    # Parts of an encoder that are cut off once it is built are in no file.
+    left, largest = 4 * len(tensors) + 64, max((tensor.numel() for tensor in tensors.values()), default=0)
+    thread = threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        if parameter is None or threading.get_ident() != thread:
+            return
+        left -= 1
+        if left < 0 or parameter.numel() > 4 * largest:
+            raise CheckpointError(f"{path} does not fit its config, which asks for far more weights than it holds.")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"), WithoutInit():
+            return LatentDiffusion(header.config, header.tokenizer)
+    except LdmError:
+        raise
+    except Exception as error:  # whatever a network's constructor makes of numbers that no network has
+        raise CheckpointError(f"the config in {path} cannot be built ({first_line(error)}); get it anew.") from None
+    finally:
+        hook.remove()
 
 
 class WithoutInit(TorchFunctionMode):

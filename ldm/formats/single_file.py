@@ -153,7 +153,7 @@ def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | N
     Raises:
         CheckpointError: the model has parts that such a file has no place for.
     """
-    parts = parts_of(model, "an LDM file")
+    parts = {name: part.to(dtype) for name, part in parts_of(model, "an LDM file").items()}
     parts["vae"] = folded(parts["vae"])
     tensors: dict[str, Tensor] = {}
     for name, part in parts.items():

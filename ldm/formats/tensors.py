@@ -1,7 +1,8 @@
 """Files of tensors: read without running anything that stands in them and without copying them, written whole or not at all.
 
-Tensors of a file are views of its pages, which the system brings in as values are read. A page stays in memory until it
-is given back (:func:`to_dtype`), so that a file read in another dtype never costs more than the result.
+Tensors of a file are views of its pages, which the system brings in as values are read. Whoever passes over all values
+once (a copy in another dtype, a check, a fingerprint) gives the pages back, so that a file read in another dtype costs
+little more memory than the result.
 """
 
 from __future__ import annotations
@@ -131,12 +132,16 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def to_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor of floating point in ``dtype`` (None: as it is), any other unchanged; pages read for it are given back."""
-    if dtype is None or tensor.dtype == dtype or not tensor.is_floating_point():
+def to_dtype(tensor: Tensor, dtype: torch.dtype | None, layout: torch.memory_format = torch.preserve_format) -> Tensor:
+    """A tensor of floating point in ``dtype`` (None: as it is), one of four dimensions in ``layout``; any other unchanged.
+
+    Where that takes a copy, the pages that were read for it are given back.
+    """
+    if not tensor.is_floating_point():
         return tensor
-    converted = tensor.to(dtype)
-    _give_back(tensor)
+    converted = tensor.to(dtype=dtype, memory_format=layout if tensor.ndim == 4 else torch.preserve_format)
+    if converted is not tensor:
+        _give_back(tensor)
     return converted
 
 
@@ -149,11 +154,11 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
-        if tensor.itemsize == 1:  # torch neither sums nor tests fp8
-            tensor = tensor.float()
+        values = tensor.float() if tensor.itemsize == 1 else tensor  # torch neither sums nor tests fp8
         # A sum is the fastest look at all values; it may also overflow.
-        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+        if not values.sum(dtype=torch.float32).isfinite() and not values.isfinite().all():
             raise CheckpointError(f"{source}: the weight {name} holds NaN or infinite values; get the file anew.")
+        _give_back(tensor)
 
 
 def fingerprint(tensors: Mapping[str, Tensor], meaning: Mapping[str, Any]) -> str:
@@ -164,6 +169,7 @@ def fingerprint(tensors: Mapping[str, Tensor], meaning: Mapping[str, Any]) -> st
         tensor = tensor.float() if tensor.is_floating_point() else tensor
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().data)
+        _give_back(tensors[name])
     return digest.hexdigest()[:16]
 
 

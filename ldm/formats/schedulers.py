@@ -1,0 +1,405 @@
+"""``scheduler_config.json`` of diffusers' folders: noise levels, what the network estimates, and how it is sampled.
+
+The file names a class of diffusers and what departs from the defaults of that class. The classes are a table here: the
+solver that each stands for, and what it takes for granted where the file is silent. What a file asks for and our solvers
+do otherwise is told, not refused: the pictures differ a little. What a network cannot be asked rightly without is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ldm.diffusion import SPECS, Diffusion
+from ldm.diffusion.parametrization import X0, Edm, Eps, Flow, Parametrization, V
+from ldm.diffusion.schedule import BetaSchedule, Cosine, Karras, Linear, ScaledLinear, Schedule, Sigmoid
+from ldm.diffusion.schedule import Flow as FlowSchedule
+from ldm.errors import CheckpointError, ConfigError, unknown
+from ldm.model import SamplingConfig
+
+STEPS, GUIDANCE = 50, 7.5
+"""What diffusers' pipelines sample with unless told otherwise; no scheduler says it."""
+
+MOST_TIMESTEPS = 1_000_000
+"""Of a table of noise levels that is worth the memory."""
+
+SCHEDULES: dict[str, type[BetaSchedule]] = {
+    "linear": Linear,
+    "scaled_linear": ScaledLinear,
+    "squaredcos_cap_v2": Cosine,
+    "sigmoid": Sigmoid,
+}
+"""``beta_schedule`` to ours."""
+
+PREDICTIONS: dict[str, type[Parametrization]] = {
+    "epsilon": Eps,
+    "v_prediction": V,
+    "sample": X0,
+    "flow_prediction": Flow,
+}
+"""``prediction_type`` to ours."""
+
+FLAGS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
+"""Each to the spacing that it puts in the place of ``timestep_spacing``."""
+
+PLAIN = ("leading", "trailing", "linspace")
+"""The values of ``timestep_spacing``, by the same names as ours."""
+
+
+@dataclass(frozen=True)
+class SchedulerClass:
+    """A class of diffusers."""
+
+    sampler: str
+    """Our solver for it."""
+    defaults: Mapping[str, Any]
+    """What it takes for granted, of all that is read or told here."""
+
+
+def _class(sampler: str, *groups: Mapping[str, Any], **more: Any) -> SchedulerClass:
+    return SchedulerClass(sampler, {name: value for group in (*groups, more) for name, value in group.items()})
+
+
+_BETAS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+}
+_LATENT = _BETAS | {"beta_start": 0.00085, "beta_end": 0.012}
+_ZERO_SNR = {"rescale_betas_zero_snr": False}
+_LEADING = {"timestep_spacing": "leading", "steps_offset": 0}
+_LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
+_FLAGS = dict.fromkeys(FLAGS, False)
+_FINAL = {"final_sigmas_type": "zero"}
+_ENDS = {"sigma_min": None, "sigma_max": None}
+_CLIP = {"clip_sample": True, "thresholding": False}
+_ORDER = {"solver_order": 2, "thresholding": False, "lower_order_final": True}
+_FLOW = {"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False}
+_DPM = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "euler_at_final": False}
+_DPM_GRID = {"use_lu_lambdas": False, "lambda_min_clipped": -math.inf, "variance_type": None}
+_UNIPC = {"solver_type": "bh2", "predict_x0": True, "disable_corrector": [], "solver_p": None, "shift_terminal": None}
+_DISTILLED = {"clip_sample": False, "original_inference_steps": 50, "timestep_scaling": 10.0}
+_SHIFTING = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+_EDM = {
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+    "sigma_schedule": "karras",
+    "rho": 7.0,
+}
+
+CLASSES = {
+    "EulerDiscreteScheduler": _class(
+        "euler",
+        _BETAS,
+        _LINSPACE,
+        _FLAGS,
+        _ZERO_SNR,
+        _FINAL,
+        _ENDS,
+        interpolation_type="linear",
+        timestep_type="discrete",
+    ),
+    "EulerAncestralDiscreteScheduler": _class("euler_ancestral", _BETAS, _LINSPACE, _ZERO_SNR),
+    "DDIMScheduler": _class("ddim", _BETAS, _LEADING, _ZERO_SNR, _CLIP, set_alpha_to_one=True),
+    "DDPMScheduler": _class("ddpm", _BETAS, _LEADING, _ZERO_SNR, _CLIP, variance_type="fixed_small"),
+    "PNDMScheduler": _class("plms", _BETAS, _LEADING, set_alpha_to_one=False, skip_prk_steps=False),
+    "HeunDiscreteScheduler": _class("heun", _LATENT, _LINSPACE, _FLAGS, clip_sample=False),
+    "LMSDiscreteScheduler": _class("lms", _BETAS, _LINSPACE, _FLAGS),
+    "KDPM2DiscreteScheduler": _class("dpm2", _LATENT, _LINSPACE, _FLAGS),
+    "KDPM2AncestralDiscreteScheduler": _class("dpm2_ancestral", _LATENT, _LINSPACE, _FLAGS),
+    "DPMSolverMultistepScheduler": _class(
+        "dpmpp_2m", _BETAS, _LINSPACE, _FLAGS, _ZERO_SNR, _FINAL, _ORDER, _FLOW, _DPM, _DPM_GRID
+    ),
+    "UniPCMultistepScheduler": _class(
+        "unipc", _BETAS, _LINSPACE, _FLAGS, _ZERO_SNR, _FINAL, _ENDS, _ORDER, _FLOW, _UNIPC
+    ),
+    "DEISMultistepScheduler": _class(
+        "deis", _BETAS, _LINSPACE, _FLAGS, _ORDER, _FLOW, algorithm_type="deis", solver_type="logrho"
+    ),
+    "DPMSolverSDEScheduler": _class("dpmpp_sde", _LATENT, _LINSPACE, _FLAGS),
+    "LCMScheduler": _class("lcm", _LATENT, _LEADING, _ZERO_SNR, _CLIP, _DISTILLED, beta_schedule="scaled_linear"),
+    "FlowMatchEulerDiscreteScheduler": _class(
+        "euler", _FLAGS, _SHIFTING, num_train_timesteps=1000, invert_sigmas=False, stochastic_sampling=False
+    ),
+    "EDMEulerScheduler": _class("euler", _EDM, _FINAL),
+    "EDMDPMSolverMultistepScheduler": _class("dpmpp_2m", _EDM, _FINAL, _ORDER, _DPM),
+}
+"""Name to class. Where a solver has several, or none that can say what is to be written, the first that can is taken."""
+
+UNKNOWN = _class("dpmpp_2m", _BETAS, _LINSPACE, _FLAGS, _ZERO_SNR, timestep_spacing="trailing")
+"""Stands for a class that is not in the table."""
+
+NEAREST = {
+    "dpmpp_2m_sde": "dpmpp_2m",  # the same class, by its algorithm_type
+    "dpmpp_3m_sde": "dpmpp_2m",
+    "dpmpp_2s_ancestral": "dpm2_ancestral",
+    "dpm_adaptive": "dpmpp_2m",
+}
+"""Solvers that no class is for, to the one that takes their place in a file."""
+
+SDE = ("dpmpp_2m_sde", "dpmpp_3m_sde")
+
+IMPLEMENTED_BY = {
+    "sigmoid": {"DDPMScheduler"},
+    "sample": {
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "LMSDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "DEISMultistepScheduler",
+        "LCMScheduler",
+    },
+}
+"""Values that only some of the classes with that setting know."""
+
+OURS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "clip_sample": ((False,), "estimates of the picture are not clipped here"),
+    "thresholding": (
+        (False,),
+        "estimates of the picture are not thresholded here; guidance has a threshold of its own",
+    ),
+    "skip_prk_steps": ((True,), "the first steps are Heun's and Adams-Bashforth's here, not Runge-Kutta's"),
+    "variance_type": (
+        (None, "fixed_small", "fixed_small_log"),
+        "the noise has the small variance here; ddpm takes the option variance=large",
+    ),
+    "solver_order": ((2,), "the order is 2 here; unipc and deis take the option order"),
+    "solver_type": (("midpoint", "bh2", "logrho"), "the other variant of the solver is sampled with here"),
+    "algorithm_type": (("dpmsolver++", "sde-dpmsolver++", "deis"), "DPM-Solver++ is sampled with here"),
+    "lower_order_final": ((True,), "the last steps are of lower order here"),
+    "euler_at_final": ((False,), "the last step is Euler's here only if it ends at 0"),
+    "use_lu_lambdas": ((False,), "the spacing is that of timestep_spacing here"),
+    "lambda_min_clipped": ((-math.inf,), "no timestep is clipped off here"),
+    "predict_x0": ((True,), "UniPC works on the picture here, not on the noise"),
+    "disable_corrector": (([],), "the corrector is always on here"),
+    "solver_p": ((None,), "UniPC predicts by itself here"),
+    "interpolation_type": (("linear",), "the levels are those of the timesteps here"),
+    "timestep_type": (("discrete",), "the network is told timesteps here"),
+    "sigma_min": ((None,), "the levels end at those of the schedule here"),
+    "sigma_max": ((None,), "the levels begin at those of the schedule here"),
+    "use_dynamic_shifting": ((False,), "the shift does not follow the size of the picture here"),
+    "invert_sigmas": ((False,), "the levels fall here"),
+    "shift_terminal": ((None,), "the levels are not stretched here"),
+    "stochastic_sampling": ((False,), "no noise is added here"),
+    "timestep_scaling": ((10.0,), "the answer at low noise is taken as it is here"),
+}
+"""Setting to the values that come to what our solvers do (the first is written), and what they do."""
+
+
+def read_scheduler(values: Mapping[str, Any], where: str) -> tuple[Diffusion, SamplingConfig, dict[str, str]]:
+    """What a scheduler's config says, in our terms.
+
+    Args:
+        values: the JSON of ``scheduler_config.json``; keys of other classes, which diffusers leaves in, are ignored.
+        where: the file, for the error messages.
+
+    Returns:
+        Schedule and parametrization of the training; how to sample (steps and guidance are those of diffusers'
+        pipelines); and by name of the setting a sentence for each that we do otherwise than diffusers.
+
+    Raises:
+        CheckpointError: a setting of the wrong type, an unknown schedule, prediction or spacing, or ones that do not go
+            together.
+    """
+    name = values.get("_class_name")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{where}: _class_name is {name!r}; it must name the scheduler's class in diffusers.")
+    known = CLASSES.get(name, UNKNOWN)
+    given = _given(values, known.defaults, where)
+    try:
+        diffusion = _diffusion(given, where)
+        sampling = SamplingConfig(
+            sampler="dpmpp_2m_sde" if given.get("algorithm_type") == "sde-dpmsolver++" else known.sampler,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            spacing=_spacing(name, given, where),
+            offset=given.get("steps_offset", 0),
+            final="sigma_min" if _ends_above_zero(name, given, where) else "zero",
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    return diffusion, sampling, dict(_differences(name, given, sampling))
+
+
+def write_scheduler(diffusion: Diffusion, sampling: SamplingConfig) -> dict[str, Any]:
+    """The JSON that a class of diffusers reads: the inverse of :func:`read_scheduler`, as far as there are words.
+
+    The diffusion is always said exactly. Steps and guidance have no place there; a solver, spacing or final level that
+    diffusers lacks, or lacks together with this diffusion, gives way to the nearest.
+
+    Raises:
+        CheckpointError: diffusers has no scheduler for the schedule and the parametrization.
+    """
+    wanted = NEAREST.get(sampling.sampler, sampling.sampler)
+    stated = _stated(diffusion)
+    name = next(
+        name
+        for name in sorted(CLASSES, key=lambda name: CLASSES[name].sampler != wanted)
+        if stated.keys() <= CLASSES[name].defaults.keys()
+        and all(name in IMPLEMENTED_BY.get(str(value), {name}) for value in stated.values())
+    )
+    defaults = CLASSES[name].defaults
+    flags = {flag: spacing == sampling.spacing for flag, spacing in FLAGS.items() if spacing == sampling.spacing}
+    settings: dict[str, Any] = {
+        **{
+            setting: values[0]
+            for setting, (values, _) in OURS.items()
+            if defaults.get(setting, values[0]) not in values
+        },
+        **flags,
+        "timestep_spacing": sampling.spacing if sampling.spacing in PLAIN else "linspace",
+        "steps_offset": sampling.offset,
+        "sigma_schedule": "exponential" if sampling.spacing == "exponential" else "karras",
+        "set_alpha_to_one": sampling.final == "zero",
+        "final_sigmas_type": sampling.final,
+        "algorithm_type": "sde-dpmsolver++" if sampling.sampler in SDE else defaults.get("algorithm_type"),
+    }
+    return {"_class_name": name} | {key: value for key, value in settings.items() if key in defaults} | stated
+
+
+def _given(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """All settings of the class, each of the type of its default; where that is None, of any."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
+    given = dict(defaults)
+    for name, default in defaults.items():
+        value = values.get(name, default)
+        kind = type(default)
+        fits = isinstance(value, int | float if kind is float else kind) and (
+            kind is bool or not isinstance(value, bool)
+        )
+        if default is not None and not fits:
+            raise CheckpointError(f"{where}: {name} is {value!r}; it must be {words[kind]}.")
+        given[name] = float(value) if kind is float else value
+    if given["num_train_timesteps"] > MOST_TIMESTEPS:
+        raise CheckpointError(
+            f"{where}: num_train_timesteps is {given['num_train_timesteps']}; at most {MOST_TIMESTEPS} can be had."
+        )
+    return given
+
+
+def _diffusion(given: Mapping[str, Any], where: str) -> Diffusion:
+    timesteps, prediction = given["num_train_timesteps"], given.get("prediction_type", "flow_prediction")
+    if prediction not in PREDICTIONS:
+        raise CheckpointError(f"{where}: {unknown('prediction_type', prediction, PREDICTIONS)}")
+    if "rho" in given:
+        if prediction != "epsilon":
+            raise CheckpointError(
+                f"{where}: prediction_type is {prediction}; of EDM's networks only epsilon can be read."
+            )
+        levels = Karras(timesteps, given["sigma_min"], given["sigma_max"], given["rho"])
+        return Diffusion(levels, Edm(given["sigma_data"]))
+    schedule = _schedule(given, where)
+    if isinstance(schedule, FlowSchedule) != (prediction == "flow_prediction"):
+        raise CheckpointError(
+            f"{where}: prediction_type is {prediction}, which does not go with the schedule {schedule.kind}; "
+            "flow_prediction goes with use_flow_sigmas, and only with it."
+        )
+    return Diffusion(schedule, PREDICTIONS[prediction]())
+
+
+def _schedule(given: Mapping[str, Any], where: str) -> Schedule:
+    timesteps = given["num_train_timesteps"]
+    if "shift" in given or given.get("use_flow_sigmas"):
+        if timesteps != 1000:
+            raise CheckpointError(f"{where}: num_train_timesteps is {timesteps}; networks of flow are read with 1000.")
+        return FlowSchedule(timesteps, given.get("shift", given.get("flow_shift")))
+    if given["trained_betas"] is not None:
+        raise CheckpointError(
+            f"{where}: trained_betas lists a schedule of its own, which cannot be read; make it null."
+        )
+    if given["beta_schedule"] not in SCHEDULES:
+        raise CheckpointError(f"{where}: {unknown('beta_schedule', given['beta_schedule'], SCHEDULES)}")
+    kind = SCHEDULES[given["beta_schedule"]]
+    ends = {} if kind is Cosine else {end: given[end] for end in ("beta_start", "beta_end")}
+    return kind(num_timesteps=timesteps, zero_terminal_snr=given.get("rescale_betas_zero_snr", False), **ends)
+
+
+def _spacing(name: str, given: Mapping[str, Any], where: str) -> str:
+    if "shift" in given:
+        return "linspace"
+    if name == "LCMScheduler":
+        return "trailing"
+    if given.get("use_flow_sigmas"):
+        return "sgm_uniform"
+    key = "sigma_schedule" if "rho" in given else "timestep_spacing"
+    choices = ("karras", "exponential") if "rho" in given else PLAIN
+    if given[key] not in choices:
+        raise CheckpointError(f"{where}: {unknown(key, given[key], choices)}")
+    return next((spacing for flag, spacing in FLAGS.items() if given.get(flag)), str(given[key]))
+
+
+def _ends_above_zero(name: str, given: Mapping[str, Any], where: str) -> bool:
+    """diffusers' DEIS, which cannot step to 0, never does."""
+    final = given.get("final_sigmas_type", "zero")
+    if final not in ("zero", "sigma_min"):
+        raise CheckpointError(f"{where}: {unknown('final_sigmas_type', final, ('zero', 'sigma_min'))}")
+    return final == "sigma_min" or not given.get("set_alpha_to_one", True) or name == "DEISMultistepScheduler"
+
+
+def _differences(name: str, given: Mapping[str, Any], sampling: SamplingConfig) -> Iterator[tuple[str, str]]:
+    """What diffusers would do and we do not, by setting."""
+    if name not in CLASSES:
+        yield "_class_name", f"{name} is not known here; {sampling.sampler} takes its place."
+    edm = {"sigma_min", "sigma_max"} if "rho" in given else set()  # there they are the ends of the schedule
+    for setting, (values, what) in OURS.items():
+        if setting in given.keys() - edm and given[setting] not in values:
+            yield setting, f"{setting} is {given[setting]!r}; {what}."
+    if given.get("rho", 7.0) != 7.0:
+        yield "rho", f"rho is {given['rho']:g}; the spacing karras has 7 here."
+    if name == "LCMScheduler":
+        yield (
+            "original_inference_steps",
+            f"the timesteps are chosen among {given['original_inference_steps']}; with a number of steps that does not "
+            "divide it, those of the spacing trailing differ a little.",
+        )
+    if name == "PNDMScheduler" and given["prediction_type"] != "epsilon":
+        yield "prediction_type", "PNDM extrapolates what the network answers, plms here the noise in it."
+    if name in ("DDIMScheduler", "PNDMScheduler") and given["timestep_spacing"] != "leading":
+        yield (
+            "timestep_spacing",
+            f"{name} steps down by T // n whatever the spacing, here it is to the next timestep; they agree for leading.",
+        )
+    flag = next((flag for flag in FLAGS if given.get(flag)), None)
+    if flag is None:
+        return
+    if "shift" in given:
+        yield flag, f"{flag} is true; the levels of flow are spaced by linspace here."
+    elif flag == "use_beta_sigmas":
+        yield flag, "beta spaces the timesteps here, in diffusers the noise levels."
+    elif SPECS[sampling.sampler].grid == "fractional" and given["timestep_spacing"] != "linspace":
+        yield (
+            flag,
+            f"the levels begin and end where the schedule does here, in diffusers where {given['timestep_spacing']} does.",
+        )
+
+
+def _stated(diffusion: Diffusion) -> dict[str, Any]:
+    """The diffusion in diffusers' words, for the classes that have these words among their settings."""
+    schedule, parametrization = diffusion.schedule, diffusion.parametrization
+    timesteps = {"num_train_timesteps": schedule.num_timesteps}
+    prediction = next((key for key, kind in PREDICTIONS.items() if isinstance(parametrization, kind)), None)
+    if isinstance(schedule, FlowSchedule) and isinstance(parametrization, Flow) and schedule.num_timesteps == 1000:
+        return timesteps | {"shift": schedule.shift}
+    if isinstance(schedule, Karras) and isinstance(parametrization, Edm):
+        levels = {name: getattr(schedule, name) for name in ("sigma_min", "sigma_max", "rho")}
+        return timesteps | levels | {"sigma_data": parametrization.sigma_data, "prediction_type": "epsilon"}
+    betas = next((name for name, kind in SCHEDULES.items() if isinstance(schedule, kind)), None)
+    if betas is None or prediction in (None, "flow_prediction") or not isinstance(schedule, BetaSchedule):
+        raise CheckpointError(
+            f"diffusers has no scheduler for the schedule {schedule.kind} of {schedule.num_timesteps} timesteps with the "
+            f"parametrization {parametrization.kind}; keep the model in a file of our own."
+        )
+    ends = {end: getattr(schedule, end) for end in ("beta_start", "beta_end") if hasattr(schedule, end)}
+    zero_snr = {"rescale_betas_zero_snr": True} if schedule.zero_terminal_snr else {}
+    return timesteps | {"beta_schedule": betas} | ends | {"prediction_type": prediction} | zero_snr
