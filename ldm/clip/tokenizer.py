@@ -120,14 +120,16 @@ class Tokenizer:
         return finish(tokenizers.Tokenizer.from_str(self.to_json()), context_length, self.pad_id)
 
     def with_padding(self, pad_id: int) -> Tokenizer:
-        """The same tokens, padded with another one.
+        """The same tokens, padded with another one, which then is that one wherever it stands in a text, as in transformers.
 
         Raises:
             ConfigError: there is no such token.
         """
         if not 0 <= pad_id < self.vocab_size:
             raise ConfigError(f"the pad_id {pad_id} is not among the {self.vocab_size} tokens of the tokenizer.")
-        return finish(tokenizers.Tokenizer.from_str(self.to_json()), self.context_length, pad_id)
+        backend = tokenizers.Tokenizer.from_str(self.to_json())
+        backend.add_special_tokens([_token(backend, pad_id)] if pad_id != self.pad_id else [])
+        return finish(backend, self.context_length, pad_id)
 
     def fingerprint(self) -> str:
         """16 hex digits that change with the meaning of any token, with the length or with the padding.

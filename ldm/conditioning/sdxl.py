@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.clip.model import CLIPConfig
@@ -103,8 +104,8 @@ class SDXLConditioner(Conditioner):
         texts = ["" if caption is None else caption for caption in said]
         with nullcontext() if self.config.trainable else torch.no_grad():
             (first, _), mask = windows.read(texts, self.tokenizers[0], self.first)
-            (second, pooled), _ = windows.read(texts, self.tokenizers[1], self.second)
-        context = torch.cat([first, second], dim=2)
+            (second, pooled), second_mask = windows.read(texts, self.tokenizers[1], self.second)
+        context, mask = _side_by_side([first, second], [mask, second_mask])
         if self.config.zeros_for_empty:
             silent = torch.tensor([caption is None for caption in said]).to(context.device)
             context, pooled = context.masked_fill(silent[:, None, None], 0), pooled.masked_fill(silent[:, None], 0)
@@ -123,3 +124,18 @@ class SDXLConditioner(Conditioner):
     def towers(self) -> Iterator[tuple[str, nn.Module]]:
         yield "text", self.first
         yield "text_2", self.second
+
+
+def _side_by_side(contexts: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Contexts ``[b n d]`` as one, along d; of a tower that needs fewer windows for a text, zeros.
+
+    The padding token is one of its own within a text, so that "!!" may be two tokens for one tower and one for the other.
+    """
+    length = max(context.shape[1] for context in contexts)
+    if all(mask is None for mask in masks) and all(context.shape[1] == length for context in contexts):
+        return torch.cat(list(contexts), dim=2), None
+    there = torch.zeros(len(contexts[0]), length, dtype=torch.bool, device=contexts[0].device)
+    for context, mask in zip(contexts, masks, strict=True):
+        there[:, : context.shape[1]] |= True if mask is None else mask
+    padded = [F.pad(context, (0, 0, 0, length - context.shape[1])) for context in contexts]
+    return torch.cat(padded, dim=2), there

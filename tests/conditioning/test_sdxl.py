@@ -139,7 +139,7 @@ def check_parity(
         assert cond.mask is None
 
 
-PROMPTS = ["a red apple", "", "Crème brûlée, naïve FAÇADE  ½", "a very long, long tale " * 30]
+PROMPTS = ["a red apple! wow!!", "", "Crème brûlée, naïve FAÇADE  ½", "a very long, long tale " * 30]
 
 
 @pytest.mark.parametrize("negatives", [None, ["blurry", "", "häßlich", "worse than that, " * 40]])
@@ -229,6 +229,19 @@ def test_a_long_prompt_has_as_many_windows_in_both_towers() -> None:
         assert torch.equal(cond.mask, mask)
     assert torch.equal(cond.vector[:2, :10], pooled[:2])
     assert not cond.context[2].any()
+
+
+def test_a_tower_that_needs_fewer_windows_is_silent_in_the_last(own: SDXLConditioner) -> None:
+    """ "!!!!" is one token, or four where "!" is the padding."""
+    inputs = {"text": [Text("!!!! " * 30), Text("a red apple")], **sizes(2)}
+    with torch.no_grad():
+        cond = own(inputs)
+    assert cond.context is not None
+    assert cond.mask is not None
+    assert cond.context.shape == (2, 2 * 77, 40)
+    assert not cond.context[:, 77:, :16].any()
+    assert cond.context[:, 77:, 16:].any()
+    assert cond.mask.sum(dim=1).tolist() == [2 * 77, 77]
 
 
 @pytest.mark.parametrize(
