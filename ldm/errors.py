@@ -19,7 +19,14 @@ class DataError(LdmError):
 
 
 class CheckpointError(LdmError):
-    """A file of weights that is missing, broken, or does not fit what it is wanted for."""
+    """A file of weights that is missing, broken, or does not fit what it is wanted for.
+
+    ``details`` are lines for who wants to know all, where the message names a few.
+    """
+
+    def __init__(self, message: str, details: Iterable[str] = ()):
+        super().__init__(message)
+        self.details = tuple(details)
 
 
 class SamplingError(LdmError):

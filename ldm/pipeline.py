@@ -32,6 +32,7 @@ from ldm.diffusion import (
     sigmas_from_values,
 )
 from ldm.diffusion import sigmas as spaced_sigmas
+from ldm.diffusion.schedule import BetaSchedule
 from ldm.errors import SamplingError, unknown
 from ldm.formats import MODEL_FILE, SHIPPED, load
 from ldm.formats.native import save_model
@@ -258,7 +259,7 @@ class Pipeline:
                 unit = noise(math.inf, start)  # drawn in any case: the noise of the steps comes after it
                 if latents is not None:
                     unit = latents[rows].to(self.device, torch.float32)
-                x = edit.start(self.model.diffusion.start(unit, start), unit, start, rows)
+                x = edit.start(self._start(unit, start, sampler, spacing), unit, start, rows)
                 x = x.contiguous(memory_format=torch.channels_last)
                 denoise = edit.wrap(self.denoiser(request[rows], levels), rows)
                 for step in self._solve(sampler, denoise, x, levels, noise, options, request.seeds[rows]):
@@ -379,6 +380,20 @@ class Pipeline:
             guidance,
             perturbed=conditional.map(perturbed),
         )
+
+    def _start(self, unit: Tensor, sigma: float, sampler: str, spacing: str | None) -> Tensor:
+        """Where sampling starts, ``[b c h w]``: at unit variance as the network sees it.
+
+        At sigma times the noise, as k-diffusion's solvers do in diffusers on grids that reach up to the last timestep.
+        """
+        up_to_the_last = (spacing or self.model.config.sampling.spacing) in ("linspace", "trailing")
+        if (
+            SPECS[sampler].grid == "fractional"
+            and up_to_the_last
+            and isinstance(self.model.diffusion.schedule, BetaSchedule)
+        ):
+            return sigma * unit
+        return self.model.diffusion.start(unit, sigma)
 
     def _guidance(self, guidance: Guidance | None, scale: float | Sequence[float] | None) -> Guidance:
         guidance = guidance or Guidance()

@@ -14,6 +14,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 """An option for every command; :func:`run` heeds it."""
 
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Names of torch's dtypes by those of commands."""
+
+
 def new_app() -> typer.Typer:
     """A typer application that tells errors in plain sentences."""
     return typer.Typer(

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from ldm.cli.common import Debug, new_app, run
+from ldm.cli.common import DTYPES, Debug, new_app, run
 from ldm.errors import SamplingError, unknown
 
 if TYPE_CHECKING:
     from ldm.images import Images
     from ldm.pipeline import Pipeline
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 DEMO_PROMPTS = {
     "held out": [
@@ -37,7 +35,9 @@ app = new_app()
 @app.command()
 def sample(
     prompts: Annotated[list[str] | None, Argument(help="What to show; several make several pictures.")] = None,
-    model: Annotated[str, Option(help="Run folder, file, or the name of the shipped model.")] = "emoji",
+    model: Annotated[
+        str, Option(help="Run, file, diffusers folder, hub id, or the name of the shipped model.")
+    ] = "emoji",
     out: Annotated[
         Path | None,
         Option(help="A file (several pictures: a grid), a pattern with {index} or {seed}, or a folder."),

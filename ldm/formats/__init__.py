@@ -40,7 +40,7 @@ def load(
     revision: str | None = None,
     prediction_type: str | None = None,
     ema: bool = True,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = torch.float32,
 ) -> LatentDiffusion:
     """A whole model on the CPU, in evaluation mode, its parameters frozen.
 
@@ -52,32 +52,52 @@ def load(
         revision: branch, tag or commit of a hub id.
         prediction_type: ``"epsilon"`` or ``"v_prediction"`` of a foreign U-Net; default: as the source says, else epsilon.
         ema: take averaged weights where an LDM file has both.
-        dtype: of the networks; default: fp32. The statistics of the latents stay fp32.
+        dtype: of the networks; None: as stored. The statistics of the latents stay fp32.
 
     Raises:
         CheckpointError: there is nothing that can be read, or its parts do not fit each other.
     """
-    path = find(source, revision)
-    parts = {"vae": vae, "unet": unet, "text": text_encoder, "text_2": text_encoder_2}
-    replaced = {name: given for name, given in parts.items() if given is not None}
-    if not replaced and _is_native(path):
-        return load_model(path, dtype)
-    checkpoint = read(path, prediction_type=prediction_type, ema=ema)
-    for name, given in replaced.items():
-        checkpoint = checkpoint.with_part(name, read(given, ema=ema))
-    return checkpoint.build(dtype)
+    found = read(
+        source,
+        vae=vae,
+        unet=unet,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        revision=revision,
+        prediction_type=prediction_type,
+        ema=ema,
+    )
+    return found.build(dtype)
 
 
 def read(
-    source: Source, *, revision: str | None = None, prediction_type: str | None = None, ema: bool = True
+    source: Source,
+    *,
+    vae: Source | None = None,
+    unet: Source | None = None,
+    text_encoder: Source | None = None,
+    text_encoder_2: Source | None = None,
+    revision: str | None = None,
+    prediction_type: str | None = None,
+    ema: bool = True,
 ) -> Checkpoint:
-    """What a source holds, whole model or lone network, no value of its weights read yet; as :func:`load`."""
+    """What a source holds, a whole model or a lone network, no value of its weights read yet.
+
+    Arguments and errors as of :func:`load`; a folder or file of one network is a source too, of diffusers or transformers,
+    or under its names in an LDM file, and so is a CLIP of transformers or open_clip.
+    """
     path = find(source, revision)
     if path.is_dir():
-        return read_folder(path, prediction_type)
-    if _is_native(path):
-        return read_native(path)
-    return read_single_file(path, prediction_type, ema)
+        found = read_folder(path, prediction_type)
+    elif _is_native(path):
+        found = read_native(path)
+    else:
+        found = read_single_file(path, prediction_type, ema)
+    parts = {"vae": vae, "unet": unet, "text": text_encoder, "text_2": text_encoder_2}
+    for name, given in parts.items():
+        if given is not None:
+            found = found.with_part(name, read(given, ema=ema))
+    return found
 
 
 def save(model: LatentDiffusion, path: Source, to: str = "native", dtype: torch.dtype | None = None) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
@@ -38,6 +38,9 @@ from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
 
 PARTS = {"vae": "first_stage", "unet": "denoiser"}
 """Parts by the names that diffusers' pipelines have for them, and where they are in a LatentDiffusion; others are towers."""
+
+OTHERS = "others"
+"""The part of a native file that no other format has a place for, under the names of the whole model."""
 
 NOT_OF_THE_NETWORK = ("latent_mean", "latent_std", "latent_preview")
 """What the state of a first stage has beside weights; formats say it in ways of their own."""
@@ -102,9 +105,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a part is missing, or the parts do not fit each other.
         """
-        absent = [name for name in PARTS if name not in self.parts]
-        if self.conditioner is None:
-            absent.append("text_encoder")
+        absent = self.missing()
         if absent or self.conditioner is None:
             raise CheckpointError(
                 f"{self.source} is no whole model: it lacks {' and '.join(absent)}; name one that has "
@@ -121,6 +122,10 @@ class Checkpoint:
             )
         except ConfigError as error:
             raise CheckpointError(f"the parts of {self.source} do not fit each other: {error}") from None
+
+    def missing(self) -> list[str]:
+        """What a whole model has and this lacks, by the names of :func:`ldm.load`'s arguments."""
+        return [name for name in PARTS if name not in self.parts] + ["text_encoder"] * (self.conditioner is None)
 
     def with_part(self, name: str, other: Checkpoint) -> Checkpoint:
         """The checkpoint with a part of another one in place of its own.
@@ -156,14 +161,14 @@ class Checkpoint:
         return replace(changed, parts={**self.parts, name: part})
 
     def build(self, dtype: torch.dtype | None = None) -> LatentDiffusion:
-        """The model, in evaluation mode, its parameters frozen; views of the source where ``dtype`` allows it.
+        """The model, in evaluation mode, its parameters frozen, in ``dtype`` (None: as stored) and without copies if it can.
 
         Raises:
             CheckpointError: the parts are no whole model, or a weight is NaN.
         """
         config = self.config()
-        if self.tokenizer is None:
-            raise CheckpointError(f"{self.source} has no tokenizer; name one that has.")
+        if self.tokenizer is None and "text" in self.parts:
+            raise CheckpointError(f"{self.source} has no tokenizer that ldm knows; name a text_encoder that has one.")
         with torch.device("meta"), WithoutInit():
             prefixes = places(LatentDiffusion(config, self.tokenizer))
         absent = [name for name in prefixes if name not in self.parts]
@@ -190,11 +195,8 @@ def parts_of(model: LatentDiffusion, target: str) -> dict[str, Part]:
     Raises:
         CheckpointError: it has weights that are in none of them.
     """
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    parts = {}
-    for name, prefix in places(model).items():
-        module = modules[prefix]
-        parts[name] = Part(module.config, module.state_dict())
+    modules: dict[str, Any] = dict(model.named_modules())
+    parts = {name: Part(modules[prefix].config, modules[prefix].state_dict()) for name, prefix in places(model).items()}
     known = {f"{prefix}.{key}" for name, prefix in places(model).items() for key in parts[name].state}
     others = [name for name in model.state_dict() if name not in known]
     if others:
@@ -240,6 +242,7 @@ def read_native(path: Path) -> Checkpoint:
         "kind": held,
         "tokenizer": header.tokenizer,
         "provenance": header.provenance,
+        "fingerprint": header.fingerprint,
         "notes": ("all as its metadata say",),
     }
 
@@ -255,9 +258,12 @@ def read_native(path: Path) -> Checkpoint:
         return Checkpoint(parts={"text": under("text", text), "image": under("image", config.image)}, **common)
     with torch.device("meta"), WithoutInit():
         model = LatentDiffusion(config, header.tokenizer)
-    prefixes = places(model)
+    modules: dict[str, Any] = dict(model.named_modules())
+    parts = {name: under(prefix, modules[prefix].config) for name, prefix in places(model).items()}
+    known = {f"{prefix}.{key}" for name, prefix in places(model).items() for key in parts[name].state}
+    others = {name: tensor for name, tensor in tensors.items() if name not in known}
     return Checkpoint(
-        parts={name: under(prefixes[name], part.config) for name, part in parts_of(model, "another format").items()},
+        parts=parts | ({OTHERS: Part(config.conditioner, others)} if others else {}),
         conditioner=config.conditioner,
         diffusion=config.diffusion,
         sampling=config.sampling,

@@ -94,7 +94,8 @@ def gather(
         if names
     ]
     if told:
-        raise CheckpointError(f"{source} does not hold what its config says: {'; '.join(told)}.")
+        details = (f"{what:<30} {name}" for what, listed in problems.items() for name in listed)
+        raise CheckpointError(f"{source} does not hold what its config says: {'; '.join(told)}.", details)
     return state
 
 

@@ -169,8 +169,8 @@ def header_of(metadata: Mapping[str, str], path: str | Path, config: type[Any]) 
         raise CheckpointError(f"the header of {path} cannot be read: {told}.") from None
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None) -> LatentDiffusion:
-    """A model that :func:`save_model` wrote, in evaluation mode, its parameters in ``dtype`` (default: fp32).
+def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32) -> LatentDiffusion:
+    """A model that :func:`save_model` wrote, in evaluation mode, its parameters in ``dtype`` (None: as stored).
 
     Its ``fingerprint`` is that of what was read. A warning tells if it was written with another.
 
@@ -204,10 +204,8 @@ def assemble(
                 f"written as {header.fingerprint!r}); get it anew if you did not change it.",
                 stacklevel=3,
             )
-    wanted = dict.fromkeys((name for name, _ in model.named_parameters()), dtype or torch.float32)
-    state = {
-        name: to_dtype(tensor, wanted.get(name, torch.float32), torch.channels_last) for name, tensor in tensors.items()
-    }
+    wanted = dict.fromkeys((name for name, _ in model.named_parameters()), dtype)
+    state = {name: to_dtype(tensor, wanted.get(name, torch.float32)) for name, tensor in tensors.items()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 

@@ -16,7 +16,7 @@ from ldm.clip.tokenizer import CLIP_VOCAB_SIZE, clip_bpe
 KINDS = ("sd1", "sd2", "sdxl")
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULERS: dict[str, dict[str, Any]] = {
-    "ddim": {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False},
+    "ddim": {"steps_offset": 1, "timestep_spacing": "leading", "set_alpha_to_one": False, "clip_sample": False},
     "plms": {"steps_offset": 1, "skip_prk_steps": True},
     "euler": {"steps_offset": 1, "timestep_spacing": "leading"},
     "heun": {},
