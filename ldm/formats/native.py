@@ -34,6 +34,9 @@ FIRST_STAGE, CLIP, MODEL = "ldm.first_stage.1", "ldm.clip.1", "ldm.model.1"
 MEANING = ("format", "config", "tokenizer")
 """Metadata that goes into the fingerprint."""
 
+LARGEST = 10**7
+"""No number in a model's config is above it."""
+
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Weights into a module; every name and shape must match, but a first stage may come with a preview or without.
@@ -132,19 +135,27 @@ def read_header(path: str | Path, format: str, config: type[Any]) -> Header:
     metadata = read_metadata(path)
     if metadata.get("format") != format:
         raise CheckpointError(
-            f"{path} does not hold what is wanted, {format}; its metadata says {metadata.get('format')!r}."
+            f"{path} does not hold what is wanted, {format}; its metadata says {str(metadata.get('format'))[:100]!r}."
         )
     try:
         return Header(
-            structure(config, json.loads(metadata["config"])),
+            structure(config, json.loads(metadata["config"], parse_int=_bounded, parse_float=_bounded)),
             Tokenizer.from_json(metadata["tokenizer"]) if metadata["tokenizer"] else None,
             {name: metadata[name] for name in MEANING},
             metadata["fingerprint"],
-            json.loads(metadata["provenance"]),
+            dict(json.loads(metadata["provenance"])),
         )
     except Exception as error:  # a config of a file may hold anything, and goes through the constructors of all kinds
         told = first_line(error) if isinstance(error, LdmError) else f"{type(error).__name__} {first_line(error)}"
         raise CheckpointError(f"the header of {path} cannot be read: {told}.") from None
+
+
+def _bounded(digits: str) -> int | float:
+    """A number of a config, which may become the length of a list before any weight is made."""
+    number = float(digits)
+    if abs(number) > LARGEST:
+        raise ValueError(f"the number {digits[:20]} is beyond that of any model")
+    return number if set(digits) & set(".eE") else int(digits)
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None) -> LatentDiffusion:

@@ -86,8 +86,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     tensors = _pickled(path) if _ending(path) in PICKLES else _safetensors(path, _all)
     for name in tensors:
-        if not name.isprintable():
-            raise CheckpointError(f"{path} holds a tensor of the name {name!r}, which no model has; get it anew.")
+        if not name.isprintable() or len(name) > 500:
+            raise CheckpointError(f"{path} holds a tensor of the name {name[:100]!r}, which no model has; get it anew.")
     return tensors
 
 
