@@ -31,6 +31,9 @@ from ldm.errors import CheckpointError, first_line
 SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
 """Endings of the names of files of tensors."""
 
+CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+"""A class that the checkpoints of latent-diffusion's time name, as the key of what Lightning noted of it."""
+
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 """Names of the weights in a folder of diffusers or transformers, without ending."""
 
@@ -220,12 +223,16 @@ def _all(file: Any) -> dict[str, Tensor]:
     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
 
 
+class _Callback:
+    """Stands for :data:`CALLBACK`, and does nothing."""
+
+
 def _pickled(path: str | Path) -> dict[str, Tensor]:
     with Path(path).open("rb") as file:
         zipped = file.read(2) == b"PK"  # else of a torch before 1.6, which cannot be mapped
     try:
-        with warnings.catch_warnings():  # of protocols and of storages
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Callback, CALLBACK)]):
+            warnings.simplefilter("ignore")  # of protocols and of storages
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a broken pickle ends in whatever its opcodes came upon
         asked = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|operand) ([\w.]+)", str(error))

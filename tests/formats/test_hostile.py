@@ -11,6 +11,7 @@ import pickle
 import random
 import struct
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -339,6 +340,22 @@ def test_a_pickle_that_would_run_code_is_refused_with_the_reason(
                 CheckpointError, match=rf"{path.name} is a pickle that would run code .*{name}.*convert it"
             ):
                 read_tensors(path)
+
+
+def test_a_checkpoint_that_names_a_callback_of_lightning_is_read_without_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    with pytest.MonkeyPatch.context() as patch:  # pickled by name, as Lightning of that time was called
+        for name in (
+            "pytorch_lightning",
+            "pytorch_lightning.callbacks",
+            "pytorch_lightning.callbacks.model_checkpoint",
+        ):
+            module = types.ModuleType(name)
+            patch.setitem(sys.modules, name, module)
+        module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})  # type: ignore[attr-defined]
+        noted = {module.ModelCheckpoint: {"best_model_score": torch.tensor(0.1), "best_model_path": "x"}}
+        torch.save({"state_dict": {"a": torch.ones(2)}, "callbacks": noted}, path)
+    assert read_tensors(path).keys() == {"a"}
 
 
 def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
