@@ -38,18 +38,33 @@ LARGEST = 10**7
 """No number in a model's config is above it."""
 
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+def load_strictly(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+    layout: torch.memory_format = torch.preserve_format,
+) -> None:
     """Weights into a module; every name and shape must match, but a first stage may come with a preview or without.
 
+    Args:
+        module: whose parameters and buffers become the tensors.
+        tensors: by name.
+        source: where they are from, for the error.
+        dtype: of those of floating point; None = as they are.
+        layout: of those of four dimensions.
+
     Raises:
-        CheckpointError: listing the first of the names that are missing, unexpected, or of another shape or kind of number.
+        CheckpointError: listing the first of the names that are missing, unexpected, or of another shape or kind of
+            number; or the first that holds NaN or infinite values.
     """
     check_names(module, tensors, source)
-    module.load_state_dict(dict(tensors), assign=True)
+    check_finite(tensors, source)
+    module.load_state_dict({name: to_dtype(tensor, dtype, layout) for name, tensor in tensors.items()}, assign=True)
 
 
 def check_names(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Raises the CheckpointError of :func:`load_strictly`, loading nothing."""
+    """Raises the CheckpointError of :func:`load_strictly` over names, shapes and kinds of number, loading nothing."""
     wanted = module.state_dict()
     optional = {
         f"{path}.latent_preview".lstrip(".") for path, part in module.named_modules() if isinstance(part, FirstStage)
@@ -168,19 +183,14 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> LatentDiff
     """
     header, tensors = read_header(path, MODEL, ModelConfig), read_tensors(path)
     model = _empty_model(header, tensors, path)
-    check_names(model, tensors, path)
-    check_finite(tensors, path)
+    load_strictly(model, tensors, path, dtype or torch.float32, torch.channels_last)
     model.fingerprint, model.provenance = fingerprint(tensors, header.meaning), header.provenance
     if model.fingerprint != header.fingerprint:
         warnings.warn(
             f"{path}: its weights are not those that it was written with (fingerprint {model.fingerprint}, "
-            f"written as {header.fingerprint!r}); get it anew if you did not change it.",
+            f"written as {header.fingerprint[:16]!r}); get it anew if you did not change it.",
             stacklevel=2,
         )
-    dtype = dtype or torch.float32
-    model.load_state_dict(
-        {name: to_dtype(tensor, dtype, torch.channels_last) for name, tensor in tensors.items()}, assign=True
-    )
     return model.eval().requires_grad_(False)
 
 

@@ -161,7 +161,7 @@ def rewritten_headers(content: bytes) -> Mutations:
     offsets = ([0, 0], [end, start], [start + 2, end + 2], [start, end - 2], [start, size + 2], [-2, end], [start], None,
                [2**70, 2**70], [0, end - start])  # fmt: skip
     renamed = ("", "x", matrix.upper(), matrix + "\n", matrix + "\0", "a" * 5000, "__class__", "../../x", "\ud800")
-    text = json.dumps(header)
+    text, metadata = json.dumps(header), {"__metadata__": header["__metadata__"]}
     entry = json.dumps({matrix: first})[1:-1]
     return (
         {f"dtype {dtype}": changed(matrix, dtype=dtype) for dtype in dtypes}
@@ -170,9 +170,12 @@ def rewritten_headers(content: bytes) -> Mutations:
         | {f"named {name!r:.40}": join(without(matrix) | {name: first}, data) for name in renamed}
         | {
             "two names exchanged": join(header | {twins[0]: header[twins[1]], twins[1]: header[twins[0]]}, data),
+            "four bits a number": join(
+                {"a": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}} | metadata, bytes(8)
+            ),
             "a name twice": join(f"{text[:-1]}, {entry}}}".encode(), data),
             "a name gone": join(without(matrix), data),
-            "all names gone": join({"__metadata__": header["__metadata__"]}, data),
+            "all names gone": join(metadata, data),
             "no header": join({}, data),
             "header of a list": join(b"[]", data),
             "header of lists": join(b"[" * 100_000, data),
