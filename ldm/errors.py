@@ -46,9 +46,10 @@ def missing_extra(package: str, needed_for: str, extra: str) -> MissingExtraErro
     return MissingExtraError(f"{needed_for} needs the package {package!r}; install it with pip install 'ldm[{extra}]'.")
 
 
-def first_line(error: Exception) -> str:
-    """What an error of another library says first, as a clause of one of ours."""
-    return str(error).strip().split("\n")[0].rstrip(".")
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, as a clause of one of ours, of bounded length."""
+    line = str(error).strip().split("\n")[0].rstrip(".")
+    return line if len(line) <= 500 else f"{line[:500]}..."
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from torch import Tensor
 
 from ldm.config import Kind, setting
-from ldm.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from ldm.errors import CheckpointError, ConfigError, DataError, MissingExtraError, first_line
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_VOCAB_SIZE = 49408
@@ -150,11 +150,21 @@ class Tokenizer:
         Raises:
             CheckpointError: the text is no tokenizer, or one without start, end, truncation or padding.
         """
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"the tokenizer is not in the format of tokenizer.json: {error}.") from None
-        return cls(backend)
+        return cls(backend_from_json(text))
+
+
+def backend_from_json(text: str) -> tokenizers.Tokenizer:
+    """A tokenizer of the library.
+
+    Raises:
+        CheckpointError: the text is no tokenizer.json.
+    """
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing narrower; a panic of its Rust is no Exception
+        raise CheckpointError(f"the tokenizer is not in the format of tokenizer.json: {first_line(error)}.") from None
 
 
 class TokenizerKind(Kind):

@@ -11,7 +11,7 @@ from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import Checkpoint, read_native
 from ldm.formats.diffusers_folder import CONFIG, is_folder, read_folder, write_folder
 from ldm.formats.hub import fetch, is_hub_id
-from ldm.formats.native import HELD, load_model, save_model
+from ldm.formats.native import HELD, save_model
 from ldm.formats.single_file import read_single_file, write_single_file
 from ldm.formats.tensors import PICKLES, SAFETENSORS, read_metadata
 from ldm.model import LatentDiffusion

@@ -27,8 +27,8 @@ from ldm.formats.native import (
     FIRST_STAGE,
     HELD,
     Header,
-    WithoutInit,
     assemble,
+    empty,
     meaning,
     metadata_of,
     read_header,
@@ -80,7 +80,7 @@ class Checkpoint:
         kind: what it was taken for, such as ``SD 1``.
         parts: ``vae``, ``unet``, and the towers as :meth:`Conditioner.towers` names them: ``text``, ``text_2``.
         conditioner: what the towers are part of.
-        fingerprint: that it was written with; empty for none.
+        fingerprint, meaning: that it was written with, and what that covers beside the weights; empty for none.
         notes: how things were told that the weights do not say, a sentence each.
         unused: names that were found and that nothing needs.
     """
@@ -96,6 +96,7 @@ class Checkpoint:
     size: tuple[int, int] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    meaning: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
@@ -136,7 +137,8 @@ class Checkpoint:
         if name not in other.parts:
             raise CheckpointError(f"{other.source} holds no {name}, but {', '.join(other.parts) or 'nothing known'}.")
         part, own = other.parts[name], self.parts.get(name)
-        changed = replace(self, source=f"{self.source} with the {name} of {other.source}")
+        source = f"{self.source} with the {name} of {other.source}"
+        changed = replace(self, source=source, fingerprint="", meaning={})
         if isinstance(part.config, TextTowerConfig):
             if own is None or self.conditioner is None:
                 return replace(
@@ -169,17 +171,19 @@ class Checkpoint:
         config = self.config()
         if self.tokenizer is None and "text" in self.parts:
             raise CheckpointError(f"{self.source} has no tokenizer that ldm knows; name a text_encoder that has one.")
-        with torch.device("meta"), WithoutInit():
-            prefixes = places(LatentDiffusion(config, self.tokenizer))
+        tensors = {f"{name}.{key}": each for name, part in self.parts.items() for key, each in part.state.items()}
+        model = empty(lambda: LatentDiffusion(config, self.tokenizer), tensors, self.source)
+        prefixes = places(model)
         absent = [name for name in prefixes if name not in self.parts]
         if absent:
             raise CheckpointError(f"{self.source} is no whole model: it lacks {' and '.join(absent)}.")
         state = {
             f"{prefix}.{key}": each for name, prefix in prefixes.items() for key, each in self.parts[name].state.items()
         }
-        meant = meaning(metadata_of(config, self.tokenizer))
+        state |= self.parts[OTHERS].state if OTHERS in self.parts else {}
+        meant = dict(self.meaning) or meaning(metadata_of(config, self.tokenizer))
         header = Header(config, self.tokenizer, meant, self.fingerprint, dict(self.provenance))
-        return assemble(header, state, self.source, dtype)
+        return assemble(model, state, header, self.source, dtype)
 
 
 def places(model: LatentDiffusion) -> dict[str, str]:
@@ -243,6 +247,7 @@ def read_native(path: Path) -> Checkpoint:
         "tokenizer": header.tokenizer,
         "provenance": header.provenance,
         "fingerprint": header.fingerprint,
+        "meaning": header.meaning,
         "notes": ("all as its metadata say",),
     }
 
@@ -256,8 +261,7 @@ def read_native(path: Path) -> Checkpoint:
     if held == CLIP:
         text = replace(config.text, embed_dim=config.embed_dim)
         return Checkpoint(parts={"text": under("text", text), "image": under("image", config.image)}, **common)
-    with torch.device("meta"), WithoutInit():
-        model = LatentDiffusion(config, header.tokenizer)
+    model = empty(lambda: LatentDiffusion(config, header.tokenizer), tensors, path)
     modules: dict[str, Any] = dict(model.named_modules())
     parts = {name: under(prefix, modules[prefix].config) for name, prefix in places(model).items()}
     known = {f"{prefix}.{key}" for name, prefix in places(model).items() for key in parts[name].state}

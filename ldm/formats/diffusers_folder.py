@@ -25,7 +25,7 @@ from ldm.errors import CheckpointError, first_line
 from ldm.formats import configs, names
 from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, parts_of, with_scale
 from ldm.formats.folding import SCALE, folded, scale_of
-from ldm.formats.native import WithoutInit
+from ldm.formats.native import empty
 from ldm.formats.schedulers import read_scheduler, write_scheduler
 from ldm.formats.tensors import read_json, read_weights, write_atomically, write_tensors
 from ldm.formats.tokenizer import read_tokenizer, tokenizer_class, write_tokenizer
@@ -210,8 +210,7 @@ def _part(name: str, folder: Path) -> Part:
 def _gathered(
     config: Any, tensors: Mapping[str, Tensor], table: Callable[[Iterable[str]], names.Table], file: Path
 ) -> Part:
-    with torch.device("meta"), WithoutInit():
-        wanted = Part(config, config.build().state_dict()).weights
+    wanted = Part(config, empty(config.build, tensors, file).state_dict()).weights
     return Part(config, names.gather(tensors, table(wanted), wanted, file))
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.config import structure, unstructure
 from ldm.errors import CheckpointError, LdmError, first_line
-from ldm.formats.tensors import check_finite, fingerprint, read_metadata, read_tensors, to_dtype, write_tensors
+from ldm.formats.tensors import check_finite, fingerprint, read_metadata, to_dtype, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.vae import FirstStage, FirstStageKind
 
@@ -38,19 +38,37 @@ HELD: dict[str, type[Any]] = {FIRST_STAGE: FirstStageKind, CLIP: CLIPConfig, MOD
 LARGE = 1 << 30
 """Bytes of weights beyond which to look at all of them takes longer than to load them."""
 
+M = TypeVar("M", bound=nn.Module)
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+LARGEST = 10**7
+"""No number in a model's config is above it."""
+
+
+def load_strictly(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Weights into a module; every name and shape must match, but a first stage may come with a preview or without.
 
+    Args:
+        module: whose parameters and buffers become the tensors.
+        tensors: by name.
+        source: where they are from, for the error.
+        dtype: of those of floating point; None = as they are.
+
     Raises:
-        CheckpointError: listing the first of the names that are missing, unexpected, or of another shape or kind of number.
+        CheckpointError: listing the first of the names that are missing, unexpected, or of another shape or kind of
+            number; or the first that holds NaN or infinite values.
     """
     check_names(module, tensors, source)
-    module.load_state_dict(dict(tensors), assign=True)
+    check_finite(tensors, source)
+    module.load_state_dict({name: to_dtype(tensor, dtype) for name, tensor in tensors.items()}, assign=True)
 
 
 def check_names(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Raises the CheckpointError of :func:`load_strictly`, loading nothing."""
+    """Raises the CheckpointError of :func:`load_strictly` over names, shapes and kinds of number, loading nothing."""
     wanted = module.state_dict()
     optional = {
         f"{path}.latent_preview".lstrip(".") for path, part in module.named_modules() if isinstance(part, FirstStage)
@@ -145,7 +163,7 @@ def read_header(path: str | Path, format: str, config: type[Any]) -> Header:
     metadata = read_metadata(path)
     if metadata.get("format") != format:
         raise CheckpointError(
-            f"{path} does not hold what is wanted, {format}; its metadata says {metadata.get('format')!r}."
+            f"{path} does not hold what is wanted, {format}; its metadata says {str(metadata.get('format'))[:100]!r}."
         )
     return header_of(metadata, path, config)
 
@@ -158,41 +176,48 @@ def header_of(metadata: Mapping[str, str], path: str | Path, config: type[Any]) 
     """
     try:
         return Header(
-            structure(config, json.loads(metadata["config"])),
+            structure(config, json.loads(metadata["config"], parse_int=_bounded, parse_float=_bounded)),
             Tokenizer.from_json(metadata["tokenizer"]) if metadata["tokenizer"] else None,
             meaning(metadata),
             metadata["fingerprint"],
-            json.loads(metadata["provenance"]),
+            dict(json.loads(metadata["provenance"])),
         )
     except Exception as error:  # a config of a file may hold anything, and goes through the constructors of all kinds
         told = first_line(error) if isinstance(error, LdmError) else f"{type(error).__name__} {first_line(error)}"
         raise CheckpointError(f"the header of {path} cannot be read: {told}.") from None
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32) -> LatentDiffusion:
-    """A model that :func:`save_model` wrote, in evaluation mode, its parameters in ``dtype`` (None: as stored).
-
-    Its ``fingerprint`` is that of what was read. A warning tells if it was written with another.
-
-    Raises:
-        CheckpointError: the file is missing, broken, of another format, does not fit its own config, or holds NaN.
-    """
-    header = read_header(path, MODEL, ModelConfig)
-    return assemble(header, read_tensors(path), path, dtype)
+def _bounded(digits: str) -> int | float:
+    """A number of a config, which may become the length of a list before any weight is made."""
+    number = float(digits)
+    if abs(number) > LARGEST:
+        raise ValueError(f"the number {digits[:20]} is beyond that of any model")
+    return number if set(digits) & set(".eE") else int(digits)
 
 
 def assemble(
-    header: Header, tensors: Mapping[str, Tensor], source: str | Path, dtype: torch.dtype | None = None
+    model: LatentDiffusion,
+    tensors: Mapping[str, Tensor],
+    header: Header,
+    source: str | Path,
+    dtype: torch.dtype | None = None,
 ) -> LatentDiffusion:
-    """The model of a header and its weights under our names, as :func:`load_model`.
+    """A model without weights (:func:`empty`) and its weights, in evaluation mode, its parameters in ``dtype`` and frozen.
 
-    Of more than ``LARGE`` bytes the values are not looked at: they are read as they are needed, and what comes of
-    them is looked at instead. Such a model's ``fingerprint`` is the one that it was written with, if any.
+    Its ``fingerprint`` is that of what was read; a warning tells if it was written with another. Of more than ``LARGE``
+    bytes the values are not looked at: they are read as they are needed. The fingerprint is then the one that the model was
+    written with, if any.
+
+    Args:
+        model: on the meta device.
+        tensors: under our names.
+        header: of the file.
+        source: named in errors.
+        dtype: None: as stored.
 
     Raises:
         CheckpointError: they do not fit each other, or a weight is NaN.
     """
-    model = _empty_model(header, tensors, source)
     check_names(model, tensors, source)
     model.fingerprint, model.provenance = header.fingerprint or None, header.provenance
     if sum(tensor.nbytes for tensor in tensors.values()) <= LARGE:
@@ -202,7 +227,7 @@ def assemble(
             warnings.warn(
                 f"{source}: its weights are not those that it was written with (fingerprint {model.fingerprint}, "
                 f"written as {header.fingerprint!r}); get it anew if you did not change it.",
-                stacklevel=3,
+                stacklevel=4,
             )
     wanted = dict.fromkeys((name for name, _ in model.named_parameters()), dtype)
     state = {name: to_dtype(tensor, wanted.get(name, torch.float32)) for name, tensor in tensors.items()}
@@ -210,11 +235,11 @@ def assemble(
     return model.eval().requires_grad_(False)
 
 
-def _empty_model(header: Header, tensors: Mapping[str, Tensor], path: str | Path) -> LatentDiffusion:
-    """The model of a header without weights, which must not be larger by far than what the file holds.
+def empty(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:
+    """What ``build`` makes, without weights; it must not be larger by far than what the file holds.
 
     Raises:
-        CheckpointError: it is, or the config cannot be built.
+        CheckpointError: it is, or it cannot be built.
     """
     # Parts of an encoder that are cut off once it is built are in no file.
     left, largest = 4 * len(tensors) + 64, max((tensor.numel() for tensor in tensors.values()), default=0)
@@ -226,16 +251,16 @@ def _empty_model(header: Header, tensors: Mapping[str, Tensor], path: str | Path
             return
         left -= 1
         if left < 0 or parameter.numel() > 4 * largest:
-            raise CheckpointError(f"{path} does not fit its config, which asks for far more weights than it holds.")
+            raise CheckpointError(f"{source} does not fit its config, which asks for far more weights than it holds.")
 
     hook = register_module_parameter_registration_hook(count)
     try:
         with torch.device("meta"), WithoutInit():
-            return LatentDiffusion(header.config, header.tokenizer)
+            return build()
     except LdmError:
         raise
     except Exception as error:  # whatever a network's constructor makes of numbers that no network has
-        raise CheckpointError(f"the config in {path} cannot be built ({first_line(error)}); get it anew.") from None
+        raise CheckpointError(f"the config in {source} cannot be built ({first_line(error)}); get it anew.") from None
     finally:
         hook.remove()
 

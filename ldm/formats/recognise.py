@@ -36,7 +36,7 @@ def unet(tensors: Tensors, source: object) -> UNetConfig:
     """
     try:
         levels: list[list[tuple[int, int]]] = [[]]
-        for number in range(1, 1 + _count(tensors, r"input_blocks\.(\d+)\.") - 1):
+        for number in range(1, _count(tensors, r"input_blocks\.(\d+)\.")):
             block = f"input_blocks.{number}"
             if f"{block}.0.op.weight" in tensors:
                 levels.append([])
@@ -148,8 +148,8 @@ def _text(
 
 
 def _count(tensors: Tensors, pattern: str) -> int:
-    """One more than the greatest number that the pattern's group matches; 0 without a match."""
-    return 1 + max((int(found[1]) for name in tensors if (found := re.match(pattern, name))), default=-1)
+    """How many numbers there are that the pattern's group matches, which are 0, 1, ... in a whole network."""
+    return len({found[1] for name in tensors if (found := re.match(pattern, name))})
 
 
 def _strange(source: object, what: str, error: Any) -> CheckpointError:

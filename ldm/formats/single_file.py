@@ -32,7 +32,7 @@ from ldm.errors import CheckpointError, unknown
 from ldm.formats import names, recognise
 from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, parts_of, places, with_scale
 from ldm.formats.folding import folded
-from ldm.formats.native import WithoutInit, header_of, meaning, metadata_of
+from ldm.formats.native import empty, header_of, meaning, metadata_of
 from ldm.formats.tensors import fingerprint, read_metadata, read_tensors, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
 from ldm.vae import AutoencoderKLConfig
@@ -175,8 +175,7 @@ def _own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     """A file that we wrote: nothing is guessed."""
     header = header_of(metadata, path, ModelConfig)
     config: ModelConfig = header.config
-    with torch.device("meta"), WithoutInit():
-        model = LatentDiffusion(config, header.tokenizer)
+    model = empty(lambda: LatentDiffusion(config, header.tokenizer), tensors, path)
     found, unused = _sorted(tensors)
     parts = {}
     for name, part in parts_of(model, "an LDM file").items():
@@ -276,8 +275,7 @@ def _recognised(name: str, prefix: str, tensors: Mapping[str, Tensor], path: Pat
 
 
 def _part(name: str, prefix: str, config: Any, tensors: Mapping[str, Tensor], path: Path) -> Part:
-    with torch.device("meta"), WithoutInit():
-        wanted = Part(config, config.build().state_dict()).weights
+    wanted = Part(config, empty(config.build, tensors, path).state_dict()).weights
     return Part(config, names.gather(tensors, _table(name, prefix, config, wanted), wanted, path))
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import mmap
 import os
+import pickle
 import re
 import sys
 import tempfile
@@ -30,6 +31,9 @@ from ldm.errors import CheckpointError, first_line
 
 SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
 """Endings of the names of files of tensors."""
+
+CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+"""A class that the checkpoints of latent-diffusion's time name, as the key of what Lightning noted of it."""
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 """Names of the weights in a folder of diffusers or transformers, without ending."""
@@ -85,9 +89,11 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing, broken or none of tensors, or is a pickle that would run code.
     """
     tensors = _pickled(path) if _ending(path) in PICKLES else _safetensors(path, _all)
-    for name in tensors:
-        if not name.isprintable():
-            raise CheckpointError(f"{path} holds a tensor of the name {name!r}, which no model has; get it anew.")
+    for name, tensor in tensors.items():
+        if not name.isprintable() or len(name) > 500:
+            raise CheckpointError(f"{path} holds a tensor of the name {name[:100]!r}, which no model has; get it anew.")
+        if tensor.dtype == torch.float4_e2m1fn_x2:
+            raise CheckpointError(f"{path}: torch cannot compute with the dtype F4 of {name}; get one of F16 or BF16.")
     return tensors
 
 
@@ -132,16 +138,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def to_dtype(tensor: Tensor, dtype: torch.dtype | None, layout: torch.memory_format = torch.preserve_format) -> Tensor:
-    """A tensor of floating point in ``dtype`` (None: as it is), one of four dimensions in ``layout``; any other unchanged.
-
-    Where that takes a copy, the pages that were read for it are given back.
-    """
-    if not tensor.is_floating_point():
+def to_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor of floating point in ``dtype`` (None: as it is), any other unchanged; pages read for a copy are given back."""
+    if dtype is None or tensor.dtype == dtype or not tensor.is_floating_point():
         return tensor
-    converted = tensor.to(dtype=dtype, memory_format=layout if tensor.ndim == 4 else torch.preserve_format)
-    if converted is not tensor:
-        _give_back(tensor)
+    converted = tensor.to(dtype)
+    _give_back(tensor)
     return converted
 
 
@@ -209,10 +211,11 @@ def _safetensors(path: str | Path, read: Callable[[Any], dict[str, Any]]) -> dic
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    section = dict(pairs)
-    if len(section) < len(pairs):
-        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-        raise ValueError(f"{twice!r} stands twice in its header")
+    section: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in section:
+            raise ValueError(f"{name[:100]!r} stands twice in its header")
+        section[name] = value
     return section
 
 
@@ -220,22 +223,28 @@ def _all(file: Any) -> dict[str, Tensor]:
     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
 
 
+class _Callback:
+    """Stands for :data:`CALLBACK`, and does nothing."""
+
+
 def _pickled(path: str | Path) -> dict[str, Tensor]:
     with Path(path).open("rb") as file:
         zipped = file.read(2) == b"PK"  # else of a torch before 1.6, which cannot be mapped
     try:
-        with warnings.catch_warnings():  # of protocols and of storages
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Callback, CALLBACK)]):
+            warnings.simplefilter("ignore")  # of protocols and of storages
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a broken pickle ends in whatever its opcodes came upon
-        asked = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|operand) ([\w.]+)", str(error))
+        asked = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if asked:
             raise CheckpointError(
-                f"{path} is a pickle that would run code to be read ({asked[1] or asked[2]}); "
+                f"{path} is a pickle that would run code to be read ({asked[1]}); "
                 "convert it to .safetensors in a place where that can do no harm."
             ) from None
+        # What torch says of a pickle advises to read it with code.
+        told = "its pickle is broken" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise CheckpointError(
-            f"{path} is not a whole file of torch.save ({type(error).__name__}: {first_line(error)}); get it anew."
+            f"{path} is not a whole file of torch.save ({type(error).__name__}: {told}); get it anew."
         ) from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -243,13 +252,14 @@ def _pickled(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} holds no weights by name, but {type(content).__name__}; save a state_dict.")
     tensors = {}
     for name, value in content.items():
+        told = repr(str(name)[:100])
         if isinstance(value, Mapping):
-            raise CheckpointError(f"{path} holds sections ({name!r}) where weights should stand; save a state_dict.")
+            raise CheckpointError(f"{path} holds sections ({told}) where weights should stand; save a state_dict.")
         if not isinstance(value, Tensor):
             continue
         plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and value.device.type == "cpu"
         if not (isinstance(name, str) and plain and value.nbytes <= value.untyped_storage().nbytes()):
-            raise CheckpointError(f"{path}: {name!r} is no plain tensor; save a state_dict of plain ones.")
+            raise CheckpointError(f"{path}: {told} is no plain tensor; save a state_dict of plain ones.")
         tensors[name] = value.detach()
     return tensors
 

@@ -20,7 +20,8 @@ from ldm.conditioning import ConditionerKind, TransformerConditioner
 from ldm.config import structure, unstructure
 from ldm.errors import CheckpointError, ConfigError
 from ldm.experiment import load_config
-from ldm.formats.native import load_model, save_model
+from ldm.formats import load
+from ldm.formats.native import save_model
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.pipeline import Pipeline
 from tests.tiny import CAPTIONS, tiny_model
@@ -161,7 +162,7 @@ def test_a_model_file_needs_nothing_beside_it(tmp_path: Path, scratch: bool) -> 
     model.conditioner.load_pretrained()
     save_model(tmp_path / "model.safetensors", model, {})
     shutil.rmtree(folder)
-    loaded = load_model(tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors")
     texts = ["a red car", "rotes auto", ""]
     one, other = (each.conditioner({"text": texts}) for each in (model, loaded))
     assert torch.equal(one.context, other.context)

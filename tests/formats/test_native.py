@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm.errors import CheckpointError
+from ldm.formats import load
 from ldm.formats.native import (
     CLIP,
     MODEL,
-    load_model,
     load_strictly,
     read_header,
     save_model,
@@ -25,7 +25,7 @@ from tests.tiny import TOKENIZER, tiny_model
 def test_a_model_comes_back_bitwise(tmp_path: Path) -> None:
     model, path = tiny_model(), tmp_path / "model.safetensors"
     mark = save_model(path, model, {"steps": 3})
-    loaded = load_model(path)
+    loaded = load(path)
     assert loaded.config == model.config
     assert (loaded.fingerprint, loaded.provenance) == (mark, {"steps": 3})
     assert loaded.tokenizer is not None
@@ -74,11 +74,11 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     ]:
         save_file(tensors, path, metadata | wrong)
         with pytest.raises(CheckpointError, match=message):
-            load_model(path)
+            load(path)
     del metadata["fingerprint"]
     save_file(tensors, path, metadata)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_header(path, MODEL, ModelConfig)
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
-        load_model(path)
+        load(path)

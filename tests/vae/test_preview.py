@@ -11,7 +11,8 @@ from ldm import Pipeline
 from ldm.config import structure
 from ldm.data.samples import Draw
 from ldm.experiment import load_config
-from ldm.formats.native import load_model, save_model
+from ldm.formats import load
+from ldm.formats.native import save_model
 from ldm.vae import AutoencoderKLConfig, Identity
 from ldm.vae.module import measure_latents
 from ldm.vae.preview import LeastSquares
@@ -66,14 +67,14 @@ def test_the_preview_of_pixels_is_the_pixels() -> None:
 def test_a_preview_travels_with_the_file_that_has_one(tmp_path: Path) -> None:
     model, latent = tiny_model(), torch.randn(2, 4, 8, 8)
     without = save_model(tmp_path / "without.safetensors", model, {})
-    assert load_model(tmp_path / "without.safetensors").first_stage.latent_preview is None
+    assert load(tmp_path / "without.safetensors").first_stage.latent_preview is None
     model.first_stage.register_buffer("latent_preview", torch.randn(3, 5))
     fitted = save_model(tmp_path / "with.safetensors", model, {}, torch.float16)
     assert fitted != without
-    loaded = load_model(tmp_path / "with.safetensors")
+    loaded = load(tmp_path / "with.safetensors")
     assert torch.equal(loaded.preview(latent), model.preview(latent))
     assert loaded.preview(10 * latent).abs().max() == 1  # a picture's range
-    loaded.load_state_dict(load_model(tmp_path / "without.safetensors").state_dict())
+    loaded.load_state_dict(load(tmp_path / "without.safetensors").state_dict())
     assert loaded.first_stage.latent_preview is None
 
 
