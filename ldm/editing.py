@@ -27,9 +27,9 @@ from torch import Tensor
 from ldm.conditioning import LowResConditioner
 from ldm.diffusion import Denoiser
 from ldm.errors import SamplingError
-from ldm.inputs import check_counts, entries, listed, one_seed
+from ldm.inputs import Edit, check_counts, entries, listed, one_seed
 from ldm.pictures import read_picture, to_tensor
-from ldm.pipeline import Edit, Pipeline
+from ldm.pipeline import Pipeline
 from ldm.prompts import Blend, Prompt
 
 Picture = Image.Image | str | Path

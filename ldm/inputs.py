@@ -12,9 +12,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from torch import Tensor
+
 from ldm.conditioning.conditioner import Pair
 from ldm.conditioning.sdxl import SIZES
-from ldm.diffusion import OPTIONS, SAMPLERS, SPECS, Guidance
+from ldm.diffusion import OPTIONS, SAMPLERS, SPECS, Denoiser, Guidance
 from ldm.errors import SamplingError, unknown
 from ldm.pictures import read_map, signed_tensor
 from ldm.prompts import Prompt, Reading
@@ -78,6 +80,33 @@ class Request:
             self.reading,
             self.defaults,
         )
+
+
+class Edit:
+    """What an editing task changes about a sampling; this one changes nothing.
+
+    ``rows`` says which of the asked-for pictures the batch at hand holds.
+    """
+
+    def levels(self, levels: Tensor) -> Tensor:
+        """The noise levels to walk through, ``[steps + 1]``."""
+        return levels
+
+    def start(self, x: Tensor, unit: Tensor, sigma: float, rows: slice) -> Tensor:
+        """Where to start at level ``sigma``, in place of ``x``, which is made of ``unit`` noise; all ``[b c h w]``."""
+        return x
+
+    def wrap(self, denoise: Denoiser, rows: slice) -> Denoiser:
+        """The denoiser to sample with."""
+        return denoise
+
+    def finish(self, pictures: Tensor, rows: slice) -> Tensor:
+        """What becomes of the decoded pictures, ``[b 3 h w]`` in [0, 1]."""
+        return pictures
+
+    def record(self) -> dict[str, Any]:
+        """What the pictures' record of their settings says of it."""
+        return {}
 
 
 def request(
