@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ldm import __version__
-from ldm.clip.model import CLIPConfig
 from ldm.clip.module import CLIPModule
 from ldm.clip.tokenizer import Tokenizer, TokenizerKind
 from ldm.config import to_yaml, unstructure
@@ -21,26 +21,22 @@ from ldm.data.stream import EvaluationLoader
 from ldm.denoiser.module import DenoiserModule
 from ldm.errors import CheckpointError, TrainingError
 from ldm.experiment import Experiment, model_config
-from ldm.formats import MODEL_FILE
-from ldm.formats.native import (
-    CLIP,
-    FIRST_STAGE,
-    MODEL,
-    Header,
-    load_strictly,
-    read_header,
-    save_model,
-    save_module,
-)
-from ldm.formats.tensors import read_metadata, read_tensors, write_atomically
-from ldm.model import LatentDiffusion, ModelConfig
+from ldm.formats import MODEL_FILE, read
+from ldm.formats.checkpoint import OTHERS, Checkpoint, places
+from ldm.formats.native import CLIP, FIRST_STAGE, load_strictly, save_model, save_module
+from ldm.formats.tensors import fingerprint, read_metadata, write_atomically
+from ldm.model import LatentDiffusion
 from ldm.training.fit import fit
 from ldm.training.stage import StageModule, seed_of
-from ldm.vae import FirstStageKind, IdentityConfig
+from ldm.vae import IdentityConfig
 from ldm.vae.module import VAEModule, measure_latents
 
 PART_FILE = "final.safetensors"
 """What the stages vae and clip leave in their folders."""
+
+
+HOMES = {"vae": {"vae": ""}, "clip": {"text": "text", "image": "image"}}
+"""Where the parts of a checkpoint are in what a stage trains; of the denoiser see :func:`ldm.formats.checkpoint.places`."""
 
 
 def result_file(experiment: Experiment, stage: str) -> Path:
@@ -106,28 +102,21 @@ def make_model(experiment: Experiment) -> tuple[LatentDiffusion, dict[str, str]]
         CheckpointError: it does not fit the config.
     """
     config, handoff = model_config(experiment), {}
-    tokenizer, clip_path = None, None
+    tokenizer, clip = None, None
     if experiment.clip is not None:
-        clip_path = _predecessor(experiment, "clip", experiment.clip.checkpoint)
-        header = read_header(clip_path, CLIP, CLIPConfig)
-        _check_fit(clip_path, "clip.model", header, experiment.clip.model)
-        tokenizer, handoff["clip"] = header.tokenizer, header.fingerprint
+        clip = _predecessor(experiment, "clip", experiment.clip.checkpoint)
+        tokenizer, handoff["clip"] = clip.tokenizer, _fingerprint(clip, *clip.towers())
     conditioner = config.conditioner.with_tokenizer(
         lambda kind, name: _tokenizer(experiment, kind, experiment.folder / "denoiser" / f"tokenizer{name}.json")
     )
     model = LatentDiffusion(replace(config, conditioner=conditioner), tokenizer)
     if not isinstance(experiment.vae.model, IdentityConfig):
-        path = _predecessor(experiment, "vae", experiment.vae.checkpoint)
-        header = read_header(path, FIRST_STAGE, FirstStageKind)
-        _check_fit(path, "vae.model", header, experiment.vae.model)
-        load_strictly(model.first_stage, read_tensors(path), path)
-        handoff["vae"] = header.fingerprint
-    if clip_path is not None:
-        for part, tower in model.conditioner.towers():
-            prefix, tensors = f"{part}.", read_tensors(clip_path)
-            own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            if own:  # a CLIP has no second text tower
-                load_strictly(tower, own, clip_path)
+        vae = _predecessor(experiment, "vae", experiment.vae.checkpoint)
+        _take(vae, "vae", model.first_stage, "vae.model")
+        handoff["vae"] = _fingerprint(vae, "vae")
+    if clip is not None:
+        for name, tower in model.conditioner.towers():
+            _take(clip, name, tower, f"clip.model.{name}")
     model.conditioner.load_pretrained()
     return model, handoff
 
@@ -180,26 +169,45 @@ def _tokenizer(experiment: Experiment, kind: TokenizerKind, path: Path) -> Token
     return tokenizer
 
 
-def _predecessor(experiment: Experiment, stage: str, checkpoint: str | None) -> Path:
-    path = Path(checkpoint) if checkpoint else result_file(experiment, stage)
-    if not path.is_file():
+def _predecessor(experiment: Experiment, stage: str, checkpoint: str | None) -> Checkpoint:
+    """What a stage has left, or the source that the config names in its place."""
+    path = result_file(experiment, stage)
+    if checkpoint is None and not path.is_file():
         raise TrainingError(
             f"stage denoiser needs what stage {stage} leaves, but there is no {path}; "
-            f"train it first (--stage {stage}, or --stage all) or name a file as {stage}.checkpoint."
+            f"train it first (--stage {stage}, or --stage all) or name a source as {stage}.checkpoint."
         )
-    return path
+    return read(checkpoint or path)
 
 
-def _check_fit(path: Path, section: str, header: Header, wanted: Any) -> None:
-    """Refuse a predecessor that was built from another config, naming each field that differs."""
-    found, asked = _flat(unstructure(header.config)), _flat(unstructure(wanted))
+def _take(source: Checkpoint, name: str, network: nn.Module, section: str) -> None:
+    """Weights of a part of a source into a network of the same config."""
+    _check_fit(source, name, section, network.config)
+    load_strictly(network, source.part(name).state, source.source, torch.float32)
+
+
+def _check_fit(source: Checkpoint, name: str, section: str, wanted: Any) -> None:
+    """Refuse a part of a source that was built from another config, naming each field that differs.
+
+    Raises:
+        CheckpointError: it was, or the source has no such part.
+    """
+    found, asked = _flat(unstructure(source.part(name).config)), _flat(unstructure(wanted))
     differing = [
-        f"{section}.{name} is {asked.get(name)!r} here and {found.get(name)!r} there"
-        for name in sorted(found.keys() | asked.keys())
-        if found.get(name) != asked.get(name)
+        f"{section}.{field} is {asked.get(field)!r} here and {found.get(field)!r} there"
+        for field in sorted(found.keys() | asked.keys())
+        if found.get(field) != asked.get(field) and field != "dropout"  # which is of the training, not of the weights
     ]
     if differing:
-        raise CheckpointError(f"{path} does not fit the config: {'; '.join(differing)}.")
+        raise CheckpointError(f"{source.source} does not fit the config: {'; '.join(differing)}.")
+
+
+def _fingerprint(source: Checkpoint, *names: str) -> str:
+    """Of what a run takes from a source: that of the stage which left it, else of the parts themselves."""
+    if source.kind in (CLIP, FIRST_STAGE):
+        return source.fingerprint
+    states = {f"{name}.{key}": tensor for name in names for key, tensor in source.part(name).state.items()}
+    return fingerprint(states, {name: unstructure(source.part(name).config) for name in names})
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -227,14 +235,17 @@ def _is_finished(result: Path, module: StageModule) -> bool:
 
 
 def _initialize(module: StageModule, source: str) -> None:
-    """Weights of ``train.init``, a file of what the stage itself leaves; what is not trained stays that of the predecessors."""
-    network = module.networks()
-    formats = {
-        "vae": (FIRST_STAGE, FirstStageKind),
-        "clip": (CLIP, CLIPConfig),
-        "denoiser": (MODEL, ModelConfig),
-    }
-    read_header(source, *formats[module.stage])
+    """Weights of ``train.init``, a source of what the stage itself makes; what is not trained stays that of the predecessors."""
+    network, found = module.networks(), read(source)
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    kept = {name: tensor for name, tensor in network.state_dict().items() if name not in trained}
-    load_strictly(network, read_tensors(source) | kept, source)
+    state = {name: tensor for name, tensor in network.state_dict().items() if name not in trained}
+    homes = places(module.model) if isinstance(module, DenoiserModule) else HOMES[module.stage]
+    for name, home in homes.items():
+        prefix = f"{home}." if home else ""
+        if any(each.startswith(prefix) for each in trained):
+            _check_fit(found, name, f"{module.stage}.{home or 'model'}", network.get_submodule(home).config)
+            own = ((f"{prefix}{key}", tensor) for key, tensor in found.part(name).state.items())
+            state |= {key: tensor for key, tensor in own if key in trained}
+    others = found.parts[OTHERS].state if OTHERS in found.parts else {}
+    state |= {name: tensor for name, tensor in others.items() if name in trained}
+    load_strictly(network, state, source, torch.float32)

@@ -82,6 +82,7 @@ def _clip(experiment: Experiment) -> Part:
     assert experiment.clip is not None
     assert experiment.clip.train is not None
     train, clip = experiment.clip.train, experiment.clip.model.build()
+    assert experiment.clip.model.image is not None, "it is to be trained"
     size = experiment.clip.model.image.image_size
     image = torch.empty(train.batch_size, 3, size, size)
     tokens = torch.zeros(train.batch_size, experiment.clip.tokenizer.context_length, dtype=torch.long)

@@ -23,12 +23,18 @@ class CLIPConfig:
     """A text and an image tower with a common embedding."""
 
     text: TextTowerConfig = setting(help="the text tower")
-    image: ImageTowerKind = setting(help="the image tower")
-    embed_dim: int = setting(768, "width of the common embedding; both towers are projected to it")
+    image: ImageTowerKind | None = setting(
+        None, "the image tower; null = there is none: a text encoder that is only used"
+    )
+    embed_dim: int | None = setting(
+        768, "width of the common embedding; both towers are projected to it; null = a text encoder without projection"
+    )
     temperature: float = setting(0.07, "softmax temperature at the start; learnt, and never below 0.01")
 
     def __post_init__(self) -> None:
-        if self.embed_dim < 1:
+        if self.image is not None and self.embed_dim is None:
+            raise ConfigError("embed_dim is null, but there is an image tower; give the width of the common embedding.")
+        if self.embed_dim is not None and self.embed_dim < 1:
             raise ConfigError(f"embed_dim must be at least 1, not {self.embed_dim}.")
         if self.text.embed_dim not in (None, self.embed_dim):
             raise ConfigError(
@@ -50,8 +56,11 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = config
+        assert config.image is not None, "a text encoder alone is no CLIP"
+        assert config.embed_dim is not None
         self.text = replace(config.text, embed_dim=config.embed_dim).build()
         self.image = config.image.build(config.embed_dim)
+        self.image_size = config.image.image_size
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -63,7 +72,7 @@ class CLIP(nn.Module):
 
         A picture of another size than the image tower's is brought to it, all of it, squeezed if it is no square.
         """
-        return F.normalize(self.image(to_size(image, self.config.image.image_size)), dim=-1)
+        return F.normalize(self.image(to_size(image, self.image_size)), dim=-1)
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``image [b 3 h w], tokens [b n]`` to the first three arguments of :func:`clip_loss`."""

@@ -14,6 +14,7 @@ from ldm.clip.model import CLIPConfig, clip_loss
 from ldm.clip.retrieval import recall_at_k
 from ldm.clip.tokenizer import Tokenizer, TokenizerKind
 from ldm.config import setting
+from ldm.errors import ConfigError
 from ldm.images import Images
 from ldm.training.optim import TrainConfig
 from ldm.training.stage import StageModule
@@ -29,7 +30,15 @@ class CLIPStage:
     tokenizer: TokenizerKind = setting(help="captions to tokens")
     model: CLIPConfig = setting(help="text and image tower")
     train: TrainConfig | None = setting(None, "its training; null = it is not trained here")
-    checkpoint: str | None = setting(None, "file of a trained CLIP that is only used")
+    checkpoint: str | None = setting(
+        None, "source of a CLIP or a text encoder that is only used: a file, a folder or a hub id, of SD or of CLIP"
+    )
+
+    def __post_init__(self) -> None:
+        if self.train is not None and self.model.image is None:
+            raise ConfigError(
+                "model.image is missing, and a CLIP is trained with both towers; give it, or set train to null."
+            )
 
 
 class CLIPModule(StageModule):

@@ -46,7 +46,7 @@ class ImageConditionerConfig(ConditionerKind, kind="image"):
         return self.embed_dim if self.pooled else None
 
     def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> ImageConditionerConfig:
-        if clip is None:
+        if clip is None or clip.image is None:
             if self.tower is None or self.embed_dim is None or not self.trainable:
                 raise ConfigError(
                     "denoiser.conditioner reads pictures, but there is no clip section to give its tower; "

@@ -9,6 +9,7 @@ import torch
 
 from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import Checkpoint, read_native
+from ldm.formats.clip import is_clip, read_clip
 from ldm.formats.diffusers_folder import CONFIG, is_folder, read_folder, write_folder
 from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.native import HELD, save_model
@@ -87,7 +88,9 @@ def read(
     or under its names in an LDM file, and so is a CLIP of transformers or open_clip.
     """
     path = find(source, revision)
-    if path.is_dir():
+    if is_clip(path):
+        found = read_clip(path)
+    elif path.is_dir():
         found = read_folder(path, prediction_type)
     elif _is_native(path):
         found = read_native(path)
@@ -142,7 +145,7 @@ def find(source: Source, revision: str | None = None) -> Path:
         raise CheckpointError(f"{source} is no model on the hub, so it has no revision {revision!r}; leave that out.")
     path = Path(source)
     if path.is_dir():
-        if is_folder(path):
+        if is_folder(path) or is_clip(path):
             return path
         return _existing(
             path / MODEL_FILE,

@@ -124,6 +124,23 @@ class Checkpoint:
         except ConfigError as error:
             raise CheckpointError(f"the parts of {self.source} do not fit each other: {error}") from None
 
+    def part(self, name: str) -> Part:
+        """A part, by its name.
+
+        Raises:
+            CheckpointError: there is none of this name.
+        """
+        if name not in self.parts:
+            held = " and ".join(each for each in self.parts if each != OTHERS)
+            raise CheckpointError(
+                f"{self.source} holds no {name}, but {held or 'nothing that ldm knows'}; name another source."
+            )
+        return self.parts[name]
+
+    def towers(self) -> list[str]:
+        """Names of the parts that encode conditions."""
+        return [name for name in self.parts if name not in (*PARTS, OTHERS)]
+
     def missing(self) -> list[str]:
         """What a whole model has and this lacks, by the names of :func:`ldm.load`'s arguments."""
         return [name for name in PARTS if name not in self.parts] + ["text_encoder"] * (self.conditioner is None)
@@ -134,16 +151,17 @@ class Checkpoint:
         Raises:
             CheckpointError: the other has no such part.
         """
-        if name not in other.parts:
-            raise CheckpointError(f"{other.source} holds no {name}, but {', '.join(other.parts) or 'nothing known'}.")
-        part, own = other.parts[name], self.parts.get(name)
+        part, own = (
+            other.part("text" if name == "text_2" and other.towers() == ["text"] else name),
+            self.parts.get(name),
+        )
         source = f"{self.source} with the {name} of {other.source}"
         changed = replace(self, source=source, fingerprint="", meaning={})
         if isinstance(part.config, TextTowerConfig):
             if own is None or self.conditioner is None:
                 return replace(
                     changed,
-                    parts={**self.parts, **{each: other.parts[each] for each in other.parts if each not in PARTS}},
+                    parts={**self.parts, **{each: other.parts[each] for each in other.towers()}},
                     conditioner=other.conditioner,
                     tokenizer=other.tokenizer,
                 )
@@ -259,8 +277,12 @@ def read_native(path: Path) -> Checkpoint:
         return Checkpoint(parts={"vae": under("", header.config)}, **common)
     config = header.config
     if held == CLIP:
-        text = replace(config.text, embed_dim=config.embed_dim)
-        return Checkpoint(parts={"text": under("text", text), "image": under("image", config.image)}, **common)
+        parts = {
+            "text": under("text", replace(config.text, embed_dim=config.embed_dim)),
+            "image": under("image", config.image),
+        }
+        others = {name: each for name, each in tensors.items() if not name.startswith(("text.", "image."))}
+        return Checkpoint(parts=parts | {OTHERS: Part(config, others)}, **common)
     model = empty(lambda: LatentDiffusion(config, header.tokenizer), tensors, path)
     modules: dict[str, Any] = dict(model.named_modules())
     parts = {name: under(prefix, modules[prefix].config) for name, prefix in places(model).items()}

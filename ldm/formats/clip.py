@@ -28,7 +28,8 @@ from ldm.clip.text import TextTower, TextTowerConfig
 from ldm.clip.tokenizer import CLIP_VOCAB_SIZE, Tokenizer, clip_bpe, clip_merges
 from ldm.errors import CheckpointError, unknown
 from ldm.formats import configs, names
-from ldm.formats.native import WithoutInit
+from ldm.formats.checkpoint import OTHERS, Checkpoint, Part, conditioner_of
+from ldm.formats.native import empty
 from ldm.formats.tensors import (
     check_finite,
     read_json,
@@ -135,6 +136,37 @@ def load_clip(source: str | Path, quick_gelu: bool = False, dtype: torch.dtype |
     return _open_clip(config, pixels, _open_clip_state(tensors), files[0], source / OPEN_CLIP_CONFIG, dtype)
 
 
+def is_clip(path: Path) -> bool:
+    """Whether a folder or file is what :func:`load_clip` reads, a diffusers pipeline or an LDM file being none."""
+    if path.is_dir():
+        model_type = read_json(path / CONFIG).get("model_type") if (path / CONFIG).is_file() else None
+        return (path / OPEN_CLIP_CONFIG).is_file() or model_type in TRANSFORMERS
+    return any(name.startswith("visual.") for name in _open_clip_state(read_tensors(path)))
+
+
+def read_clip(path: Path) -> Checkpoint:
+    """What :func:`load_clip` loads, as parts ``text`` and ``image``."""
+    loaded, parts = load_clip(path), {}
+    for name, tower in (("text", loaded.text), ("image", loaded.image)):
+        if tower is not None:
+            config = tower.config
+            assert isinstance(config, TextTowerConfig | ViTConfig)
+            parts[name] = Part(config, tower.state_dict())
+    if loaded.clip is not None:
+        parts[OTHERS] = Part(loaded.clip.config, {"logit_scale": loaded.clip.logit_scale.detach()})
+    tokenizer, beside = loaded.tokenizer, path.parent / "tokenizer"  # where it is in a pipeline's folder
+    if tokenizer is None and "text" in parts and has_tokenizer(beside):
+        tokenizer = read_tokenizer(beside)
+    return Checkpoint(
+        source=str(path),
+        layout=loaded.layout,
+        kind="CLIP" if loaded.clip is not None else f"a lone {' and '.join(parts)} tower",
+        parts=parts,
+        tokenizer=tokenizer,
+        conditioner=conditioner_of(parts),
+    )
+
+
 def save_clip(
     clip: CLIP, tokenizer: Tokenizer | None, folder: str | Path, to: Literal["transformers", "open_clip"]
 ) -> None:
@@ -171,8 +203,7 @@ def _built(
     source: Path,
     dtype: torch.dtype | None,
 ) -> Module:
-    with torch.device("meta"), WithoutInit():
-        module = build()
+    module = empty(build, tensors, source)
     wanted = module.state_dict()
     found = names.gather(tensors, table(wanted), wanted, source)
     state = {name: to_dtype(tensor, dtype).contiguous() for name, tensor in found.items()}

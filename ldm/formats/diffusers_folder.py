@@ -234,38 +234,14 @@ def _with_statistics(part: Part, values: Mapping[str, Any], where: Path) -> Part
 
 
 def _lone(path: Path) -> Checkpoint:
-    """A folder of one network."""
-    values = read_json(path / CONFIG)
-    said = [values.get("_class_name"), *(values.get("architectures") or ())]
-    known = {
-        "UNet2DConditionModel": "unet",
-        "AutoencoderKL": "vae",
-        "CLIPTextModel": "text",
-        "CLIPTextModelWithProjection": "text",
-    }
-    name = next((known[each] for each in said if each in known), None)
-    if name is None:
+    """A folder of a U-Net or of an autoencoder."""
+    said, known = read_json(path / CONFIG).get("_class_name"), {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae"}
+    if said not in known:
         raise CheckpointError(
-            f"{path / CONFIG} says {' and '.join(str(each) for each in said if each) or 'nothing of its class'}; "
-            f"ldm reads folders of {', '.join(known)}, and of whole pipelines."
+            f"{path / CONFIG} is of {said or 'no class'}; ldm reads folders of {', '.join(known)}, CLIP, and whole pipelines."
         )
-    part, tokenizer = _part(name, path), None
-    if name == "text":
-        homes = (path, path.parent / "tokenizer")
-        home = next(
-            (each for each in homes if any((each / file).is_file() for file in ("tokenizer.json", "vocab.json"))), None
-        )
-        tokenizer = read_tokenizer(home) if home else None
-    parts = {name: part}
-    return Checkpoint(
-        source=str(path),
-        layout="diffusers",
-        kind="a lone network",
-        parts=parts,
-        tokenizer=tokenizer,
-        conditioner=conditioner_of(parts),
-        notes=(f"by {CONFIG}: {values.get('_class_name') or said[1]}",),
-    )
+    parts = {known[said]: _part(known[said], path)}
+    return Checkpoint(str(path), "diffusers", "a lone network", parts, notes=(f"by {CONFIG}: {said}",))
 
 
 def _of_two(name: str, part: Part) -> Part:

@@ -40,7 +40,7 @@ class TrainConfig:
     pictures_every: int = setting(1000, "steps between grids of pictures")
     checkpoint_every: int = setting(500, "steps between checkpoints")
     init: str | None = setting(
-        None, "file of weights to start from: a stage's final.safetensors or a model.safetensors"
+        None, "source of weights to start from: what a stage or a run leaves, or SD in a file, a folder or by hub id"
     )
 
     def __post_init__(self) -> None:

@@ -31,7 +31,9 @@ class VAEStage:
     model: FirstStageKind = setting(help="the first stage")
     loss: AutoencoderLossConfig = setting(AutoencoderLossConfig(), "its losses")
     train: TrainConfig | None = setting(None, "its training; null = it is not trained here")
-    checkpoint: str | None = setting(None, "file of a trained first stage that is only used")
+    checkpoint: str | None = setting(
+        None, "source of a first stage that is only used: a file, folder or hub id, also of SD"
+    )
 
 
 class VAEModule(StageModule):
