@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -34,9 +33,9 @@ from ldm.diffusion import (
 from ldm.diffusion import sigmas as spaced_sigmas
 from ldm.diffusion.schedule import BetaSchedule
 from ldm.errors import SamplingError, unknown
-from ldm.formats import MODEL_FILE, SHIPPED, Source, load
+from ldm.formats import SHIPPED, Source, load, save
 from ldm.formats.lora import read_lora
-from ldm.formats.native import save_model
+from ldm.formats.tensors import channels_last, check_finite, to_dtype
 from ldm.images import Images
 from ldm.inputs import Edit
 from ldm.model import LatentDiffusion
@@ -74,7 +73,7 @@ class Pipeline:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike[str] = SHIPPED,
+        source: Source = SHIPPED,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -106,9 +105,8 @@ class Pipeline:
         if device is not None:
             self.model.to(usable(device))
         for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(dtype or parameter.dtype)
+            parameter.data = to_dtype(parameter.data, dtype)
         self.model.loras.cast(self.model)
-        self.model.to(memory_format=torch.channels_last)
         return self
 
     @property
@@ -120,17 +118,9 @@ class Pipeline:
         """In which the networks compute; all else is fp32."""
         return next(self.model.denoiser.parameters()).dtype
 
-    def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:
-        """Write the model where :meth:`from_pretrained` finds it, and return the file.
-
-        Args:
-            path: a folder, or a file name that ends in .safetensors.
-            dtype: of the stored weights; default: as they are.
-        """
-        path = Path(path)
-        file = path if path.suffix == ".safetensors" else path / MODEL_FILE
-        save_model(file, self.model, self.model.provenance, dtype)
-        return file
+    def save_pretrained(self, path: Source, dtype: torch.dtype | None = None, to: str = "native") -> Path:
+        """Write the model where :meth:`from_pretrained` finds it, and return the file; see :func:`ldm.formats.save`."""
+        return save(self.model, path, to, dtype)
 
     def load_lora(self, source: Source, scale: float = 1.0, name: str | None = None, merge: bool = False) -> str:
         """Add the LoRA of a file to those that are loaded, and return its name.
@@ -249,6 +239,8 @@ class Pipeline:
             given, needed = list(latents.shape), [len(request), *shape]
             raise SamplingError(f"latents have the shape {given}; these pictures need {needed}.")
 
+        for parameter in self.model.parameters():  # not before it is needed: nothing of a mapped file has been read yet
+            parameter.data = channels_last(parameter.data)
         start, size, results = float(levels[0]), batch_size or len(request), []
         batches = [slice(first, first + size) for first in range(0, len(request), size)]
         steps = None if SPECS[sampler].adaptive else len(batches) * (len(levels) - 1)
@@ -266,8 +258,10 @@ class Pipeline:
                     bar.update()
                     if callback is not None:
                         callback(step)
-                x = self.model.diffusion.finish(x, float(levels[-1]))
-                results.append(x if output_type == "latent" else edit.finish((self.model.decode(x) + 1) / 2, rows))
+                x = self._finite(self.model.diffusion.finish(x, float(levels[-1])), "sample")
+                if output_type != "latent":
+                    x = edit.finish(self._finite((self.model.decode(x) + 1) / 2, "decoded picture"), rows)
+                results.append(x)
         result = torch.cat(results).clone()  # outside of inference mode: a tensor like any other
         if output_type == "np":
             return result.permute(0, 2, 3, 1).cpu().numpy()
@@ -379,6 +373,16 @@ class Pipeline:
             guidance,
             perturbed=conditional.map(perturbed),
         )
+
+    def _finite(self, x: Tensor, what: str) -> Tensor:
+        """``x``, if it is finite; else a CheckpointError that names the weight which is not, or a SamplingError."""
+        if not x.isfinite().all():
+            check_finite(self.model.state_dict(), "the model")
+            raise SamplingError(
+                f"the {what} is not finite, though all weights are: {self.dtype} cannot hold what the networks compute; "
+                "load the model in float32 or bfloat16."
+            )
+        return x
 
     def _start(self, unit: Tensor, sigma: float, sampler: str, spacing: str | None) -> Tensor:
         """Where sampling starts, ``[b c h w]``: at unit variance as the network sees it.

@@ -279,7 +279,7 @@ def _write_transformers(text: TextTowerConfig, image: ViTConfig, clip: CLIP) -> 
         "projection_dim": clip.config.embed_dim,
         "logit_scale_init_value": -math.log(clip.config.temperature),
         "text_config": configs.write_text(text),
-        "vision_config": configs.write_image(image, clip.config.embed_dim),
+        "vision_config": configs.write_image(image, clip.config.embed_dim or 0),
     }
 
 
