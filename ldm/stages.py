@@ -116,7 +116,8 @@ def make_model(experiment: Experiment) -> tuple[LatentDiffusion, dict[str, str]]
         handoff["vae"] = _fingerprint(vae, "vae")
     if clip is not None:
         for name, tower in model.conditioner.towers():
-            _take(clip, name, tower, f"clip.model.{name}")
+            if name in clip.parts or not any(parameter.requires_grad for parameter in tower.parameters()):
+                _take(clip, name, tower, f"clip.model.{name}")  # else it is trained from nothing
     model.conditioner.load_pretrained()
     return model, handoff
 

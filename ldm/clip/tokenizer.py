@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import tokenizers
@@ -340,6 +341,7 @@ def _starts(text: str, spans: Sequence[tuple[int, int]], capacity: int) -> list[
     return starts
 
 
+@cache
 def clip_merges() -> list[tuple[str, str]]:
     """The merges of CLIP, from the file that open_clip brings; to import open_clip would take seconds."""
     package = importlib.util.find_spec("open_clip")
