@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ldm import Pipeline
-from ldm.diffusion import SAMPLERS, Guidance, Projection, Step, seeded_noise, timesteps
+from ldm.diffusion import SAMPLERS, SPECS, Guidance, Projection, Step, seeded_noise, timesteps
 from ldm.errors import MissingExtraError, SamplingError
 from ldm.images import Images
 from ldm.pipeline import _shipped
@@ -110,6 +110,27 @@ def test_timesteps_and_sigmas_stand_for_the_grid(pipe: Pipeline) -> None:
     assert torch.equal(pipe("a red apple", timesteps=grid.tolist(), **options), expected)
     levels = pipe.noise_levels(timesteps=grid)
     torch.testing.assert_close(pipe("a red apple", sigmas=levels[:-1].tolist(), **options), expected)
+
+
+def test_a_sampler_walks_along_the_timesteps_of_its_family() -> None:
+    pipe = Pipeline(tiny_model("none", sampling={"spacing": "leading", "offset": 1}))
+    schedule = pipe.model.diffusion.schedule
+    starts = {sampler: pipe.noise_levels(7, sampler=sampler)[0] for sampler in ("euler", "ddim", "dpmpp_2m", "unipc")}
+    for sampler, t in {"euler": 853, "ddim": 853, "dpmpp_2m": 876, "unipc": 876}.items():
+        torch.testing.assert_close(starts[sampler], schedule.sigma(torch.tensor(float(t))))
+    with pytest.raises(SamplingError, match="did you mean 'euler'"):
+        pipe.noise_levels(7, sampler="eular")
+
+
+def test_the_final_level_is_of_the_models_own_sampler_ddim_and_plms() -> None:
+    pipe = Pipeline(tiny_model("none", sampling={"sampler": "deis", "final": "sigma_min", "num_inference_steps": 5}))
+    sigma_min = np.float32(pipe.model.diffusion.schedule.sigma_min)
+    for ways in ({}, {"timesteps": [900, 500, 100]}):
+        ends = {sampler: pipe.noise_levels(sampler=sampler, **ways)[-1] for sampler in SPECS}
+        assert {sampler for sampler, end in ends.items() if end == sigma_min} == {"deis", "ddim", "plms"}
+        assert {float(end) for end in ends.values()} == {0.0, float(sigma_min)}
+        assert pipe.noise_levels(**ways)[-1] == sigma_min
+    assert pipe.noise_levels(sigmas=[9.0, 1.0])[-1] == 0
 
 
 def test_a_png_says_how_to_make_its_picture_again(pipe: Pipeline, tmp_path: Path) -> None:

@@ -188,6 +188,7 @@ OURS: dict[str, tuple[tuple[Any, ...], str]] = {
     "timestep_type": (("discrete",), "the network is told timesteps here"),
     "sigma_min": ((None,), "the levels end at those of the schedule here"),
     "sigma_max": ((None,), "the levels begin at those of the schedule here"),
+    "use_flow_sigmas": ((False,), "the levels of flow are those of sgm_uniform here, from pure noise on"),
     "use_dynamic_shifting": ((False,), "the shift does not follow the size of the picture here"),
     "invert_sigmas": ((False,), "the levels fall here"),
     "shift_terminal": ((None,), "the levels are not stretched here"),
@@ -370,18 +371,19 @@ def _differences(name: str, given: Mapping[str, Any], sampling: SamplingConfig) 
             "timestep_spacing",
             f"{name} steps down by T // n whatever the spacing, here it is to the next timestep; they agree for leading.",
         )
-    flag = next((flag for flag in FLAGS if given.get(flag)), None)
-    if flag is None:
-        return
-    if "shift" in given:
-        yield flag, f"{flag} is true; the levels of flow are spaced by linspace here."
-    elif flag == "use_beta_sigmas":
-        yield flag, "beta spaces the timesteps here, in diffusers the noise levels."
-    elif SPECS[sampling.sampler].grid == "fractional" and given["timestep_spacing"] != "linspace":
-        yield (
-            flag,
-            f"the levels begin and end where the schedule does here, in diffusers where {given['timestep_spacing']} does.",
-        )
+    if given.get("shift", 1.0) != 1.0:
+        yield "shift", f"shift is {given['shift']:g}; diffusers shifts the last level twice, here it is once."
+    if name == "DPMSolverMultistepScheduler" and sampling.final == "sigma_min":
+        yield "final_sigmas_type", "with less than 15 steps, the last is of order 1 in diffusers, here of order 2."
+    for flag in (flag for flag in FLAGS if given.get(flag)):
+        if "shift" in given:
+            yield flag, "the levels of flow are spaced by linspace here."
+        elif flag == "use_beta_sigmas":
+            yield flag, "beta spaces the timesteps here, in diffusers the noise levels."
+        elif SPECS[sampling.sampler].grid == "inner":
+            yield flag, "the network is told fractional timesteps here, in diffusers whole ones."
+        elif given["timestep_spacing"] != "linspace":
+            yield flag, f"the levels span the schedule here, in diffusers the timesteps of {given['timestep_spacing']}."
 
 
 def _stated(diffusion: Diffusion) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler
 
-from ldm.diffusion import SPACINGS, Schedule, sigmas, sigmas_from_timesteps, sigmas_from_values, timesteps
+from ldm.diffusion import SPACINGS, SPECS, Schedule, sigmas, sigmas_from_timesteps, sigmas_from_values, timesteps
 from ldm.diffusion.schedule import Flow, Karras, ScaledLinear
+from ldm.diffusion.spacing import Grid
 from ldm.errors import SamplingError
+
+# diffusers hands tensors to numpy in a way that numpy is going to give up; a hundred thousand warnings take minutes.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 COUNTS = (1, 2, 7, 16, 20, 30, 50, 333, 999)
@@ -26,12 +31,50 @@ def test_timesteps_equal_diffusers(spacing: str, offset: int) -> None:
         torch.testing.assert_close(sigmas(ScaledLinear(), n, spacing, offset), peer.sigmas, rtol=2e-4, atol=0)
 
 
-@pytest.mark.parametrize(("spacing", "offset"), [("leading", 1), ("trailing", 0), ("linspace", 0)])
-def test_timesteps_equal_diffusers_ddim(spacing: str, offset: int) -> None:
-    for n in COUNTS[1:]:
-        peer = DDIMScheduler(timestep_spacing=spacing, steps_offset=offset, **SD)
+PEERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "plms": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "dpm2": "KDPM2DiscreteScheduler",
+    "dpm2_ancestral": "KDPM2AncestralDiscreteScheduler",
+    "dpmpp_sde": "DPMSolverSDEScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+}
+BETWEEN = ("heun", "dpm2", "dpm2_ancestral", "dpmpp_sde")
+"""Every other timestep of their peers is where they look between or twice."""
+
+
+@pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)])
+@pytest.mark.parametrize("name", PEERS)
+def test_each_solver_reads_the_spacings_as_its_family_does(name: str, spacing: str, offset: int) -> None:
+    options = {"skip_prk_steps": True} if name == "plms" else {}
+    peer = getattr(diffusers, PEERS[name])(timestep_spacing=spacing, steps_offset=offset, **options, **SD)
+    grid = SPECS[name].grid
+    for n in range(1, 61):
+        if spacing == "linspace" and n == 1 and grid != "inner":
+            continue  # as above
         peer.set_timesteps(n)
-        assert np.array_equal(timesteps(ScaledLinear(), n, spacing, offset).round(), peer.timesteps)
+        found = timesteps(ScaledLinear(), n, spacing, offset, grid)
+        stops = peer.timesteps[::2] if name in BETWEEN else peer.timesteps.unique().flip(0)  # plms looks at one twice
+        torch.testing.assert_close(found, stops.double(), rtol=0, atol=1e-3)
+        final = "sigma_min" if name == "deis" else "zero"
+        if hasattr(peer, "sigmas"):
+            levels = sigmas(ScaledLinear(), n, spacing, offset, final, grid=grid)
+            torch.testing.assert_close(levels[-1], peer.sigmas[-1], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "karras", "exponential", "sgm_uniform", "beta"])
+def test_only_leading_and_linspace_heed_the_family(spacing: str) -> None:
+    grids = [timesteps(ScaledLinear(), 20, spacing, grid=grid) for grid in ("fractional", "rounded", "inner")]
+    assert torch.equal(grids[0], grids[1])
+    assert torch.equal(grids[0], grids[2])
 
 
 def test_karras_levels_equal_diffusers() -> None:
@@ -99,6 +142,12 @@ def test_levels_of_ones_own_may_be_rounded_and_lack_the_0() -> None:
 def test_impossible_grids_are_refused(n: int, spacing: str, offset: int, message: str) -> None:
     with pytest.raises(SamplingError, match=message):
         sigmas(ScaledLinear(), n, spacing, offset)
+
+
+@pytest.mark.parametrize(("spacing", "grid"), [("leading", "inner"), ("linspace", "inner"), ("linspace", "rounded")])
+def test_a_family_has_room_for_less(spacing: str, grid: Grid) -> None:
+    with pytest.raises(SamplingError, match="do not fit into 1000 timesteps; ask for fewer steps"):
+        timesteps(ScaledLinear(), 1001 if grid == "rounded" else 1000, spacing, grid=grid)
 
 
 @pytest.mark.parametrize("values", [[], [1, 2], [5, 5], [1000, 3], [4, -1], [float("nan")]], ids=str)
