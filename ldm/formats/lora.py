@@ -1,0 +1,248 @@
+"""LoRA files of kohya's and of diffusers' naming, read as updates of the layers of a model.
+
+kohya writes the names of layers with underscores for dots. They are never split: every layer of the model is spelled as each
+naming has it, and looked up.
+
+|              | U-Net                                                        | text towers                                  |
+|--------------|--------------------------------------------------------------|----------------------------------------------|
+| kohya        | ``lora_unet_`` + name of a diffusers folder or an LDM file   | ``lora_te_`` or ``lora_te1_``, ``lora_te2_`` |
+| diffusers    | ``unet.`` or nothing + name of a diffusers folder            | ``text_encoder.``, ``text_encoder_2.``       |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.denoiser import UNetConfig
+from ldm.errors import CheckpointError, first_line
+from ldm.formats import names
+from ldm.formats.checkpoint import places
+from ldm.formats.hub import fetch, is_hub_id
+from ldm.formats.tensors import SAFETENSORS, check_finite, fingerprint, read_metadata, read_tensors
+from ldm.model import LatentDiffusion
+from ldm.nn.lora import Lora, LowRank
+
+FILE = "pytorch_lora_weights.safetensors"
+"""The LoRA in a folder that diffusers wrote."""
+
+METADATA = "lora_adapter_metadata"
+"""Where diffusers says, in JSON, how the updates were configured."""
+
+TENSORS = {
+    "down": r"(?:\.lora_(?:A|down)(?:\.\w+)?|[._]lora(?:_linear_layer)?\.down)\.weight",
+    "up": r"(?:\.lora_(?:B|up)(?:\.\w+)?|[._]lora(?:_linear_layer)?\.up)\.weight",
+    "mid": r"\.lora_mid\.weight",
+    "alpha": r"\.alpha",
+}
+"""How the tensors of an update end; what stands before is the layer."""
+
+OLD: names.Rules = (
+    (r"\.processor\.", "."),
+    (r"\b(attn\d)\.to_out$", r"\1.to_out.0"),
+    (r"\bself_attn\.to_([qkv])$", r"self_attn.\1_proj"),
+    (r"\bself_attn\.to_out$", "self_attn.out_proj"),
+)
+"""What diffusers called the layers when LoRA still was a kind of attention processor."""
+
+OTHERS = {
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.dora_scale|lora_magnitude_vector": "DoRA",
+    r"\.oft_": "OFT",
+    r"\.diff(_b)?$|\.(w|b)_norm$": "whole differences of weights",
+}
+"""Marks of what is no LoRA."""
+
+KINDS = {
+    r"double_blocks|single_blocks|single_transformer_blocks|joint_blocks|^(lora_)?transformer[._]": "FLUX or SD 3",
+    r"^lora_te[12]_|^text_encoder_2\.|label_emb|add_embedding|transformer_blocks[._][1-9]": "SDXL",
+}
+"""Names that only LoRAs for some kind of model have."""
+
+CONTEXT_WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
+
+
+def read_lora(
+    source: str | PathLike[str],
+    model: LatentDiffusion,
+    scale: float = 1.0,
+    name: str | None = None,
+    merged: bool = False,
+) -> Lora:
+    """The LoRA of a file, for a model.
+
+    Args:
+        source: a .safetensors file (or a pickle of tensors), a folder with a ``pytorch_lora_weights.safetensors``, or the id of
+            either on the hub.
+        scale, name, merged: of the :class:`ldm.nn.lora.Lora`; default of the name: the last part of the source, without ending.
+
+    Raises:
+        CheckpointError: the file is broken, is no LoRA, or is one for another kind of model.
+    """
+    path = fetch(source) if isinstance(source, str) and is_hub_id(source) else Path(source)
+    if path.is_dir():
+        path /= FILE
+    tensors, config = read_tensors(path), _config(path)
+    for key in tensors:
+        for mark, what in OTHERS.items():
+            if re.search(mark, key):
+                raise CheckpointError(f"{path} holds {what} ({key}), which ldm does not read; take a plain LoRA.")
+    check_finite(tensors, path)
+    looks = _looks(tensors, model)
+    updates = {}
+    for layer, found in _by_layer(path, tensors, _layers(model), looks).items():
+        weight = model.get_submodule(layer).get_parameter("weight")
+        updates[layer] = _update(path, found, config, weight.shape, looks)
+    if not updates:
+        raise CheckpointError(f"{path} holds no LoRA; name a file with tensors such as ...lora_down.weight in it.")
+    name = name or Path(source).name.removesuffix(SAFETENSORS)
+    return Lora(name, updates, fingerprint(tensors, config), scale, merged)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tensor of an update: its key in the file, and the layer there."""
+
+    key: str
+    layer: str
+    tensor: Tensor
+
+
+def _layers(model: LatentDiffusion) -> dict[str, str]:
+    """What the layers of a model are called in LoRA files of either naming, to their names in the model."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    parts, layers = places(model), dict[str, str]()
+    two = "text_2" in parts
+    dotted = {"unet": ("unet.", ""), "text": ("text_encoder.",), "text_2": ("text_encoder_2.",)}
+    kohya = {"unet": "lora_unet_", "text": "lora_te1_" if two else "lora_te_", "text_2": "lora_te2_"}
+    for part in dotted.keys() & parts.keys():
+        network = modules[parts[part]]
+        kinds = (nn.Linear, nn.Conv2d)
+        weights = [f"{name}.weight" for name, each in network.named_modules() if isinstance(each, kinds)]
+        if part != "unet":
+            tables = [names.text_transformers(weights)]
+        elif isinstance(network.config, UNetConfig):
+            vector = "add_embedding" if two else "class_embedding"
+            tables = [names.unet_diffusers(network.config, weights, vector), names.unet_ldm(network.config, weights)]
+        else:
+            continue
+        for ours, place in (item for table in tables for item in table.items()):
+            theirs = place.name.removesuffix(".weight")
+            for each in (theirs, theirs.removeprefix("text_model.")):
+                spelled = [*(start + each for start in dotted[part]), kohya[part] + each.replace(".", "_")]
+                layers |= dict.fromkeys(spelled, f"{parts[part]}.{ours.removesuffix('.weight')}")
+    return layers
+
+
+def _by_layer(
+    path: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, str], looks: str
+) -> dict[str, dict[str, Found]]:
+    """The tensors of the updates, by the layers of ours and by what they are of :data:`TENSORS`."""
+    updates: dict[str, dict[str, Found]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        ends = ((what, re.search(f"{end}$", key)) for what, end in TENSORS.items())
+        what, match = next(((what, match) for what, match in ends if match), ("", None))
+        if match is None:
+            raise CheckpointError(f"{path} holds {key}, which is no tensor of a LoRA{looks}; name a file of LoRA.")
+        layer = names.renamed(key[: match.start()], OLD)
+        if layer not in layers:
+            raise CheckpointError(
+                f"{path} holds {key}, which fits no layer of this model{looks}; take one that was trained on its kind."
+            )
+        found = updates[layers[layer]].setdefault(what, Found(key, layer, tensor))
+        if found.key != key:
+            raise CheckpointError(f"{path} holds both {found.key} and {key}, of one layer; split it into two files.")
+    return updates
+
+
+def _update(
+    path: Path, found: Mapping[str, Found], config: Mapping[str, Any], shape: Sequence[int], looks: str
+) -> LowRank:
+    """The update of a layer with a weight of this ``shape``."""
+    for what in ("down", "up"):
+        if what not in found:
+            key = next(iter(found.values())).key
+            raise CheckpointError(f"{path} holds {key}, but no {what} of the same layer; get the file anew.")
+    for each in found.values():
+        if not each.tensor.is_floating_point() and each is not found.get("alpha"):
+            raise CheckpointError(f"{path}: {each.key} holds {each.tensor.dtype}, but weights are floats; get it anew.")
+    down, up = found["down"].tensor, found["up"].tensor
+    if "mid" in found:
+        down = _with_mid(path, found["mid"], down)
+    r = down.shape[0] if down.ndim else 0
+    for each, tensor, wanted in ((found["down"], down, (r, *shape[1:])), (found["up"], up, (shape[0], r))):
+        if not r or _plain(tensor.shape) != _plain(wanted):
+            raise CheckpointError(
+                f"{path}: {each.key} has the shape {list(each.tensor.shape)}, which does not fit the layer, of shape "
+                f"{list(shape)}{looks}; take one that was trained on this kind of model."
+            )
+    alpha = _alpha(path, found, config, r)
+    return LowRank(down.reshape(r, *shape[1:]).clone(), up.reshape(shape[0], r).clone(), alpha)
+
+
+def _with_mid(path: Path, mid: Found, down: Tensor) -> Tensor:
+    """A k x k convolution of ``[r in k k]`` out of a 1 x 1 convolution ``down`` and the k x k one after it."""
+    if mid.tensor.ndim != 4 or down.ndim != 4 or down.shape[2:] != (1, 1) or down.shape[0] != mid.tensor.shape[1]:
+        raise CheckpointError(f"{path}: {mid.key} has the shape {list(mid.tensor.shape)}, which does not fit its down.")
+    return torch.einsum("pqkl,qi->pikl", mid.tensor.float(), down.flatten(1).float())
+
+
+def _plain(shape: Sequence[int]) -> list[int]:
+    """A shape without the ones at its end: linear layers and 1 x 1 convolutions stand for each other."""
+    sides = list(shape)
+    while sides and sides[-1] == 1:
+        sides.pop()
+    return sides
+
+
+def _alpha(path: Path, found: Mapping[str, Found], config: Mapping[str, Any], r: int) -> float:
+    """As the file says: by a tensor, or for all layers of a network and for single ones in the metadata; else r."""
+    if "alpha" in found:
+        alpha = found["alpha"].tensor
+        if alpha.numel() != 1:
+            raise CheckpointError(f"{path}: {found['alpha'].key} holds {alpha.numel()} numbers; an alpha is one.")
+        return float(alpha)
+    component, _, layer = found["down"].layer.partition(".")
+    if component not in ("unet", "text_encoder", "text_encoder_2"):
+        component, layer = "", found["down"].layer
+    start = f"{component}." if component else ""
+    value: Any = config.get(f"{start}lora_alpha", r)
+    patterns = config.get(f"{start}alpha_pattern") or {}
+    for pattern, said in patterns.items() if isinstance(patterns, dict) else ():
+        if f".{layer}".endswith(f".{pattern}"):
+            value = said
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise CheckpointError(f"{path} says in its {METADATA} that an alpha is {value!r}; get the file anew.")
+    return value * math.sqrt(r) if config.get(f"{start}use_rslora") else float(value)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """What diffusers says in the metadata."""
+    try:
+        config = json.loads(read_metadata(path).get(METADATA, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the {METADATA} of {path} cannot be read ({first_line(error)}); get it anew.") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"the {METADATA} of {path} is no section; get it anew.")
+    return config
+
+
+def _looks(tensors: Mapping[str, Tensor], model: LatentDiffusion) -> str:
+    """A clause for errors about what kind of model a file is for, if that is another kind than this."""
+    own = "SDXL" if "text_2" in places(model) else CONTEXT_WIDTHS.get(model.config.denoiser.context_width or 0)
+    kind = next((kind for mark, kind in KINDS.items() if any(re.search(mark, key) for key in tensors)), None)
+    for key, tensor in tensors.items():
+        if kind is None and re.search(r"attn2[._].*to_k.*(down|A)\b", key) and tensor.ndim > 1:
+            kind = CONTEXT_WIDTHS.get(tensor.shape[1])
+    return f" (it looks like a LoRA of {kind})" if kind and kind != own else ""
