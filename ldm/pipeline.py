@@ -33,7 +33,8 @@ from ldm.diffusion import (
 )
 from ldm.diffusion import sigmas as spaced_sigmas
 from ldm.errors import SamplingError, unknown
-from ldm.formats import MODEL_FILE, SHIPPED, load
+from ldm.formats import MODEL_FILE, SHIPPED, Source, load
+from ldm.formats.lora import read_lora
 from ldm.formats.native import save_model
 from ldm.images import Images
 from ldm.model import LatentDiffusion
@@ -131,6 +132,7 @@ class Pipeline:
             self.model.to(usable(device))
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(dtype or parameter.dtype)
+        self.model.loras.cast(self.model)
         self.model.to(memory_format=torch.channels_last)
         return self
 
@@ -154,6 +156,29 @@ class Pipeline:
         file = path if path.suffix == ".safetensors" else path / MODEL_FILE
         save_model(file, self.model, self.model.provenance, dtype)
         return file
+
+    def load_lora(self, source: Source, scale: float = 1.0, name: str | None = None, merge: bool = False) -> str:
+        """Add the LoRA of a file to those that are loaded, and return its name.
+
+        Args:
+            source: a file of kohya's or of diffusers' naming, a folder that diffusers wrote, or a hub id of either.
+            scale: of what it adds.
+            name: default: that of the file.
+            merge: into the weights, which :meth:`save_pretrained` then writes so; else it acts beside them, and is not written.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is for another model.
+            SamplingError: the name is taken, or the scale is no finite number.
+        """
+        return self.model.loras.add(self.model, read_lora(source, self.model, scale, name, merge))
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """Change the scale of a loaded LoRA, at once; a SamplingError if there is none of this name."""
+        self.model.loras.set_scale(self.model, name, scale)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take a LoRA away, or all; every weight is bit for bit what it is without. A SamplingError as above."""
+        self.model.loras.remove(self.model, name)
 
     def __call__(
         self,
@@ -286,7 +311,7 @@ class Pipeline:
         settings |= {} if shift is None else {"shift": shift}
         settings |= {} if timesteps is None and sigmas is None else {"sigmas": levels.tolist()}
         settings |= {} if latents is None else {"latents": "given"}
-        settings |= edit.record()
+        settings |= self.model.loras.record() | edit.record()
         model = {"model": self.model.fingerprint} if self.model.fingerprint else {}
         return Images.of(result, [request.record(index, settings) | model for index in range(len(request))])
 
