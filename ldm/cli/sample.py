@@ -38,6 +38,9 @@ app = new_app()
 def sample(
     prompts: Annotated[list[str] | None, Argument(help="What to show; several make several pictures.")] = None,
     model: Annotated[str, Option(help="Run folder, file, or the name of the shipped model.")] = "emoji",
+    lora: Annotated[
+        list[str] | None, Option(help="A file of LoRA to add, or FILE:0.8 to scale it; repeatable.")
+    ] = None,
     out: Annotated[
         Path | None,
         Option(help="A file (several pictures: a grid), a pattern with {index} or {seed}, or a folder."),
@@ -98,6 +101,8 @@ def sample(
     if animate:
         check_animation(animate)
     pipe = Pipeline.from_pretrained(model, device, getattr(torch, DTYPES[dtype]) if dtype else None)
+    for given in lora or []:
+        pipe.load_lora(*_scaled(given))
     frames = Animation(pipe)
     settings: dict[str, Any] = {
         "negative_prompt": negative,
@@ -158,6 +163,15 @@ def _settings(given: list[str] | None) -> dict[str, Any]:
             raise SamplingError(f"{item!r} is no setting; write name=value, such as order=3.")
     values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(given or []))
     return values
+
+
+def _scaled(given: str) -> tuple[str, float]:
+    """``"FILE:0.8"`` to file and scale; a scale of 1 where there is no number at the end."""
+    file, _, scale = given.rpartition(":")
+    try:
+        return (file, float(scale)) if file else (given, 1.0)
+    except ValueError:
+        return given, 1.0
 
 
 def _numbers(given: str | None) -> list[float] | None:
