@@ -101,7 +101,7 @@ def read_lora(
     check_finite(tensors, path)
     looks = _looks(tensors, model)
     updates = {}
-    for layer, found in _by_layer(path, tensors, _layers(model), looks).items():
+    for layer, found in _by_layer(path, tensors, layer_names(model), looks).items():
         weight = model.get_submodule(layer).get_parameter("weight")
         updates[layer] = _update(path, found, config, weight.shape, looks)
     if not updates:
@@ -119,7 +119,7 @@ class Found:
     tensor: Tensor
 
 
-def _layers(model: LatentDiffusion) -> dict[str, str]:
+def layer_names(model: LatentDiffusion) -> dict[str, str]:
     """What the layers of a model are called in LoRA files of either naming, to their names in the model."""
     modules: dict[str, Any] = dict(model.named_modules())
     parts, layers = places(model), dict[str, str]()

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +21,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ldm.config import structure
 from ldm.diffusion import Guidance
 from ldm.errors import CheckpointError, LdmError, SamplingError
-from ldm.formats.lora import FILE, read_lora
+from ldm.formats.lora import FILE, layer_names, read_lora
+from ldm.formats.native import WithoutInit
+from ldm.model import LatentDiffusion, ModelConfig
 from ldm.pipeline import Pipeline
 from tests.formats import world
-from tests.tiny import LORA_LAYERS, tiny_lora, tiny_model
+from tests.tiny import LORA_LAYERS, TOKENIZER, tiny_lora, tiny_model
 
 PROMPT, NEGATIVE = "a red apple", "blurry"
 ALPHA, SCALE = 1.0, 0.6
@@ -228,6 +232,73 @@ def test_pictures_are_those_of_the_peer_with_the_update_in_its_weights(
     np.testing.assert_allclose(picture(pipe), expected, atol=1e-4)
     pipe.unload_lora("style")
     assert np.array_equal(picture(pipe), without)
+
+
+SD1: dict[str, Any] = {
+    "conditioner": {"kind": "text", "tower": {"width": 768, "layers": 12, "heads": 12}},
+    "denoiser": {
+        "levels": [
+            {"width": 320, "depth": 1},
+            {"width": 640, "depth": 1},
+            {"width": 1280, "depth": 1},
+            {"width": 1280},
+        ],
+        "heads": 8,
+        "context_width": 768,
+    },
+}
+SDXL: dict[str, Any] = {
+    "conditioner": {
+        "kind": "sdxl",
+        "first": {"width": 768, "layers": 12, "heads": 12},
+        "second": {"width": 1280, "layers": 32, "heads": 20, "embed_dim": 1280},
+    },
+    "denoiser": {
+        "levels": [{"width": 320}, {"width": 640, "depth": 2}, {"width": 1280, "depth": 10}],
+        "middle_depth": 10,
+        "head_width": 64,
+        "projection": "linear",
+        "context_width": 2048,
+        "vector_width": 2816,
+    },
+}
+BLOCK = "transformer_blocks_0_attn2_to_k"
+
+
+@pytest.mark.parametrize(
+    ("config", "counts", "known"),
+    [
+        (
+            SD1,
+            {"te": 72, "unet": 192},
+            [f"unet_up_blocks_3_attentions_2_{BLOCK}", "te_text_model_encoder_layers_11_mlp_fc1"],
+        ),
+        (
+            SDXL,
+            {"te1": 72, "te2": 192, "unet": 722},
+            [
+                *(f"unet_input_blocks_{n}_1_{BLOCK}" for n in (4, 5, 7, 8)),
+                *(f"unet_output_blocks_{n}_1_{BLOCK}" for n in range(6)),
+                *(f"unet_middle_block_1_transformer_blocks_9_{end}" for end in ("attn1_to_out_0", "ff_net_0_proj")),
+                *(f"unet_{name}" for name in ("label_emb_0_0", "output_blocks_5_2_conv", "time_embed_2", "out_2")),
+                f"unet_down_blocks_1_attentions_0_{BLOCK}",
+                "te2_text_model_encoder_layers_31_self_attn_out_proj",
+            ],
+        ),
+    ],
+    ids=["SD 1", "SDXL"],
+)
+def test_full_sizes_have_as_many_layers_as_kohya_counts(config: Any, counts: dict[str, int], known: list[str]) -> None:
+    """The counts that its scripts print: linear layers and 1 x 1 convolutions of the transformers."""
+    whole = {"first_stage": {"kind": "autoencoder_kl"}, "diffusion": {}, "size": [512, 512]}
+    whole |= config | {"denoiser": {"kind": "unet"} | config["denoiser"]}
+    with torch.device("meta"), WithoutInit():
+        model = LatentDiffusion(structure(ModelConfig, whole), TOKENIZER)
+    names = layer_names(model)
+    wanted = r"lora_(?:te\d?)_.*(?:self_attn|mlp)|lora_(?:unet)_(?:down|mid|up)_.*attentions_"
+    spelled = [name.replace("_text_model", "") for name in names if re.match(wanted, name)]
+    assert Counter(name.split("_")[1] for name in dict.fromkeys(spelled)) == counts
+    assert not [name for name in known if f"lora_{name}" not in names]
 
 
 def test_names_of_the_text_encoder_go_with_and_without_their_infix(pipelines: Any, tmp_path: Path) -> None:
