@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import typer
+from safetensors.torch import save_file
 
 from ldm.cli.reference import anchor, reference
 from ldm.experiment import load_config
 from ldm.pipeline import Pipeline
-from tests.tiny import tiny_model
+from tests.tiny import tiny_lora, tiny_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
@@ -148,10 +149,13 @@ def test_sessions_print_what_the_page_says(page: Path) -> None:
     [(name_of(page), block) for page in PAGES for block in blocks(page, "python") if not block.startswith("# ldm/")],
 )
 def test_examples_run_on_a_model(page: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder where `runs/mine` is a run that is finished."""
+    """In a folder where `runs/mine` is a run that is finished, and the files of weights that it reads are LoRAs."""
     monkeypatch.chdir(tmp_path)
     Pipeline(tiny_model()).save_pretrained("runs/mine")
     written = {node.value for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)}
+    for name in written:
+        if isinstance(name, str) and name.endswith(".safetensors"):
+            save_file(tiny_lora(), name)
     with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng():
         exec(compile(block, page, "exec"), {})
     pictures = {name for name in written if isinstance(name, str) and name.endswith(".png")}

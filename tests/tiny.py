@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm.clip.tokenizer import train_byte_bpe
 from ldm.config import structure
@@ -44,3 +46,23 @@ def tiny_model(reads: str = "text", seed: int = 0, **changes: Any) -> LatentDiff
         model.first_stage.latent_mean.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0]))
         model.first_stage.latent_std.copy_(torch.tensor([1.5, 0.5, 1.0, 0.7]))
     return model.eval()
+
+
+LORA_LAYERS: dict[str, tuple[int, ...]] = {
+    "unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (16, 16),
+    "unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj": (128, 16),
+    "unet_down_blocks_0_resnets_0_conv1": (16, 16, 3, 3),
+    "unet_down_blocks_0_attentions_0_proj_in": (16, 16, 1, 1),
+    "te_text_model_encoder_layers_0_mlp_fc1": (64, 16),
+}
+"""Some layers of the tiny model, as kohya spells them, and the shapes of their weights."""
+
+
+def tiny_lora(seed: int = 0, layers: Mapping[str, tuple[int, ...]] = LORA_LAYERS, r: int = 2) -> dict[str, Tensor]:
+    """What a LoRA file of kohya's naming holds for them."""
+    draw, tensors = torch.Generator().manual_seed(seed), {}
+    for layer, (out, *inputs) in layers.items():
+        tensors[f"lora_{layer}.lora_down.weight"] = 0.5 * torch.randn(r, *inputs, generator=draw)
+        tensors[f"lora_{layer}.lora_up.weight"] = 0.5 * torch.randn(out, r, generator=draw)
+        tensors[f"lora_{layer}.alpha"] = torch.tensor(1.0)
+    return tensors

@@ -29,7 +29,7 @@ from ldm.errors import CheckpointError, first_line
 from ldm.formats import names
 from ldm.formats.checkpoint import places
 from ldm.formats.hub import fetch, is_hub_id
-from ldm.formats.tensors import check_finite, fingerprint, read_metadata, read_tensors
+from ldm.formats.tensors import SAFETENSORS, check_finite, fingerprint, read_metadata, read_tensors
 from ldm.model import LatentDiffusion
 from ldm.nn.lora import Lora, LowRank
 
@@ -66,7 +66,7 @@ OTHERS = {
 
 KINDS = {
     r"double_blocks|single_blocks|single_transformer_blocks|joint_blocks|^(lora_)?transformer[._]": "FLUX or SD 3",
-    r"^lora_te2_|^text_encoder_2\.|label_emb|add_embedding|transformer_blocks[._][1-9]": "SDXL",
+    r"^lora_te[12]_|^text_encoder_2\.|label_emb|add_embedding|transformer_blocks[._][1-9]": "SDXL",
 }
 """Names that only LoRAs for some kind of model have."""
 
@@ -85,13 +85,12 @@ def read_lora(
     Args:
         source: a .safetensors file (or a pickle of tensors), a folder with a ``pytorch_lora_weights.safetensors``, or the id of
             either on the hub.
-        scale, name, merged: of the :class:`Lora`; the name is that of the file, or of the folder, if there is none.
+        scale, name, merged: of the :class:`ldm.nn.lora.Lora`; default of the name: the last part of the source, without ending.
 
     Raises:
         CheckpointError: the file is broken, is no LoRA, or is one for another kind of model.
     """
     path = fetch(source) if isinstance(source, str) and is_hub_id(source) else Path(source)
-    name = name or (source.split("/")[1] if path != Path(source) and isinstance(source, str) else path.stem)
     if path.is_dir():
         path /= FILE
     tensors, config = read_tensors(path), _config(path)
@@ -102,11 +101,12 @@ def read_lora(
     check_finite(tensors, path)
     looks = _looks(tensors, model)
     updates = {}
-    for layer, found in _by_layer(path, tensors, _layers(model), looks).items():
+    for layer, found in _by_layer(path, tensors, layer_names(model), looks).items():
         weight = model.get_submodule(layer).get_parameter("weight")
         updates[layer] = _update(path, found, config, weight.shape, looks)
     if not updates:
         raise CheckpointError(f"{path} holds no LoRA; name a file with tensors such as ...lora_down.weight in it.")
+    name = name or Path(source).name.removesuffix(SAFETENSORS)
     return Lora(name, updates, fingerprint(tensors, config), scale, merged)
 
 
@@ -119,7 +119,7 @@ class Found:
     tensor: Tensor
 
 
-def _layers(model: LatentDiffusion) -> dict[str, str]:
+def layer_names(model: LatentDiffusion) -> dict[str, str]:
     """What the layers of a model are called in LoRA files of either naming, to their names in the model."""
     modules: dict[str, Any] = dict(model.named_modules())
     parts, layers = places(model), dict[str, str]()
@@ -170,10 +170,13 @@ def _update(
     path: Path, found: Mapping[str, Found], config: Mapping[str, Any], shape: Sequence[int], looks: str
 ) -> LowRank:
     """The update of a layer with a weight of this ``shape``."""
-    for what, other in (("down", "up"), ("up", "down")):
+    for what in ("down", "up"):
         if what not in found:
-            key = found[other].key if other in found else next(iter(found.values())).key
+            key = next(iter(found.values())).key
             raise CheckpointError(f"{path} holds {key}, but no {what} of the same layer; get the file anew.")
+    for each in found.values():
+        if not each.tensor.is_floating_point() and each is not found.get("alpha"):
+            raise CheckpointError(f"{path}: {each.key} holds {each.tensor.dtype}, but weights are floats; get it anew.")
     down, up = found["down"].tensor, found["up"].tensor
     if "mid" in found:
         down = _with_mid(path, found["mid"], down)
@@ -190,7 +193,7 @@ def _update(
 
 def _with_mid(path: Path, mid: Found, down: Tensor) -> Tensor:
     """A k x k convolution of ``[r in k k]`` out of a 1 x 1 convolution ``down`` and the k x k one after it."""
-    if mid.tensor.ndim != 4 or down.flatten(1).shape[0] != mid.tensor.shape[1] or math.prod(down.shape[2:]) != 1:
+    if mid.tensor.ndim != 4 or down.ndim != 4 or down.shape[2:] != (1, 1) or down.shape[0] != mid.tensor.shape[1]:
         raise CheckpointError(f"{path}: {mid.key} has the shape {list(mid.tensor.shape)}, which does not fit its down.")
     return torch.einsum("pqkl,qi->pikl", mid.tensor.float(), down.flatten(1).float())
 

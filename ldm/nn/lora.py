@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class Loras:
         """
         if lora.name in self.loaded:
             raise SamplingError(f"a LoRA {lora.name!r} is loaded; unload it, or give this one another name.")
-        _check_scale(lora.scale)
+        lora.scale = _checked(lora.scale)
         self.loaded[lora.name] = lora
         if lora.merged:
             self._write(model, lora)
@@ -119,9 +120,8 @@ class Loras:
         Raises:
             SamplingError: there is none of this name, or the scale is no finite number.
         """
-        _check_scale(scale)
         lora = self._one(name)
-        lora.scale = scale
+        lora.scale = _checked(scale)
         if lora.merged:
             self._write(model, lora)
 
@@ -179,6 +179,7 @@ class Loras:
         weight.data = torch.empty_like(weight).copy_(value)
 
 
-def _check_scale(scale: float) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+def _checked(scale: object) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
         raise SamplingError(f"the scale of a LoRA is {scale!r}; it must be a finite number.")
+    return float(scale)

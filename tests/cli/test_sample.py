@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ldm import Pipeline
 from ldm.cli.common import new_app, run
 from ldm.cli.sample import DEMO_PROMPTS, main
 from ldm.data.shards import EMOJI, Shards, find_shards
 from ldm.diffusion import SAMPLERS, SPACINGS
-from tests.tiny import tiny_model
+from tests.tiny import tiny_lora, tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,6 +99,18 @@ def test_every_solver_spacing_and_guidance_is_an_option(
         name, value = option.removeprefix("--").split("=", 1)
         if name in ("sampler", "spacing"):
             assert settings[name] == value
+
+
+def test_loras_are_added_with_their_scales(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    style, other, picture = tmp_path / "style.safetensors", tmp_path / "other.safetensors", tmp_path / "apple.png"
+    for file in (style, other):
+        save_file(tiny_lora(), file)
+    common = ["a red apple", "--seed=4", f"--model={model}", f"--out={picture}"]
+    assert sample(monkeypatch, *common, f"--lora={style}:0.8", f"--lora={other}") == 0
+    with Image.open(picture) as written:
+        loras = json.loads(written.info["settings"])["loras"]
+    assert [(lora["name"], lora["scale"]) for lora in loras] == [("other", 1.0), ("style", 0.8)]
+    assert sample(monkeypatch, *common, f"--lora={tmp_path}/none.safetensors:0.8") == 2
 
 
 def test_a_picture_can_be_edited(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
