@@ -1,0 +1,173 @@
+"""Trainings that begin with a foreign model, and what becomes of them in the world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from ldm import Pipeline, load
+from ldm.errors import CheckpointError, ConfigError
+from ldm.experiment import Experiment, load_config
+from ldm.formats import read, save
+from ldm.formats.clip import save_clip
+from ldm.formats.native import load_strictly
+from ldm.stages import train_stage
+from tests.experiments import EXPERIMENT, SIZE, TRAIN, write_experiment
+from tests.formats import world
+from tests.formats.test_parity import picture, picture_of_peer
+from tests.tiny import tiny_model
+
+UNET = {
+    "kind": "unet",
+    "levels": [{"width": 32, "blocks": 1, "depth": 1}, {"width": 64, "blocks": 1}],
+    "heads": 8,
+    "projection": "conv",
+    "context_width": 32,
+}
+TEXT = {"width": 32, "layers": 3, "heads": 4, "mlp_ratio": 2.0, "activation": "quick_gelu"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("world") / "sd1"
+    world.pipeline("sd1").save_pretrained(path)
+    return path
+
+
+def experiment(
+    tmp_path: Path,
+    source: Path,
+    unet: dict[str, Any],
+    text: dict[str, Any] = TEXT,
+    parts: tuple[str, str] = (".", "."),
+    **train: Any,
+) -> Experiment:
+    """Stage 3 alone, upon the VAE and the text tower of ``source``, or of its sub-folders ``parts``."""
+    vae, clip = parts
+    diffusion = {"schedule": "scaled_linear", "parametrization": "eps"}
+    quick = {"max_steps": 1, "checkpoint_every": 1000, "validate_every": 1000, **train}
+    stage = {"model": unet, "conditioner": {"kind": "text"}, "diffusion": diffusion, "train": TRAIN | quick}
+    changes = {
+        "vae": {
+            "model": {"kind": "autoencoder_kl", "widths": [32, 64], "blocks": 1},
+            "checkpoint": str(source / vae),
+        },
+        "clip": {
+            "tokenizer": {"kind": "clip_bpe"},
+            "model": {"embed_dim": None, "text": text},
+            "checkpoint": str(source / clip),
+        },
+        "denoiser": EXPERIMENT["denoiser"] | stage,
+    }
+    return load_config(write_experiment(tmp_path, changes))
+
+
+def test_a_training_goes_on_from_sd_and_diffusers_reads_what_comes_of_it(folder: Path, tmp_path: Path) -> None:
+    source, trained = (
+        load(folder),
+        load(train_stage(experiment(tmp_path, folder, UNET, max_steps=2, init=str(folder)), "denoiser")),
+    )
+    before, after = source.state_dict(), trained.state_dict()
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved
+    assert all(name.startswith("denoiser.") for name in moved)
+    changes = torch.cat([(after[name] - before[name]).flatten() for name in moved]).abs()
+    assert changes.max() <= 2 * 2 * TRAIN["learning_rate"]  # two steps of Adam from there, not from noise
+
+    out = save(trained, tmp_path / "out", "diffusers")
+    peer = diffusers.StableDiffusionPipeline.from_pretrained(out)
+    peer.set_progress_bar_config(disable=True)
+    settings = {"guidance_scale": 3.0, "num_inference_steps": 4}
+    ours = Pipeline.from_pretrained(out, dtype=torch.float32)
+    expected = picture_of_peer(peer, "red apple", (SIZE, SIZE), **settings)
+    assert np.abs(picture(ours, "red apple", (SIZE, SIZE), **settings) - expected).max() < 1e-3
+
+
+def test_an_own_unet_on_a_foreign_vae_and_text_encoder(folder: Path, tmp_path: Path) -> None:
+    """By the sub-folders of the pipeline, which are sources by themselves."""
+    own = UNET | {"levels": [{"width": 32, "blocks": 2, "depth": 1}], "head_width": 16, "heads": None}
+    trained = load(train_stage(experiment(tmp_path, folder, own, parts=("vae", "text_encoder")), "denoiser"))
+    source = load(folder)
+    assert torch.equal(trained.first_stage.quant_conv.weight, source.first_stage.quant_conv.weight)
+    assert torch.equal(trained.first_stage.latent_std, source.first_stage.latent_std)
+    for name, tensor in source.conditioner.state_dict().items():
+        assert torch.equal(trained.conditioner.state_dict()[name], tensor)
+    assert trained.tokenizer is not None
+    assert trained.tokenizer("a cat").tolist() == source.tokenizer("a cat").tolist()  # type: ignore[misc]
+
+
+def test_a_foreign_part_of_another_config_is_refused_by_its_field(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"denoiser\.denoiser\.heads is 4 here and 8 there"):
+        train_stage(experiment(tmp_path, folder, UNET | {"heads": 4}, init=str(folder)), "denoiser")
+    with pytest.raises(CheckpointError, match=r"clip\.model\.text\.activation is 'gelu' here and 'quick_gelu' there"):
+        train_stage(experiment(tmp_path, folder, UNET, text=TEXT | {"activation": "gelu"}), "denoiser")
+
+
+def test_a_text_encoder_alone_is_not_trained(tmp_path: Path) -> None:
+    clip = EXPERIMENT["clip"]
+    alone = {name: value for name, value in clip["model"].items() if name != "image"}
+    with pytest.raises(ConfigError, match=r"model\.image is missing, and a CLIP is trained with both towers"):
+        load_config(write_experiment(tmp_path, {"clip": clip | {"model": alone}}))
+
+
+def test_stage_2_goes_on_from_a_clip_of_transformers(tmp_path: Path) -> None:
+    """After a step of no length its weights are those of the source."""
+    config = load_config(write_experiment(tmp_path))
+    torch.manual_seed(5)
+    clip = config.clip.model.build()  # type: ignore[union-attr]
+    save_clip(clip, None, tmp_path / "clip", "transformers")
+    found = read(tmp_path / "clip")
+    assert found.kind == "CLIP"
+    tiny = ["learning_rate=1e-30", "max_steps=1", "weight_decay=0", "ema_decay=0", f"init={tmp_path / 'clip'}"]
+    config = load_config(tmp_path / "tiny.yaml", [f"clip.train.{each}" for each in tiny])
+    again = config.clip.model.build()  # type: ignore[union-attr]
+    left = read(train_stage(config, "clip"))
+    state = {f"{name}.{key}": each for name in ("text", "image") for key, each in left.part(name).state.items()}
+    load_strictly(again, state | dict(left.part("others").state), "what is left")
+    for name, tensor in clip.state_dict().items():
+        assert torch.allclose(again.state_dict()[name], tensor, rtol=0, atol=1e-20), name
+
+
+def test_a_model_of_ours_in_the_parts_of_diffusers(tmp_path: Path) -> None:
+    """One whose U-Net also hears the pooled state, which no pipeline of diffusers hands on: the parts make the same picture."""
+    torch.manual_seed(0)
+    tower = {"vocab_size": 300, "context_length": 12, "width": 32, "layers": 2, "heads": 2, "embed_dim": 24}
+    network = {"kind": "unet", "levels": [{"width": 16, "blocks": 1, "depth": 1}], "heads": 2, "groups": 4}
+    model = tiny_model(
+        conditioner={"kind": "text", "pooled": True, "tower": tower},
+        denoiser=network | {"context_width": 32, "vector_width": 24},
+    )
+    out = save(model, tmp_path / "out", "diffusers")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(out / "unet")
+    vae = diffusers.AutoencoderKL.from_pretrained(out / "vae")
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_pretrained(out / "scheduler")
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+    text = CLIPTextModelWithProjection.from_pretrained(out / "text_encoder")
+    prompts = ["", "a red car"]
+    tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    assert model.tokenizer is not None
+    assert torch.equal(tokens, model.tokenizer(prompts))
+    x = noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    scheduler.set_timesteps(5)
+    with torch.no_grad():
+        told = text(tokens)
+        for t in scheduler.timesteps:
+            answers = unet(
+                torch.cat([scheduler.scale_model_input(x, t)] * 2),
+                t,
+                encoder_hidden_states=told.last_hidden_state,
+                class_labels=told.text_embeds,
+            ).sample
+            without, answer = answers.chunk(2)
+            x = scheduler.step(without + 3.0 * (answer - without), t, x).prev_sample
+        expected = (vae.decode(x / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    settings = {"guidance_scale": 3.0, "num_inference_steps": 5, "output_type": "pt", "progress": False}
+    ours = Pipeline(model)("a red car", latents=noise, **settings)
+    assert (ours - expected).abs().max() < 2 / 255
