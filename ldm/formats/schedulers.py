@@ -251,14 +251,13 @@ def write_scheduler(diffusion: Diffusion, sampling: SamplingConfig) -> dict[str,
         and all(name in IMPLEMENTED_BY.get(str(value), {name}) for value in stated.values())
     )
     defaults = CLASSES[name].defaults
-    flags = {flag: spacing == sampling.spacing for flag, spacing in FLAGS.items() if spacing == sampling.spacing}
     settings: dict[str, Any] = {
         **{
             setting: values[0]
             for setting, (values, _) in OURS.items()
             if defaults.get(setting, values[0]) not in values
         },
-        **flags,
+        **{flag: True for flag, spacing in FLAGS.items() if spacing == sampling.spacing},
         "timestep_spacing": sampling.spacing if sampling.spacing in PLAIN else "linspace",
         "steps_offset": sampling.offset,
         "sigma_schedule": "exponential" if sampling.spacing == "exponential" else "karras",
@@ -276,16 +275,18 @@ def _given(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -
     for name, default in defaults.items():
         value = values.get(name, default)
         kind = type(default)
-        fits = isinstance(value, int | float if kind is float else kind) and (
-            kind is bool or not isinstance(value, bool)
-        )
-        if default is not None and not fits:
+        if kind is float:  # of a size that it can be reckoned with
+            fits = isinstance(value, int | float) and (value == default or abs(value) < 1e30)
+        else:
+            fits = default is None or isinstance(value, kind)
+        if not fits or (isinstance(value, bool) and kind in (int, float)):
             raise CheckpointError(f"{where}: {name} is {value!r}; it must be {words[kind]}.")
         given[name] = float(value) if kind is float else value
-    if given["num_train_timesteps"] > MOST_TIMESTEPS:
-        raise CheckpointError(
-            f"{where}: num_train_timesteps is {given['num_train_timesteps']}; at most {MOST_TIMESTEPS} can be had."
-        )
+    timesteps, offset = given["num_train_timesteps"], given.get("steps_offset", 0)
+    if timesteps > MOST_TIMESTEPS:
+        raise CheckpointError(f"{where}: num_train_timesteps is {timesteps}; at most {MOST_TIMESTEPS} can be had.")
+    if not 0 <= offset < max(timesteps, 1):
+        raise CheckpointError(f"{where}: steps_offset is {offset}; it must be from 0 to below {timesteps}.")
     return given
 
 

@@ -148,7 +148,7 @@ def test_what_differs_is_told_and_nothing_else(name: str, settings: dict[str, An
     expected = {"original_inference_steps"} if name == "LCMScheduler" else set()
     if name in ("DDIMScheduler", "PNDMScheduler") and sampling.spacing != "leading":
         expected = {"timestep_spacing"}
-    if sampling.spacing == "karras" and SPECS[sampling.sampler].grid == "inner":
+    if settings.get("use_karras_sigmas") and SPECS[sampling.sampler].grid == "inner":
         expected = {"use_karras_sigmas"}
     assert told.keys() == expected
 
@@ -281,7 +281,10 @@ def test_an_unknown_class_is_told_and_gives_way() -> None:
         ({"num_train_timesteps": 10**12}, "at most 1000000"),
         ({"beta_start": [1]}, "must be a number"),
         ({"beta_end": -0.1}, "beta_end -0.1"),
-        ({"beta_end": float("nan")}, "beta_end nan"),
+        ({"beta_end": float("nan")}, "beta_end is nan; it must be a number"),
+        ({"beta_end": 10**400}, "beta_end is 1000"),
+        ({"steps_offset": 1000}, "steps_offset is 1000; it must be from 0 to below 1000"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": float("inf")}, "shift is inf"),
         ({"beta_schedule": "squaredcos_cap"}, "did you mean 'squaredcos_cap_v2'"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"prediction_type": "v"}, "unknown prediction_type 'v'"),
