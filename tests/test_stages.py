@@ -347,8 +347,8 @@ def test_init_takes_what_is_trained_and_keeps_the_predecessors(copy_of: Callable
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("clip/final.safetensors", "does not hold what is wanted, ldm.first_stage.1; its metadata says 'ldm.clip.1'"),
-        ("none.safetensors", "there is no file"),
+        ("clip/final.safetensors", "holds no vae, but text and image; name another source"),
+        ("none.safetensors", "there is no model"),
     ],
 )
 def test_an_init_that_does_not_fit_is_refused(copy_of: Callable[..., Path], source: str, message: str) -> None:

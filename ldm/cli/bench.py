@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from ldm.cli.bench_load import bench_load
 from ldm.cli.common import Debug, keep_freed_memory, new_app, run
 from ldm.errors import LdmError, missing_extra, unknown
 
@@ -21,11 +23,14 @@ app = new_app()
 
 @app.command()
 def bench(
-    names: Annotated[list[str] | None, Argument(help="unet, vae, text; default: all.")] = None,
+    names: Annotated[list[str] | None, Argument(help="unet, vae, text; default: all three. Or load.")] = None,
     device: Annotated[str | None, Option(help="cpu or cuda. The GPU if there is one.")] = None,
     dtype: Annotated[str | None, Option(help="float32 or bfloat16. bfloat16 where it is native.")] = None,
     batch: Annotated[int, Option(help="Pictures in a batch.")] = 8,
     rounds: Annotated[int, Option(help="Measured rounds; ours and the peer's alternate.")] = 7,
+    folder: Annotated[Path, Option(help="Of load: where the full-size file is, or is made (8.6 GB).")] = Path(
+        "runs/bench"
+    ),
     compiled: Annotated[bool, Option("--compile", help="torch.compile both.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -35,9 +40,14 @@ def bench(
     from ldm.devices import default_device, default_dtype
 
     for name in names or []:
-        if name not in PAIRS:
-            raise LdmError(unknown("benchmark", name, PAIRS))
+        if name not in (*PAIRS, "load"):
+            raise LdmError(unknown("benchmark", name, [*PAIRS, "load"]))
     keep_freed_memory()
+    if names and "load" in names:
+        bench_load(folder, dtype or "float32", rounds)
+        names = [name for name in names if name != "load"]
+        if not names:
+            return
     place = torch.device(device) if device else default_device()
     precision = getattr(torch, dtype) if dtype else default_dtype(place)
     print(f"{place}, {precision}, batch {batch}, {torch.get_num_threads()} threads, median of {rounds} rounds")

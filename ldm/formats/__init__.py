@@ -13,7 +13,7 @@ from ldm.formats.clip import is_clip, read_clip
 from ldm.formats.diffusers_folder import CONFIG, is_folder, read_folder, write_folder
 from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.native import HELD, save_model
-from ldm.formats.single_file import read_single_file, write_single_file
+from ldm.formats.single_file import SINGLE_FILE, read_single_file, write_single_file
 from ldm.formats.tensors import PICKLES, SAFETENSORS, read_metadata
 from ldm.model import LatentDiffusion
 
@@ -95,6 +95,11 @@ def read(
     elif _is_native(path):
         found = read_native(path)
     else:
+        held = read_metadata(path).get("format", "")
+        if held.startswith("ldm.") and held != SINGLE_FILE:
+            raise CheckpointError(
+                f"{path}: its metadata says {held!r}, which this version does not know; install a newer ldm."
+            )
         found = read_single_file(path, prediction_type, ema)
     parts = {"vae": vae, "unet": unet, "text": text_encoder, "text_2": text_encoder_2}
     for name, given in parts.items():

@@ -211,14 +211,22 @@ def places(model: LatentDiffusion) -> dict[str, str]:
     return PARTS | towers
 
 
+def _configs(model: LatentDiffusion) -> dict[str, Any]:
+    """Of the parts of a model."""
+    towers = {name: tower.config for name, tower in model.conditioner.towers()}
+    return {"vae": model.config.first_stage, "unet": model.config.denoiser, **towers}
+
+
 def parts_of(model: LatentDiffusion, target: str) -> dict[str, Part]:
     """The parts of a model, for a writer of the format ``target``.
 
     Raises:
         CheckpointError: it has weights that are in none of them.
     """
-    modules: dict[str, Any] = dict(model.named_modules())
-    parts = {name: Part(modules[prefix].config, modules[prefix].state_dict()) for name, prefix in places(model).items()}
+    described = _configs(model)
+    parts = {
+        name: Part(described[name], model.get_submodule(prefix).state_dict()) for name, prefix in places(model).items()
+    }
     known = {f"{prefix}.{key}" for name, prefix in places(model).items() for key in parts[name].state}
     others = [name for name in model.state_dict() if name not in known]
     if others:
@@ -284,8 +292,8 @@ def read_native(path: Path) -> Checkpoint:
         others = {name: each for name, each in tensors.items() if not name.startswith(("text.", "image."))}
         return Checkpoint(parts=parts | {OTHERS: Part(config, others)}, **common)
     model = empty(lambda: LatentDiffusion(config, header.tokenizer), tensors, path)
-    modules: dict[str, Any] = dict(model.named_modules())
-    parts = {name: under(prefix, modules[prefix].config) for name, prefix in places(model).items()}
+    described = _configs(model)
+    parts = {name: under(prefix, described[name]) for name, prefix in places(model).items()}
     known = {f"{prefix}.{key}" for name, prefix in places(model).items() for key in parts[name].state}
     others = {name: tensor for name, tensor in tensors.items() if name not in known}
     return Checkpoint(

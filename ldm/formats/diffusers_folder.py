@@ -41,6 +41,9 @@ OLD_ATTENTION = tuple(
 )
 """What the attention of the autoencoder was called before diffusers 0.15."""
 
+FORCED = {"steps_offset": 1, "clip_sample": False}
+"""What diffusers' pipelines with one text tower make of any scheduler that they are given."""
+
 GUIDANCE, GUIDANCE_SDXL = 7.5, 5.0
 """What diffusers' pipelines take if they are asked for none."""
 
@@ -65,10 +68,16 @@ def read_folder(path: Path, prediction_type: str | None = None) -> Checkpoint:
     index = read_json(path / INDEX)
     parts, notes = {}, [f"by {INDEX}: {index.get('_class_name', 'no class')}"]
     for name, folder in FOLDERS.items():
-        if isinstance(index.get(folder), list) and index[folder][0] is not None:
+        entry = index.get(folder)
+        if isinstance(entry, list) and entry and entry[0] is not None:
             if not (path / folder / CONFIG).is_file():
                 raise CheckpointError(f"{path} lacks {folder}/{CONFIG}, which its {INDEX} names; get the folder anew.")
             parts[name] = _part(name, path / folder)
+    if not parts:
+        raise CheckpointError(
+            f"{path} is a folder of {index.get('_class_name', 'no pipeline')}, of which ldm reads no part; it reads "
+            "pipelines of Stable Diffusion 1.x, 2.x and XL."
+        )
     two = "text_2" in parts
     if two:
         parts |= {name: _of_two(name, parts[name]) for name in ("text", "text_2") if name in parts}
@@ -77,6 +86,8 @@ def read_folder(path: Path, prediction_type: str | None = None) -> Checkpoint:
     if not scheduler.is_file():
         raise CheckpointError(f"{path} lacks scheduler/{SCHEDULER}, which says what the U-Net estimates; get it anew.")
     values = read_json(scheduler)
+    if not two:
+        values |= FORCED
     reason = f"by scheduler/{SCHEDULER}" if "prediction_type" in values else f"by default, {SCHEDULER} says nothing"
     if prediction_type is not None:
         values, reason = {**values, "prediction_type": prediction_type}, "as asked for"
@@ -228,7 +239,7 @@ def _with_statistics(part: Part, values: Mapping[str, Any], where: Path) -> Part
             state["latent_std"] = state["latent_std"] * torch.tensor(values["latents_std"], dtype=torch.float32)
         mean = values.get("latents_mean") or [values.get("shift_factor") or 0.0] * part.config.latent_channels
         state["latent_mean"] = torch.tensor(mean, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:  # a file may hold anything
         raise CheckpointError(f"{where} does not say how latents are normalised: {first_line(error)}.") from None
     return replace(part, state=state)
 

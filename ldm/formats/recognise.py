@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.transformer import Activation
 from ldm.denoiser import LevelSpec, UNetConfig
-from ldm.errors import CheckpointError, LdmError
+from ldm.errors import CheckpointError
 from ldm.vae import AutoencoderKLConfig
 
 HEADS = 8
@@ -60,7 +60,7 @@ def unet(tensors: Tensors, source: object) -> UNetConfig:
             head_width=None if conv else HEAD_WIDTH,
             projection="conv" if conv else "linear",
         )
-    except (KeyError, IndexError, LdmError) as error:
+    except Exception as error:  # names and shapes may be anything
         raise _strange(source, "U-Net", error) from None
 
 
@@ -79,7 +79,7 @@ def vae(tensors: Tensors, source: object) -> AutoencoderKLConfig:
             image_channels=tensors["encoder.conv_in.weight"].shape[1],
             middle_attention="encoder.mid.attn_1.q.weight" in tensors,
         )
-    except (KeyError, LdmError) as error:
+    except Exception as error:  # names and shapes may be anything
         raise _strange(source, "VAE", error) from None
 
 
@@ -143,7 +143,7 @@ def _text(
             activation=activation,
             embed_dim=None if projection is None else projection.shape[0],
         )
-    except (KeyError, ValueError) as error:
+    except Exception as error:  # names and shapes may be anything
         raise _strange(source, "text tower", error) from None
 
 

@@ -118,7 +118,7 @@ def test_the_defaults_are_the_size_of_vit_l_14() -> None:
         ({"text": {"embed_dim": 512}, "image": "vit", "embed_dim": 768}, "text.embed_dim is 512"),
         ({"text": {}, "image": "vit", "temperature": 0.0}, "temperature"),
         ({"text": {}, "image": "vit", "embed_dim": 0}, "embed_dim must be at least 1"),
-        ({"text": {}}, "'image' is missing"),
+        ({"text": {}, "image": "vit", "embed_dim": None}, "embed_dim is null, but there is an image tower"),
     ],
 )
 def test_what_cannot_be_built_is_refused(values: dict[str, object], part: str) -> None:

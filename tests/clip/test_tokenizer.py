@@ -16,6 +16,7 @@ from ldm.clip.tokenizer import (
     CLIPBPEConfig,
     Tokenizer,
     TokenizerKind,
+    clip_merges,
     train_byte_bpe,
 )
 from ldm.config import structure
@@ -208,5 +209,6 @@ def test_training_needs_captions_and_room_for_all_bytes() -> None:
 
 def test_without_open_clip_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    clip_merges.cache_clear()
     with pytest.raises(MissingExtraError, match="pip install open_clip_torch"):
         CLIPBPEConfig().build()

@@ -284,7 +284,7 @@ def test_older_configs_say_a_section_twice(theirs: Path) -> None:
         ("model_type", "siglip", "is no CLIP"),
         ("text_config.hidden_act", "gelu_new", "hidden_act is 'gelu_new'"),
         ("text_config.num_attention_heads", 5, "5 heads do not divide"),
-        ("text_config", [], "missing"),
+        ("text_config", [], "far more weights than it holds"),
         ("text_config", [1], "is no section"),
         ("text_config.num_hidden_layers", 3, "missing"),
         ("vision_config.layer_norm_eps", 1e-6, "layer_norm_eps"),

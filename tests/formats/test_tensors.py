@@ -11,6 +11,7 @@ import torch
 
 from ldm.errors import CheckpointError
 from ldm.formats.tensors import (
+    channels_last,
     check_finite,
     fingerprint,
     read_metadata,
@@ -123,11 +124,13 @@ def test_what_was_written_to_a_mapped_tensor_stays(large: Path) -> None:
 
 def test_another_dtype_and_layout_are_those_of_torch() -> None:
     weight, steps = torch.randn(4, 3, 2, 2), torch.arange(3)
-    last = to_dtype(weight, torch.bfloat16, torch.channels_last)
+    last = channels_last(weight)
     assert last.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(last, weight.bfloat16())
+    assert torch.equal(last, weight)
+    assert channels_last(last) is last
+    assert channels_last(weight[0]).data_ptr() == weight.data_ptr()
+    assert torch.equal(to_dtype(weight, torch.bfloat16), weight.bfloat16())
     assert to_dtype(weight, None) is weight
-    assert to_dtype(weight[0], torch.float32, torch.channels_last).dtype == torch.float32
     assert to_dtype(steps, torch.bfloat16) is steps
 
 
