@@ -7,6 +7,7 @@ import importlib
 import io
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ import typer
 from safetensors.torch import save_file
 
 from ldm.cli.reference import anchor, reference
+from ldm.clip.model import CLIPConfig
+from ldm.config import structure
 from ldm.experiment import load_config
+from ldm.formats import save
+from ldm.formats.clip import save_clip
 from ldm.pipeline import Pipeline
-from tests.tiny import tiny_lora, tiny_model
+from tests.tiny import TOKENIZER, tiny_lora, tiny_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
@@ -144,17 +149,37 @@ def test_sessions_print_what_the_page_says(page: Path) -> None:
         assert not result.failed, told.getvalue()
 
 
+def write_clip(name: str) -> None:
+    text = {"vocab_size": 300, "context_length": 12, "width": 16, "layers": 1, "heads": 2}
+    image = {"kind": "vit", "image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2}
+    clip = structure(CLIPConfig, {"text": text, "image": image, "embed_dim": 16}).build()
+    save_clip(clip, TOKENIZER, name, "transformers")
+
+
+THERE: dict[Any, Callable[[str], object]] = {
+    "runs/emoji_64": lambda name: save(tiny_model(), name),
+    "sd15.safetensors": lambda name: save(tiny_model(), name, "ldm"),
+    "vae-ft-mse.safetensors": lambda name: save(tiny_model(seed=1), name, "ldm"),
+    "folders/sdxl": lambda name: save(tiny_model(), name, "diffusers"),
+    "emoji-diffusers": lambda name: save(tiny_model(), name, "diffusers"),
+    "clip-vit-large-patch14": write_clip,
+}
+"""What the pages read, by the name that they give it; other files of weights are LoRAs."""
+
+
 @pytest.mark.parametrize(
     ("page", "block"),
     [(name_of(page), block) for page in PAGES for block in blocks(page, "python") if not block.startswith("# ldm/")],
 )
 def test_examples_run_on_a_model(page: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder where `runs/mine` is a run that is finished, and the files of weights that it reads are LoRAs."""
+    """In a folder where `runs/mine` is a run that is finished, and what else it reads is there as well."""
     monkeypatch.chdir(tmp_path)
     Pipeline(tiny_model()).save_pretrained("runs/mine")
     written = {node.value for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)}
     for name in written:
-        if isinstance(name, str) and name.endswith(".safetensors"):
+        if name in THERE:
+            THERE[name](name)
+        elif isinstance(name, str) and name.endswith(".safetensors"):
             save_file(tiny_lora(), name)
     with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng():
         exec(compile(block, page, "exec"), {})

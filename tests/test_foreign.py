@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from ldm import Pipeline, load
 from ldm.errors import CheckpointError, ConfigError
@@ -20,7 +21,6 @@ from ldm.stages import train_stage
 from tests.experiments import EXPERIMENT, SIZE, TRAIN, write_experiment
 from tests.formats import world
 from tests.formats.test_parity import picture, picture_of_peer
-from tests.tiny import tiny_model
 
 UNET = {
     "kind": "unet",
@@ -133,41 +133,31 @@ def test_stage_2_goes_on_from_a_clip_of_transformers(tmp_path: Path) -> None:
         assert torch.allclose(again.state_dict()[name], tensor, rtol=0, atol=1e-20), name
 
 
-def test_a_model_of_ours_in_the_parts_of_diffusers(tmp_path: Path) -> None:
-    """One whose U-Net also hears the pooled state, which no pipeline of diffusers hands on: the parts make the same picture."""
-    torch.manual_seed(0)
-    tower = {"vocab_size": 300, "context_length": 12, "width": 32, "layers": 2, "heads": 2, "embed_dim": 24}
-    network = {"kind": "unet", "levels": [{"width": 16, "blocks": 1, "depth": 1}], "heads": 2, "groups": 4}
-    model = tiny_model(
-        conditioner={"kind": "text", "pooled": True, "tower": tower},
-        denoiser=network | {"context_width": 32, "vector_width": 24},
-    )
+def test_the_shipped_model_in_the_parts_of_diffusers(tmp_path: Path) -> None:
+    """Its U-Net also hears the pooled state, which no pipeline of diffusers hands on: the parts make the same picture."""
+    model, prompts, n, scale = load(), ["", "red apple"], 8, 3.0
     out = save(model, tmp_path / "out", "diffusers")
     unet = diffusers.UNet2DConditionModel.from_pretrained(out / "unet")
     vae = diffusers.AutoencoderKL.from_pretrained(out / "vae")
     scheduler = diffusers.DPMSolverMultistepScheduler.from_pretrained(out / "scheduler")
-    from transformers import AutoTokenizer, CLIPTextModelWithProjection
-
-    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
-    text = CLIPTextModelWithProjection.from_pretrained(out / "text_encoder")
-    prompts = ["", "a red car"]
+    text = transformers.CLIPTextModelWithProjection.from_pretrained(out / "text_encoder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "tokenizer")
     tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     assert model.tokenizer is not None
     assert torch.equal(tokens, model.tokenizer(prompts))
-    x = noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    scheduler.set_timesteps(5)
+
+    x = noise = torch.randn(1, *model.latent_shape(), generator=torch.Generator().manual_seed(1))
+    scheduler.set_timesteps(n)
     with torch.no_grad():
         told = text(tokens)
         for t in scheduler.timesteps:
-            answers = unet(
-                torch.cat([scheduler.scale_model_input(x, t)] * 2),
-                t,
-                encoder_hidden_states=told.last_hidden_state,
-                class_labels=told.text_embeds,
-            ).sample
+            both = torch.cat([scheduler.scale_model_input(x, t)] * 2)
+            answers = unet(both, t, encoder_hidden_states=told.last_hidden_state, class_labels=told.text_embeds).sample
             without, answer = answers.chunk(2)
-            x = scheduler.step(without + 3.0 * (answer - without), t, x).prev_sample
+            x = scheduler.step(without + scale * (answer - without), t, x).prev_sample
         expected = (vae.decode(x / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-    settings = {"guidance_scale": 3.0, "num_inference_steps": 5, "output_type": "pt", "progress": False}
-    ours = Pipeline(model)("a red car", latents=noise, **settings)
-    assert (ours - expected).abs().max() < 2 / 255
+
+    settings = {"guidance_scale": scale, "num_inference_steps": n, "output_type": "pt", "progress": False}
+    for each in (model, load(save(model, tmp_path / "one.safetensors", "ldm")), load(out)):
+        picture = Pipeline(each)("red apple", latents=noise, **settings)
+        assert (picture - expected).abs().max() < 2 / 255

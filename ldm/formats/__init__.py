@@ -14,7 +14,7 @@ from ldm.formats.diffusers_folder import CONFIG, is_folder, read_folder, write_f
 from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.native import HELD, save_model
 from ldm.formats.single_file import SINGLE_FILE, read_single_file, write_single_file
-from ldm.formats.tensors import PICKLES, SAFETENSORS, read_metadata
+from ldm.formats.tensors import PICKLES, SAFETENSORS, STEMS, read_metadata
 from ldm.model import LatentDiffusion
 
 SHIPPED = "emoji"
@@ -161,7 +161,8 @@ def find(source: Source, revision: str | None = None) -> Path:
     )
     if path.suffix not in (SAFETENSORS, *PICKLES):
         raise CheckpointError(f"{path} is no file of weights; those end in {', '.join((SAFETENSORS, *PICKLES))}.")
-    return path.parent if (path.parent / CONFIG).is_file() and not _is_native(path) else path
+    of_a_folder = path.name.startswith(STEMS) and (path.parent / CONFIG).is_file() and not _is_native(path)
+    return path.parent if of_a_folder else path
 
 
 def _is_native(path: Path) -> bool:

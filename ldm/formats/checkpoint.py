@@ -151,10 +151,8 @@ class Checkpoint:
         Raises:
             CheckpointError: the other has no such part.
         """
-        part, own = (
-            other.part("text" if name == "text_2" and other.towers() == ["text"] else name),
-            self.parts.get(name),
-        )
+        lone = name == "text_2" and other.towers() == ["text"]
+        part, own = other.part("text" if lone else name), self.parts.get(name)
         source = f"{self.source} with the {name} of {other.source}"
         changed = replace(self, source=source, fingerprint="", meaning={})
         if isinstance(part.config, TextTowerConfig):
@@ -165,17 +163,10 @@ class Checkpoint:
                     conditioner=other.conditioner,
                     tokenizer=other.tokenizer,
                 )
-            # What of the tower the U-Net was trained with is the U-Net's affair.
-            uses = {key: getattr(own.config, key) for key in ("hidden_state", "context_norm")}
-            projected = own.config.embed_dim is not None
-            part = Part(
-                replace(part.config, **uses, embed_dim=part.config.embed_dim if projected else None),
-                {key: tensor for key, tensor in part.state.items() if projected or key != "projection.weight"},
-            )
-            place = "second" if name == "text_2" else "first" if hasattr(self.conditioner, "first") else "tower"
+            part = _read_as(own.config, part)
             changed = replace(
                 changed,
-                conditioner=replace(self.conditioner, **{place: part.config}),  # type: ignore[type-var]
+                conditioner=_with_tower(self.conditioner, name, part.config),
                 tokenizer=other.tokenizer or self.tokenizer,
             )
         return replace(changed, parts={**self.parts, name: part})
@@ -202,6 +193,33 @@ class Checkpoint:
         meant = dict(self.meaning) or meaning(metadata_of(config, self.tokenizer))
         header = Header(config, self.tokenizer, meant, self.fingerprint, dict(self.provenance))
         return assemble(model, state, header, self.source, dtype)
+
+
+def _read_as(own: TextTowerConfig, part: Part) -> Part:
+    """A text tower in place of ``own``: what of it the U-Net attends to is what the U-Net was trained with.
+
+    That is a number of blocks, which SD 2 has as all but the last of 24 in an LDM file, and as all of 23 in a folder.
+    """
+    tower: TextTowerConfig = part.config
+    attended = own.layers - (own.hidden_state == "penultimate")
+    hidden_state = {attended: "last", attended + 1: "penultimate"}.get(tower.layers, own.hidden_state)
+    projected = own.embed_dim is not None
+    read: Any = {"hidden_state": hidden_state, "context_norm": own.context_norm}
+    return Part(
+        replace(tower, **read, embed_dim=tower.embed_dim if projected else None),
+        {key: tensor for key, tensor in part.state.items() if projected or key != "projection.weight"},
+    )
+
+
+def _with_tower(conditioner: ConditionerKind, name: str, tower: TextTowerConfig) -> ConditionerKind:
+    """The conditioner with another config of a text tower."""
+    if isinstance(conditioner, SeveralConditionersConfig):
+        return replace(
+            conditioner, parts={key: _with_tower(part, name, tower) for key, part in conditioner.parts.items()}
+        )
+    if isinstance(conditioner, SDXLConditionerConfig):
+        return replace(conditioner, second=tower) if name == "text_2" else replace(conditioner, first=tower)
+    return replace(conditioner, tower=tower) if isinstance(conditioner, TextConditionerConfig) else conditioner
 
 
 def places(model: LatentDiffusion) -> dict[str, str]:
@@ -244,14 +262,20 @@ def with_scale(part: Part, scale: float) -> Part:
     return replace(part, state={**part.state, **statistics})
 
 
-def conditioner_of(parts: Mapping[str, Part], pooled: bool = False) -> ConditionerKind | None:
-    """What the towers among the parts are together; the U-Net's channels tell one for inpainting."""
+def conditioner_of(parts: Mapping[str, Part], pooled: bool = False, **sdxl: Any) -> ConditionerKind | None:
+    """What the towers among the parts are together; the U-Net's channels tell one for inpainting.
+
+    Args:
+        parts: by name.
+        pooled: of the conditioner ``text``.
+        sdxl: settings of the conditioner ``sdxl``, if there are two towers.
+    """
     if "text" not in parts:
         return None
     tower, vae, unet = parts["text"].config, parts.get("vae"), parts.get("unet")
     conditioner: ConditionerKind = TextConditionerConfig(tower=tower, pooled=pooled)
     if "text_2" in parts:
-        conditioner = SDXLConditionerConfig(first=tower, second=parts["text_2"].config)
+        conditioner = SDXLConditionerConfig(first=tower, second=parts["text_2"].config, **sdxl)
     if vae and unet and unet.config.in_channels == 2 * vae.config.latent_channels + 1:
         inpaint = InpaintConditionerConfig(latent_channels=vae.config.latent_channels)
         return SeveralConditionersConfig({"text": conditioner, "inpaint": inpaint})

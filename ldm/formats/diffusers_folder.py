@@ -21,7 +21,7 @@ from ldm.conditioning.sdxl import SDXLConditionerConfig
 from ldm.conditioning.several import SeveralConditionersConfig
 from ldm.conditioning.text import TextConditionerConfig
 from ldm.denoiser import UNetConfig
-from ldm.errors import CheckpointError, first_line
+from ldm.errors import CheckpointError, ConfigError, first_line
 from ldm.formats import configs, names
 from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, parts_of, with_scale
 from ldm.formats.folding import SCALE, folded, scale_of
@@ -188,15 +188,18 @@ def _index(model: LatentDiffusion, conditioner: Any, parts: Mapping[str, Part]) 
 def _conditioner(
     path: Path, index: Mapping[str, Any], unet: Mapping[str, Any], parts: Mapping[str, Part]
 ) -> ConditionerKind | None:
-    conditioner = conditioner_of(parts, pooled=unet.get("class_embed_type") == "projection")
-    if isinstance(conditioner, SDXLConditionerConfig):
-        return replace(
-            conditioner,
+    pooled = unet.get("class_embed_type") == "projection"
+    if "text_2" not in parts:
+        return conditioner_of(parts, pooled)
+    try:
+        return conditioner_of(
+            parts,
             pad_id=read_tokenizer(path / "tokenizer_2").pad_id,
-            zeros_for_empty=index.get("force_zeros_for_empty_prompt", True),
+            zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", True)),
             size_embedding_width=unet.get("addition_time_embed_dim", 256),
         )
-    return conditioner
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"the text encoders of {path} do not fit each other: {first_line(error)}.") from None
 
 
 def _part(name: str, folder: Path) -> Part:

@@ -194,6 +194,18 @@ def test_other_lone_networks_replace_theirs(part: str, files: dict[str, Path], t
         assert torch.equal(model[name], tensor + 1 if name.startswith(home) else tensor), name
 
 
+def test_a_text_encoder_of_another_depth_is_read_where_the_unet_attends(files: dict[str, Path], tmp_path: Path) -> None:
+    """diffusers' folder of SD 2 is without the last block, whose output the U-Net never saw."""
+    model = load(files["SD 2"])
+    folder = save(model, tmp_path / "folder", "diffusers")
+    replaced = load(files["SD 2"], text_encoder=folder / "text_encoder")
+    assert (len(model.conditioner.tower.blocks), len(replaced.conditioner.tower.blocks)) == (2, 1)
+    told = {"text": ["a red apple"]}
+    assert torch.equal(model.conditioner(told).context, replaced.conditioner(told).context)
+    back = load(folder, text_encoder=files["SD 2"])
+    assert torch.equal(model.conditioner(told).context, back.conditioner(told).context)
+
+
 def test_nine_channels_are_for_inpainting(tmp_path: Path) -> None:
     parts = {"text": CONDITIONERS["SD 1"], "inpaint": {"kind": "inpaint"}}
     model = model_of("SD 1", conditioner={"kind": "several", "parts": parts}, in_channels=9)
