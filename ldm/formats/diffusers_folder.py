@@ -20,6 +20,7 @@ from ldm.conditioning.conditioner import ConditionerKind
 from ldm.conditioning.sdxl import SDXLConditionerConfig
 from ldm.conditioning.several import SeveralConditionersConfig
 from ldm.conditioning.text import TextConditionerConfig
+from ldm.config import structure, unstructure
 from ldm.denoiser import UNetConfig
 from ldm.errors import CheckpointError, ConfigError, first_line
 from ldm.formats import configs, names
@@ -29,7 +30,7 @@ from ldm.formats.native import empty
 from ldm.formats.schedulers import read_scheduler, write_scheduler
 from ldm.formats.tensors import read_json, read_weights, write_atomically, write_tensors
 from ldm.formats.tokenizer import read_tokenizer, tokenizer_class, write_tokenizer
-from ldm.model import LatentDiffusion
+from ldm.model import LatentDiffusion, SamplingConfig
 from ldm.vae import AutoencoderKLConfig
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
@@ -40,6 +41,9 @@ OLD_ATTENTION = tuple(
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
 )
 """What the attention of the autoencoder was called before diffusers 0.15."""
+
+OWN, OWN_SETTINGS = "_ldm", ("num_inference_steps", "guidance_scale")
+"""An entry of the index that diffusers passes over: what its files have no place for."""
 
 FORCED = {"steps_offset": 1, "clip_sample": False}
 """What diffusers' pipelines with one text tower make of any scheduler that they are given."""
@@ -105,7 +109,7 @@ def read_folder(path: Path, prediction_type: str | None = None) -> Checkpoint:
         tokenizer=read_tokenizer(path / "tokenizer") if "text" in parts else None,
         conditioner=_conditioner(path, index, config, parts),
         diffusion=diffusion,
-        sampling=replace(sampling, guidance_scale=GUIDANCE_SDXL if two else GUIDANCE),
+        sampling=_asked(path, index, replace(sampling, guidance_scale=GUIDANCE_SDXL if two else GUIDANCE)),
         size=(height * factor, width * factor),
         provenance={"source": path.name},
         notes=tuple(notes),
@@ -172,6 +176,7 @@ def _index(model: LatentDiffusion, conditioner: Any, parts: Mapping[str, Part]) 
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", scheduler],
+        OWN: {name: getattr(model.config.sampling, name) for name in OWN_SETTINGS},
     }
     assert model.tokenizer is not None, "what reads text has a tokenizer"
     for name, tokenizer in (("text", "tokenizer"), ("text_2", "tokenizer_2")):
@@ -183,6 +188,19 @@ def _index(model: LatentDiffusion, conditioner: Any, parts: Mapping[str, Part]) 
         return {**index, "force_zeros_for_empty_prompt": conditioner.zeros_for_empty}
     nothing = {part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")}
     return {**index, **nothing, "requires_safety_checker": False}
+
+
+def _asked(path: Path, index: Mapping[str, Any], sampling: SamplingConfig) -> SamplingConfig:
+    """How the model is sampled, with what no file of diffusers says and we have put into the index."""
+    own = index.get(OWN, {})
+    try:
+        return structure(
+            SamplingConfig, unstructure(sampling) | {name: own[name] for name in OWN_SETTINGS if name in own}
+        )
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(
+            f"{path / INDEX}: {OWN} does not say how to sample ({first_line(error)}); remove it."
+        ) from None
 
 
 def _conditioner(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,7 @@ def test_statistics_of_each_channel_are_folded_into_the_autoencoder(to: str, tmp
     assert len(model.first_stage.latent_std.unique()) == 4
     picture = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     other = load(save(model, tmp_path / "other", to))
+    assert replace(other.config.sampling, offset=0) == model.config.sampling  # which is of the spacing leading alone
     assert not other.first_stage.latent_mean.any()
     assert torch.allclose(1 / other.first_stage.latent_std, torch.tensor(0.18215))
     settings = SETTINGS | {"num_images_per_prompt": 2}
