@@ -38,6 +38,9 @@ def sample(
     model: Annotated[
         str, Option(help="Run, file, diffusers folder, hub id, or the name of the shipped model.")
     ] = "emoji",
+    vae: Annotated[str | None, Option(help="Source of a VAE in place of the model's.")] = None,
+    prediction_type: Annotated[str | None, Option(help="epsilon or v_prediction, where a file of SD lacks it.")] = None,
+    revision: Annotated[str | None, Option(help="Branch, tag or commit of a hub id.")] = None,
     lora: Annotated[
         list[str] | None, Option(help="A file of LoRA to add, or FILE:0.8 to scale it; repeatable.")
     ] = None,
@@ -100,7 +103,10 @@ def sample(
     target = check_target(out or ("demo.png" if demo else "sample.png"))
     if animate:
         check_animation(animate)
-    pipe = Pipeline.from_pretrained(model, device, getattr(torch, DTYPES[dtype]) if dtype else None)
+    precision = getattr(torch, DTYPES[dtype]) if dtype else None
+    pipe = Pipeline.from_pretrained(
+        model, device, precision, vae=vae, prediction_type=prediction_type, revision=revision
+    )
     for given in lora or []:
         pipe.load_lora(*_scaled(given))
     frames = Animation(pipe)
