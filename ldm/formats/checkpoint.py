@@ -5,7 +5,7 @@ Readers of a format make a :class:`Checkpoint`, writers take one; between them l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.clip.model import CLIPConfig
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning import ConditionerKind
@@ -22,6 +23,7 @@ from ldm.conditioning.several import SeveralConditionersConfig
 from ldm.conditioning.text import TextConditionerConfig
 from ldm.diffusion.parametrization import Diffusion
 from ldm.errors import CheckpointError, ConfigError
+from ldm.formats import names
 from ldm.formats.native import (
     CLIP,
     FIRST_STAGE,
@@ -40,7 +42,7 @@ PARTS = {"vae": "first_stage", "unet": "denoiser"}
 """Parts by the names that diffusers' pipelines have for them, and where they are in a LatentDiffusion; others are towers."""
 
 OTHERS = "others"
-"""The part of a native file that no other format has a place for, under the names of the whole model."""
+"""What is in no other part, under the names of the whole model or CLIP."""
 
 NOT_OF_THE_NETWORK = ("latent_mean", "latent_std", "latent_preview")
 """What the state of a first stage has beside weights; formats say it in ways of their own."""
@@ -52,6 +54,17 @@ class Part:
 
     config: Any
     state: Mapping[str, Tensor]
+
+    @classmethod
+    def gathered(
+        cls, config: Any, tensors: Mapping[str, Tensor], table: Callable[[Iterable[str]], names.Table], source: object
+    ) -> Part:
+        """The network of a config whose weights are foreign ``tensors``, by views; see :func:`ldm.formats.names.gather`.
+
+        ``table`` makes the table out of the names of ours.
+        """
+        wanted = cls(config, empty(config.build, tensors, source).state_dict()).weights
+        return cls(config, names.gather(tensors, table(wanted), wanted, source))
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -282,6 +295,19 @@ def conditioner_of(parts: Mapping[str, Part], pooled: bool = False, **sdxl: Any)
     return conditioner
 
 
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a module of this name, by their names in it."""
+    start = f"{prefix}."
+    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def clip_parts(config: CLIPConfig, state: Mapping[str, Tensor]) -> dict[str, Part]:
+    """The towers of a CLIP, and as ``OTHERS`` its config with what of its state is in neither."""
+    text = Part(replace(config.text, embed_dim=config.embed_dim), under("text", state))
+    others = {name: tensor for name, tensor in state.items() if not name.startswith(("text.", "image."))}
+    return {"text": text, "image": Part(config.image, under("image", state)), OTHERS: Part(config, others)}
+
+
 def read_native(path: Path) -> Checkpoint:
     """What a file of our own format holds: a whole model, a first stage or a CLIP.
 
@@ -301,23 +327,14 @@ def read_native(path: Path) -> Checkpoint:
         "notes": ("all as its metadata say",),
     }
 
-    def under(prefix: str, config: Any) -> Part:
-        start = f"{prefix}." if prefix else ""
-        return Part(config, {name[len(start) :]: each for name, each in tensors.items() if name.startswith(start)})
-
-    if held == FIRST_STAGE:
-        return Checkpoint(parts={"vae": under("", header.config)}, **common)
     config = header.config
+    if held == FIRST_STAGE:
+        return Checkpoint(parts={"vae": Part(config, tensors)}, **common)
     if held == CLIP:
-        parts = {
-            "text": under("text", replace(config.text, embed_dim=config.embed_dim)),
-            "image": under("image", config.image),
-        }
-        others = {name: each for name, each in tensors.items() if not name.startswith(("text.", "image."))}
-        return Checkpoint(parts=parts | {OTHERS: Part(config, others)}, **common)
+        return Checkpoint(parts=clip_parts(config, tensors), **common)
     model = empty(lambda: LatentDiffusion(config, header.tokenizer), tensors, path)
     described = _configs(model)
-    parts = {name: under(prefix, described[name]) for name, prefix in places(model).items()}
+    parts = {name: Part(described[name], under(prefix, tensors)) for name, prefix in places(model).items()}
     known = {f"{prefix}.{key}" for name, prefix in places(model).items() for key in parts[name].state}
     others = {name: tensor for name, tensor in tensors.items() if name not in known}
     return Checkpoint(

@@ -294,6 +294,16 @@ IMAGE_OPEN_CLIP: Rules = (
 )
 
 
+def of_one_tower(tensors: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
+    """Tensors of a file of one tower of transformers, which has ``model`` (``text_model``) before its names, or leaves it out."""
+    known = (f"{model}.", "text_projection.", "visual_projection.")
+    return {
+        name if name.startswith(known) else f"{model}.{name}": tensor
+        for name, tensor in tensors.items()
+        if not name.endswith("position_ids")
+    }
+
+
 def text_transformers(state: Iterable[str]) -> Table:
     """Names of a text tower in transformers' CLIP: ``text_model.`` before all but the projection."""
     return {

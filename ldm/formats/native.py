@@ -235,7 +235,7 @@ def assemble(
     return model.eval().requires_grad_(False)
 
 
-def empty(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:
+def empty(build: Callable[[], M], tensors: Mapping[str, Tensor], source: object) -> M:
     """What ``build`` makes, without weights; it must not be larger by far than what the file holds.
 
     Raises:

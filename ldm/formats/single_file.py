@@ -15,7 +15,7 @@ do not say is in this order taken from an argument, from the metadata that some 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -275,11 +275,10 @@ def _recognised(name: str, prefix: str, tensors: Mapping[str, Tensor], path: Pat
 
 
 def _part(name: str, prefix: str, config: Any, tensors: Mapping[str, Tensor], path: Path) -> Part:
-    wanted = Part(config, empty(config.build, tensors, path).state_dict()).weights
-    return Part(config, names.gather(tensors, _table(name, prefix, config, wanted), wanted, path))
+    return Part.gathered(config, tensors, lambda state: _table(name, prefix, config, state), path)
 
 
-def _table(name: str, prefix: str, config: Any, state: Mapping[str, Tensor]) -> names.Table:
+def _table(name: str, prefix: str, config: Any, state: Iterable[str]) -> names.Table:
     if name == "unet":
         return names.unet_ldm(config, state)
     if name == "vae":
