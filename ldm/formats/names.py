@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoiser import UNetConfig
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, counted
 from ldm.vae import AutoencoderKLConfig
 
 Rules = Sequence[tuple[str, str]]
@@ -88,14 +88,9 @@ def gather(
         "unexpected": unexpected,
         "of a shape that does not fit": [f"{name} {shape}" for name, shape in misshapen.items()],
     }
-    told = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in problems.items()
-        if names
-    ]
-    if told:
+    if any(problems.values()):
         details = (f"{what:<30} {name}" for what, listed in problems.items() for name in listed)
-        raise CheckpointError(f"{source} does not hold what its config says: {'; '.join(told)}.", details)
+        raise CheckpointError(f"{source} does not hold what its config says: {counted(problems)}.", details)
     return state
 
 
