@@ -22,7 +22,7 @@ from ldm.conditioning.sdxl import SDXLConditionerConfig
 from ldm.conditioning.several import SeveralConditionersConfig
 from ldm.conditioning.text import TextConditionerConfig
 from ldm.diffusion.parametrization import Diffusion
-from ldm.errors import CheckpointError, ConfigError
+from ldm.errors import CheckpointError, ConfigError, some
 from ldm.formats import names
 from ldm.formats.native import (
     CLIP,
@@ -199,10 +199,7 @@ class Checkpoint:
         absent = [name for name in prefixes if name not in self.parts]
         if absent:
             raise CheckpointError(f"{self.source} is no whole model: it lacks {' and '.join(absent)}.")
-        state = {
-            f"{prefix}.{key}": each for name, prefix in prefixes.items() for key, each in self.parts[name].state.items()
-        }
-        state |= self.parts[OTHERS].state if OTHERS in self.parts else {}
+        state = joined(self.parts, prefixes)
         meant = dict(self.meaning) or meaning(metadata_of(config, self.tokenizer))
         header = Header(config, self.tokenizer, meant, self.fingerprint, dict(self.provenance))
         return assemble(model, state, header, self.source, dtype)
@@ -242,10 +239,32 @@ def places(model: LatentDiffusion) -> dict[str, str]:
     return PARTS | towers
 
 
-def _configs(model: LatentDiffusion) -> dict[str, Any]:
-    """Of the parts of a model."""
+def joined(parts: Mapping[str, Part], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    """The state of a whole out of the parts in these places, and of ``OTHERS``."""
+    state = {f"{prefix}.{key}": each for name, prefix in prefixes.items() for key, each in parts[name].state.items()}
+    return state | dict(parts[OTHERS].state) if OTHERS in parts else state
+
+
+def _divided(state: Mapping[str, Tensor], homes: Mapping[str, tuple[str, Any]], whole: Any) -> dict[str, Part]:
+    """Parts by their prefix in a state and their config; what is under no prefix is of ``OTHERS``, and the config ``whole``."""
+    parts, others = {}, dict(state)
+    for name, (prefix, config) in homes.items():
+        own = [key for key in state if key.startswith(f"{prefix}.")]
+        parts[name] = Part(config, {key.removeprefix(f"{prefix}."): others.pop(key) for key in own})
+    return parts | ({OTHERS: Part(whole, others)} if others else {})
+
+
+def _of_model(model: LatentDiffusion, state: Mapping[str, Tensor]) -> dict[str, Part]:
     towers = {name: tower.config for name, tower in model.conditioner.towers()}
-    return {"vae": model.config.first_stage, "unet": model.config.denoiser, **towers}
+    configs = {"vae": model.config.first_stage, "unet": model.config.denoiser, **towers}
+    homes = {name: (prefix, configs[name]) for name, prefix in places(model).items()}
+    return _divided(state, homes, model.config.conditioner)
+
+
+def of_clip(config: CLIPConfig, state: Mapping[str, Tensor]) -> dict[str, Part]:
+    """The parts of a CLIP: its towers, and as ``OTHERS`` what is in neither, with its config."""
+    text = replace(config.text, embed_dim=config.embed_dim)
+    return _divided(state, {"text": ("text", text), "image": ("image", config.image)}, config)
 
 
 def parts_of(model: LatentDiffusion, target: str) -> dict[str, Part]:
@@ -254,16 +273,10 @@ def parts_of(model: LatentDiffusion, target: str) -> dict[str, Part]:
     Raises:
         CheckpointError: it has weights that are in none of them.
     """
-    described = _configs(model)
-    parts = {
-        name: Part(described[name], model.get_submodule(prefix).state_dict()) for name, prefix in places(model).items()
-    }
-    known = {f"{prefix}.{key}" for name, prefix in places(model).items() for key in parts[name].state}
-    others = [name for name in model.state_dict() if name not in known]
-    if others:
+    parts = _of_model(model, model.state_dict())
+    if OTHERS in parts:
         raise CheckpointError(
-            f"this model has weights that {target} has no place for ({', '.join(others[:3])}"
-            f"{', ...' if len(others) > 3 else ''}); write a native file."
+            f"this model has weights that {target} has no place for ({some([*parts[OTHERS].state])}); write a native file."
         )
     return parts
 
@@ -295,24 +308,11 @@ def conditioner_of(parts: Mapping[str, Part], pooled: bool = False, **sdxl: Any)
     return conditioner
 
 
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a module of this name, by their names in it."""
-    start = f"{prefix}."
-    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
-
-
-def clip_parts(config: CLIPConfig, state: Mapping[str, Tensor]) -> dict[str, Part]:
-    """The towers of a CLIP, and as ``OTHERS`` its config with what of its state is in neither."""
-    text = Part(replace(config.text, embed_dim=config.embed_dim), under("text", state))
-    others = {name: tensor for name, tensor in state.items() if not name.startswith(("text.", "image."))}
-    return {"text": text, "image": Part(config.image, under("image", state)), OTHERS: Part(config, others)}
-
-
 def read_native(path: Path) -> Checkpoint:
     """What a file of our own format holds: a whole model, a first stage or a CLIP.
 
     Raises:
-        CheckpointError: the file is broken, or a model in it has weights that are of no part.
+        CheckpointError: the file is broken.
     """
     held = read_metadata(path).get("format", "")
     header, tensors = read_header(path, held, HELD[held]), read_tensors(path)
@@ -331,14 +331,10 @@ def read_native(path: Path) -> Checkpoint:
     if held == FIRST_STAGE:
         return Checkpoint(parts={"vae": Part(config, tensors)}, **common)
     if held == CLIP:
-        return Checkpoint(parts=clip_parts(config, tensors), **common)
+        return Checkpoint(parts=of_clip(config, tensors), **common)
     model = empty(lambda: LatentDiffusion(config, header.tokenizer), tensors, path)
-    described = _configs(model)
-    parts = {name: Part(described[name], under(prefix, tensors)) for name, prefix in places(model).items()}
-    known = {f"{prefix}.{key}" for name, prefix in places(model).items() for key in parts[name].state}
-    others = {name: tensor for name, tensor in tensors.items() if name not in known}
     return Checkpoint(
-        parts=parts | ({OTHERS: Part(config.conditioner, others)} if others else {}),
+        parts=_of_model(model, tensors),
         conditioner=config.conditioner,
         diffusion=config.diffusion,
         sampling=config.sampling,

@@ -26,9 +26,9 @@ from ldm.clip.image import ViTConfig
 from ldm.clip.model import CLIP, CLIPConfig
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import CLIP_VOCAB_SIZE, Tokenizer, clip_bpe, clip_merges
-from ldm.errors import CheckpointError, unknown
+from ldm.errors import CheckpointError, some, unknown
 from ldm.formats import configs, names
-from ldm.formats.checkpoint import OTHERS, Checkpoint, Part, clip_parts, conditioner_of
+from ldm.formats.checkpoint import OTHERS, Checkpoint, Part, conditioner_of, joined, of_clip
 from ldm.formats.native import empty, load_strictly
 from ldm.formats.tensors import (
     CONFIG,
@@ -99,8 +99,7 @@ def load_clip(
     """
     found = read_clip(Path(source), quick_gelu)
     config = found.part(OTHERS).config
-    state = {f"{name}.{key}": each for name in ("text", "image") for key, each in found.parts[name].state.items()}
-    state |= found.parts[OTHERS].state
+    state = joined(found.parts, {"text": "text", "image": "image"})
     clip: CLIP = empty(config.build, state, source)
     load_strictly(clip, state, source, dtype)
     return clip.eval().requires_grad_(False), found.tokenizer
@@ -200,7 +199,7 @@ def _transformers(values: configs.Values, folder: Path) -> Checkpoint:
     image = _with_pixels(configs.read_image(_section(values, "vision", where), where), folder)
     config = configs.described(where, lambda: CLIPConfig(configs.read_text(text, where, True), image, embed_dim))
     clip = Part.gathered(config, tensors, names.clip_transformers, files[0])
-    return _checkpoint(folder, "transformers", clip_parts(config, clip.state), tokenizer)
+    return _checkpoint(folder, "transformers", of_clip(config, clip.state), tokenizer)
 
 
 def read_text_tower(values: configs.Values, folder: Path) -> Part:
@@ -293,7 +292,7 @@ def _open_clip(values: Any, pixels: Any, tensors: Mapping[str, Tensor], file: Pa
     elif config.text.vocab_size == CLIP_VOCAB_SIZE:
         tokenizer = clip_bpe(clip_merges(), config.text.context_length, pad_id=0, pad_in_text=False)
     source = file if where == file else where.parent
-    return _checkpoint(source, "open_clip", clip_parts(config, clip.state), tokenizer)
+    return _checkpoint(source, "open_clip", of_clip(config, clip.state), tokenizer)
 
 
 def _read_open_clip(values: Any, pixels: Any, where: Path) -> CLIPConfig:
@@ -345,7 +344,7 @@ def _derived(tensors: Mapping[str, Tensor], quick_gelu: bool, source: Path) -> d
     lacking = sorted(name for name in needed if name not in tensors or not tensors[name].numel())
     if lacking:
         raise CheckpointError(
-            f"{source} holds no CLIP of open_clip with a vision transformer, for it lacks {', '.join(lacking[:3])}; "
+            f"{source} holds no CLIP of open_clip with a vision transformer, for it lacks {some(lacking)}; "
             "name a folder with its config, if it is one of transformers."
         )
 
