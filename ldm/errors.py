@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class LdmError(ValueError):
@@ -50,6 +50,20 @@ def first_line(error: BaseException) -> str:
     """What an error of another library says first, as a clause of one of ours, of bounded length."""
     line = str(error).strip().split("\n")[0].rstrip(".")
     return line if len(line) <= 500 else f"{line[:500]}..."
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three of many names, for a sentence."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def counted(problems: Mapping[str, Sequence[str]]) -> str:
+    """How many names have each problem, and some of them; empty if none has any.
+
+    >>> counted({"missing": ["a", "b", "c", "d"], "unexpected": []})
+    '4 missing (a, b, c, ...)'
+    """
+    return "; ".join(f"{len(names)} {what} ({some(names)})" for what, names in problems.items() if names)
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

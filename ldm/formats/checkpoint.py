@@ -5,7 +5,7 @@ Readers of a format make a :class:`Checkpoint`, writers take one; between them l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.clip.model import CLIPConfig
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning import ConditionerKind
@@ -21,7 +22,8 @@ from ldm.conditioning.sdxl import SDXLConditionerConfig
 from ldm.conditioning.several import SeveralConditionersConfig
 from ldm.conditioning.text import TextConditionerConfig
 from ldm.diffusion.parametrization import Diffusion
-from ldm.errors import CheckpointError, ConfigError
+from ldm.errors import CheckpointError, ConfigError, some
+from ldm.formats import names
 from ldm.formats.native import (
     CLIP,
     FIRST_STAGE,
@@ -40,7 +42,7 @@ PARTS = {"vae": "first_stage", "unet": "denoiser"}
 """Parts by the names that diffusers' pipelines have for them, and where they are in a LatentDiffusion; others are towers."""
 
 OTHERS = "others"
-"""The part of a native file that no other format has a place for, under the names of the whole model."""
+"""What is in no other part, under the names of the whole model or CLIP."""
 
 NOT_OF_THE_NETWORK = ("latent_mean", "latent_std", "latent_preview")
 """What the state of a first stage has beside weights; formats say it in ways of their own."""
@@ -52,6 +54,17 @@ class Part:
 
     config: Any
     state: Mapping[str, Tensor]
+
+    @classmethod
+    def gathered(
+        cls, config: Any, tensors: Mapping[str, Tensor], table: Callable[[Iterable[str]], names.Table], source: object
+    ) -> Part:
+        """The network of a config whose weights are foreign ``tensors``, by views; see :func:`ldm.formats.names.gather`.
+
+        ``table`` makes the table out of the names of ours.
+        """
+        wanted = cls(config, empty(config.build, tensors, source).state_dict()).weights
+        return cls(config, names.gather(tensors, table(wanted), wanted, source))
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -186,10 +199,7 @@ class Checkpoint:
         absent = [name for name in prefixes if name not in self.parts]
         if absent:
             raise CheckpointError(f"{self.source} is no whole model: it lacks {' and '.join(absent)}.")
-        state = {
-            f"{prefix}.{key}": each for name, prefix in prefixes.items() for key, each in self.parts[name].state.items()
-        }
-        state |= self.parts[OTHERS].state if OTHERS in self.parts else {}
+        state = joined(self.parts, prefixes)
         meant = dict(self.meaning) or meaning(metadata_of(config, self.tokenizer))
         header = Header(config, self.tokenizer, meant, self.fingerprint, dict(self.provenance))
         return assemble(model, state, header, self.source, dtype)
@@ -229,10 +239,32 @@ def places(model: LatentDiffusion) -> dict[str, str]:
     return PARTS | towers
 
 
-def _configs(model: LatentDiffusion) -> dict[str, Any]:
-    """Of the parts of a model."""
+def joined(parts: Mapping[str, Part], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    """The state of a whole out of the parts in these places, and of ``OTHERS``."""
+    state = {f"{prefix}.{key}": each for name, prefix in prefixes.items() for key, each in parts[name].state.items()}
+    return state | dict(parts[OTHERS].state) if OTHERS in parts else state
+
+
+def _divided(state: Mapping[str, Tensor], homes: Mapping[str, tuple[str, Any]], whole: Any) -> dict[str, Part]:
+    """Parts by their prefix in a state and their config; what is under no prefix is of ``OTHERS``, and the config ``whole``."""
+    parts, others = {}, dict(state)
+    for name, (prefix, config) in homes.items():
+        own = [key for key in state if key.startswith(f"{prefix}.")]
+        parts[name] = Part(config, {key.removeprefix(f"{prefix}."): others.pop(key) for key in own})
+    return parts | ({OTHERS: Part(whole, others)} if others else {})
+
+
+def _of_model(model: LatentDiffusion, state: Mapping[str, Tensor]) -> dict[str, Part]:
     towers = {name: tower.config for name, tower in model.conditioner.towers()}
-    return {"vae": model.config.first_stage, "unet": model.config.denoiser, **towers}
+    configs = {"vae": model.config.first_stage, "unet": model.config.denoiser, **towers}
+    homes = {name: (prefix, configs[name]) for name, prefix in places(model).items()}
+    return _divided(state, homes, model.config.conditioner)
+
+
+def of_clip(config: CLIPConfig, state: Mapping[str, Tensor]) -> dict[str, Part]:
+    """The parts of a CLIP: its towers, and as ``OTHERS`` what is in neither, with its config."""
+    text = replace(config.text, embed_dim=config.embed_dim)
+    return _divided(state, {"text": ("text", text), "image": ("image", config.image)}, config)
 
 
 def parts_of(model: LatentDiffusion, target: str) -> dict[str, Part]:
@@ -241,16 +273,10 @@ def parts_of(model: LatentDiffusion, target: str) -> dict[str, Part]:
     Raises:
         CheckpointError: it has weights that are in none of them.
     """
-    described = _configs(model)
-    parts = {
-        name: Part(described[name], model.get_submodule(prefix).state_dict()) for name, prefix in places(model).items()
-    }
-    known = {f"{prefix}.{key}" for name, prefix in places(model).items() for key in parts[name].state}
-    others = [name for name in model.state_dict() if name not in known]
-    if others:
+    parts = _of_model(model, model.state_dict())
+    if OTHERS in parts:
         raise CheckpointError(
-            f"this model has weights that {target} has no place for ({', '.join(others[:3])}"
-            f"{', ...' if len(others) > 3 else ''}); write a native file."
+            f"this model has weights that {target} has no place for ({some([*parts[OTHERS].state])}); write a native file."
         )
     return parts
 
@@ -286,7 +312,7 @@ def read_native(path: Path) -> Checkpoint:
     """What a file of our own format holds: a whole model, a first stage or a CLIP.
 
     Raises:
-        CheckpointError: the file is broken, or a model in it has weights that are of no part.
+        CheckpointError: the file is broken.
     """
     held = read_metadata(path).get("format", "")
     header, tensors = read_header(path, held, HELD[held]), read_tensors(path)
@@ -301,27 +327,14 @@ def read_native(path: Path) -> Checkpoint:
         "notes": ("all as its metadata say",),
     }
 
-    def under(prefix: str, config: Any) -> Part:
-        start = f"{prefix}." if prefix else ""
-        return Part(config, {name[len(start) :]: each for name, each in tensors.items() if name.startswith(start)})
-
-    if held == FIRST_STAGE:
-        return Checkpoint(parts={"vae": under("", header.config)}, **common)
     config = header.config
+    if held == FIRST_STAGE:
+        return Checkpoint(parts={"vae": Part(config, tensors)}, **common)
     if held == CLIP:
-        parts = {
-            "text": under("text", replace(config.text, embed_dim=config.embed_dim)),
-            "image": under("image", config.image),
-        }
-        others = {name: each for name, each in tensors.items() if not name.startswith(("text.", "image."))}
-        return Checkpoint(parts=parts | {OTHERS: Part(config, others)}, **common)
+        return Checkpoint(parts=of_clip(config, tensors), **common)
     model = empty(lambda: LatentDiffusion(config, header.tokenizer), tensors, path)
-    described = _configs(model)
-    parts = {name: under(prefix, described[name]) for name, prefix in places(model).items()}
-    known = {f"{prefix}.{key}" for name, prefix in places(model).items() for key in parts[name].state}
-    others = {name: tensor for name, tensor in tensors.items() if name not in known}
     return Checkpoint(
-        parts=parts | ({OTHERS: Part(config.conditioner, others)} if others else {}),
+        parts=_of_model(model, tensors),
         conditioner=config.conditioner,
         diffusion=config.diffusion,
         sampling=config.sampling,

@@ -13,39 +13,38 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.clip.image import ImageTower, ViTConfig
+from ldm.clip.image import ViTConfig
 from ldm.clip.model import CLIP, CLIPConfig
-from ldm.clip.text import TextTower, TextTowerConfig
+from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import CLIP_VOCAB_SIZE, Tokenizer, clip_bpe, clip_merges
-from ldm.errors import CheckpointError, unknown
+from ldm.errors import CheckpointError, some, unknown
 from ldm.formats import configs, names
-from ldm.formats.checkpoint import OTHERS, Checkpoint, Part, conditioner_of
-from ldm.formats.native import empty
+from ldm.formats.checkpoint import OTHERS, Checkpoint, Part, conditioner_of, joined, of_clip
+from ldm.formats.native import empty, load_strictly
 from ldm.formats.tensors import (
-    check_finite,
+    CONFIG,
+    TRANSFORMERS,
     read_json,
     read_tensors,
     read_weights,
-    to_dtype,
     write_atomically,
     write_tensors,
 )
 from ldm.formats.tokenizer import has_tokenizer, read_tokenizer, write_tokenizer
 
-CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
-WEIGHTS = ("model", "pytorch_model")
-OPEN_CLIP_WEIGHTS = ("open_clip_model", "open_clip_pytorch_model", *WEIGHTS)
-TRANSFORMERS = ("clip", "clip_text_model", "clip_vision_model")
+OPEN_CLIP_WEIGHTS = ("open_clip_model", "open_clip_pytorch_model", *TRANSFORMERS)
+MODEL_TYPES = ("clip", "clip_text_model", "clip_vision_model")
 """``model_type`` of transformers' CLIP and of its towers by themselves."""
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -85,86 +84,69 @@ OPEN_CLIP_FIXED: configs.Values = {
 POOLS: dict[str, Literal["class", "mean"]] = {"tok": "class", "avg": "mean"}
 """open_clip's ``pool_type`` of an image tower, and ours."""
 
-Module = TypeVar("Module", bound=nn.Module)
 
+def load_clip(
+    source: str | Path, quick_gelu: bool = False, dtype: torch.dtype | None = None
+) -> tuple[CLIP, Tokenizer | None]:
+    """A CLIP that transformers or open_clip wrote, in evaluation mode, its parameters frozen, and its tokenizer, if it has one.
 
-class LoadedClip(NamedTuple):
-    """What a source holds, in evaluation mode, its parameters frozen.
+    Args:
+        source, quick_gelu: see :func:`read_clip`.
+        dtype: of the weights; None: as they are stored.
 
-    Attributes:
-        layout: ``transformers`` or ``open_clip``.
-        clip: both towers; None if the source holds one alone.
-        text: the text tower, its context the last hidden state, normed.
-        image: the image tower.
-        tokenizer: what the text tower reads; None if the source has none.
+    Raises:
+        CheckpointError: as of :func:`read_clip`, or the source holds one tower alone, or a weight is NaN.
     """
+    found = read_clip(Path(source), quick_gelu)
+    config = found.part(OTHERS).config
+    state = joined(found.parts, {"text": "text", "image": "image"})
+    clip: CLIP = empty(config.build, state, source)
+    load_strictly(clip, state, source, dtype)
+    return clip.eval().requires_grad_(False), found.tokenizer
 
-    layout: str
-    clip: CLIP | None
-    text: TextTower | None
-    image: ImageTower | None
-    tokenizer: Tokenizer | None
 
-
-def load_clip(source: str | Path, quick_gelu: bool = False, dtype: torch.dtype | None = None) -> LoadedClip:
-    """A CLIP, or a tower of one, that transformers or open_clip wrote.
+def read_clip(source: Path, quick_gelu: bool = False) -> Checkpoint:
+    """A CLIP, or a tower of one, as parts ``text`` and ``image``; the context of the text tower is the last hidden state, normed.
 
     Args:
         source: a folder of a ``CLIPModel``, ``CLIPTextModel``, ``CLIPTextModelWithProjection`` or
             ``CLIPVisionModelWithProjection``; a folder of open_clip; or a file of the state of an open_clip model.
         quick_gelu: of such a file, which does not say it: whether it has OpenAI's activation. The default is open_clip's own.
-        dtype: of the weights; None: as they are stored.
 
     Raises:
         CheckpointError: there is none, it is broken, or it is one that our towers cannot be.
     """
-    source = Path(source)
     if not source.is_dir():
         tensors = _open_clip_state(read_tensors(source))
-        return _open_clip(_derived(tensors, quick_gelu, source), {}, tensors, source, source, dtype)
+        return _open_clip(_derived(tensors, quick_gelu, source), {}, tensors, source, source)
     values = read_json(source / CONFIG) if (source / CONFIG).is_file() else {}
-    if values.get("model_type") in TRANSFORMERS:
-        return _transformers(values, source, dtype)
+    if values.get("model_type") in MODEL_TYPES:
+        return _transformers(values, source)
     if not (source / OPEN_CLIP_CONFIG).is_file():
         raise CheckpointError(
-            f"{source} is no CLIP; it needs a {CONFIG} of transformers whose model_type is {' or '.join(TRANSFORMERS)}, "
+            f"{source} is no CLIP; it needs a {CONFIG} of transformers whose model_type is {' or '.join(MODEL_TYPES)}, "
             f"or open_clip's {OPEN_CLIP_CONFIG}."
         )
     values = read_json(source / OPEN_CLIP_CONFIG)
     tensors, files = read_weights(source, OPEN_CLIP_WEIGHTS)
     config, pixels = values.get("model_cfg", values), values.get("preprocess_cfg", {})
-    return _open_clip(config, pixels, _open_clip_state(tensors), files[0], source / OPEN_CLIP_CONFIG, dtype)
+    return _open_clip(config, pixels, _open_clip_state(tensors), files[0], source / OPEN_CLIP_CONFIG)
 
 
 def is_clip(path: Path) -> bool:
-    """Whether a folder or file is what :func:`load_clip` reads, a diffusers pipeline or an LDM file being none."""
+    """Whether a folder or file is what :func:`read_clip` reads, a diffusers pipeline or an LDM file being none."""
     if path.is_dir():
         model_type = read_json(path / CONFIG).get("model_type") if (path / CONFIG).is_file() else None
-        return (path / OPEN_CLIP_CONFIG).is_file() or model_type in TRANSFORMERS
+        return (path / OPEN_CLIP_CONFIG).is_file() or model_type in MODEL_TYPES
     return any(name.startswith("visual.") for name in _open_clip_state(read_tensors(path)))
 
 
-def read_clip(path: Path) -> Checkpoint:
-    """What :func:`load_clip` loads, as parts ``text`` and ``image``."""
-    loaded, parts = load_clip(path), {}
-    for name, tower in (("text", loaded.text), ("image", loaded.image)):
-        if tower is not None:
-            config = tower.config
-            assert isinstance(config, TextTowerConfig | ViTConfig)
-            parts[name] = Part(config, tower.state_dict())
-    if loaded.clip is not None:
-        parts[OTHERS] = Part(loaded.clip.config, {"logit_scale": loaded.clip.logit_scale.detach()})
-    tokenizer, beside = loaded.tokenizer, path.parent / "tokenizer"  # where it is in a pipeline's folder
+def _checkpoint(source: Path, layout: str, parts: Mapping[str, Part], tokenizer: Tokenizer | None) -> Checkpoint:
+    beside = source.parent / "tokenizer"  # where it is in a pipeline's folder
     if tokenizer is None and "text" in parts and has_tokenizer(beside):
         tokenizer = read_tokenizer(beside)
-    return Checkpoint(
-        source=str(path),
-        layout=loaded.layout,
-        kind="CLIP" if loaded.clip is not None else f"a lone {' and '.join(parts)} tower",
-        parts=parts,
-        tokenizer=tokenizer,
-        conditioner=conditioner_of(parts),
-    )
+    kind = "CLIP" if OTHERS in parts else f"a lone {' and '.join(parts)} tower"
+    return Checkpoint(str(source), layout, kind, parts, tokenizer, conditioner_of(parts))
 
 
 def save_clip(
@@ -196,50 +178,40 @@ def save_clip(
         write_tokenizer(tokenizer, folder)
 
 
-def _built(
-    build: Callable[[], Module],
-    table: Callable[[Iterable[str]], names.Table],
-    tensors: Mapping[str, Tensor],
-    source: Path,
-    dtype: torch.dtype | None,
-) -> Module:
-    module = empty(build, tensors, source)
-    wanted = module.state_dict()
-    found = names.gather(tensors, table(wanted), wanted, source)
-    state = {name: to_dtype(tensor, dtype).contiguous() for name, tensor in found.items()}
-    check_finite(state, source)
-    module.load_state_dict(state, assign=True)
-    return module.eval().requires_grad_(False)
-
-
 # transformers
 
 
-def _transformers(values: configs.Values, folder: Path, dtype: torch.dtype | None) -> LoadedClip:
+def _transformers(values: configs.Values, folder: Path) -> Checkpoint:
     where, kind = folder / CONFIG, values["model_type"]
-    tensors, files = read_weights(folder, WEIGHTS)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
     tokenizer = read_tokenizer(folder) if kind != "clip_vision_model" and has_tokenizer(folder) else None
-    if kind == "clip":
-        projection = {"projection_dim": values.get("projection_dim", 512)}
-        text = configs.read_text({**_section(values, "text", where), **projection}, where, projected=True)
-        image = _with_pixels(configs.read_image(_section(values, "vision", where), where), folder)
-        config = configs.described(where, lambda: CLIPConfig(text, image, projection["projection_dim"]))
-        clip = _built(config.build, names.clip_transformers, tensors, files[0], dtype)
-        return LoadedClip("transformers", clip, clip.text, clip.image, tokenizer)
-    # Versions of transformers differ in whether they write the model's name before that of its only tower.
-    tower = kind.removeprefix("clip_")
-    tensors = {
-        name if name.startswith((f"{tower}.", "text_projection.", "visual_projection.")) else f"{tower}.{name}": tensor
-        for name, tensor in tensors.items()
-    }
+    embed_dim = values.get("projection_dim", 512)
     if kind == "clip_text_model":
-        text = configs.read_text(values, where, projected="text_projection.weight" in tensors)
-        table = names.text_transformers
-        return LoadedClip("transformers", None, _built(text.build, table, tensors, files[0], dtype), None, tokenizer)
-    image, embed_dim = _with_pixels(configs.read_image(values, where), folder), values.get("projection_dim", 512)
-    built = _built(lambda: image.build(embed_dim), names.image_transformers, tensors, files[0], dtype)
-    return LoadedClip("transformers", None, None, built, None)
+        return _checkpoint(folder, "transformers", {"text": read_text_tower(values, folder)}, tokenizer)
+    tensors, files = read_weights(folder, TRANSFORMERS)
+    if kind == "clip_vision_model":
+        image = _with_pixels(configs.read_image(values, where), folder)
+        tensors = names.of_one_tower(tensors, "vision_model")
+        wanted = empty(lambda: image.build(embed_dim), tensors, files[0]).state_dict()
+        state = names.gather(tensors, names.image_transformers(wanted), wanted, files[0])
+        return _checkpoint(folder, "transformers", {"image": Part(image, state)}, None)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+    text = {**_section(values, "text", where), "projection_dim": embed_dim}
+    image = _with_pixels(configs.read_image(_section(values, "vision", where), where), folder)
+    config = configs.described(where, lambda: CLIPConfig(configs.read_text(text, where, True), image, embed_dim))
+    clip = Part.gathered(config, tensors, names.clip_transformers, files[0])
+    return _checkpoint(folder, "transformers", of_clip(config, clip.state), tokenizer)
+
+
+def read_text_tower(values: configs.Values, folder: Path) -> Part:
+    """The text tower in a folder of transformers with these values in its ``config.json``.
+
+    Raises:
+        CheckpointError: it is broken, or is one that ours cannot be.
+    """
+    tensors, files = read_weights(folder, TRANSFORMERS)
+    tensors = names.of_one_tower(tensors, "text_model")
+    config = configs.read_text(values, folder / CONFIG, projected="text_projection.weight" in tensors)
+    return Part.gathered(config, tensors, names.text_transformers, files[0])
 
 
 def _section(values: configs.Values, tower: str, where: Path) -> dict[str, Any]:
@@ -310,18 +282,17 @@ def _open_clip_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("module.") if several else name: tensor for name, tensor in tensors.items()}
 
 
-def _open_clip(
-    values: Any, pixels: Any, tensors: Mapping[str, Tensor], source: Path, where: Path, dtype: torch.dtype | None
-) -> LoadedClip:
+def _open_clip(values: Any, pixels: Any, tensors: Mapping[str, Tensor], file: Path, where: Path) -> Checkpoint:
     config = configs.described(where, lambda: _read_open_clip(values, pixels, where))
     prefix = _text_prefix(tensors)
-    clip = _built(config.build, lambda state: names.clip_open_clip(state, prefix), tensors, source, dtype)
+    clip = Part.gathered(config, tensors, lambda state: names.clip_open_clip(state, prefix), file)
     text, tokenizer = values["text_cfg"], None
     if text.get("hf_tokenizer_name"):
         tokenizer = read_tokenizer(where.parent) if has_tokenizer(where.parent) else None
     elif config.text.vocab_size == CLIP_VOCAB_SIZE:
         tokenizer = clip_bpe(clip_merges(), config.text.context_length, pad_id=0, pad_in_text=False)
-    return LoadedClip("open_clip", clip, clip.text, clip.image, tokenizer)
+    source = file if where == file else where.parent
+    return _checkpoint(source, "open_clip", of_clip(config, clip.state), tokenizer)
 
 
 def _read_open_clip(values: Any, pixels: Any, where: Path) -> CLIPConfig:
@@ -373,7 +344,7 @@ def _derived(tensors: Mapping[str, Tensor], quick_gelu: bool, source: Path) -> d
     lacking = sorted(name for name in needed if name not in tensors or not tensors[name].numel())
     if lacking:
         raise CheckpointError(
-            f"{source} holds no CLIP of open_clip with a vision transformer, for it lacks {', '.join(lacking[:3])}; "
+            f"{source} holds no CLIP of open_clip with a vision transformer, for it lacks {some(lacking)}; "
             "name a folder with its config, if it is one of transformers."
         )
 

@@ -7,13 +7,12 @@ of one network has its ``config.json`` and its weights alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldm.clip.text import TextTowerConfig
 from ldm.conditioning.conditioner import ConditionerKind
@@ -25,16 +24,23 @@ from ldm.denoiser import UNetConfig
 from ldm.errors import CheckpointError, ConfigError, first_line
 from ldm.formats import configs, names
 from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, parts_of, with_scale
+from ldm.formats.clip import read_text_tower
 from ldm.formats.folding import SCALE, folded, scale_of
-from ldm.formats.native import empty
 from ldm.formats.schedulers import read_scheduler, write_scheduler
-from ldm.formats.tensors import read_json, read_weights, write_atomically, write_tensors
+from ldm.formats.tensors import (
+    CONFIG,
+    DIFFUSERS,
+    TRANSFORMERS,
+    read_json,
+    read_weights,
+    write_atomically,
+    write_tensors,
+)
 from ldm.formats.tokenizer import read_tokenizer, tokenizer_class, write_tokenizer
 from ldm.model import LatentDiffusion, SamplingConfig
 from ldm.vae import AutoencoderKLConfig
 
-INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
-WEIGHTS, WEIGHTS_TEXT = "diffusion_pytorch_model", ("model", "pytorch_model")
+INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
 FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder", "text_2": "text_encoder_2"}
 OLD_ATTENTION = tuple(
     (rf"\b{old}\b", new)
@@ -155,7 +161,7 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
             written[name] = (configs.write_text(tower.config), names.text_transformers(tower.weights))
     for name, (config, table) in written.items():
         tensors = names.scatter(parts[name].to(dtype).weights, table)
-        stem = WEIGHTS_TEXT[0] if name in ("text", "text_2") else WEIGHTS
+        stem = TRANSFORMERS[0] if name in ("text", "text_2") else DIFFUSERS
         write_tensors(path / FOLDERS[name] / f"{stem}.safetensors", tensors, {"format": "pt"})
         _write_json(path / FOLDERS[name] / CONFIG, config)
     _write_json(path / "scheduler" / SCHEDULER, write_scheduler(model.diffusion, model.config.sampling))
@@ -224,31 +230,16 @@ def _part(name: str, folder: Path) -> Part:
     """A network of a folder, a text tower's context as it is by itself: the last state, normed."""
     values, where = read_json(folder / CONFIG), folder / CONFIG
     if name in ("text", "text_2"):
-        tensors, files = read_weights(folder, WEIGHTS_TEXT)
-        tensors = {_with_infix(key): tensor for key, tensor in tensors.items() if not key.endswith("position_ids")}
-        config: Any = configs.read_text(values, where, projected="text_projection.weight" in tensors)
-        return _gathered(config, tensors, names.text_transformers, files[0])
-    tensors, files = read_weights(folder, WEIGHTS)
+        return read_text_tower(values, folder)
+    tensors, files = read_weights(folder)
     if name == "unet":
-        config = configs.read_unet(values, where)
+        config: Any = configs.read_unet(values, where)
         vector = "class_embedding" if values.get("class_embed_type") else "add_embedding"
-        return _gathered(config, tensors, lambda state: names.unet_diffusers(config, state, vector), files[0])
+        return Part.gathered(config, tensors, lambda state: names.unet_diffusers(config, state, vector), files[0])
     config = configs.read_vae(values, where)
     tensors = {names.renamed(key, OLD_ATTENTION): tensor for key, tensor in tensors.items()}
-    part = _gathered(config, tensors, lambda state: names.vae_diffusers(config, state), files[0])
+    part = Part.gathered(config, tensors, lambda state: names.vae_diffusers(config, state), files[0])
     return _with_statistics(part, values, where)
-
-
-def _gathered(
-    config: Any, tensors: Mapping[str, Tensor], table: Callable[[Iterable[str]], names.Table], file: Path
-) -> Part:
-    wanted = Part(config, empty(config.build, tensors, file).state_dict()).weights
-    return Part(config, names.gather(tensors, table(wanted), wanted, file))
-
-
-def _with_infix(name: str) -> str:
-    """Versions of transformers differ in whether they write it."""
-    return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
 
 
 def _with_statistics(part: Part, values: Mapping[str, Any], where: Path) -> Part:

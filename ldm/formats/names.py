@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoiser import UNetConfig
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, counted
 from ldm.vae import AutoencoderKLConfig
 
 Rules = Sequence[tuple[str, str]]
@@ -88,14 +88,9 @@ def gather(
         "unexpected": unexpected,
         "of a shape that does not fit": [f"{name} {shape}" for name, shape in misshapen.items()],
     }
-    told = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in problems.items()
-        if names
-    ]
-    if told:
+    if any(problems.values()):
         details = (f"{what:<30} {name}" for what, listed in problems.items() for name in listed)
-        raise CheckpointError(f"{source} does not hold what its config says: {'; '.join(told)}.", details)
+        raise CheckpointError(f"{source} does not hold what its config says: {counted(problems)}.", details)
     return state
 
 
@@ -292,6 +287,16 @@ IMAGE_OPEN_CLIP: Rules = (
     (r"^projection\.weight", "proj"),
     *TOWER_OPEN_CLIP,
 )
+
+
+def of_one_tower(tensors: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
+    """Tensors of a file of one tower of transformers, which has ``model`` (``text_model``) before its names, or leaves it out."""
+    known = (f"{model}.", "text_projection.", "visual_projection.")
+    return {
+        name if name.startswith(known) else f"{model}.{name}": tensor
+        for name, tensor in tensors.items()
+        if not name.endswith("position_ids")
+    }
 
 
 def text_transformers(state: Iterable[str]) -> Table:

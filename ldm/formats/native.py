@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.config import structure, unstructure
-from ldm.errors import CheckpointError, LdmError, first_line
+from ldm.errors import CheckpointError, LdmError, counted, first_line
 from ldm.formats.tensors import check_finite, fingerprint, read_metadata, to_dtype, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.vae import FirstStage, FirstStageKind
@@ -83,13 +83,8 @@ def check_names(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
             if name in tensors and wanted[name].is_floating_point() != tensors[name].is_floating_point()
         ],
     }
-    told = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in problems.items()
-        if names
-    ]
-    if told:
-        raise CheckpointError(f"{source} does not fit its config: {'; '.join(told)}.")
+    if any(problems.values()):
+        raise CheckpointError(f"{source} does not fit its config: {counted(problems)}.")
 
 
 def save_module(
@@ -235,7 +230,7 @@ def assemble(
     return model.eval().requires_grad_(False)
 
 
-def empty(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:
+def empty(build: Callable[[], M], tensors: Mapping[str, Tensor], source: object) -> M:
     """What ``build`` makes, without weights; it must not be larger by far than what the file holds.
 
     Raises:

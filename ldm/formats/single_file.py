@@ -15,7 +15,7 @@ do not say is in this order taken from an argument, from the metadata that some 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from ldm.diffusion import Diffusion
 from ldm.diffusion.parametrization import Eps, Parametrization, V
 from ldm.errors import CheckpointError, unknown
 from ldm.formats import names, recognise
-from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, parts_of, places, with_scale
+from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, joined, parts_of, places, with_scale
 from ldm.formats.folding import folded
 from ldm.formats.native import empty, header_of, meaning, metadata_of
 from ldm.formats.tensors import fingerprint, read_metadata, read_tensors, write_tensors
@@ -163,10 +163,9 @@ def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | N
             theirs |= {key.replace(last, extra): tensor for key, tensor in theirs.items() if key.startswith(last)}
         tensors |= {prefix + key: tensor for key, tensor in theirs.items()}
     metadata = _metadata(model, parts["vae"])
-    state = {
-        f"{prefix}.{key}": each for name, prefix in places(model).items() for key, each in parts[name].state.items()
-    }
-    metadata["fingerprint"] = fingerprint(state, meaning(metadata_of(model.config, model.tokenizer)))
+    metadata["fingerprint"] = fingerprint(
+        joined(parts, places(model)), meaning(metadata_of(model.config, model.tokenizer))
+    )
     write_tensors(path, tensors, metadata)
     return metadata["fingerprint"]
 
@@ -275,11 +274,10 @@ def _recognised(name: str, prefix: str, tensors: Mapping[str, Tensor], path: Pat
 
 
 def _part(name: str, prefix: str, config: Any, tensors: Mapping[str, Tensor], path: Path) -> Part:
-    wanted = Part(config, empty(config.build, tensors, path).state_dict()).weights
-    return Part(config, names.gather(tensors, _table(name, prefix, config, wanted), wanted, path))
+    return Part.gathered(config, tensors, lambda state: _table(name, prefix, config, state), path)
 
 
-def _table(name: str, prefix: str, config: Any, state: Mapping[str, Tensor]) -> names.Table:
+def _table(name: str, prefix: str, config: Any, state: Iterable[str]) -> names.Table:
     if name == "unet":
         return names.unet_ldm(config, state)
     if name == "vae":

@@ -35,8 +35,12 @@ SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
 CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 """A class that the checkpoints of latent-diffusion's time name, as the key of what Lightning noted of it."""
 
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-"""Names of the weights in a folder of diffusers or transformers, without ending."""
+CONFIG = "config.json"
+"""Of one network, in a folder of diffusers or transformers."""
+
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", ("model", "pytorch_model")
+STEMS = (DIFFUSERS, *TRANSFORMERS)
+"""Names of the weights in such a folder, without ending."""
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -97,7 +101,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_weights(folder: str | Path, stem: str | tuple[str, ...] = STEMS[0]) -> tuple[dict[str, Tensor], list[Path]]:
+def read_weights(folder: str | Path, stem: str | tuple[str, ...] = DIFFUSERS) -> tuple[dict[str, Tensor], list[Path]]:
     """The weights in a folder of diffusers or transformers, as :func:`read_tensors`, and the files that hold them.
 
     A .safetensors file goes before a pickle, the whole before a variant in fp16; each may be one file or an index with

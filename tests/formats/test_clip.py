@@ -18,7 +18,8 @@ from ldm.clip.model import CLIP, CLIPConfig
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import CLIPBPEConfig, Tokenizer, train_byte_bpe
 from ldm.errors import CheckpointError
-from ldm.formats.clip import MEAN, STD, _derived, _read_open_clip, load_clip, save_clip
+from ldm.formats.clip import MEAN, STD, _derived, _read_open_clip, load_clip, read_clip, save_clip
+from ldm.formats.native import load_strictly
 from tests.clip.peers import randomize
 
 VOCAB, LENGTH, EMBED = 300, 16, 24
@@ -73,8 +74,7 @@ def embeddings(peer: nn.Module, pixels: Tensor, tokens: Tensor) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def assert_same(clip: CLIP | None, peer: nn.Module, mean: Any = MEAN, std: Any = STD) -> None:
-    assert clip is not None
+def assert_same(clip: CLIP, peer: nn.Module, mean: Any = MEAN, std: Any = STD) -> None:
     pixels, tokens = inputs()
     image, text = embeddings(peer, normalized(pixels, mean, std), tokens)
     torch.testing.assert_close(clip.encode_image(2 * pixels - 1), image, atol=1e-4, rtol=0)
@@ -97,13 +97,12 @@ def theirs(tmp_path: Path) -> Path:
 
 def test_transformers_clip_is_read_and_written_bit_for_bit(theirs: Path, tmp_path: Path) -> None:
     peer = transformers.CLIPModel.from_pretrained(theirs)
-    loaded = load_clip(theirs)
-    assert (loaded.layout, loaded.tokenizer) == ("transformers", None)
-    assert_same(loaded.clip, peer)
-    assert loaded.clip is not None
-    save_clip(loaded.clip, None, tmp_path / "again", "transformers")
+    clip, tokenizer = load_clip(theirs)
+    assert (read_clip(theirs).layout, tokenizer) == ("transformers", None)
+    assert_same(clip, peer)
+    save_clip(clip, None, tmp_path / "again", "transformers")
     assert_equal(load_file(tmp_path / "again" / "model.safetensors"), load_file(theirs / "model.safetensors"))
-    assert_same(loaded.clip, transformers.CLIPModel.from_pretrained(tmp_path / "again"))
+    assert_same(clip, transformers.CLIPModel.from_pretrained(tmp_path / "again"))
 
 
 @pytest.mark.parametrize("custom", [False, True])
@@ -113,18 +112,17 @@ def test_open_clip_is_read_and_written_bit_for_bit(custom: bool, tmp_path: Path)
     values = {"model_cfg": {**OPEN_CLIP, "custom_text": custom}, "preprocess_cfg": {"mean": mean, "std": std}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(values))
     torch.save(peer.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
-    loaded = load_clip(tmp_path)
-    assert (loaded.layout, loaded.tokenizer) == ("open_clip", None)
-    assert_same(loaded.clip, peer, mean, std)
-    assert loaded.clip is not None
-    save_clip(loaded.clip, None, tmp_path / "again", "open_clip")
+    clip, tokenizer = load_clip(tmp_path)
+    assert (read_clip(tmp_path).layout, tokenizer) == ("open_clip", None)
+    assert_same(clip, peer, mean, std)
+    save_clip(clip, None, tmp_path / "again", "open_clip")
     again = load_file(tmp_path / "again" / "open_clip_model.safetensors")
     own = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
     assert_equal(
         {f"text.{name}" if custom and name.startswith(own) else name: t for name, t in again.items()}, peer.state_dict()
     )
     opened = open_clip.create_model(f"local-dir:{tmp_path / 'again'}").eval()
-    assert_same(loaded.clip, opened, mean, std)
+    assert_same(clip, opened, mean, std)
     assert (opened.visual.preprocess_cfg["mean"], opened.visual.preprocess_cfg["std"]) == ([*mean], [*std])
 
 
@@ -138,10 +136,8 @@ def test_the_config_of_a_lone_open_clip_file_follows_from_its_shapes(form: str, 
         prefix = "module." if form == "of several devices" else ""
         state = {prefix + name: tensor for name, tensor in peer.state_dict().items()}
         torch.save({"epoch": 1, "name": "tiny", "state_dict": state}, path)
-    assert_same(load_clip(path, quick_gelu=True).clip, peer)
-    plain = load_clip(path)
-    assert plain.clip is not None
-    assert plain.clip.config.text.activation == "gelu"
+    assert_same(load_clip(path, quick_gelu=True)[0], peer)
+    assert load_clip(path)[0].config.text.activation == "gelu"
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14", "ViT-H-14", "ViT-g-14", "ViT-bigG-14"])
@@ -174,10 +170,11 @@ def test_a_text_tower_alone_is_read(kind: Callable[..., Any], tmp_path: Path) ->
     for names in (bare, infix):
         extra = {"text_model.embeddings.position_ids": torch.arange(LENGTH)[None]}
         save_file({**names, **extra}, tmp_path / "model.safetensors")
-        loaded = load_clip(tmp_path)
-        assert loaded.text is not None
-        assert (loaded.clip, loaded.image) == (None, None)
-        output = loaded.text(tokens)
+        found = read_clip(tmp_path)
+        assert found.parts.keys() == {"text"}
+        tower = found.parts["text"].config.build()
+        load_strictly(tower, found.parts["text"].state, tmp_path)
+        output = tower(tokens)
         torch.testing.assert_close(output.context, expected.last_hidden_state, atol=1e-4, rtol=0)
         torch.testing.assert_close(output.pooled, pooled, atol=1e-4, rtol=0)
 
@@ -187,11 +184,12 @@ def test_an_image_tower_alone_is_read(tmp_path: Path) -> None:
     config = transformers.CLIPVisionConfig(**TRANSFORMERS["vision_config"], projection_dim=EMBED)
     peer = randomize(transformers.CLIPVisionModelWithProjection(config))
     peer.save_pretrained(tmp_path)
-    loaded = load_clip(tmp_path)
-    assert loaded.image is not None
+    part = read_clip(tmp_path).part("image")
+    tower = part.config.build(EMBED)
+    load_strictly(tower, part.state, tmp_path)
     pixels, _ = inputs()
     expected = peer(normalized(pixels)).image_embeds
-    torch.testing.assert_close(loaded.image(2 * pixels - 1), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(tower(2 * pixels - 1), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
@@ -204,7 +202,7 @@ def test_pixels_are_normalised_as_the_preprocessor_does(name: str, theirs: Path)
     ):
         whole = values if name.startswith("pre") else {"image_processor": values}
         (theirs / name).write_text(json.dumps(whole))
-        assert_same(load_clip(theirs).clip, peer, mean, std)
+        assert_same(load_clip(theirs)[0], peer, mean, std)
 
 
 def test_what_we_write_is_normalised_alike_by_transformers(tmp_path: Path) -> None:
@@ -227,8 +225,7 @@ def test_a_clip_of_ours_opens_in_both_libraries_and_comes_back(to: Any, end: int
         else open_clip.create_model(f"local-dir:{tmp_path}")
     )
     assert_same(clip, opened.eval())
-    back = load_clip(tmp_path).clip
-    assert back is not None
+    back, _ = load_clip(tmp_path)
     assert replace(back.config, text=replace(back.config.text, embed_dim=None)) == clip.config
     assert_equal(back.state_dict(), clip.state_dict())
 
@@ -240,15 +237,15 @@ def test_the_tokenizer_goes_along(to: Any, name: str, tmp_path: Path) -> None:
     tokenizer: Tokenizer = CLIPBPEConfig(LENGTH).build() if name == "clip" else train_byte_bpe(texts * 2, VOCAB, LENGTH)
     text = replace(OURS.text, vocab_size=tokenizer.vocab_size)
     save_clip(replace(OURS, text=text).build(), tokenizer, tmp_path, to)
-    loaded = load_clip(tmp_path)
-    assert loaded.tokenizer is not None
+    _, again = load_clip(tmp_path)
+    assert again is not None
     lengths = [5, 4] if name == "clip" else [len(row[row != tokenizer.pad_id]) + 1 for row in tokenizer(texts)]
     if to == "transformers":
         expected = transformers.AutoTokenizer.from_pretrained(tmp_path)(texts, padding="max_length", max_length=LENGTH)
         expected = torch.tensor(expected.input_ids)
     else:
         expected = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(texts)
-    assert torch.equal(loaded.tokenizer(texts), expected)
+    assert torch.equal(again(texts), expected)
     for row, theirs, length in zip(tokenizer(texts), expected, lengths, strict=True):
         assert torch.equal(row[:length], theirs[:length])
 
@@ -257,7 +254,7 @@ def test_open_clip_reads_exclamation_marks_and_padding_apart(tmp_path: Path) -> 
     values = {**OPEN_CLIP, "text_cfg": {**OPEN_CLIP["text_cfg"], "vocab_size": 49408}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": values}))
     save_file(open_clip.CLIP(**values).state_dict(), tmp_path / "open_clip_model.safetensors")
-    tokenizer = load_clip(tmp_path).tokenizer
+    _, tokenizer = load_clip(tmp_path)
     assert tokenizer is not None
     texts = ["hello! wow!!", "a " * 30]
     assert torch.equal(tokenizer(texts), open_clip.get_tokenizer(f"local-dir:{tmp_path}")(texts))
@@ -266,8 +263,7 @@ def test_open_clip_reads_exclamation_marks_and_padding_apart(tmp_path: Path) -> 
 def test_the_dtype_is_the_stored_one_unless_another_is_asked_for(theirs: Path) -> None:
     transformers.CLIPModel.from_pretrained(theirs).half().save_pretrained(theirs)
     for dtype, expected in ((None, torch.float16), (torch.float32, torch.float32)):
-        clip = load_clip(theirs, dtype=dtype).clip
-        assert clip is not None
+        clip, _ = load_clip(theirs, dtype=dtype)
         assert {parameter.dtype for parameter in clip.parameters()} == {expected}
 
 
@@ -275,7 +271,7 @@ def test_older_configs_say_a_section_twice(theirs: Path) -> None:
     values = json.loads((theirs / "config.json").read_text())
     values |= {"text_config": {}, "text_config_dict": values["text_config"], "vision_config_dict": None}
     (theirs / "config.json").write_text(json.dumps(values))
-    assert_same(load_clip(theirs).clip, transformers.CLIPModel.from_pretrained(theirs))
+    assert_same(load_clip(theirs)[0], transformers.CLIPModel.from_pretrained(theirs))
 
 
 @pytest.mark.parametrize(
