@@ -20,7 +20,10 @@ app = new_app()
 def convert(
     source: Annotated[str, Argument(help="Run, file, diffusers folder, hub id, or the name of the shipped model.")],
     target: Annotated[Path | None, Argument(help="A file that ends in .safetensors, or a folder.")] = None,
-    to: Annotated[str, Option(help="native, ldm (single file) or diffusers (folder).")] = "native",
+    to: Annotated[
+        str,
+        Option(help="native, ldm (single file) or diffusers (folder); of a CLIP native, transformers or open_clip."),
+    ] = "native",
     inspect: Annotated[bool, Option("--inspect", help="Say what the source holds, and how that is known.")] = False,
     dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16. As the source has it.")] = None,
     vae: Annotated[str | None, Option(help="Source of a VAE in place of its own.")] = None,
@@ -40,6 +43,7 @@ def convert(
     import torch
 
     from ldm.formats import read, save
+    from ldm.formats.lone import save_lone
 
     try:
         found = read(
@@ -59,8 +63,11 @@ def convert(
     if inspect:
         print("\n".join(description(found)))
     if target is not None:
-        model = found.build(getattr(torch, DTYPES[dtype]) if dtype else None)
-        print(f"wrote {save(model, target, to)}")
+        precision = getattr(torch, DTYPES[dtype]) if dtype else None
+        if found.missing():
+            print(f"wrote {save_lone(found, target, to, precision)}")
+        else:
+            print(f"wrote {save(found.build(precision), target, to)}")
 
 
 def description(found: Checkpoint) -> list[str]:

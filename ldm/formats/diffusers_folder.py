@@ -133,7 +133,7 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
         CheckpointError: the model has parts that such a folder has no place for.
     """
     parts = parts_of(model, "a diffusers folder")
-    conditioner, height_width = model.config.conditioner, model.latent_shape()[1:]
+    conditioner = model.config.conditioner
     inner = conditioner.parts.get("text") if isinstance(conditioner, SeveralConditionersConfig) else conditioner
     if not isinstance(inner, TextConditionerConfig | SDXLConditionerConfig):
         raise CheckpointError(
@@ -143,33 +143,47 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
         raise CheckpointError("a diffusers folder holds a U-Net and an autoencoder; write a native file.")
     two = isinstance(inner, SDXLConditionerConfig)
     parts |= {name: _tower(parts[name], two) for name in ("text", "text_2") if name in parts}
-    parts["vae"] = folded(parts["vae"])
-    vector = "add_embedding" if two else "class_embedding"
-    unet = configs.write_unet(parts["unet"].config, (height_width[0], height_width[1]), vector)
-    if isinstance(inner, SDXLConditionerConfig):
-        unet["addition_time_embed_dim"] = inner.size_embedding_width
-    written: dict[str, tuple[dict[str, Any], names.Table]] = {
-        "unet": (unet, names.unet_diffusers(parts["unet"].config, parts["unet"].weights, vector)),
-        "vae": (
-            configs.write_vae(parts["vae"].config, model.config.size, scale_of(parts["vae"]) or 1.0),
-            names.vae_diffusers(parts["vae"].config, parts["vae"].weights),
-        ),
-    }
-    for name in ("text", "text_2"):
-        if name in parts:
-            tower = parts[name]
-            written[name] = (configs.write_text(tower.config), names.text_transformers(tower.weights))
-    for name, (config, table) in written.items():
-        tensors = names.scatter(parts[name].to(dtype).weights, table)
-        stem = TRANSFORMERS[0] if name in ("text", "text_2") else DIFFUSERS
-        write_tensors(path / FOLDERS[name] / f"{stem}.safetensors", tensors, {"format": "pt"})
-        _write_json(path / FOLDERS[name] / CONFIG, config)
+    size_width = inner.size_embedding_width if isinstance(inner, SDXLConditionerConfig) else None
+    for name, part in parts.items():
+        height, width = model.latent_shape()[1:] if name == "unet" else model.config.size
+        write_network(path / FOLDERS[name], name, part.to(dtype), (height, width), size_width)
     _write_json(path / "scheduler" / SCHEDULER, write_scheduler(model.diffusion, model.config.sampling))
     assert model.tokenizer is not None, "what reads text has a tokenizer"
     write_tokenizer(model.tokenizer, path / "tokenizer")
     if isinstance(inner, SDXLConditionerConfig):
         write_tokenizer(model.tokenizer.with_padding(inner.pad_id), path / "tokenizer_2")
     _write_json(path / INDEX, _index(model, inner, parts))
+
+
+def write_network(
+    folder: Path, name: str, part: Part, size: tuple[int, int], size_embedding_width: int | None = None
+) -> None:
+    """Write a part as a folder that diffusers or transformers opens by itself.
+
+    Args:
+        folder: of the part alone.
+        name: of the part.
+        part: an autoencoder is folded where it has to be.
+        size: height and width of what it works on: pixels for an autoencoder, positions of the latent for a U-Net.
+        size_embedding_width: of SDXL's U-Net; None: of another, whose vector is then what diffusers calls class labels.
+
+    Raises:
+        CheckpointError: diffusers has no such network.
+    """
+    if name == "unet":
+        vector = "class_embedding" if size_embedding_width is None else "add_embedding"
+        config = configs.write_unet(part.config, size, vector)
+        config |= {} if size_embedding_width is None else {"addition_time_embed_dim": size_embedding_width}
+        table = names.unet_diffusers(part.config, part.weights, vector)
+    elif name == "vae":
+        part = folded(part)
+        config = configs.write_vae(part.config, size, scale_of(part) or 1.0)
+        table = names.vae_diffusers(part.config, part.weights)
+    else:
+        config, table = configs.write_text(part.config), names.text_transformers(part.weights)
+    stem = TRANSFORMERS[0] if name in ("text", "text_2") else DIFFUSERS
+    write_tensors(folder / f"{stem}.safetensors", names.scatter(part.weights, table), {"format": "pt"})
+    _write_json(folder / CONFIG, config)
 
 
 def _index(model: LatentDiffusion, conditioner: Any, parts: Mapping[str, Part]) -> dict[str, Any]:

@@ -66,6 +66,9 @@ LONE = {
 EMA = "model_ema."
 """Before the names of averaged weights, whose dots are left out."""
 
+SCALE_FACTOR = "scale_factor"
+"""The scale of the latents, where a file has it."""
+
 UNREAD = ("position_ids", "logit_scale", "attn_mask")
 """Ends of names that no network of ours needs."""
 
@@ -116,7 +119,7 @@ def read_single_file(path: Path, prediction_type: str | None = None, ema: bool =
             config = replace(config, embed_dim=None)
         parts[name] = _part(name, prefix, config, own, path)
     if "vae" in parts:
-        stored = tensors.get("scale_factor")
+        stored = tensors.get(SCALE_FACTOR)
         scale = float(stored) if stored is not None else SCALE_SDXL if kind == "SDXL" else SCALE
         parts["vae"] = with_scale(parts["vae"], scale)
         notes.append(
@@ -237,6 +240,8 @@ def _sorted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Found], list[str]]
     found: dict[str, Found] = {}
     unused = []
     for name, tensor in tensors.items():
+        if name == SCALE_FACTOR:
+            continue
         prefix = next((prefix for prefix in PREFIXES if (lone + name).startswith(prefix)), None)
         if prefix is None or name.endswith(UNREAD) or (lone + name).startswith(f"{VAE}loss."):
             unused.append(name)

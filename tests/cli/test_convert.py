@@ -10,9 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from ldm import load
 from ldm.cli.convert import main
-from ldm.formats import save
+from ldm.clip.model import CLIPConfig
+from ldm.config import structure
+from ldm.formats import read, save
+from ldm.formats.native import CLIP, save_module
 from ldm.formats.tensors import read_metadata
-from tests.tiny import tiny_model
+from tests.tiny import TOKENIZER, tiny_model
 
 Command = Callable[..., int | str | None]
 
@@ -78,3 +81,48 @@ def test_mistakes_are_told(convert: Command, file: Path, tmp_path: Path, capsys:
     assert "name a target behind the source, or ask for --inspect" in capsys.readouterr().err
     assert convert(file, tmp_path / "x", "--dtype", "fp23") == 2
     assert "unknown dtype 'fp23'; did you mean 'fp32'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "by", [("native", "diffusers", "native"), ("ldm", "native"), ("diffusers", "ldm", "diffusers")]
+)
+def test_a_lone_vae_goes_to_every_format_bit_for_bit(by: tuple[str, ...], convert: Command, tmp_path: Path) -> None:
+    model = tiny_model(first_stage={"kind": "autoencoder_kl", "widths": [32, 32], "blocks": 1})
+    model.first_stage.latent_mean.zero_()
+    model.first_stage.latent_std.fill_(2.0)
+    folder = save(model, tmp_path / "folder", "diffusers")
+    source, expected = folder / "vae", model.first_stage.state_dict()
+    for number, to in enumerate(by):
+        target = tmp_path / (f"{number}" if to == "diffusers" else f"{number}.safetensors")
+        assert convert(source, target, "--to", to) == 0
+        source = target
+    part = read(source).part("vae")
+    assert part.config == model.config.first_stage
+    assert part.state.keys() == expected.keys()
+    assert all(torch.equal(part.state[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_clip_goes_to_its_formats(convert: Command, tmp_path: Path) -> None:
+    text = {"vocab_size": 300, "context_length": 12, "width": 64, "layers": 1, "heads": 1}
+    image = {"kind": "vit", "image_size": 16, "patch_size": 8, "width": 64, "layers": 1, "heads": 1}
+    clip = structure(CLIPConfig, {"text": text, "image": image, "embed_dim": 16}).build()
+    source = tmp_path / "clip.safetensors"
+    save_module(source, CLIP, clip, clip.config, TOKENIZER)
+    for to in ("transformers", "native", "open_clip", "native"):
+        target = tmp_path / f"{len(list(tmp_path.iterdir()))}{'.safetensors' if to == 'native' else ''}"
+        assert convert(source, target, "--to", to) == 0
+        source = target
+    state = load_file(source)
+    assert all(torch.equal(state[name], tensor) for name, tensor in clip.state_dict().items())
+
+
+def test_what_cannot_be_alone_is_told(
+    convert: Command, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save(load(file), tmp_path / "folder", "diffusers")
+    assert convert(folder / "unet", tmp_path / "x.safetensors") == 2
+    assert "a lone unet is written as ldm, diffusers, not as native" in capsys.readouterr().err
+    assert convert(folder / "text_encoder", tmp_path / "x.safetensors") == 2
+    assert (
+        "neither a whole model nor a lone vae, unet, CLIP; name what is missing (vae, unet)" in capsys.readouterr().err
+    )
