@@ -9,12 +9,12 @@ import torch
 
 from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import Checkpoint, read_native
-from ldm.formats.clip import is_clip, read_clip
+from ldm.formats.clip import is_clip, is_open_clip, read_clip
 from ldm.formats.diffusers_folder import is_folder, read_folder, write_folder
 from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.native import HELD, save_model
 from ldm.formats.single_file import SINGLE_FILE, read_single_file, write_single_file
-from ldm.formats.tensors import CONFIG, PICKLES, SAFETENSORS, STEMS, read_metadata
+from ldm.formats.tensors import CONFIG, PICKLES, SAFETENSORS, STEMS, read_file, read_metadata
 from ldm.model import LatentDiffusion
 
 SHIPPED = "emoji"
@@ -88,24 +88,29 @@ def read(
     or under its names in an LDM file, and so is a CLIP of transformers or open_clip.
     """
     path = find(source, revision)
-    if is_clip(path):
-        found = read_clip(path)
-    elif path.is_dir():
-        found = read_folder(path, prediction_type)
-    elif _is_native(path):
-        found = read_native(path)
+    if path.is_dir():
+        found = read_clip(path) if is_clip(path) else read_folder(path, prediction_type)
     else:
-        held = read_metadata(path).get("format", "")
-        if held.startswith("ldm.") and held != SINGLE_FILE:
-            raise CheckpointError(
-                f"{path}: its metadata says {held!r}, which this version does not know; install a newer ldm."
-            )
-        found = read_single_file(path, prediction_type, ema)
+        found = _read_file(path, prediction_type, ema)
     parts = {"vae": vae, "unet": unet, "text": text_encoder, "text_2": text_encoder_2}
     for name, given in parts.items():
         if given is not None:
             found = found.with_part(name, read(given, ema=ema))
     return found
+
+
+def _read_file(path: Path, prediction_type: str | None, ema: bool) -> Checkpoint:
+    tensors, metadata = read_file(path)
+    held = metadata.get("format", "")
+    if held in HELD:
+        return read_native(path, tensors, metadata)
+    if held.startswith("ldm.") and held != SINGLE_FILE:
+        raise CheckpointError(
+            f"{path}: its metadata says {held!r}, which this version does not know; install a newer ldm."
+        )
+    if is_open_clip(tensors):
+        return read_clip(path)
+    return read_single_file(path, tensors, metadata, prediction_type, ema)
 
 
 def save(model: LatentDiffusion, path: Source, to: str = "native", dtype: torch.dtype | None = None) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.clip.model import CLIPConfig
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning import ConditionerKind
+from ldm.conditioning import Conditioner, ConditionerKind
 from ldm.conditioning.inpaint import InpaintConditionerConfig
 from ldm.conditioning.sdxl import SDXLConditionerConfig
 from ldm.conditioning.several import SeveralConditionersConfig
@@ -31,11 +31,11 @@ from ldm.formats.native import (
     Header,
     assemble,
     empty,
+    header_of,
     meaning,
     metadata_of,
-    read_header,
 )
-from ldm.formats.tensors import read_metadata, read_tensors, to_dtype
+from ldm.formats.tensors import to_dtype
 from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
 
 PARTS = {"vae": "first_stage", "unet": "denoiser"}
@@ -232,11 +232,16 @@ def _with_tower(conditioner: ConditionerKind, name: str, tower: TextTowerConfig)
     return replace(conditioner, tower=tower) if isinstance(conditioner, TextConditionerConfig) else conditioner
 
 
+def homes(config: ModelConfig, conditioner: Conditioner) -> dict[str, tuple[str, Any]]:
+    """Parts of a model: the prefix of each in the model's state, and its config."""
+    modules = {module: f"conditioner.{name}" for name, module in conditioner.named_modules()}
+    towers = {part: (modules[tower], tower.config) for part, tower in conditioner.towers()}
+    return {"vae": (PARTS["vae"], config.first_stage), "unet": (PARTS["unet"], config.denoiser), **towers}
+
+
 def places(model: LatentDiffusion) -> dict[str, str]:
     """Parts of a model, and the prefix of each in the model's state."""
-    names = {module: name for name, module in model.named_modules()}
-    towers = {part: names[tower] for part, tower in model.conditioner.towers()}
-    return PARTS | towers
+    return {part: prefix for part, (prefix, _) in homes(model.config, model.conditioner).items()}
 
 
 def joined(parts: Mapping[str, Part], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
@@ -245,20 +250,13 @@ def joined(parts: Mapping[str, Part], prefixes: Mapping[str, str]) -> dict[str, 
     return state | dict(parts[OTHERS].state) if OTHERS in parts else state
 
 
-def _divided(state: Mapping[str, Tensor], homes: Mapping[str, tuple[str, Any]], whole: Any) -> dict[str, Part]:
+def _divided(state: Mapping[str, Tensor], places: Mapping[str, tuple[str, Any]], whole: Any) -> dict[str, Part]:
     """Parts by their prefix in a state and their config; what is under no prefix is of ``OTHERS``, and the config ``whole``."""
     parts, others = {}, dict(state)
-    for name, (prefix, config) in homes.items():
+    for name, (prefix, config) in places.items():
         own = [key for key in state if key.startswith(f"{prefix}.")]
         parts[name] = Part(config, {key.removeprefix(f"{prefix}."): others.pop(key) for key in own})
     return parts | ({OTHERS: Part(whole, others)} if others else {})
-
-
-def _of_model(model: LatentDiffusion, state: Mapping[str, Tensor]) -> dict[str, Part]:
-    towers = {name: tower.config for name, tower in model.conditioner.towers()}
-    configs = {"vae": model.config.first_stage, "unet": model.config.denoiser, **towers}
-    homes = {name: (prefix, configs[name]) for name, prefix in places(model).items()}
-    return _divided(state, homes, model.config.conditioner)
 
 
 def of_clip(config: CLIPConfig, state: Mapping[str, Tensor]) -> dict[str, Part]:
@@ -273,7 +271,7 @@ def parts_of(model: LatentDiffusion, target: str) -> dict[str, Part]:
     Raises:
         CheckpointError: it has weights that are in none of them.
     """
-    parts = _of_model(model, model.state_dict())
+    parts = _divided(model.state_dict(), homes(model.config, model.conditioner), model.config.conditioner)
     if OTHERS in parts:
         raise CheckpointError(
             f"this model has weights that {target} has no place for ({some([*parts[OTHERS].state])}); write a native file."
@@ -308,14 +306,14 @@ def conditioner_of(parts: Mapping[str, Part], pooled: bool = False, **sdxl: Any)
     return conditioner
 
 
-def read_native(path: Path) -> Checkpoint:
+def read_native(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
     """What a file of our own format holds: a whole model, a first stage or a CLIP.
 
     Raises:
         CheckpointError: the file is broken.
     """
-    held = read_metadata(path).get("format", "")
-    header, tensors = read_header(path, held, HELD[held]), read_tensors(path)
+    held = metadata["format"]
+    header = header_of(metadata, path, HELD[held])
     common: dict[str, Any] = {
         "source": str(path),
         "layout": "native",
@@ -332,9 +330,9 @@ def read_native(path: Path) -> Checkpoint:
         return Checkpoint(parts={"vae": Part(config, tensors)}, **common)
     if held == CLIP:
         return Checkpoint(parts=of_clip(config, tensors), **common)
-    model = empty(lambda: LatentDiffusion(config, header.tokenizer), tensors, path)
+    conditioner = empty(lambda: config.conditioner.build(header.tokenizer), tensors, path)
     return Checkpoint(
-        parts=_of_model(model, tensors),
+        parts=_divided(tensors, homes(config, conditioner), config.conditioner),
         conditioner=config.conditioner,
         diffusion=config.diffusion,
         sampling=config.sampling,

@@ -134,11 +134,14 @@ def read_clip(source: Path, quick_gelu: bool = False) -> Checkpoint:
 
 
 def is_clip(path: Path) -> bool:
-    """Whether a folder or file is what :func:`read_clip` reads, a diffusers pipeline or an LDM file being none."""
-    if path.is_dir():
-        model_type = read_json(path / CONFIG).get("model_type") if (path / CONFIG).is_file() else None
-        return (path / OPEN_CLIP_CONFIG).is_file() or model_type in MODEL_TYPES
-    return any(name.startswith("visual.") for name in _open_clip_state(read_tensors(path)))
+    """Whether a folder is one that :func:`read_clip` reads, that of a diffusers pipeline being none."""
+    model_type = read_json(path / CONFIG).get("model_type") if (path / CONFIG).is_file() else None
+    return (path / OPEN_CLIP_CONFIG).is_file() or model_type in MODEL_TYPES
+
+
+def is_open_clip(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are the state of an open_clip model, an LDM file being none."""
+    return any(name.startswith("visual.") for name in _open_clip_state(tensors))
 
 
 def _checkpoint(source: Path, layout: str, parts: Mapping[str, Part], tokenizer: Tokenizer | None) -> Checkpoint:

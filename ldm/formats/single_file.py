@@ -30,10 +30,10 @@ from ldm.diffusion import Diffusion
 from ldm.diffusion.parametrization import Eps, Parametrization, V
 from ldm.errors import CheckpointError, unknown
 from ldm.formats import names, recognise
-from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, joined, parts_of, places, with_scale
+from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, homes, joined, parts_of, places, with_scale
 from ldm.formats.folding import folded
 from ldm.formats.native import empty, header_of, meaning, metadata_of
-from ldm.formats.tensors import fingerprint, read_metadata, read_tensors, write_tensors
+from ldm.formats.tensors import fingerprint, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
 from ldm.vae import AutoencoderKLConfig
 
@@ -85,18 +85,24 @@ class Found(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def read_single_file(path: Path, prediction_type: str | None = None, ema: bool = True) -> Checkpoint:
+def read_single_file(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    prediction_type: str | None = None,
+    ema: bool = True,
+) -> Checkpoint:
     """What an LDM file holds: a whole model, or a lone U-Net, autoencoder or text tower with or without its prefix.
 
     Args:
-        path: of a ``.safetensors`` file, or of a pickle.
+        path: of the file, for errors.
+        tensors, metadata: in it.
         prediction_type: ``"epsilon"`` or ``"v_prediction"``; None = as the file says, else epsilon.
         ema: take averaged weights of the U-Net where the file has both.
 
     Raises:
         CheckpointError: the file is broken, or holds no such network.
     """
-    tensors, metadata = read_tensors(path), read_metadata(path)
     if metadata.get("format") == SINGLE_FILE:
         return _own(path, tensors, metadata)
     found, unused = _sorted(tensors)
@@ -177,18 +183,18 @@ def _own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     """A file that we wrote: nothing is guessed."""
     header = header_of(metadata, path, ModelConfig)
     config: ModelConfig = header.config
-    model = empty(lambda: LatentDiffusion(config, header.tokenizer), tensors, path)
+    conditioner = empty(lambda: config.conditioner.build(header.tokenizer), tensors, path)
     found, unused = _sorted(tensors)
     parts = {}
-    for name, part in parts_of(model, "an LDM file").items():
+    for name, (_, described) in homes(config, conditioner).items():
         if name not in found:
             raise CheckpointError(f"{path} lacks the {name} that its config describes; get or write it anew.")
         prefix, own = found[name]
-        if isinstance(part.config, TextTowerConfig):
-            extra = [key for key in own if key.startswith(f"transformer.resblocks.{part.config.layers}.")]
+        if isinstance(described, TextTowerConfig):
+            extra = [key for key in own if key.startswith(f"transformer.resblocks.{described.layers}.")]
             unused += [prefix + key for key in extra]
             own = {key: tensor for key, tensor in own.items() if key not in extra}
-        parts[name] = _part(name, prefix, part.config, own, path)
+        parts[name] = _part(name, prefix, described, own, path)
     try:
         latents = json.loads(metadata["latents"])
         known = {f"latent_{key}": torch.tensor(latents[key]) for key in ("mean", "std", "preview") if latents[key]}

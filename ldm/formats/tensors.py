@@ -19,7 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
 
 CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 """A class that the checkpoints of latent-diffusion's time name, as the key of what Lightning noted of it."""
+
+T = TypeVar("T")
 
 CONFIG = "config.json"
 """Of one network, in a folder of diffusers or transformers."""
@@ -83,7 +85,14 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file as views of its pages: on the CPU, in the stored dtype, of the values nothing is read yet.
+    """All tensors of a file, as of :func:`read_file`."""
+    return read_file(path)[0]
+
+
+def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file as views of its pages, and its metadata; a pickle has none.
+
+    The tensors are on the CPU, in the stored dtype; of the values nothing is read yet.
 
     Args:
         path: a .safetensors file, or a pickle (.ckpt, .pt, .pth, .bin) of a state dict, bare or as the value of
@@ -92,13 +101,13 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, broken or none of tensors, or is a pickle that would run code.
     """
-    tensors = _pickled(path) if _ending(path) in PICKLES else _safetensors(path, _all)
+    tensors, metadata = (_pickled(path), {}) if _ending(path) in PICKLES else _safetensors(path, _all)
     for name, tensor in tensors.items():
         if not name.isprintable() or len(name) > 500:
             raise CheckpointError(f"{path} holds a tensor of the name {name[:100]!r}, which no model has; get it anew.")
         if tensor.dtype == torch.float4_e2m1fn_x2:
             raise CheckpointError(f"{path}: torch cannot compute with the dtype F4 of {name}; get one of F16 or BF16.")
-    return tensors
+    return tensors, metadata
 
 
 def read_weights(folder: str | Path, stem: str | tuple[str, ...] = DIFFUSERS) -> tuple[dict[str, Tensor], list[Path]]:
@@ -211,7 +220,7 @@ def _ending(path: str | Path) -> str:
     return path.suffix
 
 
-def _safetensors(path: str | Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+def _safetensors(path: str | Path, read: Callable[[Any], T]) -> T:
     try:
         with safe_open(str(path), "pt") as file:
             with Path(path).open("rb") as header:  # known to be JSON of a bounded length now
@@ -232,8 +241,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return section
 
 
-def _all(file: Any) -> dict[str, Tensor]:
-    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+def _all(file: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
+    return tensors, file.metadata() or {}
 
 
 class _Callback:
