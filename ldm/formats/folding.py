@@ -22,16 +22,16 @@ def scale_of(part: Part) -> float | None:
     return next(k for k in candidates if bool(torch.tensor(1 / k, dtype=std.dtype) == std[0]))
 
 
-def folded(part: Part) -> Part:
+def folded(part: Part, scale: float = SCALE) -> Part:
     """An autoencoder whose latents one factor normalises: mean m and deviation s of each channel go into its 1 x 1 convolutions.
 
-    The encoder's is to give (z - m) / (s k) in place of z, with k = ``SCALE``, and the decoder's takes that: of the mean,
+    The encoder's is to give (z - m) / (s k) in place of z, with k = ``scale``, and the decoder's takes that: of the mean,
     bias first less m, then rows divided by s k; of the log-variance, bias less 2 ln(s k); back, W diag(s k) and b + W m.
     """
     if scale_of(part) is not None:
         return part
     mean, std = (part.state[name].double() for name in ("latent_mean", "latent_std"))
-    factor = std * SCALE
+    factor = std * scale
     state = dict(part.state)
     weight, bias = (part.state[f"quant_conv.{name}"].double() for name in ("weight", "bias"))
     (weight_mean, weight_var), (bias_mean, bias_var) = weight.chunk(2), bias.chunk(2)
@@ -45,6 +45,6 @@ def folded(part: Part) -> Part:
             state[each] = state[each].to(part.state[each].dtype)
     state["latent_mean"], state["latent_std"] = (
         torch.zeros_like(part.state["latent_mean"]),
-        torch.full_like(part.state["latent_std"], 1 / SCALE),
+        torch.full_like(part.state["latent_std"], 1 / scale),
     )
     return replace(part, state=state)

@@ -31,7 +31,7 @@ from ldm.diffusion.parametrization import Eps, Parametrization, V
 from ldm.errors import CheckpointError, unknown
 from ldm.formats import names, recognise
 from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, homes, joined, parts_of, places, with_scale
-from ldm.formats.folding import folded
+from ldm.formats.folding import SCALE, folded, scale_of
 from ldm.formats.native import empty, header_of, meaning, metadata_of
 from ldm.formats.tensors import fingerprint, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
@@ -72,7 +72,7 @@ SCALE_FACTOR = "scale_factor"
 UNREAD = ("position_ids", "logit_scale", "attn_mask")
 """Ends of names that no network of ours needs."""
 
-SCALE, SCALE_SDXL = 0.18215, 0.13025
+SCALE_SDXL = 0.13025
 PREDICTION_TYPES: Mapping[str, type[Parametrization]] = {"epsilon": Eps, "eps": Eps, "v_prediction": V, "v": V}
 SAMPLED = SamplingConfig("ddim", 50, 7.5, "leading", 1, "sigma_min")
 SAMPLED_SDXL = SamplingConfig("euler", 50, 5.0, "leading", 1)
@@ -162,7 +162,8 @@ def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | N
         CheckpointError: the model has parts that such a file has no place for.
     """
     parts = {name: part.to(dtype) for name, part in parts_of(model, "an LDM file").items()}
-    parts["vae"] = folded(parts["vae"])
+    expected = SCALE_SDXL if "text_2" in parts else SCALE
+    parts["vae"] = folded(parts["vae"], expected)
     tensors: dict[str, Tensor] = {}
     for name, part in parts.items():
         prefix = _prefix(name, part, parts)
@@ -171,6 +172,9 @@ def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | N
             last, extra = (f"transformer.resblocks.{part.config.layers - i}." for i in (1, 0))
             theirs |= {key.replace(last, extra): tensor for key, tensor in theirs.items() if key.startswith(last)}
         tensors |= {prefix + key: tensor for key, tensor in theirs.items()}
+    scale = scale_of(parts["vae"])
+    if scale != expected:
+        tensors[SCALE_FACTOR] = torch.tensor(scale)
     metadata = _metadata(model, parts["vae"])
     metadata["fingerprint"] = fingerprint(
         joined(parts, places(model)), meaning(metadata_of(model.config, model.tokenizer))
