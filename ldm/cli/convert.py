@@ -13,6 +13,9 @@ from ldm.errors import CheckpointError, LdmError, unknown
 if TYPE_CHECKING:
     from ldm.formats.checkpoint import Checkpoint, Part
 
+PUBLISHED = {"SD 1": 859_520_964, "SD 2": 865_910_724, "SDXL": 2_567_463_684}
+"""Parameters of the U-Nets that the kinds are named after."""
+
 app = new_app()
 
 
@@ -74,7 +77,7 @@ def description(found: Checkpoint) -> list[str]:
     """What a source holds, line by line."""
     from ldm.formats.native import LARGE
 
-    lines = [found.source, f"layout           {found.layout}", f"kind             {found.kind}"]
+    lines = [found.source, f"layout           {found.layout}", f"kind             {found.kind}{_other_sizes(found)}"]
     for name, part in found.parts.items():
         lines.append(f"{name:<16} {part.parameters:>13,} parameters in {len(part.weights)} tensors, {_dtypes(part)}")
     if not found.missing():
@@ -97,6 +100,12 @@ def description(found: Checkpoint) -> list[str]:
     lines += [f"missing          {name}" for name in found.missing()]
     lines += [f"unused           {name}" for name in found.unused]
     return lines
+
+
+def _other_sizes(found: Checkpoint) -> str:
+    unet = found.parts.get("unet")
+    other = unet is not None and found.kind in PUBLISHED and unet.parameters != PUBLISHED[found.kind]
+    return ", but of other sizes than those published" if other else ""
 
 
 def _dtypes(part: Part) -> str:
