@@ -389,7 +389,7 @@ class Pipeline:
 
         At sigma times the noise, as k-diffusion's solvers do in diffusers on grids that reach up to the last timestep.
         """
-        up_to_the_last = (spacing or self.model.config.sampling.spacing) in ("linspace", "trailing")
+        up_to_the_last = (spacing or self.model.config.sampling.spacing) != "leading"
         if (
             SPECS[sampler].grid == "fractional"
             and up_to_the_last

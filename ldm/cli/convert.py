@@ -60,7 +60,7 @@ def convert(
             ema=not no_ema,
         )
     except CheckpointError as error:
-        if inspect:
+        if inspect and error.details:
             print("\n".join(error.details))
         raise
     if inspect:

@@ -10,7 +10,7 @@ import torch
 from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import Checkpoint, read_native
 from ldm.formats.clip import is_clip, is_open_clip, read_clip
-from ldm.formats.diffusers_folder import is_folder, read_folder, write_folder
+from ldm.formats.diffusers_folder import CONFIG, INDEX, is_folder, read_folder, write_folder
 from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.native import HELD, save_model
 from ldm.formats.single_file import SINGLE_FILE, read_single_file, write_single_file
@@ -159,7 +159,9 @@ def find(source: Source, revision: str | None = None) -> Path:
             return path
         return _existing(
             path / MODEL_FILE,
-            f"{path} holds no {MODEL_FILE}; a run has one after its last stage (tools/train.py --stage all).",
+            f"{path} holds no {INDEX}, which makes folders such as its unet a pipeline of diffusers; get it anew."
+            if (path / "unet").is_dir()
+            else f"{path} holds no {MODEL_FILE}; a run has one after its last stage (tools/train.py --stage all).",
         )
     _existing(
         path, f"there is no model {path}; name a run folder, a file, a diffusers folder, a hub id, or {SHIPPED!r}."

@@ -50,10 +50,11 @@ NOT_OF_THE_NETWORK = ("latent_mean", "latent_std", "latent_preview")
 
 @dataclass(frozen=True)
 class Part:
-    """A network: its config, and its state under our names."""
+    """A network: its config, and its state under our names; ``guessed`` if the source says nothing of its latents' scale."""
 
     config: Any
     state: Mapping[str, Tensor]
+    guessed: bool = False
 
     @classmethod
     def gathered(
@@ -169,6 +170,10 @@ class Checkpoint:
         source = f"{self.source} with the {name} of {other.source}"
         changed = replace(self, source=source, fingerprint="", meaning={})
         if isinstance(part.config, TextTowerConfig):
+            if own is None and name == "text_2":
+                raise CheckpointError(
+                    f"{self.source} has no second text encoder; name a whole model of SDXL as the text_encoder."
+                )
             if own is None or self.conditioner is None:
                 return replace(
                     changed,
@@ -177,11 +182,14 @@ class Checkpoint:
                     tokenizer=other.tokenizer,
                 )
             part = _read_as(own.config, part)
-            changed = replace(
-                changed,
-                conditioner=_with_tower(self.conditioner, name, part.config),
-                tokenizer=other.tokenizer or self.tokenizer,
-            )
+            try:
+                conditioner = _with_tower(self.conditioner, name, part.config)
+            except ConfigError as error:
+                raise CheckpointError(f"the parts of {source} do not fit each other: {error}") from None
+            changed = replace(changed, conditioner=conditioner, tokenizer=other.tokenizer or self.tokenizer)
+        elif part.guessed and own is not None:  # the U-Net was trained with the scale of its own autoencoder
+            known = {key: own.state[key] for key in ("latent_mean", "latent_std")}
+            part = replace(part, state={**part.state, **known}, guessed=own.guessed)
         return replace(changed, parts={**self.parts, name: part})
 
     def build(self, dtype: torch.dtype | None = None) -> LatentDiffusion:

@@ -15,6 +15,7 @@ do not say is in this order taken from an argument, from the metadata that some 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,12 @@ EMA = "model_ema."
 SCALE_FACTOR = "scale_factor"
 """The scale of the latents, where a file has it."""
 
+REFINER = "conditioner.embedders.0.model."
+"""Before the names of the one text tower of SDXL's refiner."""
+
+LORA = r"[._]lora[._]"
+"""A mark of names in a file of LoRA."""
+
 UNREAD = ("position_ids", "logit_scale", "attn_mask")
 """Ends of names that no network of ours needs."""
 
@@ -106,6 +113,12 @@ def read_single_file(
     if metadata.get("format") == SINGLE_FILE:
         return _own(path, tensors, metadata)
     found, unused = _sorted(tensors)
+    if any(name.startswith(REFINER) for name in tensors):
+        raise CheckpointError(f"{path} is the refiner of SDXL, which ldm does not read; name the base model.")
+    if any(re.search(LORA, name) for name in tensors):
+        raise CheckpointError(
+            f"{path} is a LoRA, an addition to a model; name a model, and add this to it by Pipeline.load_lora or --lora."
+        )
     if not found:
         raise CheckpointError(
             f"{path} holds no network that ldm knows (its first name is {next(iter(tensors), 'none')!r}); "
@@ -127,7 +140,7 @@ def read_single_file(
     if "vae" in parts:
         stored = tensors.get(SCALE_FACTOR)
         scale = float(stored) if stored is not None else SCALE_SDXL if kind == "SDXL" else SCALE
-        parts["vae"] = with_scale(parts["vae"], scale)
+        parts["vae"] = replace(with_scale(parts["vae"], scale), guessed=stored is None)
         notes.append(
             f"the scale of the latents is {scale:g}, as {'the file says' if stored is not None else 'of ' + kind}"
         )
@@ -274,7 +287,8 @@ def _average(found: dict[str, Found], tensors: Mapping[str, Tensor]) -> bool:
 
 def _kind(found: Mapping[str, Found]) -> str:
     prefixes = {each.prefix for each in found.values()}
-    if OPEN_CLIP_OF_TWO in prefixes:
+    pooled = "unet" in found and "label_emb.0.0.weight" in found["unet"].tensors and "text" not in found
+    if OPEN_CLIP_OF_TWO in prefixes or pooled:
         return "SDXL"
     return "SD 2" if OPEN_CLIP in prefixes else "SD 1" if OPENAI in prefixes else "a lone network"
 

@@ -44,6 +44,9 @@ def test_what_cannot_be_read_is_told_in_a_sentence(run: Path, tmp_path: Path) ->
         load(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="a run has one after its last stage"):
         load(tmp_path)
+    (tmp_path / "part" / "unet").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"part holds no model_index\.json"):
+        load(tmp_path / "part")
     (tmp_path / "sd.ckpt").write_bytes(b"pickle")
     with pytest.raises(CheckpointError, match=r"sd\.ckpt is not a whole file of torch\.save"):
         load(tmp_path / "sd.ckpt")

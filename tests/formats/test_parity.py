@@ -71,13 +71,10 @@ def assert_alike(ours: np.ndarray, peers: np.ndarray) -> None:
     assert np.abs(ours - peers).max() < 1e-3
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
-def test_the_grid_of_a_folder_is_diffusers(
-    kind: str, name: str, folders: dict[str, Path], peers: dict[str, Any], tmp_path: Path
-) -> None:
-    scheduler, folder = world.scheduler(name, kind), tmp_path / kind
+def with_scheduler(source: Path, scheduler: Any, folder: Path) -> Path:
+    """A folder of the same parts, but for the scheduler."""
     folder.mkdir()
-    for part in folders[kind].iterdir():
+    for part in source.iterdir():
         (folder / part.name).symlink_to(part)
     (folder / "scheduler").unlink()
     scheduler.save_pretrained(folder / "scheduler")
@@ -85,12 +82,33 @@ def test_the_grid_of_a_folder_is_diffusers(
     text = index.read_text().replace("DDIMScheduler", type(scheduler).__name__)
     index.unlink()
     index.write_text(text)
-    pipe = Pipeline.from_pretrained(folder, dtype=torch.float32)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_the_grid_of_a_folder_is_diffusers(
+    kind: str, name: str, folders: dict[str, Path], peers: dict[str, Any], tmp_path: Path
+) -> None:
+    scheduler = world.scheduler(name, kind)
+    pipe = Pipeline.from_pretrained(with_scheduler(folders[kind], scheduler, tmp_path / kind), dtype=torch.float32)
     assert pipe.model.config.sampling.sampler == name
     settings = {"negative_prompt": NEGATIVE, "guidance_scale": 5.0, "num_inference_steps": 7}
     peers[kind].scheduler = scheduler
     expected = picture_of_peer(peers[kind], PROMPTS["plain"], (32, 32), **settings)
     assert_alike(picture(pipe, PROMPTS["plain"], (32, 32), **settings), expected)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun"])
+@pytest.mark.parametrize("flag", ["use_karras_sigmas", "use_exponential_sigmas"])
+def test_levels_by_a_flag_of_the_folder_begin_where_diffusers_does(
+    flag: str, name: str, folders: dict[str, Path], peers: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**world.BETAS, "prediction_type": "v_prediction", "timestep_spacing": "linspace", flag: True}
+    scheduler = peers["sd2"].scheduler = world.CLASSES[name](**settings)
+    pipe = Pipeline.from_pretrained(with_scheduler(folders["sd2"], scheduler, tmp_path / "sd2"), dtype=torch.float32)
+    asked = {"guidance_scale": 5.0, "num_inference_steps": 5}
+    expected = picture_of_peer(peers["sd2"], PROMPTS["plain"], (32, 32), **asked)
+    assert_alike(picture(pipe, PROMPTS["plain"], (32, 32), **asked), expected)
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)

@@ -180,6 +180,25 @@ def test_a_lone_vae_replaces_one(prefix: str, files: dict[str, Path], tmp_path: 
     assert model.fingerprint != own.fingerprint
 
 
+def test_a_lone_vae_keeps_the_scale_that_the_unet_was_trained_with(files: dict[str, Path], tmp_path: Path) -> None:
+    """0.13025 in SDXL, which a file of a VAE does not say; one that says another is believed."""
+    tensors = {name: each for name, each in load_file(files["SDXL"]).items() if name.startswith(VAE)}
+    save_file(tensors, tmp_path / "vae.safetensors")
+    save_file(tensors | {"scale_factor": torch.tensor(0.5)}, tmp_path / "told.safetensors")
+    own = load(files["SDXL"])
+    assert load(files["SDXL"], vae=tmp_path / "vae.safetensors").fingerprint == own.fingerprint
+    assert (load(files["SDXL"], vae=tmp_path / "told.safetensors").first_stage.latent_std == 2).all()
+
+
+def test_text_encoders_may_come_from_elsewhere(files: dict[str, Path], tmp_path: Path) -> None:
+    for kind in KINDS:
+        whole, path = load_file(files[kind]), tmp_path / f"{kind}.safetensors"
+        save_file({name: each for name, each in whole.items() if name.startswith((UNET, VAE))}, path)
+        assert load(path, text_encoder=files[kind]).fingerprint == load(files[kind]).fingerprint
+    with pytest.raises(CheckpointError, match="has no second text encoder; name a whole model of SDXL"):
+        load(files["SD 1"], text_encoder_2=files["SD 2"])
+
+
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_other_lone_networks_replace_theirs(part: str, files: dict[str, Path], tmp_path: Path) -> None:
     prefix = {"unet": UNET, "text_encoder": OPENAI}[part]
@@ -233,6 +252,15 @@ def test_what_does_not_fit_is_named_by_its_key(files: dict[str, Path], tmp_path:
         load(path)
     changed(files, path, lambda tensors: tensors | {key: tensors[key] * float("nan")})
     with pytest.raises(CheckpointError, match=r"down\.0\.residual\.norm1\.weight holds NaN"):
+        load(path)
+    for name in ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", "unet.conv_in.lora_A.weight"):
+        save_file({name: torch.zeros(2, 2)}, path)
+        with pytest.raises(
+            CheckpointError, match=r"is a LoRA, an addition to a model; .* by Pipeline\.load_lora or --lora"
+        ):
+            load(path)
+    save_file({"conditioner.embedders.0.model.ln_final.bias": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="is the refiner of SDXL, which ldm does not read"):
         load(path)
     save_file({"a.b": torch.zeros(2)}, path)
     with pytest.raises(CheckpointError, match=r"holds no network that ldm knows \(its first name is 'a\.b'\)"):
