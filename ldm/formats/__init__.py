@@ -10,7 +10,7 @@ import torch
 from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import Checkpoint, read_native
 from ldm.formats.clip import is_clip, is_open_clip, read_clip
-from ldm.formats.diffusers_folder import CONFIG, INDEX, is_folder, read_folder, write_folder
+from ldm.formats.diffusers_folder import INDEX, is_folder, read_folder, write_folder
 from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.native import HELD, save_model
 from ldm.formats.single_file import SINGLE_FILE, read_single_file, write_single_file

@@ -287,13 +287,6 @@ def parts_of(model: LatentDiffusion, target: str) -> dict[str, Part]:
     return parts
 
 
-def with_scale(part: Part, scale: float) -> Part:
-    """An autoencoder with the one factor that normalises its latents."""
-    channels = part.config.latent_channels
-    statistics = {"latent_mean": torch.zeros(channels), "latent_std": torch.full((channels,), 1 / scale)}
-    return replace(part, state={**part.state, **statistics})
-
-
 def conditioner_of(parts: Mapping[str, Part], pooled: bool = False, **sdxl: Any) -> ConditionerKind | None:
     """What the towers among the parts are together; the U-Net's channels tell one for inpainting.
 

@@ -200,7 +200,8 @@ def _transformers(values: configs.Values, folder: Path) -> Checkpoint:
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
     text = {**_section(values, "text", where), "projection_dim": embed_dim}
     image = _with_pixels(configs.read_image(_section(values, "vision", where), where), folder)
-    config = configs.described(where, lambda: CLIPConfig(configs.read_text(text, where, True), image, embed_dim))
+    with configs.reading(where):
+        config = CLIPConfig(configs.read_text(text, where, projected=True), image, embed_dim)
     clip = Part.gathered(config, tensors, names.clip_transformers, files[0])
     return _checkpoint(folder, "transformers", of_clip(config, clip.state), tokenizer)
 
@@ -240,11 +241,9 @@ def _with_pixels(config: ViTConfig, folder: Path) -> ViTConfig:
 
 
 def _normalized(config: ViTConfig, mean: Any, std: Any, where: Path) -> ViTConfig:
-    def three(numbers: Any) -> tuple[float, float, float]:
-        red, green, blue = map(float, numbers)
-        return red, green, blue
-
-    return configs.described(where, lambda: replace(config, mean=three(mean), std=three(std)))
+    with configs.reading(where):
+        (red, green, blue), (red_std, green_std, blue_std) = map(float, mean), map(float, std)
+        return replace(config, mean=(red, green, blue), std=(red_std, green_std, blue_std))
 
 
 def _write_transformers(text: TextTowerConfig, image: ViTConfig, clip: CLIP) -> dict[str, Any]:
@@ -286,7 +285,8 @@ def _open_clip_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _open_clip(values: Any, pixels: Any, tensors: Mapping[str, Tensor], file: Path, where: Path) -> Checkpoint:
-    config = configs.described(where, lambda: _read_open_clip(values, pixels, where))
+    with configs.reading(where):
+        config = _read_open_clip(values, pixels, where)
     prefix = _text_prefix(tensors)
     clip = Part.gathered(config, tensors, lambda state: names.clip_open_clip(state, prefix), file)
     text, tokenizer = values["text_cfg"], None

@@ -6,8 +6,9 @@ Whatever such a file says that our networks cannot do is refused: a network that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from ldm.clip.image import ViTConfig
 from ldm.clip.text import TextTowerConfig
@@ -15,7 +16,6 @@ from ldm.denoiser import LevelSpec, UNetConfig
 from ldm.errors import CheckpointError, LdmError
 from ldm.vae import AutoencoderKLConfig
 
-T = TypeVar("T")
 Values = Mapping[str, Any]
 """Of a ``config.json``."""
 
@@ -123,7 +123,7 @@ def read_unet(values: Values, where: object) -> UNetConfig:
         CheckpointError: it is one that ours cannot be.
     """
     given = checked(values, UNET_DEFAULTS, UNET_FIXED, where)
-    try:
+    with reading(where):
         widths = list(given["block_out_channels"])
         attends = [name == "CrossAttnDownBlock2D" for name in given["down_block_types"]]
         known = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
@@ -159,8 +159,6 @@ def read_unet(values: Values, where: object) -> UNetConfig:
             groups=given["norm_num_groups"],
             dropout=given["dropout"],
         )
-    except Exception as error:  # a file may hold anything
-        raise _unreadable(where, error) from None
 
 
 def write_unet(config: UNetConfig, sample_size: tuple[int, int], vector: str) -> dict[str, Any]:
@@ -214,7 +212,7 @@ def read_vae(values: Values, where: object) -> AutoencoderKLConfig:
         CheckpointError: it is one that ours cannot be.
     """
     given = checked(values, VAE_DEFAULTS, VAE_FIXED, where)
-    try:
+    with reading(where):
         kinds = {*given.get("down_block_types", ()), *given.get("up_block_types", ())}
         if kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
             raise CheckpointError(f"{where}: ldm's autoencoder has no {', '.join(sorted(kinds))}; take another model.")
@@ -226,8 +224,6 @@ def read_vae(values: Values, where: object) -> AutoencoderKLConfig:
             groups=given["norm_num_groups"],
             middle_attention=given["mid_block_add_attention"],
         )
-    except Exception as error:  # a file may hold anything
-        raise _unreadable(where, error) from None
 
 
 def write_vae(config: AutoencoderKLConfig, size: tuple[int, int], scaling_factor: float) -> dict[str, Any]:
@@ -259,7 +255,7 @@ def read_text(values: Values, where: object, projected: bool) -> TextTowerConfig
         CheckpointError: it is one that ours cannot be.
     """
     given = checked(values, TEXT_DEFAULTS, TEXT_FIXED, where)
-    try:
+    with reading(where):
         eos = given["eos_token_id"]
         return TextTowerConfig(
             vocab_size=given["vocab_size"],
@@ -272,8 +268,6 @@ def read_text(values: Values, where: object, projected: bool) -> TextTowerConfig
             embed_dim=given["projection_dim"] if projected else None,
             eos_id=None if eos in (None, LEGACY_EOS) or eos >= given["vocab_size"] - 1 else eos,
         )
-    except Exception as error:  # a file may hold anything
-        raise _unreadable(where, error) from None
 
 
 def write_text(config: TextTowerConfig) -> dict[str, Any]:
@@ -303,7 +297,7 @@ def read_image(values: Values, where: object) -> ViTConfig:
         CheckpointError: it is one that ours cannot be.
     """
     given = checked(values, IMAGE_DEFAULTS, IMAGE_FIXED, where)
-    try:
+    with reading(where):
         return ViTConfig(
             image_size=given["image_size"],
             patch_size=given["patch_size"],
@@ -313,8 +307,6 @@ def read_image(values: Values, where: object) -> ViTConfig:
             mlp_ratio=ratio(given["intermediate_size"], given["hidden_size"]),
             activation=given["hidden_act"],
         )
-    except Exception as error:  # a file may hold anything
-        raise _unreadable(where, error) from None
 
 
 def write_image(config: ViTConfig, embed_dim: int) -> dict[str, Any]:
@@ -378,20 +370,17 @@ def _any(value: Any) -> bool:
     return any(value) if isinstance(value, list | tuple) else bool(value)
 
 
-def described(where: object, describe: Callable[[], T]) -> T:
-    """What ``describe`` makes of the values of a file.
+@contextmanager
+def reading(where: object) -> Iterator[None]:
+    """While a network is made of the values of a file, which may be anything, whatever goes wrong is told with its name.
 
     Raises:
-        CheckpointError: whatever it came upon, as one sentence that names the file.
+        CheckpointError: in one sentence.
     """
     try:
-        return describe()
-    except Exception as error:  # a file may hold anything
-        raise _unreadable(where, error) from None
-
-
-def _unreadable(where: object, error: Exception) -> CheckpointError:
-    if isinstance(error, CheckpointError):
-        return error
-    told = str(error).rstrip(".") if isinstance(error, LdmError) else f"{type(error).__name__}: {error}"
-    return CheckpointError(f"{where} does not describe a network that ldm can be: {told}.")
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        told = str(error).rstrip(".") if isinstance(error, LdmError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{where} does not describe a network that ldm can be: {told}.") from None

@@ -23,10 +23,10 @@ from ldm.config import structure, unstructure
 from ldm.denoiser import UNetConfig
 from ldm.errors import CheckpointError, ConfigError, first_line
 from ldm.formats import configs, names
-from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, parts_of, with_scale
+from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, parts_of
 from ldm.formats.clip import read_text_tower
-from ldm.formats.folding import SCALE, folded, scale_of
-from ldm.formats.schedulers import read_scheduler, write_scheduler
+from ldm.formats.folding import SCALE, folded, scale_of, with_scale
+from ldm.formats.schedulers import GUIDANCE_SDXL, read_scheduler, write_scheduler
 from ldm.formats.tensors import (
     CONFIG,
     DIFFUSERS,
@@ -53,9 +53,6 @@ OWN, OWN_SETTINGS = "_ldm", ("num_inference_steps", "guidance_scale")
 
 FORCED = {"steps_offset": 1, "clip_sample": False}
 """What diffusers' pipelines with one text tower make of any scheduler that they are given."""
-
-GUIDANCE, GUIDANCE_SDXL = 7.5, 5.0
-"""What diffusers' pipelines take if they are asked for none."""
 
 
 def is_folder(path: Path) -> bool:
@@ -115,7 +112,7 @@ def read_folder(path: Path, prediction_type: str | None = None) -> Checkpoint:
         tokenizer=read_tokenizer(path / "tokenizer") if "text" in parts else None,
         conditioner=_conditioner(path, index, config, parts),
         diffusion=diffusion,
-        sampling=_asked(path, index, replace(sampling, guidance_scale=GUIDANCE_SDXL if two else GUIDANCE)),
+        sampling=_asked(path, index, replace(sampling, guidance_scale=GUIDANCE_SDXL) if two else sampling),
         size=(height * factor, width * factor),
         provenance={"source": path.name},
         notes=tuple(notes),

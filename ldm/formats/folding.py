@@ -8,8 +8,15 @@ import torch
 
 from ldm.formats.checkpoint import Part
 
-SCALE = 0.18215
-"""The factor that some readers take for granted."""
+SCALE, SCALE_SDXL = 0.18215, 0.13025
+"""The factors of published models; the first is what some readers take for granted."""
+
+
+def with_scale(part: Part, scale: float) -> Part:
+    """An autoencoder with the one factor that normalises its latents."""
+    channels = part.config.latent_channels
+    statistics = {"latent_mean": torch.zeros(channels), "latent_std": torch.full((channels,), 1 / scale)}
+    return replace(part, state={**part.state, **statistics})
 
 
 def scale_of(part: Part) -> float | None:
@@ -43,8 +50,4 @@ def folded(part: Part, scale: float = SCALE) -> Part:
     for name in ("quant_conv", "post_quant_conv"):
         for each in (f"{name}.weight", f"{name}.bias"):
             state[each] = state[each].to(part.state[each].dtype)
-    state["latent_mean"], state["latent_std"] = (
-        torch.zeros_like(part.state["latent_mean"]),
-        torch.full_like(part.state["latent_std"], 1 / scale),
-    )
-    return replace(part, state=state)
+    return with_scale(replace(part, state=state), scale)

@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.errors import CheckpointError, first_line
-
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-"""Of the files of weights that an id can name."""
+from ldm.formats.tensors import PICKLES, SAFETENSORS, STEMS
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
 """What is read of a folder in diffusers' layout."""
 
-STEM, SHARD = "(model|diffusion_pytorch_model|pytorch_model)", r"-\d+-of-\d+"
+STEM, SHARD = f"({'|'.join(STEMS)})", r"-\d+-of-\d+"
 WEIGHTS = (
     rf"{STEM}\.safetensors",
     rf"{STEM}({SHARD}\.safetensors|\.safetensors\.index\.json)",
@@ -41,7 +39,8 @@ def is_hub_id(source: str) -> bool:
     if match is None or Path(source).exists():
         return False
     name, inside = match.groups()
-    return inside.endswith(SUFFIXES) if inside else not name.endswith(SUFFIXES)
+    endings = (SAFETENSORS, *PICKLES)
+    return inside.endswith(endings) if inside else not name.endswith(endings)
 
 
 def fetch(source: str, revision: str | None = None) -> Path:

@@ -19,7 +19,7 @@ from ldm.diffusion.schedule import Flow as FlowSchedule
 from ldm.errors import CheckpointError, ConfigError, unknown
 from ldm.model import SamplingConfig
 
-STEPS, GUIDANCE = 50, 7.5
+STEPS, GUIDANCE, GUIDANCE_SDXL = 50, 7.5, 5.0
 """What diffusers' pipelines sample with unless told otherwise; no scheduler says it."""
 
 MOST_TIMESTEPS = 1_000_000

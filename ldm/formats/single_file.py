@@ -31,8 +31,8 @@ from ldm.diffusion import Diffusion
 from ldm.diffusion.parametrization import Eps, Parametrization, V
 from ldm.errors import CheckpointError, unknown
 from ldm.formats import names, recognise
-from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, homes, joined, parts_of, places, with_scale
-from ldm.formats.folding import SCALE, folded, scale_of
+from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, homes, joined, parts_of, places
+from ldm.formats.folding import SCALE, SCALE_SDXL, folded, scale_of, with_scale
 from ldm.formats.native import empty, header_of, meaning, metadata_of
 from ldm.formats.tensors import fingerprint, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
@@ -79,7 +79,6 @@ LORA = r"[._]lora[._]"
 UNREAD = ("position_ids", "logit_scale", "attn_mask")
 """Ends of names that no network of ours needs."""
 
-SCALE_SDXL = 0.13025
 PREDICTION_TYPES: Mapping[str, type[Parametrization]] = {"epsilon": Eps, "eps": Eps, "v_prediction": V, "v": V}
 SAMPLED = SamplingConfig("ddim", 50, 7.5, "leading", 1, "sigma_min")
 SAMPLED_SDXL = SamplingConfig("euler", 50, 5.0, "leading", 1)
