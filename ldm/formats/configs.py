@@ -274,6 +274,7 @@ def write_text(config: TextTowerConfig) -> dict[str, Any]:
     """The inverse of :func:`read_text`; which hidden state is the context is for the pipeline to know, not for this file."""
     return {
         "architectures": ["CLIPTextModelWithProjection" if config.embed_dim else "CLIPTextModel"],
+        "dtype": "float32",  # to load in by default, as diffusers loads all others; else transformers 5 takes the stored one
         "model_type": "clip_text_model",
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,

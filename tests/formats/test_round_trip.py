@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
@@ -84,6 +85,17 @@ def test_statistics_of_each_channel_are_folded_into_the_autoencoder(to: str, tmp
     deviations = (each.std / network.first_stage.latent_std[:, None, None] for each, network in
                   ((posterior, model), (posterior_again, other)))  # fmt: skip
     assert torch.allclose(*deviations, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", world.KINDS)
+def test_a_folder_in_half_precision_opens_in_diffusers_as_it_is(
+    kind: str, models: dict[str, LatentDiffusion], tmp_path: Path
+) -> None:
+    folder = save(models[kind], tmp_path / "half", "diffusers", torch.float16)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe("a red car", height=32, width=32, num_inference_steps=1, output_type="np").images
+    assert picture.std() > 0.05
 
 
 def test_an_ldm_file_says_all_of_itself(tmp_path: Path) -> None:
