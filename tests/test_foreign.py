@@ -35,7 +35,7 @@ TEXT = {"width": 32, "layers": 3, "heads": 4, "mlp_ratio": 2.0, "activation": "q
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("world") / "sd1"
-    world.pipeline("sd1").save_pretrained(path)
+    world.pipeline("sd1", merges=None).save_pretrained(path)
     return path
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from ldm.clip.tokenizer import CLIP_VOCAB_SIZE, clip_bpe
+from ldm.clip.tokenizer import clip_bpe, clip_merges
 
 KINDS = ("sd1", "sd2", "sdxl")
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -33,6 +33,8 @@ CLASSES = {
 }
 SCALE = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 FACTOR = 2
+MERGES = 2000
+"""Of CLIP's 48,894, most of which would do nothing here but take time."""
 
 
 def scheduler(name: str, kind: str) -> Any:
@@ -41,12 +43,12 @@ def scheduler(name: str, kind: str) -> Any:
     return CLASSES[name](**BETAS, prediction_type=prediction, **SCHEDULERS[name])
 
 
-def pipeline(kind: str, name: str = "ddim") -> Any:
-    """A pipeline of random weights."""
+def pipeline(kind: str, name: str = "ddim", merges: int | None = MERGES) -> Any:
+    """A pipeline of random weights; its tokenizer knows the first ``merges`` of CLIP (None: all)."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts = {"unet": _unet(kind), "vae": _vae(kind), "scheduler": scheduler(name, kind)}
-        parts |= _texts(kind)
+        parts |= _texts(kind, merges)
     for part in parts.values():
         if isinstance(part, nn.Module):
             part.eval()
@@ -106,10 +108,11 @@ def _shaken(network: nn.Module) -> nn.Module:
     return network
 
 
-def _texts(kind: str) -> dict[str, Any]:
+def _texts(kind: str, merges: int | None) -> dict[str, Any]:
     shapes = {"sd1": [(32, "quick_gelu")], "sd2": [(64, "gelu")], "sdxl": [(32, "quick_gelu"), (64, "gelu")]}[kind]
     parts: dict[str, Any] = {}
     for index, (width, activation) in enumerate(shapes):
+        words = tokenizer("!" if index or kind == "sd2" else None, merges)
         config = transformers.CLIPTextConfig(
             hidden_size=width,
             intermediate_size=2 * width,
@@ -117,23 +120,25 @@ def _texts(kind: str) -> dict[str, Any]:
             num_attention_heads=4,
             hidden_act=activation,
             projection_dim=24,
+            vocab_size=len(words),
+            eos_token_id=words.eos_token_id,
         )
         classes = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
         suffix = "_2" if index else ""
         parts[f"text_encoder{suffix}"] = _shaken(classes[index](config))
-        parts[f"tokenizer{suffix}"] = tokenizer("!" if index or kind == "sd2" else None)
+        parts[f"tokenizer{suffix}"] = words
     return parts
 
 
-def tokenizer(pad: str | None) -> Any:
-    """CLIP's tokenizer as transformers has it, from its merges."""
-    import open_clip
+@functools.cache
+def vocabulary(merges: int | None) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's, of its first merges."""
+    known = clip_merges()[:merges]
+    return json.loads(clip_bpe(known).to_json())["model"]["vocab"], known
 
-    path = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-    import gzip
 
-    lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 1 + CLIP_VOCAB_SIZE - 256 - 256 - 2]
-    merges = [tuple(line.split()) for line in lines]
-    vocab = json.loads(clip_bpe(merges).to_json())["model"]["vocab"]
+def tokenizer(pad: str | None, merges: int | None) -> Any:
+    """CLIP's tokenizer as transformers has it."""
+    vocab, known = vocabulary(merges)
     settings = {} if pad is None else {"pad_token": pad}
-    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, **settings)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=known, model_max_length=77, **settings)
