@@ -98,7 +98,9 @@ def load_clip(
         CheckpointError: as of :func:`read_clip`, or the source holds one tower alone, or a weight is NaN.
     """
     found = read_clip(Path(source), quick_gelu)
-    config = found.part(OTHERS).config
+    if OTHERS not in found.parts:
+        raise CheckpointError(f"{source} holds {found.kind}, and no whole CLIP; name one with both towers.")
+    config = found.parts[OTHERS].config
     state = joined(found.parts, {"text": "text", "image": "image"})
     clip: CLIP = empty(config.build, state, source)
     load_strictly(clip, state, source, dtype)

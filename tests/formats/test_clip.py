@@ -184,6 +184,8 @@ def test_an_image_tower_alone_is_read(tmp_path: Path) -> None:
     config = transformers.CLIPVisionConfig(**TRANSFORMERS["vision_config"], projection_dim=EMBED)
     peer = randomize(transformers.CLIPVisionModelWithProjection(config))
     peer.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="holds a lone image tower, and no whole CLIP"):
+        load_clip(tmp_path)
     part = read_clip(tmp_path).part("image")
     tower = part.config.build(EMBED)
     load_strictly(tower, part.state, tmp_path)
