@@ -95,7 +95,7 @@ def read(
     parts = {"vae": vae, "unet": unet, "text": text_encoder, "text_2": text_encoder_2}
     for name, given in parts.items():
         if given is not None:
-            found = found.with_part(name, read(given, ema=ema))
+            found = found.with_part(name, read(given, prediction_type=prediction_type, ema=ema))
     return found
 
 
@@ -123,11 +123,22 @@ def save(model: LatentDiffusion, path: Source, to: str = "native", dtype: torch.
         dtype: of the stored weights; default: as they are.
 
     Raises:
-        CheckpointError: the model has parts that the format has no place for.
+        CheckpointError: the model has parts that the format has no place for, or the path cannot be written to.
     """
     path = Path(path)
     if to not in FORMATS:
         raise CheckpointError(f"there is no format {to!r}; choose one of {', '.join(FORMATS)}.")
+    if path.suffix in PICKLES:
+        raise CheckpointError(f"{path} would be a pickle, which ldm does not write; let its name end in {SAFETENSORS}.")
+    if to != "diffusers" and (path / INDEX).is_file():
+        raise CheckpointError(f"{path} is a folder of diffusers, which would hide what is written there; name another.")
+    try:
+        return _write(model, path, to, dtype)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written to ({error.strerror}); name another place.") from None
+
+
+def _write(model: LatentDiffusion, path: Path, to: str, dtype: torch.dtype | None) -> Path:
     if to == "diffusers":
         if path.suffix == SAFETENSORS or path.is_file():
             raise CheckpointError(f"{path} is no folder, which diffusers needs; name one.")

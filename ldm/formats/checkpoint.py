@@ -50,7 +50,10 @@ NOT_OF_THE_NETWORK = ("latent_mean", "latent_std", "latent_preview")
 
 @dataclass(frozen=True)
 class Part:
-    """A network: its config, and its state under our names; ``guessed`` if the source says nothing of its latents' scale."""
+    """A network: its config, and its state under our names.
+
+    ``guessed`` if its source does not say how the latents are scaled (VAE), or what is estimated (U-Net).
+    """
 
     config: Any
     state: Mapping[str, Tensor]
@@ -187,9 +190,12 @@ class Checkpoint:
             except ConfigError as error:
                 raise CheckpointError(f"the parts of {source} do not fit each other: {error}") from None
             changed = replace(changed, conditioner=conditioner, tokenizer=other.tokenizer or self.tokenizer)
-        elif part.guessed and own is not None:  # the U-Net was trained with the scale of its own autoencoder
+        elif name == "vae" and part.guessed and own is not None:
+            # The U-Net was trained with the scale of its own autoencoder.
             known = {key: own.state[key] for key in ("latent_mean", "latent_std")}
             part = replace(part, state={**part.state, **known}, guessed=own.guessed)
+        if name == "unet" and other.diffusion is not None and not part.guessed:
+            changed = replace(changed, diffusion=other.diffusion)
         return replace(changed, parts={**self.parts, name: part})
 
     def build(self, dtype: torch.dtype | None = None) -> LatentDiffusion:

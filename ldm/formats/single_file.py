@@ -73,6 +73,9 @@ SCALE_FACTOR = "scale_factor"
 REFINER = "conditioner.embedders.0.model."
 """Before the names of the one text tower of SDXL's refiner."""
 
+TRAINING = ("model.denoiser.", "first_stage.", "clip.")
+"""How names begin in the checkpoints of our own stages."""
+
 LORA = r"[._]lora[._]"
 """A mark of names in a file of LoRA."""
 
@@ -118,6 +121,10 @@ def read_single_file(
         raise CheckpointError(
             f"{path} is a LoRA, an addition to a model; name a model, and add this to it by Pipeline.load_lora or --lora."
         )
+    if path.suffix == ".ckpt" and any(name.startswith(TRAINING) for name in tensors):
+        raise CheckpointError(
+            f"{path} is a checkpoint of a training, to be resumed; name its run folder, which holds a model after its last stage."
+        )
     if not found:
         raise CheckpointError(
             f"{path} holds no network that ldm knows (its first name is {next(iter(tensors), 'none')!r}); "
@@ -145,6 +152,7 @@ def read_single_file(
         )
     parametrization, reason = _prediction(prediction_type, tensors, metadata)
     if "unet" in parts:
+        parts["unet"] = replace(parts["unet"], guessed=reason.startswith("by default"))
         notes.append(f"the prediction type is {parametrization.kind}, {reason}")
     side = 1024 if kind == "SDXL" else 768 if kind == "SD 2" and parametrization == V() else 512
     return Checkpoint(

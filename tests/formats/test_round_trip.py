@@ -123,3 +123,13 @@ def test_what_a_format_has_no_place_for_is_said(tmp_path: Path) -> None:
         save(tiny_model(), tmp_path / "x", "onnx")
     with pytest.raises(CheckpointError, match="is no folder, which diffusers needs"):
         save(tiny_model(), tmp_path / "x.safetensors", "diffusers")
+
+
+def test_where_nothing_can_be_read_again_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"x\.ckpt would be a pickle"):
+        save(tiny_model(), tmp_path / "x.ckpt", "ldm")
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is a folder of diffusers, which would hide"):
+        save(tiny_model(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot be written to \("):
+        save(tiny_model(), tmp_path / "model_index.json" / "x.safetensors")

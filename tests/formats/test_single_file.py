@@ -190,6 +190,15 @@ def test_a_lone_vae_keeps_the_scale_that_the_unet_was_trained_with(files: dict[s
     assert (load(files["SDXL"], vae=tmp_path / "told.safetensors").first_stage.latent_std == 2).all()
 
 
+def test_a_unet_brings_what_it_estimates(files: dict[str, Path], tmp_path: Path) -> None:
+    """If its source says that; else it is as of the model whose part it replaces."""
+    path, tensors = tmp_path / "v.safetensors", load_file(files["SD 1"])
+    save_file(tensors, path, {"modelspec.prediction_type": "v"})
+    assert load(files["SD 1"], unet=path).diffusion.parametrization == V()
+    assert load(path, unet=files["SD 1"]).diffusion.parametrization == V()
+    assert load(path, unet=files["SD 1"], prediction_type="epsilon").diffusion.parametrization == Eps()
+
+
 def test_text_encoders_may_come_from_elsewhere(files: dict[str, Path], tmp_path: Path) -> None:
     for kind in KINDS:
         whole, path = load_file(files[kind]), tmp_path / f"{kind}.safetensors"
@@ -259,6 +268,9 @@ def test_what_does_not_fit_is_named_by_its_key(files: dict[str, Path], tmp_path:
             CheckpointError, match=r"is a LoRA, an addition to a model; .* by Pipeline\.load_lora or --lora"
         ):
             load(path)
+    torch.save({"state_dict": {"model.denoiser.conv_in.bias": torch.zeros(2)}}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt is a checkpoint of a training, .* name its run folder"):
+        load(tmp_path / "last.ckpt")
     save_file({"conditioner.embedders.0.model.ln_final.bias": torch.zeros(2)}, path)
     with pytest.raises(CheckpointError, match="is the refiner of SDXL, which ldm does not read"):
         load(path)
