@@ -100,8 +100,6 @@ def steps_that_agree(name: str, settings: dict[str, Any]) -> list[int]:
         return [5, 10, 25]  # divisors of its 50 timesteps
     if name == "FlowMatchEulerDiscreteScheduler":
         return [20, 50]  # pure noise is a level of 4096 here, which fewer steps show
-    if name in ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler") and spacing == "linspace":
-        return [7, 20]  # of 3, one spans a ratio of levels over which our solvers remain Euler's
     return [3, 7, 20]
 
 
