@@ -240,7 +240,8 @@ class Pipeline:
             raise SamplingError(f"latents have the shape {given}; these pictures need {needed}.")
 
         for parameter in self.model.parameters():  # not before it is needed: nothing of a mapped file has been read yet
-            parameter.data = channels_last(parameter.data)
+            if not parameter.requires_grad:  # the moments of an optimizer lie as its parameters do
+                parameter.data = channels_last(parameter.data)
         start, size, results = float(levels[0]), batch_size or len(request), []
         batches = [slice(first, first + size) for first in range(0, len(request), size)]
         steps = None if SPECS[sampler].adaptive else len(batches) * (len(levels) - 1)

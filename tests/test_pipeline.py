@@ -390,3 +390,14 @@ def test_what_other_models_cannot_meet() -> None:
         nothing.to("cuda:99")
     with pytest.raises(SamplingError, match="the device gpu cannot be used"):
         nothing.to("gpu")
+
+
+def test_convolutions_are_laid_out_unless_they_are_being_trained() -> None:
+    """An optimizer's moments lie in memory as the parameters did when it began."""
+    for trained in (True, False):
+        model = tiny_model().requires_grad_(trained)
+        Pipeline(model)("a red car", seed=1, output_type="pt", progress=False)
+        kernels = [each for each in model.denoiser.parameters() if each.ndim == 4 and min(each.shape) > 1]
+        assert kernels
+        assert all(each.is_contiguous(memory_format=torch.channels_last) != trained for each in kernels)
+        assert all(each.is_contiguous() == trained for each in kernels)
