@@ -112,12 +112,12 @@ def make_model(experiment: Experiment) -> tuple[LatentDiffusion, dict[str, str]]
     model = LatentDiffusion(replace(config, conditioner=conditioner), tokenizer)
     if not isinstance(experiment.vae.model, IdentityConfig):
         vae = _predecessor(experiment, "vae", experiment.vae.checkpoint)
-        _take(vae, "vae", model.first_stage, "vae.model")
+        _take(vae, "vae", model.first_stage)
         handoff["vae"] = _fingerprint(vae, "vae")
     if clip is not None:
         for name, tower in model.conditioner.towers():
             if name in clip.parts or not any(parameter.requires_grad for parameter in tower.parameters()):
-                _take(clip, name, tower, f"clip.model.{name}")  # else it is trained from nothing
+                _take(clip, name, tower)  # else it is trained from nothing
     model.conditioner.load_pretrained()
     return model, handoff
 
@@ -181,18 +181,19 @@ def _predecessor(experiment: Experiment, stage: str, checkpoint: str | None) -> 
     return read(checkpoint or path)
 
 
-def _take(source: Checkpoint, name: str, network: nn.Module, section: str) -> None:
+def _take(source: Checkpoint, name: str, network: nn.Module) -> None:
     """Weights of a part of a source into a network of the same config."""
-    _check_fit(source, name, section, network.config)
+    _check_fit(source, name, network.config)
     load_strictly(network, source.part(name).state, source.source, torch.float32)
 
 
-def _check_fit(source: Checkpoint, name: str, section: str, wanted: Any) -> None:
+def _check_fit(source: Checkpoint, name: str, wanted: Any) -> None:
     """Refuse a part of a source that was built from another config, naming each field that differs.
 
     Raises:
         CheckpointError: it was, or the source has no such part.
     """
+    section = {"vae": "vae.model", "unet": "denoiser.model"}.get(name, f"clip.model.{name}")
     found, asked = _flat(unstructure(source.part(name).config)), _flat(unstructure(wanted))
     differing = [
         f"{section}.{field} is {asked.get(field)!r} here and {found.get(field)!r} there"
@@ -244,7 +245,7 @@ def _initialize(module: StageModule, source: str) -> None:
     for name, home in homes.items():
         prefix = f"{home}." if home else ""
         if any(each.startswith(prefix) for each in trained):
-            _check_fit(found, name, f"{module.stage}.{home or 'model'}", network.get_submodule(home).config)
+            _check_fit(found, name, network.get_submodule(home).config)
             own = ((f"{prefix}{key}", tensor) for key, tensor in found.part(name).state.items())
             state |= {key: tensor for key, tensor in own if key in trained}
     others = found.parts[OTHERS].state if OTHERS in found.parts else {}

@@ -102,7 +102,7 @@ def test_an_own_unet_on_a_foreign_vae_and_text_encoder(folder: Path, tmp_path: P
 
 
 def test_a_foreign_part_of_another_config_is_refused_by_its_field(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"denoiser\.denoiser\.heads is 4 here and 8 there"):
+    with pytest.raises(CheckpointError, match=r"denoiser\.model\.heads is 4 here and 8 there"):
         train_stage(experiment(tmp_path, folder, UNET | {"heads": 4}, init=str(folder)), "denoiser")
     with pytest.raises(CheckpointError, match=r"clip\.model\.text\.activation is 'gelu' here and 'quick_gelu' there"):
         train_stage(experiment(tmp_path, folder, UNET, text=TEXT | {"activation": "gelu"}), "denoiser")
