@@ -33,7 +33,7 @@ from ldm.errors import CheckpointError, unknown
 from ldm.formats import names, recognise
 from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, homes, joined, parts_of, places
 from ldm.formats.folding import SCALE, SCALE_SDXL, folded, scale_of, with_scale
-from ldm.formats.native import empty, header_of, meaning, metadata_of
+from ldm.formats.native import MODEL, empty, header_of, meaning, metadata_of
 from ldm.formats.tensors import fingerprint, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
 from ldm.vae import AutoencoderKLConfig
@@ -238,6 +238,8 @@ def _own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         sampling=config.sampling,
         size=config.size,
         provenance=header.provenance,
+        fingerprint=header.fingerprint,
+        meaning={**header.meaning, "format": MODEL},  # it is that of the model
         notes=(
             f"written by ldm, all as its metadata say; the prediction type is {config.diffusion.parametrization.kind}",
         ),
@@ -248,10 +250,11 @@ def _own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 def _metadata(model: LatentDiffusion, vae: Part) -> dict[str, str]:
     """Our own header, and what other tools look for (Stability's model metadata standard)."""
     own, (height, width) = model.first_stage, model.config.size
+    preview = vae.state.get("latent_preview")  # one that was only fitted in passing is not saved
     latents = {
         "mean": vae.state["latent_mean"].tolist(),
         "std": vae.state["latent_std"].tolist(),
-        "preview": None if own.latent_preview is None else own.latent_preview.tolist(),
+        "preview": None if preview is None else preview.tolist(),
         "before_folding": {"mean": own.latent_mean.tolist(), "std": own.latent_std.tolist()},
     }
     return metadata_of(model.config, model.tokenizer, SINGLE_FILE) | {

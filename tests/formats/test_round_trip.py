@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ldm import Pipeline, load
 from ldm.errors import CheckpointError
@@ -113,6 +115,20 @@ def test_an_ldm_file_says_all_of_itself(tmp_path: Path) -> None:
     assert again.tokenizer is not None
     assert torch.equal(again.tokenizer("a red car"), TOKENIZER("a red car"))
     assert torch.equal(again.first_stage.latent_preview, model.first_stage.latent_preview)
+
+
+def test_an_ldm_file_that_was_changed_tells_so(tmp_path: Path) -> None:
+    """And one that was not says nothing, also if a preview was fitted before it was written."""
+    model = tiny_model()
+    model.preview(torch.zeros(1, *model.latent_shape()))
+    file = save(model, tmp_path / "one.safetensors", "ldm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(file).fingerprint == read_metadata(file)["fingerprint"]
+    tensors, metadata = load_file(file), read_metadata(file)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "changed.safetensors", metadata)
+    with pytest.warns(UserWarning, match="its weights are not those that it was written with"):
+        assert load(tmp_path / "changed.safetensors").fingerprint != metadata["fingerprint"]
 
 
 def test_what_a_format_has_no_place_for_is_said(tmp_path: Path) -> None:
