@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -27,6 +29,9 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 FORMATS = ("native", "ldm", "diffusers")
 """What :func:`save` writes."""
+
+FILES = ("native", "ldm")
+"""Formats of one file; others are folders."""
 
 Source = str | PathLike[str]
 
@@ -125,31 +130,44 @@ def save(model: LatentDiffusion, path: Source, to: str = "native", dtype: torch.
     Raises:
         CheckpointError: the model has parts that the format has no place for, or the path cannot be written to.
     """
-    path = Path(path)
     if to not in FORMATS:
         raise CheckpointError(f"there is no format {to!r}; choose one of {', '.join(FORMATS)}.")
+    path = target(path, to)
+    with writing(path):
+        if to == "diffusers":
+            write_folder(path, model, dtype)
+        elif to == "native":
+            save_model(path, model, model.provenance, dtype)
+        else:
+            write_single_file(path, model, dtype)
+    return path
+
+
+def target(path: Source, to: str) -> Path:
+    """The file, or of a format that is one the folder, that a model or network is written to.
+
+    Raises:
+        CheckpointError: it would not be read again from there, or is no folder where one is needed.
+    """
+    path = Path(path)
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path} would be a pickle, which ldm does not write; let its name end in {SAFETENSORS}.")
-    if to != "diffusers" and (path / INDEX).is_file():
+    if to not in FILES:
+        if path.suffix == SAFETENSORS or path.is_file():
+            raise CheckpointError(f"{path} is no folder, which {to} needs; name one.")
+        return path
+    if (path / INDEX).is_file():
         raise CheckpointError(f"{path} is a folder of diffusers, which would hide what is written there; name another.")
+    return path if path.suffix == SAFETENSORS else path / MODEL_FILE
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses while ``path`` is written is told as a CheckpointError."""
     try:
-        return _write(model, path, to, dtype)
+        yield
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written to ({error.strerror}); name another place.") from None
-
-
-def _write(model: LatentDiffusion, path: Path, to: str, dtype: torch.dtype | None) -> Path:
-    if to == "diffusers":
-        if path.suffix == SAFETENSORS or path.is_file():
-            raise CheckpointError(f"{path} is no folder, which diffusers needs; name one.")
-        write_folder(path, model, dtype)
-        return path
-    file = path if path.suffix == SAFETENSORS else path / MODEL_FILE
-    if to == "native":
-        save_model(file, model, model.provenance, dtype)
-    else:
-        write_single_file(file, model, dtype)
-    return file
 
 
 def find(source: Source, revision: str | None = None) -> Path:

@@ -9,21 +9,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
-from ldm.clip.model import CLIP
+from ldm.clip.model import CLIP as CLIPNetwork
 from ldm.errors import CheckpointError
-from ldm.formats import names, native
+from ldm.formats import names, target, writing
 from ldm.formats.checkpoint import OTHERS, Checkpoint, Part, joined
 from ldm.formats.clip import save_clip
 from ldm.formats.diffusers_folder import write_network
 from ldm.formats.folding import SCALE, folded, scale_of
-from ldm.formats.native import empty, load_strictly
+from ldm.formats.native import CLIP, FIRST_STAGE, empty, load_strictly, save_state
 from ldm.formats.single_file import SCALE_FACTOR
-from ldm.formats.tensors import check_finite, fingerprint, write_tensors
+from ldm.formats.tensors import check_finite, write_tensors
 
 WRITTEN = {
     "vae": ("native", "ldm", "diffusers"),
@@ -58,32 +57,28 @@ def save_lone(found: Checkpoint, path: Path, to: str, dtype: torch.dtype | None 
     parts = {name: part if name == OTHERS else part.to(dtype) for name, part in found.parts.items()}
     for part in parts.values():
         check_finite(part.state, found.source)
-    if kind == "CLIP":
-        _save_clip(found, parts, path, to)
-    elif to == "native":
-        _write(path, native.FIRST_STAGE, parts["vae"], found)
-    elif to == "ldm":
-        _write_ldm(path, kind, parts[kind])
-    else:
-        write_network(path, kind, parts[kind], (64, 64) if kind == "unet" else (512, 512))
+    path = target(path, to)
+    with writing(path):
+        if kind == "CLIP":
+            _save_clip(found, parts, path, to)
+        elif to == "native":
+            vae = parts["vae"]
+            save_state(path, FIRST_STAGE, vae.state, vae.config, None, found.provenance)
+        elif to == "ldm":
+            _write_ldm(path, kind, parts[kind])
+        else:
+            write_network(path, kind, parts[kind], (64, 64) if kind == "unet" else (512, 512))
     return path
 
 
 def _save_clip(found: Checkpoint, parts: dict[str, Part], path: Path, to: str) -> None:
     config, state = parts[OTHERS].config, joined(parts, {"text": "text", "image": "image"})
     if to == "native":
-        _write(path, native.CLIP, Part(config, state), found)
+        save_state(path, CLIP, state, config, found.tokenizer, found.provenance)
         return
-    clip: CLIP = empty(config.build, state, found.source)
+    clip: CLIPNetwork = empty(config.build, state, found.source)
     load_strictly(clip, state, found.source)
     save_clip(clip, found.tokenizer, path, "transformers" if to == "transformers" else "open_clip")
-
-
-def _write(path: Path, format: str, part: Part, found: Checkpoint) -> None:
-    metadata = native.metadata_of(part.config, found.tokenizer, format)
-    metadata |= {"provenance": json.dumps(dict(found.provenance)), "fingerprint": ""}
-    metadata["fingerprint"] = fingerprint(part.state, native.meaning(metadata))
-    write_tensors(path, part.state, metadata)
 
 
 def _write_ldm(path: Path, kind: str, part: Part) -> None:

@@ -111,6 +111,18 @@ def save_module(
         name: tensor.to(dtype) if dtype and tensor.is_floating_point() and "latent_" not in name else tensor
         for name, tensor in module.state_dict().items()
     }
+    return save_state(path, format, tensors, config, tokenizer, provenance)
+
+
+def save_state(
+    path: str | Path,
+    format: str,
+    tensors: Mapping[str, Tensor],
+    config: Any,
+    tokenizer: Tokenizer | None,
+    provenance: Mapping[str, Any],
+) -> str:
+    """Write tensors under our names as they are, as :func:`save_module` does, and return their fingerprint."""
     metadata = metadata_of(config, tokenizer, format) | {"provenance": json.dumps(dict(provenance))}
     metadata["fingerprint"] = fingerprint(tensors, meaning(metadata))
     write_tensors(path, tensors, metadata)

@@ -126,3 +126,18 @@ def test_what_cannot_be_alone_is_told(
     assert (
         "neither a whole model nor a lone vae, unet, CLIP; name what is missing (vae, unet)" in capsys.readouterr().err
     )
+
+
+def test_a_lone_network_goes_where_a_whole_model_may(
+    convert: Command, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae = save(load(file), tmp_path / "folder", "diffusers") / "vae"
+    for target, to, told in (
+        (tmp_path / "x.ckpt", "ldm", "would be a pickle"),
+        (tmp_path / "x.safetensors", "diffusers", "is no folder, which diffusers needs"),
+        (tmp_path / "folder", "native", "would hide what is written there"),
+    ):
+        assert convert(vae, target, "--to", to) == 2
+        assert told in capsys.readouterr().err
+    assert convert(vae, tmp_path / "plain", "--to", "native") == 0
+    assert (tmp_path / "plain" / "model.safetensors").is_file()
