@@ -260,11 +260,7 @@ def read_text(values: Values, where: object, projected: bool) -> TextTowerConfig
         return TextTowerConfig(
             vocab_size=given["vocab_size"],
             context_length=given["max_position_embeddings"],
-            width=given["hidden_size"],
-            layers=given["num_hidden_layers"],
-            heads=given["num_attention_heads"],
-            mlp_ratio=ratio(given["intermediate_size"], given["hidden_size"]),
-            activation=given["hidden_act"],
+            **_read_transformer(given),
             embed_dim=given["projection_dim"] if projected else None,
             eos_id=None if eos in (None, LEGACY_EOS) or eos >= given["vocab_size"] - 1 else eos,
         )
@@ -278,12 +274,7 @@ def write_text(config: TextTowerConfig) -> dict[str, Any]:
         "model_type": "clip_text_model",
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
-        "hidden_size": config.width,
-        "intermediate_size": int(config.width * config.mlp_ratio),
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "hidden_act": config.activation,
-        "layer_norm_eps": 1e-5,
+        **_write_transformer(config),
         "projection_dim": config.embed_dim or config.width,
         "bos_token_id": 0,
         "pad_token_id": 1,
@@ -302,11 +293,7 @@ def read_image(values: Values, where: object) -> ViTConfig:
         return ViTConfig(
             image_size=given["image_size"],
             patch_size=given["patch_size"],
-            width=given["hidden_size"],
-            layers=given["num_hidden_layers"],
-            heads=given["num_attention_heads"],
-            mlp_ratio=ratio(given["intermediate_size"], given["hidden_size"]),
-            activation=given["hidden_act"],
+            **_read_transformer(given),
         )
 
 
@@ -326,13 +313,31 @@ def write_image(config: ViTConfig, embed_dim: int) -> dict[str, Any]:
         "model_type": "clip_vision_model",
         "image_size": config.image_size,
         "patch_size": config.patch_size,
+        **_write_transformer(config),
+        "projection_dim": embed_dim,
+    }
+
+
+def _read_transformer(given: Values) -> dict[str, Any]:
+    """What the configs of both towers of CLIP have in common."""
+    return {
+        "width": given["hidden_size"],
+        "layers": given["num_hidden_layers"],
+        "heads": given["num_attention_heads"],
+        "mlp_ratio": ratio(given["intermediate_size"], given["hidden_size"]),
+        "activation": given["hidden_act"],
+    }
+
+
+def _write_transformer(config: TextTowerConfig | ViTConfig) -> dict[str, Any]:
+    """The inverse of :func:`_read_transformer`."""
+    return {
         "hidden_size": config.width,
         "intermediate_size": int(config.width * config.mlp_ratio),
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "hidden_act": config.activation,
         "layer_norm_eps": 1e-5,
-        "projection_dim": embed_dim,
     }
 
 

@@ -144,12 +144,13 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
     for name, part in parts.items():
         height, width = model.latent_shape()[1:] if name == "unet" else model.config.size
         write_network(path / FOLDERS[name], name, part.to(dtype), (height, width), size_width)
-    _write_json(path / "scheduler" / SCHEDULER, write_scheduler(model.diffusion, model.config.sampling))
+    scheduler = write_scheduler(model.diffusion, model.config.sampling)
+    _write_json(path / "scheduler" / SCHEDULER, scheduler)
     assert model.tokenizer is not None, "what reads text has a tokenizer"
     write_tokenizer(model.tokenizer, path / "tokenizer")
     if isinstance(inner, SDXLConditionerConfig):
         write_tokenizer(model.tokenizer.with_padding(inner.pad_id), path / "tokenizer_2")
-    _write_json(path / INDEX, _index(model, inner, parts))
+    _write_json(path / INDEX, _index(model, inner, parts, scheduler["_class_name"]))
 
 
 def write_network(
@@ -183,11 +184,10 @@ def write_network(
     _write_json(folder / CONFIG, config)
 
 
-def _index(model: LatentDiffusion, conditioner: Any, parts: Mapping[str, Part]) -> dict[str, Any]:
+def _index(model: LatentDiffusion, conditioner: Any, parts: Mapping[str, Part], scheduler: str) -> dict[str, Any]:
     """``model_index.json``; written last, since it makes a folder a pipeline."""
     two = isinstance(conditioner, SDXLConditionerConfig)
     painting = "Inpaint" if model.config.conditioner.concat_channels else ""
-    scheduler = write_scheduler(model.diffusion, model.config.sampling)["_class_name"]
     index: dict[str, Any] = {
         "_class_name": f"StableDiffusion{'XL' if two else ''}{painting}Pipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],

@@ -301,20 +301,17 @@ def of_one_tower(tensors: Mapping[str, Tensor], model: str) -> dict[str, Tensor]
 
 def text_transformers(state: Iterable[str]) -> Table:
     """Names of a text tower in transformers' CLIP: ``text_model.`` before all but the projection."""
-    return {
-        name: Place("text_projection.weight")
-        if name == "projection.weight"
-        else Place(f"text_model.{renamed(name, TEXT_TRANSFORMERS)}")
-        for name in state
-    }
+    return _tower_transformers(state, "text_model", "text_projection", TEXT_TRANSFORMERS)
 
 
 def image_transformers(state: Iterable[str]) -> Table:
     """Names of an image tower in transformers' CLIP, likewise."""
+    return _tower_transformers(state, "vision_model", "visual_projection", IMAGE_TRANSFORMERS)
+
+
+def _tower_transformers(state: Iterable[str], model: str, projection: str, rules: Rules) -> Table:
     return {
-        name: Place("visual_projection.weight")
-        if name == "projection.weight"
-        else Place(f"vision_model.{renamed(name, IMAGE_TRANSFORMERS)}")
+        name: Place(f"{projection}.weight" if name == "projection.weight" else f"{model}.{renamed(name, rules)}")
         for name in state
     }
 

@@ -83,6 +83,7 @@ UNREAD = ("position_ids", "logit_scale", "attn_mask")
 """Ends of names that no network of ours needs."""
 
 PREDICTION_TYPES: Mapping[str, type[Parametrization]] = {"epsilon": Eps, "eps": Eps, "v_prediction": V, "v": V}
+BY_DEFAULT = "by default; if pictures come out brown and blurred, say prediction_type='v_prediction'"
 SAMPLED = SamplingConfig("ddim", 50, 7.5, "leading", 1, "sigma_min")
 SAMPLED_SDXL = SamplingConfig("euler", 50, 5.0, "leading", 1)
 
@@ -115,21 +116,7 @@ def read_single_file(
     if metadata.get("format") == SINGLE_FILE:
         return _own(path, tensors, metadata)
     found, unused = _sorted(tensors)
-    if any(name.startswith(REFINER) for name in tensors):
-        raise CheckpointError(f"{path} is the refiner of SDXL, which ldm does not read; name the base model.")
-    if any(re.search(LORA, name) for name in tensors):
-        raise CheckpointError(
-            f"{path} is a LoRA, an addition to a model; name a model, and add this to it by Pipeline.load_lora or --lora."
-        )
-    if path.suffix == ".ckpt" and any(name.startswith(TRAINING) for name in tensors):
-        raise CheckpointError(
-            f"{path} is a checkpoint of a training, to be resumed; name its run folder, which holds a model after its last stage."
-        )
-    if not found:
-        raise CheckpointError(
-            f"{path} holds no network that ldm knows (its first name is {next(iter(tensors), 'none')!r}); "
-            "name an SD 1.x, SD 2.x or SDXL checkpoint, or one of ldm."
-        )
+    _refuse_others(path, tensors, found)
     notes = []
     if ema and _average(found, tensors):
         notes.append("the weights of the U-Net are the averaged ones (model_ema)")
@@ -152,8 +139,8 @@ def read_single_file(
         )
     parametrization, reason = _prediction(prediction_type, tensors, metadata)
     if "unet" in parts:
-        parts["unet"] = replace(parts["unet"], guessed=reason.startswith("by default"))
-        notes.append(f"the prediction type is {parametrization.kind}, {reason}")
+        parts["unet"] = replace(parts["unet"], guessed=reason is None)
+        notes.append(f"the prediction type is {parametrization.kind}, {reason or BY_DEFAULT}")
     side = 1024 if kind == "SDXL" else 768 if kind == "SD 2" and parametrization == V() else 512
     return Checkpoint(
         source=str(path),
@@ -169,6 +156,25 @@ def read_single_file(
         notes=tuple(notes),
         unused=tuple(unused),
     )
+
+
+def _refuse_others(path: Path, tensors: Mapping[str, Tensor], found: Mapping[str, Found]) -> None:
+    """Raises a CheckpointError for what may be taken for a model by mistake, saying what it is."""
+    if any(name.startswith(REFINER) for name in tensors):
+        raise CheckpointError(f"{path} is the refiner of SDXL, which ldm does not read; name the base model.")
+    if any(re.search(LORA, name) for name in tensors):
+        raise CheckpointError(
+            f"{path} is a LoRA, an addition to a model; name a model, and add this to it by Pipeline.load_lora or --lora."
+        )
+    if path.suffix == ".ckpt" and any(name.startswith(TRAINING) for name in tensors):
+        raise CheckpointError(
+            f"{path} is a checkpoint of a training, to be resumed; name its run folder, which holds a model after its last stage."
+        )
+    if not found:
+        raise CheckpointError(
+            f"{path} holds no network that ldm knows (its first name is {next(iter(tensors), 'none')!r}); "
+            "name an SD 1.x, SD 2.x or SDXL checkpoint, or one of ldm."
+        )
 
 
 def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | None = None) -> str:
@@ -347,8 +353,8 @@ def _prefix(name: str, part: Part, parts: Mapping[str, Part]) -> str:
 
 def _prediction(
     asked: str | None, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> tuple[Parametrization, str]:
-    """What the U-Net estimates, and how that is known: its weights do not tell."""
+) -> tuple[Parametrization, str | None]:
+    """What the U-Net estimates, and how that is known: its weights do not tell. None: it is not, and taken for epsilon."""
     told = metadata.get("modelspec.prediction_type", "").lower()
     if asked is not None:
         if asked not in PREDICTION_TYPES:
@@ -358,7 +364,7 @@ def _prediction(
         return PREDICTION_TYPES[told](), "by the metadata modelspec.prediction_type"
     if "v_pred" in tensors:
         return V(), "by the mark v_pred among the tensors"
-    return Eps(), "by default; if pictures come out brown and blurred, say prediction_type='v_prediction'"
+    return Eps(), None
 
 
 def _tokenizer(parts: Mapping[str, Part], kind: str) -> Tokenizer | None:
