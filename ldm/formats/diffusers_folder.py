@@ -25,7 +25,7 @@ from ldm.errors import CheckpointError, ConfigError, first_line
 from ldm.formats import configs, names
 from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, parts_of
 from ldm.formats.clip import read_text_tower
-from ldm.formats.folding import SCALE, folded, scale_of, with_scale
+from ldm.formats.folding import SCALE, folded, scale_from, scale_of, with_scale
 from ldm.formats.schedulers import GUIDANCE_SDXL, read_scheduler, write_scheduler
 from ldm.formats.tensors import (
     CONFIG,
@@ -256,7 +256,7 @@ def _part(name: str, folder: Path) -> Part:
 def _with_statistics(part: Part, values: Mapping[str, Any], where: Path) -> Part:
     """An autoencoder with the statistics of its latents: z = normalised * std / scaling_factor + mean."""
     try:
-        part = with_scale(part, float(values.get("scaling_factor", SCALE)))
+        part = with_scale(part, scale_from(values.get("scaling_factor", SCALE)))
         state = dict(part.state)
         if values.get("latents_std") is not None:
             state["latent_std"] = state["latent_std"] * torch.tensor(values["latents_std"], dtype=torch.float32)

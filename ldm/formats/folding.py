@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -10,6 +12,14 @@ from ldm.formats.checkpoint import Part
 
 SCALE, SCALE_SDXL = 0.18215, 0.13025
 """The factors of published models; the first is what some readers take for granted."""
+
+
+def scale_from(value: Any) -> float:
+    """What a file gives as the scale of the latents; a ValueError or TypeError if it is not one number above 0."""
+    scale = float(value)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{scale} is not above 0 and finite")
+    return scale
 
 
 def with_scale(part: Part, scale: float) -> Part:

@@ -32,7 +32,7 @@ from ldm.diffusion.parametrization import Eps, Parametrization, V
 from ldm.errors import CheckpointError, unknown
 from ldm.formats import names, recognise
 from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, homes, joined, parts_of, places
-from ldm.formats.folding import SCALE, SCALE_SDXL, folded, scale_of, with_scale
+from ldm.formats.folding import SCALE, SCALE_SDXL, folded, scale_from, scale_of, with_scale
 from ldm.formats.native import MODEL, empty, header_of, meaning, metadata_of
 from ldm.formats.tensors import fingerprint, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
@@ -131,8 +131,8 @@ def read_single_file(
             config = replace(config, embed_dim=None)
         parts[name] = _part(name, prefix, config, own, path)
     if "vae" in parts:
-        stored = tensors.get(SCALE_FACTOR)
-        scale = float(stored) if stored is not None else SCALE_SDXL if kind == "SDXL" else SCALE
+        stored = _stored_scale(tensors, path)
+        scale = stored or (SCALE_SDXL if kind == "SDXL" else SCALE)
         parts["vae"] = replace(with_scale(parts["vae"], scale), guessed=stored is None)
         notes.append(
             f"the scale of the latents is {scale:g}, as {'the file says' if stored is not None else 'of ' + kind}"
@@ -349,6 +349,22 @@ def _prefix(name: str, part: Part, parts: Mapping[str, Part]) -> str:
     if "text_2" in parts:
         return OPENAI_OF_TWO if name == "text" else OPEN_CLIP_OF_TWO
     return OPENAI if part.config.activation == "quick_gelu" else OPEN_CLIP
+
+
+def _stored_scale(tensors: Mapping[str, Tensor], path: Path) -> float | None:
+    """The scale of the latents that a file says, if it does.
+
+    Raises:
+        CheckpointError: what it says is no scale.
+    """
+    stored = tensors.get(SCALE_FACTOR)
+    if stored is None:
+        return None
+    try:
+        return scale_from(stored)
+    except ValueError:
+        told = stored.flatten()[:3].tolist()
+        raise CheckpointError(f"{path}: {SCALE_FACTOR} is {told}, not one number above 0; get the file anew.") from None
 
 
 def _prediction(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,14 @@ def test_folders_with_other_configs(part: str, tmp_path: Path, harmless: None) -
         except BaseException as error:
             wrong[name] = f"raises {type(error).__name__}: {error}"
     assert not wrong, "\n".join(f"{name}: {told}" for name, told in wrong.items())
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, math.inf, math.nan, None, [0.5, 0.5]])
+def test_a_folder_without_a_scale_says_so(scale: object, tmp_path: Path) -> None:
+    config = save(tiny_model(), tmp_path / "folder", "diffusers") / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": scale}))
+    with pytest.raises(LdmError, match=r"vae/config\.json does not say how latents are normalised"):
+        load(tmp_path / "folder")
 
 
 @pytest.mark.parametrize("gone", [*PARTS[1:5], "unet/diffusion_pytorch_model.safetensors", "tokenizer"])

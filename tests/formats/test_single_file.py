@@ -147,6 +147,14 @@ def test_a_scale_in_the_file_is_taken(files: dict[str, Path], tmp_path: Path) ->
     assert (load(path).first_stage.latent_std == 2).all()
 
 
+@pytest.mark.parametrize("scale", [[0.5, 0.5], 0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_none_is_refused(scale: Any, files: dict[str, Path], tmp_path: Path) -> None:
+    wrong = {"scale_factor": torch.tensor(scale)}
+    path = changed(files, tmp_path / "scaled.safetensors", lambda tensors: tensors | wrong)
+    with pytest.raises(CheckpointError, match=r"scaled\.safetensors: scale_factor is .*, not one number above 0"):
+        load(path)
+
+
 def test_the_prediction_type_is_asked_for_or_told(files: dict[str, Path], tmp_path: Path) -> None:
     tensors, path = load_file(files["SD 1"]), tmp_path / "v.safetensors"
     assert load(files["SD 1"]).diffusion.parametrization == Eps()
