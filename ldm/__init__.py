@@ -1,4 +1,4 @@
-"""Train a text-to-image latent diffusion model from your own pictures and captions, and use it.
+"""Train a text-to-image latent diffusion model from your own images and captions, and use it.
 
 >>> from ldm import Pipeline
 >>> Pipeline("a red apple")[0].save("apple.png")

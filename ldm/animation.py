@@ -4,8 +4,8 @@
 >>> from ldm.animation import Animation
 >>> pipe = Pipeline.from_pretrained("emoji")
 >>> frames = Animation(pipe)
->>> pictures = pipe("a red apple", callback=frames)
->>> frames.save("apple.gif", pictures)
+>>> images = pipe("a red apple", callback=frames)
+>>> frames.save("apple.gif", images)
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion import Step
-from ldm.images import Images, write_animation
+from ldm.image_output import Images, write_animation
 from ldm.pipeline import Pipeline
 
 HOLD = 1000
-"""Milliseconds that the finished pictures are shown."""
+"""Milliseconds that the finished images are shown."""
 
 DECODED = 128 * 128
-"""Pixels up to which a frame shows decoded pictures: the previews of so small ones show little."""
+"""Pixels up to which a frame shows decoded images: the previews of so small ones show little."""
 
 
 class Animation:
@@ -46,9 +46,9 @@ class Animation:
         self.batches[-1].append(step.denoised.cpu())
 
     def frames(self, pictures: Images) -> list[Image.Image]:
-        """A frame for each step, of what the pictures were going to be, and one of the finished ``pictures``.
+        """A frame for each step, of what the images were going to be, and one of the finished ``pictures``.
 
-        Several pictures make a grid. A batch that needed fewer steps than another waits for it.
+        Several images make a grid. A batch that needed fewer steps than another waits for it.
         """
         shown = []
         for index in range(max(map(len, self.batches), default=0)):

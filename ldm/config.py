@@ -1,8 +1,8 @@
 """From YAML and overrides to typed, frozen dataclasses, strictly.
 
-Three ideas. A *config* is a frozen dataclass; its fields say type, default and one sentence of help (:func:`setting`). A
+Three ideas. A *config* is a frozen dataclass; its fields say type, default and one sentence of help (:func:`config_field`). A
 *kind* is an entry of a registry: ``class Schedule(Kind)`` opens a family, ``class Cosine(Schedule, kind="cosine")`` adds an
-entry, and a field of type ``Schedule`` is written ``{kind: cosine, ...}`` (or just ``cosine``) in YAML. :func:`structure`
+entry, and a field of type ``Schedule`` is written ``{kind: cosine, ...}`` (or just ``cosine``) in YAML. :func:`from_dict`
 turns plain values into configs and refuses whatever it does not know, naming the place and the near miss.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union
@@ -21,9 +22,26 @@ T = TypeVar("T")
 REQUIRED: Any = dataclasses.MISSING
 
 
-def setting(default: Any = REQUIRED, help: str = "", *, factory: Any = REQUIRED) -> Any:
-    """A config field: its default (none: the field must be given) and the sentence that the reference prints for it."""
-    return dataclasses.field(default=default, default_factory=factory, metadata={"help": help})
+def config_field(
+    default: Any = REQUIRED,
+    help: str = "",
+    *,
+    factory: Any = REQUIRED,
+    formerly: str | None = None,
+    omit_default: bool = False,
+) -> Any:
+    """Declare a field of a config.
+
+    Args:
+        default: its default; without one the field is required.
+        help: the sentence that the config reference prints for it.
+        factory: makes the default, for mutable values.
+        formerly: an older name of the field; it is still read, with a warning that names the new one.
+        omit_default: leave the field out of :func:`to_dict` while it has its default. For fields that are added to a
+            config whose dictionary is part of fingerprints, so that those of existing files do not change.
+    """
+    metadata = {"help": help, "formerly": formerly, "omit_default": omit_default}
+    return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
 
 
 class Kind:
@@ -42,7 +60,7 @@ class Kind:
             cls.kinds[kind] = cls
 
 
-def structure(cls: type[T], node: Any, where: str = "") -> T:
+def from_dict(cls: type[T], node: Any, where: str = "") -> T:
     """Plain values (of YAML or JSON) as an instance of the config ``cls``.
 
     Args:
@@ -64,6 +82,7 @@ def structure(cls: type[T], node: Any, where: str = "") -> T:
         raise ConfigError(f"{_at(where)}: expected a section with the keys of {cls.__name__}, found {node!r}.")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls)) if field.init}
+    node = _with_current_names(node, fields, where)
     for key in node:
         if key not in fields:
             raise ConfigError(f"{_at(where)}: {unknown('key', key, fields)}")
@@ -79,23 +98,42 @@ def structure(cls: type[T], node: Any, where: str = "") -> T:
         raise ConfigError(f"{_at(where)}: {error}") from None
 
 
-def unstructure(config: Any) -> Any:
-    """The inverse of :func:`structure`: dicts, lists and plain values, with ``kind`` where there is one."""
+def to_dict(config: Any) -> Any:
+    """The inverse of :func:`from_dict`: dicts, lists and plain values, with ``kind`` where there is one."""
     if dataclasses.is_dataclass(config):
         kind: dict[str, Any] = {"kind": config.kind} if isinstance(config, Kind) else {}
-        return kind | {f.name: unstructure(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
+        fields = [f for f in dataclasses.fields(config) if f.init and not _is_omitted(f, getattr(config, f.name))]
+        return kind | {f.name: to_dict(getattr(config, f.name)) for f in fields}
     if isinstance(config, Mapping):
-        return {key: unstructure(value) for key, value in config.items()}
+        return {key: to_dict(value) for key, value in config.items()}
     if isinstance(config, (list, tuple)):
-        return [unstructure(value) for value in config]
+        return [to_dict(value) for value in config]
     return config
+
+
+def _is_omitted(field: dataclasses.Field[Any], value: Any) -> bool:
+    return bool(field.metadata.get("omit_default")) and value == field.default
+
+
+def _with_current_names(node: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The section with the former names of fields replaced by the current ones; a warning names each."""
+    former = {field.metadata.get("formerly"): name for name, field in fields.items()}
+    renamed = {}
+    for key, value in node.items():
+        name = former.get(key, key) if key not in fields else key
+        if name != key:
+            if name in node:
+                raise ConfigError(f"{_at(where)}: {key!r} is the former name of {name!r}; give only the latter.")
+            warnings.warn(f"{_at(where)}: {key!r} is now called {name!r}; rename it.", FutureWarning, stacklevel=3)
+        renamed[name] = value
+    return renamed
 
 
 def to_yaml(config: Any) -> str:
     """A config as the text of a YAML file, its keys in the order of the fields."""
     import yaml  # not needed to sample
 
-    return yaml.safe_dump(unstructure(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -211,7 +249,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{_at(where)}: expected a section, found {value!r}.")
         return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, Kind)):
-        return structure(typing.cast(type, hint), value, where)
+        return from_dict(typing.cast(type, hint), value, where)
     return _scalar(hint, value, where)
 
 

@@ -1,4 +1,4 @@
-"""Editing of pictures. Each task is a start and a wrapper of the denoiser over the pipeline's one sampling loop.
+"""Editing of images. Each task is a start and a wrapper of the denoiser over the pipeline's one sampling loop.
 
 >>> from ldm import Pipeline, editing
 >>> pipe = Pipeline.from_pretrained("emoji")
@@ -6,8 +6,8 @@
 >>> editing.inpaint(pipe, "a green apple", "apple.png", "mask.png")
 
 What a function does not name goes on to the pipeline: ``seed``, ``guidance_scale``, ``sampler``, ``label``, ...
-``image`` is a PIL picture, the name of a file, or a list of them, one for each prompt; one picture serves several
-prompts and one prompt several pictures. ``strength``, 0 to 1, is the share of the sampling's steps that are made.
+``image`` is a PIL image, the name of a file, or a list of them, one for each prompt; one image serves several
+prompts and one prompt several images. ``strength``, 0 to 1, is the share of the sampling's steps that are made.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import Tensor
 from ldm.conditioning import LowResConditioner
 from ldm.diffusion import Denoiser
 from ldm.errors import SamplingError
+from ldm.image_io import read_picture, to_tensor
 from ldm.inputs import Edit, check_counts, entries, listed, one_seed
-from ldm.pictures import read_picture, to_tensor
 from ldm.pipeline import Pipeline
 from ldm.prompts import Blend, Prompt
 
@@ -37,12 +37,12 @@ Picture = Image.Image | str | Path
 
 @dataclass(frozen=True, kw_only=True)
 class ImageToImage(Edit):
-    """Starts from pictures with noise on them, in the midst of the levels (SDEdit, Meng et al. 2108.01073).
+    """Starts from images with noise on them, in the midst of the levels (SDEdit, Meng et al. 2108.01073).
 
     Attributes:
-        latents: normalised, one for each picture to make, ``[n c h w]``.
+        latents: normalised, one for each image to make, ``[n c h w]``.
         strength: share of the steps to make; at 1 it starts from noise alone.
-        pictures: what the latents are of, ``[n 3 H W]`` in [0, 1]; with no step to make, they are the result.
+        images: what the latents are of, ``[n 3 H W]`` in [0, 1]; with no step to make, they are the result.
     """
 
     latents: Tensor
@@ -71,7 +71,7 @@ class ImageToImage(Edit):
 class Inpaint(ImageToImage):
     """Keeps the known part: to the solver, the denoiser has found it already (cf. Lugmayr et al. 2201.09865).
 
-    Where the clean picture is known, D(x, s) is that picture; each solver then leaves x there at the picture with
+    Where the clean image is known, D(x, s) is that image; each solver then leaves x there at the image with
     the noise that belongs to its level.
 
     Attributes:
@@ -106,7 +106,7 @@ def image_to_image(
     """Pictures like ``image``, changed towards the prompt, the more the greater the ``strength``; 0 gives them back.
 
     Raises:
-        SamplingError: ``strength`` outside of [0, 1]; pictures that cannot be read, of several sizes or of one that
+        SamplingError: ``strength`` outside of [0, 1]; images that cannot be read, of several sizes or of one that
             the model cannot make, or fewer than prompts; and whatever the pipeline raises.
     """
     pictures, settings, repeats = _paired(pipe, prompt, image, settings)
@@ -128,16 +128,16 @@ def inpaint(
     Works with any model; one whose conditioner reads ``inpaint`` (a 9-channel U-Net) is also shown the known part.
 
     Args:
-        mask_image: of the size of its picture; one for all, or one for each.
+        mask_image: of the size of its image; one for all, or one for each.
         blur: deviation of the mask's edge in pixels, over which old and new are blended.
 
     Raises:
-        SamplingError: as :func:`image_to_image`; a mask of another size than its picture.
+        SamplingError: as :func:`image_to_image`; a mask of another size than its image.
     """
     pictures, settings, repeats = _paired(pipe, prompt, image, settings)
     sharp, blend = _masks(mask_image, pictures, blur)
     mask = F.max_pool2d(sharp, pipe.model.config.first_stage.factor)
-    if "inpaint" in pipe.model.config.conditioner.reads:
+    if "inpaint" in pipe.model.config.conditioner.input_keys:
         known = pipe.encode(torch.where(sharp > 0.5, 0.5, pictures))
         condition = {"inpaint": list(torch.cat([mask, known], dim=1))}
         settings["condition"] |= condition
@@ -157,7 +157,7 @@ def outpaint(
     bottom: int = 0,
     **settings: Any,
 ) -> Any:
-    """Continue a picture by so many pixels on its sides; ``settings`` as of :func:`inpaint`.
+    """Continue an image by so many pixels on its sides; ``settings`` as of :func:`inpaint`.
 
     Raises:
         SamplingError: as :func:`inpaint`; no side to continue.
@@ -174,14 +174,14 @@ def outpaint(
 
 
 def variations(pipe: Pipeline, image: Picture | Sequence[Picture], **settings: Any) -> Any:
-    """Pictures that show what ``image`` shows, by a model that is conditioned on the embedding of a picture.
+    """Pictures that show what ``image`` shows, by a model that is conditioned on the embedding of an image.
 
     Raises:
-        SamplingError: the model reads no picture.
+        SamplingError: the model reads no image.
     """
-    if "image" not in pipe.model.config.conditioner.reads:
+    if "image" not in pipe.model.config.conditioner.input_keys:
         raise SamplingError(
-            "this model reads no picture, which variations need; "
+            "this model reads no image, which variations need; "
             "train one with the conditioner image, or try image_to_image."
         )
     return pipe(**_with_condition(settings, image=listed(image)))
@@ -194,17 +194,17 @@ def style_transfer(
     strength: float = 0.6,
     **settings: Any,
 ) -> Any:
-    """The content of ``image`` in a style: that of a picture if the model reads pictures, else that of a prompt.
+    """The content of ``image`` in a style: that of an image if the model reads images, else that of a prompt.
 
     :func:`image_to_image` in which the denoiser attends to the style's embedding at all its steps.
 
     Raises:
-        SamplingError: as :func:`image_to_image`; a style picture for a model that reads none.
+        SamplingError: as :func:`image_to_image`; a style image for a model that reads none.
     """
     if isinstance(style, Prompt) and not (isinstance(style, str) and _is_file(style)):
         return image_to_image(pipe, style, image, strength, **settings)
-    if "image" not in pipe.model.config.conditioner.reads:
-        raise SamplingError("this model reads no picture; describe the style in a prompt.")
+    if "image" not in pipe.model.config.conditioner.input_keys:
+        raise SamplingError("this model reads no image; describe the style in a prompt.")
     prompt = settings.pop("prompt", None)
     return image_to_image(pipe, prompt, image, strength, **_with_condition(settings, image=[style]))
 
@@ -217,20 +217,20 @@ def interpolate(
     frames: int = 8,
     **settings: Any,
 ) -> Any:
-    """A row of pictures between those of two seeds, along the great circle between their starting noise.
+    """A row of images between those of two seeds, along the great circle between their starting noise.
 
     Args:
-        prompt: one for all pictures, or a pair, from the first of which the row blends to the second.
-        seeds: of the first and the last picture; the same twice changes the prompt alone.
+        prompt: one for all images, or a pair, from the first of which the row blends to the second.
+        seeds: of the first and the last image; the same twice changes the prompt alone.
 
     Raises:
         SamplingError: as the pipeline; fewer than two frames; several prompts that are no pair.
     """
     check_counts(frames=frames)
     if frames < 2:
-        raise SamplingError("frames is 1; a row from one picture to the other needs 2 or more.")
+        raise SamplingError("frames is 1; a row from one image to the other needs 2 or more.")
     if "num_images_per_prompt" in settings:
-        raise SamplingError("a row has as many pictures as frames; leave num_images_per_prompt out.")
+        raise SamplingError("a row has as many images as frames; leave num_images_per_prompt out.")
     shape = pipe.latent_shape(settings.get("height"), settings.get("width"))
     first, last = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds)
     shares = torch.linspace(0, 1, frames).tolist()
@@ -253,7 +253,7 @@ def high_resolution(
 ) -> Any:
     """Pictures larger than the model was trained on, in two passes: sample small, enlarge the latent, refine.
 
-    Sampled at once, a large picture repeats its subject, since the network has never seen so many latents. The first
+    Sampled at once, a large image repeats its subject, since the network has never seen so many latents. The first
     pass has the proportions asked for, and about as many pixels as the model was trained on.
 
     Raises:
@@ -277,13 +277,13 @@ def upscale(pipe: Pipeline, image: Picture | Sequence[Picture], **settings: Any)
     """Pictures like ``image``, larger by the factor of a model that was trained to enlarge (its conditioner is low_res).
 
     Raises:
-        SamplingError: the model enlarges no pictures; pictures that cannot be read or are of several sizes.
+        SamplingError: the model enlarges no images; images that cannot be read or are of several sizes.
     """
     parts = pipe.model.conditioner.modules()
     factor = next((part.config.factor for part in parts if isinstance(part, LowResConditioner)), None)
     if factor is None:
         raise SamplingError(
-            "this model enlarges no pictures; train one with the conditioner low_res, as configs/emoji_sr.yaml does."
+            "this model enlarges no images; train one with the conditioner low_res, as configs/emoji_sr.yaml does."
         )
     pictures = _stacked(image, settings)
     height, width = (factor * side for side in pictures.shape[-2:])
@@ -301,7 +301,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 def _paired(pipe: Pipeline, prompt: Any, image: Any, settings: dict[str, Any]) -> tuple[Tensor, dict[str, Any], int]:
     """Pictures, settings that ask for as many, and how many are made of each.
 
-    The pictures are ``[m 3 h w]`` in [0, 1]; one is repeated for each prompt, one prompt for each of them.
+    The images are ``[m 3 h w]`` in [0, 1]; one is repeated for each prompt, one prompt for each of them.
     """
     stacked = _stacked(image, settings).to(pipe.device)
     if pipe.model.config.first_stage.image_channels == 1:
@@ -316,24 +316,24 @@ def _paired(pipe: Pipeline, prompt: Any, image: Any, settings: dict[str, Any]) -
     n = max((len(values) for values in lists.values()), default=1)
     if n > 1 and m not in (1, n):
         what = next(name for name, values in lists.items() if len(values) == n)
-        raise SamplingError(f"{m} pictures do not fit {n} of {what}; give one, or one for each.")
+        raise SamplingError(f"{m} images do not fit {n} of {what}; give one, or one for each.")
     lists = {name: values * m if len(values) == 1 else values for name, values in lists.items()}
     settings = settings | {name: lists.pop(name, None) for name in ("prompt", "label")}
     settings |= {"condition": lists, "height": height, "width": width}
-    if not pipe.model.config.conditioner.reads:
+    if not pipe.model.config.conditioner.input_keys:
         settings["num_images_per_prompt"] = m * repeats
     return stacked.expand(max(m, n), -1, -1, -1), settings, repeats
 
 
 def _stacked(image: Any, settings: Mapping[str, Any]) -> Tensor:
-    """The pictures that are asked for, ``[m 3 h w]`` in [0, 1]."""
+    """The images that are asked for, ``[m 3 h w]`` in [0, 1]."""
     if "height" in settings or "width" in settings:
-        raise SamplingError("the size goes by the picture; resize it, and leave height and width out.")
+        raise SamplingError("the size goes by the image; resize it, and leave height and width out.")
     pictures = [read_picture(picture) for picture in listed(image)]
     sizes = dict.fromkeys(picture.size for picture in pictures)
     if len(sizes) != 1:
         given = ", ".join(f"{width} x {height}" for width, height in sizes) or "none"
-        raise SamplingError(f"the pictures must be of one size, but they are {given}; edit them one by one.")
+        raise SamplingError(f"the images must be of one size, but they are {given}; edit them one by one.")
     return torch.stack([to_tensor(picture) for picture in pictures])
 
 
@@ -355,10 +355,10 @@ def _masks(mask_image: Any, pictures: Tensor, blur: float) -> tuple[Tensor, Tens
     for mask in masks:
         if mask.size != (width, height):
             raise SamplingError(
-                f"the mask is {mask.width} x {mask.height} pixels, but its picture {width} x {height}; resize it."
+                f"the mask is {mask.width} x {mask.height} pixels, but its image {width} x {height}; resize it."
             )
     if len(masks) not in (1, len(pictures)):
-        raise SamplingError(f"{len(masks)} masks do not fit {len(pictures)} pictures; give one, or one for each.")
+        raise SamplingError(f"{len(masks)} masks do not fit {len(pictures)} images; give one, or one for each.")
     soft = [mask.filter(ImageFilter.GaussianBlur(blur)) for mask in masks]
     sharp, blend = (torch.stack([to_tensor(mask) for mask in each]).to(pictures) for each in (masks, soft))
     shape = (len(pictures), 1, height, width)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.clip.module import CLIPStage
-from ldm.config import read_yaml, setting, structure
-from ldm.data.kinds import DataKind
+from ldm.config import config_field, from_dict, read_yaml
+from ldm.data.config import DataConfig
 from ldm.denoiser.module import DenoiserStage
 from ldm.errors import ConfigError
 from ldm.model import ModelConfig
@@ -22,14 +22,14 @@ STAGES = ("vae", "clip", "denoiser")
 class Experiment:
     """One YAML, one run folder, one pipeline."""
 
-    name: str = setting(help="of the experiment; the run folder is runs/<name>")
-    data: DataKind = setting(help="pictures and captions")
-    vae: VAEStage = setting(help="stage 1, the first stage")
-    denoiser: DenoiserStage = setting(help="stage 3, the denoiser")
-    clip: CLIPStage | None = setting(None, "stage 2, tokenizer and CLIP; null where nothing reads text")
-    run_dir: str | None = setting(None, "where everything goes; null = runs/<name>")
-    seed: int = setting(0, "of all randomness")
-    trainer: TrainerConfig = setting(TrainerConfig(), "devices and precision")
+    name: str = config_field(help="of the experiment; the run folder is runs/<name>")
+    data: DataConfig = config_field(help="pictures and captions")
+    vae: VAEStage = config_field(help="stage 1, the first stage")
+    denoiser: DenoiserStage = config_field(help="stage 3, the denoiser")
+    clip: CLIPStage | None = config_field(None, "stage 2, tokenizer and CLIP; null where nothing reads text")
+    run_dir: str | None = config_field(None, "where everything goes; null = runs/<name>")
+    seed: int = config_field(0, "of all randomness")
+    trainer: TrainerConfig = config_field(TrainerConfig(), "devices and precision")
 
     def __post_init__(self) -> None:
         if self.clip is not None:
@@ -40,15 +40,15 @@ class Experiment:
                     f"clip.model.text has context_length {text.context_length} and vocab_size {text.vocab_size}."
                 )
             if self.clip.train is not None and self.data.image_shape[0] != 3:
-                raise ConfigError(f"clip reads pictures of 3 channels, but the data's have {self.data.image_shape[0]}.")
-        if "image" in self.denoiser.conditioner.reads:
+                raise ConfigError(f"clip reads images of 3 channels, but the data's have {self.data.image_shape[0]}.")
+        if "image" in self.denoiser.conditioner.input_keys:
             if self.data.cache_latents:
                 raise ConfigError(
-                    "denoiser.conditioner reads pictures, which cached latents lack; set data.cache_latents to false."
+                    "denoiser.conditioner reads images, which cached latents lack; set data.cache_latents to false."
                 )
             if self.data.image_shape[0] != 3:
                 raise ConfigError(
-                    f"denoiser.conditioner reads pictures of 3 channels, but the data's have {self.data.image_shape[0]}."
+                    f"denoiser.conditioner reads images of 3 channels, but the data's have {self.data.image_shape[0]}."
                 )
         model_config(self)
 
@@ -76,7 +76,7 @@ def model_config(experiment: Experiment) -> ModelConfig:
     channels, height, width = experiment.data.image_shape
     if channels != experiment.vae.model.image_channels:
         raise ConfigError(
-            f"vae.model.image_channels is {experiment.vae.model.image_channels}, but the data's pictures have {channels}."
+            f"vae.model.image_channels is {experiment.vae.model.image_channels}, but the data's images have {channels}."
         )
     clip, factor = experiment.clip, experiment.vae.model.factor
     return ModelConfig(
@@ -98,6 +98,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
         ConfigError: one sentence that names the file and the place.
     """
     try:
-        return structure(Experiment, read_yaml(path, overrides))
+        return from_dict(Experiment, read_yaml(path, overrides))
     except ConfigError as error:
         raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None

@@ -1,4 +1,4 @@
-"""What a caller asks of a sampling, checked and brought into lists of one entry for each picture."""
+"""What a caller asks of a sampling, checked and brought into lists of one entry for each image."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ldm.conditioning.conditioner import Pair
 from ldm.conditioning.sdxl import SIZES
 from ldm.diffusion import OPTIONS, SAMPLERS, SPECS, Denoiser, Guidance
 from ldm.errors import SamplingError, unknown
-from ldm.pictures import read_map, signed_tensor
-from ldm.prompts import Prompt, Reading
+from ldm.image_io import read_map, signed_tensor
+from ldm.prompts import Prompt, PromptOptions
 
 ARGUMENTS = {"text": "prompt", "label": "label"}
 """What a conditioner reads, to the argument by which a caller gives it; all else is an entry of ``condition``."""
@@ -32,7 +32,7 @@ SEED_LIMIT = 2**63
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of some pictures: an entry for each of them.
+    """What is asked of some images: an entry for each of them.
 
     Attributes:
         wanted: what to show, by the name that the conditioner reads; None where it is left out.
@@ -47,14 +47,14 @@ class Request:
     unwanted: list[Prompt] | None
     seeds: list[int]
     guidance: Guidance
-    reading: Reading
+    reading: PromptOptions
     defaults: Mapping[str, Pair]
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def record(self, index: int, settings: Mapping[str, Any]) -> dict[str, str]:
-        """What a picture says of itself: what was asked of it, and how all were made."""
+        """What an image says of itself: what was asked of it, and how all were made."""
         own = self[index : index + 1]
         guidance = own.guidance.record()
         if isinstance(guidance["guidance_scale"], Sequence):
@@ -70,7 +70,7 @@ class Request:
         return asked | {"seed": str(own.seeds[0]), "settings": json.dumps(settings)}
 
     def __getitem__(self, rows: slice) -> Request:
-        """The request of some of the pictures."""
+        """The request of some of the images."""
         scale = self.guidance.scale
         return Request(
             {name: values[rows] for name, values in self.wanted.items()},
@@ -85,7 +85,7 @@ class Request:
 class Edit:
     """What an editing task changes about a sampling; this one changes nothing.
 
-    ``rows`` says which of the asked-for pictures the batch at hand holds.
+    ``rows`` says which of the asked-for images the batch at hand holds.
     """
 
     def levels(self, levels: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ class Edit:
         return denoise
 
     def finish(self, pictures: Tensor, rows: slice) -> Tensor:
-        """What becomes of the decoded pictures, ``[b 3 h w]`` in [0, 1]."""
+        """What becomes of the decoded images, ``[b 3 h w]`` in [0, 1]."""
         return pictures
 
     def record(self) -> dict[str, Any]:
-        """What the pictures' record of their settings says of it."""
+        """What the images' record of their settings says of it."""
         return {}
 
 
@@ -116,10 +116,10 @@ def request(
     guidance: Guidance,
     seed: int | Sequence[int] | None,
     repeats: int,
-    reading: Reading,
+    reading: PromptOptions,
     defaults: Mapping[str, Pair] = MappingProxyType({}),
 ) -> Request:
-    """The request of ``repeats`` pictures for each of the ``conditions``, one picture's after the other.
+    """The request of ``repeats`` images for each of the ``conditions``, one image's after the other.
 
     Args:
         reads: what the conditioner reads.
@@ -181,9 +181,9 @@ def _asked(reads: Sequence[str], defaults: Mapping[str, Pair], given: Mapping[st
 
 
 def entries(name: str, value: Any) -> list[Any]:
-    """A list of what is given of a condition that has no argument of its own: an entry for each picture, or one for all.
+    """A list of what is given of a condition that has no argument of its own: an entry for each image, or one for all.
 
-    Pictures are ``[3 h w]`` in [-1, 1], label maps arrays ``[h w]``, sizes pairs of whole numbers.
+    Images are ``[3 h w]`` in [-1, 1], label maps arrays ``[h w]``, sizes pairs of whole numbers.
 
     Raises:
         SamplingError: there is none, or one of the wrong type.
@@ -191,7 +191,7 @@ def entries(name: str, value: Any) -> list[Any]:
     dimensions = DIMENSIONS.get(name)
     values = [value] if dimensions is not None and getattr(value, "ndim", None) == dimensions else listed(value)
     if not values:
-        raise SamplingError(f"the list of {name} is empty; give one, or one for each picture.")
+        raise SamplingError(f"the list of {name} is empty; give one, or one for each image.")
     if name in SIZES:
         pairs = [values] if all(isinstance(each, Integral) for each in values) else values
         return [None if pair is None else _pair(name, pair) for pair in pairs]
@@ -242,14 +242,14 @@ def _negatives(reads: Sequence[str], negative_prompt: Prompt | Sequence[Prompt] 
 
 
 def _seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
-    """A seed for each of ``n`` pictures: those given, s, s + 1, ... from one, or so from one drawn at random."""
+    """A seed for each of ``n`` images: those given, s, s + 1, ... from one, or so from one drawn at random."""
     given = [one_seed()] if seed is None else listed(seed)
     for item in given:
         if not isinstance(item, Integral) or not 0 <= int(item) < SEED_LIMIT - n:
             raise SamplingError(f"the seed {item!r} is no whole number from 0 to 2^63 - {n + 1}.")
     if seed is None or isinstance(seed, Integral):
         return [int(given[0]) + index for index in range(n)]
-    return [int(item) for item in _one_each("seeds", given, n, "pictures")]
+    return [int(item) for item in _one_each("seeds", given, n, "images")]
 
 
 def one_seed() -> int:

@@ -9,33 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning import ConditionerKind
-from ldm.config import setting
-from ldm.denoiser import DenoiserKind
+from ldm.conditioning import ConditionerConfig
+from ldm.config import config_field
+from ldm.denoiser import DenoiserConfig
 from ldm.diffusion.parametrization import Diffusion
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import SPACINGS, Final
 from ldm.errors import ConfigError, unknown
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.lora import Loras
-from ldm.vae import FirstStageKind, Tiling
+from ldm.vae import FirstStageConfig, Tiling
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """How a model is sampled unless the caller says otherwise."""
 
-    sampler: str = setting("dpmpp_2m", "name of the solver")
-    num_inference_steps: int = setting(30, "steps of the solver")
-    guidance_scale: float = setting(5.0, "classifier-free guidance; 1 = none")
-    spacing: str = setting("trailing", "how the noise levels are spaced: " + ", ".join(SPACINGS))
-    offset: int = setting(0, "added to the timesteps of the spacing leading; 1 for Stable Diffusion")
-    final: Final = setting(
+    sampler: str = config_field("dpmpp_2m", "name of the solver")
+    num_inference_steps: int = config_field(30, "steps of the solver")
+    guidance_scale: float = config_field(5.0, "classifier-free guidance; 1 = none")
+    spacing: str = config_field("trailing", "how the noise levels are spaced: " + ", ".join(SPACINGS))
+    offset: int = config_field(0, "added to the timesteps of the spacing leading; 1 for Stable Diffusion")
+    final: Final = config_field(
         "zero",
         "the last noise level: zero, or sigma_min as Stable Diffusion's ddim and plms have it; counts for this sampler, "
         "ddim and plms, while others end at zero",
     )
-    shift: float = setting(1.0, "factor on the noise levels of a flow schedule, beside the schedule's own")
+    shift: float = config_field(1.0, "factor on the noise levels of a flow schedule, beside the schedule's own")
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -44,7 +44,7 @@ class SamplingConfig:
             raise ConfigError(unknown("spacing", self.spacing, SPACINGS))
 
     def final_of(self, sampler: str) -> Final:
-        """Where ``sampler`` ends: ``final`` is of the model's own one, and of the two whose pictures it changes in SD."""
+        """Where ``sampler`` ends: ``final`` is of the model's own one, and of the two whose images it changes in SD."""
         return self.final if sampler in (self.sampler, "ddim", "plms") else "zero"
 
 
@@ -52,12 +52,12 @@ class SamplingConfig:
 class ModelConfig:
     """A whole model: what stands in the metadata of its file."""
 
-    first_stage: FirstStageKind = setting(help="pictures to latents")
-    conditioner: ConditionerKind = setting(help="what the denoiser listens to")
-    denoiser: DenoiserKind = setting(help="the network")
-    diffusion: Diffusion = setting(help="schedule and parametrization")
-    size: tuple[int, int] = setting(help="height and width of the pictures that it was trained on, in pixels")
-    sampling: SamplingConfig = setting(SamplingConfig(), "defaults of the pipeline")
+    first_stage: FirstStageConfig = config_field(help="pictures to latents")
+    conditioner: ConditionerConfig = config_field(help="what the denoiser listens to")
+    denoiser: DenoiserConfig = config_field(help="the network")
+    diffusion: Diffusion = config_field(help="schedule and parametrization")
+    size: tuple[int, int] = config_field(help="height and width of the images that it was trained on, in pixels")
+    sampling: SamplingConfig = config_field(SamplingConfig(), "defaults of the pipeline")
 
     def __post_init__(self) -> None:
         channels, denoiser = self.first_stage.latent_channels, self.denoiser
@@ -134,7 +134,7 @@ class LatentDiffusion(nn.Module):
         )
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Normalised latents ``[b c h w]`` to pictures ``[b 3 fh fw]`` in [-1, 1]."""
+        """Normalised latents ``[b c h w]`` to images ``[b 3 fh fw]`` in [-1, 1]."""
         z = self.first_stage.denormalize(latent)
         image = self.tiling.decode(self.first_stage, z.to(_precision(self.first_stage, z.dtype)))
         return image.to(latent.dtype).clamp(-1, 1)
@@ -144,7 +144,7 @@ class LatentDiffusion(nn.Module):
         return self.first_stage.preview(latent).clamp(-1, 1)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """Shape ``(c, h, w)`` of the latent of a picture; default: the size that the model was trained on."""
+        """Shape ``(c, h, w)`` of the latent of an image; default: the size that the model was trained on."""
         factor = self.config.first_stage.factor
         return (
             self.config.first_stage.latent_channels,

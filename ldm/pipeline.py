@@ -1,4 +1,4 @@
-"""Pipeline: prompt in, pictures out."""
+"""Pipeline: prompt in, images out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import inputs
-from ldm.conditioning import Phases, phased
+from ldm.conditioning import ConditioningSchedule, conditioning_schedules
 from ldm.devices import default_device, default_dtype, usable
 from ldm.diffusion import (
     SAMPLERS,
@@ -36,10 +36,10 @@ from ldm.errors import SamplingError, unknown
 from ldm.formats import SHIPPED, Source, load, save
 from ldm.formats.lora import read_lora
 from ldm.formats.tensors import channels_last, check_finite, to_dtype
-from ldm.images import Images
+from ldm.image_output import Images
 from ldm.inputs import Edit
 from ldm.model import LatentDiffusion
-from ldm.prompts import Prompt, Reading
+from ldm.prompts import Prompt, PromptOptions
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -49,9 +49,9 @@ class Pipeline:
 
     >>> pipe = Pipeline.from_pretrained("runs/emoji_64")
     >>> pipe("a red apple", seed=1)[0].save("apple.png")
-    >>> Pipeline("a red apple")  # the shipped model, loaded once per process; returns the pictures
+    >>> Pipeline("a red apple")  # the shipped model, loaded once per process; returns the images
 
-    A picture depends, to rounding and within one dtype, on model, prompt, settings and seed alone: all its
+    An image depends, to rounding and within one dtype, on model, prompt, settings and seed alone: all its
     noise comes from one CPU generator of its own, first what it starts from, then what the steps add; solvers with a
     Brownian path draw the latter from one that the seed fixes.
 
@@ -175,27 +175,27 @@ class Pipeline:
         progress: bool = True,
         edit: Edit | None = None,
     ) -> Any:
-        """Make pictures; what is not given is as ``model.config.sampling`` and ``model.config.size`` say.
+        """Make images; what is not given is as ``model.config.sampling`` and ``model.config.size`` say.
 
         Args:
             prompt: one or several, for models that read text: strings, or objects of :mod:`ldm.prompts`.
-            negative_prompt: what the pictures are to keep away from, one for all or one for each prompt;
+            negative_prompt: what the images are to keep away from, one for all or one for each prompt;
                 default: the empty prompt. Without effect at a guidance scale of 1.
             prompt_syntax: ``"plain"``, or ``"weighted"`` for ``(word:1.3)`` and its kin; see :mod:`ldm.prompts`.
             long_prompts: what becomes of a prompt that is too long for the text tower: read in ``"chunks"`` of its
                 length, one after the other, or ``"cut"``.
             label: one or several classes, for models that read them.
             condition: what else the model reads, by name, an entry for each prompt or one for all.
-            height, width: of the pictures in pixels, divisible by the first stage's factor f.
+            height, width: of the images in pixels, divisible by the first stage's factor f.
             num_inference_steps: steps of the sampler, 1 or more.
             guidance_scale: classifier-free guidance, one for all or one for each prompt; 1 = none, at half the work;
                 above 1 stresses the prompt.
             guidance: all else about guidance; see :class:`ldm.diffusion.Guidance`.
             sampler: a name of ``ldm.diffusion.SAMPLERS``.
             sampler_options: its further parameters by name, such as ``{"order": 3}``.
-            seed: of the n pictures: one each, or s for s, s + 1, ...; None draws s at random and leaves it in
+            seed: of the n images: one each, or s for s, s + 1, ...; None draws s at random and leaves it in
                 ``Images.seeds``.
-            num_images_per_prompt: pictures for each prompt or label, one after the other.
+            num_images_per_prompt: images for each prompt or label, one after the other.
             eta: share of fresh noise in a step, 0 to 1, if the sampler takes one; default: the sampler's own.
             spacing: of the noise levels, a name of ``ldm.diffusion.SPACINGS``.
             shift: factor on the noise levels, for models with a flow schedule.
@@ -205,9 +205,9 @@ class Pipeline:
             output_type: ``"pil"``; ``"np"``, [n h w c] fp32 in [0, 1]; ``"pt"``, [n c h w] fp32 in [0, 1];
                 ``"latent"``, normalised latents, [n c h/f w/f] fp32.
             callback: called with each :class:`ldm.diffusion.Step` of each batch; what it raises ends it.
-            batch_size: most pictures to work on at once; default: all.
+            batch_size: most images to work on at once; default: all.
             progress: show a progress bar on stderr.
-            edit: makes of sampling an editing of pictures; see :mod:`ldm.editing`.
+            edit: makes of sampling an editing of images; see :mod:`ldm.editing`.
 
         Returns:
             :class:`Images`, or the array or tensor that ``output_type`` asks for.
@@ -225,19 +225,19 @@ class Pipeline:
         edit, conditioner = edit or Edit(), self.model.config.conditioner
         shape = self.latent_shape(height, width)
         request = inputs.request(
-            conditioner.reads,
+            conditioner.input_keys,
             {"prompt": prompt, "label": label, **(condition or {})},
             negative_prompt,
             guidance,
             seed,
             num_images_per_prompt,
-            Reading(prompt_syntax, long_prompts),
+            PromptOptions(prompt_syntax, long_prompts),
             conditioner.defaults(*(side * self.model.config.first_stage.factor for side in shape[1:])),
         )
         levels = edit.levels(self.noise_levels(num_inference_steps, timesteps, sigmas, spacing, shift, sampler))
         if latents is not None and latents.shape != (len(request), *shape):
             given, needed = list(latents.shape), [len(request), *shape]
-            raise SamplingError(f"latents have the shape {given}; these pictures need {needed}.")
+            raise SamplingError(f"latents have the shape {given}; these images need {needed}.")
 
         for parameter in self.model.parameters():  # not before it is needed: nothing of a mapped file has been read yet
             if not parameter.requires_grad:  # the moments of an optimizer lie as its parameters do
@@ -261,7 +261,7 @@ class Pipeline:
                         callback(step)
                 x = self._finite(self.model.diffusion.finish(x, float(levels[-1])), "sample")
                 if output_type != "latent":
-                    x = edit.finish(self._finite((self.model.decode(x) + 1) / 2, "decoded picture"), rows)
+                    x = edit.finish(self._finite((self.model.decode(x) + 1) / 2, "decoded image"), rows)
                 results.append(x)
         result = torch.cat(results).clone()  # outside of inference mode: a tensor like any other
         if output_type == "np":
@@ -336,7 +336,7 @@ class Pipeline:
         )
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """Shape (c, h/f, w/f) of the latent of a picture of ``height`` by ``width`` pixels.
+        """Shape (c, h/f, w/f) of the latent of an image of ``height`` by ``width`` pixels.
 
         Raises:
             SamplingError: a side is not divisible by the factor f of the first stage.
@@ -354,11 +354,11 @@ class Pipeline:
     def denoiser(self, request: inputs.Request, levels: Tensor) -> Denoiser:
         """The model, told what to show, as the denoiser that solvers take along ``levels [steps + 1]``."""
         guidance, wanted = request.guidance, request.wanted
-        told = phased(self.model.conditioner, wanted, request.unwanted, request.reading, levels)
+        told = conditioning_schedules(self.model.conditioner, wanted, request.unwanted, request.reading, levels)
         conditional, avoided = (phases.map(lambda record: record.to(self.device)) for phases in told)
-        unconditional = avoided if self.model.config.conditioner.reads else None
+        unconditional = avoided if self.model.config.conditioner.input_keys else None
 
-        def network(x: Tensor, sigma: Tensor, phases: Phases) -> Tensor:
+        def network(x: Tensor, sigma: Tensor, phases: ConditioningSchedule) -> Tensor:
             return self.model.denoise(x, sigma, phases.at(sigma))
 
         if not guidance.perturbed:
@@ -435,7 +435,7 @@ class Pipeline:
             raise SamplingError(unknown("output_type", output_type, OUTPUT_TYPES))
         channels = self.model.config.first_stage.image_channels
         if output_type == "pil" and channels not in (1, 3):
-            raise SamplingError(f"data of {channels} channels are no pictures; ask for output_type 'latent'.")
+            raise SamplingError(f"data of {channels} channels are no images; ask for output_type 'latent'.")
 
 
 @cache

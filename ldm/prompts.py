@@ -70,7 +70,7 @@ class Scheduled(_Pair):
 Prompt = str | Blend | Scheduled
 
 
-class Text(str):
+class WeightedPrompt(str):
     """What a conditioner is to read in a sampling: a string, and what a string cannot say.
 
     Attributes:
@@ -81,14 +81,14 @@ class Text(str):
     weights: tuple[float, ...]
     cut: bool
 
-    def __new__(cls, text: str, weights: Sequence[float] = (), cut: bool = False) -> Text:
+    def __new__(cls, text: str, weights: Sequence[float] = (), cut: bool = False) -> WeightedPrompt:
         self = super().__new__(cls, text)
         self.weights, self.cut = tuple(weights), cut
         return self
 
 
 @dataclass(frozen=True)
-class Reading:
+class PromptOptions:
     """How the prompts of a sampling are read; the fields are arguments of :meth:`ldm.pipeline.Pipeline.__call__`."""
 
     prompt_syntax: str = "plain"
@@ -112,7 +112,7 @@ class Reading:
             return set()
         return {_step(share, steps) for piece in parse(prompt) for share in (piece.since, piece.until)}
 
-    def at(self, prompt: Prompt | None, step: int, steps: int) -> list[tuple[float, Text | None]]:
+    def at(self, prompt: Prompt | None, step: int, steps: int) -> list[tuple[float, WeightedPrompt | None]]:
         """What the prompt says in a step, of 0 to ``steps - 1``: texts and their shares, which add up to 1.
 
         Raises:
@@ -125,16 +125,18 @@ class Reading:
             return [(share * part, text) for share, end in ends if share for part, text in self.at(end, step, steps)]
         return [(1.0, None if prompt is None else self._text(prompt, step, steps))]
 
-    def _text(self, prompt: str, step: int, steps: int) -> Text:
+    def _text(self, prompt: str, step: int, steps: int) -> WeightedPrompt:
         cut = self.long_prompts == "cut"
         if self.prompt_syntax == "plain":
-            return Text(prompt, cut=cut)
+            return WeightedPrompt(prompt, cut=cut)
         said = [piece for piece in parse(prompt) if _step(piece.since, steps) <= step < _step(piece.until, steps)]
         weights = [piece.weight for piece in said for _ in piece.text]
-        return Text("".join(piece.text for piece in said), weights if any(w != 1 for w in weights) else (), cut)
+        return WeightedPrompt(
+            "".join(piece.text for piece in said), weights if any(w != 1 for w in weights) else (), cut
+        )
 
     def record(self) -> dict[str, Any]:
-        """What of it is not as usual, for the record of a picture."""
+        """What of it is not as usual, for the record of an image."""
         told = {entry.name: (getattr(self, entry.name), entry.default) for entry in fields(self)}
         return {name: value for name, (value, usual) in told.items() if value != usual}
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from ldm import __version__
 from ldm.clip.module import CLIPModule
-from ldm.clip.tokenizer import Tokenizer, TokenizerKind
-from ldm.config import to_yaml, unstructure
+from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
+from ldm.config import to_dict, to_yaml
 from ldm.data.datamodule import DataModule, LatentSource
 from ldm.data.stream import EvaluationLoader
 from ldm.denoiser.module import DenoiserModule
@@ -62,7 +62,7 @@ def train_stage(experiment: Experiment, stage: str) -> Path:
     data = data_of(experiment, module)
     trainer = fit(module, data, experiment.trainer)
     if trainer.is_global_zero:
-        with module.averaged():
+        with module.ema_weights():
             _write_result(result, module.eval(), data)
     trainer.strategy.barrier()
     return result
@@ -115,7 +115,7 @@ def make_model(experiment: Experiment) -> tuple[LatentDiffusion, dict[str, str]]
         _take(vae, "vae", model.first_stage)
         handoff["vae"] = _fingerprint(vae, "vae")
     if clip is not None:
-        for name, tower in model.conditioner.towers():
+        for name, tower in model.conditioner.pretrained_encoders():
             if name in clip.parts or not any(parameter.requires_grad for parameter in tower.parameters()):
                 _take(clip, name, tower)  # else it is trained from nothing
     model.conditioner.load_pretrained()
@@ -160,7 +160,7 @@ def _write_result(path: Path, module: StageModule, data: DataModule) -> None:
         save_model(path, module.model, provenance)
 
 
-def _tokenizer(experiment: Experiment, kind: TokenizerKind, path: Path) -> Tokenizer:
+def _tokenizer(experiment: Experiment, kind: TokenizerConfig, path: Path) -> Tokenizer:
     """A tokenizer of the run: made from the training captions once, then read from ``path``."""
     if path.is_file():
         return Tokenizer.from_json(path.read_text(encoding="utf-8"))
@@ -194,7 +194,7 @@ def _check_fit(source: Checkpoint, name: str, wanted: Any) -> None:
         CheckpointError: it was, or the source has no such part.
     """
     section = {"vae": "vae.model", "unet": "denoiser.model"}.get(name, f"clip.model.{name}")
-    found, asked = _flat(unstructure(source.part(name).config)), _flat(unstructure(wanted))
+    found, asked = _flat(to_dict(source.part(name).config)), _flat(to_dict(wanted))
     differing = [
         f"{section}.{field} is {asked.get(field)!r} here and {found.get(field)!r} there"
         for field in sorted(found.keys() | asked.keys())
@@ -209,7 +209,7 @@ def _fingerprint(source: Checkpoint, *names: str) -> str:
     if source.kind in (CLIP, FIRST_STAGE):
         return source.fingerprint
     states = {f"{name}.{key}": tensor for name in names for key, tensor in source.part(name).state.items()}
-    return fingerprint(states, {name: unstructure(source.part(name).config) for name in names})
+    return fingerprint(states, {name: to_dict(source.part(name).config) for name in names})
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -238,7 +238,7 @@ def _is_finished(result: Path, module: StageModule) -> bool:
 
 def _initialize(module: StageModule, source: str) -> None:
     """Weights of ``train.init``, a source of what the stage itself makes; what is not trained stays that of the predecessors."""
-    network, found = module.networks(), read(source)
+    network, found = module.trainable_module(), read(source)
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     state = {name: tensor for name, tensor in network.state_dict().items() if name not in trained}
     homes = places(module.model) if isinstance(module, DenoiserModule) else HOMES[module.stage]

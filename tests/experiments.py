@@ -1,4 +1,4 @@
-"""A whole experiment on eight pictures of 16 pixels, each of four colours, each stage of which trains in seconds."""
+"""A whole experiment on eight images of 16 pixels, each of four colours, each stage of which trains in seconds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRAIN = {
     "ema_decay": 0.9,
     "log_every": 1,
     "validate_every": 3,
-    "pictures_every": 1000,
+    "images_every": 1000,
     "checkpoint_every": 1,
 }
 """A checkpoint at each step, so that a training can be stopped at any."""

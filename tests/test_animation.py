@@ -12,7 +12,7 @@ from ldm import Pipeline
 from ldm.animation import HOLD, Animation
 from ldm.diffusion import Step
 from ldm.errors import SamplingError
-from ldm.images import FRAME_TIME
+from ldm.image_output import FRAME_TIME
 from tests.tiny import CAPTIONS, SIZE, tiny_model
 
 
@@ -46,7 +46,7 @@ def test_the_file_loops_and_holds_the_finished_picture(pipe: Pipeline, tmp_path:
         assert gif.info["loop"] == 0
         assert gif.size == (SIZE, SIZE)
         durations = [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
-    # the last step's estimate is the finished picture: a GIF has the two as one frame
+    # the last step's estimate is the finished image: a GIF has the two as one frame
     assert durations == [FRAME_TIME] * 2 + [FRAME_TIME + HOLD]
     with pytest.raises(SamplingError, match=r"apple\.webp is to be an animation, which is a GIF; end it in \.gif"):
         frames.save("apple.webp", pictures)

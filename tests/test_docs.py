@@ -16,9 +16,9 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from ldm.cli.reference import anchor, reference
+from ldm.cli.config_reference import anchor, reference
 from ldm.clip.model import CLIPConfig
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.experiment import load_config
 from ldm.formats import save
 from ldm.formats.clip import save_clip
@@ -95,7 +95,7 @@ def test_quoted_make_targets_exist() -> None:
 
 
 def test_the_reference_of_the_config_is_that_of_the_code() -> None:
-    stale = "docs/config.md is not what the code says; run python tools/reference.py > docs/config.md"
+    stale = "docs/config.md is not what the code says; run python tools/config_reference.py > docs/config.md"
     assert (ROOT / "docs" / "config.md").read_text() == reference(), stale
 
 
@@ -125,8 +125,8 @@ def test_every_solver_and_kind_of_the_equations_is_explained() -> None:
 
 
 def test_the_tables_of_sampling_are_those_of_the_code() -> None:
-    """A row for each solver, spacing and kind of guidance, with what the code says of it, and a picture that is there."""
-    from ldm.cli.strips import GUIDANCE
+    """A row for each solver, spacing and kind of guidance, with what the code says of it, and an image that is there."""
+    from ldm.cli.sampling_gallery import GUIDANCE
     from ldm.diffusion import SPACINGS, SPECS
 
     page = ROOT / "docs" / "sampling.md"
@@ -152,7 +152,7 @@ def test_sessions_print_what_the_page_says(page: Path) -> None:
 def write_clip(name: str) -> None:
     text = {"vocab_size": 300, "context_length": 12, "width": 16, "layers": 1, "heads": 2}
     image = {"kind": "vit", "image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2}
-    clip = structure(CLIPConfig, {"text": text, "image": image, "embed_dim": 16}).build()
+    clip = from_dict(CLIPConfig, {"text": text, "image": image, "embed_dim": 16}).build()
     save_clip(clip, TOKENIZER, name, "transformers")
 
 

@@ -65,7 +65,7 @@ def test_conditions_count_as_prompts_do() -> None:
     assert len(two) == 2
     two = editing.image_to_image(pipe, None, picture(), condition={"boxes": [left, right]}, batch_size=1, **options)
     assert len(two) == 2
-    with pytest.raises(SamplingError, match="3 pictures do not fit 2 of boxes"):
+    with pytest.raises(SamplingError, match="3 images do not fit 2 of boxes"):
         editing.image_to_image(pipe, None, [picture()] * 3, condition={"boxes": [left, right]})
 
 
@@ -85,7 +85,7 @@ def test_strength_is_the_share_of_the_steps(pipe: Pipeline, strength: float, ste
 
 
 def test_it_starts_from_the_picture_with_noise_of_its_level(pipe: Pipeline) -> None:
-    """With a denoiser that knows the picture, any solver comes back to it."""
+    """With a denoiser that knows the image, any solver comes back to it."""
     image, known = picture(), None
 
     class Oracle(editing.ImageToImage):
@@ -202,9 +202,9 @@ def test_style_is_told_by_a_prompt_where_the_model_reads_no_picture(pipe: Pipeli
     options: dict[str, Any] = {"strength": 0.5, "seed": 1, **QUIET}
     styled = editing.style_transfer(pipe, picture(), "a blue sky", **options)[0]
     assert same(styled, editing.image_to_image(pipe, "a blue sky", picture(), **options)[0])
-    with pytest.raises(SamplingError, match="reads no picture; describe the style"):
+    with pytest.raises(SamplingError, match="reads no image; describe the style"):
         editing.style_transfer(pipe, picture(), picture(1))
-    with pytest.raises(SamplingError, match="reads no picture, which variations need"):
+    with pytest.raises(SamplingError, match="reads no image, which variations need"):
         editing.variations(pipe, picture())
 
 
@@ -215,15 +215,15 @@ def test_style_is_told_by_a_prompt_where_the_model_reads_no_picture(pipe: Pipeli
             lambda pipe: editing.image_to_image(pipe, PROMPT, picture(), 1.5),
             r"strength is 1\.5; it must be from 0 to 1",
         ),
-        (lambda pipe: editing.image_to_image(pipe, [PROMPT] * 3, [picture()] * 2), "2 pictures do not fit 3 of prompt"),
+        (lambda pipe: editing.image_to_image(pipe, [PROMPT] * 3, [picture()] * 2), "2 images do not fit 3 of prompt"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, [picture(), picture(0, 8)]), "16 x 16, 16 x 8"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, []), "they are none"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, picture(0, 17)), "the height 17 is not divisible by 2"),
-        (lambda pipe: editing.image_to_image(pipe, PROMPT, "absent.png"), "absent.png cannot be read as a picture"),
+        (lambda pipe: editing.image_to_image(pipe, PROMPT, "absent.png"), "absent.png cannot be read as an image"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, 3), "not int"),
-        (lambda pipe: editing.image_to_image(pipe, PROMPT, picture(), height=32), "the size goes by the picture"),
-        (lambda pipe: editing.inpaint(pipe, PROMPT, picture(), mask(size=(8, 8))), "mask is 8 x 8 .* picture 16 x 16"),
-        (lambda pipe: editing.inpaint(pipe, PROMPT, picture(), [mask()] * 2), "2 masks do not fit 1 pictures"),
+        (lambda pipe: editing.image_to_image(pipe, PROMPT, picture(), height=32), "the size goes by the image"),
+        (lambda pipe: editing.inpaint(pipe, PROMPT, picture(), mask(size=(8, 8))), "mask is 8 x 8 .* image 16 x 16"),
+        (lambda pipe: editing.inpaint(pipe, PROMPT, picture(), [mask()] * 2), "2 masks do not fit 1 images"),
         (lambda pipe: editing.interpolate(pipe, PROMPT, seeds=(1, 2), frames=1), "needs 2 or more"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ldm.cli.dry_run import describe
-from ldm.config import structure, unstructure
+from ldm.config import from_dict, to_dict
 from ldm.errors import ConfigError
 from ldm.experiment import Experiment, load_config, model_config
 from tests.experiments import tiny_experiment, write_experiment
@@ -18,7 +18,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
 def test_the_configs_that_come_along_are_valid(path: Path) -> None:
     """Each goes through the parser and back, and can be described without its weights."""
     experiment = load_config(path)
-    assert structure(Experiment, unstructure(experiment)) == experiment
+    assert from_dict(Experiment, to_dict(experiment)) == experiment
     told = describe(experiment, experiment.stages)
     assert [stage for stage in ("vae", "clip", "denoiser") if f"stage {stage}\n" in told] == list(experiment.stages)
     assert "the stages fit each other" in told
@@ -64,7 +64,7 @@ def test_one_tower_serves_clip_and_denoiser(tmp_path: Path) -> None:
         ("clip.model.text.vocab_size=290", r"clip\.tokenizer makes up to 12 tokens below 300, but .* vocab_size 290"),
         ("clip=null", "denoiser.conditioner reads text, but there is no clip section"),
         ("data.size=17", "the size 17 x 17 is not divisible by the first stage's factor 2"),
-        ("vae.model.image_channels=1", r"vae\.model\.image_channels is 1, but the data's pictures have 3"),
+        ("vae.model.image_channels=1", r"vae\.model\.image_channels is 1, but the data's images have 3"),
         ("denoiser.sampling.sampler=eular", r"denoiser\.sampling: unknown sampler 'eular'; did you mean 'euler'\?"),
         ("data.kind=shrads", r"data: unknown kind 'shrads'; did you mean 'shards'\?"),
         ("trainer.precision=fp8", r"trainer\.precision: unknown value 'fp8'"),

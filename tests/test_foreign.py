@@ -134,7 +134,7 @@ def test_stage_2_goes_on_from_a_clip_of_transformers(tmp_path: Path) -> None:
 
 
 def test_the_shipped_model_in_the_parts_of_diffusers(tmp_path: Path) -> None:
-    """Its U-Net also hears the pooled state, which no pipeline of diffusers hands on: the parts make the same picture."""
+    """Its U-Net also hears the pooled state, which no pipeline of diffusers hands on: the parts make the same image."""
     model, prompts, n, scale = load(), ["", "red apple"], 8, 3.0
     out = save(model, tmp_path / "out", "diffusers")
     unet = diffusers.UNet2DConditionModel.from_pretrained(out / "unet")

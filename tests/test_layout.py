@@ -15,14 +15,14 @@ SOURCES = sorted(ROOT.glob("ldm/**/*.py"))
 # may read.
 ROWS = [
     {"errors"},
-    {"devices", "config", "pictures", "prompts"},
+    {"devices", "config", "image_io", "prompts"},
     {"nn"},
     {"diffusion"},
     {"vae", "clip", "denoiser"},
     {"conditioning"},
     {"model"},
     {"formats"},
-    {"images"},
+    {"image_output"},
     {"inputs"},
     {"pipeline"},
     {"training", "data", "editing", "animation"},
@@ -112,9 +112,9 @@ def test_no_file_outgrows_its_idea() -> None:
     assert not {name: lines for name, lines in lengths.items() if lines > 450}
 
 
-def tree_of_the_readme() -> dict[str, str]:
-    """Path to description, from the block of the README that starts with the line of `ldm/`."""
-    block = re.search(r"^```\w*\n(ldm/.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+def tree_of_contributing() -> dict[str, str]:
+    """Path to description, from the block of CONTRIBUTING.md that starts with the line of `ldm/`."""
+    block = re.search(r"^```\w*\n(ldm/.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
     assert block is not None
     tree: dict[str, str] = {}
     folders: list[str] = []
@@ -126,14 +126,14 @@ def tree_of_the_readme() -> dict[str, str]:
     return tree
 
 
-def test_the_readme_names_every_file_with_a_line() -> None:
+def test_the_tree_names_every_file_with_a_line() -> None:
     """A package's `__init__.py` goes by the line of its folder."""
-    tree = tree_of_the_readme()
+    tree = tree_of_contributing()
     files = {path.relative_to(ROOT) for path in SOURCES}
     expected = {str(path) for path in files if path.name != "__init__.py" or path.parent == Path("ldm")}
     folders = {f"{path.parent}/" for path in files}
-    assert (expected | folders) - tree.keys() == set(), "without a line in the tree of README.md"
-    assert {name for name in tree if not (ROOT / name).exists()} == set(), "in the tree of README.md alone"
+    assert (expected | folders) - tree.keys() == set(), "without a line in the tree of CONTRIBUTING.md"
+    assert {name for name in tree if not (ROOT / name).exists()} == set(), "in the tree of CONTRIBUTING.md alone"
     assert {name for name, description in tree.items() if not description} == set(), "without a description"
 
 

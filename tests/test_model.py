@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.config import structure, unstructure
+from ldm.config import from_dict, to_dict
 from ldm.errors import ConfigError
 from ldm.model import ModelConfig
 from tests.tiny import CHANNELS, FACTOR, SIZE, tiny_model
@@ -59,7 +59,7 @@ def test_only_the_networks_run_in_low_precision() -> None:
     ],
 )
 def test_parts_that_do_not_fit_are_refused(section: str, changes: dict[str, object], message: str) -> None:
-    config = unstructure(tiny_model().config)
+    config = to_dict(tiny_model().config)
     config[section] |= changes
     with pytest.raises(ConfigError, match=message):
-        structure(ModelConfig, config)
+        from_dict(ModelConfig, config)

@@ -14,7 +14,7 @@ from PIL import Image
 from ldm import Pipeline
 from ldm.diffusion import SAMPLERS, SPECS, Guidance, Projection, Step, seeded_noise, timesteps
 from ldm.errors import MissingExtraError, SamplingError
-from ldm.images import Images
+from ldm.image_output import Images
 from ldm.pipeline import _shipped
 from tests.tiny import CAPTIONS, CHANNELS, FACTOR, SIZE, tiny_model
 
@@ -27,7 +27,7 @@ def pipe() -> Pipeline:
 
 
 def difference(a: Any, b: Any) -> int:
-    """The greatest of two pictures, in levels of 255."""
+    """The greatest of two images, in levels of 255."""
     return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
 
 
@@ -172,7 +172,7 @@ def test_save_writes_a_grid_a_pattern_or_a_folder(pipe: Pipeline, tmp_path: Path
     assert not [file for file in tmp_path.rglob("*") if file.name.startswith(".")]
     with pytest.raises(SamplingError, match="one name"):
         Images([pictures[0], pictures[0]]).save(tmp_path / "{seed}.png")
-    with pytest.raises(SamplingError, match=r"'\.pgn', which is no picture format"):
+    with pytest.raises(SamplingError, match=r"'\.pgn', which is no image format"):
         pictures.save(tmp_path / "all.pgn")
     with pytest.raises(SamplingError, match="cannot be written"):
         pictures.save(grid / "below-a-file.png")
@@ -186,7 +186,7 @@ def test_a_grid_has_a_place_for_each_picture_and_its_caption(pipe: Pipeline) -> 
     ink = np.asarray(captioned.convert("L"))[3 * SIZE + 8 :]
     assert captioned.height > small.height
     assert (ink < 100).any()
-    with pytest.raises(SamplingError, match="2 captions do not fit 5 pictures"):
+    with pytest.raises(SamplingError, match="2 captions do not fit 5 images"):
         pictures.grid(captions=["one", "two"])
 
 
@@ -255,7 +255,7 @@ def test_points_and_grey_pictures() -> None:
     )
     drawn = Pipeline(points)(num_images_per_prompt=50, output_type="latent", progress=False)
     assert drawn.shape == (50, 2, 1, 1)
-    with pytest.raises(SamplingError, match="data of 2 channels are no pictures"):
+    with pytest.raises(SamplingError, match="data of 2 channels are no images"):
         Pipeline(points)()
     network = {"kind": "unet", "levels": [{"width": 8, "blocks": 1}], "heads": 1, "groups": 4}
     grey = tiny_model(
@@ -348,7 +348,7 @@ def test_one_line_samples_from_the_shipped_model_loaded_once(
         ({"sigmas": []}, r"sigmas \[\] do not fit the schedule"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"batch_size": -1}, "batch_size is -1"),
-        ({"seed": [1, 2]}, "2 seeds do not fit 1 pictures"),
+        ({"seed": [1, 2]}, "2 seeds do not fit 1 images"),
         ({"seed": -1}, "the seed -1 is no whole number"),
         ({"seed": 1.5}, "the seed 1.5 is no whole number"),
         ({"sampler": "heun", "eta": 0.5}, "the sampler heun takes no eta"),
@@ -364,7 +364,7 @@ def test_one_line_samples_from_the_shipped_model_loaded_once(
         ({"guidance_scale": [2.0, 3.0]}, "2 guidance scales do not fit 1 prompts"),
         ({"spacing": "karas"}, "unknown spacing 'karas'; did you mean 'karras'"),
         ({"spacing": "karras", "sigmas": [1.0]}, "leave spacing and shift out"),
-        ({"latents": torch.zeros(1, 4, 8, 9)}, r"\[1, 4, 8, 9\]; these pictures need \[1, 4, 8, 8\]"),
+        ({"latents": torch.zeros(1, 4, 8, 9)}, r"\[1, 4, 8, 9\]; these images need \[1, 4, 8, 8\]"),
     ],
 )
 def test_what_cannot_be_met_is_told_in_a_sentence(pipe: Pipeline, settings: dict[str, Any], message: str) -> None:

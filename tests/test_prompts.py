@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 
 from ldm import Pipeline, editing
 from ldm.clip.tokenizer import CLIPBPEConfig
-from ldm.conditioning import Conditioner, ConditionerKind
-from ldm.config import structure
+from ldm.conditioning import Conditioner, ConditionerConfig
+from ldm.config import from_dict
 from ldm.diffusion import SAMPLERS, SPECS, Guidance, Projection, Step, guided, seeded_noise
 from ldm.errors import SamplingError
 from ldm.inputs import request
-from ldm.prompts import Blend, Piece, Prompt, Reading, Scheduled, Text, escape, parse
+from ldm.prompts import Blend, Piece, Prompt, PromptOptions, Scheduled, WeightedPrompt, escape, parse
 from tests.tiny import TOKENIZER, TOWER, tiny_model
 
 LENGTH = TOKENIZER.context_length
 SHORT, OTHER = "a red apple", "a blue car"
 LONG = "a red apple, a green car, a blue sky, two green cars"
 QUIET: dict[str, Any] = {"seed": 1, "output_type": "latent", "progress": False}
-WEIGHTED = Reading("weighted")
+WEIGHTED = PromptOptions("weighted")
 WEIGHTS = st.integers(0, 300).map(lambda percent: percent / 100)
 
 
@@ -34,11 +34,11 @@ def pipe() -> Pipeline:
 
 @pytest.fixture
 def conditioner() -> Conditioner:
-    config = structure(ConditionerKind, {"kind": "text", "tower": TOWER | {"embed_dim": 6}, "pooled": True})
+    config = from_dict(ConditionerConfig, {"kind": "text", "tower": TOWER | {"embed_dim": 6}, "pooled": True})
     return config.build(TOKENIZER).eval()
 
 
-def text(prompt: str) -> Text:
+def text(prompt: str) -> WeightedPrompt:
     """What the weighted prompt says in a sampling of one step."""
     ((_, said),) = WEIGHTED.at(prompt, 0, 1)
     assert said is not None
@@ -129,10 +129,10 @@ def test_a_schedule_in_brackets_is_a_scheduled_prompt(share: float, steps: int) 
 
 def test_objects_nest_and_what_has_no_share_is_left_out() -> None:
     prompt = Blend(Scheduled("a", "b", 0.5), Blend("c", "(d:2)", 0.25), 0.5)
-    assert Reading().at(prompt, 0, 2) == [(0.5, "a"), (0.375, "c"), (0.125, "(d:2)")]
+    assert PromptOptions().at(prompt, 0, 2) == [(0.5, "a"), (0.375, "c"), (0.125, "(d:2)")]
     assert WEIGHTED.at(prompt, 1, 2) == [(0.5, "b"), (0.375, "c"), (0.125, "d")]
-    assert Reading().at(Blend("a", "b", 0), 0, 1) == [(1.0, "a")]
-    assert Reading().at(Blend("a", "b", 1), 0, 1) == [(1.0, "b")]
+    assert PromptOptions().at(Blend("a", "b", 0), 0, 1) == [(1.0, "a")]
+    assert PromptOptions().at(Blend("a", "b", 1), 0, 1) == [(1.0, "b")]
     assert repr(Scheduled("a", "b", 0.5)) == "Scheduled(first='a', second='b', share=0.5)"
 
 
@@ -240,13 +240,13 @@ def test_a_long_prompt_is_read_window_by_window(conditioner: Conditioner) -> Non
     tokens, _ = TOKENIZER.windows(LONG)
     n = len(tokens)
     assert n > 2
-    cond = conditioner({"text": [Text(LONG), Text(LONG)]})
+    cond = conditioner({"text": [WeightedPrompt(LONG), WeightedPrompt(LONG)]})
     expected = conditioner.tower(tokens)
     assert cond.mask is None
     torch.testing.assert_close(cond.context[0], expected.context.flatten(0, 1))
     torch.testing.assert_close(cond.vector[0], expected.pooled[0])
 
-    beside = conditioner({"text": [Text(LONG), Text(SHORT)]})
+    beside = conditioner({"text": [WeightedPrompt(LONG), WeightedPrompt(SHORT)]})
     assert beside.context.shape == (2, n * LENGTH, TOWER["width"])
     assert beside.mask.tolist() == [[True] * n * LENGTH, [True] * LENGTH + [False] * (n - 1) * LENGTH]
     alone = conditioner({"text": [SHORT]})
@@ -257,7 +257,7 @@ def test_a_long_prompt_is_read_window_by_window(conditioner: Conditioner) -> Non
 def test_only_samplings_read_in_windows(conditioner: Conditioner) -> None:
     cut = conditioner({"text": [LONG]})
     assert cut.context.shape[1] == LENGTH
-    assert torch.equal(conditioner({"text": [Text(LONG, cut=True)]}).context, cut.context)
+    assert torch.equal(conditioner({"text": [WeightedPrompt(LONG, cut=True)]}).context, cut.context)
 
 
 def test_long_prompts_are_in_chunks_unless_they_are_to_be_cut(pipe: Pipeline) -> None:
@@ -283,7 +283,7 @@ def test_a_short_prompt_is_the_same_beside_a_long_one(pipe: Pipeline) -> None:
 
 
 def denoiser(pipe: Pipeline, prompts: list[Prompt], levels: torch.Tensor, negative: Prompt | None = None) -> Any:
-    told = request(("text",), {"prompt": prompts}, negative, Guidance(3.0), 1, 1, Reading())
+    told = request(("text",), {"prompt": prompts}, negative, Guidance(3.0), 1, 1, PromptOptions())
     return pipe.denoiser(told, levels)
 
 
@@ -320,9 +320,11 @@ def test_a_blend_is_the_mean_of_the_conditionings(conditioner: Conditioner, pipe
     seen: list[Any] = []
     pipe.model.denoise = lambda x, sigma, cond: seen.append(cond) or x  # type: ignore[method-assign, func-returns-value]
     x, sigma = torch.zeros(2, *pipe.model.latent_shape()), torch.ones(2)
-    told = request(("text",), {"prompt": [OTHER, Blend(SHORT, LONG, share)]}, None, Guidance(1.0), 1, 1, Reading())
+    told = request(
+        ("text",), {"prompt": [OTHER, Blend(SHORT, LONG, share)]}, None, Guidance(1.0), 1, 1, PromptOptions()
+    )
     pipe.denoiser(told, pipe.noise_levels())(x, sigma)
-    both = conditioner({"text": [Text(OTHER), Text(SHORT), Text(LONG)]})
+    both = conditioner({"text": [WeightedPrompt(OTHER), WeightedPrompt(SHORT), WeightedPrompt(LONG)]})
     torch.testing.assert_close(seen[0].context[0], both.context[0])
     torch.testing.assert_close(seen[0].context[1], torch.lerp(both.context[1], both.context[2], share))
     torch.testing.assert_close(seen[0].vector[1], torch.lerp(both.vector[1], both.vector[2], share))

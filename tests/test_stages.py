@@ -311,7 +311,7 @@ def test_a_label_that_the_data_lacks_is_one_sentence(tmp_path: Path) -> None:
     samples = [Sample(key, CAPTIONS[i], shards.picture(i), "png") for i, key in enumerate(shards.keys)]
     write_shard(shard, samples)
     model = {"in_channels": 3, "out_channels": 3, "context_width": None, "vector_width": 8}
-    from ldm.config import structure
+    from ldm.config import from_dict
     from ldm.experiment import Experiment
     from tests.experiments import EXPERIMENT
 
@@ -322,7 +322,7 @@ def test_a_label_that_the_data_lacks_is_one_sentence(tmp_path: Path) -> None:
     data = EXPERIMENT["data"] | {"train": str(shard), "val": str(shard)}
     config = EXPERIMENT | changes | {"data": data, "denoiser": denoiser, "run_dir": str(tmp_path / "run")}
     with pytest.raises(LdmError, match="class labels, but the data has none"):
-        train_stage(structure(Experiment, config), "denoiser")
+        train_stage(from_dict(Experiment, config), "denoiser")
 
 
 # Starting from weights

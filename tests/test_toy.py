@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.cli.dry_run import describe
-from ldm.data.samples import Draw
+from ldm.data.samples import BatchIndices
 from ldm.errors import MissingExtraError
 from ldm.experiment import load_config
 from ldm.model import LatentDiffusion
 from ldm.pipeline import Pipeline
 from ldm.stages import make_model, train_stage
-from ldm.training.points import forward_process, reverse_process
+from ldm.training.toy_plots import forward_process, reverse_process
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 S_CURVE, DIGITS = CONFIGS / "toy" / "s_curve.yaml", CONFIGS / "toy" / "ddpm_pixels.yaml"
@@ -38,7 +38,7 @@ def to_the_nearest(points: Tensor, data: Tensor) -> float:
 def curve_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shorter run of s_curve, that samples in a fifth of the steps."""
     folder = tmp_path_factory.mktemp("s_curve")
-    overrides = ["max_steps=1000", "batch_size=256", "learning_rate=2e-2", "pictures_every=1000"]
+    overrides = ["max_steps=1000", "batch_size=256", "learning_rate=2e-2", "images_every=1000"]
     settings = [f"run_dir={folder}", "denoiser.sampling.num_inference_steps=20"]
     train_stage(load_config(S_CURVE, settings + [f"denoiser.train.{each}" for each in overrides]), "denoiser")
     return folder
@@ -46,7 +46,7 @@ def curve_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_samples_lie_on_the_s(curve_run: Path) -> None:
     """Much closer to it than points of a Gaussian with its mean and covariance, and all along it."""
-    data = load_config(S_CURVE).data.open("test")[Draw(np.arange(5000))]["image"].flatten(1)
+    data = load_config(S_CURVE).data.open("test")[BatchIndices(np.arange(5000))]["image"].flatten(1)
     samples = Pipeline.from_pretrained(curve_run)(
         num_images_per_prompt=500, seed=0, output_type="latent", progress=False
     )
@@ -102,7 +102,7 @@ def test_without_matplotlib_the_training_of_points_is_refused_at_once(
 
 
 def test_digits_train_in_pixel_space_and_are_shown_one_of_each(tmp_path: Path) -> None:
-    overrides = ["max_steps=30", "batch_size=32", "validate_every=15", "pictures_every=30"]
+    overrides = ["max_steps=30", "batch_size=32", "validate_every=15", "images_every=30"]
     settings = [f"run_dir={tmp_path}", "denoiser.sampling.num_inference_steps=5"]
     train_stage(load_config(DIGITS, settings + [f"denoiser.train.{each}" for each in overrides]), "denoiser")
     with (tmp_path / "denoiser" / "metrics.csv").open() as file:

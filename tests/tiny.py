@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.clip.tokenizer import train_byte_bpe
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.model import LatentDiffusion, ModelConfig
 
 CAPTIONS = ["a red apple", "a green apple", "a red car", "a blue car", "two green cars", "a blue sky"]
@@ -26,7 +26,7 @@ WIDTHS = {"text": {"context_width": 16}, "class": {"vector_width": 8}, "none": {
 
 
 def tiny_model(reads: str = "text", seed: int = 0, **changes: Any) -> LatentDiffusion:
-    """A model of 16-pixel pictures with latents of factor 2; ``changes`` are sections of its config."""
+    """A model of 16-pixel images with latents of factor 2; ``changes`` are sections of its config."""
     network = {"kind": "unet", "levels": [{"width": 16, "blocks": 1, "depth": 1}], "heads": 2, "groups": 4}
     config = {
         "first_stage": {"kind": "autoencoder_kl", "widths": [8, 8], "blocks": 1, "groups": 4},
@@ -38,7 +38,7 @@ def tiny_model(reads: str = "text", seed: int = 0, **changes: Any) -> LatentDiff
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LatentDiffusion(structure(ModelConfig, config | changes), TOKENIZER if reads == "text" else None)
+        model = LatentDiffusion(from_dict(ModelConfig, config | changes), TOKENIZER if reads == "text" else None)
         for parameter in model.denoiser.parameters():
             if parameter.ndim > 1 and not parameter.any():  # a fresh U-Net answers 0 whatever it is asked
                 torch.nn.init.normal_(parameter, std=0.1)

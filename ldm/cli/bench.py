@@ -108,7 +108,7 @@ def _unet(batch: int, to: dict[str, Any]) -> tuple[Side, Side]:
 
 
 def _vae(batch: int, to: dict[str, Any]) -> tuple[Side, Side]:
-    """The KL-f8 autoencoder at a quarter of its width, there and back, on pictures of 128 x 128."""
+    """The KL-f8 autoencoder at a quarter of its width, there and back, on images of 128 x 128."""
     import torch
 
     from ldm.vae import AutoencoderKLConfig

@@ -46,7 +46,7 @@ def convert(
     import torch
 
     from ldm.formats import read, save
-    from ldm.formats.lone import save_lone
+    from ldm.formats.single_network import save_lone
 
     try:
         found = read(

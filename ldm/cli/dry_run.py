@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.clip.tokenizer import Tokenizer, TokenizerKind, train_byte_bpe
-from ldm.conditioning import Conditioner, ConditionerKind
+from ldm.clip.tokenizer import Tokenizer, TokenizerConfig, train_byte_bpe
+from ldm.conditioning import Conditioner, ConditionerConfig
 from ldm.config import to_yaml
 from ldm.experiment import Experiment, model_config
 from ldm.formats.native import WithoutInit
@@ -108,8 +108,8 @@ def _denoiser(experiment: Experiment) -> Part:
         # Raw conditions are on the CPU; the weights, and what comes of them, on the meta device.
         with torch.device("cpu"):
             pictures = {"image": torch.zeros(b, config.first_stage.image_channels, *config.size)}
-            made = conditioner.of_training(pictures, lambda _: torch.zeros(latent.shape), torch.Generator())
-            told: dict[str, Any] = dict.fromkeys(config.conditioner.reads, [None] * b)
+            made = conditioner.prepare_batch(pictures, lambda _: torch.zeros(latent.shape), torch.Generator())
+            told: dict[str, Any] = dict.fromkeys(config.conditioner.input_keys, [None] * b)
             told |= {name: [pair] * b for name, pair in config.conditioner.defaults(*config.size).items()}
             cond = conditioner(told | {name: made[name] for name in made.keys() - pictures.keys()})
         return denoiser(latent, torch.empty(b), cond)
@@ -117,13 +117,13 @@ def _denoiser(experiment: Experiment) -> Part:
     return train, networks, step
 
 
-def _conditioner(experiment: Experiment, kind: ConditionerKind) -> Conditioner:
+def _conditioner(experiment: Experiment, kind: ConditionerConfig) -> Conditioner:
     """The conditioner without weights; its tokenizers are none of the experiment's, which may not be there yet."""
     clip = None if experiment.clip is None else _any_tokenizer(experiment.clip.tokenizer)
     with WithoutInit():
         return kind.with_tokenizer(lambda described, _: _any_tokenizer(described)).build(clip).to("meta")
 
 
-def _any_tokenizer(kind: TokenizerKind) -> Tokenizer:
+def _any_tokenizer(kind: TokenizerConfig) -> Tokenizer:
     """One that makes as many tokens of a text."""
     return train_byte_bpe([""], kind.vocab_size, kind.context_length)

@@ -55,17 +55,17 @@ def evaluate(
     experiment = load_config(config, overrides or [])
     out = experiment.folder if model is None else Path()
     pipe = Pipeline.from_pretrained(model or result_file(experiment, "denoiser"))
-    sets = {name: experiment.data.open(name) for name in ("train", *HELD_OUT)}  # a sample is compared with all pictures
+    sets = {name: experiment.data.open(name) for name in ("train", *HELD_OUT)}  # a sample is compared with all images
     results: dict[str, Any] = {"model": pipe.model.fingerprint, "split": split}
     results |= {"psnr": reconstruction(pipe.model, sets[split])}
     if experiment.clip is not None and model is None:
         results["clip"] = retrieval(experiment, sets, HELD_OUT if split == "test" else (split,))
-    if pipe.model.config.conditioner.reads == ("text",):
+    if pipe.model.config.conditioner.input_keys == ("text",):
         settings = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
         results["samples"], pictures = listening(pipe, sets, split, train_every, settings)
         picture = out / f"evaluation-{split}.png"
         pictures.save(picture)
-        print(f"samples above the true pictures: {picture}")
+        print(f"samples above the true images: {picture}")
     print(json.dumps(results, indent=2))
     (out / f"evaluation-{split}.json").write_text(json.dumps(results, indent=2) + "\n")
 
@@ -86,7 +86,7 @@ def reconstruction(model: LatentDiffusion, samples: Samples) -> float:
 
 
 def retrieval(experiment: Experiment, sets: Mapping[str, Samples], splits: tuple[str, ...]) -> dict[str, float]:
-    """Recall of the run's CLIP among the pictures and captions of ``splits`` together."""
+    """Recall of the run's CLIP among the images and captions of ``splits`` together."""
     import torch
 
     from ldm.clip.model import CLIPConfig
@@ -114,9 +114,9 @@ def retrieval(experiment: Experiment, sets: Mapping[str, Samples], splits: tuple
 def listening(
     pipe: Pipeline, sets: Mapping[str, Samples], split: str, train_every: int, settings: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Image]:
-    """How often a sample for a caption looks most like the caption's own picture, among those of all splits.
+    """How often a sample for a caption looks most like the caption's own image, among those of all splits.
 
-    Also returns a sheet of samples above the true pictures, for captions of ``split`` at even distances: unpicked.
+    Also returns a sheet of samples above the true images, for captions of ``split`` at even distances: unpicked.
     """
     import numpy as np
     import torch
@@ -124,7 +124,7 @@ def listening(
     from ldm.clip.retrieval import sample_recall
     from ldm.data.stream import EvaluationLoader
 
-    # Where pictures of all splits stand, one after the other.
+    # Where images of all splits stand, one after the other.
     truths = torch.cat([batch["image"] for samples in sets.values() for batch in EvaluationLoader(samples, BATCH)])
     first = dict(zip(sets, np.cumsum([0, *map(len, sets.values())]), strict=False))
     results: dict[str, Any] = {"among": len(truths)}
@@ -145,10 +145,10 @@ def listening(
 
 
 def side_by_side(made: Tensor, truths: Tensor, captions: Sequence[str]) -> Image:
-    """Samples above true pictures, both ``[n 3 h w]`` in [-1, 1], with a caption under each pair."""
+    """Samples above true images, both ``[n 3 h w]`` in [-1, 1], with a caption under each pair."""
     import torch
 
-    from ldm.images import Images
+    from ldm.image_output import Images
 
     pairs = (torch.cat([made, truths], dim=2) + 1) / 2
     return Images.of(pairs).grid(columns=COLUMNS, captions=captions)

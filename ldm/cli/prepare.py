@@ -20,16 +20,16 @@ def folder(
         Path,
         typer.Argument(
             metavar="SRC",
-            help="Folder of pictures with captions: x.jpg beside x.txt, or metadata.csv / .jsonl.",
+            help="Folder of images with captions: x.jpg beside x.txt, or metadata.csv / .jsonl.",
         ),
     ],
     destination: Annotated[
         Path, typer.Argument(metavar="DST", help="Where DST/train, DST/val and DST/test are written.")
     ],
     shard_size: Annotated[int, typer.Option(help="Pictures a shard.")] = 1000,
-    min_size: Annotated[int, typer.Option(help="Shorter side, in pixels, under which a picture is left out.")] = 1,
+    min_size: Annotated[int, typer.Option(help="Shorter side, in pixels, under which an image is left out.")] = 1,
     max_size: Annotated[
-        int | None, typer.Option(help="Longer side, in pixels, to which larger pictures are scaled down.")
+        int | None, typer.Option(help="Longer side, in pixels, to which larger images are scaled down.")
     ] = None,
     shares: Annotated[
         str, typer.Option(help="Shares of train, val and test, chosen by a hash of the name.")
@@ -37,7 +37,7 @@ def folder(
     workers: Annotated[int, typer.Option(help="Threads that decode.")] = 4,
     debug: Debug = False,
 ) -> None:
-    """Turn a folder of pictures with captions into shards; DST/report.json names what cannot be used."""
+    """Turn a folder of images with captions into shards; DST/report.json names what cannot be used."""
     from ldm.data.folder import REPORT, prepare_folder
 
     report = prepare_folder(

@@ -12,7 +12,7 @@ from ldm.cli.common import DTYPES, Debug, new_app, run
 from ldm.errors import SamplingError, unknown
 
 if TYPE_CHECKING:
-    from ldm.images import Images
+    from ldm.image_output import Images
     from ldm.pipeline import Pipeline
 
 DEMO_PROMPTS = {
@@ -34,7 +34,7 @@ app = new_app()
 
 @app.command()
 def sample(
-    prompts: Annotated[list[str] | None, Argument(help="What to show; several make several pictures.")] = None,
+    prompts: Annotated[list[str] | None, Argument(help="What to show; several make several images.")] = None,
     model: Annotated[
         str, Option(help="Run, file, diffusers folder, hub id, or the name of the shipped model.")
     ] = "emoji",
@@ -46,10 +46,10 @@ def sample(
     ] = None,
     out: Annotated[
         Path | None,
-        Option(help="A file (several pictures: a grid), a pattern with {index} or {seed}, or a folder."),
+        Option(help="A file (several images: a grid), a pattern with {index} or {seed}, or a folder."),
     ] = None,
     animate: Annotated[Path | None, Option(help="A .gif to show the denoising in, beside --out.")] = None,
-    seed: Annotated[int | None, Option(help="Of the first picture; the next have the next. Random.")] = None,
+    seed: Annotated[int | None, Option(help="Of the first image; the next have the next. Random.")] = None,
     steps: Annotated[int | None, Option(help="Steps of the sampler. As the model says.")] = None,
     guidance: Annotated[float | None, Option(help="Guidance scale, 1 = none. As the model says.")] = None,
     guide: Annotated[
@@ -63,9 +63,9 @@ def sample(
     shift: Annotated[float | None, Option(help="Factor on the noise levels of a flow model.")] = None,
     sigmas: Annotated[str | None, Option(help="Noise levels of your own: 14.6,5,2,0.5.")] = None,
     image: Annotated[
-        list[Path] | None, Option(help="A picture to begin with, repeatable; with --mask, to be painted anew in parts.")
+        list[Path] | None, Option(help="An image to begin with, repeatable; with --mask, to be painted anew in parts.")
     ] = None,
-    mask: Annotated[list[Path] | None, Option(help="White where the picture is to be painted anew.")] = None,
+    mask: Annotated[list[Path] | None, Option(help="White where the image is to be painted anew.")] = None,
     strength: Annotated[float | None, Option(help="Share of the steps that change --image, 0 to 1.")] = None,
     negative: Annotated[str | None, Option(help="What to keep away from.")] = None,
     prompt_syntax: Annotated[
@@ -75,23 +75,23 @@ def sample(
     n: Annotated[int, Option("--n", "-n", help="Pictures for each prompt.")] = 1,
     height: Annotated[int | None, Option(help="In pixels. As the model was trained.")] = None,
     width: Annotated[int | None, Option(help="In pixels. As the model was trained.")] = None,
-    batch_size: Annotated[int | None, Option(help="Most pictures at once. All.")] = None,
+    batch_size: Annotated[int | None, Option(help="Most images at once. All.")] = None,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, ... The GPU if there is one.")] = None,
     dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16. bf16 where it is native.")] = None,
     demo: Annotated[bool, Option("--demo", help="Eight fixed prompts as a grid with captions.")] = False,
     list_samplers: Annotated[bool, Option("--list-samplers", help="Show the samplers and leave.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Make pictures from PROMPTS and print the files written."""
+    """Make images from PROMPTS and print the files written."""
     if list_samplers:
         _print_samplers()
         return
     import torch
 
     from ldm.animation import Animation
-    from ldm.config import structure
+    from ldm.config import from_dict
     from ldm.diffusion import Guidance
-    from ldm.images import check_animation, check_target, write_picture
+    from ldm.image_output import check_animation, check_target, write_picture
     from ldm.pipeline import Pipeline
 
     if dtype is not None and dtype not in DTYPES:
@@ -99,7 +99,7 @@ def sample(
     if demo and prompts:
         raise SamplingError("--demo has prompts of its own; leave either it or yours out.")
     if not image and (mask or strength is not None):
-        raise SamplingError("--mask and --strength are about a picture to begin with; give --image too.")
+        raise SamplingError("--mask and --strength are about an image to begin with; give --image too.")
     target = check_target(out or ("demo.png" if demo else "sample.png"))
     if animate:
         check_animation(animate)
@@ -130,7 +130,7 @@ def sample(
         "callback": frames if animate else None,
     }
     if guide:
-        settings["guidance"] = structure(Guidance, _settings(guide), "--guide")
+        settings["guidance"] = from_dict(Guidance, _settings(guide), "--guide")
     settings = {name: value for name, value in settings.items() if value is not None}
     asked = [prompt for group in DEMO_PROMPTS.values() for prompt in group] if demo else prompts or None
     images = _edited(pipe, asked, image, mask, strength, settings) if image else pipe(asked, **settings)

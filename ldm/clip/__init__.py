@@ -1,1 +1,1 @@
-"""Stage 2: pictures and captions into one space, and the text tower that a denoiser listens to."""
+"""Stage 2: images and captions into one space, and the text tower that a denoiser listens to."""

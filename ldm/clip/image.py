@@ -1,4 +1,4 @@
-"""Image towers: the kinds of network that turn a picture into CLIP's embedding."""
+"""Image towers: the kinds of network that turn an image into CLIP's embedding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.clip.transformer import Activation, check_shape, stack
-from ldm.config import Kind, setting
+from ldm.config import Kind, config_field
 from ldm.errors import ConfigError
 
 HALF = (0.5, 0.5, 0.5)
@@ -18,10 +18,10 @@ HALF = (0.5, 0.5, 0.5)
 
 
 class ImageTower(nn.Module):
-    """A picture to the states of its parts, and these to one embedding."""
+    """An image to the states of its parts, and these to one embedding."""
 
     def states(self, image: Tensor) -> Tensor:
-        """``image [b 3 h w]`` of the config's size in [-1, 1] ``-> [b 1+n width]``, the first that of the whole picture."""
+        """``image [b 3 h w]`` of the config's size in [-1, 1] ``-> [b 1+n width]``, the first that of the whole image."""
         raise NotImplementedError
 
     def embed(self, states: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class ImageTower(nn.Module):
         return self.embed(self.states(image))
 
 
-class ImageTowerKind(Kind):
+class ImageTowerConfig(Kind):
     """The family of image towers; ``build(embed_dim)`` gives a module ``[b 3 h w] -> [b embed_dim]``."""
 
     image_size: int
@@ -51,19 +51,19 @@ def to_size(image: Tensor, size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ViTConfig(ImageTowerKind, kind="vit"):
+class ViTConfig(ImageTowerConfig, kind="vit"):
     """The vision transformer of CLIP; the defaults are those of OpenAI's ViT-L/14."""
 
-    image_size: int = setting(224, "height and width of the pictures, in pixels")
-    patch_size: int = setting(14, "height and width of a patch, in pixels; must divide image_size")
-    width: int = setting(1024, "channels of a token")
-    layers: int = setting(24, "transformer blocks")
-    heads: int = setting(16, "attention heads; must divide width")
-    mlp_ratio: float = setting(4.0, "hidden width of a block's feed-forward layer over width")
-    activation: Activation = setting("gelu", "quick_gelu for OpenAI's weights, gelu for all others")
-    pool: Literal["class", "mean"] = setting("class", "state to embed: the class token's, or the patches' mean")
-    mean: tuple[float, float, float] = setting(HALF, "of red, green and blue in [0, 1], taken off the pixels")
-    std: tuple[float, float, float] = setting(HALF, "likewise, what the rest is divided by; 0.5 keeps our [-1, 1]")
+    image_size: int = config_field(224, "height and width of the images, in pixels")
+    patch_size: int = config_field(14, "height and width of a patch, in pixels; must divide image_size")
+    width: int = config_field(1024, "channels of a token")
+    layers: int = config_field(24, "transformer blocks")
+    heads: int = config_field(16, "attention heads; must divide width")
+    mlp_ratio: float = config_field(4.0, "hidden width of a block's feed-forward layer over width")
+    activation: Activation = config_field("gelu", "quick_gelu for OpenAI's weights, gelu for all others")
+    pool: Literal["class", "mean"] = config_field("class", "state to embed: the class token's, or the patches' mean")
+    mean: tuple[float, float, float] = config_field(HALF, "of red, green and blue in [0, 1], taken off the pixels")
+    std: tuple[float, float, float] = config_field(HALF, "likewise, what the rest is divided by; 0.5 keeps our [-1, 1]")
 
     def __post_init__(self) -> None:
         check_shape(self.width, self.layers, self.heads)

@@ -1,4 +1,4 @@
-"""CLIP: two towers into one space, and the loss that brings a picture and its caption together."""
+"""CLIP: two towers into one space, and the loss that brings an image and its caption together."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.clip.image import ImageTowerKind, to_size
+from ldm.clip.image import ImageTowerConfig, to_size
 from ldm.clip.text import TextTowerConfig
-from ldm.config import setting
+from ldm.config import config_field
 from ldm.errors import ConfigError
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -22,14 +22,14 @@ MAX_LOGIT_SCALE = math.log(100.0)
 class CLIPConfig:
     """A text and an image tower with a common embedding."""
 
-    text: TextTowerConfig = setting(help="the text tower")
-    image: ImageTowerKind | None = setting(
+    text: TextTowerConfig = config_field(help="the text tower")
+    image: ImageTowerConfig | None = config_field(
         None, "the image tower; null = there is none: a text encoder that is only used"
     )
-    embed_dim: int | None = setting(
+    embed_dim: int | None = config_field(
         768, "width of the common embedding; both towers are projected to it; null = a text encoder without projection"
     )
-    temperature: float = setting(0.07, "softmax temperature at the start; learnt, and never below 0.01")
+    temperature: float = config_field(0.07, "softmax temperature at the start; learnt, and never below 0.01")
 
     def __post_init__(self) -> None:
         if self.image is not None and self.embed_dim is None:
@@ -70,7 +70,7 @@ class CLIP(nn.Module):
     def encode_image(self, image: Tensor) -> Tensor:
         """``image [b 3 h w]`` in [-1, 1] ``-> [b embed_dim]`` of unit length.
 
-        A picture of another size than the image tower's is brought to it, all of it, squeezed if it is no square.
+        An image of another size than the image tower's is brought to it, all of it, squeezed if it is no square.
         """
         return F.normalize(self.image(to_size(image, self.image_size)), dim=-1)
 
@@ -87,7 +87,7 @@ class CLIP(nn.Module):
 def clip_loss(
     image_features: Tensor, text_features: Tensor, scale: Tensor, rank: int = 0, world_size: int = 1
 ) -> Tensor:
-    """Mean cross-entropy of picture to caption and of caption to picture, by open_clip's ``ClipLoss``.
+    """Mean cross-entropy of image to caption and of caption to image, by open_clip's ``ClipLoss``.
 
     Args:
         image_features, text_features: ``[b embed_dim]`` of unit length; rows of one number belong together.

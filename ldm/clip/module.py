@@ -12,25 +12,25 @@ from torch import Tensor, nn
 
 from ldm.clip.model import CLIPConfig, clip_loss
 from ldm.clip.retrieval import recall_at_k
-from ldm.clip.tokenizer import Tokenizer, TokenizerKind
-from ldm.config import setting
+from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
+from ldm.config import config_field
 from ldm.errors import ConfigError
-from ldm.images import Images
+from ldm.image_output import Images
 from ldm.training.optim import TrainConfig
 from ldm.training.stage import StageModule
 
 PREVIEW = 8
-"""Captions that are shown with the pictures they find."""
+"""Captions that are shown with the images they find."""
 
 
 @dataclass(frozen=True)
 class CLIPStage:
     """Stage 2: tokenizer and CLIP, how they are trained, or the file that they come from."""
 
-    tokenizer: TokenizerKind = setting(help="captions to tokens")
-    model: CLIPConfig = setting(help="text and image tower")
-    train: TrainConfig | None = setting(None, "its training; null = it is not trained here")
-    checkpoint: str | None = setting(
+    tokenizer: TokenizerConfig = config_field(help="captions to tokens")
+    model: CLIPConfig = config_field(help="text and image tower")
+    train: TrainConfig | None = config_field(None, "its training; null = it is not trained here")
+    checkpoint: str | None = config_field(
         None, "source of a CLIP or a text encoder that is only used: a file, a folder or a hub id, of SD or of CLIP"
     )
 
@@ -54,7 +54,7 @@ class CLIPModule(StageModule):
         self.tokenizer = tokenizer
         self.clip = config.model.build()
 
-    def networks(self) -> nn.Module:
+    def trainable_module(self) -> nn.Module:
         return self.clip
 
     def compile_networks(self) -> None:
@@ -94,7 +94,7 @@ class CLIPModule(StageModule):
         return torch.cat(parts)
 
     def pictures(self) -> Mapping[str, Any]:
-        """Captions of the validation split, each with the three pictures that come nearest."""
+        """Captions of the validation split, each with the three images that come nearest."""
         batch = next(iter(self.data.val_dataloader()))
         text = self.clip.encode_text(self.tokenizer(batch["text"], longest=True).to(self.device))
         image = self.clip.encode_image(batch["image"].to(self.device))

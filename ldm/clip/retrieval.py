@@ -1,4 +1,4 @@
-"""How well pictures and captions find each other: recall at k, by embedding and by the look of a sample."""
+"""How well images and captions find each other: recall at k, by embedding and by the look of a sample."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUNDING = 1e-6
 
 @torch.no_grad()
 def recall_at_k(text_features: Tensor, image_features: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Share of captions whose own picture is among the k nearest by cosine, and of pictures whose caption is.
+    """Share of captions whose own image is among the k nearest by cosine, and of images whose caption is.
 
     Ties count against: what is as near as the own one is ranked before it, so constant embeddings score 0.
 
@@ -40,16 +40,16 @@ def reduce_images(images: Tensor, size: int = 16) -> Tensor:
 
 @torch.no_grad()
 def sample_recall(samples: Tensor, truths: Tensor, own_index: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """Share of samples that look more like the picture of their own caption than like (all but k-1) others.
+    """Share of samples that look more like the image of their own caption than like (all but k-1) others.
 
-    Both are reduced to 16 x 16 and compared by Euclidean distance. A true picture equal to the own one does
+    Both are reduced to 16 x 16 and compared by Euclidean distance. A true image equal to the own one does
     not count against a sample: no look can tell captions apart that share a drawing.
 
     Args:
         samples: ``[n 3 h w]``, one for each caption.
-        truths: ``[m 3 h w]``, the true pictures, of the same height, width and scale.
+        truths: ``[m 3 h w]``, the true images, of the same height, width and scale.
         own_index: ``[n]`` of int, the row of ``truths`` that belongs to each sample.
-        ks: how many nearest pictures are looked at.
+        ks: how many nearest images are looked at.
 
     Returns:
         ``R@k`` in [0, 1] for each k.
@@ -57,7 +57,7 @@ def sample_recall(samples: Tensor, truths: Tensor, own_index: Tensor, ks: Sequen
     reduced, reference = reduce_images(samples), reduce_images(truths)
     ranks = []
     for rows, own in zip(reduced.split(CHUNK), own_index.split(CHUNK), strict=True):
-        # The expansion |a|² - 2ab + |b|² would round equal pictures apart.
+        # The expansion |a|² - 2ab + |b|² would round equal images apart.
         distance = torch.cdist(rows, reference, compute_mode="donot_use_mm_for_euclid_dist")
         ranks.append((~(distance >= distance.gather(1, own[:, None]))).sum(dim=1))  # NaN counts against
     rank = torch.cat(ranks)

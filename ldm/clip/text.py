@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.clip.transformer import Activation, check_shape, stack
-from ldm.config import setting
+from ldm.config import config_field
 from ldm.errors import ConfigError
 
 
@@ -27,17 +27,17 @@ from ldm.errors import ConfigError
 class TextTowerConfig:
     """A causal pre-norm transformer over tokens; the defaults are those of OpenAI's ViT-L/14."""
 
-    vocab_size: int = setting(49408, "rows of the token embedding; at least the tokenizer's vocabulary")
-    context_length: int = setting(77, "most tokens of a caption, start and end among them")
-    width: int = setting(768, "channels of a token, and of the context")
-    layers: int = setting(12, "transformer blocks")
-    heads: int = setting(12, "attention heads; must divide width")
-    mlp_ratio: float = setting(4.0, "hidden width of a block's feed-forward layer over width")
-    activation: Activation = setting("gelu", "quick_gelu for OpenAI's weights, gelu for all others")
-    embed_dim: int | None = setting(None, "width of the projected pooled state; null: it is not projected")
-    hidden_state: Literal["last", "penultimate"] = setting("last", "the block's output that is the context")
-    context_norm: bool = setting(True, "whether the context goes through the final layer norm")
-    eos_id: int | None = setting(
+    vocab_size: int = config_field(49408, "rows of the token embedding; at least the tokenizer's vocabulary")
+    context_length: int = config_field(77, "most tokens of a caption, start and end among them")
+    width: int = config_field(768, "channels of a token, and of the context")
+    layers: int = config_field(12, "transformer blocks")
+    heads: int = config_field(12, "attention heads; must divide width")
+    mlp_ratio: float = config_field(4.0, "hidden width of a block's feed-forward layer over width")
+    activation: Activation = config_field("gelu", "quick_gelu for OpenAI's weights, gelu for all others")
+    embed_dim: int | None = config_field(None, "width of the projected pooled state; null: it is not projected")
+    hidden_state: Literal["last", "penultimate"] = config_field("last", "the block's output that is the context")
+    context_norm: bool = config_field(True, "whether the context goes through the final layer norm")
+    eos_id: int | None = config_field(
         None, "end-of-text token, the first of which is pooled; null: the highest token of the caption"
     )
 

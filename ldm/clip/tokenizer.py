@@ -21,7 +21,7 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from ldm.config import Kind, setting
+from ldm.config import Kind, config_field
 from ldm.errors import CheckpointError, ConfigError, DataError, MissingExtraError, first_line
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -168,7 +168,7 @@ def backend_from_json(text: str) -> tokenizers.Tokenizer:
         raise CheckpointError(f"the tokenizer is not in the format of tokenizer.json: {first_line(error)}.") from None
 
 
-class TokenizerKind(Kind):
+class TokenizerConfig(Kind):
     """The family of tokenizers; ``build(captions)`` gives a :class:`Tokenizer`."""
 
     vocab_size: int
@@ -179,11 +179,11 @@ class TokenizerKind(Kind):
 
 
 @dataclass(frozen=True)
-class CLIPBPEConfig(TokenizerKind, kind="clip_bpe"):
+class CLIPBPEConfig(TokenizerConfig, kind="clip_bpe"):
     """CLIP's byte-pair encoding of 49,408 tokens, as SD 1, SD 2 and SDXL use it; it is not trained."""
 
-    context_length: int = setting(77, "tokens of a caption, start and end among them")
-    pad_id: int | None = setting(
+    context_length: int = config_field(77, "tokens of a caption, start and end among them")
+    pad_id: int | None = config_field(
         None, "token after the end; null: the end token (SD 1); 0 for SD 2 and SDXL's second tokenizer"
     )
 
@@ -206,12 +206,12 @@ class CLIPBPEConfig(TokenizerKind, kind="clip_bpe"):
 
 
 @dataclass(frozen=True)
-class ByteBPEConfig(TokenizerKind, kind="byte_bpe"):
+class ByteBPEConfig(TokenizerConfig, kind="byte_bpe"):
     """Byte-level byte-pair encoding trained on the captions; any language, nothing is unknown."""
 
-    vocab_size: int = setting(2048, "most tokens; small sets of captions give fewer")
-    context_length: int = setting(32, "tokens of a caption, start and end among them")
-    path: str | None = setting(
+    vocab_size: int = config_field(2048, "most tokens; small sets of captions give fewer")
+    context_length: int = config_field(32, "tokens of a caption, start and end among them")
+    path: str | None = config_field(
         None, "file written by tools/prepare.py tokenizer; null: trained on the captions of the train split"
     )
 

@@ -10,26 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, dropped
-from ldm.config import setting
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, check_dropout, dropped
+from ldm.config import config_field
 from ldm.errors import ConfigError, DataError, SamplingError
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import mlp
 
 Box = tuple[int, float, float, float, float]
-"""Class number, left, top, right and bottom, as shares of the picture's width and height."""
+"""Class number, left, top, right and bottom, as shares of the image's width and height."""
 
 FREQUENCIES = 8
 
 
 @dataclass(frozen=True)
-class BoxesConditionerConfig(ConditionerKind, kind="boxes"):
+class BoxesConditionerConfig(ConditionerConfig, kind="boxes"):
     """What is to be where: boxes with their classes, in any order."""
 
-    classes: int = setting(help="number of classes; a box has one of 0 .. classes - 1")
-    max_boxes: int = setting(8, "most boxes of a picture")
-    width: int = setting(128, "width of a box's token, and of the context")
-    dropout: float = setting(0.1, "share of the training pictures whose boxes are all dropped, for guidance")
+    classes: int = config_field(help="number of classes; a box has one of 0 .. classes - 1")
+    max_boxes: int = config_field(8, "most boxes of an image")
+    width: int = config_field(128, "width of a box's token, and of the context")
+    dropout: float = config_field(0.1, "share of the training images whose boxes are all dropped, for guidance")
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
@@ -37,7 +37,7 @@ class BoxesConditionerConfig(ConditionerKind, kind="boxes"):
             raise ConfigError("classes, max_boxes and width must be at least 1.")
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_keys(self) -> tuple[str, ...]:
         return ("boxes",)
 
     @property
@@ -88,13 +88,13 @@ class BoxesConditioner(Conditioner):
         )
 
     def _checked(self, number: int, boxes: Any) -> list[Box]:
-        """The boxes of one picture, none for None."""
+        """The boxes of one image, none for None."""
         if boxes is None:
             return []
         try:
             layout = read_boxes(boxes)
         except DataError as error:
-            raise SamplingError(f"the boxes of picture {number} {error}; correct them.") from None
+            raise SamplingError(f"the boxes of image {number} {error}; correct them.") from None
         if len(layout) > self.config.max_boxes:
             raise SamplingError(
                 f"picture {number} has {len(layout)} boxes, but the model takes {self.config.max_boxes} (max_boxes)."

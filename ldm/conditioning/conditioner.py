@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.clip.model import CLIPConfig
-from ldm.clip.tokenizer import Tokenizer, TokenizerKind
+from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
 from ldm.config import Kind
 from ldm.errors import ConfigError, DataError
 from ldm.nn.conditioning import Conditioning
@@ -19,11 +19,11 @@ Pair = tuple[int, int]
 """Height and width, or top and left, in pixels."""
 
 
-class ConditionerKind(Kind):
+class ConditionerConfig(Kind):
     """What a denoiser is conditioned on; ``build`` gives a :class:`Conditioner`.
 
     ``context_width``, ``vector_width`` and ``concat_channels`` are what it fills of a Conditioning, None or 0 where it
-    fills nothing; ``reads`` names the raw conditions that it takes, such as ``text`` or ``label``.
+    fills nothing; ``input_keys`` names the raw conditions that it takes, such as ``text`` or ``label``.
     ``latent_channels`` and ``latent_factor`` are those of the first stage that it counts on; None: any will do.
     """
 
@@ -31,11 +31,11 @@ class ConditionerKind(Kind):
     latent_factor: int | None = None
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_keys(self) -> tuple[str, ...]:
         return ()
 
     def defaults(self, height: int, width: int) -> Mapping[str, Pair]:
-        """Raw conditions that it takes besides, and may be left out: each with what it then is for pictures of this size."""
+        """Raw conditions that it takes besides, and may be left out: each with what it then is for images of this size."""
         return {}
 
     @property
@@ -50,7 +50,7 @@ class ConditionerKind(Kind):
     def concat_channels(self) -> int:
         return 0
 
-    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> ConditionerKind:
+    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> ConditionerConfig:
         """Itself, with what follows from the rest of an experiment filled in.
 
         Args:
@@ -62,7 +62,7 @@ class ConditionerKind(Kind):
         """
         return self
 
-    def with_tokenizer(self, make: Callable[[TokenizerKind, str], Tokenizer], name: str = "") -> ConditionerKind:
+    def with_tokenizer(self, make: Callable[[TokenizerConfig, str], Tokenizer], name: str = "") -> ConditionerConfig:
         """Itself, with a tokenizer of its own filled in where it has one.
 
         Args:
@@ -79,10 +79,10 @@ class ConditionerKind(Kind):
 class Conditioner(nn.Module):
     """Raw conditions of a batch to the record that the denoiser reads.
 
-    ``kept`` says that guidance leaves the condition as it is, in the pass too that it leads away from.
+    ``unaffected_by_cfg`` says that guidance leaves the condition as it is, in the pass too that it leads away from.
     """
 
-    kept: ClassVar[bool] = False
+    unaffected_by_cfg: ClassVar[bool] = False
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         """The conditioning of a batch.
@@ -97,30 +97,30 @@ class Conditioner(nn.Module):
         raise NotImplementedError
 
     def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
-        """What guidance leads away from, for a batch with these conditions: all dropped but what is ``kept``.
+        """What guidance leads away from, for a batch with these conditions: all dropped but what is ``unaffected_by_cfg``.
 
         Args:
             inputs: as of :meth:`forward`.
             negative: texts in place of the dropped ones.
         """
-        if self.kept:
+        if self.unaffected_by_cfg:
             return self(inputs)
         absent: dict[str, Sequence[Any]] = {name: [None] * len(values) for name, values in inputs.items()}
         return self(absent if negative is None else absent | {"text": negative})
 
-    def of_training(
+    def prepare_batch(
         self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
     ) -> Mapping[str, Any]:
-        """A batch of the data with the raw conditions that are made from its pictures; here as it is.
+        """A batch of the data with the raw conditions that are made from its images; here as it is.
 
         Args:
             batch: ``image [b 3 h w]`` in [-1, 1], unless latents are cached, and what the data say of it.
-            encode: pictures to normalised latents ``[b c h/f w/f]``.
+            encode: images to normalised latents ``[b c h/f w/f]``.
             generator: source of what is random about the conditions.
         """
         return batch
 
-    def towers(self) -> Iterator[tuple[str, nn.Module]]:
+    def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
         """What begins a training with weights of stage 2, each with its name there: ``text`` or ``image``."""
         return iter(())
 
@@ -129,14 +129,14 @@ class Conditioner(nn.Module):
 
 
 def training_pictures(batch: Mapping[str, Any], kind: str) -> Tensor:
-    """The pictures of a batch, ``[b 3 h w]`` in [-1, 1], from which the conditioner ``kind`` makes what it reads.
+    """The images of a batch, ``[b 3 h w]`` in [-1, 1], from which the conditioner ``kind`` makes what it reads.
 
     Raises:
         DataError: the batch has latents instead.
     """
     if "image" not in batch:
         raise DataError(
-            f"the conditioner {kind} is made from the training pictures, which cached latents do not carry; "
+            f"the conditioner {kind} is made from the training images, which cached latents do not carry; "
             "set data.cache_latents to false."
         )
     pictures: Tensor = batch["image"]
@@ -169,7 +169,7 @@ def texts(inputs: Mapping[str, Any], rate: float, generator: torch.Generator | N
 
 
 @dataclass(frozen=True)
-class NoConditionerConfig(ConditionerKind, kind="none"):
+class NoConditionerConfig(ConditionerConfig, kind="none"):
     """An unconditional model."""
 
     def build(self, tokenizer: Tokenizer | None = None) -> NoConditioner:

@@ -1,4 +1,4 @@
-"""Pictures through the image tower: what a picture shows, as the context of another one."""
+"""Pictures through the image tower: what an image shows, as the context of another one."""
 
 from __future__ import annotations
 
@@ -10,31 +10,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.clip.image import ImageTowerKind, to_size
+from ldm.clip.image import ImageTowerConfig, to_size
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, dropped
-from ldm.config import setting
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, check_dropout, dropped
+from ldm.config import config_field
 from ldm.errors import ConfigError
 from ldm.nn.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
-class ImageConditionerConfig(ConditionerKind, kind="image"):
-    """What a picture shows, by the image tower of stage 2 or by one of its own; in training, the training picture itself."""
+class ImageConditionerConfig(ConditionerConfig, kind="image"):
+    """What an image shows, by the image tower of stage 2 or by one of its own; in training, the training image itself."""
 
-    dropout: float = setting(0.1, "share of the training pictures that are dropped, for guidance")
-    trainable: bool = setting(False, "train the tower along with the denoiser; one of its own has to be")
-    tokens: bool = setting(False, "the context is the states of all patches, instead of the embedding as one token")
-    pooled: bool = setting(False, "also hand the embedding to the denoiser, as its conditioning vector")
-    tower: ImageTowerKind | None = setting(None, "the image tower; null = that of the experiment's clip section")
-    embed_dim: int | None = setting(None, "width of the embedding; null = that of the clip section")
+    dropout: float = config_field(0.1, "share of the training images that are dropped, for guidance")
+    trainable: bool = config_field(False, "train the tower along with the denoiser; one of its own has to be")
+    tokens: bool = config_field(
+        False, "the context is the states of all patches, instead of the embedding as one token"
+    )
+    pooled: bool = config_field(False, "also hand the embedding to the denoiser, as its conditioning vector")
+    tower: ImageTowerConfig | None = config_field(None, "the image tower; null = that of the experiment's clip section")
+    embed_dim: int | None = config_field(None, "width of the embedding; null = that of the clip section")
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_keys(self) -> tuple[str, ...]:
         return ("image",)
 
     @property
@@ -49,7 +51,7 @@ class ImageConditionerConfig(ConditionerKind, kind="image"):
         if clip is None or clip.image is None:
             if self.tower is None or self.embed_dim is None or not self.trainable:
                 raise ConfigError(
-                    "denoiser.conditioner reads pictures, but there is no clip section to give its tower; "
+                    "denoiser.conditioner reads images, but there is no clip section to give its tower; "
                     "add one, or set tower, embed_dim and trainable: true for one of its own."
                 )
             return self
@@ -66,9 +68,9 @@ class ImageConditionerConfig(ConditionerKind, kind="image"):
 
 
 class ImageConditioner(Conditioner):
-    """Image tower; a dropped picture is all zeros, as in Ramesh et al. 2022 (arXiv 2204.06125, section 2.1)."""
+    """Image tower; a dropped image is all zeros, as in Ramesh et al. 2022 (arXiv 2204.06125, section 2.1)."""
 
-    def __init__(self, config: ImageConditionerConfig, tower: ImageTowerKind, embed_dim: int):
+    def __init__(self, config: ImageConditionerConfig, tower: ImageTowerConfig, embed_dim: int):
         super().__init__()
         self.config = config
         self.size = tower.image_size
@@ -92,5 +94,5 @@ class ImageConditioner(Conditioner):
             vector=embedding * kept[:, None] if self.config.pooled else None,
         )
 
-    def towers(self) -> Iterator[tuple[str, nn.Module]]:
+    def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
         yield "image", self.tower

@@ -1,8 +1,8 @@
-"""The known part of a picture, to be painted on: the input of nine-channel U-Nets, as Stable Diffusion's inpainting has it.
+"""The known part of an image, to be painted on: the input of nine-channel U-Nets, as Stable Diffusion's inpainting has it.
 
-To the noisy latent are concatenated a mask (1 where the picture is to be made) and the latents of the picture with its
+To the noisy latent are concatenated a mask (1 where the image is to be made) and the latents of the image with its
 hole greyed out (Rombach et al. 2112.10752, section 4.5). Training draws the masks: rectangles, free strokes (as of LaMa,
-Suvorov et al. 2109.07161), and in a share of the examples the whole picture, which keeps the model one that can begin
+Suvorov et al. 2109.07161), and in a share of the examples the whole image, which keeps the model one that can begin
 with nothing.
 """
 
@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning.conditioner import Conditioner, ConditionerKind, training_pictures
-from ldm.config import setting
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, training_pictures
+from ldm.config import config_field
 from ldm.errors import ConfigError, SamplingError
 from ldm.nn.conditioning import Conditioning
 
@@ -29,21 +29,21 @@ MOST_RECTANGLES, MOST_STROKES, MOST_BENDS = 3, 3, 5
 """Of a mask, and bends of a stroke."""
 
 SIDES = (0.2, 0.8)
-"""Shortest and longest side of a rectangle, as shares of the picture's."""
+"""Shortest and longest side of a rectangle, as shares of the image's."""
 
 BRUSHES = (0.08, 0.3)
-"""Thinnest and widest stroke, as shares of the picture's shorter side."""
+"""Thinnest and widest stroke, as shares of the image's shorter side."""
 
 LENGTHS = (0.1, 0.5)
 """Shortest and longest way from a bend of a stroke to the next, likewise."""
 
 
 @dataclass(frozen=True)
-class InpaintConditionerConfig(ConditionerKind, kind="inpaint"):
-    """A mask and the latents of the known part of a picture; without dropout, so that guidance has no effect on it."""
+class InpaintConditionerConfig(ConditionerConfig, kind="inpaint"):
+    """A mask and the latents of the known part of an image; without dropout, so that guidance has no effect on it."""
 
-    latent_channels: int = setting(4, "channels of the first stage's latents")
-    whole: float = setting(0.25, "share of the training examples in which the whole picture is masked")
+    latent_channels: int = config_field(4, "channels of the first stage's latents")
+    whole: float = config_field(0.25, "share of the training examples in which the whole image is masked")
 
     def __post_init__(self) -> None:
         if self.latent_channels < 1 or not 0 <= self.whole <= 1:
@@ -52,7 +52,7 @@ class InpaintConditionerConfig(ConditionerKind, kind="inpaint"):
             )
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_keys(self) -> tuple[str, ...]:
         return ("inpaint",)
 
     @property
@@ -66,7 +66,7 @@ class InpaintConditionerConfig(ConditionerKind, kind="inpaint"):
 class InpaintConditioner(Conditioner):
     """``inpaint``, of ``[1 + c h w]`` each (mask and latents, as :func:`ldm.editing.inpaint` makes them), as the concat."""
 
-    kept = True
+    unaffected_by_cfg = True
 
     def __init__(self, config: InpaintConditionerConfig):
         super().__init__()
@@ -82,15 +82,15 @@ class InpaintConditioner(Conditioner):
         for part in known:
             if not isinstance(part, Tensor) or part.ndim != 3 or len(part) != channels:
                 raise SamplingError(
-                    f"this model continues pictures; use editing.inpaint, or give condition={{'inpaint': [...]}} with a mask "
+                    f"this model continues images; use editing.inpaint, or give condition={{'inpaint': [...]}} with a mask "
                     f"and latents of shape [{channels}, h, w] for each."
                 )
         return Conditioning(concat=torch.stack(known))
 
-    def of_training(
+    def prepare_batch(
         self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
     ) -> Mapping[str, Any]:
-        """The batch with ``inpaint [b 1 + c h/f w/f]``, of its pictures under masks drawn from ``generator``.
+        """The batch with ``inpaint [b 1 + c h/f w/f]``, of its images under masks drawn from ``generator``.
 
         Raises:
             DataError: latents are cached.
@@ -103,7 +103,7 @@ class InpaintConditioner(Conditioner):
 
 
 def draw_mask(height: int, width: int, whole: float, generator: torch.Generator) -> Tensor:
-    """``[1 height width]``, 1 where the picture is masked: everywhere by chance ``whole``, else rectangles or strokes."""
+    """``[1 height width]``, 1 where the image is masked: everywhere by chance ``whole``, else rectangles or strokes."""
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))

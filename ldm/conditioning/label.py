@@ -10,19 +10,19 @@ import torch
 from torch import nn
 
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning.conditioner import Conditioner, ConditionerKind, dropped
-from ldm.config import setting
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, dropped
+from ldm.config import config_field
 from ldm.errors import ConfigError, DataError, SamplingError
 from ldm.nn.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
-class ClassConditionerConfig(ConditionerKind, kind="class"):
+class ClassConditionerConfig(ConditionerConfig, kind="class"):
     """One of a fixed number of classes, as a vector."""
 
-    classes: int = setting(help="number of classes; labels are 0 .. classes - 1")
-    width: int = setting(128, "width of the vector")
-    dropout: float = setting(0.1, "share of the training examples whose label is dropped, for guidance")
+    classes: int = config_field(help="number of classes; labels are 0 .. classes - 1")
+    width: int = config_field(128, "width of the vector")
+    dropout: float = config_field(0.1, "share of the training examples whose label is dropped, for guidance")
 
     def __post_init__(self) -> None:
         if self.classes < 1 or not 0 <= self.dropout < 1:
@@ -31,7 +31,7 @@ class ClassConditionerConfig(ConditionerKind, kind="class"):
             )
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_keys(self) -> tuple[str, ...]:
         return ("label",)
 
     @property

@@ -1,13 +1,13 @@
-"""A small picture to enlarge: super-resolution as a diffusion that is shown the small picture.
+"""A small image to enlarge: super-resolution as a diffusion that is shown the small image.
 
-The small picture is concatenated to the noisy latent (Saharia et al. 2104.07636; Rombach et al. 2112.10752, section 4.4).
-It is noised in training, and the network told how much, so that it does not lean on details of the small picture that
-another source of small pictures lacks (conditioning augmentation, Ho et al. 2106.15282, section 3):
+The small image is concatenated to the noisy latent (Saharia et al. 2104.07636; Rombach et al. 2112.10752, section 4.4).
+It is noised in training, and the network told how much, so that it does not lean on details of the small image that
+another source of small images lacks (conditioning augmentation, Ho et al. 2106.15282, section 3):
 
     z = sqrt(1 - s^2) y + s n,    s uniform in [0, noise_max]
 
 which keeps the variance where y has unit variance. In sampling s is ``noise``, and n depends on the size of the small
-picture alone: neither on the batch, nor on whether it is the conditional pass or the other.
+image alone: neither on the batch, nor on whether it is the conditional pass or the other.
 
 The concat leaves here in the latents' size, so that other conditions can be concatenated beside it; hence ``latent_factor``,
 which the model checks against its first stage.
@@ -25,30 +25,30 @@ from torch import Tensor
 
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning.conditioner import Conditioner, ConditionerKind, training_pictures
-from ldm.config import setting
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, training_pictures
+from ldm.config import config_field
 from ldm.errors import ConfigError, DataError, SamplingError
+from ldm.image_io import signed_tensor
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import sinusoidal
-from ldm.pictures import signed_tensor
 
 LEVELS = 1000
 """The noise level 1 in the units of the sinusoids, which are made for timesteps."""
 
 
 @dataclass(frozen=True)
-class LowResConditionerConfig(ConditionerKind, kind="low_res"):
-    """A small picture, to be enlarged; without dropout, so that guidance has no effect on it."""
+class LowResConditionerConfig(ConditionerConfig, kind="low_res"):
+    """A small image, to be enlarged; without dropout, so that guidance has no effect on it."""
 
-    factor: int = setting(4, "how many times the result is larger than the small picture, along each side")
-    latent_factor: int | None = setting(
-        None, "factor of the first stage, to whose latents' size the small picture is brought; null = the experiment's"
+    factor: int = config_field(4, "how many times the result is larger than the small image, along each side")
+    latent_factor: int | None = config_field(
+        None, "factor of the first stage, to whose latents' size the small image is brought; null = the experiment's"
     )
-    noise_max: float = setting(
-        0.5, "greatest noise level of the small picture in training, 0 to 1; they are uniform from 0"
+    noise_max: float = config_field(
+        0.5, "greatest noise level of the small image in training, 0 to 1; they are uniform from 0"
     )
-    noise: float = setting(0.0, "noise level of the small picture in validation and sampling, up to noise_max")
-    width: int = setting(64, "sinusoids by which the network is told the noise level: the width of the vector")
+    noise: float = config_field(0.0, "noise level of the small image in validation and sampling, up to noise_max")
+    width: int = config_field(64, "sinusoids by which the network is told the noise level: the width of the vector")
 
     def __post_init__(self) -> None:
         if self.factor < 2 or (self.latent_factor is not None and self.latent_factor < 1):
@@ -63,7 +63,7 @@ class LowResConditionerConfig(ConditionerKind, kind="low_res"):
             raise ConfigError(f"width must be even and at least 2, not {self.width}.")
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_keys(self) -> tuple[str, ...]:
         return ("low_res",)
 
     @property
@@ -83,12 +83,12 @@ class LowResConditionerConfig(ConditionerKind, kind="low_res"):
 
 
 class LowResConditioner(Conditioner):
-    """``low_res``, pictures ``[3 h w]`` in [-1, 1] (or PIL, or files), to a ``concat [b 3 h' w']`` of the latents' size.
+    """``low_res``, images ``[3 h w]`` in [-1, 1] (or PIL, or files), to a ``concat [b 3 h' w']`` of the latents' size.
 
     The vector is the sinusoids of the noise level; the U-Net has the perceptron that embeds a vector.
     """
 
-    kept = True
+    unaffected_by_cfg = True
 
     def __init__(self, config: LowResConditionerConfig, latent_factor: int):
         super().__init__()
@@ -99,7 +99,7 @@ class LowResConditioner(Conditioner):
         """The conditioning of a batch; see :class:`Conditioner`.
 
         Raises:
-            SamplingError: a small picture is missing or none, or they are of several sizes.
+            SamplingError: a small image is missing or none, or they are of several sizes.
         """
         small, config = _stacked(inputs["low_res"]), self.config
         if generator is None:
@@ -116,13 +116,13 @@ class LowResConditioner(Conditioner):
             concat=F.interpolate(noisy, size=size, mode="bicubic", antialias=True),
         )
 
-    def of_training(
+    def prepare_batch(
         self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
     ) -> Mapping[str, Any]:
-        """The batch with ``low_res [b 3 h/factor w/factor]``: its pictures, averaged over squares of ``factor`` pixels.
+        """The batch with ``low_res [b 3 h/factor w/factor]``: its images, averaged over squares of ``factor`` pixels.
 
         Raises:
-            DataError: latents are cached, or the pictures' sides are not divisible by the factor.
+            DataError: latents are cached, or the images' sides are not divisible by the factor.
         """
         pictures, factor = training_pictures(batch, "low_res"), self.config.factor
         height, width = pictures.shape[-2:]
@@ -137,11 +137,11 @@ class LowResConditioner(Conditioner):
 def _stacked(pictures: Sequence[Any]) -> Tensor:
     """``[b 3 h w]`` fp32 in [-1, 1]"""
     if any(picture is None for picture in pictures):
-        raise SamplingError("this model enlarges pictures; give condition={'low_res': [...]}, or use editing.upscale.")
+        raise SamplingError("this model enlarges images; give condition={'low_res': [...]}, or use editing.upscale.")
     tensors = [signed_tensor(picture) for picture in pictures]
     sizes = dict.fromkeys(f"{tensor.shape[2]} x {tensor.shape[1]}" for tensor in tensors)
     if len(sizes) > 1:
         raise SamplingError(
-            f"small pictures must be of one size, but they are {', '.join(sizes)}; enlarge them one by one."
+            f"small images must be of one size, but they are {', '.join(sizes)}; enlarge them one by one."
         )
     return torch.stack(tensors)

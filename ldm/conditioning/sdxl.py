@@ -1,8 +1,8 @@
-"""Captions through two text towers, and the sizes of the picture, as SDXL is told them.
+"""Captions through two text towers, and the sizes of the image, as SDXL is told them.
 
 (Podell et al. 2023, arXiv 2307.01952.) The contexts of the towers lie side by side along their width; the vector is the
 pooled state of the second, followed by the sinusoids of six numbers (section 2.2): from how large an original a training
-picture was made, where it was cut, and how large it became. Told so in training, small originals and cut-off heads need
+image was made, where it was cut, and how large it became. Told so in training, small originals and cut-off heads need
 not be left out, and are not imitated: a sample is told a large original, cut at (0, 0).
 """
 
@@ -20,30 +20,34 @@ from torch import Tensor, nn
 from ldm.clip.model import CLIPConfig
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning import windows
-from ldm.conditioning.conditioner import Conditioner, ConditionerKind, Pair, captions, check_dropout
-from ldm.config import setting
+from ldm.conditioning import long_prompts
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, Pair, captions, check_dropout
+from ldm.config import config_field
 from ldm.errors import ConfigError
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import sinusoidal
 
 SIZES = ("original_size", "crops_coords_top_left", "target_size")
-"""Pairs that a picture is described by, by the names that diffusers gives them, in the order of the vector."""
+"""Pairs that an image is described by, by the names that diffusers gives them, in the order of the vector."""
 
 
 @dataclass(frozen=True)
-class SDXLConditionerConfig(ConditionerKind, kind="sdxl"):
-    """A caption, read by two text towers, and the original size, the cut and the size of the picture."""
+class SDXLConditionerConfig(ConditionerConfig, kind="sdxl"):
+    """A caption, read by two text towers, and the original size, the cut and the size of the image."""
 
-    second: TextTowerConfig = setting(help="the second text tower, whose pooled state is part of the vector")
-    first: TextTowerConfig | None = setting(None, "the first text tower; null = that of the experiment's clip section")
-    pad_id: int = setting(0, "token after the end in what the second tower reads; the vocabulary is that of the first")
-    size_embedding_width: int = setting(256, "sinusoids of each of the six numbers about the picture's size")
-    dropout: float = setting(0.1, "share of the training captions that are dropped, for guidance; sizes never are")
-    zeros_for_empty: bool = setting(
+    second: TextTowerConfig = config_field(help="the second text tower, whose pooled state is part of the vector")
+    first: TextTowerConfig | None = config_field(
+        None, "the first text tower; null = that of the experiment's clip section"
+    )
+    pad_id: int = config_field(
+        0, "token after the end in what the second tower reads; the vocabulary is that of the first"
+    )
+    size_embedding_width: int = config_field(256, "sinusoids of each of the six numbers about the image's size")
+    dropout: float = config_field(0.1, "share of the training captions that are dropped, for guidance; sizes never are")
+    zeros_for_empty: bool = config_field(
         True, "a caption that is dropped or not there is zeros; false = the encoded empty string"
     )
-    trainable: bool = setting(False, "train both towers along with the denoiser")
+    trainable: bool = config_field(False, "train both towers along with the denoiser")
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
@@ -60,7 +64,7 @@ class SDXLConditionerConfig(ConditionerKind, kind="sdxl"):
                 )
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_keys(self) -> tuple[str, ...]:
         return ("text",)
 
     def defaults(self, height: int, width: int) -> dict[str, Pair]:
@@ -88,7 +92,7 @@ class SDXLConditionerConfig(ConditionerKind, kind="sdxl"):
 class SDXLConditioner(Conditioner):
     """Two text towers with a tokenizer each; texts are cut or go on in windows as :class:`TextConditioner` has it.
 
-    Beside ``text`` it reads ``original_size``, ``crops_coords_top_left`` and ``target_size``: a pair for each picture,
+    Beside ``text`` it reads ``original_size``, ``crops_coords_top_left`` and ``target_size``: a pair for each image,
     (height, width) or (top, left) in pixels.
     """
 
@@ -103,8 +107,8 @@ class SDXLConditioner(Conditioner):
         said = captions(inputs, self.config.dropout, generator)
         texts = ["" if caption is None else caption for caption in said]
         with nullcontext() if self.config.trainable else torch.no_grad():
-            (first, _), mask = windows.read(texts, self.tokenizers[0], self.first)
-            (second, pooled), second_mask = windows.read(texts, self.tokenizers[1], self.second)
+            (first, _), mask = long_prompts.read(texts, self.tokenizers[0], self.first)
+            (second, pooled), second_mask = long_prompts.read(texts, self.tokenizers[1], self.second)
         context, mask = _side_by_side([first, second], [mask, second_mask])
         if self.config.zeros_for_empty:
             silent = torch.tensor([caption is None for caption in said]).to(context.device)
@@ -112,7 +116,7 @@ class SDXLConditioner(Conditioner):
         return Conditioning(context, mask, vector=torch.cat([pooled, self._sizes(inputs).to(pooled)], dim=1))
 
     def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
-        """What guidance leads away from: no text or the ``negative`` one, of a picture of the same sizes."""
+        """What guidance leads away from: no text or the ``negative`` one, of an image of the same sizes."""
         absent = [None] * len(inputs["text"])
         return self({**inputs, "text": absent if negative is None else negative})
 
@@ -121,7 +125,7 @@ class SDXLConditioner(Conditioner):
         numbers = torch.cat([torch.as_tensor(inputs[name]) for name in SIZES], dim=1)
         return sinusoidal(numbers.flatten(), self.config.size_embedding_width).reshape(len(numbers), -1)
 
-    def towers(self) -> Iterator[tuple[str, nn.Module]]:
+    def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
         yield "text", self.first
         yield "text_2", self.second
 

@@ -13,21 +13,23 @@ from torch import Tensor, nn
 
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, dropped
-from ldm.config import setting
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, check_dropout, dropped
+from ldm.config import config_field
 from ldm.errors import ConfigError, DataError, SamplingError
 from ldm.nn.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
-class SemanticConditionerConfig(ConditionerKind, kind="semantic"):
+class SemanticConditionerConfig(ConditionerConfig, kind="semantic"):
     """A map that gives each place a class."""
 
-    classes: int = setting(help="number of classes; a map holds numbers 0 .. classes - 1")
-    embedding: int | None = setting(None, "channels of a learnt embedding of a class; null = one-hot, a channel each")
-    dropout: float = setting(0.1, "share of the training maps that are dropped, for guidance")
-    size: tuple[int, int] | None = setting(None, "height and width of an absent map; null = that of the latents")
-    latent_factor: int | None = setting(
+    classes: int = config_field(help="number of classes; a map holds numbers 0 .. classes - 1")
+    embedding: int | None = config_field(
+        None, "channels of a learnt embedding of a class; null = one-hot, a channel each"
+    )
+    dropout: float = config_field(0.1, "share of the training maps that are dropped, for guidance")
+    size: tuple[int, int] | None = config_field(None, "height and width of an absent map; null = that of the latents")
+    latent_factor: int | None = config_field(
         None, "factor of the first stage, by which maps are made smaller; null = that of the experiment's"
     )
 
@@ -37,7 +39,7 @@ class SemanticConditionerConfig(ConditionerKind, kind="semantic"):
             raise ConfigError("classes and embedding must be at least 1.")
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_keys(self) -> tuple[str, ...]:
         return ("semantic",)
 
     @property
@@ -104,7 +106,7 @@ class SemanticConditioner(Conditioner):
 
 
 def _as_map(value: Any) -> Tensor:
-    """``[h w]`` of whole numbers, of an array, a picture of one channel or a list of rows."""
+    """``[h w]`` of whole numbers, of an array, an image of one channel or a list of rows."""
     values = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
     if values.ndim != 2 or values.dtype.kind not in "iub":
         raise SamplingError(

@@ -13,29 +13,29 @@ from torch import nn
 from ldm.clip.model import CLIPConfig
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning import windows
-from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, texts
-from ldm.config import setting
+from ldm.conditioning import long_prompts
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, check_dropout, texts
+from ldm.config import config_field
 from ldm.errors import ConfigError
 from ldm.nn.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
-class TextConditionerConfig(ConditionerKind, kind="text"):
+class TextConditionerConfig(ConditionerConfig, kind="text"):
     """A caption, read by the text tower of stage 2; a dropped caption is the encoded empty string."""
 
-    dropout: float = setting(0.1, "share of the training captions that are dropped, for guidance")
-    trainable: bool = setting(
+    dropout: float = config_field(0.1, "share of the training captions that are dropped, for guidance")
+    trainable: bool = config_field(
         False, "train the tower along with the denoiser (the way of the LDM paper), from stage 2's weights"
     )
-    pooled: bool = setting(False, "also hand the pooled state to the denoiser, as its conditioning vector")
-    tower: TextTowerConfig | None = setting(None, "the text tower; null = that of the experiment's clip section")
+    pooled: bool = config_field(False, "also hand the pooled state to the denoiser, as its conditioning vector")
+    tower: TextTowerConfig | None = config_field(None, "the text tower; null = that of the experiment's clip section")
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_keys(self) -> tuple[str, ...]:
         return ("text",)
 
     @property
@@ -58,7 +58,7 @@ class TextConditionerConfig(ConditionerKind, kind="text"):
 
 
 class TextConditioner(Conditioner):
-    """Tokenizer and text tower. A string is cut to the tower's length; a :class:`ldm.prompts.Text` says itself whether."""
+    """Tokenizer and text tower. A string is cut to the tower's length, unless it is a :class:`ldm.prompts.WeightedPrompt`."""
 
     def __init__(self, config: TextConditionerConfig, tower: TextTowerConfig, tokenizer: Tokenizer):
         super().__init__()
@@ -69,8 +69,8 @@ class TextConditioner(Conditioner):
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         captions = texts(inputs, self.config.dropout, generator)
         with nullcontext() if self.config.trainable else torch.no_grad():
-            (context, pooled), mask = windows.read(captions, self.tokenizer, self.tower)
+            (context, pooled), mask = long_prompts.read(captions, self.tokenizer, self.tower)
         return Conditioning(context=context, mask=mask, vector=pooled if self.config.pooled else None)
 
-    def towers(self) -> Iterator[tuple[str, nn.Module]]:
+    def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
         yield "text", self.tower

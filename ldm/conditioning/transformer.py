@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from ldm.clip.model import CLIPConfig
-from ldm.clip.tokenizer import ByteBPEConfig, Tokenizer, TokenizerKind, backend_from_json
-from ldm.conditioning.conditioner import Conditioner, ConditionerKind, check_dropout, texts
-from ldm.config import setting
+from ldm.clip.tokenizer import ByteBPEConfig, Tokenizer, TokenizerConfig, backend_from_json
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, check_dropout, texts
+from ldm.config import config_field
 from ldm.errors import CheckpointError, ConfigError, SamplingError, first_line
 from ldm.nn.conditioning import Conditioning
-from ldm.prompts import Text
+from ldm.prompts import WeightedPrompt
 
 PROVENANCE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
 """Keys of an encoder's config that say where it comes from, and not what it is."""
@@ -35,23 +35,27 @@ UNSAFE = {
 
 
 @dataclass(frozen=True)
-class TransformerConditionerConfig(ConditionerKind, kind="transformer"):
+class TransformerConditionerConfig(ConditionerConfig, kind="transformer"):
     """A caption, read by an encoder of transformers; padding is masked, and a dropped caption is the encoded empty string."""
 
-    checkpoint: str | None = setting(
+    checkpoint: str | None = config_field(
         None, "folder or hub id of an encoder with its tokenizer; null = a BERT from scratch"
     )
-    context_length: int = setting(77, "tokens of a caption for a checkpoint; one from scratch goes by its tokenizer")
-    trainable: bool | None = setting(
+    context_length: int = config_field(
+        77, "tokens of a caption for a checkpoint; one from scratch goes by its tokenizer"
+    )
+    trainable: bool | None = config_field(
         None, "train the encoder along with the denoiser; null = if it is from scratch and not from a checkpoint"
     )
-    dropout: float = setting(0.1, "share of the training captions that are dropped, for guidance")
-    width: int = setting(768, "channels of a BERT from scratch")
-    layers: int = setting(12, "transformer blocks of a BERT from scratch")
-    heads: int = setting(12, "attention heads of a BERT from scratch; must divide width")
-    tokenizer: TokenizerKind = setting(ByteBPEConfig(), "tokenizer of a BERT from scratch")
-    architecture: Mapping[str, Any] | None = setting(None, "config of the checkpoint's encoder; null = read from there")
-    tokenizer_json: str | None = setting(
+    dropout: float = config_field(0.1, "share of the training captions that are dropped, for guidance")
+    width: int = config_field(768, "channels of a BERT from scratch")
+    layers: int = config_field(12, "transformer blocks of a BERT from scratch")
+    heads: int = config_field(12, "attention heads of a BERT from scratch; must divide width")
+    tokenizer: TokenizerConfig = config_field(ByteBPEConfig(), "tokenizer of a BERT from scratch")
+    architecture: Mapping[str, Any] | None = config_field(
+        None, "config of the checkpoint's encoder; null = read from there"
+    )
+    tokenizer_json: str | None = config_field(
         None, "the tokenizer as tokenizer.json; null = made or read as training begins"
     )
 
@@ -63,7 +67,7 @@ class TransformerConditionerConfig(ConditionerKind, kind="transformer"):
             raise ConfigError("a BERT from scratch is trained along; leave trainable out, or name a checkpoint.")
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_keys(self) -> tuple[str, ...]:
         return ("text",)
 
     @property
@@ -95,7 +99,7 @@ class TransformerConditionerConfig(ConditionerKind, kind="transformer"):
         return replace(self, architecture={key: value for key, value in described.items() if key not in PROVENANCE})
 
     def with_tokenizer(
-        self, make: Callable[[TokenizerKind, str], Tokenizer], name: str = ""
+        self, make: Callable[[TokenizerConfig, str], Tokenizer], name: str = ""
     ) -> TransformerConditionerConfig:
         if self.tokenizer_json is not None:
             return self
@@ -157,7 +161,7 @@ class TransformerConditioner(Conditioner):
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         captions = texts(inputs, self.config.dropout, generator)
-        if any(isinstance(caption, Text) and caption.weights for caption in captions):
+        if any(isinstance(caption, WeightedPrompt) and caption.weights for caption in captions):
             raise SamplingError("this model's encoder knows no weights of words; set prompt_syntax to 'plain'.")
         encodings = self.tokenizer.encode_batch(captions)
         device = next(self.encoder.parameters()).device

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from ldm.data.kinds import DataKind, ShardsData
-from ldm.data.samples import Batch, Draw, Samples
+from ldm.data.config import DataConfig, ShardsData
+from ldm.data.samples import Batch, BatchIndices, Samples
 from ldm.data.shapes import Shapes
 from ldm.data.stream import EvaluationLoader, TrainStream
 from ldm.data.toy import Digits, SCurve
 
 __all__ = [
     "Batch",
-    "DataKind",
+    "BatchIndices",
+    "DataConfig",
     "Digits",
-    "Draw",
     "EvaluationLoader",
     "SCurve",
     "Samples",

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ldm.data.kinds import DataKind
+from ldm.data.config import DataConfig
 from ldm.data.latents import cache_latents
 from ldm.data.samples import Batch, Samples
 from ldm.data.stream import EvaluationLoader, TrainStream
@@ -18,7 +18,7 @@ from ldm.vae import FirstStage
 
 @dataclass(frozen=True)
 class LatentSource:
-    """What encodes the pictures, once, when the config asks for ``cache_latents``.
+    """What encodes the images, once, when the config asks for ``cache_latents``.
 
     Args:
         first_stage: frozen, in evaluation mode.
@@ -48,7 +48,7 @@ class DataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        data: DataKind,
+        data: DataConfig,
         batch_size: int,
         seed: int,
         total_batches: int,

@@ -1,6 +1,6 @@
 """The emoji set: Noto Color Emoji drawn with their names, and a split that holds out skin tones by rule.
 
-Every sequence of the package ``emoji`` that the font draws as one glyph becomes a picture; its key is its
+Every sequence of the package ``emoji`` that the font draws as one glyph becomes an image; its key is its
 code points in hexadecimal (``1f469-200d-1f692``), so that the sequence can be read back from the key.
 """
 
@@ -82,7 +82,7 @@ def _drawn(names: dict[str, str], font: ImageFont.FreeTypeFont) -> Iterator[tupl
 
 
 def write_emoji_shards(folder: Path, font_path: Path = FONT_PATH) -> dict[str, int]:
-    """Renders the set into ``folder/emoji-<split>-000.tar``; returns the number of pictures of each split."""
+    """Renders the set into ``folder/emoji-<split>-000.tar``; returns the number of images of each split."""
     from tqdm import tqdm
 
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
@@ -134,6 +134,6 @@ def _font_version(path: Path) -> str:
 def _warn_if_other(what: str, found: str, expected: str) -> None:
     if found != expected:
         warnings.warn(
-            f"{what} is of version {found}, the shipped set was made with {expected}: pictures may differ",
+            f"{what} is of version {found}, the shipped set was made with {expected}: images may differ",
             stacklevel=2,
         )

@@ -1,8 +1,8 @@
-"""From a folder of pictures with captions to shards of train, val and test.
+"""From a folder of images with captions to shards of train, val and test.
 
 A caption stands in ``x.txt`` beside ``x.jpg``, or in a ``metadata.csv`` or ``metadata.jsonl`` (columns
 ``file_name`` and ``text``, as Hugging Face's imagefolder has them) in the same folder or above. Boxes stand in
-``x.boxes.json`` and a map of classes in ``x.semantic.png``; where one picture has them, all must. What cannot be
+``x.boxes.json`` and a map of classes in ``x.semantic.png``; where one image has them, all must. What cannot be
 used is left out and named in ``report.json``.
 """
 
@@ -25,7 +25,7 @@ from ldm.data.shards import BOXES, PICTURE_SUFFIXES, SEMANTIC, SPLITS, Sample, w
 from ldm.data.transforms import decode, shrink
 from ldm.errors import DataError
 from ldm.formats.tensors import write_atomically
-from ldm.pictures import decode_map
+from ldm.image_io import decode_map
 
 READABLE = {*(f".{suffix}" for suffix in PICTURE_SUFFIXES), ".bmp", ".gif", ".tif", ".tiff"}
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -38,7 +38,7 @@ class Report:
     """What became of a folder.
 
     Attributes:
-        pictures: number of pictures in each split.
+        images: number of images in each split.
         left_out: reason to names, relative to the folder, each with what is known beyond the reason.
         ignored: number of other files by suffix.
     """
@@ -61,14 +61,14 @@ class Report:
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     def summary(self) -> str:
-        """A line for the splits and one for each reason to leave pictures out, with the first three names."""
+        """A line for the splits and one for each reason to leave images out, with the first three names."""
         lines = [", ".join(f"{count} {split}" for split, count in self.pictures.items())]
         for reason, names in self.left_out.items():
             first = ", ".join(itertools.islice(names, 3)) + (", ..." if len(names) > 3 else "")
             lines.append(f"left out, {reason}: {len(names)} ({first})")
         if self.ignored:
             lines.append(
-                "no pictures: " + ", ".join(f"{n} {suffix or '(no suffix)'}" for suffix, n in self.ignored.items())
+                "no images: " + ", ".join(f"{n} {suffix or '(no suffix)'}" for suffix, n in self.ignored.items())
             )
         return "\n".join(lines)
 
@@ -108,26 +108,26 @@ def prepare_folder(
     same bytes.
 
     Args:
-        source: folder of pictures and captions, with folders within.
+        source: folder of images and captions, with folders within.
         destination: where the shards go; those of an earlier time are replaced.
-        shard_size: pictures a shard.
-        min_size: shorter side, in pixels, under which a picture is left out.
-        max_size: longer side, in pixels, above which a picture is scaled down and encoded anew (JPEG as JPEG
+        shard_size: images a shard.
+        min_size: shorter side, in pixels, under which an image is left out.
+        max_size: longer side, in pixels, above which an image is scaled down and encoded anew (JPEG as JPEG
             of quality 95, others as PNG). None copies the files' bytes; formats that shards do not have
             become PNG in any case.
         shares: of train, val and test; they add up to 1.
         workers: threads that decode.
 
     Raises:
-        DataError: a setting that cannot be, a missing folder, unreadable metadata, or no usable picture at
+        DataError: a setting that cannot be, a missing folder, unreadable metadata, or no usable image at
             all.
     """
     if len(shares) != len(SPLITS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise DataError(f"the shares {', '.join(map(str, shares))} are not three numbers from 0 that add up to 1.")
     if shard_size < 1:
-        raise DataError(f"the shard size is {shard_size}; a shard needs at least one picture.")
+        raise DataError(f"the shard size is {shard_size}; a shard needs at least one image.")
     if not source.is_dir():
-        raise DataError(f"the folder {source} does not exist; give the folder of your pictures.")
+        raise DataError(f"the folder {source} does not exist; give the folder of your images.")
     try:
         destination.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,12 +142,12 @@ def prepare_folder(
         _write_split(destination / split, usable, shard_size, max_size)
     write_atomically(destination / REPORT, lambda path: path.write_text(report.as_json(), encoding="utf-8"))
     if not splits["train"]:
-        raise DataError(f"no picture of {source} is left to train on; {destination / REPORT} says why.")
+        raise DataError(f"no image of {source} is left to train on; {destination / REPORT} says why.")
     return report
 
 
 def _candidates(source: Path, destination: Path, report: Report) -> list[_Candidate]:
-    """The pictures that have a caption and a key of their own, in the order of their names."""
+    """The images that have a caption and a key of their own, in the order of their names."""
     source, destination = source.resolve(), destination.resolve()
     files = sorted(path for path in source.rglob("*") if path.is_file() and destination not in path.parents)
     boxes, maps = (
@@ -194,7 +194,7 @@ def _caption_beside(picture: Path) -> str | None:
 
 
 def _metadata_captions(source: Path, files: list[Path], pictures: set[Path], report: Report) -> dict[Path, str]:
-    """Captions of metadata files by picture; rows that name none, or one again, go to the report."""
+    """Captions of metadata files by image; rows that name none, or one again, go to the report."""
     captions: dict[Path, str] = {}
     for file in files:
         for line, row in _rows(file):
@@ -241,7 +241,7 @@ def _json_object(line: str) -> dict[str, Any]:
 
 
 def _examined(candidates: list[_Candidate], min_size: int, workers: int, report: Report) -> Iterator[_Candidate]:
-    """Those whose picture can be read to its end and is large enough, in the order of their places."""
+    """Those whose image can be read to its end and is large enough, in the order of their places."""
     from tqdm import tqdm
 
     candidates = sorted(candidates, key=lambda candidate: candidate.place)
@@ -273,14 +273,14 @@ def _size(candidate: _Candidate) -> tuple[int, int] | DataError:
 
 
 def _problem_of_layout(candidate: _Candidate, size: tuple[int, int]) -> str | None:
-    """What is wrong with the boxes or the map of a picture of that width and height."""
+    """What is wrong with the boxes or the map of an image of that width and height."""
     try:
         if candidate.boxes is not None:
             _boxes(candidate.boxes)
         if candidate.semantic is not None:
             labels = decode_map(candidate.semantic.read_bytes())
             if labels.size != size:
-                return f"the map is {labels.width} x {labels.height}, the picture {size[0]} x {size[1]}"
+                return f"the map is {labels.width} x {labels.height}, the image {size[0]} x {size[1]}"
     except (DataError, OSError, ValueError) as error:
         return str(error)
     return None

@@ -1,7 +1,7 @@
-"""Latents that are encoded once: the posterior of each picture, in a file, for the denoiser to draw from.
+"""Latents that are encoded once: the posterior of each image, in a file, for the denoiser to draw from.
 
 The file is safetensors with one tensor ``posterior``, fp16 ``[n 2 z h w]`` (mean, then standard deviation),
-so that it can be written and read a picture at a time whatever its size. Its metadata hold what it was made
+so that it can be written and read an image at a time whatever its size. Its metadata hold what it was made
 from; another first stage, another set or another size makes it anew.
 """
 
@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ldm.data.samples import Batch, Draw, Samples
+from ldm.data.samples import Batch, BatchIndices, Samples
 from ldm.data.stream import EvaluationLoader
 from ldm.formats.tensors import write_atomically
 from ldm.vae import FirstStage
 
 _TENSOR = "posterior"
-_BATCH = 32  # pictures encoded at once
+_BATCH = 32  # images encoded at once
 
 
 class CachedLatents(Samples):
@@ -40,10 +40,10 @@ class CachedLatents(Samples):
     def annotations(self, index: np.ndarray) -> Batch:
         return self._samples.annotations(index)
 
-    def __getitem__(self, draw: Draw) -> Batch:
+    def __getitem__(self, draw: BatchIndices) -> Batch:
         rows = torch.cat([self._posteriors[i : i + 1] for i in draw.index.tolist()]).float()
         mean, std = (rows[:, part].contiguous(memory_format=torch.channels_last) for part in range(2))
-        unchanged = Draw(draw.index)  # as the pictures were encoded
+        unchanged = BatchIndices(draw.index)  # as the images were encoded
         return {"mean": mean, "std": std, **self.annotations(draw.index), **self._samples.layout(unchanged)}
 
 
@@ -59,7 +59,7 @@ def cache_latents(
     Args:
         first_stage: frozen, in evaluation mode; it is moved to ``device`` if it has to encode.
         fingerprint: of its weights.
-        samples: the pictures.
+        samples: the images.
         path: ``run_dir/latents/<split>.safetensors``; written atomically.
         device: where to encode.
     """

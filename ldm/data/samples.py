@@ -25,13 +25,13 @@ from ldm.conditioning.boxes import Box
 from ldm.data.shards import Shards
 from ldm.data.transforms import Fit, decode, size_of, to_tensor
 from ldm.errors import DataError
-from ldm.pictures import decode_map
+from ldm.image_io import decode_map
 
 Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Draw:
+class BatchIndices:
     """The samples of one batch.
 
     Args:
@@ -50,7 +50,7 @@ class Samples(Dataset[Batch]):
     Attributes:
         lengths: number of samples of each file that is best read in sequence; they add up to ``len``.
         workers: processes that should make batches ahead; 0 where that costs more than it brings.
-        fingerprint: text that changes when the undrawn pictures do.
+        fingerprint: text that changes when the undrawn images do.
     """
 
     lengths: Sequence[int]
@@ -61,14 +61,14 @@ class Samples(Dataset[Batch]):
         return sum(self.lengths)
 
     def annotations(self, index: np.ndarray) -> Batch:
-        """What is said of whole pictures: ``text``, ``key`` and perhaps ``label``."""
+        """What is said of whole images: ``text``, ``key`` and perhaps ``label``."""
         raise NotImplementedError
 
-    def layout(self, draw: Draw) -> Batch:
-        """What is said of places in the pictures of a draw: ``boxes``, ``semantic`` and sizes, where the set has them."""
+    def layout(self, draw: BatchIndices) -> Batch:
+        """What is said of places in the images of a draw: ``boxes``, ``semantic`` and sizes, where the set has them."""
         return {}
 
-    def __getitem__(self, draw: Draw) -> Batch:
+    def __getitem__(self, draw: BatchIndices) -> Batch:
         raise NotImplementedError
 
 
@@ -80,7 +80,7 @@ class StoredPictures(Samples):
         fit: size to which they are brought.
         random_crop: place the cut by the draw's jitter instead of in the middle.
         flip: mirror half of the draws, left to right.
-        sizes: tell original sizes and cuts, which takes a look into each picture's file.
+        sizes: tell original sizes and cuts, which takes a look into each image's file.
         workers: processes that decode.
     """
 
@@ -108,7 +108,7 @@ class StoredPictures(Samples):
             batch["label"] = torch.tensor([self.shards.label(i) for i in index])
         return batch
 
-    def layout(self, draw: Draw) -> Batch:
+    def layout(self, draw: BatchIndices) -> Batch:
         batch: Batch = {}
         if self.shards.boxed:
             boxes = [self.boxes(i, y, x) for i, y, x in self._cuts(draw)]
@@ -126,12 +126,12 @@ class StoredPictures(Samples):
             batch["crops_coords_top_left"] = places
         return batch
 
-    def __getitem__(self, draw: Draw) -> Batch:
+    def __getitem__(self, draw: BatchIndices) -> Batch:
         pictures = np.stack([self.picture(i, y, x) for i, y, x in self._cuts(draw)])
         image = to_tensor(_mirrored(pictures, draw) if self.flip else pictures)
         return {"image": image, **self.annotations(draw.index), **self.layout(draw)}
 
-    def _cuts(self, draw: Draw) -> Iterator[tuple[int, float, float]]:
+    def _cuts(self, draw: BatchIndices) -> Iterator[tuple[int, float, float]]:
         """Sample number and place of the cut (y, x) of each sample of a draw."""
         centre = np.full((len(draw.index), 2), 0.5)
         places = draw.jitter[:, :2] if draw.jitter is not None and self.random_crop else centre
@@ -144,11 +144,11 @@ class StoredPictures(Samples):
             # Twice the wanted size leaves Lanczos enough to average over.
             picture = decode(self.shards.picture(i), enough=(2 * self.fit.height, 2 * self.fit.width))
         except DataError as error:
-            raise DataError(f"the picture {self.shards.where(i)} {error}; take it out of the shard.") from None
+            raise DataError(f"the image {self.shards.where(i)} {error}; take it out of the shard.") from None
         return self.fit(picture, y, x)
 
     def boxes(self, i: int, y: float = 0.5, x: float = 0.5) -> list[Box]:
-        """The boxes of sample ``i`` in its picture cut at (y, x)."""
+        """The boxes of sample ``i`` in its image cut at (y, x)."""
         return self.fit.boxes(self.shards.boxes(i), size_of(self.shards.picture(i)), y, x)
 
     def semantic(self, i: int, y: float = 0.5, x: float = 0.5) -> np.ndarray:
@@ -160,10 +160,10 @@ class StoredPictures(Samples):
 
 
 class PicturesInMemory(Samples):
-    """All pictures of a stored set as uint8, decoded once, at the first draw: a batch is then a gather.
+    """All images of a stored set as uint8, decoded once, at the first draw: a batch is then a gather.
 
     Args:
-        stored: the set; its place of the cut must not be random, since a picture is cut once.
+        stored: the set; its place of the cut must not be random, since an image is cut once.
     """
 
     def __init__(self, stored: StoredPictures):
@@ -174,12 +174,12 @@ class PicturesInMemory(Samples):
     def annotations(self, index: np.ndarray) -> Batch:
         return take(self._annotations, index)
 
-    def __getitem__(self, draw: Draw) -> Batch:
+    def __getitem__(self, draw: BatchIndices) -> Batch:
         pictures = self._pictures[draw.index]
         image = to_tensor(_mirrored(pictures, draw) if self._stored.flip else pictures)
         return {"image": image, **self.annotations(draw.index), **self.layout(draw)}
 
-    def layout(self, draw: Draw) -> Batch:
+    def layout(self, draw: BatchIndices) -> Batch:
         return self._stored.layout(draw)
 
     @functools.cached_property
@@ -230,11 +230,11 @@ class TensorsInMemory(Samples):
     def annotations(self, index: np.ndarray) -> Batch:
         return take(self._annotations, index)
 
-    def __getitem__(self, draw: Draw) -> Batch:
+    def __getitem__(self, draw: BatchIndices) -> Batch:
         image = self._image[torch.from_numpy(draw.index)]
         return {"image": image, **self.annotations(draw.index), **self.layout(draw)}
 
-    def layout(self, draw: Draw) -> Batch:
+    def layout(self, draw: BatchIndices) -> Batch:
         return take(self._layout, draw.index)
 
 
@@ -246,20 +246,20 @@ def take(batch: Batch, index: np.ndarray) -> Batch:
     }
 
 
-def _mirrored(pictures: np.ndarray, draw: Draw) -> np.ndarray:
+def _mirrored(pictures: np.ndarray, draw: BatchIndices) -> np.ndarray:
     """``[b h w ...]`` with those of :func:`_flips` mirrored."""
     flips = _flips(draw).reshape(-1, *[1] * (pictures.ndim - 1))
     return np.where(flips, pictures[:, :, ::-1], pictures)
 
 
-def _mirrored_boxes(boxes: list[list[Box]], draw: Draw) -> list[list[Box]]:
-    """The boxes of the pictures that :func:`_mirrored` makes."""
+def _mirrored_boxes(boxes: list[list[Box]], draw: BatchIndices) -> list[list[Box]]:
+    """The boxes of the images that :func:`_mirrored` makes."""
     return [
         [(label, 1 - x1, y0, 1 - x0, y1) for label, x0, y0, x1, y1 in each] if flip else each
         for each, flip in zip(boxes, _flips(draw), strict=True)
     ]
 
 
-def _flips(draw: Draw) -> np.ndarray:
+def _flips(draw: BatchIndices) -> np.ndarray:
     """``[b]`` of bool: which are mirrored, in a set that mirrors."""
     return np.zeros(len(draw.index), bool) if draw.jitter is None else draw.jitter[:, 2] < 0.5

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from ldm.conditioning.boxes import Box
-from ldm.config import setting
-from ldm.data.kinds import DataKind
+from ldm.config import config_field
+from ldm.data.config import DataConfig
 from ldm.data.samples import Samples, TensorsInMemory
 from ldm.data.shards import SPLITS
 from ldm.data.transforms import to_tensor
@@ -23,14 +23,16 @@ GROUND = 128
 
 
 @dataclass(frozen=True)
-class Shapes(DataKind, kind="shapes"):
+class Shapes(DataConfig, kind="shapes"):
     """Rectangles of different colours on grey, apart from each other; captions such as "a red and a blue rectangle"."""
 
-    samples: int = setting(2000, "Pictures of each split; the splits are drawn independently.")
-    size: int = setting(16, "Pixels of a picture's side.")
-    shapes: int = setting(2, "Most rectangles of a picture; it has 1 to so many, each of another of the four colours.")
-    seed: int = setting(0, "Of the pictures; picture i of a split depends on it, the split and i alone.")
-    cache_latents: bool = setting(False, "Encode pictures once for the denoiser and keep the posteriors.")
+    samples: int = config_field(2000, "Pictures of each split; the splits are drawn independently.")
+    size: int = config_field(16, "Pixels of an image's side.")
+    shapes: int = config_field(
+        2, "Most rectangles of an image; it has 1 to so many, each of another of the four colours."
+    )
+    seed: int = config_field(0, "Of the images; image i of a split depends on it, the split and i alone.")
+    cache_latents: bool = config_field(False, "Encode images once for the denoiser and keep the posteriors.")
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.size < 8 or not 1 <= self.shapes <= len(COLOURS):
@@ -70,7 +72,7 @@ Rectangle = tuple[int, int, int, int, int]
 
 
 def _rectangles(generator: np.random.Generator, size: int, most: int) -> list[Rectangle]:
-    """1 to ``most`` rectangles with sides of a quarter to half of the picture, drawn anew until they are apart."""
+    """1 to ``most`` rectangles with sides of a quarter to half of the image, drawn anew until they are apart."""
     colours = generator.permutation(len(COLOURS))[: generator.integers(1, most, endpoint=True)].tolist()
     while True:
         sides = generator.integers(size // 4, size // 2, (len(colours), 2), endpoint=True)

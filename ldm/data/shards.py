@@ -47,7 +47,7 @@ _BLOCK = 512  # bytes: tar's unit
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture as stored: unique key, caption, encoded bytes and their file suffix; class number, boxes and map if any."""
+    """An image as stored: unique key, caption, encoded bytes and their file suffix; class number, boxes and map if any."""
 
     key: str
     text: str
@@ -147,7 +147,7 @@ class Shards:
         mapped: whether they carry semantic maps.
 
     Raises:
-        DataError: a shard that is missing, ends early or is no tar; a sample without a picture, or without
+        DataError: a shard that is missing, ends early or is no tar; a sample without an image, or without
             both caption and class number; a key that comes twice; a set with no sample; class numbers, boxes or
             maps on some samples only.
     """
@@ -178,7 +178,7 @@ class Shards:
         return len(self.keys)
 
     def picture(self, i: int) -> bytes:
-        """The encoded picture of sample ``i``."""
+        """The encoded image of sample ``i``."""
         return self._read(i, _PICTURE)
 
     def text(self, i: int) -> str:
@@ -272,7 +272,7 @@ def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
         raise DataError(f"the shard {path} ends early, after {len(samples)} samples; copy or make it again.")
     for key, spans in samples.items():
         if spans[_PICTURE][1] < 0:
-            raise DataError(f"{key!r} in {path} has no picture ({', '.join(PICTURE_SUFFIXES)}); make the shard again.")
+            raise DataError(f"{key!r} in {path} has no image ({', '.join(PICTURE_SUFFIXES)}); make the shard again.")
         if spans[_TEXT][1] < 0 and spans[_CLASS][1] < 0:
             raise DataError(f"{key!r} in {path} has neither caption (.txt) nor class (.cls); make the shard again.")
     return samples

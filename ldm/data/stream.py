@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldm.data.samples import Batch, Draw, Samples
+from ldm.data.samples import Batch, BatchIndices, Samples
 from ldm.errors import DataError
 
 
@@ -48,7 +48,7 @@ class Order:
             order = read[np.lexsort((generator.random(n), np.arange(n) // self.shuffle_buffer))]
         return order, generator.random((n, 3), np.float32)
 
-    def draw(self, start: int, count: int) -> Draw:
+    def draw(self, start: int, count: int) -> BatchIndices:
         """The samples at positions ``start`` to ``start + count`` of the sequence."""
         n = sum(self.lengths)
         index, jitter = [], []
@@ -58,7 +58,7 @@ class Order:
             index.append(order[first : first + count])
             jitter.append(numbers[first : first + count])
             start, count = start + len(index[-1]), count - len(index[-1])
-        return Draw(np.concatenate(index), np.concatenate(jitter))
+        return BatchIndices(np.concatenate(index), np.concatenate(jitter))
 
 
 class TrainStream:
@@ -105,7 +105,7 @@ class TrainStream:
             self.batch += 1
             yield batch
 
-    def _draws(self) -> Iterator[Draw]:
+    def _draws(self) -> Iterator[BatchIndices]:
         for batch in range(self.batch, self.total_batches):
             yield self._order.draw((batch * self.world_size + self.rank) * self.batch_size, self.batch_size)
 
@@ -134,10 +134,10 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self._index), self.batch_size)
-        return _batches(self.samples, (Draw(self._index[start : start + self.batch_size]) for start in starts))
+        return _batches(self.samples, (BatchIndices(self._index[start : start + self.batch_size]) for start in starts))
 
 
-def _batches(samples: Samples, draws: Iterator[Draw]) -> Iterator[Batch]:
+def _batches(samples: Samples, draws: Iterator[BatchIndices]) -> Iterator[Batch]:
     """One batch a draw, in order, made ahead by as many processes as the set asks for."""
     if samples.workers == 0:
         yield from map(samples.__getitem__, draws)
@@ -163,20 +163,20 @@ class _Guarded(Dataset[Batch | DataError]):
     def __init__(self, samples: Samples):
         self._samples = samples
 
-    def __getitem__(self, draw: Draw) -> Batch | DataError:
+    def __getitem__(self, draw: BatchIndices) -> Batch | DataError:
         try:
             return self._samples[draw]
         except DataError as error:
             return error
 
 
-class _Once(Sampler[Draw]):
+class _Once(Sampler[BatchIndices]):
     """Draws that are made as the loader asks for them."""
 
-    def __init__(self, draws: Iterator[Draw]):
+    def __init__(self, draws: Iterator[BatchIndices]):
         self._draws = draws
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[BatchIndices]:
         return self._draws
 
 

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ldm.config import setting
-from ldm.data.kinds import DataKind
+from ldm.config import config_field
+from ldm.data.config import DataConfig
 from ldm.data.samples import Samples, TensorsInMemory
 from ldm.data.shards import SPLITS
 from ldm.errors import ConfigError, DataError, missing_extra, unknown
 
 
 @dataclass(frozen=True)
-class SCurve(DataKind, kind="s_curve"):
+class SCurve(DataConfig, kind="s_curve"):
     """Points of scikit-learn's make_s_curve seen from the side (x and z), divided by 10, as 2 × 1 × 1."""
 
-    points: int = setting(10_000, "Points of each split; the splits are drawn independently.")
-    noise: float = setting(0.1, "Standard deviation of the noise on the curve, before the division.")
+    points: int = config_field(10_000, "Points of each split; the splits are drawn independently.")
+    noise: float = config_field(0.1, "Standard deviation of the noise on the curve, before the division.")
 
     def __post_init__(self) -> None:
         if self.points < 1:
@@ -40,7 +40,7 @@ class SCurve(DataKind, kind="s_curve"):
 
 
 @dataclass(frozen=True)
-class Digits(DataKind, kind="digits"):
+class Digits(DataConfig, kind="digits"):
     """scikit-learn's 1,797 handwritten digits, 1 × 8 × 8, with their class; a tenth is val, a tenth test."""
 
     @property

@@ -1,4 +1,4 @@
-"""Pictures as files hold them to pictures as networks see them."""
+"""Pictures as files hold them to images as networks see them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ldm.conditioning.boxes import Box
 from ldm.errors import DataError
-from ldm.pictures import rgb
+from ldm.image_io import rgb
 
 
 def decode(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
-    """An encoded picture as 8-bit RGB: turned as its EXIF says, 16 bits scaled to 8, transparency laid on
+    """An encoded image as 8-bit RGB: turned as its EXIF says, 16 bits scaled to 8, transparency laid on
     white.
 
     Args:
@@ -27,7 +27,7 @@ def decode(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
             size.
 
     Raises:
-        DataError: the bytes are no picture, or end early; the message is a clause without the sample's name.
+        DataError: the bytes are no image, or end early; the message is a clause without the sample's name.
     """
     try:
         picture: Image.Image = Image.open(io.BytesIO(data))
@@ -36,11 +36,11 @@ def decode(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
         picture = ImageOps.exif_transpose(picture)
         return rgb(picture)
     except Exception as error:  # Pillow's plugins raise all sorts of errors over a broken file
-        raise DataError(f"cannot be read as a picture ({error})") from None
+        raise DataError(f"cannot be read as an image ({error})") from None
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    """Width and height of an encoded picture, turned as its EXIF says, without decoding it.
+    """Width and height of an encoded image, turned as its EXIF says, without decoding it.
 
     Raises:
         DataError: as :func:`decode`.
@@ -50,12 +50,12 @@ def size_of(data: bytes) -> tuple[int, int]:
             turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
             return (picture.height, picture.width) if turned else picture.size
     except Exception as error:  # as in decode
-        raise DataError(f"cannot be read as a picture ({error})") from None
+        raise DataError(f"cannot be read as an image ({error})") from None
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Scales a picture so that it covers ``height`` × ``width`` and cuts off what sticks out.
+    """Scales an image so that it covers ``height`` × ``width`` and cuts off what sticks out.
 
     Cut and scaling are one resampling of the wanted part, so neither side is rounded; Lanczos, which averages
     over the source pixels when scaling down.
@@ -65,31 +65,31 @@ class Fit:
     width: int
 
     def __call__(self, picture: Image.Image, y: float = 0.5, x: float = 0.5) -> np.ndarray:
-        """RGB picture to uint8 ``[height width 3]``; ``y``, ``x`` in [0, 1] place the cut, 0.5 being the
+        """RGB image to uint8 ``[height width 3]``; ``y``, ``x`` in [0, 1] place the cut, 0.5 being the
         centre.
         """
         box = self.window(picture.width, picture.height, y, x)
         return np.array(picture.resize((self.width, self.height), Image.Resampling.LANCZOS, box))
 
     def window(self, width: int, height: int, y: float = 0.5, x: float = 0.5) -> tuple[float, float, float, float]:
-        """The wanted part of a picture of so many pixels: left, top, right, bottom."""
+        """The wanted part of an image of so many pixels: left, top, right, bottom."""
         scale = min(height / self.height, width / self.width)
         kept_height, kept_width = scale * self.height, scale * self.width
         top, left = y * (height - kept_height), x * (width - kept_width)
         return left, top, min(left + kept_width, width), min(top + kept_height, height)
 
     def place(self, size: tuple[int, int], y: float = 0.5, x: float = 0.5) -> tuple[int, int]:
-        """Top and left of the cut in a picture of ``size`` (width, height), in pixels of the result."""
+        """Top and left of the cut in an image of ``size`` (width, height), in pixels of the result."""
         left, top, right, bottom = self.window(*size, y, x)
         return round(top * self.height / (bottom - top)), round(left * self.width / (right - left))
 
     def semantic(self, labels: Image.Image, y: float = 0.5, x: float = 0.5) -> np.ndarray:
-        """A map of classes, one a pixel, cut as its picture is: int64 ``[height width]``, of the nearest pixels."""
+        """A map of classes, one a pixel, cut as its image is: int64 ``[height width]``, of the nearest pixels."""
         box = self.window(labels.width, labels.height, y, x)
         return np.asarray(labels.resize((self.width, self.height), Image.Resampling.NEAREST, box)).astype(np.int64)
 
     def boxes(self, boxes: Sequence[Box], size: tuple[int, int], y: float = 0.5, x: float = 0.5) -> list[Box]:
-        """Boxes of a picture of ``size`` (width, height), as they lie in what is cut of it; those outside are left out."""
+        """Boxes of an image of ``size`` (width, height), as they lie in what is cut of it; those outside are left out."""
         width, height = size
         left, top, right, bottom = self.window(width, height, y, x)
 
@@ -104,7 +104,7 @@ class Fit:
 
 
 def shrink(picture: Image.Image, longest: int) -> Image.Image:
-    """The picture with its longer side at most ``longest`` pixels, by Lanczos; unchanged if it is."""
+    """The image with its longer side at most ``longest`` pixels, by Lanczos; unchanged if it is."""
     scale = longest / max(picture.size)
     if scale >= 1:
         return picture

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ldm.denoiser.kinds import DenoiserKind
+from ldm.denoiser.config import DenoiserConfig
 from ldm.denoiser.mlp import MLP, MLPConfig
 from ldm.denoiser.unet import LevelSpec, UNet, UNetConfig
 
-__all__ = ["MLP", "DenoiserKind", "LevelSpec", "MLPConfig", "UNet", "UNetConfig"]
+__all__ = ["MLP", "DenoiserConfig", "LevelSpec", "MLPConfig", "UNet", "UNetConfig"]

@@ -8,21 +8,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ldm.config import setting
-from ldm.denoiser.kinds import DenoiserKind
+from ldm.config import config_field
+from ldm.denoiser.config import DenoiserConfig
 from ldm.errors import ConfigError
 from ldm.nn.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
-class MLPConfig(DenoiserKind, kind="mlp"):
+class MLPConfig(DenoiserConfig, kind="mlp"):
     """Linear layers with ReLU between; after each, the embedding of the step is added."""
 
-    in_channels: int = setting(2, "dimensions of a point")
-    out_channels: int = setting(2, "dimensions of a point")
-    width: int = setting(128, "units of a hidden layer")
-    layers: int = setting(3, "hidden layers")
-    num_timesteps: int = setting(100, "rows of the step embeddings; the schedule's num_timesteps")
+    in_channels: int = config_field(2, "dimensions of a point")
+    out_channels: int = config_field(2, "dimensions of a point")
+    width: int = config_field(128, "units of a hidden layer")
+    layers: int = config_field(3, "hidden layers")
+    num_timesteps: int = config_field(100, "rows of the step embeddings; the schedule's num_timesteps")
 
     def __post_init__(self) -> None:
         if min(self.width, self.layers, self.in_channels, self.out_channels) < 1 or self.num_timesteps < 2:

@@ -11,25 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.conditioning import ConditionerKind
-from ldm.config import setting
+from ldm.conditioning import ConditionerConfig
+from ldm.config import config_field
 from ldm.data.stream import EvaluationLoader
-from ldm.denoiser.kinds import DenoiserKind
-from ldm.diffusion.draw import Stratified
+from ldm.denoiser.config import DenoiserConfig
 from ldm.diffusion.loss import DenoisingLoss
+from ldm.diffusion.noise_level_samplers import Stratified
 from ldm.diffusion.parametrization import Diffusion
-from ldm.images import Images
+from ldm.image_output import Images
 from ldm.model import LatentDiffusion, SamplingConfig
 from ldm.pipeline import Pipeline
 from ldm.training.optim import TrainConfig
-from ldm.training.points import process_pictures, require_matplotlib
 from ldm.training.stage import Picture, StageModule
+from ldm.training.toy_plots import process_pictures, require_matplotlib
 
 BINS = 5
 """Equal parts of the schedule by which the validation loss is reported."""
 
 PREVIEW = 8
-"""Samples that are shown of an unconditional model, and of one that works on pictures."""
+"""Samples that are shown of an unconditional model, and of one that works on images."""
 
 POINTS = 2000
 """Points that are shown of a two-dimensional model."""
@@ -42,14 +42,14 @@ LEAST_SIDE = 64
 class DenoiserStage:
     """Stage 3: network, conditioner and diffusion, and how they are trained."""
 
-    model: DenoiserKind = setting(help="the network")
-    conditioner: ConditionerKind = setting(help="what it listens to")
-    train: TrainConfig = setting(help="its training")
-    diffusion: Diffusion = setting(Diffusion(), "schedule and parametrization")
-    loss: DenoisingLoss = setting(DenoisingLoss(), "the weighted denoising loss")
-    sampling: SamplingConfig = setting(SamplingConfig(), "how the trained model is sampled by default")
-    prompts: tuple[str, ...] = setting((), "prompts of the grids made while training")
-    classes: tuple[int, ...] = setting((), "class labels of the grids made while training")
+    model: DenoiserConfig = config_field(help="the network")
+    conditioner: ConditionerConfig = config_field(help="what it listens to")
+    train: TrainConfig = config_field(help="its training")
+    diffusion: Diffusion = config_field(Diffusion(), "schedule and parametrization")
+    loss: DenoisingLoss = config_field(DenoisingLoss(), "the weighted denoising loss")
+    sampling: SamplingConfig = config_field(SamplingConfig(), "how the trained model is sampled by default")
+    prompts: tuple[str, ...] = config_field((), "prompts of the grids made while training")
+    classes: tuple[int, ...] = config_field((), "class labels of the grids made while training")
 
 
 class DenoiserModule(StageModule):
@@ -75,7 +75,7 @@ class DenoiserModule(StageModule):
         if self.of_points:
             require_matplotlib()
 
-    def networks(self) -> nn.Module:
+    def trainable_module(self) -> nn.Module:
         return self.model
 
     def compile_networks(self) -> None:
@@ -91,14 +91,14 @@ class DenoiserModule(StageModule):
         return self.report(loss.mean())
 
     def _conditions(self, batch: Mapping[str, Any], generator: torch.Generator) -> Mapping[str, Any]:
-        """The batch with the raw conditions that it lacks, and with those that are made from its pictures."""
+        """The batch with the raw conditions that it lacks, and with those that are made from its images."""
         defaults = self.model.config.conditioner.defaults(*self.model.config.size)
         batch = {**{name: [pair] * len(batch["key"]) for name, pair in defaults.items()}, **batch}
         with torch.no_grad():
-            return self.model.conditioner.of_training(batch, self.model.encode, generator)
+            return self.model.conditioner.prepare_batch(batch, self.model.encode, generator)
 
     def _latents(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
-        """Normalised latents drawn from the posterior: of cached means and deviations, or of pictures encoded here."""
+        """Normalised latents drawn from the posterior: of cached means and deviations, or of images encoded here."""
         if "mean" in batch:
             noise = torch.randn(batch["mean"].shape, generator=generator).to(batch["mean"])
             return self.model.first_stage.normalize(batch["mean"] + batch["std"] * noise)
@@ -117,7 +117,7 @@ class DenoiserModule(StageModule):
         batch = self._conditions(batch, generator)
         x0 = self._latents(batch, generator)
         schedule = self.model.diffusion.schedule
-        sigma = Stratified().draw(len(x0), schedule, generator)
+        sigma = Stratified().sample(len(x0), schedule, generator)
         noise = torch.randn(x0.shape, generator=generator)
         cond = self.model.conditioner(batch)
         loss, sigma = self.config.loss(self.model.denoiser, self.model.diffusion, x0, cond, sigma=sigma, noise=noise)
@@ -136,14 +136,14 @@ class DenoiserModule(StageModule):
                 self.validation[f"loss_{100 * i // BINS}_{100 * (i + 1) // BINS}"] = total / count
 
     def pictures(self) -> Mapping[str, Picture]:
-        """Samples from fixed noise: for fixed prompts or classes, or for what the first pictures of val tell the model.
+        """Samples from fixed noise: for fixed prompts or classes, or for what the first images of val tell the model.
 
         Of points, the forward and the reverse process.
         """
         if self.of_points:
             points = next(iter(EvaluationLoader(self.data.samples("val"), POINTS)))["image"]
             return process_pictures(self.model, points.to(self.device), self.generator("pictures"))
-        reads = self.config.conditioner.reads
+        reads = self.config.conditioner.input_keys
         wanted: dict[str, Any] = {"num_images_per_prompt": PREVIEW}
         if reads and reads not in (("text",), ("label",)):
             return {"samples": self._beside_the_truth(reads)}
@@ -156,7 +156,7 @@ class DenoiserModule(StageModule):
         return {"samples": samples.grid(captions=bool(reads), scale=scale)}
 
     def _beside_the_truth(self, reads: tuple[str, ...]) -> Picture:
-        """Of validation pictures, from above: what the model is given of them, what it makes of that, and they themselves."""
+        """Of validation images, from above: what the model is given of them, what it makes of that, and they themselves."""
         batch = next(iter(EvaluationLoader(self.data.samples("val"), PREVIEW)))
         batch = self.data.transfer_batch_to_device(batch, self.device, 0)
         told = self._conditions(batch, self.generator("pictures"))
@@ -173,12 +173,12 @@ class DenoiserModule(StageModule):
 
 
 def _entries(values: Any) -> list[Any]:
-    """An entry for each picture; numbers as such, not as tensors."""
+    """An entry for each image; numbers as such, not as tensors."""
     return values.tolist() if isinstance(values, Tensor) and values.ndim == 1 else list(values)
 
 
 def _given(told: Mapping[str, Any], truth: Tensor) -> Iterator[Tensor]:
-    """What raw conditions show of the pictures ``truth [b 3 h w]``, likewise in [-1, 1]."""
+    """What raw conditions show of the images ``truth [b 3 h w]``, likewise in [-1, 1]."""
     size = truth.shape[-2:]
     if "low_res" in told:
         yield F.interpolate(told["low_res"], size)

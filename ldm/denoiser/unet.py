@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import setting
-from ldm.denoiser.kinds import DenoiserKind
+from ldm.config import config_field
+from ldm.denoiser.config import DenoiserConfig
 from ldm.denoiser.spatial_transformer import SpatialTransformer
 from ldm.errors import ConfigError, SamplingError
 from ldm.nn.conditioning import Conditioning
@@ -22,28 +22,28 @@ from ldm.nn.residual import ResidualBlock, Upsample
 class LevelSpec:
     """One resolution of the U-Net; the next level has half of it."""
 
-    width: int = setting(help="channels at this resolution")
-    blocks: int = setting(2, "residual blocks on the way down (one more on the way up)")
-    depth: int = setting(0, "transformer blocks after each residual block; 0 = no attention at this resolution")
+    width: int = config_field(help="channels at this resolution")
+    blocks: int = config_field(2, "residual blocks on the way down (one more on the way up)")
+    depth: int = config_field(0, "transformer blocks after each residual block; 0 = no attention at this resolution")
 
 
 @dataclass(frozen=True)
-class UNetConfig(DenoiserKind, kind="unet"):
+class UNetConfig(DenoiserConfig, kind="unet"):
     """Residual blocks and spatial transformers on a pyramid of resolutions, with skips across."""
 
-    levels: tuple[LevelSpec, ...] = setting(help="resolutions, the finest first")
-    in_channels: int = setting(4, "channels of the latent, plus those of Conditioning.concat")
-    out_channels: int = setting(4, "channels of the latent")
-    context_width: int | None = setting(None, "width of the context; null = no cross-attention")
-    vector_width: int | None = setting(None, "width of the conditioning vector; null = there is none")
-    middle_depth: int = setting(1, "transformer blocks in the middle; 0 = no attention there")
-    heads: int | None = setting(None, "attention heads at each level; give this or head_width")
-    head_width: int | None = setting(None, "channels of a head; give this or heads")
-    projection: Literal["conv", "linear"] = setting(
+    levels: tuple[LevelSpec, ...] = config_field(help="resolutions, the finest first")
+    in_channels: int = config_field(4, "channels of the latent, plus those of Conditioning.concat")
+    out_channels: int = config_field(4, "channels of the latent")
+    context_width: int | None = config_field(None, "width of the context; null = no cross-attention")
+    vector_width: int | None = config_field(None, "width of the conditioning vector; null = there is none")
+    middle_depth: int = config_field(1, "transformer blocks in the middle; 0 = no attention there")
+    heads: int | None = config_field(None, "attention heads at each level; give this or head_width")
+    head_width: int | None = config_field(None, "channels of a head; give this or heads")
+    projection: Literal["conv", "linear"] = config_field(
         "linear", "of the spatial transformers: conv as in SD 1, linear as in SD 2"
     )
-    groups: int = setting(32, "groups of the group norms")
-    dropout: float = setting(0.0, "dropout in residual blocks and feed-forwards")
+    groups: int = config_field(32, "groups of the group norms")
+    dropout: float = config_field(0.0, "dropout in residual blocks and feed-forwards")
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -178,7 +178,7 @@ class UNet(nn.Module):
             if cond.concat.shape[-2:] != x.shape[-2:]:
                 given, needed = (" x ".join(map(str, each.shape[-2:])) for each in (cond.concat, x))
                 raise SamplingError(
-                    f"the condition has the size {given} in latents, but the picture {needed}; "
+                    f"the condition has the size {given} in latents, but the image {needed}; "
                     "give the height and width that fit the condition."
                 )
             x = torch.cat([x, cond.concat.to(x)], dim=1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ldm.diffusion.draw import Draw
 from ldm.diffusion.guidance import Guidance, Projection, guided
 from ldm.diffusion.loss import DenoisingLoss
+from ldm.diffusion.noise_level_samplers import NoiseLevelSampler
 from ldm.diffusion.parametrization import Diffusion, Parametrization
 from ldm.diffusion.samplers import (
     OPTIONS,
@@ -34,9 +34,9 @@ __all__ = [
     "Denoiser",
     "DenoisingLoss",
     "Diffusion",
-    "Draw",
     "Guidance",
     "Noise",
+    "NoiseLevelSampler",
     "Parametrization",
     "Projection",
     "SamplerSpec",

@@ -47,10 +47,10 @@ class Guidance:
     """How far a sample is pushed towards its conditioning, in which way, and at which noise levels.
 
     Args:
-        scale: of classifier-free guidance, one for all pictures or one for each; 0 is the unconditional model, 1 the
+        scale: of classifier-free guidance, one for all images or one for each; 0 is the unconditional model, 1 the
             conditional one, above 1 exaggerates. None is 1, or to a pipeline what its model asks for.
         rescale: share, 0 to 1, to which the result gets back the contrast of the conditional answer, measured on the
-            velocity v (Lin et al. 2305.08891, section 3.4); the cure of overexposed pictures.
+            velocity v (Lin et al. 2305.08891, section 3.4); the cure of overexposed images.
         interval: (least, greatest) noise level at which guidance acts; outside it the conditional model runs alone, in
             half the time (Kynkäänniemi et al. 2404.07724).
         threshold: share of values, as 0.995, that are not extreme: what lies beyond in the guided estimate is
@@ -77,7 +77,7 @@ class Guidance:
             raise SamplingError(f"the guidance threshold is {self.threshold}; it must be above 0 and at most 1.")
 
     def record(self) -> dict[str, Any]:
-        """What of it is not as usual, and the scale, for the record of a picture."""
+        """What of it is not as usual, and the scale, for the record of an image."""
         told = {field.name: getattr(self, field.name) for field in fields(self)}
         usual = {field.name: field.default for field in fields(self)}
         named = {name: asdict(value) if isinstance(value, Projection) else value for name, value in told.items()}
@@ -99,7 +99,7 @@ def guided(
 
     Args:
         network: (x [b ...], sigma [b], conditioning of b) -> x0 [b ...].
-        conditional: what the pictures are to show.
+        conditional: what the images are to show.
         unconditional: what they are to keep away from (the empty or a negative prompt); None for no guidance.
         guidance: what is made of the answers; a number is a scale.
         perturbed: the conditional one, with the perturbation that ``guidance.perturbed`` asks for.
@@ -118,7 +118,7 @@ def guided(
     if len(parts) == 1:
         return lambda x, sigma: network(x, sigma, conditional)
     joined = conditional.cat(parts)
-    guides = (scale != 1) | (perturbed is not None and how.perturbed != 0)  # which pictures anything is made of
+    guides = (scale != 1) | (perturbed is not None and how.perturbed != 0)  # which images anything is made of
     all_guided = bool(guides.all())
     momentum = torch.zeros(())
 
@@ -162,7 +162,7 @@ def _projected(difference: Tensor, towards: Tensor, projection: Projection) -> T
 
 
 def _rescaled(result: Tensor, towards: Tensor, x: Tensor, sigma: Tensor, share: float) -> Tensor:
-    """The estimate whose v has the standard deviation, over a picture, of the conditional v; ``share`` of the way."""
+    """The estimate whose v has the standard deviation, over an image, of the conditional v; ``share`` of the way."""
     skip, out = 1 / (1 + sigma**2), -sigma * (1 + sigma**2).rsqrt()
     v, v_towards = ((estimate - skip * x) / out for estimate in (result, towards))
     deviation, wanted = (per_item(values.flatten(1).std(1), x) for values in (v, v_towards))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ldm.config import setting
-from ldm.diffusion.draw import Draw, Uniform
+from ldm.config import config_field
+from ldm.diffusion.noise_level_samplers import NoiseLevelSampler, Uniform
 from ldm.diffusion.parametrization import Diffusion, Parametrization, per_item
 from ldm.errors import ConfigError
 
@@ -27,15 +27,17 @@ NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class DenoisingLoss:
-    """w(s) |F - target|, the mean over a picture, at a drawn noise level s (Ho et al. 2006.11239, eq. 14)."""
+    """w(s) |F - target|, the mean over an image, at a drawn noise level s (Ho et al. 2006.11239, eq. 14)."""
 
-    norm: Literal["l1", "l2", "huber"] = setting("l2", "Distance between what F says and its target.")
-    weighting: Literal["none", "min_snr"] = setting(
+    norm: Literal["l1", "l2", "huber"] = config_field("l2", "Distance between what F says and its target.")
+    weighting: Literal["none", "min_snr"] = config_field(
         "none",
         "min_snr weighs the error of x0 by min(SNR, gamma) (Hang et al. 2303.09556); none does not weigh.",
     )
-    gamma: float = setting(5.0, "Greatest signal-to-noise ratio that min_snr counts.")
-    draw: Draw = setting(Uniform(), "Distribution of the noise levels.")
+    gamma: float = config_field(5.0, "Greatest signal-to-noise ratio that min_snr counts.")
+    noise_level_sampler: NoiseLevelSampler = config_field(
+        Uniform(), "Distribution of the noise levels.", formerly="draw"
+    )
 
     def __post_init__(self) -> None:
         if self.gamma <= 0:
@@ -52,12 +54,12 @@ class DenoisingLoss:
         sigma: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The loss of each picture at a noise level each.
+        """The loss of each image at a noise level each.
 
         Args:
-            network: F, called as by :meth:`Diffusion.answer`.
+            network: F, called as by :meth:`Diffusion.model_output`.
             diffusion: schedule and parametrization.
-            x0: clean pictures or latents, [b ...] fp32.
+            x0: clean images or latents, [b ...] fp32.
             conditioning: handed to the network.
             generator: source of noise levels and noise, in this order; needed unless both are given.
             sigma: noise levels [b], for a validation that measures the same each time.
@@ -68,13 +70,13 @@ class DenoisingLoss:
         """
         if sigma is None:
             assert generator is not None, "draw the noise levels from a generator, or give them"
-            sigma = self.draw.draw(len(x0), diffusion.schedule, generator)
+            sigma = self.noise_level_sampler.sample(len(x0), diffusion.schedule, generator)
         if noise is None:
             assert generator is not None, "draw the noise from a generator, or give it"
             noise = torch.randn(x0.shape, generator=generator, device=generator.device)
         sigma, noise = sigma.to(x0), noise.to(x0)
         level = per_item(sigma, x0)
-        answer = diffusion.answer(network, x0 + level * noise, sigma, conditioning)
+        answer = diffusion.model_output(network, x0 + level * noise, sigma, conditioning)
         target = diffusion.parametrization.target(x0, noise, level)
         loss = NORMS[self.norm](answer, target).flatten(1).mean(1)
         if self.weighting == "min_snr":

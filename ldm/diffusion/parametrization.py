@@ -1,7 +1,7 @@
 """What the network is asked for: a table of scalings with a row for each parametrization.
 
-The network F sees a picture of about unit variance and answers in its own terms; the denoiser D around it
-answers with an estimate of the clean picture (Karras et al. 2206.00364, equation 7):
+The network F sees an image of about unit variance and answers in its own terms; the denoiser D around it
+answers with an estimate of the clean image (Karras et al. 2206.00364, equation 7):
 
     D(x, s) = skip(s) x + out(s) F(inp(s) x, noise(s), conditioning),    x = x0 + s n,  n ~ N(0, 1)
 
@@ -26,7 +26,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ldm.config import Kind, setting
+from ldm.config import Kind, config_field
 from ldm.diffusion.schedule import BetaSchedule, ScaledLinear, Schedule
 from ldm.errors import ConfigError
 
@@ -85,7 +85,7 @@ class V(Parametrization, kind="v"):
 
 @dataclass(frozen=True)
 class X0(Parametrization, kind="x0"):
-    """F estimates the clean picture itself."""
+    """F estimates the clean image itself."""
 
     def scalings(self, sigma: Tensor) -> Scalings:
         return Scalings(skip=torch.zeros_like(sigma), out=torch.ones_like(sigma), inp=_unit_variance(sigma))
@@ -112,9 +112,9 @@ class Flow(Parametrization, kind="flow"):
 
 @dataclass(frozen=True)
 class Edm(Parametrization, kind="edm"):
-    """F estimates a mix of picture and noise that has unit variance (Karras et al. 2206.00364, table 1)."""
+    """F estimates a mix of image and noise that has unit variance (Karras et al. 2206.00364, table 1)."""
 
-    sigma_data: float = setting(0.5, "Standard deviation of the data; 1 for normalised latents.")
+    sigma_data: float = config_field(0.5, "Standard deviation of the data; 1 for normalised latents.")
 
     def __post_init__(self) -> None:
         if self.sigma_data <= 0:
@@ -137,25 +137,25 @@ class Edm(Parametrization, kind="edm"):
 class Diffusion:
     """What loss, samplers and files need to know of a network: its schedule and its parametrization."""
 
-    schedule: Schedule = setting(ScaledLinear(), "Noise levels of training, and which timestep each has.")
-    parametrization: Parametrization = setting(Eps(), "What the network estimates.")
+    schedule: Schedule = config_field(ScaledLinear(), "Noise levels of training, and which timestep each has.")
+    parametrization: Parametrization = config_field(Eps(), "What the network estimates.")
 
     def __post_init__(self) -> None:
         zero_terminal_snr = isinstance(self.schedule, BetaSchedule) and self.schedule.zero_terminal_snr
         if zero_terminal_snr and isinstance(self.parametrization, Eps):
             raise ConfigError(
                 "zero_terminal_snr does not go with the parametrization eps, since to know the noise in pure "
-                "noise tells nothing of the picture; choose v."
+                "noise tells nothing of the image; choose v."
             )
 
-    def answer(
+    def model_output(
         self, network: Callable[[Tensor, Tensor, C], Tensor], x: Tensor, sigma: Tensor, conditioning: C
     ) -> Tensor:
         """F(inp(sigma) x, noise(sigma), conditioning): what the network itself says.
 
         Args:
-            network: F, of pictures [b ...], noise levels [b] and a conditioning; answers in any precision.
-            x: noisy pictures x0 + sigma n, [b ...] fp32.
+            network: F, of images [b ...], noise levels [b] and a conditioning; answers in any precision.
+            x: noisy images x0 + sigma n, [b ...] fp32.
             sigma: their noise levels, [b], above 0.
             conditioning: handed to the network as it is.
 
@@ -169,19 +169,19 @@ class Diffusion:
     def denoise(
         self, network: Callable[[Tensor, Tensor, C], Tensor], x: Tensor, sigma: Tensor, conditioning: C
     ) -> Tensor:
-        """D(x, sigma): the estimate of the clean picture, of the shape and dtype of x. See :meth:`answer`."""
+        """D(x, sigma): the estimate of the clean image, of the shape and dtype of x. See :meth:`model_output`."""
         skip, out, _ = self.parametrization.scalings(per_item(sigma, x))
-        return skip * x + out * self.answer(network, x, sigma, conditioning)
+        return skip * x + out * self.model_output(network, x, sigma, conditioning)
 
     def start(self, noise: Tensor, sigma: float) -> Tensor:
         """The x of level ``sigma`` from which sampling starts: the network is shown the unit noise itself.
 
-        Where sigma is large that is ``sigma noise``; where it is not, it has the variance of a noisy picture.
+        Where sigma is large that is ``sigma noise``; where it is not, it has the variance of a noisy image.
         """
         return noise / self.parametrization.scalings(noise.new_tensor(sigma)).inp
 
     def finish(self, x: Tensor, sigma: float) -> Tensor:
-        """The picture in an x that was left at level ``sigma``: x / sqrt(1 + sigma^2), so x itself at 0."""
+        """The image in an x that was left at level ``sigma``: x / sqrt(1 + sigma^2), so x itself at 0."""
         return x / math.sqrt(1 + sigma**2)
 
 

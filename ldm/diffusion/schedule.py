@@ -1,7 +1,7 @@
 """Which noise levels there are, and which timestep each has.
 
-A noisy picture is ``x = x0 + sigma n`` with ``n ~ N(0, 1)``. The variance-preserving form of DDPM,
-``x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) n``, is the same picture times ``sqrt(abar_t)``, with
+A noisy image is ``x = x0 + sigma n`` with ``n ~ N(0, 1)``. The variance-preserving form of DDPM,
+``x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) n``, is the same image times ``sqrt(abar_t)``, with
 
     sigma_t = sqrt((1 - abar_t) / abar_t),    abar_t = prod_{i <= t} (1 - beta_i) = 1 / (1 + sigma_t^2).
 
@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ldm.config import Kind, setting
+from ldm.config import Kind, config_field
 from ldm.errors import ConfigError
 
 SIGMA_LIMIT = 4096.0
@@ -50,7 +50,7 @@ class Schedule(Kind):
 
     @property
     def alphas_cumprod(self) -> Tensor:
-        """abar of each timestep, [num_timesteps] fp64: the picture's share of the variance of ``x_t``."""
+        """abar of each timestep, [num_timesteps] fp64: the image's share of the variance of ``x_t``."""
         return 1 / (1 + self.table**2)
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -68,8 +68,8 @@ class Schedule(Kind):
 class BetaSchedule(Schedule):
     """A schedule given by the variances of the steps ``x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) n``."""
 
-    num_timesteps: int = setting(1000, "Number of timesteps T of the forward process.")
-    zero_terminal_snr: bool = setting(
+    num_timesteps: int = config_field(1000, "Number of timesteps T of the forward process.")
+    zero_terminal_snr: bool = config_field(
         False, "Rescale the table so that its last row is pure noise (Lin et al. 2305.08891); not for eps."
     )
 
@@ -94,8 +94,8 @@ class BetaSchedule(Schedule):
 class _BetaRange(BetaSchedule):
     """What the schedules from one beta to another share."""
 
-    beta_start: float = setting(1e-4, "beta of the first timestep.")
-    beta_end: float = setting(0.02, "beta of the last timestep.")
+    beta_start: float = config_field(1e-4, "beta of the first timestep.")
+    beta_end: float = config_field(0.02, "beta of the last timestep.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,8 +119,8 @@ class Linear(_BetaRange, kind="linear"):
 class ScaledLinear(_BetaRange, kind="scaled_linear"):
     """sqrt(beta) rises linearly (latent diffusion, Rombach et al. 2112.10752; Stable Diffusion)."""
 
-    beta_start: float = setting(0.00085, "beta of the first timestep.")
-    beta_end: float = setting(0.012, "beta of the last timestep.")
+    beta_start: float = config_field(0.00085, "beta of the first timestep.")
+    beta_end: float = config_field(0.012, "beta of the last timestep.")
 
     @property
     def betas(self) -> Tensor:
@@ -152,11 +152,11 @@ class Cosine(BetaSchedule, kind="cosine"):
 class Flow(Schedule, kind="flow"):
     """The straight path x_u = (1 - u) x0 + u n (Liu et al. 2209.03003): sigma = u / (1 - u), u = (t + 1) / T.
 
-    A shift multiplies sigma (Esser et al. 2403.03206, section 5.3.2): large pictures take more noise to hide.
+    A shift multiplies sigma (Esser et al. 2403.03206, section 5.3.2): large images take more noise to hide.
     """
 
-    num_timesteps: int = setting(1000, "Rows of the table; its last is u = 1, pure noise.")
-    shift: float = setting(1.0, "Factor on every noise level; 3 for pictures of a million pixels.")
+    num_timesteps: int = config_field(1000, "Rows of the table; its last is u = 1, pure noise.")
+    shift: float = config_field(1.0, "Factor on every noise level; 3 for images of a million pixels.")
 
     def __post_init__(self) -> None:
         if self.num_timesteps < 2 or self.shift <= 0:
@@ -172,10 +172,10 @@ class Flow(Schedule, kind="flow"):
 class Karras(Schedule, kind="karras"):
     """sigma^(1/rho) rises linearly (EDM, Karras et al. 2206.00364, equation 5)."""
 
-    num_timesteps: int = setting(1000, "Rows of the table.")
-    sigma_min: float = setting(0.002, "Least noise level.")
-    sigma_max: float = setting(80.0, "Greatest noise level, at most 4096.")
-    rho: float = setting(7.0, "How much the rows crowd at low noise; 1 spaces them evenly.")
+    num_timesteps: int = config_field(1000, "Rows of the table.")
+    sigma_min: float = config_field(0.002, "Least noise level.")
+    sigma_max: float = config_field(80.0, "Greatest noise level, at most 4096.")
+    rho: float = config_field(7.0, "How much the rows crowd at low noise; 1 spaces them evenly.")
 
     def __post_init__(self) -> None:
         if self.num_timesteps < 2 or not 0 < self.sigma_min < self.sigma_max <= SIGMA_LIMIT or self.rho <= 0:

@@ -16,10 +16,10 @@ from torch import Tensor
 from ldm.clip.model import CLIPConfig
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning import Conditioner, ConditionerKind
+from ldm.conditioning import Conditioner, ConditionerConfig
+from ldm.conditioning.composite import CompositeConditionerConfig
 from ldm.conditioning.inpaint import InpaintConditionerConfig
 from ldm.conditioning.sdxl import SDXLConditionerConfig
-from ldm.conditioning.several import SeveralConditionersConfig
 from ldm.conditioning.text import TextConditionerConfig
 from ldm.diffusion.parametrization import Diffusion
 from ldm.errors import CheckpointError, ConfigError, some
@@ -95,7 +95,7 @@ class Checkpoint:
         source: where it comes from, for errors.
         layout: ``native``, ``ldm`` (single file), ``diffusers``, ``transformers`` or ``open_clip``.
         kind: what it was taken for, such as ``SD 1``.
-        parts: ``vae``, ``unet``, and the towers as :meth:`Conditioner.towers` names them: ``text``, ``text_2``.
+        parts: ``vae``, ``unet``, and the towers as :meth:`Conditioner.pretrained_encoders` names them: ``text``, ``text_2``.
         conditioner: what the towers are part of.
         fingerprint, meaning: that it was written with, and what that covers beside the weights; empty for none.
         notes: how things were told that the weights do not say, a sentence each.
@@ -107,7 +107,7 @@ class Checkpoint:
     kind: str
     parts: Mapping[str, Part]
     tokenizer: Tokenizer | None = None
-    conditioner: ConditionerKind | None = None
+    conditioner: ConditionerConfig | None = None
     diffusion: Diffusion | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     size: tuple[int, int] | None = None
@@ -235,9 +235,9 @@ def _read_as(own: TextTowerConfig, part: Part) -> Part:
     )
 
 
-def _with_tower(conditioner: ConditionerKind, name: str, tower: TextTowerConfig) -> ConditionerKind:
+def _with_tower(conditioner: ConditionerConfig, name: str, tower: TextTowerConfig) -> ConditionerConfig:
     """The conditioner with another config of a text tower."""
-    if isinstance(conditioner, SeveralConditionersConfig):
+    if isinstance(conditioner, CompositeConditionerConfig):
         return replace(
             conditioner, parts={key: _with_tower(part, name, tower) for key, part in conditioner.parts.items()}
         )
@@ -249,7 +249,7 @@ def _with_tower(conditioner: ConditionerKind, name: str, tower: TextTowerConfig)
 def homes(config: ModelConfig, conditioner: Conditioner) -> dict[str, tuple[str, Any]]:
     """Parts of a model: the prefix of each in the model's state, and its config."""
     modules = {module: f"conditioner.{name}" for name, module in conditioner.named_modules()}
-    towers = {part: (modules[tower], tower.config) for part, tower in conditioner.towers()}
+    towers = {part: (modules[tower], tower.config) for part, tower in conditioner.pretrained_encoders()}
     return {"vae": (PARTS["vae"], config.first_stage), "unet": (PARTS["unet"], config.denoiser), **towers}
 
 
@@ -293,7 +293,7 @@ def parts_of(model: LatentDiffusion, target: str) -> dict[str, Part]:
     return parts
 
 
-def conditioner_of(parts: Mapping[str, Part], pooled: bool = False, **sdxl: Any) -> ConditionerKind | None:
+def conditioner_of(parts: Mapping[str, Part], pooled: bool = False, **sdxl: Any) -> ConditionerConfig | None:
     """What the towers among the parts are together; the U-Net's channels tell one for inpainting.
 
     Args:
@@ -304,12 +304,12 @@ def conditioner_of(parts: Mapping[str, Part], pooled: bool = False, **sdxl: Any)
     if "text" not in parts:
         return None
     tower, vae, unet = parts["text"].config, parts.get("vae"), parts.get("unet")
-    conditioner: ConditionerKind = TextConditionerConfig(tower=tower, pooled=pooled)
+    conditioner: ConditionerConfig = TextConditionerConfig(tower=tower, pooled=pooled)
     if "text_2" in parts:
         conditioner = SDXLConditionerConfig(first=tower, second=parts["text_2"].config, **sdxl)
     if vae and unet and unet.config.in_channels == 2 * vae.config.latent_channels + 1:
         inpaint = InpaintConditionerConfig(latent_channels=vae.config.latent_channels)
-        return SeveralConditionersConfig({"text": conditioner, "inpaint": inpaint})
+        return CompositeConditionerConfig({"text": conditioner, "inpaint": inpaint})
     return conditioner
 
 

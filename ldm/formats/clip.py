@@ -308,9 +308,7 @@ def _read_open_clip(values: Any, pixels: Any, where: Path) -> CLIPConfig:
         raise CheckpointError(f"{where}: the image tower is a ResNet; ldm reads vision transformers alone.")
     if isinstance(size, list):
         if len(set(size)) > 1:
-            raise CheckpointError(
-                f"{where}: the image tower takes pictures of {size}; ldm reads those of squares alone."
-            )
+            raise CheckpointError(f"{where}: the image tower takes images of {size}; ldm reads those of squares alone.")
         size = size[0]
     activation: Literal["gelu", "quick_gelu"] = "quick_gelu" if values.get("quick_gelu") else "gelu"
     image = ViTConfig(

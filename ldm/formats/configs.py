@@ -1,6 +1,6 @@
 """The ``config.json`` of diffusers' and transformers' networks to configs of ours, and back.
 
-Whatever such a file says that our networks cannot do is refused: a network that is nearly right makes wrong pictures.
+Whatever such a file says that our networks cannot do is refused: a network that is nearly right makes wrong images.
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from ldm.clip.text import TextTowerConfig
-from ldm.conditioning.conditioner import ConditionerKind
+from ldm.conditioning.composite import CompositeConditionerConfig
+from ldm.conditioning.conditioner import ConditionerConfig
 from ldm.conditioning.sdxl import SDXLConditionerConfig
-from ldm.conditioning.several import SeveralConditionersConfig
 from ldm.conditioning.text import TextConditionerConfig
-from ldm.config import structure, unstructure
+from ldm.config import from_dict, to_dict
 from ldm.denoiser import UNetConfig
 from ldm.errors import CheckpointError, ConfigError, first_line
 from ldm.formats import configs, names
@@ -131,7 +131,7 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
     """
     parts = parts_of(model, "a diffusers folder")
     conditioner = model.config.conditioner
-    inner = conditioner.parts.get("text") if isinstance(conditioner, SeveralConditionersConfig) else conditioner
+    inner = conditioner.parts.get("text") if isinstance(conditioner, CompositeConditionerConfig) else conditioner
     if not isinstance(inner, TextConditionerConfig | SDXLConditionerConfig):
         raise CheckpointError(
             f"a diffusers folder has no place for the conditioner {conditioner.kind}; write a native file."
@@ -211,9 +211,7 @@ def _asked(path: Path, index: Mapping[str, Any], sampling: SamplingConfig) -> Sa
     """How the model is sampled, with what no file of diffusers says and we have put into the index."""
     own = index.get(OWN, {})
     try:
-        return structure(
-            SamplingConfig, unstructure(sampling) | {name: own[name] for name in OWN_SETTINGS if name in own}
-        )
+        return from_dict(SamplingConfig, to_dict(sampling) | {name: own[name] for name in OWN_SETTINGS if name in own})
     except (ConfigError, TypeError) as error:
         raise CheckpointError(
             f"{path / INDEX}: {OWN} does not say how to sample ({first_line(error)}); remove it."
@@ -222,7 +220,7 @@ def _asked(path: Path, index: Mapping[str, Any], sampling: SamplingConfig) -> Sa
 
 def _conditioner(
     path: Path, index: Mapping[str, Any], unet: Mapping[str, Any], parts: Mapping[str, Part]
-) -> ConditionerKind | None:
+) -> ConditionerConfig | None:
     pooled = unet.get("class_embed_type") == "projection"
     if "text_2" not in parts:
         return conditioner_of(parts, pooled)

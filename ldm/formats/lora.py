@@ -31,7 +31,7 @@ from ldm.formats.checkpoint import places
 from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.tensors import SAFETENSORS, check_finite, fingerprint, read_metadata, read_tensors
 from ldm.model import LatentDiffusion
-from ldm.nn.lora import Lora, LowRank
+from ldm.nn.lora import Lora, LoRAWeights
 
 FILE = "pytorch_lora_weights.safetensors"
 """The LoRA in a folder that diffusers wrote."""
@@ -168,7 +168,7 @@ def _by_layer(
 
 def _update(
     path: Path, found: Mapping[str, Found], config: Mapping[str, Any], shape: Sequence[int], looks: str
-) -> LowRank:
+) -> LoRAWeights:
     """The update of a layer with a weight of this ``shape``."""
     for what in ("down", "up"):
         if what not in found:
@@ -188,7 +188,7 @@ def _update(
                 f"{list(shape)}{looks}; take one that was trained on this kind of model."
             )
     alpha = _alpha(path, found, config, r)
-    return LowRank(down.reshape(r, *shape[1:]).clone(), up.reshape(shape[0], r).clone(), alpha)
+    return LoRAWeights(down.reshape(r, *shape[1:]).clone(), up.reshape(shape[0], r).clone(), alpha)
 
 
 def _with_mid(path: Path, mid: Found, down: Tensor) -> Tensor:

@@ -23,16 +23,16 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer
-from ldm.config import structure, unstructure
+from ldm.config import from_dict, to_dict
 from ldm.errors import CheckpointError, LdmError, counted, first_line
 from ldm.formats.tensors import check_finite, fingerprint, read_metadata, to_dtype, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig
-from ldm.vae import FirstStage, FirstStageKind
+from ldm.vae import FirstStage, FirstStageConfig
 
 FIRST_STAGE, CLIP, MODEL = "ldm.first_stage.1", "ldm.clip.1", "ldm.model.1"
 """What a file of ours can hold."""
 
-HELD: dict[str, type[Any]] = {FIRST_STAGE: FirstStageKind, CLIP: CLIPConfig, MODEL: ModelConfig}
+HELD: dict[str, type[Any]] = {FIRST_STAGE: FirstStageConfig, CLIP: CLIPConfig, MODEL: ModelConfig}
 """The config of each."""
 
 LARGE = 1 << 30
@@ -133,7 +133,7 @@ def metadata_of(config: Any, tokenizer: Tokenizer | None, format: str = MODEL) -
     """The metadata that :func:`meaning` reads."""
     return {
         "format": format,
-        "config": json.dumps(unstructure(config)),
+        "config": json.dumps(to_dict(config)),
         "tokenizer": tokenizer.to_json() if tokenizer else "",
     }
 
@@ -183,7 +183,7 @@ def header_of(metadata: Mapping[str, str], path: str | Path, config: type[Any]) 
     """
     try:
         return Header(
-            structure(config, json.loads(metadata["config"], parse_int=_bounded, parse_float=_bounded)),
+            from_dict(config, json.loads(metadata["config"], parse_int=_bounded, parse_float=_bounded)),
             Tokenizer.from_json(metadata["tokenizer"]) if metadata["tokenizer"] else None,
             meaning(metadata),
             metadata["fingerprint"],

@@ -2,7 +2,7 @@
 
 The file names a class of diffusers and what departs from the defaults of that class. The classes are a table here: the
 solver that each stands for, and what it takes for granted where the file is silent. What a file asks for and our solvers
-do otherwise is told, not refused: the pictures differ a little. What a network cannot be asked rightly without is refused.
+do otherwise is told, not refused: the images differ a little. What a network cannot be asked rightly without is refused.
 """
 
 from __future__ import annotations
@@ -164,10 +164,10 @@ IMPLEMENTED_BY = {
 """Values that only some of the classes with that setting know."""
 
 OURS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "clip_sample": ((False,), "estimates of the picture are not clipped here"),
+    "clip_sample": ((False,), "estimates of the image are not clipped here"),
     "thresholding": (
         (False,),
-        "estimates of the picture are not thresholded here; guidance has a threshold of its own",
+        "estimates of the image are not thresholded here; guidance has a threshold of its own",
     ),
     "skip_prk_steps": ((True,), "the first steps are Heun's and Adams-Bashforth's here, not Runge-Kutta's"),
     "variance_type": (
@@ -181,7 +181,7 @@ OURS: dict[str, tuple[tuple[Any, ...], str]] = {
     "euler_at_final": ((False,), "the last step is Euler's here only if it ends at 0"),
     "use_lu_lambdas": ((False,), "the spacing is that of timestep_spacing here"),
     "lambda_min_clipped": ((-math.inf,), "no timestep is clipped off here"),
-    "predict_x0": ((True,), "UniPC works on the picture here, not on the noise"),
+    "predict_x0": ((True,), "UniPC works on the image here, not on the noise"),
     "disable_corrector": (([],), "the corrector is always on here"),
     "solver_p": ((None,), "UniPC predicts by itself here"),
     "interpolation_type": (("linear",), "the levels are those of the timesteps here"),
@@ -189,7 +189,7 @@ OURS: dict[str, tuple[tuple[Any, ...], str]] = {
     "sigma_min": ((None,), "the levels end at those of the schedule here"),
     "sigma_max": ((None,), "the levels begin at those of the schedule here"),
     "use_flow_sigmas": ((False,), "the levels of flow are those of sgm_uniform here, from pure noise on"),
-    "use_dynamic_shifting": ((False,), "the shift does not follow the size of the picture here"),
+    "use_dynamic_shifting": ((False,), "the shift does not follow the size of the image here"),
     "invert_sigmas": ((False,), "the levels fall here"),
     "shift_terminal": ((None,), "the levels are not stretched here"),
     "stochastic_sampling": ((False,), "no noise is added here"),

@@ -30,7 +30,7 @@ from ldm.denoiser import UNetConfig
 from ldm.diffusion import Diffusion
 from ldm.diffusion.parametrization import Eps, Parametrization, V
 from ldm.errors import CheckpointError, unknown
-from ldm.formats import names, recognise
+from ldm.formats import infer_config, names
 from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, homes, joined, parts_of, places
 from ldm.formats.folding import SCALE, SCALE_SDXL, folded, scale_from, scale_of, with_scale
 from ldm.formats.native import MODEL, empty, header_of, meaning, metadata_of
@@ -83,7 +83,7 @@ UNREAD = ("position_ids", "logit_scale", "attn_mask")
 """Ends of names that no network of ours needs."""
 
 PREDICTION_TYPES: Mapping[str, type[Parametrization]] = {"epsilon": Eps, "eps": Eps, "v_prediction": V, "v": V}
-BY_DEFAULT = "by default; if pictures come out brown and blurred, say prediction_type='v_prediction'"
+BY_DEFAULT = "by default; if images come out brown and blurred, say prediction_type='v_prediction'"
 SAMPLED = SamplingConfig("ddim", 50, 7.5, "leading", 1, "sigma_min")
 SAMPLED_SDXL = SamplingConfig("euler", 50, 5.0, "leading", 1)
 
@@ -181,7 +181,7 @@ def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | N
     """Write a model as an LDM file with its config in the metadata, and return the fingerprint that it then has.
 
     Latents whose statistics are per channel are folded into the autoencoder, so that a reader that knows one scale alone
-    makes the same pictures. A text tower of which the last state is the context gets a block more where other readers
+    makes the same images. A text tower of which the last state is the context gets a block more where other readers
     take the last but one.
 
     Raises:
@@ -312,9 +312,9 @@ def _kind(found: Mapping[str, Found]) -> str:
 def _recognised(name: str, prefix: str, tensors: Mapping[str, Tensor], path: Path, kind: str) -> Any:
     """The config of a part of a file that does not say it."""
     if name in ("unet", "vae"):
-        return (recognise.unet if name == "unet" else recognise.vae)(tensors, path)
+        return (infer_config.unet if name == "unet" else infer_config.vae)(tensors, path)
     openai = prefix in (OPENAI, OPENAI_OF_TWO)
-    tower = (recognise.text_of_transformers if openai else recognise.text_of_open_clip)(tensors, path)
+    tower = (infer_config.text_of_transformers if openai else infer_config.text_of_open_clip)(tensors, path)
     return replace(tower, hidden_state="last" if kind == "SD 1" else "penultimate", context_norm=kind != "SDXL")
 
 

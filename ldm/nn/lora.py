@@ -21,7 +21,7 @@ from ldm.errors import SamplingError, unknown
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LoRAWeights:
     """The update of one layer at scale 1.
 
     Attributes:
@@ -58,7 +58,7 @@ class Lora:
     """
 
     name: str
-    updates: Mapping[str, LowRank]
+    updates: Mapping[str, LoRAWeights]
     fingerprint: str
     scale: float = 1.0
     merged: bool = False
@@ -68,7 +68,7 @@ class Lora:
 class Live:
     """The forward hook of a layer that adds an update to its output."""
 
-    def __init__(self, lora: Lora, update: LowRank):
+    def __init__(self, lora: Lora, update: LoRAWeights):
         self.lora, self.update = lora, update
         self.down, self.up = update.down, update.up
 
@@ -144,7 +144,7 @@ class Loras:
             self._merge(model, layer)
 
     def record(self) -> dict[str, Any]:
-        """What a picture's record says of them."""
+        """What an image's record says of them."""
         said = [{"name": lora.name, "file": lora.fingerprint, "scale": lora.scale} for lora in self._sorted()]
         return {"loras": said} if said else {}
 

@@ -1,1 +1,1 @@
-"""What the three stages share: EMA, optimizers, metrics, pictures, checkpoints and resume."""
+"""What the three stages share: EMA, optimizers, metrics, images, checkpoints and resume."""

@@ -1,4 +1,4 @@
-"""What happens around the training steps of any stage: counting, logging, pictures, checkpoints, a graceful stop."""
+"""What happens around the training steps of any stage: counting, logging, images, checkpoints, a graceful stop."""
 
 # mypy: disable-error-code="override"
 # Lightning says LightningModule where these hooks are only ever given a StageModule.
@@ -15,12 +15,12 @@ import lightning as L
 import torch
 
 from ldm.errors import TrainingError
-from ldm.images import write_animation
+from ldm.image_output import write_animation
 from ldm.training.metrics import MetricsFile
 from ldm.training.stage import StageModule
 
 
-class Counting(L.Callback):
+class StepCounter(L.Callback):
     """Counts optimizer steps, and puts the averaged weights in place while validation runs.
 
     It must come before the callbacks that read the count and that save what is in place.
@@ -32,7 +32,7 @@ class Counting(L.Callback):
         module.after_batch(batch_idx)
 
     def on_validation_start(self, trainer: L.Trainer, module: StageModule) -> None:
-        self.averaged = module.averaged()
+        self.averaged = module.ema_weights()
         self.averaged.__enter__()
 
     def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
@@ -88,7 +88,7 @@ class Metrics(L.Callback):
         for name, value in module.latest.items():
             self.sums.setdefault(name, []).append(float(value))
         step = module.completed_steps
-        if not module.steps_at(batch_idx) or (
+        if not module.is_optimizer_step(batch_idx) or (
             step % module.train_config.log_every and step != module.train_config.max_steps
         ):
             return
@@ -116,20 +116,20 @@ class Metrics(L.Callback):
 
 
 class Pictures(L.Callback):
-    """Every ``pictures_every`` steps and at the end, what the stage makes with its averaged weights.
+    """Every ``images_every`` steps and at the end, what the stage makes with its averaged weights.
 
-    Pictures become PNG files with the step in their name; of an animation the newest is kept, as a GIF.
+    Images become PNG files with the step in their name; of an animation the newest is kept, as a GIF.
     """
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, config = module.completed_steps, module.train_config
-        due = step % config.pictures_every == 0 or step == config.max_steps
-        if not (trainer.is_global_zero and module.steps_at(batch_idx) and due):
+        due = step % config.images_every == 0 or step == config.max_steps
+        if not (trainer.is_global_zero and module.is_optimizer_step(batch_idx) and due):
             return
         module.eval()
-        with module.averaged(), torch.no_grad():
+        with module.ema_weights(), torch.no_grad():
             pictures = module.pictures()
         module.train()
         folder = module.folder / "pictures"
@@ -169,7 +169,7 @@ class Checkpoints(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not module.steps_at(batch_idx):
+        if not module.is_optimizer_step(batch_idx):
             return
         step, config = module.completed_steps, module.train_config
         stopping = bool(trainer.strategy.reduce_boolean_decision(self.stopping, all=False))

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
-from ldm.config import setting
+from ldm.config import config_field
 from ldm.devices import default_device, default_dtype
 from ldm.errors import CheckpointError, first_line
 from ldm.formats.native import check_names
-from ldm.training.callbacks import Checkpoints, Counting, Metrics, Pictures, Progress
+from ldm.training.callbacks import Checkpoints, Metrics, Pictures, Progress, StepCounter
 from ldm.training.optim import Precision, TrainConfig
 from ldm.training.stage import StageModule
 
@@ -23,14 +23,14 @@ PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "
 class TrainerConfig:
     """What the stages' trainings share: the machine."""
 
-    accelerator: str = setting("auto", "auto, cpu, gpu or another of Lightning's")
-    devices: int | Literal["auto"] = setting("auto", "number of devices")
-    strategy: str = setting("auto", "of Lightning: auto, ddp, ...")
-    precision: Precision = setting(
+    accelerator: str = config_field("auto", "auto, cpu, gpu or another of Lightning's")
+    devices: int | Literal["auto"] = config_field("auto", "number of devices")
+    strategy: str = config_field("auto", "of Lightning: auto, ddp, ...")
+    precision: Precision = config_field(
         "auto", "of the networks under autocast; auto = bf16 where the hardware has it natively, else fp32"
     )
-    compile: bool = setting(False, "torch.compile the networks; pays off in long trainings")
-    threads: int | None = setting(None, "CPU threads; null = one a core")
+    compile: bool = config_field(False, "torch.compile the networks; pays off in long trainings")
+    threads: int | None = config_field(None, "CPU threads; null = one a core")
 
     def precision_of(self, train: TrainConfig) -> str:
         """fp32, bf16 or fp16 for a stage, with auto decided for the machine at hand."""
@@ -118,7 +118,7 @@ def fit(module: StageModule, data: L.LightningDataModule, config: TrainerConfig)
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=module.folder,
-        callbacks=[Counting(), Metrics(), Progress(), Pictures(), Checkpoints()],
+        callbacks=[StepCounter(), Metrics(), Progress(), Pictures(), Checkpoints()],
     )
     trainer.fit(module, datamodule=data, ckpt_path=module.folder / "last.ckpt" if start else None, weights_only=True)
     return trainer

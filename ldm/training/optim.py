@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ldm.config import setting
+from ldm.config import config_field
 from ldm.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -20,26 +20,26 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 class TrainConfig:
     """How a stage is trained."""
 
-    max_steps: int = setting(help="optimizer steps")
-    batch_size: int = setting(help="pictures a step and device, before accumulation")
-    learning_rate: float = setting(help="the highest, after warm-up")
-    accumulate: int = setting(1, "batches whose gradients are averaged before a step")
-    betas: tuple[float, float] = setting((0.9, 0.999), "of Adam")
-    weight_decay: float = setting(0.01, "of AdamW, on matrices and convolutions only")
-    warmup_steps: int = setting(0, "steps over which the learning rate rises linearly from 0")
-    decay: Literal["constant", "cosine", "linear"] = setting(
+    max_steps: int = config_field(help="optimizer steps")
+    batch_size: int = config_field(help="pictures a step and device, before accumulation")
+    learning_rate: float = config_field(help="the highest, after warm-up")
+    accumulate: int = config_field(1, "batches whose gradients are averaged before a step")
+    betas: tuple[float, float] = config_field((0.9, 0.999), "of Adam")
+    weight_decay: float = config_field(0.01, "of AdamW, on matrices and convolutions only")
+    warmup_steps: int = config_field(0, "steps over which the learning rate rises linearly from 0")
+    decay: Literal["constant", "cosine", "linear"] = config_field(
         "constant", "of the learning rate after warm-up, down to 0 at max_steps"
     )
-    gradient_clip: float | None = setting(1.0, "largest norm of the gradients; null = unlimited")
-    ema_decay: float = setting(0.9999, "of the averaged weights, ramped as (1 + n) / (10 + n); 0 = no averaging")
-    precision: Precision | None = setting(
+    gradient_clip: float | None = config_field(1.0, "largest norm of the gradients; null = unlimited")
+    ema_decay: float = config_field(0.9999, "of the averaged weights, ramped as (1 + n) / (10 + n); 0 = no averaging")
+    precision: Precision | None = config_field(
         None, "of this stage; null = trainer.precision. fp32 suits a VAE: small channels, exact colours"
     )
-    log_every: int = setting(50, "steps between rows of metrics.csv")
-    validate_every: int = setting(1000, "steps between validations")
-    pictures_every: int = setting(1000, "steps between grids of pictures")
-    checkpoint_every: int = setting(500, "steps between checkpoints")
-    init: str | None = setting(
+    log_every: int = config_field(50, "steps between rows of metrics.csv")
+    validate_every: int = config_field(1000, "steps between validations")
+    images_every: int = config_field(1000, "steps between grids of images", formerly="pictures_every")
+    checkpoint_every: int = config_field(500, "steps between checkpoints")
+    init: str | None = config_field(
         None, "source of weights to start from: what a stage or a run leaves, or SD in a file, a folder or by hub id"
     )
 
@@ -50,7 +50,7 @@ class TrainConfig:
             "accumulate",
             "log_every",
             "validate_every",
-            "pictures_every",
+            "images_every",
             "checkpoint_every",
         )
         for name in counts:

@@ -18,7 +18,7 @@ from ldm.training.ema import EMA
 from ldm.training.optim import TrainConfig, adamw
 
 Picture = Image.Image | list[Image.Image]
-"""A picture, or the frames of an animation."""
+"""An image, or the frames of an animation."""
 
 
 def seed_of(*key: int | str) -> int:
@@ -29,7 +29,7 @@ def seed_of(*key: int | str) -> int:
 class StageModule(L.LightningModule):
     """One stage of training.
 
-    A subclass gives ``networks()`` (what is trained and averaged), ``training_step``, ``validation_step`` and
+    A subclass gives ``trainable_module()`` (what is trained and averaged), ``training_step``, ``validation_step`` and
     ``pictures``. Steps are counted here (``completed_steps``), since Lightning counts those of all optimizers together.
 
     Args:
@@ -56,7 +56,7 @@ class StageModule(L.LightningModule):
 
     # What a stage is
 
-    def networks(self) -> torch.nn.Module:
+    def trainable_module(self) -> torch.nn.Module:
         """The module whose trainable parameters are optimized and averaged."""
         raise NotImplementedError
 
@@ -65,7 +65,7 @@ class StageModule(L.LightningModule):
         raise NotImplementedError
 
     def pictures(self) -> Mapping[str, Picture]:
-        """Named pictures that show what the stage has learnt so far; made with the averaged weights."""
+        """Named images that show what the stage has learnt so far; made with the averaged weights."""
         return {}
 
     @property
@@ -93,7 +93,7 @@ class StageModule(L.LightningModule):
     # Optimization
 
     def configure_optimizers(self) -> Any:
-        return adamw([self.networks()], self.train_config)
+        return adamw([self.trainable_module()], self.train_config)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The learning rate of the step at hand. Not a scheduler's: a resumed one would keep that of the old config."""
@@ -103,22 +103,22 @@ class StageModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.train_config.ema_decay and self.ema is None:
-            self.ema = EMA(self.networks(), self.train_config.ema_decay)
+            self.ema = EMA(self.trainable_module(), self.train_config.ema_decay)
         if self.ema is not None:
             self.ema.to(self.device)
 
     def after_batch(self, batch_index: int) -> None:
         """Count the step and average the weights, if the optimizer has stepped."""
-        if self.steps_at(batch_index):
+        if self.is_optimizer_step(batch_index):
             self.completed_steps += 1
             if self.ema is not None:
                 self.ema.update()
 
-    def steps_at(self, batch_index: int) -> bool:
+    def is_optimizer_step(self, batch_index: int) -> bool:
         """Whether the optimizer steps after this batch (gradients are accumulated over ``accumulate`` batches)."""
         return (batch_index + 1) % self.train_config.accumulate == 0
 
-    def averaged(self) -> AbstractContextManager[None]:
+    def ema_weights(self) -> AbstractContextManager[None]:
         """Within the block the networks have their averaged weights."""
         return self.ema.applied() if self.ema is not None else nullcontext()
 
@@ -150,7 +150,7 @@ class StageModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.completed_steps = checkpoint["completed_steps"]
         if "ema" in checkpoint:
-            self.ema = EMA(self.networks(), self.train_config.ema_decay)
+            self.ema = EMA(self.trainable_module(), self.train_config.ema_decay)
             self.ema.load_state_dict(checkpoint["ema"])
         # A run that had ended goes on if the config asks for more steps now; Lightning would take its end for the stream's.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

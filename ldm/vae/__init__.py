@@ -1,9 +1,9 @@
-"""Stage 1: pictures to latents and back."""
+"""Stage 1: images to latents and back."""
 
 from __future__ import annotations
 
 from ldm.vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from ldm.vae.first_stage import DiagonalGaussian, FirstStage, FirstStageKind, Identity, IdentityConfig
+from ldm.vae.first_stage import DiagonalGaussian, FirstStage, FirstStageConfig, Identity, IdentityConfig
 from ldm.vae.tiling import Tiling
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "AutoencoderKLConfig",
     "DiagonalGaussian",
     "FirstStage",
-    "FirstStageKind",
+    "FirstStageConfig",
     "Identity",
     "IdentityConfig",
     "Tiling",

@@ -9,24 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import setting
+from ldm.config import config_field
 from ldm.errors import ConfigError
 from ldm.nn.residual import ResidualBlock, Upsample
-from ldm.vae.first_stage import DiagonalGaussian, FirstStage, FirstStageKind
+from ldm.vae.first_stage import DiagonalGaussian, FirstStage, FirstStageConfig
 
 
 @dataclass(frozen=True)
-class AutoencoderKLConfig(FirstStageKind, kind="autoencoder_kl"):
+class AutoencoderKLConfig(FirstStageConfig, kind="autoencoder_kl"):
     """Convolutional encoder and decoder with a diagonal Gaussian between; factor = 2 ** (levels - 1)."""
 
-    widths: tuple[int, ...] = setting(
+    widths: tuple[int, ...] = config_field(
         (128, 256, 512, 512), "channels at each resolution, the finest first; n widths give factor 2^(n-1)"
     )
-    blocks: int = setting(2, "residual blocks a resolution in the encoder (one more in the decoder)")
-    latent_channels: int = setting(4, "channels of the latent")
-    image_channels: int = setting(3, "channels of the picture")
-    groups: int = setting(32, "groups of the group norms")
-    middle_attention: bool = setting(True, "self-attention over the positions of the coarsest resolution")
+    blocks: int = config_field(2, "residual blocks a resolution in the encoder (one more in the decoder)")
+    latent_channels: int = config_field(4, "channels of the latent")
+    image_channels: int = config_field(3, "channels of the image")
+    groups: int = config_field(32, "groups of the group norms")
+    middle_attention: bool = config_field(True, "self-attention over the positions of the coarsest resolution")
 
     def __post_init__(self) -> None:
         if not self.widths:
@@ -189,7 +189,7 @@ class AutoencoderKL(FirstStage):
         return DiagonalGaussian(mean, logvar)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """``latent [b z h w]`` (not normalised) to pictures ``[b c fh fw]``, about in [-1, 1] (not clamped)."""
+        """``latent [b z h w]`` (not normalised) to images ``[b c fh fw]``, about in [-1, 1] (not clamped)."""
         return self.decoder(self.post_quant_conv(latent.contiguous(memory_format=torch.channels_last)))
 
     def coarse_decode(self, latent: Tensor) -> Tensor:

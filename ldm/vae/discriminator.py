@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """4 x 4 convolutions that end in one logit for each patch of the picture.
+    """4 x 4 convolutions that end in one logit for each patch of the image.
 
     Args:
-        channels: of the picture.
+        channels: of the image.
         width: channels after the first convolution; doubled at each further one, up to eightfold.
         layers: convolutions of stride 2; more see larger patches (3: 70 pixels).
     """

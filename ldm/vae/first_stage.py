@@ -1,4 +1,4 @@
-"""What a first stage is: pictures to latents and back, with the statistics by which the denoiser sees them normalised."""
+"""What a first stage is: images to latents and back, with the statistics by which the denoiser sees them normalised."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import Kind, setting
+from ldm.config import Kind, config_field
 from ldm.vae.preview import LeastSquares
 
 
 class DiagonalGaussian:
-    """N(mean, diag(exp(logvar))), the posterior over the latents of a picture.
+    """N(mean, diag(exp(logvar))), the posterior over the latents of an image.
 
     Args:
         mean: ``[b c h w]``.
@@ -35,11 +35,11 @@ class DiagonalGaussian:
         return self.mean + self.std * noise
 
     def kl(self) -> Tensor:
-        """KL(self || N(0, 1)) in nats, summed over a picture: ``[b]`` (Kingma & Welling 2013, appendix B)."""
+        """KL(self || N(0, 1)) in nats, summed over an image: ``[b]`` (Kingma & Welling 2013, appendix B)."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
 
 
-class FirstStageKind(Kind):
+class FirstStageConfig(Kind):
     """The family of first stages; ``build()`` gives a :class:`FirstStage`."""
 
     latent_channels: int
@@ -55,7 +55,7 @@ class FirstStageKind(Kind):
 
 
 class FirstStage(nn.Module):
-    """Pictures ``[b c h w]`` in [-1, 1] to a posterior over latents ``[b z h/f w/f]``, and latents to pictures.
+    """Pictures ``[b c h w]`` in [-1, 1] to a posterior over latents ``[b z h/f w/f]``, and latents to images.
 
     ``latent_mean`` and ``latent_std``, ``[z]``, are measured at the end of training and saved with the weights, and so is
     ``latent_preview``, ``[c z + 1]``: the map, its bias last, from normalised latents to colours. A file may lack that one;
@@ -80,7 +80,7 @@ class FirstStage(nn.Module):
         raise NotImplementedError
 
     def decode(self, latent: Tensor) -> Tensor:
-        """``latent [b z h w]`` (not normalised) to pictures ``[b c fh fw]``, about in [-1, 1] (not clamped)."""
+        """``latent [b z h w]`` (not normalised) to images ``[b c fh fw]``, about in [-1, 1] (not clamped)."""
         raise NotImplementedError
 
     # For tiling, each of the two in a part that works at the resolution of the latents and one that works at finer ones
@@ -119,7 +119,7 @@ class FirstStage(nn.Module):
         return latent * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
 
     def preview(self, latent: Tensor) -> Tensor:
-        """A cheap estimate of the picture of normalised latents ``[b z h w]``, a pixel each: ``[b c h w]``, about in [-1, 1]."""
+        """A cheap estimate of the image of normalised latents ``[b z h w]``, a pixel each: ``[b c h w]``, about in [-1, 1]."""
         if self.latent_preview is None:
             self.register_buffer("latent_preview", self._fit_preview(), persistent=False)
         assert self.latent_preview is not None
@@ -128,7 +128,7 @@ class FirstStage(nn.Module):
 
     @torch.no_grad()
     def _fit_preview(self) -> Tensor:
-        """The map for what the decoder makes of smooth random latents: nearer to pictures than of white noise."""
+        """The map for what the decoder makes of smooth random latents: nearer to images than of white noise."""
         fit, generator = LeastSquares(), torch.Generator().manual_seed(0)
         for _ in range(4):
             noise = torch.randn(16, self.latent_channels, 2, 2, generator=generator).to(self.latent_mean)
@@ -140,10 +140,10 @@ class FirstStage(nn.Module):
 
 
 @dataclass(frozen=True)
-class IdentityConfig(FirstStageKind, kind="identity"):
+class IdentityConfig(FirstStageConfig, kind="identity"):
     """No first stage: the denoiser works on the data itself (DDPM in pixel space, the two-dimensional toys)."""
 
-    image_channels: int = setting(3, "channels of the picture")
+    image_channels: int = config_field(3, "channels of the image")
 
     @property
     def latent_channels(self) -> int:  # type: ignore[override]
@@ -158,7 +158,7 @@ class IdentityConfig(FirstStageKind, kind="identity"):
 
 
 class Identity(FirstStage):
-    """The picture is its own latent, without noise."""
+    """The image is its own latent, without noise."""
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
         return DiagonalGaussian(image, torch.full_like(image, -30.0))

@@ -8,23 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import setting
+from ldm.config import config_field
 from ldm.errors import ConfigError, LdmError, missing_extra
 from ldm.vae.first_stage import DiagonalGaussian
 
 
 @dataclass(frozen=True)
 class AutoencoderLossConfig:
-    """Reconstruction + KL + adversarial loss; sums over a picture, means over the batch, as in the LDM paper."""
+    """Reconstruction + KL + adversarial loss; sums over an image, means over the batch, as in the LDM paper."""
 
-    l1: float = setting(1.0, "weight of the absolute error")
-    l2: float = setting(0.0, "weight of the squared error")
-    lpips: float = setting(0.0, "weight of the perceptual distance; needs the package lpips and its VGG weights")
-    kl: float = setting(1e-6, "weight of the KL divergence to the standard normal")
-    adversarial: float = setting(0.0, "weight of the adversarial loss; 0 = there is no discriminator")
-    disc_start: int = setting(0, "step from which the discriminator trains and counts")
-    disc_width: int = setting(64, "channels after the discriminator's first convolution")
-    disc_layers: int = setting(3, "strided convolutions of the discriminator")
+    l1: float = config_field(1.0, "weight of the absolute error")
+    l2: float = config_field(0.0, "weight of the squared error")
+    lpips: float = config_field(0.0, "weight of the perceptual distance; needs the package lpips and its VGG weights")
+    kl: float = config_field(1e-6, "weight of the KL divergence to the standard normal")
+    adversarial: float = config_field(0.0, "weight of the adversarial loss; 0 = there is no discriminator")
+    disc_start: int = config_field(0, "step from which the discriminator trains and counts")
+    disc_width: int = config_field(64, "channels after the discriminator's first convolution")
+    disc_layers: int = config_field(3, "strided convolutions of the discriminator")
 
     def __post_init__(self) -> None:
         if min(self.l1, self.l2, self.lpips, self.kl, self.adversarial) < 0 or self.l1 + self.l2 == 0:
@@ -34,7 +34,7 @@ class AutoencoderLossConfig:
 
 
 class ReconstructionLoss(nn.Module):
-    """How far a reconstruction is from its picture: l1, l2 and LPIPS, each summed over the picture's values.
+    """How far a reconstruction is from its image: l1, l2 and LPIPS, each summed over the image's values.
 
     Raises:
         MissingExtraError: LPIPS is wanted and the package lpips is absent.
@@ -51,7 +51,7 @@ class ReconstructionLoss(nn.Module):
         difference = (image - reconstruction).flatten(1)
         loss = self.config.l1 * difference.abs().sum(1) + self.config.l2 * difference.square().sum(1)
         if self.perceptual is not None:
-            # LDM adds the distance of the picture to the error of each of its values.
+            # LDM adds the distance of the image to the error of each of its values.
             loss = loss + self.config.lpips * self.perceptual(image, reconstruction).flatten() * difference.shape[1]
         return loss
 
@@ -76,7 +76,7 @@ def kl_loss(posterior: DiagonalGaussian) -> Tensor:
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss on its logits for pictures and for reconstructions (Lim & Ye 2017, arXiv 1705.02894)."""
+    """The discriminator's loss on its logits for images and for reconstructions (Lim & Ye 2017, arXiv 1705.02894)."""
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 

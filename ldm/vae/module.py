@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from ldm.config import setting
-from ldm.images import Images
+from ldm.config import config_field
+from ldm.image_output import Images
 from ldm.training.optim import TrainConfig, adamw
 from ldm.training.stage import StageModule
 from ldm.vae.discriminator import PatchDiscriminator
-from ldm.vae.first_stage import FirstStage, FirstStageKind
+from ldm.vae.first_stage import FirstStage, FirstStageConfig
 from ldm.vae.loss import AutoencoderLossConfig, ReconstructionLoss, adaptive_weight, hinge_loss, kl_loss
 from ldm.vae.preview import LeastSquares
 
@@ -28,10 +28,10 @@ PREVIEW = 8
 class VAEStage:
     """Stage 1: the first stage, how it is trained, or the file that it comes from."""
 
-    model: FirstStageKind = setting(help="the first stage")
-    loss: AutoencoderLossConfig = setting(AutoencoderLossConfig(), "its losses")
-    train: TrainConfig | None = setting(None, "its training; null = it is not trained here")
-    checkpoint: str | None = setting(
+    model: FirstStageConfig = config_field(help="the first stage")
+    loss: AutoencoderLossConfig = config_field(AutoencoderLossConfig(), "its losses")
+    train: TrainConfig | None = config_field(None, "its training; null = it is not trained here")
+    checkpoint: str | None = config_field(
         None, "source of a first stage that is only used: a file, folder or hub id, also of SD"
     )
 
@@ -56,7 +56,7 @@ class VAEModule(StageModule):
             self.discriminator = PatchDiscriminator(channels, config.loss.disc_width, config.loss.disc_layers)
         self.preview: Tensor | None = None
 
-    def networks(self) -> nn.Module:
+    def trainable_module(self) -> nn.Module:
         return self.first_stage
 
     def compile_networks(self) -> None:
@@ -100,7 +100,7 @@ class VAEModule(StageModule):
     def _step(self, optimizer: Any, loss: Tensor, batch_index: int) -> None:
         """Gradients of ``loss``, accumulated; clipped and applied where a step is due."""
         self.manual_backward(loss / self.train_config.accumulate)
-        if self.steps_at(batch_index):
+        if self.is_optimizer_step(batch_index):
             optimizer.step()
             optimizer.zero_grad()
 
@@ -131,7 +131,7 @@ class VAEModule(StageModule):
         }
 
     def pictures(self) -> Mapping[str, Any]:
-        """Validation pictures above their reconstructions."""
+        """Validation images above their reconstructions."""
         if self.preview is None:
             self.preview = next(iter(self.data.val_dataloader()))["image"][:PREVIEW].to(self.device)
         reconstruction = self.first_stage.decode(self.first_stage.encode(self.preview).mean)
@@ -140,7 +140,7 @@ class VAEModule(StageModule):
 
 
 def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each picture ``[b c h w]`` in [-1, 1]: ``[b]``; the peak is the range, 2."""
+    """Peak signal-to-noise ratio in dB of each image ``[b c h w]`` in [-1, 1]: ``[b]``; the peak is the range, 2."""
     error = (image - reconstruction).square().flatten(1).mean(1)
     return 10 * torch.log10(4.0 / error.clamp(min=1e-10))
 
@@ -149,8 +149,8 @@ def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:
 def measure_latents(
     first_stage: FirstStage, batches: Iterable[Mapping[str, Any]], device: torch.device | str = "cpu"
 ) -> None:
-    """Set ``latent_mean`` and ``latent_std`` to the statistics a channel of latents drawn for all pictures of ``batches``, and
-    fit ``latent_preview`` to those pictures.
+    """Set ``latent_mean`` and ``latent_std`` to the statistics a channel of latents drawn for all images of ``batches``, and
+    fit ``latent_preview`` to those images.
 
     By the law of total variance, var(z) = E[posterior variance] + var(posterior mean); summed in fp64.
     """

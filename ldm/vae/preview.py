@@ -1,4 +1,4 @@
-"""A preview of pictures that needs no decoder: colours as an affine function of the latent at the same place."""
+"""A preview of images that needs no decoder: colours as an affine function of the latent at the same place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LeastSquares:
         self.gram, self.products = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
 
     def add(self, latent: Tensor, image: Tensor) -> None:
-        """``latent [b z h w]`` and the pictures of it ``[b c fh fw]``, each of whose colours is the mean of f x f pixels."""
+        """``latent [b z h w]`` and the images of it ``[b c fh fw]``, each of whose colours is the mean of f x f pixels."""
         colours = F.interpolate(image.float(), size=latent.shape[-2:], mode="area")
         z, y = (each.double().cpu().movedim(1, 0).flatten(1) for each in (latent, colours))
         z = torch.cat([z, torch.ones_like(z[:1])])

@@ -1,8 +1,8 @@
-"""Large pictures through an autoencoder in bounded memory: tile by tile, and a batch a few pictures at a time.
+"""Large images through an autoencoder in bounded memory: tile by tile, and a batch a few images at a time.
 
 What works at the resolution of the latents, self-attention above all, takes little memory and is done at once; what works at
 finer ones goes tile by tile. Convolutions see across a tile's border by the overlap, over which tiles are blended. Group
-norms are what tiles would disagree on: over a tile they have other statistics than over the picture, so that its contrast and
+norms are what tiles would disagree on: over a tile they have other statistics than over the image, so that its contrast and
 colours would differ from its neighbours'. All tiles are therefore normalised alike, by :class:`SharedNorms`.
 """
 
@@ -24,7 +24,7 @@ MEASUREMENTS = 2
 decode to 35, 47, 55, 55 dB on a sheet of emoji whose lower half is blank (384 x 384, tiles of 32)."""
 
 BLOCK = 8
-"""Side of the blocks, in latent positions, of which the sample of a picture is made up."""
+"""Side of the blocks, in latent positions, of which the sample of an image is made up."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Tiling:
     """How much an autoencoder works on at once.
 
     Attributes:
-        tile: what is larger than this squared, in latent positions, is worked on in parts, be it a large picture or a
+        tile: what is larger than this squared, in latent positions, is worked on in parts, be it a large image or a
             large batch.
         overlap: latent positions that neighbouring tiles have in common, at least.
 
@@ -105,7 +105,7 @@ class Tiling:
     def _in_parts(
         self, whole: Callable[[Tensor], Tensor], tiled: Callable[[Tensor], Tensor], x: Tensor, scale: int
     ) -> Tensor:
-        """Of ``x [b c scale*h scale*w]`` each large picture ``tiled``, small ones ``whole``, as many at once as make a tile."""
+        """Of ``x [b c scale*h scale*w]`` each large image ``tiled``, small ones ``whole``, as many at once as make a tile."""
         positions = x.shape[-2] * x.shape[-1] // scale**2
         if positions > self.tile**2:
             return torch.cat([tiled(picture) for picture in x.split(1)])
@@ -150,17 +150,17 @@ def _moments(posterior: DiagonalGaussian) -> Tensor:
 
 
 class SharedNorms:
-    """Gives the group norms of a network the statistics of a whole picture, of which the network sees tile after tile.
+    """Gives the group norms of a network the statistics of a whole image, of which the network sees tile after tile.
 
     The statistics of a norm depend on how the norms before it have normalised, so those that are measured while tiles are
     normalised in one way do not fit each other in another. Those of a sample that goes through the network at once do;
-    what is measured over the tiles is by how much the picture differs from its sample, which hardly depends on the way.
+    what is measured over the tiles is by how much the image differs from its sample, which hardly depends on the way.
     """
 
     def __init__(self) -> None:
         self.sampling = False  # whether the network is called with the sample, else with a tile
         self.tile: Tile | None = None  # with which, if it is to be measured
-        # mean and deviation of the sample, and difference of the picture's mean in such deviations and ratio of its deviation
+        # mean and deviation of the sample, and difference of the image's mean in such deviations and ratio of its deviation
         self.sample: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}  # [b g] each
         self.differences: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
         self.sums: dict[nn.GroupNorm, Tensor] = {}  # of 1, x and x^2 over the cores of the tiles, [3 b g]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from ldm import load
 from ldm.cli.convert import main
 from ldm.clip.model import CLIPConfig
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.formats import read, save
 from ldm.formats.native import CLIP, save_module
 from ldm.formats.tensors import read_metadata
@@ -105,7 +105,7 @@ def test_a_lone_vae_goes_to_every_format_bit_for_bit(by: tuple[str, ...], conver
 def test_a_clip_goes_to_its_formats(convert: Command, tmp_path: Path) -> None:
     text = {"vocab_size": 300, "context_length": 12, "width": 64, "layers": 1, "heads": 1}
     image = {"kind": "vit", "image_size": 16, "patch_size": 8, "width": 64, "layers": 1, "heads": 1}
-    clip = structure(CLIPConfig, {"text": text, "image": image, "embed_dim": 16}).build()
+    clip = from_dict(CLIPConfig, {"text": text, "image": image, "embed_dim": 16}).build()
     source = tmp_path / "clip.safetensors"
     save_module(source, CLIP, clip, clip.config, TOKENIZER)
     for to in ("transformers", "native", "open_clip", "native"):

@@ -7,8 +7,8 @@ import torch
 from open_clip.transformer import VisionTransformer
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from ldm.clip.image import ImageTowerKind, ViTConfig
-from ldm.config import structure
+from ldm.clip.image import ImageTowerConfig, ViTConfig
+from ldm.config import from_dict
 from ldm.errors import ConfigError
 from tests.clip.peers import from_open_clip, from_transformers, randomize
 
@@ -38,7 +38,7 @@ def test_vit_equals_transformers() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("pool", "theirs"), [("class", "tok"), ("mean", "avg")])
 def test_vit_equals_open_clip(pool: str, theirs: str) -> None:
-    """With bigG's mlp_ratio, whose hidden width is rounded down, and on channels_last pictures."""
+    """With bigG's mlp_ratio, whose hidden width is rounded down, and on channels_last images."""
     peer = randomize(
         VisionTransformer(
             image_size=TINY.image_size,
@@ -52,7 +52,7 @@ def test_vit_equals_open_clip(pool: str, theirs: str) -> None:
         )
     )
     values = {"kind": "vit", "image_size": 24, "patch_size": 8, "width": 32, "layers": 2, "heads": 4}
-    tower = structure(ImageTowerKind, values | {"mlp_ratio": 4.9231, "pool": pool}).build(EMBED)
+    tower = from_dict(ImageTowerConfig, values | {"mlp_ratio": 4.9231, "pool": pool}).build(EMBED)
     tower.load_state_dict(from_open_clip(peer))
     image = torch.rand(3, 3, 24, 24) * 2 - 1
     expected = peer(image)
@@ -82,5 +82,5 @@ def test_pixels_are_normalised_as_the_weights_were_trained() -> None:
 )
 def test_what_cannot_be_built_is_refused_with_its_place(values: dict[str, object], part: str) -> None:
     with pytest.raises(ConfigError, match=r"^clip\.image") as error:
-        structure(ImageTowerKind, values, "clip.image")
+        from_dict(ImageTowerConfig, values, "clip.image")
     assert part in str(error.value)

@@ -15,7 +15,7 @@ from ldm.clip.model import CLIPConfig, clip_loss
 from ldm.clip.retrieval import recall_at_k
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import train_byte_bpe
-from ldm.config import structure, unstructure
+from ldm.config import from_dict, to_dict
 from ldm.errors import ConfigError
 
 TINY = CLIPConfig(
@@ -98,7 +98,7 @@ def test_a_tiny_model_overfits_eight_pairs() -> None:
 
 def test_the_text_tower_leaves_with_a_config_that_rebuilds_it() -> None:
     model = TINY.build()
-    config = structure(TextTowerConfig, unstructure(model.text.config))
+    config = from_dict(TextTowerConfig, to_dict(model.text.config))
     tower = config.build()
     tower.load_state_dict(model.text.state_dict())
     tokens = torch.randint(0, 300, (2, 9))
@@ -107,7 +107,7 @@ def test_the_text_tower_leaves_with_a_config_that_rebuilds_it() -> None:
 
 def test_the_defaults_are_the_size_of_vit_l_14() -> None:
     """OpenAI's ViT-L/14 has 427,616,513 parameters."""
-    config = structure(CLIPConfig, {"text": {}, "image": "vit"})
+    config = from_dict(CLIPConfig, {"text": {}, "image": "vit"})
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in config.build().parameters()) == 427_616_513
 
@@ -123,7 +123,7 @@ def test_the_defaults_are_the_size_of_vit_l_14() -> None:
 )
 def test_what_cannot_be_built_is_refused(values: dict[str, object], part: str) -> None:
     with pytest.raises(ConfigError) as error:
-        structure(CLIPConfig, values, "clip.model")
+        from_dict(CLIPConfig, values, "clip.model")
     assert part in str(error.value)
 
 

@@ -10,7 +10,7 @@ from ldm.clip.retrieval import recall_at_k, reduce_images, sample_recall
 
 
 def pair_features(n: int = 40, d: int = 6) -> tuple[Tensor, Tensor]:
-    """Texts near enough to their pictures that recall is neither 0 nor 1."""
+    """Texts near enough to their images that recall is neither 0 nor 1."""
     image = torch.randn(n, d)
     return image + torch.randn(n, d), image
 

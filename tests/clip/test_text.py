@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from ldm.clip.text import TextTowerConfig
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.errors import ConfigError
 from tests.clip.peers import from_open_clip, from_transformers, randomize
 
@@ -141,5 +141,5 @@ def test_without_projection_the_pooled_state_is_the_normed_state_of_the_end_toke
 )
 def test_what_cannot_be_built_is_refused_with_its_place(values: dict[str, object], part: str) -> None:
     with pytest.raises(ConfigError, match=r"^clip\.text") as error:
-        structure(TextTowerConfig, values, "clip.text")
+        from_dict(TextTowerConfig, values, "clip.text")
     assert part in str(error.value)

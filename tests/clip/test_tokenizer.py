@@ -15,11 +15,11 @@ from ldm.clip.tokenizer import (
     ByteBPEConfig,
     CLIPBPEConfig,
     Tokenizer,
-    TokenizerKind,
+    TokenizerConfig,
     clip_merges,
     train_byte_bpe,
 )
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from tests.clip.peers import clip_tokenizer
 
@@ -76,7 +76,7 @@ def test_clip_bpe_equals_transformers_on_any_text(
 
 
 def test_sd2_pads_with_zero(clip_bpe: Tokenizer) -> None:
-    zero = structure(TokenizerKind, {"kind": "clip_bpe", "pad_id": 0}).build()
+    zero = from_dict(TokenizerConfig, {"kind": "clip_bpe", "pad_id": 0}).build()
     expected = torch.from_numpy(SimpleTokenizer()(["a red apple"]).numpy())
     assert torch.equal(zero("a red apple"), expected)
     assert zero.pad_id == 0
@@ -175,16 +175,16 @@ def test_a_file_is_read_instead_of_training(tmp_path: Path, byte_bpe: Tokenizer)
     path = tmp_path / "tokenizer.json"
     path.write_text(byte_bpe.to_json(), encoding="utf-8")
     values = {"kind": "byte_bpe", "path": str(path), "context_length": 24, "vocab_size": 400}
-    tokenizer = structure(TokenizerKind, values).build()
+    tokenizer = from_dict(TokenizerConfig, values).build()
     assert torch.equal(tokenizer(CAPTIONS), byte_bpe(CAPTIONS)[:, :24])
     with pytest.raises(ConfigError, match="set vocab_size to at least"):
-        structure(TokenizerKind, values | {"vocab_size": 260}).build()
+        from_dict(TokenizerConfig, values | {"vocab_size": 260}).build()
     path.write_text("{}")
     with pytest.raises(CheckpointError):
-        structure(TokenizerKind, values).build()
+        from_dict(TokenizerConfig, values).build()
     path.unlink()
     with pytest.raises(DataError, match="does not exist"):
-        structure(TokenizerKind, values).build()
+        from_dict(TokenizerConfig, values).build()
 
 
 @pytest.mark.parametrize("texts", [None, 3, ["a", 2.5], [float("nan")], b"bytes", ["a", None], "\udcff"])
@@ -204,7 +204,7 @@ def test_training_needs_captions_and_room_for_all_bytes() -> None:
         train_byte_bpe(["a", None])  # type: ignore[list-item]
     for config, values in ((ByteBPEConfig, {"vocab_size": 257}), (CLIPBPEConfig, {"pad_id": 49408})):
         with pytest.raises(ConfigError, match=r"^clip\.tokenizer"):
-            structure(config, values, "clip.tokenizer")
+            from_dict(config, values, "clip.tokenizer")
 
 
 def test_without_open_clip_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

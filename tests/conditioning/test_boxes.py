@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.conditioning import BoxesConditioner, ConditionerKind
+from ldm.conditioning import BoxesConditioner, ConditionerConfig
 from ldm.conditioning.boxes import fourier_features
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.errors import ConfigError, DataError, SamplingError
 from ldm.nn.attention import Attention
 
@@ -16,7 +16,7 @@ RED, BLUE = (0, 0.0, 0.0, 0.5, 0.5), (2, 0.25, 0.5, 1.0, 1.0)
 
 def boxes(**changes: Any) -> BoxesConditioner:
     config = {"kind": "boxes", "classes": 3, "max_boxes": 4, "width": 8} | changes
-    conditioner = structure(ConditionerKind, config).build()
+    conditioner = from_dict(ConditionerConfig, config).build()
     assert isinstance(conditioner, BoxesConditioner)
     return conditioner
 
@@ -39,7 +39,7 @@ def test_class_and_each_coordinate_count(changed: tuple[float, ...]) -> None:
 
 
 def test_groundes_are_one_token_and_no_nan() -> None:
-    """Of a picture without boxes, of an absent list and of a dropped one alike; attention to it is defined."""
+    """Of an image without boxes, of an absent list and of a dropped one alike; attention to it is defined."""
     conditioner = boxes(dropout=0.999999)
     absent = conditioner({"boxes": [None, []]})
     dropped = conditioner({"boxes": [[RED], [BLUE]]}, torch.Generator().manual_seed(0))
@@ -76,7 +76,7 @@ def test_fourier_features_are_sines_and_cosines_of_rising_frequencies() -> None:
         ([RED] * 5, r"picture 1 has 5 boxes, but the model takes 4 \(max_boxes\)"),
         (
             [RED, (0, 0.5, 0, 0.4, 1)],
-            r"the boxes of picture 1 are not a list of \(class, x0, .* at number 1; correct them",
+            r"the boxes of image 1 are not a list of \(class, x0, .* at number 1; correct them",
         ),
         ([(0, 0, 0, 1)], "are not a list"),
         ([(0, 0, 0, 16, 16)], "with 0 <= x0 < x1 <= 1"),

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.conditioning import Conditioner, ConditionerKind
-from ldm.config import structure
+from ldm.conditioning import Conditioner, ConditionerConfig
+from ldm.config import from_dict
 from ldm.errors import ConfigError, DataError, SamplingError
 from ldm.nn.conditioning import Conditioning
 from tests.tiny import TOKENIZER, TOWER
@@ -15,12 +15,12 @@ CAPTIONS = ["a red apple", "a blue sky", "two green cars"]
 
 
 def text(**changes: Any) -> Conditioner:
-    config = structure(ConditionerKind, {"kind": "text", "tower": TOWER | {"embed_dim": 6}} | changes)
+    config = from_dict(ConditionerConfig, {"kind": "text", "tower": TOWER | {"embed_dim": 6}} | changes)
     return config.build(TOKENIZER)
 
 
 def label(**changes: Any) -> Conditioner:
-    return structure(ConditionerKind, {"kind": "class", "classes": 4, "width": 5} | changes).build()
+    return from_dict(ConditionerConfig, {"kind": "class", "classes": 4, "width": 5} | changes).build()
 
 
 def test_captions_become_the_states_of_the_tower() -> None:
@@ -76,7 +76,7 @@ def test_data_without_labels_is_refused() -> None:
 
 
 def test_no_condition_is_an_empty_record() -> None:
-    conditioner = structure(ConditionerKind, "none").build()
+    conditioner = from_dict(ConditionerConfig, "none").build()
     for cond in (conditioner({"text": CAPTIONS}), conditioner.unconditional({})):
         assert cond == Conditioning()
 
@@ -94,9 +94,9 @@ def test_no_condition_is_an_empty_record() -> None:
 def test_widths_are_known_before_anything_is_built(
     config: dict[str, Any], widths: tuple[int | None, int | None]
 ) -> None:
-    kind = structure(ConditionerKind, config)
+    kind = from_dict(ConditionerConfig, config)
     assert (kind.context_width, kind.vector_width) == widths
-    cond = kind.build(TOKENIZER).unconditional({name: [None, None] for name in kind.reads})
+    cond = kind.build(TOKENIZER).unconditional({name: [None, None] for name in kind.input_keys})
     assert (None if cond.context is None else cond.context.shape[-1]) == widths[0]
     assert (None if cond.vector is None else cond.vector.shape[-1]) == widths[1]
 
@@ -104,4 +104,4 @@ def test_widths_are_known_before_anything_is_built(
 @pytest.mark.parametrize("config", [{"kind": "text", "dropout": 1.0}, {"kind": "class", "classes": 0}])
 def test_impossible_conditioners_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="must be"):
-        structure(ConditionerKind, config)
+        from_dict(ConditionerConfig, config)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from ldm import editing
 from ldm.clip.model import CLIPConfig
-from ldm.conditioning import ConditionerKind, ImageConditioner
-from ldm.config import structure, unstructure
+from ldm.conditioning import ConditionerConfig, ImageConditioner
+from ldm.config import from_dict, to_dict
 from ldm.errors import ConfigError, SamplingError
 from ldm.experiment import load_config
 from ldm.model import LatentDiffusion, ModelConfig
@@ -27,17 +27,17 @@ QUIET: dict[str, Any] = {"progress": False, "num_inference_steps": 2}
 
 
 def image(**changes: Any) -> ImageConditioner:
-    config = structure(ConditionerKind, {"kind": "image", "dropout": 0.0} | changes)
-    clip = structure(CLIPConfig, {"text": TOWER, "image": VIT, "embed_dim": 16})
+    config = from_dict(ConditionerConfig, {"kind": "image", "dropout": 0.0} | changes)
+    clip = from_dict(CLIPConfig, {"text": TOWER, "image": VIT, "embed_dim": 16})
     conditioner = config.resolved(clip, (8, 8), 2).build()
     assert isinstance(conditioner, ImageConditioner)
     return conditioner
 
 
 def model(**changes: Any) -> LatentDiffusion:
-    """A model that listens to pictures, and to nothing else."""
-    sections = unstructure(tiny_model().config) | {"conditioner": unstructure(image(**changes).config)}
-    built = LatentDiffusion(structure(ModelConfig, sections)).eval()
+    """A model that listens to images, and to nothing else."""
+    sections = to_dict(tiny_model().config) | {"conditioner": to_dict(image(**changes).config)}
+    built = LatentDiffusion(from_dict(ModelConfig, sections)).eval()
     for parameter in built.denoiser.parameters():
         if parameter.ndim > 1 and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -107,10 +107,10 @@ def test_a_file_a_picture_and_a_tensor_ask_for_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ([torch.zeros(1, 8, 8)], r"a picture as a tensor is \[3, h, w\] in \[-1, 1\], not \[1, 8, 8\]"),
+        ([torch.zeros(1, 8, 8)], r"an image as a tensor is \[3, h, w\] in \[-1, 1\], not \[1, 8, 8\]"),
         ([torch.zeros(3, 8, 8, dtype=torch.uint8)], "of torch.uint8"),
-        (["absent.png"], "absent.png cannot be read as a picture"),
-        ([7], "a picture is a PIL.Image or the name of a file, not int"),
+        (["absent.png"], "absent.png cannot be read as an image"),
+        ([7], "an image is a PIL.Image or the name of a file, not int"),
     ],
 )
 def test_what_is_no_picture_is_one_sentence(wrong: Any, message: str) -> None:
@@ -131,7 +131,7 @@ def test_variations_and_style_transfer_follow_the_picture() -> None:
 
 
 def test_the_tower_is_that_of_stage_2(tmp_path: Path) -> None:
-    few = [f"clip.train.{each}" for each in ("max_steps=2", "batch_size=4", "pictures_every=9", "precision=fp32")]
+    few = [f"clip.train.{each}" for each in ("max_steps=2", "batch_size=4", "images_every=9", "precision=fp32")]
     experiment = load_config(CONFIG, [f"run_dir={tmp_path}", "data.samples=16", "trainer.accelerator=cpu", *few])
     clip = load_file(train_stage(experiment, "clip"))
     begun, handoff = make_model(experiment)
@@ -144,8 +144,8 @@ def test_the_tower_is_that_of_stage_2(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.cache_latents=true"], r"reads pictures, which cached latents lack; set data\.cache_latents to false"),
-        (["clip=null"], "reads pictures, but there is no clip section to give its tower"),
+        (["data.cache_latents=true"], r"reads images, which cached latents lack; set data\.cache_latents to false"),
+        (["clip=null"], "reads images, but there is no clip section to give its tower"),
         (["denoiser.conditioner.embed_dim=8"], r"another image tower than clip\.model; leave tower and embed_dim out"),
         (["denoiser.conditioner.tokens=true", "denoiser.model.context_width=8"], "but the conditioner gives 64"),
     ],

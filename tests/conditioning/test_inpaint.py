@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import Pipeline, editing
-from ldm.conditioning import Conditioner, ConditionerKind
+from ldm.conditioning import Conditioner, ConditionerConfig
 from ldm.conditioning.inpaint import draw_mask
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.errors import ConfigError, DataError, SamplingError
 from ldm.stages import make_denoiser, train_stage
 from tests.conditioning.training import experiment_on, trained_on
@@ -24,7 +24,7 @@ PIXELS = {"kind": "inpaint", "latent_channels": 3}
 
 
 def inpaint(**changes: Any) -> Conditioner:
-    return structure(ConditionerKind, {"kind": "inpaint"} | changes).build()
+    return from_dict(ConditionerConfig, {"kind": "inpaint"} | changes).build()
 
 
 def drawn(seed: int = 0) -> torch.Generator:
@@ -108,7 +108,7 @@ def test_training_greys_the_hole_before_it_is_encoded() -> None:
         seen.append(pictures)
         return F.avg_pool2d(pictures, 4)
 
-    told = inpaint(latent_channels=3).of_training({"image": image}, encode, drawn())
+    told = inpaint(latent_channels=3).prepare_batch({"image": image}, encode, drawn())
     mask, known = told["inpaint"][:, :1], told["inpaint"][:, 1:]
     assert told["image"] is image
     assert told["inpaint"].shape == (8, 4, 4, 6)
@@ -117,14 +117,14 @@ def test_training_greys_the_hole_before_it_is_encoded() -> None:
     assert torch.equal(seen[0], torch.where(hole, 0.0, image))
     assert torch.equal(mask.bool(), F.max_pool2d(hole.float(), 4).bool())
     assert 0 < hole.float().mean() < 1
-    again, other = (inpaint(latent_channels=3).of_training({"image": image}, encode, drawn(seed)) for seed in (0, 1))
+    again, other = (inpaint(latent_channels=3).prepare_batch({"image": image}, encode, drawn(seed)) for seed in (0, 1))
     assert torch.equal(told["inpaint"], again["inpaint"])
     assert not torch.equal(told["inpaint"], other["inpaint"])
 
 
 def test_cached_latents_are_refused() -> None:
     with pytest.raises(DataError, match=r"conditioner inpaint .* cached latents do not carry; set data\.cache_latents"):
-        inpaint().of_training({"mean": torch.zeros(1), "std": torch.zeros(1)}, lambda x: x, drawn())
+        inpaint().prepare_batch({"mean": torch.zeros(1), "std": torch.zeros(1)}, lambda x: x, drawn())
 
 
 # The model
@@ -154,14 +154,14 @@ def test_editing_shows_the_model_what_training_shows_it() -> None:
 
 @pytest.fixture(scope="module")
 def flat() -> list[np.ndarray]:
-    """96 pictures of 16 pixels, each of one random colour."""
+    """96 images of 16 pixels, each of one random colour."""
     return list(
         np.random.default_rng(0).integers(0, 256, (96, 1, 1, 3), np.uint8).repeat(16, axis=1).repeat(16, axis=2)
     )
 
 
 def test_the_sample_continues_the_known_part(tmp_path: Path, flat: list[np.ndarray]) -> None:
-    """Of flat pictures with a hole, the hole gets the colour of the rest: by the condition alone, without an edit."""
+    """Of flat images with a hole, the hole gets the colour of the rest: by the condition alone, without an edit."""
     pipe = trained_on(tmp_path, flat[:64], PIXELS | {"whole": 0.0}, max_steps=150)
     truth = torch.from_numpy(np.stack(flat[64:])).permute(0, 3, 1, 2) / 127.5 - 1
     mask = torch.zeros(1, 1, 16, 16)

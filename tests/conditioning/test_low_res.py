@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import Pipeline, editing
-from ldm.conditioning import Conditioner, ConditionerKind
-from ldm.config import structure
+from ldm.conditioning import Conditioner, ConditionerConfig
+from ldm.config import from_dict
 from ldm.errors import ConfigError, DataError, SamplingError
-from ldm.images import Images
+from ldm.image_output import Images
 from ldm.stages import train_stage
 from tests.conditioning.training import WIDTH, experiment_on, trained_on
 from tests.tiny import FACTOR, tiny_model
@@ -28,7 +28,7 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def low_res(**changes: Any) -> Conditioner:
-    return structure(ConditionerKind, config(**changes)).build()
+    return from_dict(ConditionerConfig, config(**changes)).build()
 
 
 def pictures(n: int = 2, side: int = 8) -> Tensor:
@@ -109,7 +109,7 @@ def test_a_small_picture_is_a_picture_a_file_or_a_tensor(tmp_path: Path) -> None
 
 def test_training_averages_over_squares_of_pixels() -> None:
     image = pictures(2, 16)
-    batch = low_res().of_training({"image": image, "text": ["a", "b"]}, lambda x: x, drawn())
+    batch = low_res().prepare_batch({"image": image, "text": ["a", "b"]}, lambda x: x, drawn())
     torch.testing.assert_close(batch["low_res"], image.reshape(2, 3, 4, 4, 4, 4).mean((3, 5)))
     assert batch["image"] is image
     assert batch["text"] == ["a", "b"]
@@ -121,7 +121,7 @@ def test_training_averages_over_squares_of_pixels() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([None], r"enlarges pictures; give condition=\{'low_res'"),
+        ([None], r"enlarges images; give condition=\{'low_res'"),
         ([torch.zeros(8, 8)], r"is \[3, h, w\] in \[-1, 1\], not \[8, 8\]"),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 4)], "of one size, but they are 8 x 8, 4 x 8"),
         ([3], "not int"),
@@ -134,9 +134,9 @@ def test_what_is_no_small_picture_is_told_in_a_sentence(given: list[Any], messag
 
 def test_training_needs_pictures_that_can_be_divided() -> None:
     with pytest.raises(DataError, match=r"cached latents do not carry; set data\.cache_latents to false"):
-        low_res().of_training({"mean": torch.zeros(1), "std": torch.zeros(1)}, lambda x: x, drawn())
+        low_res().prepare_batch({"mean": torch.zeros(1), "std": torch.zeros(1)}, lambda x: x, drawn())
     with pytest.raises(DataError, match=r"10 x 10 are not divisible by the factor 4 .*; set data\.size"):
-        low_res().of_training({"image": pictures(1, 10)}, lambda x: x, drawn())
+        low_res().prepare_batch({"image": pictures(1, 10)}, lambda x: x, drawn())
 
 
 @pytest.mark.parametrize(
@@ -184,12 +184,12 @@ def test_upscaling_runs_in_low_precision() -> None:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (lambda: editing.upscale(Pipeline(tiny_model()), Image.new("RGB", (4, 4))), "this model enlarges no pictures"),
+        (lambda: editing.upscale(Pipeline(tiny_model()), Image.new("RGB", (4, 4))), "this model enlarges no images"),
         (lambda: editing.upscale(tiny_upscaler(), Image.new("RGB", (4, 4)), height=32), "leave height and width out"),
         (lambda: editing.upscale(tiny_upscaler(), []), "they are none"),
         (
             lambda: tiny_upscaler()(condition={"low_res": [torch.zeros(3, 8, 8)]}, **QUIET),
-            "has the size 16 x 16 in latents, but the picture 8 x 8; give the height and width",
+            "has the size 16 x 16 in latents, but the image 8 x 8; give the height and width",
         ),
         (lambda: tiny_upscaler()(**QUIET), r"this model needs condition=\{'low_res'"),
     ],
@@ -201,7 +201,7 @@ def test_what_cannot_be_upscaled_is_told_in_a_sentence(task: Any, message: str) 
 
 @pytest.fixture(scope="module")
 def patchwork() -> list[np.ndarray]:
-    """96 pictures of 16 pixels: four by four patches of random colours, each with a brighter middle."""
+    """96 images of 16 pixels: four by four patches of random colours, each with a brighter middle."""
     patches = np.random.default_rng(0).integers(0, 200, (96, 4, 4, 3), np.uint8)
     whole = patches.repeat(4, axis=1).repeat(4, axis=2)
     middle = np.tile([0, 1, 1, 0], 4)
@@ -209,7 +209,7 @@ def patchwork() -> list[np.ndarray]:
 
 
 def test_the_small_picture_steers_the_sample(tmp_path: Path, patchwork: list[np.ndarray]) -> None:
-    """A sample for new small pictures shrinks to them, in all places and colours, and has details that they lack."""
+    """A sample for new small images shrinks to them, in all places and colours, and has details that they lack."""
     pipe = trained_on(tmp_path, patchwork[:64], config(noise_max=0.2), max_steps=200)
     truth = torch.from_numpy(np.stack(patchwork[64:])).permute(0, 3, 1, 2) / 255
     small = F.avg_pool2d(truth, 4)

@@ -19,15 +19,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ldm import Pipeline, editing
 from ldm.cli.dry_run import describe
 from ldm.clip.tokenizer import CLIPBPEConfig
-from ldm.conditioning import ConditionerKind, SDXLConditioner, windows
-from ldm.config import structure, unstructure
+from ldm.conditioning import ConditionerConfig, SDXLConditioner, long_prompts
+from ldm.config import from_dict, to_dict
 from ldm.data.shards import Sample, write_shard
 from ldm.errors import ConfigError, SamplingError
 from ldm.experiment import Experiment, load_config
 from ldm.formats.native import save_model
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import sinusoidal
-from ldm.prompts import Text
+from ldm.prompts import WeightedPrompt
 from ldm.stages import train_stage
 from tests.clip.peers import clip_tokenizer, from_transformers, randomize
 from tests.data.pictures import encoded
@@ -52,7 +52,7 @@ def sizes(n: int = 3, side: int = SIZE) -> dict[str, list[tuple[int, int]]]:
 
 
 def tiny(**changes: Any) -> SDXLConditioner:
-    conditioner = structure(ConditionerKind, TINY | changes).build(TOKENIZER)
+    conditioner = from_dict(ConditionerConfig, TINY | changes).build(TOKENIZER)
     assert isinstance(conditioner, SDXLConditioner)
     return conditioner
 
@@ -107,7 +107,7 @@ def ours(peer: StableDiffusionXLPipeline, **changes: Any) -> SDXLConditioner:
         for name, (width, activation) in WIDTHS.items()
     }
     towers["second"]["embed_dim"] = PROJECTION
-    conditioner = structure(ConditionerKind, {"kind": "sdxl", **towers, **changes}).build(CLIPBPEConfig().build())
+    conditioner = from_dict(ConditionerConfig, {"kind": "sdxl", **towers, **changes}).build(CLIPBPEConfig().build())
     assert isinstance(conditioner, SDXLConditioner)
     conditioner.first.load_state_dict(from_transformers(peer.text_encoder))
     conditioner.second.load_state_dict(from_transformers(peer.text_encoder_2))
@@ -177,7 +177,7 @@ def test_the_config_knows_the_widths() -> None:
     cond = tiny()({"text": CAPTIONS, **sizes()})
     assert (config.context_width, config.vector_width) == (CONTEXT, VECTOR)
     assert (cond.context.shape, cond.vector.shape) == ((3, 12, CONTEXT), (3, VECTOR))
-    assert structure(ConditionerKind, unstructure(config)) == config
+    assert from_dict(ConditionerConfig, to_dict(config)) == config
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -208,22 +208,22 @@ def test_the_towers_get_gradients_only_if_they_are_trained_along() -> None:
     trained = tiny(trainable=True)
     cond = trained(inputs)
     (cond.context.sum() + cond.vector.square().sum()).backward()
-    for _, tower in trained.towers():
+    for _, tower in trained.pretrained_encoders():
         assert tower.token_embedding.weight.grad.any()
-    assert [name for name, _ in trained.towers()] == ["text", "text_2"]
+    assert [name for name, _ in trained.pretrained_encoders()] == ["text", "text_2"]
 
 
 def test_a_long_prompt_has_as_many_windows_in_both_towers() -> None:
     conditioner = tiny()
-    long = Text("a red apple, a green apple, a red car, a blue car", weights=[1.5] * 11 + [1.0] * 38)
-    inputs = {"text": [long, Text("a blue sky"), None], **sizes()}
+    long = WeightedPrompt("a red apple, a green apple, a red car, a blue car", weights=[1.5] * 11 + [1.0] * 38)
+    inputs = {"text": [long, WeightedPrompt("a blue sky"), None], **sizes()}
     cond = conditioner(inputs)
-    texts = [long, Text("a blue sky"), ""]
+    texts = [long, WeightedPrompt("a blue sky"), ""]
     for tower, tokenizer, columns in (
         (conditioner.first, TOKENIZER, slice(0, 16)),
         (conditioner.second, TOKENIZER.with_padding(0), slice(16, None)),
     ):
-        (states, pooled), mask = windows.read(texts, tokenizer, tower)
+        (states, pooled), mask = long_prompts.read(texts, tokenizer, tower)
         assert states.shape[1] > 12
         assert torch.equal(cond.context[:2, :, columns], states[:2])
         assert torch.equal(cond.mask, mask)
@@ -233,7 +233,7 @@ def test_a_long_prompt_has_as_many_windows_in_both_towers() -> None:
 
 def test_a_tower_that_needs_fewer_windows_is_silent_in_the_last(own: SDXLConditioner) -> None:
     """ "!!!!" is one token, or four where "!" is the padding."""
-    inputs = {"text": [Text("!!!! " * 30), Text("a red apple")], **sizes(2)}
+    inputs = {"text": [WeightedPrompt("!!!! " * 30), WeightedPrompt("a red apple")], **sizes(2)}
     with torch.no_grad():
         cond = own(inputs)
     assert cond.context is not None
@@ -306,7 +306,7 @@ def test_each_picture_has_its_own_sizes_and_tells_those_that_were_given() -> Non
     made = pipe(CAPTIONS[:2], condition={"original_size": [(48, 32), (16, 16)]}, **QUIET)
     told = [json.loads(picture.info["settings"]) for picture in made]
     assert told[0]["original_size"] == [48, 32]
-    assert "original_size" not in told[1], "it is the picture's"
+    assert "original_size" not in told[1], "it is the image's"
     assert "target_size" not in told[0]
     alone = latents(pipe, CAPTIONS[0], condition={"original_size": told[0]["original_size"]})
     both = latents(pipe, CAPTIONS[:2], condition={"original_size": [(48, 32), None]})
@@ -336,7 +336,7 @@ def test_an_edited_picture_is_told_its_sizes_too() -> None:
 def test_it_is_one_of_several() -> None:
     parts = {"caption": TINY, "number": {"kind": "class", "classes": 3, "width": 5}}
     pipe = tiny_pipe({"kind": "several", "parts": parts}, VECTOR + 5)
-    assert pipe.model.config.conditioner.reads == ("text", "label")
+    assert pipe.model.config.conditioner.input_keys == ("text", "label")
     small, large = (latents(pipe, CAPTIONS[0], label=1, condition={"original_size": s}) for s in ((8, 8), (16, 16)))
     assert torch.equal(latents(pipe, CAPTIONS[0], label=1), large)
     assert not torch.allclose(small, large, atol=1e-4)
@@ -382,7 +382,7 @@ def sized_experiment(folder: Path) -> Experiment:
     conditioner = {"kind": "sdxl", "second": tower | {"embed_dim": 10}, "size_embedding_width": 8, "trainable": True}
     widths = {"in_channels": 3, "out_channels": 3, "context_width": 32, "vector_width": VECTOR}
     train = TRAIN | {"max_steps": STEPS, "batch_size": 16, "learning_rate": 3e-3, "validate_every": STEPS}
-    rarely = {"pictures_every": STEPS, "checkpoint_every": STEPS, "log_every": 50}
+    rarely = {"images_every": STEPS, "checkpoint_every": STEPS, "log_every": 50}
     denoiser = EXPERIMENT["denoiser"] | {
         "model": NETWORK | widths,
         "conditioner": conditioner,

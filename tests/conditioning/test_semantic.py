@@ -7,15 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.conditioning import ConditionerKind, SemanticConditioner
-from ldm.config import structure
+from ldm.conditioning import ConditionerConfig, SemanticConditioner
+from ldm.config import from_dict
 from ldm.errors import ConfigError, DataError, SamplingError
 
-MAP = np.kron(np.array([[0, 1], [2, 2]]), np.ones((4, 4), int))  # of a picture of 8 x 8, whose latents are 4 x 4
+MAP = np.kron(np.array([[0, 1], [2, 2]]), np.ones((4, 4), int))  # of an image of 8 x 8, whose latents are 4 x 4
 
 
 def semantic(**changes: Any) -> SemanticConditioner:
-    config = structure(ConditionerKind, {"kind": "semantic", "classes": 3} | changes)
+    config = from_dict(ConditionerConfig, {"kind": "semantic", "classes": 3} | changes)
     conditioner = config.resolved(None, (4, 4), 2).build()
     assert isinstance(conditioner, SemanticConditioner)
     return conditioner

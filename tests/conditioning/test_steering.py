@@ -19,14 +19,14 @@ from ldm.pipeline import Pipeline
 from ldm.stages import train_stage
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "conditioning"
-TRAIN = {"batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.9, "precision": "fp32", "pictures_every": 1000}
+TRAIN = {"batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.9, "precision": "fp32", "images_every": 1000}
 LEVELS = "[{width: 16, blocks: 1}, {width: 32, blocks: 1, depth: 1}, {width: 32, blocks: 1, depth: 1}]"
 TOWARDS = torch.tensor(list(COLOURS.values())) / 127.5 - 1
 """The colours, in [-1, 1]: what a rectangle adds to the grey of the ground."""
 
 
 def trained(folder: Path, kind: str, steps: int, *overrides: str) -> tuple[Pipeline, dict[str, Any]]:
-    """The pipeline of a model of one rectangle a picture, and the first four pictures that it was trained on."""
+    """The pipeline of a model of one rectangle an image, and the first four images that it was trained on."""
     settings = [f"denoiser.train.{name}={value}" for name, value in (TRAIN | {"max_steps": steps}).items()]
     settings += [f"run_dir={folder}", f"denoiser.model.levels={LEVELS}", "trainer.accelerator=cpu", "data.shapes=1"]
     settings += ["clip.train.max_steps=20", "clip.train.precision=fp32"] if kind == "image" else []
@@ -43,13 +43,13 @@ def sampled(pipe: Pipeline, *args: Any, **asked: Any) -> Tensor:
 
 
 def colours_of(pictures: Tensor) -> list[int]:
-    """The colour towards which the mean of each four pictures lies."""
+    """The colour towards which the mean of each four images lies."""
     mean = pictures.unflatten(0, (-1, 4)).mean((1, 3, 4))
     return torch.nn.functional.cosine_similarity(mean[:, None], TOWARDS, dim=2).argmax(1).tolist()
 
 
 def contrast(pictures: Tensor, inside: Tensor, colours: list[int]) -> Tensor:
-    """How much more of each picture's colour is inside of ``inside [n h w]`` than outside, ``[n]``; 1 for a true one."""
+    """How much more of each image's colour is inside of ``inside [n h w]`` than outside, ``[n]``; 1 for a true one."""
     towards = TOWARDS[colours]
     means = torch.stack(
         [
@@ -69,7 +69,7 @@ def test_boxes_say_what_is_drawn_where(tmp_path: Path) -> None:
     assert contrast(pictures, batch["semantic"] > 0, colours).min() > 0.4
 
     shown = np.asarray(Image.open(tmp_path / "denoiser" / "pictures" / "samples_0000140.png"))
-    assert min(shown.shape[:2]) > 2 * 64, "two rows, enlarged: true pictures above samples"
+    assert min(shown.shape[:2]) > 2 * 64, "two rows, enlarged: true images above samples"
 
 
 def test_a_semantic_map_says_what_is_drawn_where(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_semantic_map_says_what_is_drawn_where(tmp_path: Path) -> None:
 
 
 def test_a_sample_has_the_colour_of_the_picture_that_is_given(tmp_path: Path) -> None:
-    """Of pictures that it has never seen."""
+    """Of images that it has never seen."""
     pipe, _ = trained(tmp_path, "image", 140, "data.samples=12")
     pictures = torch.zeros(4, 3, 16, 16)
     pictures[:, :, 3:10, 5:13] = TOWARDS[:, :, None, None]

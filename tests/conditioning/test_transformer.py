@@ -15,9 +15,9 @@ import torch
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from ldm.cli.dry_run import describe
-from ldm.clip.tokenizer import ByteBPEConfig, Tokenizer, TokenizerKind, train_byte_bpe
-from ldm.conditioning import ConditionerKind, TransformerConditioner
-from ldm.config import structure, unstructure
+from ldm.clip.tokenizer import ByteBPEConfig, Tokenizer, TokenizerConfig, train_byte_bpe
+from ldm.conditioning import ConditionerConfig, TransformerConditioner
+from ldm.config import from_dict, to_dict
 from ldm.errors import CheckpointError, ConfigError
 from ldm.experiment import load_config
 from ldm.formats import load
@@ -81,12 +81,12 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return folder, ENCODERS[request.param](folder)
 
 
-def own_tokenizer(kind: TokenizerKind, name: str) -> Tokenizer:
+def own_tokenizer(kind: TokenizerConfig, name: str) -> Tokenizer:
     return train_byte_bpe(CAPTIONS, kind.vocab_size, kind.context_length)
 
 
-def resolved(**settings: Any) -> ConditionerKind:
-    config = structure(ConditionerKind, {"kind": "transformer", "dropout": 0.0} | settings)
+def resolved(**settings: Any) -> ConditionerConfig:
+    config = from_dict(ConditionerConfig, {"kind": "transformer", "dropout": 0.0} | settings)
     return config.resolved(None, (4, 4), 2).with_tokenizer(own_tokenizer)
 
 
@@ -157,8 +157,8 @@ def test_a_model_file_needs_nothing_beside_it(tmp_path: Path, scratch: bool) -> 
     write_tokenizer(folder)
     write_xlm_roberta(folder)
     settings = SCRATCH if scratch else {"checkpoint": str(folder), "context_length": 12}
-    sections = unstructure(tiny_model().config) | {"conditioner": unstructure(resolved(**settings))}
-    model = LatentDiffusion(structure(ModelConfig, sections)).eval()
+    sections = to_dict(tiny_model().config) | {"conditioner": to_dict(resolved(**settings))}
+    model = LatentDiffusion(from_dict(ModelConfig, sections)).eval()
     model.conditioner.load_pretrained()
     save_model(tmp_path / "model.safetensors", model, {})
     shutil.rmtree(folder)
@@ -202,7 +202,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> Non
 
 def test_a_tokenizer_of_another_encoder_is_refused() -> None:
     other = train_byte_bpe(CAPTIONS, 300, 12)
-    config = structure(ConditionerKind, {"kind": "transformer"} | SCRATCH | {"tokenizer_json": other.to_json()})
+    config = from_dict(ConditionerConfig, {"kind": "transformer"} | SCRATCH | {"tokenizer_json": other.to_json()})
     smaller = replace(config, tokenizer=ByteBPEConfig(vocab_size=270, context_length=12))
     with pytest.raises(CheckpointError, match=f"has {other.vocab_size} tokens, but the encoder embeds 270"):
         smaller.build()
@@ -232,4 +232,4 @@ def test_a_dry_run_counts_the_encoder_where_it_is_trained(checkpoint: tuple[Path
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        structure(ConditionerKind, {"kind": "transformer"} | settings)
+        from_dict(ConditionerConfig, {"kind": "transformer"} | settings)

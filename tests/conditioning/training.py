@@ -1,4 +1,4 @@
-"""A denoiser on pixels, trained in seconds on pictures of a test's own, for the tests of what steers its samples."""
+"""A denoiser on pixels, trained in seconds on images of a test's own, for the tests of what steers its samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ldm import Pipeline
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.data.shards import Sample, write_shard
 from ldm.experiment import Experiment
 from ldm.stages import train_stage
@@ -30,7 +30,7 @@ def experiment_on(
     vector_width = WIDTH if "width" in conditioner else None
     concat = {"low_res": 3, "inpaint": 4}[conditioner["kind"]]
     settings = {"batch_size": 16, "learning_rate": 3e-3, "ema_decay": 0.98, "decay": "cosine", "warmup_steps": 10}
-    rarely = {"validate_every": 10_000, "pictures_every": 10_000, "checkpoint_every": 10_000}
+    rarely = {"validate_every": 10_000, "images_every": 10_000, "checkpoint_every": 10_000}
     config = {
         "name": "pixels",
         "run_dir": str(folder / "run"),
@@ -60,7 +60,7 @@ def experiment_on(
             "train": settings | rarely | train,
         },
     }
-    return structure(Experiment, config)
+    return from_dict(Experiment, config)
 
 
 def trained_on(folder: Path, pictures: Sequence[np.ndarray], conditioner: Mapping[str, Any], **train: Any) -> Pipeline:

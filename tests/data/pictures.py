@@ -1,4 +1,4 @@
-"""Small pictures and shards for the tests of this part."""
+"""Small images and shards for the tests of this part."""
 
 from __future__ import annotations
 

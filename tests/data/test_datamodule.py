@@ -7,8 +7,8 @@ import lightning as L
 import pytest
 import torch
 
+from ldm.data.config import ShardsData
 from ldm.data.datamodule import DataModule, LatentSource
-from ldm.data.kinds import ShardsData
 from ldm.data.stream import TrainStream
 from tests.data.pictures import write_shards
 from tests.data.test_latents import TinyFirstStage

@@ -13,7 +13,7 @@ from ldm.data.folder import prepare_folder, split_of
 from ldm.data.shards import SPLITS, Shards, find_shards
 from ldm.data.transforms import decode
 from ldm.errors import DataError
-from ldm.pictures import decode_map
+from ldm.image_io import decode_map
 from tests.data.pictures import encoded, noise_picture
 
 
@@ -28,7 +28,7 @@ def put(folder: Path, name: str, caption: str | None = "a caption", *, seed: int
 
 
 def everything(destination: Path) -> dict[str, tuple[str, bytes]]:
-    """Key to caption and picture, of all splits."""
+    """Key to caption and image, of all splits."""
     found: dict[str, tuple[str, bytes]] = {}
     for split in SPLITS:
         if (destination / split).is_dir():
@@ -202,8 +202,8 @@ def test_splits_divide_the_hashes_by_the_shares(weights: list[int], place: int) 
         ({"shares": (0.5, 0.6, 0.1)}, "add up to 1"),
         ({"shares": (0.5, 0.5)}, "add up to 1"),
         ({"shares": (1.5, -0.5, 0.0)}, "add up to 1"),
-        ({"shard_size": 0}, "at least one picture"),
-        ({"min_size": 9}, r"no picture of .* is left to train on; .*report\.json says why"),
+        ({"shard_size": 0}, "at least one image"),
+        ({"min_size": 9}, r"no image of .* is left to train on; .*report\.json says why"),
     ],
 )
 def test_settings_that_leave_nothing(tmp_path: Path, settings: dict[str, object], message: str) -> None:
@@ -225,7 +225,7 @@ def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def put_layout(folder: Path, name: str, boxes: object = (), labels: np.ndarray | None = None) -> None:
-    """Boxes and a semantic map beside the picture ``name``."""
+    """Boxes and a semantic map beside the image ``name``."""
     (folder / f"{name}.boxes.json").write_text(json.dumps(boxes))
     labels = np.zeros((8, 8), np.uint8) if labels is None else labels
     (folder / f"{name}.semantic.png").write_bytes(encoded(Image.fromarray(labels)))
@@ -263,5 +263,5 @@ def test_layouts_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         "boxes or semantic map of no use": ["bad.png", "broken.png", "coloured.png", "small.png"],
     }
     reasons = report.left_out["boxes or semantic map of no use"]
-    assert reasons["small.png"] == "the map is 4 x 8, the picture 8 x 8"
+    assert reasons["small.png"] == "the map is 4 x 8, the image 8 x 8"
     assert "are not a list of (class, x0, y0, x1, y1)" in reasons["bad.png"]

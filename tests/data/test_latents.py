@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldm.data.kinds import ShardsData
+from ldm.data.config import ShardsData
 from ldm.data.latents import cache_latents
 from ldm.data.samples import Samples
 from ldm.data.stream import EvaluationLoader, TrainStream
@@ -17,7 +17,7 @@ from tests.data.pictures import write_shards
 
 
 class TinyFirstStage(FirstStage):
-    """Convolution to mean and log-variance; counts the pictures that it has encoded."""
+    """Convolution to mean and log-variance; counts the images that it has encoded."""
 
     def __init__(self) -> None:
         super().__init__(latent_channels=2, factor=4)

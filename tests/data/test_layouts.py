@@ -1,4 +1,4 @@
-"""Boxes and semantic maps: they stay where their picture shows it, however that is cut and mirrored."""
+"""Boxes and semantic maps: they stay where their image shows it, however that is cut and mirrored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data import Draw, ShardsData, TrainStream
+from ldm.data import BatchIndices, ShardsData, TrainStream
 from ldm.data.latents import cache_latents
 from ldm.data.shards import Sample, Shards, write_shard
 from ldm.data.transforms import decode, size_of
@@ -45,7 +45,7 @@ def test_boxes_and_maps_lie_where_the_picture_shows_it(tmp_path: Path, settings:
     write_spots(tmp_path / "a.tar")
     data = ShardsData(str(tmp_path / "a.tar"), size=(32, 24), workers=0, **settings)
     mirrored = 0
-    plain = data.open("train")[Draw(np.arange(N))]
+    plain = data.open("train")[BatchIndices(np.arange(N))]
     for batch in TrainStream(data.open("train"), N, seed=0, total_batches=3):
         assert batch["semantic"].dtype == torch.int64
         white = batch["image"][:, 0] > 0
@@ -63,7 +63,7 @@ def test_boxes_and_maps_lie_where_the_picture_shows_it(tmp_path: Path, settings:
     "settings", [{}, {"flip": True}, {"crop": "random", "flip": True}, {"cache": "ram", "flip": True}]
 )
 def test_sizes_tell_of_what_and_from_where_a_picture_was_cut(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """Cut there, the resized original, mirrored or not, is the picture."""
+    """Cut there, the resized original, mirrored or not, is the image."""
     write_spots(tmp_path / "a.tar")
     data = ShardsData(str(tmp_path / "a.tar"), size=(32, 24), workers=0, sizes=True, **settings)
     originals = {key: decode(picture) for key, picture in pictures_of(tmp_path / "a.tar")}
@@ -77,7 +77,9 @@ def test_sizes_tell_of_what_and_from_where_a_picture_was_cut(tmp_path: Path, set
             both = [resized, resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
             cut = [np.asarray(each.crop((left, top, left + 24, top + 32)))[..., 0] / 127.5 - 1 for each in both]
             assert min(np.abs(each - image[0].numpy()).mean() for each in cut) < 0.1
-    assert "original_size" not in ShardsData(str(tmp_path / "a.tar"), workers=0).open("train")[Draw(np.arange(2))]
+    assert (
+        "original_size" not in ShardsData(str(tmp_path / "a.tar"), workers=0).open("train")[BatchIndices(np.arange(2))]
+    )
 
 
 def pictures_of(path: Path) -> list[tuple[str, bytes]]:
@@ -89,7 +91,7 @@ def test_a_box_that_is_cut_off_is_left_out(tmp_path: Path) -> None:
     picture = encoded(Image.new("RGB", (40, 10)))
     boxes = [(0, 0.0, 0.0, 0.2, 1.0), (1, 0.3, 0.0, 0.5, 1.0)]  # the middle quarter is kept
     write_shard(tmp_path / "a.tar", [Sample("a", "wide", picture, "png", boxes=boxes)])
-    batch = ShardsData(str(tmp_path / "a.tar"), size=10, workers=0).open("train")[Draw(np.arange(1))]
+    batch = ShardsData(str(tmp_path / "a.tar"), size=10, workers=0).open("train")[BatchIndices(np.arange(1))]
     (kept,) = batch["boxes"]
     assert kept == [(1, 0.0, 0.0, 0.5, 1.0)]
 
@@ -97,9 +99,9 @@ def test_a_box_that_is_cut_off_is_left_out(tmp_path: Path) -> None:
 def test_cached_latents_come_with_boxes_maps_and_sizes(tmp_path: Path) -> None:
     write_spots(tmp_path / "a.tar")
     samples = ShardsData(str(tmp_path / "a.tar"), size=16, workers=0, sizes=True).open("train")
-    draw = Draw(np.array([3, 1]), np.zeros((2, 3), np.float32))
+    draw = BatchIndices(np.array([3, 1]), np.zeros((2, 3), np.float32))
     cached = cache_latents(IdentityConfig().build(), "none", samples, tmp_path / "latents")[draw]
-    expected = samples[Draw(np.array([3, 1]))]
+    expected = samples[BatchIndices(np.array([3, 1]))]
     for name in ("boxes", "original_size", "crops_coords_top_left"):
         assert cached[name] == expected[name]
     assert torch.equal(cached["semantic"], expected["semantic"])
@@ -112,8 +114,8 @@ def test_the_size_of_a_picture_is_that_of_its_decoding(tmp_path: Path) -> None:
     turned[0x0112] = 6  # by a quarter
     assert size_of(encoded(picture, "JPEG")) == (6, 4)
     assert size_of(encoded(picture, "JPEG", exif=turned)) == (4, 6)
-    with pytest.raises(DataError, match="cannot be read as a picture"):
-        size_of(b"no picture")
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        size_of(b"no image")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_all_samples_have_them_or_none(tmp_path: Path, changes: dict[str, Any], 
         (b"[[0, 2, 0, 3, 1]]", encoded(Image.new("L", (4, 4))), r"the boxes of '0' in .*a\.tar are not a list of"),
         (b"[[0", encoded(Image.new("L", (4, 4))), r"the boxes of '0' in .*a\.tar are no JSON"),
         (b"[]", encoded(Image.new("RGB", (4, 4))), r"the semantic map of '0' in .*a\.tar is no map: it has several"),
-        (b"[]", b"no picture", r"the semantic map of '0' in .*a\.tar cannot be read as a map"),
+        (b"[]", b"no image", r"the semantic map of '0' in .*a\.tar cannot be read as a map"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, boxes: bytes, semantic: bytes, message: str) -> None:
@@ -150,7 +152,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, boxes: bytes, semantic: by
         picture = encoded(Image.new("RGB", (4, 4)))
         writer.write({"__key__": "0", "png": picture, "txt": "a", "semantic.png": semantic, "boxes.json": boxes})
     with pytest.raises(DataError, match=message):
-        ShardsData(str(tmp_path / "a.tar"), size=4, workers=0).open("train")[Draw(np.arange(1))]
+        ShardsData(str(tmp_path / "a.tar"), size=4, workers=0).open("train")[BatchIndices(np.arange(1))]
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data import Draw, Shapes
+from ldm.data import BatchIndices, Shapes
 from ldm.data.shapes import COLOURS, GROUND
 from ldm.errors import ConfigError, DataError
 
 
 def test_all_that_is_said_of_a_picture_is_true() -> None:
     data = Shapes(samples=60, size=16, shapes=4)
-    batch = data.open("train")[Draw(np.arange(60))]
+    batch = data.open("train")[BatchIndices(np.arange(60))]
     palette = torch.tensor([(GROUND,) * 3, *COLOURS.values()]) / 127.5 - 1
     torch.testing.assert_close(batch["image"], palette[batch["semantic"]].permute(0, 3, 1, 2), atol=1e-6, rtol=0)
     assert batch["image"].shape[1:] == data.image_shape
@@ -44,7 +44,7 @@ def test_captions_are_english() -> None:
 
 
 def test_a_picture_depends_on_seed_split_and_number_alone() -> None:
-    draw = Draw(np.arange(5))
+    draw = BatchIndices(np.arange(5))
     few, many, other = (Shapes(samples=n, seed=seed) for n, seed in ((5, 0), (9, 0), (5, 1)))
     assert torch.equal(few.open("train")[draw]["image"], many.open("train")[draw]["image"])
     assert not torch.equal(few.open("train")[draw]["image"], few.open("val")[draw]["image"])

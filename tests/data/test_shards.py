@@ -132,7 +132,7 @@ def tar(path: Path, members: dict[str, bytes]) -> Path:
     [
         ({}, "there is no sample"),
         ({"readme.md": b"text"}, "there is no sample"),
-        ({"a.txt": b"caption"}, "'a' in .* has no picture"),
+        ({"a.txt": b"caption"}, "'a' in .* has no image"),
         ({"a.jpg": b""}, "'a' in .* has neither caption"),
         ({"a.jpg": b"", "a.cls": b"1", "b.jpg": b"", "b.txt": b"b"}, "'b' has none"),
     ],

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.data.kinds import ShardsData
-from ldm.data.samples import Batch, Draw, Samples, take
+from ldm.data.config import ShardsData
+from ldm.data.samples import Batch, BatchIndices, Samples, take
 from ldm.data.shards import write_shard
 from ldm.data.stream import EvaluationLoader, Order, TrainStream
 from ldm.errors import DataError
@@ -29,7 +29,7 @@ class Numbers(Samples):
     def annotations(self, index: np.ndarray) -> Batch:
         return take({"key": [str(i) for i in range(len(self))]}, index)
 
-    def __getitem__(self, draw: Draw) -> Batch:
+    def __getitem__(self, draw: BatchIndices) -> Batch:
         return {"image": torch.from_numpy(draw.index), **self.annotations(draw.index)}
 
 
@@ -167,9 +167,9 @@ def test_evaluation_sees_every_sample_once(lengths: list[int], batch_size: int, 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_picture_is_named_in_one_sentence(tmp_path: Path, workers: int) -> None:
-    broken = dataclasses.replace(sample(3), picture=b"no picture")
+    broken = dataclasses.replace(sample(3), picture=b"no image")
     write_shard(tmp_path / "a.tar", [sample(2), broken])
     samples = ShardsData(str(tmp_path), size=8, workers=workers).open("train")
-    with pytest.raises(DataError, match=r"^the picture '0003' in .*a\.tar cannot be read.*shard\.$") as error:
+    with pytest.raises(DataError, match=r"^the image '0003' in .*a\.tar cannot be read.*shard\.$") as error:
         list(TrainStream(samples, 2, 0, 1))
     assert "\n" not in str(error.value)

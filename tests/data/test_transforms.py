@@ -69,10 +69,10 @@ def test_other_modes_become_rgb(mode: str) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"no picture", encoded(noise_picture(0))[:200], encoded(noise_picture(0, 40, 40), "JPEG")[:300]],
+    [b"", b"no image", encoded(noise_picture(0))[:200], encoded(noise_picture(0, 40, 40), "JPEG")[:300]],
 )
 def test_broken_pictures_are_refused(data: bytes) -> None:
-    with pytest.raises(DataError, match="cannot be read as a picture"):
+    with pytest.raises(DataError, match="cannot be read as an image"):
         decode(data)
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.denoiser import MLPConfig
 from ldm.denoiser.mlp import StepEmbedding
 from ldm.nn.conditioning import Conditioning
@@ -18,7 +18,7 @@ def test_the_step_is_read_between_its_rows() -> None:
 
 def test_it_equals_the_tutorials_loop() -> None:
     """Linear, plus the embedding of the step, ReLU; a last linear layer. Written out for one hidden layer."""
-    network = structure(
+    network = from_dict(
         MLPConfig, {"in_channels": 3, "out_channels": 3, "width": 8, "layers": 1, "num_timesteps": 5}
     ).build()
     x, t = torch.randn(6, 3, 1, 1), torch.randint(0, 5, (6,)).float()

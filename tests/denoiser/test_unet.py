@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.denoiser import UNet, UNetConfig
 from ldm.errors import ConfigError
 from ldm.nn.conditioning import Conditioning
@@ -35,7 +35,7 @@ def peer_unet(widths: list[int], blocks: int, attends: list[bool], **options: An
 
 
 def ours(peer: torch.nn.Module, blocks: int, **config: Any) -> UNet:
-    unet = structure(UNetConfig, {"groups": 8, "context_width": CONTEXT, **config}).build()
+    unet = from_dict(UNetConfig, {"groups": 8, "context_width": CONTEXT, **config}).build()
     unet.load_state_dict(from_diffusers(peer, blocks))
     return unet.eval()
 
@@ -123,7 +123,7 @@ def test_the_mask_hides_tokens_of_the_context() -> None:
 
 
 def test_concat_is_read_as_further_channels() -> None:
-    unet = structure(
+    unet = from_dict(
         UNetConfig, {"levels": [{"width": 8, "blocks": 1}], "in_channels": 6, "heads": 1, "groups": 4}
     ).build()
     unet = randomize(unet)
@@ -136,7 +136,7 @@ def test_concat_is_read_as_further_channels() -> None:
 def test_without_context_there_is_no_cross_attention() -> None:
     """A config without context_width listens to its own positions alone, whatever the record holds."""
     levels = [{"width": 8, "blocks": 1, "depth": 1}, {"width": 16, "blocks": 1, "depth": 2}]
-    unet = randomize(structure(UNetConfig, {"levels": levels, "heads": 2, "groups": 4}).build())
+    unet = randomize(from_dict(UNetConfig, {"levels": levels, "heads": 2, "groups": 4}).build())
     assert not [name for name, _ in unet.named_parameters() if "attn2" in name]
     x = torch.randn(2, 4, 7, 5)
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_without_attention_it_is_the_unet_of_ddpm() -> None:
 def test_an_untrained_network_answers_zero() -> None:
     """Residual branches begin as nothing, so the first steps of a training are the same at any depth."""
     levels = [{"width": 8, "blocks": 2, "depth": 1}, {"width": 16, "blocks": 1}]
-    unet = structure(UNetConfig, {"levels": levels, "heads": 2, "groups": 4}).build()
+    unet = from_dict(UNetConfig, {"levels": levels, "heads": 2, "groups": 4}).build()
     assert unet(torch.randn(2, 4, 6, 6), torch.zeros(2), Conditioning()).abs().max() == 0
 
 
@@ -183,10 +183,10 @@ def test_an_untrained_network_answers_zero() -> None:
 def test_impossible_networks_are_refused(changes: dict[str, Any], message: str) -> None:
     config = {"levels": [{"width": 16, "depth": 1}], "heads": 4, "groups": 8}
     with pytest.raises(ConfigError, match=message):
-        structure(UNetConfig, config | changes)
+        from_dict(UNetConfig, config | changes)
 
 
 def test_heads_need_not_divide_a_level_without_attention() -> None:
     levels = [{"width": 8, "blocks": 1}, {"width": 24, "blocks": 1, "depth": 1}]
-    unet = structure(UNetConfig, {"levels": levels, "heads": 3, "groups": 4}).build()
+    unet = from_dict(UNetConfig, {"levels": levels, "heads": 3, "groups": 4}).build()
     assert unet(torch.randn(1, 4, 4, 4), torch.zeros(1), Conditioning()).shape == (1, 4, 4, 4)

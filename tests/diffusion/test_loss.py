@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.diffusion import DenoisingLoss, Diffusion, Parametrization
-from ldm.diffusion.draw import Antithetic, Stratified
 from ldm.diffusion.loss import min_snr_weight
+from ldm.diffusion.noise_level_samplers import Antithetic, Stratified
 from ldm.diffusion.parametrization import X0, Edm, Eps, Flow, V
 from ldm.diffusion.schedule import ScaledLinear
 from ldm.errors import ConfigError
@@ -91,7 +91,7 @@ def test_min_snr_weighs_the_error_of_x0_alike_in_every_parametrization(row: Para
 def test_loss_depends_on_its_generator_alone() -> None:
     x0, diffusion = torch.randn(6, 3, 4), Diffusion(ScaledLinear(), V())
     state = torch.get_rng_state()
-    loss = DenoisingLoss(draw=Antithetic())
+    loss = DenoisingLoss(noise_level_sampler=Antithetic())
     first, again, other = (loss(zero, diffusion, x0, None, generator(seed)) for seed in (2, 2, 3))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
@@ -102,11 +102,11 @@ def test_loss_depends_on_its_generator_alone() -> None:
 def test_levels_are_drawn_as_configured_and_noise_after_them() -> None:
     x0, diffusion, draw = torch.zeros(7, 3), Diffusion(ScaledLinear(), Eps()), Stratified()
     seen = []
-    _, sigma = DenoisingLoss(draw=draw)(
+    _, sigma = DenoisingLoss(noise_level_sampler=draw)(
         lambda x, noise_level, conditioning: seen.append(x) or x, diffusion, x0, None, generator(4)
     )
     expected = generator(4)
-    assert torch.equal(sigma, draw.draw(7, diffusion.schedule, expected))
+    assert torch.equal(sigma, draw.sample(7, diffusion.schedule, expected))
     noise = torch.randn(7, 3, generator=expected)
     torch.testing.assert_close(seen[0], sigma[:, None] * noise / (1 + sigma[:, None] ** 2).sqrt())
 
@@ -147,4 +147,4 @@ def test_an_optimal_network_learns_a_gaussian() -> None:
 
 def test_gamma_is_positive() -> None:
     with pytest.raises(ConfigError, match="gamma"):
-        structure(DenoisingLoss, {"weighting": "min_snr", "gamma": 0})
+        from_dict(DenoisingLoss, {"weighting": "min_snr", "gamma": 0})

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldm.config import structure, unstructure
+from ldm.config import from_dict, to_dict
 from ldm.diffusion import Diffusion, Parametrization, Schedule
 from ldm.diffusion.parametrization import X0, Edm, Eps, Flow, V
 from ldm.diffusion.schedule import Flow as FlowSchedule
@@ -90,7 +90,7 @@ def test_forward_process_and_velocity_equal_diffusers() -> None:
     sigma = diffusion.schedule.sigma(t)
     level = sigma[:, None, None, None]
     seen = []
-    diffusion.answer(lambda x, noise_level, conditioning: seen.append(x) or x, x0 + level * noise, sigma, None)
+    diffusion.model_output(lambda x, noise_level, conditioning: seen.append(x) or x, x0 + level * noise, sigma, None)
     torch.testing.assert_close(seen[0], peer.add_noise(x0, noise, t), atol=1e-5, rtol=0)
     torch.testing.assert_close(V().target(x0, noise, level), peer.get_velocity(x0, noise, t), atol=1e-5, rtol=0)
 
@@ -100,7 +100,7 @@ def test_sampling_starts_from_noise_in_the_networks_coordinates(row: Parametriza
     diffusion, noise = Diffusion(Linear(num_timesteps=100, beta_end=0.005), row), torch.randn(3, 2)
     sigma = diffusion.schedule.sigma_max
     seen = []
-    diffusion.answer(
+    diffusion.model_output(
         lambda x, noise_level, conditioning: seen.append(x) or x,
         diffusion.start(noise, sigma),
         torch.full((3,), sigma),
@@ -131,16 +131,16 @@ def test_a_network_of_low_precision_leaves_the_rest_in_fp32(row: Parametrization
 def test_eps_cannot_be_learned_from_pure_noise() -> None:
     node = {"schedule": {"kind": "scaled_linear", "zero_terminal_snr": True}, "parametrization": "eps"}
     with pytest.raises(ConfigError, match=r"^diffusion: zero_terminal_snr .* choose v"):
-        structure(Diffusion, node, "diffusion")
-    assert structure(Diffusion, node | {"parametrization": "v"}).schedule.sigma_max == 4096
+        from_dict(Diffusion, node, "diffusion")
+    assert from_dict(Diffusion, node | {"parametrization": "v"}).schedule.sigma_max == 4096
 
 
 @every_row
 def test_a_diffusion_survives_its_file(row: Parametrization) -> None:
     diffusion = Diffusion(FlowSchedule(shift=2.5), row)
-    assert structure(Diffusion, unstructure(diffusion)) == diffusion
+    assert from_dict(Diffusion, to_dict(diffusion)) == diffusion
 
 
 def test_the_scale_of_the_data_is_positive() -> None:
     with pytest.raises(ConfigError, match="sigma_data"):
-        structure(Parametrization, {"kind": "edm", "sigma_data": 0})
+        from_dict(Parametrization, {"kind": "edm", "sigma_data": 0})

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, Flow
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.diffusion.schedule import Cosine, Flow, Karras, Linear, ScaledLinear, Schedule, Sigmoid
 from ldm.errors import ConfigError
 
@@ -142,4 +142,4 @@ def test_the_table_is_no_part_of_what_the_config_is() -> None:
 )
 def test_impossible_schedules_are_refused_by_place(node: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^diffusion\.schedule: .*(must|needs)"):
-        structure(Schedule, node, "diffusion.schedule")
+        from_dict(Schedule, node, "diffusion.schedule")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.clip.text import TextTowerConfig
 from ldm.denoiser import LevelSpec, UNetConfig
-from ldm.formats import configs, names, recognise
+from ldm.formats import configs, infer_config, names
 from ldm.formats.checkpoint import Part
 from ldm.formats.native import WithoutInit
 from ldm.vae import AutoencoderKLConfig
@@ -75,7 +75,7 @@ def test_a_unet_is_known_by_names_and_shapes_of_an_ldm_file(kind: str) -> None:
     state = weights(UNETS[kind])
     theirs = names.scatter(state, names.unet_ldm(UNETS[kind], state))
     assert counted(theirs) == SIZES[kind]
-    assert recognise.unet(theirs, "a file") == UNETS[kind]
+    assert infer_config.unet(theirs, "a file") == UNETS[kind]
 
 
 @pytest.mark.parametrize("kind", UNETS)
@@ -98,7 +98,7 @@ def test_the_autoencoder_of_all_three() -> None:
     state = weights(config)
     theirs = names.scatter(state, names.vae_ldm(config, state))
     assert counted(theirs) == (248, 83_653_863)
-    assert recognise.vae(theirs, "a file") == config
+    assert infer_config.vae(theirs, "a file") == config
     assert all(tensor.ndim == 4 for name, tensor in theirs.items() if "attn_1.q.weight" in name)
 
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
@@ -116,10 +116,10 @@ def test_the_text_towers(name: str) -> None:
     openai = name == "OpenAI L"
     if openai:
         theirs = names.scatter(state, names.text_transformers(state))
-        assert recognise.text_of_transformers(theirs, "a file") == config
+        assert infer_config.text_of_transformers(theirs, "a file") == config
     else:
         theirs = names.scatter(state, names.tower_open_clip(state))
-        assert recognise.text_of_open_clip(theirs, "a file") == config
+        assert infer_config.text_of_open_clip(theirs, "a file") == config
     known = configs.write_text(config)
     kind = transformers.CLIPTextModelWithProjection if config.embed_dim else transformers.CLIPTextModel
     peer = empty(lambda: kind(transformers.CLIPTextConfig(**known)))

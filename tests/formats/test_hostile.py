@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.config import structure, unstructure
+from ldm.config import from_dict, to_dict
 from ldm.errors import CheckpointError, LdmError
 from ldm.formats import load
 from ldm.formats.native import save_model
@@ -433,8 +433,8 @@ def encoder_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("encoder") / "model.safetensors"
     conditioner = {"kind": "transformer", "checkpoint": "evil/encoder", "tokenizer_json": TOKENIZER.to_json()}
     architecture = {"model_type": "bert", **TRANSFORMER_SIZES}
-    described = unstructure(tiny_model().config) | {"conditioner": conditioner | {"architecture": architecture}}
-    save_model(path, LatentDiffusion(structure(ModelConfig, described)).eval(), {})
+    described = to_dict(tiny_model().config) | {"conditioner": conditioner | {"architecture": architecture}}
+    save_model(path, LatentDiffusion(from_dict(ModelConfig, described)).eval(), {})
     return path.read_bytes()
 
 

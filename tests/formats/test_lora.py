@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.errors import CheckpointError
 from ldm.formats.lora import FILE, layer_names, read_lora
 from ldm.formats.native import WithoutInit
@@ -290,7 +290,7 @@ def test_full_sizes_have_as_many_layers_as_kohya_counts(config: Any, counts: dic
     whole = {"first_stage": {"kind": "autoencoder_kl"}, "diffusion": {}, "size": [512, 512]}
     whole |= config | {"denoiser": {"kind": "unet"} | config["denoiser"]}
     with torch.device("meta"), WithoutInit():
-        model = LatentDiffusion(structure(ModelConfig, whole), TOKENIZER)
+        model = LatentDiffusion(from_dict(ModelConfig, whole), TOKENIZER)
     names = layer_names(model)
     wanted = r"lora_(?:te\d?)_.*(?:self_attn|mlp)|lora_(?:unet)_(?:down|mid|up)_.*attentions_"
     spelled = [name.replace("_text_model", "") for name in names if re.match(wanted, name)]

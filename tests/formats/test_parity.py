@@ -1,4 +1,4 @@
-"""Whole pictures of foreign models, by us and by diffusers."""
+"""Whole images of foreign models, by us and by diffusers."""
 
 from __future__ import annotations
 

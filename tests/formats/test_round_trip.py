@@ -69,7 +69,7 @@ def test_half_precision_stays_as_it_is(to: str, models: dict[str, LatentDiffusio
 
 @pytest.mark.parametrize("to", ["ldm", "diffusers"])
 def test_statistics_of_each_channel_are_folded_into_the_autoencoder(to: str, tmp_path: Path) -> None:
-    """The file reads as one with a single scale, and makes the same pictures."""
+    """The file reads as one with a single scale, and makes the same images."""
     model = tiny_model()
     assert len(model.first_stage.latent_std.unique()) == 4
     picture = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -52,7 +52,7 @@ WEIGHT = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(1)) / 3
 
 
 def network(x: Tensor, t: Tensor) -> Tensor:
-    """Answers of unit size that hang on picture and timestep."""
+    """Answers of unit size that hang on image and timestep."""
     return 2 * torch.tanh(F.conv2d(x, WEIGHT, padding=1) + (t / 500 - 1).reshape(-1, 1, 1, 1))
 
 
@@ -252,7 +252,7 @@ def test_keys_of_other_classes_are_ignored() -> None:
         ("DPMSolverMultistepScheduler", "use_lu_lambdas", True, "timestep_spacing"),
         ("UniPCMultistepScheduler", "disable_corrector", [0], "corrector"),
         ("EulerDiscreteScheduler", "use_beta_sigmas", True, "noise levels"),
-        ("FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting", True, "size of the picture"),
+        ("FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting", True, "size of the image"),
         ("EDMEulerScheduler", "rho", 5.0, "has 7"),
     ],
 )

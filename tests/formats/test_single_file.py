@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm import Pipeline, load
 from ldm.clip.tokenizer import CLIPBPEConfig
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.diffusion.parametrization import Eps, V
 from ldm.errors import CheckpointError
 from ldm.formats import read, save
@@ -61,7 +61,7 @@ def model_of(kind: str, conditioner: Any = None, **unet: Any) -> LatentDiffusion
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = CLIPBPEConfig(pad_id=0 if kind == "SD 2" else None).build()
-        model = LatentDiffusion(structure(ModelConfig, config), tokenizer)
+        model = LatentDiffusion(from_dict(ModelConfig, config), tokenizer)
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
     model.first_stage.latent_std.fill_(1 / (0.13025 if kind == "SDXL" else 0.18215))

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.errors import ConfigError
 from ldm.training.optim import TrainConfig, adamw
 
 
 def config(**changes: Any) -> TrainConfig:
-    return structure(TrainConfig, {"max_steps": 100, "batch_size": 1, "learning_rate": 1e-3} | changes)
+    return from_dict(TrainConfig, {"max_steps": 100, "batch_size": 1, "learning_rate": 1e-3} | changes)
 
 
 @given(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as Peer
 
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.errors import ConfigError
 from ldm.vae import AutoencoderKLConfig
 from tests.denoiser.peers import randomize
@@ -37,7 +37,7 @@ def test_equals_diffusers(
         )
     )
     config = {"widths": widths, "blocks": blocks, "latent_channels": latent_channels, "groups": 4}
-    vae = structure(AutoencoderKLConfig, config | {"middle_attention": attention}).build()
+    vae = from_dict(AutoencoderKLConfig, config | {"middle_attention": attention}).build()
     statistics = {name: tensor for name, tensor in vae.state_dict().items() if name.startswith("latent_")}
     vae.load_state_dict(from_diffusers(peer) | statistics)
     image = torch.rand(3, 3, *size) * 2 - 1
@@ -56,7 +56,7 @@ def test_equals_diffusers(
 
 @pytest.mark.parametrize("levels", [1, 3, 5])
 def test_the_factor_follows_from_the_widths(levels: int) -> None:
-    config = structure(AutoencoderKLConfig, {"widths": [4] * levels, "blocks": 1, "groups": 2, "latent_channels": 5})
+    config = from_dict(AutoencoderKLConfig, {"widths": [4] * levels, "blocks": 1, "groups": 2, "latent_channels": 5})
     vae, side = config.build(), 2 * config.factor
     assert config.factor == vae.factor == 2 ** (levels - 1)
     posterior = vae.encode(torch.zeros(1, 3, side, side))
@@ -65,7 +65,7 @@ def test_the_factor_follows_from_the_widths(levels: int) -> None:
 
 
 def test_a_network_in_low_precision_gives_statistics_in_fp32() -> None:
-    vae = structure(AutoencoderKLConfig, {"widths": [4], "blocks": 1, "groups": 2}).build().to(torch.bfloat16)
+    vae = from_dict(AutoencoderKLConfig, {"widths": [4], "blocks": 1, "groups": 2}).build().to(torch.bfloat16)
     posterior = vae.encode(torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16))
     assert posterior.mean.dtype == posterior.logvar.dtype == torch.float32
 
@@ -81,4 +81,4 @@ def test_a_network_in_low_precision_gives_statistics_in_fp32() -> None:
 )
 def test_impossible_autoencoders_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        structure(AutoencoderKLConfig, {"groups": 16} | changes)
+        from_dict(AutoencoderKLConfig, {"groups": 16} | changes)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ldm.config import structure
-from ldm.vae import DiagonalGaussian, FirstStage, FirstStageKind
+from ldm.config import from_dict
+from ldm.vae import DiagonalGaussian, FirstStage, FirstStageConfig
 from ldm.vae.module import measure_latents, psnr
 
 
@@ -95,7 +95,7 @@ def test_normalisation_is_undone_and_does_what_it_says() -> None:
 
 
 def test_the_identity_hands_pictures_through() -> None:
-    config = structure(FirstStageKind, {"kind": "identity", "image_channels": 2})
+    config = from_dict(FirstStageConfig, {"kind": "identity", "image_channels": 2})
     stage, image = config.build(), torch.randn(3, 2, 5, 7)
     posterior = stage.encode(image)
     assert (config.latent_channels, config.factor) == (stage.latent_channels, stage.factor) == (2, 1)

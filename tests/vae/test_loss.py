@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.config import structure
+from ldm.config import from_dict
 from ldm.errors import ConfigError, LdmError, MissingExtraError
 from ldm.vae import DiagonalGaussian
 from ldm.vae.discriminator import PatchDiscriminator
@@ -84,7 +84,7 @@ def test_a_logit_sees_its_patch_alone() -> None:
 )
 def test_impossible_losses_are_refused(config: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        structure(AutoencoderLossConfig, config)
+        from_dict(AutoencoderLossConfig, config)
 
 
 def test_without_the_package_lpips_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm import Pipeline
-from ldm.config import structure
-from ldm.data.samples import Draw
+from ldm.config import from_dict
+from ldm.data.samples import BatchIndices
 from ldm.experiment import load_config
 from ldm.formats import load
 from ldm.formats.native import save_model
@@ -50,7 +50,7 @@ def test_of_the_solutions_for_dependent_latents_the_smallest_is_taken() -> None:
 
 
 def test_what_is_stored_maps_normalised_latents() -> None:
-    vae = structure(AutoencoderKLConfig, {"widths": [8, 8], "blocks": 1, "groups": 4}).build().requires_grad_(False)
+    vae = from_dict(AutoencoderKLConfig, {"widths": [8, 8], "blocks": 1, "groups": 4}).build().requires_grad_(False)
     images = torch.rand(10, 3, 16, 16) * 2 - 1
     measure_latents(vae, [{"image": part} for part in images.split(4)])
     latent = vae.encode(images).mean
@@ -73,7 +73,7 @@ def test_a_preview_travels_with_the_file_that_has_one(tmp_path: Path) -> None:
     assert fitted != without
     loaded = load(tmp_path / "with.safetensors")
     assert torch.equal(loaded.preview(latent), model.preview(latent))
-    assert loaded.preview(10 * latent).abs().max() == 1  # a picture's range
+    assert loaded.preview(10 * latent).abs().max() == 1  # an image's range
     loaded.load_state_dict(load(tmp_path / "without.safetensors").state_dict())
     assert loaded.first_stage.latent_preview is None
 
@@ -89,16 +89,16 @@ def test_a_preview_that_is_fitted_when_needed_is_fitted_once_and_not_saved(tmp_p
 
 
 def explained(preview: Tensor, picture: Tensor) -> float:
-    """R^2: the share of the picture's variance that its preview explains."""
+    """R^2: the share of the image's variance that its preview explains."""
     error, spread = preview - picture, picture - picture.mean((0, 2, 3), keepdim=True)
     return 1 - float(error.square().sum() / spread.square().sum())
 
 
 def test_previews_of_the_shipped_model_look_like_its_pictures() -> None:
-    """Fitted to pictures as training does, and fitted to random latents: the file is older than the preview."""
+    """Fitted to images as training does, and fitted to random latents: the file is older than the preview."""
     model = Pipeline.from_pretrained("emoji", "cpu", torch.float32).model
     samples = load_config(ROOT / "configs" / "emoji_64.yaml").data.open("val")
-    images = samples[Draw(np.arange(len(samples)))]["image"]
+    images = samples[BatchIndices(np.arange(len(samples)))]["image"]
     with torch.inference_mode():
         latents = model.encode(images[:96])
         shown = F.avg_pool2d(model.decode(latents), model.first_stage.factor)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm import Pipeline
-from ldm.config import structure
-from ldm.data.samples import Draw
+from ldm.config import from_dict
+from ldm.data.samples import BatchIndices
 from ldm.errors import SamplingError
 from ldm.experiment import load_config
 from ldm.vae import AutoencoderKLConfig, DiagonalGaussian, FirstStage, Tiling
@@ -107,12 +107,12 @@ def largest(stage: FirstStage, tiling: Tiling, *shape: int) -> int:
 
 def small_vae(**changes: Any) -> FirstStage:
     config = {"widths": [8, 8, 8], "blocks": 1, "groups": 4}
-    return structure(AutoencoderKLConfig, config | changes).build()
+    return from_dict(AutoencoderKLConfig, config | changes).build()
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 24, 24), (1, 4, 12, 60), (4, 4, 16, 16), (40, 4, 5, 5), (2, 4, 20, 20)])
 def test_memory_grows_with_neither_picture_nor_batch(shape: tuple[int, ...]) -> None:
-    """No tensor is larger than those of one tile, but the pictures themselves."""
+    """No tensor is larger than those of one tile, but the images themselves."""
     stage, tiling = small_vae(), Tiling(16, 4)
     of_a_tile = largest(stage, tiling, 1, 4, 16, 16)
     pictures = shape[0] * 3 * 16 * shape[2] * shape[3]
@@ -139,7 +139,7 @@ def test_impossible_overlaps_are_refused(tile: int, overlap: int) -> None:
 def emoji_sheet(side: int) -> Tensor:
     """Emoji of 64 pixels in rows and columns, ``[1 3 side side]``; the lower half is blank, so that tiles differ."""
     samples, n = load_config(CONFIG).data.open("val"), side // 64
-    pictures = samples[Draw(np.arange(n * n) % len(samples))]["image"]
+    pictures = samples[BatchIndices(np.arange(n * n) % len(samples))]["image"]
     sheet = pictures.unflatten(0, (n, n)).permute(2, 0, 3, 1, 4).reshape(1, 3, side, side).contiguous()
     sheet[..., side // 2 :, :] = 1.0
     return sheet
@@ -152,8 +152,8 @@ def emoji_sheet(side: int) -> Tensor:
 def test_a_tiled_picture_is_the_whole_one_without_seams(side: int, tiling: Tiling, bound: float) -> None:
     """Of the shipped model, measured: 54.9 and 57.6 dB; 34.6 dB at 384 without measuring.
 
-    Whole in double precision, since PyTorch's group norm of a picture so large, in single, is off by as much as 42 dB.
-    Where a tile ends, tiling adds less than a fifth of the mean difference between one row of the picture and the next.
+    Whole in double precision, since PyTorch's group norm of an image so large, in single, is off by as much as 42 dB.
+    Where a tile ends, tiling adds less than a fifth of the mean difference between one row of the image and the next.
     """
     model = Pipeline.from_pretrained("emoji", "cpu", torch.float32).model
     with torch.inference_mode():

@@ -1,6 +1,6 @@
-"""Solvers: from noise to a picture, by a denoiser, along a falling grid of noise levels.
+"""Solvers: from noise to an image, by a denoiser, along a falling grid of noise levels.
 
-A denoiser gives D(x, s), the expected clean picture behind x = x0 + s n, and so the score. A sample follows
+A denoiser gives D(x, s), the expected clean image behind x = x0 + s n, and so the score. A sample follows
 
     dx/ds = (x - D(x, s)) / s                     (Karras et al. 2206.00364, equations 1 and 3)
 
@@ -11,7 +11,7 @@ its state in locals and yields a :class:`Step` for each interval of the grid; th
         x = step.x
 
 Where D stays the same, the equation is solved exactly by x' = D + s'/s (x - D), a straight line towards D:
-:func:`~ldm.diffusion.samplers.interface.advance`. Most solvers are this step, with a better D in it or with
+:func:`~ldm.diffusion.samplers.interface.euler_step`. Most solvers are this step, with a better D in it or with
 noise after it. Papers that write x_t = alpha x0 + sigma n mean alpha x and sigma / alpha by our x and s; in
 these coordinates their alpha is 1, and the half-log-SNR lambda is -ln s.
 """

@@ -21,7 +21,7 @@ MOST_STEPS = 1000
 
 @dataclass
 class _Integral:
-    """The step length of each picture, [b 1 ...], and the rule that changes it (k-diffusion's, integral part only)."""
+    """The step length of each image, [b 1 ...], and the rule that changes it (k-diffusion's, integral part only)."""
 
     h: Tensor
     order: int
@@ -45,7 +45,7 @@ def dpm_adaptive(
     """DPM-Solver-12 and -23 with adaptive steps (Lu et al. 2206.00927, algorithms 4 and 5, appendix C).
 
     A step of order 2 and one of order 3 share their evaluations; their difference, against ``atol`` plus ``rtol`` of
-    the value, tells whether the step is taken and how long the next one is. Each picture has steps of its own, so
+    the value, tells whether the step is taken and how long the next one is. Each image has steps of its own, so
     that it does not depend on its batch. Of ``sigmas`` only the ends count, and a 0 at the end is one more step.
 
     Args:

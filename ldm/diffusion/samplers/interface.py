@@ -29,7 +29,7 @@ class Step:
     x: Tensor
     """The sample after the step."""
     denoised: Tensor
-    """D at the start of the step: the picture as seen from there."""
+    """D at the start of the step: the image as seen from there."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,17 @@ def sampler(
 PURE_NOISE = 1000.0
 """Levels beyond it are pure noise: none of a schedule with a finite terminal SNR comes near (14.6 of SD, 700 of SVD)."""
 
-VAST = 50.0
+MAX_SIGMA_RATIO = 50.0
 """Beyond this ratio of two levels, a slope found at the lower one is not to be followed down from pure noise."""
 
 
-def is_vast(s: float, s_next: float) -> bool:
+def step_too_large(s: float, s_next: float) -> bool:
     """Whether a slope at s' says nothing of the way from s, so that a step has to remain Euler's.
 
     Of a change in D it makes a change s/s' times as great in x'. It is so at s' = 0, and in the first step from pure
     noise (zero terminal SNR, flow), where s has no bound and D hardly depends on it.
     """
-    return s_next == 0 or s > max(VAST * s_next, PURE_NOISE)
+    return s_next == 0 or s > max(MAX_SIGMA_RATIO * s_next, PURE_NOISE)
 
 
 def evaluate(denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
@@ -115,6 +115,6 @@ def evaluate(denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
     return denoise(x, x.new_full((len(x),), sigma))
 
 
-def advance(x: Tensor, denoised: Tensor, s: float, s_next: float) -> Tensor:
+def euler_step(x: Tensor, denoised: Tensor, s: float, s_next: float) -> Tensor:
     """From noise level s to s' while D stays as it is: D + s'/s (x - D)."""
     return denoised + s_next / s * (x - denoised)

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ldm.diffusion.samplers.interface import Denoiser, Noise, Step, advance, evaluate, is_vast, sampler
+from ldm.diffusion.samplers.interface import Denoiser, Noise, Step, euler_step, evaluate, sampler, step_too_large
 
 FEW_STEPS = 15
 """With fewer steps than this, the last ones of deis are of lower order, since there they overshoot."""
@@ -30,8 +30,8 @@ def plms(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = evaluate(denoise, x, s)
         noises.appendleft((x - denoised) / s)
-        if index == 0 and not is_vast(s, s_next):
-            x_euler = advance(x, denoised, s, s_next)
+        if index == 0 and not step_too_large(s, s_next):
+            x_euler = euler_step(x, denoised, s, s_next)
             slope = (noises[0] + (x_euler - evaluate(denoise, x_euler, s_next)) / s_next) / 2
         else:
             slope = _weighted(ADAMS_BASHFORTH[len(noises)], noises)
@@ -81,7 +81,7 @@ def deis(denoise: Denoiser, x: Tensor, sigmas: Tensor, order: int = 2) -> Iterat
         levels.appendleft(math.log(s))
         usable = len(slopes) if steps >= FEW_STEPS else min(len(slopes), steps - index)
         if s_next == 0 or usable == 1:
-            x = advance(x, denoised, s, s_next)
+            x = euler_step(x, denoised, s, s_next)
         else:
             nodes = list(levels)[:usable]
             x = x + _weighted(_lagrange_integrals(nodes, nodes[0], math.log(s_next), math.exp), list(slopes)[:usable])
@@ -105,7 +105,7 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
             if denoised_last is not None:
                 extrapolated = denoised + h / (2 * h_last) * (denoised - denoised_last)
             denoised_last, h_last = denoised, h
-        x = advance(x, extrapolated, s, s_next)
+        x = euler_step(x, extrapolated, s, s_next)
         yield Step(index, s_next, x, denoised)
 
 
@@ -198,7 +198,7 @@ def _unified_step(
     b_i = i! phi_(i+1)(-h) / (1 - s'/s), up to sign. A lone one is 1/2.
     """
     (s, denoised), others = past[0], [*past[1:], *([ahead] if ahead else [])]
-    result = advance(x, denoised, s, s_next)
+    result = euler_step(x, denoised, s, s_next)
     if not others:
         return result
     h, share = math.log(s / s_next), 1 - s_next / s

@@ -1,4 +1,4 @@
-"""The noise that stochastic solvers add: each picture's own, whatever batch it is in."""
+"""The noise that stochastic solvers add: each image's own, whatever batch it is in."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ldm.errors import missing_extra
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Noise:
-    """Noise in which each picture draws from a CPU generator of its own, whatever batch it is in.
+    """Noise in which each image draws from a CPU generator of its own, whatever batch it is in.
 
     Args:
-        seeds: one for each picture of the batch.
-        shape: of one picture.
+        seeds: one for each image of the batch.
+        shape: of one image.
         device: where the noise is wanted.
 
     Returns:
@@ -38,14 +38,14 @@ def brownian_noise(
     sigma_max: float,
     device: torch.device | str = "cpu",
 ) -> Noise:
-    """Noise that is read off a Brownian path over the noise levels, one path a picture.
+    """Noise that is read off a Brownian path over the noise levels, one path an image.
 
     The path is fixed by the seed, not by the steps: a sample in 20 steps is then a coarser version of that in 50,
-    and a picture keeps its composition when their number changes (k-diffusion's Brownian tree).
+    and an image keeps its composition when their number changes (k-diffusion's Brownian tree).
 
     Args:
-        seeds: one for each picture of the batch.
-        shape: of one picture.
+        seeds: one for each image of the batch.
+        shape: of one image.
         sigma_min, sigma_max: the levels between which it is defined; others are moved to the nearer end.
         device: where the noise is wanted.
 

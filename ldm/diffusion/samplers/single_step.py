@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ldm.diffusion.samplers.interface import Denoiser, Noise, Step, advance, evaluate, is_vast, sampler
+from ldm.diffusion.samplers.interface import Denoiser, Noise, Step, euler_step, evaluate, sampler, step_too_large
 
 
 @sampler(order=1)
@@ -20,7 +20,7 @@ def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = evaluate(denoise, x, s)
-        x = advance(x, denoised, s, s_next)
+        x = euler_step(x, denoised, s, s_next)
         yield Step(index, s_next, x, denoised)
 
 
@@ -35,7 +35,7 @@ def euler_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, 
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = evaluate(denoise, x, s)
         down, up = down_and_up(s, s_next, eta)
-        x = advance(x, denoised, s, down)
+        x = euler_step(x, denoised, s, down)
         if up > 0:
             x = x + up * noise(s, s_next)
         yield Step(index, s_next, x, denoised)
@@ -81,8 +81,8 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = evaluate(denoise, x, s)
-        x_euler = advance(x, denoised, s, s_next)
-        if not is_vast(s, s_next):
+        x_euler = euler_step(x, denoised, s, s_next)
+        if not step_too_large(s, s_next):
             slope = (x - denoised) / s
             slope_next = (x_euler - evaluate(denoise, x_euler, s_next)) / s_next
             x = x + (s_next - s) / 2 * (slope + slope_next)
@@ -129,8 +129,8 @@ def dpmpp_2s_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Nois
         better = denoised
         if down > 0:
             middle = math.sqrt(s * down)
-            better = evaluate(denoise, advance(x, denoised, s, middle), middle)
-        x = advance(x, better, s, down)
+            better = evaluate(denoise, euler_step(x, denoised, s, middle), middle)
+        x = euler_step(x, better, s, down)
         if up > 0:
             x = x + up * noise(s, s_next)
         yield Step(index, s_next, x, denoised)
@@ -150,12 +150,12 @@ def dpmpp_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: f
         if s_next > 0:
             middle = math.sqrt(s * s_next)
             down, up = down_and_up(s, middle, eta)
-            x_middle = advance(x, denoised, s, down)
+            x_middle = euler_step(x, denoised, s, down)
             if up > 0:
                 x_middle = x_middle + up * noise(s, middle)
             better = evaluate(denoise, x_middle, middle)
         down, up = down_and_up(s, s_next, eta)
-        x = advance(x, better, s, down)
+        x = euler_step(x, better, s, down)
         if up > 0:
             x = x + up * noise(s, s_next)
         yield Step(index, s_next, x, denoised)
@@ -185,7 +185,7 @@ def down_and_up(s: float, s_next: float, eta: float) -> tuple[float, float]:
 def _by_middle_slope(denoise: Denoiser, x: Tensor, denoised: Tensor, s: float, s_next: float) -> Tensor:
     """Midpoint rule in s, with the middle taken in ln s: see :func:`dpm2`."""
     middle = math.sqrt(s * s_next)
-    if is_vast(s, middle):
-        return advance(x, denoised, s, s_next)
-    x_middle = advance(x, denoised, s, middle)
+    if step_too_large(s, middle):
+        return euler_step(x, denoised, s, s_next)
+    x_middle = euler_step(x, denoised, s, middle)
     return x + (s_next - s) / middle * (x_middle - evaluate(denoise, x_middle, middle))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ldm.cli.strips import main
+from ldm.cli.config_reference import main
 
 if __name__ == "__main__":
     main()

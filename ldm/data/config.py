@@ -1,18 +1,18 @@
-"""The config section ``data``: where pictures come from and how they are brought to size."""
+"""The config section ``data``: where images come from and how they are brought to size."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from ldm.config import Kind, setting
+from ldm.config import Kind, config_field
 from ldm.data.samples import PicturesInMemory, Samples, StoredPictures
 from ldm.data.shards import SPLITS, Shards, find_shards
 from ldm.data.transforms import Fit
 from ldm.errors import ConfigError, DataError, unknown
 
 
-class DataKind(Kind):
+class DataConfig(Kind):
     """The family of data sets; ``open(split)`` gives the :class:`~ldm.data.samples.Samples` of a split."""
 
     cache_latents: bool = False
@@ -20,7 +20,7 @@ class DataKind(Kind):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a picture."""
+        """Channels, height and width of an image."""
         raise NotImplementedError
 
     def open(self, split: str) -> Samples:
@@ -29,33 +29,33 @@ class DataKind(Kind):
 
 
 @dataclass(frozen=True)
-class ShardsData(DataKind, kind="shards"):
+class ShardsData(DataConfig, kind="shards"):
     """Pictures with captions in webdataset shards, as tools/prepare.py makes them."""
 
-    train: str | tuple[str, ...] = setting(
+    train: str | tuple[str, ...] = config_field(
         help="Shards to train on: a .tar, a folder of them, a pattern (a/{000..012}.tar), a list, or emoji."
     )
-    val: str | tuple[str, ...] | None = setting(None, "Shards to validate on while training.")
-    test: str | tuple[str, ...] | None = setting(None, "Shards that tools/evaluate.py alone reads.")
-    size: int | tuple[int, int] = setting(64, "Pixels of a picture: its side, or [height, width].")
-    crop: Literal["center", "random"] = setting(
-        "center", "Which part of a picture of another shape is kept in training."
+    val: str | tuple[str, ...] | None = config_field(None, "Shards to validate on while training.")
+    test: str | tuple[str, ...] | None = config_field(None, "Shards that tools/evaluate.py alone reads.")
+    size: int | tuple[int, int] = config_field(64, "Pixels of an image: its side, or [height, width].")
+    crop: Literal["center", "random"] = config_field(
+        "center", "Which part of an image of another shape is kept in training."
     )
-    flip: bool = setting(False, "Mirror half of the training pictures; captions that say left or right forbid it.")
-    sizes: bool = setting(
+    flip: bool = config_field(False, "Mirror half of the training images; captions that say left or right forbid it.")
+    sizes: bool = config_field(
         False,
-        "Tell the conditioner sdxl the true original size and cut of each picture; false: the size, and a cut at (0, 0).",
+        "Tell the conditioner sdxl the true original size and cut of each image; false: the size, and a cut at (0, 0).",
     )
-    cache: Literal["none", "ram"] = setting(
+    cache: Literal["none", "ram"] = config_field(
         "none",
-        "ram decodes the set once and keeps it (3 bytes a pixel); none decodes whenever a picture is drawn.",
+        "ram decodes the set once and keeps it (3 bytes a pixel); none decodes whenever an image is drawn.",
     )
-    cache_latents: bool = setting(
+    cache_latents: bool = config_field(
         False,
-        "Encode pictures once for the denoiser and keep the posteriors; needs crop center and flip false.",
+        "Encode images once for the denoiser and keep the posteriors; needs crop center and flip false.",
     )
-    workers: int = setting(2, "Processes that decode pictures ahead (threads, while cache ram fills).")
-    shuffle_buffer: int | None = setting(
+    workers: int = config_field(2, "Processes that decode images ahead (threads, while cache ram fills).")
+    shuffle_buffer: int | None = config_field(
         None,
         "For slow disks: read shards in sequence and mix so many samples at a time; null mixes all.",
     )
@@ -68,11 +68,9 @@ class ShardsData(DataKind, kind="shards"):
         if self.shuffle_buffer is not None and self.shuffle_buffer < 1:
             raise ConfigError(f"shuffle_buffer must be at least 1 or null, not {self.shuffle_buffer}.")
         if self.cache == "ram" and self.crop == "random":
-            raise ConfigError("cache: ram keeps one cut of each picture; use crop: center with it, or cache: none.")
+            raise ConfigError("cache: ram keeps one cut of each image; use crop: center with it, or cache: none.")
         if self.cache_latents and (self.crop == "random" or self.flip):
-            raise ConfigError(
-                "cache_latents keeps one latent of each picture; use crop: center and flip: false with it."
-            )
+            raise ConfigError("cache_latents keeps one latent of each image; use crop: center and flip: false with it.")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

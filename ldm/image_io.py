@@ -25,30 +25,30 @@ def rgb(picture: Image.Image) -> Image.Image:
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """8-bit picture to ``[c h w]`` fp32 in [0, 1], ``c`` 3 or 1; :meth:`ldm.images.Images.of` gives the same bits back."""
+    """8-bit image to ``[c h w]`` fp32 in [0, 1], ``c`` 3 or 1; :meth:`ldm.image_output.Images.of` gives the same bits back."""
     array = np.array(picture)
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1) / 255
 
 
 def read_picture(picture: Image.Image | str | Path) -> Image.Image:
-    """A picture or the file of one as 8-bit RGB, turned as its EXIF says.
+    """An image or the file of one as 8-bit RGB, turned as its EXIF says.
 
     Raises:
-        SamplingError: the file cannot be read, or the picture is neither.
+        SamplingError: the file cannot be read, or the image is neither.
     """
     if isinstance(picture, str | Path):
         try:
             picture = Image.open(picture)
             picture.load()
         except (OSError, SyntaxError) as error:
-            raise SamplingError(f"{picture} cannot be read as a picture ({error}).") from None
+            raise SamplingError(f"{picture} cannot be read as an image ({error}).") from None
     if not isinstance(picture, Image.Image):
-        raise SamplingError(f"a picture is a PIL.Image or the name of a file, not {type(picture).__name__}.")
+        raise SamplingError(f"an image is a PIL.Image or the name of a file, not {type(picture).__name__}.")
     return rgb(ImageOps.exif_transpose(picture))
 
 
 def signed_tensor(picture: Image.Image | str | Path | Tensor) -> Tensor:
-    """A picture, the file of one, or a tensor that is one already, as ``[3 h w]`` fp32 in [-1, 1].
+    """An image, the file of one, or a tensor that is one already, as ``[3 h w]`` fp32 in [-1, 1].
 
     Raises:
         SamplingError: as :func:`read_picture`; a tensor of another shape.
@@ -57,15 +57,15 @@ def signed_tensor(picture: Image.Image | str | Path | Tensor) -> Tensor:
         return 2 * to_tensor(read_picture(picture)) - 1
     if picture.ndim != 3 or len(picture) != 3 or not picture.is_floating_point():
         given = f"{list(picture.shape)} of {picture.dtype}"
-        raise SamplingError(f"a picture as a tensor is [3, h, w] in [-1, 1], not {given}.")
+        raise SamplingError(f"an image as a tensor is [3, h, w] in [-1, 1], not {given}.")
     return picture.float()
 
 
 def decode_map(source: bytes | str | Path) -> Image.Image:
-    """An encoded map of classes, one a pixel, or the file of one: a picture of one channel, its palette not applied.
+    """An encoded map of classes, one a pixel, or the file of one: an image of one channel, its palette not applied.
 
     Raises:
-        DataError: it is no such picture; the message is a clause without the source's name.
+        DataError: it is no such image; the message is a clause without the source's name.
     """
     try:
         labels: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ldm.clip.text import TextOutput, TextTower
 from ldm.clip.tokenizer import Tokenizer
-from ldm.prompts import Text
+from ldm.prompts import WeightedPrompt
 
 
 def read(texts: Sequence[str], tokenizer: Tokenizer, tower: TextTower) -> tuple[TextOutput, Tensor | None]:
     """Each text in as many windows of the tower's length n as it needs, k at most, their contexts end to end.
 
-    A string that is no :class:`Text` is cut to one window. Windows that a text does not have are those of the empty
+    A string that is no :class:`WeightedPrompt` is cut to one window. Windows that a text does not have are those of the empty
     text, and masked.
 
     Returns:
@@ -23,9 +23,9 @@ def read(texts: Sequence[str], tokenizer: Tokenizer, tower: TextTower) -> tuple[
         texts have as many windows.
     """
     device = tower.token_embedding.weight.device
-    if not any(isinstance(text, Text) for text in texts):
+    if not any(isinstance(text, WeightedPrompt) for text in texts):
         return tower(tokenizer(list(texts)).to(device)), None
-    asked = [text if isinstance(text, Text) else Text(text, cut=True) for text in texts]
+    asked = [text if isinstance(text, WeightedPrompt) else WeightedPrompt(text, cut=True) for text in texts]
     parts = [tokenizer.windows(text, text.cut) for text in asked]
     counts = [len(tokens) for tokens, _ in parts]
     states, pooled = tower(torch.cat([tokens for tokens, _ in parts]).to(device))
@@ -57,6 +57,6 @@ def weighted(states: Tensor, weights: Tensor) -> Tensor:
     return scaled * (before / after).to(states.dtype)
 
 
-def _weights(text: Text, places: Tensor) -> Tensor:
+def _weights(text: WeightedPrompt, places: Tensor) -> Tensor:
     """Weight of each token, ``[k n]``: that of its last character, 1 for start, end and padding."""
     return torch.tensor([*(text.weights or [1.0] * len(text)), 1.0])[places]

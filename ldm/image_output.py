@@ -1,4 +1,4 @@
-"""The pictures that a pipeline returns, each with the record of how it was made."""
+"""The images that a pipeline returns, each with the record of how it was made."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ldm.formats.tensors import write_atomically
 
 CAPTION_SIZE = 12  # pixels
 CAPTION_WIDTH = 20  # characters a line
-GAP = 4  # pixels between the pictures of a grid
+GAP = 4  # pixels between the images of a grid
 FRAME_TIME = 80  # milliseconds that a frame of an animation is shown
 
 
 def with_record(picture: Image.Image, record: Mapping[str, str]) -> Image.Image:
-    """The picture, with ``record`` in its ``info`` and in the text chunks of any PNG that it is saved as.
+    """The image, with ``record`` in its ``info`` and in the text chunks of any PNG that it is saved as.
 
     Opened again, the PNG has the same ``info``.
     """
@@ -37,9 +37,9 @@ def with_record(picture: Image.Image, record: Mapping[str, str]) -> Image.Image:
 
 
 class Images(list[Image.Image]):
-    """A list of PIL pictures.
+    """A list of PIL images.
 
-    The ``info`` of a picture says how it was made, in strings: ``prompt``, ``negative_prompt`` or ``label``
+    The ``info`` of an image says how it was made, in strings: ``prompt``, ``negative_prompt`` or ``label``
     if given, ``seed``, ``settings`` (JSON) and ``model``, the fingerprint of the model's file.
     """
 
@@ -54,30 +54,30 @@ class Images(list[Image.Image]):
 
     @property
     def seeds(self) -> list[int]:
-        """The seed of each picture; it gives the picture again, alone or in any batch."""
+        """The seed of each image; it gives the image again, alone or in any batch."""
         return [int(picture.info["seed"]) for picture in self]
 
     @property
     def prompts(self) -> list[str]:
-        """What each picture was asked to show: its prompt or its class label; empty if nothing."""
+        """What each image was asked to show: its prompt or its class label; empty if nothing."""
         return [picture.info.get("prompt", picture.info.get("label", "")) for picture in self]
 
     def grid(self, columns: int | None = None, captions: bool | Sequence[str] = False, scale: int = 1) -> Image.Image:
-        """All pictures in one, row by row, on white.
+        """All images in one, row by row, on white.
 
         Args:
-            columns: pictures in a row; default: as square as it gets.
-            captions: texts to write under the pictures, or True for their prompts.
-            scale: how many times to enlarge each picture.
+            columns: images in a row; default: as square as it gets.
+            captions: texts to write under the images, or True for their prompts.
+            scale: how many times to enlarge each image.
 
         Raises:
-            SamplingError: there is no picture, or not one caption for each.
+            SamplingError: there is no image, or not one caption for each.
         """
         if not self:
-            raise SamplingError("a grid needs at least one picture.")
+            raise SamplingError("a grid needs at least one image.")
         texts = self.prompts if captions is True else list(captions or [])
         if texts and len(texts) != len(self):
-            raise SamplingError(f"{len(texts)} captions do not fit {len(self)} pictures; give one for each.")
+            raise SamplingError(f"{len(texts)} captions do not fit {len(self)} images; give one for each.")
         columns = min(columns or math.ceil(math.sqrt(len(self))), len(self))
         rows = math.ceil(len(self) / columns)
 
@@ -103,14 +103,14 @@ class Images(list[Image.Image]):
         return with_record(sheet, self._common_record())
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write the pictures, with their records where the format is PNG, and return the files written.
+        """Write the images, with their records where the format is PNG, and return the files written.
 
         Args:
-            path: a file name, where several pictures become one :meth:`grid`; a file name with ``{index}`` or
+            path: a file name, where several images become one :meth:`grid`; a file name with ``{index}`` or
                 ``{seed}`` in it, for a file each; or a folder, for ``0000.png``, ``0001.png``, ...
 
         Raises:
-            SamplingError: unknown format, one name for two pictures, or a file that cannot be written.
+            SamplingError: unknown format, one name for two images, or a file that cannot be written.
         """
         path = check_target(path)
         pattern = path if "{" in path.name else path / "{index:04d}.png"
@@ -118,7 +118,7 @@ class Images(list[Image.Image]):
             return [write_picture(self[0] if len(self) == 1 else self.grid(), path)]
         names = [pattern.name.format(index=index, seed=seed) for index, seed in enumerate(self.seeds)]
         if len(set(names)) < len(names):
-            raise SamplingError(f"{path} gives several pictures one name; put {{index}} into it.")
+            raise SamplingError(f"{path} gives several images one name; put {{index}} into it.")
         files = [pattern.with_name(name) for name in names]
         return [write_picture(picture, file) for picture, file in zip(self, files, strict=True)]
 
@@ -138,10 +138,10 @@ class Images(list[Image.Image]):
 
 
 def check_target(path: str | Path) -> Path:
-    """``path``, if :meth:`Images.save` can write there; worth asking before the pictures are made.
+    """``path``, if :meth:`Images.save` can write there; worth asking before the images are made.
 
     Raises:
-        SamplingError: a file name with other fields than index and seed, or with no picture format's ending.
+        SamplingError: a file name with other fields than index and seed, or with no image format's ending.
     """
     path = Path(path)
     try:
@@ -150,12 +150,12 @@ def check_target(path: str | Path) -> Path:
         raise SamplingError(f"{path} is no pattern; the fields of one are {{index}} and {{seed}}.") from None
     is_file = ("{" in path.name or path.suffix) and not path.is_dir()
     if is_file and path.suffix.lower() not in Image.registered_extensions():
-        raise SamplingError(f"{path} ends in {path.suffix!r}, which is no picture format; end it in .png.")
+        raise SamplingError(f"{path} ends in {path.suffix!r}, which is no image format; end it in .png.")
     return path
 
 
 def write_picture(picture: Image.Image, path: Path) -> Path:
-    """Write one picture, atomically, in the format of the path's ending, and return the path.
+    """Write one image, atomically, in the format of the path's ending, and return the path.
 
     Raises:
         SamplingError: it cannot be written.
@@ -164,7 +164,7 @@ def write_picture(picture: Image.Image, path: Path) -> Path:
 
 
 def check_animation(path: str | Path) -> Path:
-    """``path``, if it is a name for an animation; worth asking before the pictures are made.
+    """``path``, if it is a name for an animation; worth asking before the images are made.
 
     Raises:
         SamplingError: it does not end in .gif.

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ldm.config import structure, unstructure
-from ldm.data import DataKind, Digits, EvaluationLoader, SCurve
+from ldm.config import from_dict, to_dict
+from ldm.data import DataConfig, Digits, EvaluationLoader, SCurve
 from ldm.errors import ConfigError, DataError, MissingExtraError
 
 
@@ -28,8 +28,8 @@ from ldm.errors import ConfigError, DataError, MissingExtraError
     ],
 )
 def test_a_section_survives_the_round_trip(node: Any) -> None:
-    config = structure(DataKind, node, "data")
-    assert structure(DataKind, unstructure(config), "data") == config
+    config = from_dict(DataConfig, node, "data")
+    assert from_dict(DataConfig, to_dict(config), "data") == config
 
 
 @pytest.mark.parametrize(
@@ -46,11 +46,11 @@ def test_a_section_survives_the_round_trip(node: Any) -> None:
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^data: .*{message}"):
-        structure(DataKind, {"kind": "shards", "train": "emoji"} | settings, "data")
+        from_dict(DataConfig, {"kind": "shards", "train": "emoji"} | settings, "data")
 
 
 def test_a_split_without_a_source() -> None:
-    data = structure(DataKind, {"kind": "shards", "train": "emoji"}, "data")
+    data = from_dict(DataConfig, {"kind": "shards", "train": "emoji"}, "data")
     with pytest.raises(DataError, match=r"no val data; give its shards as data\.val"):
         data.open("val")
     with pytest.raises(DataError, match="unknown split 'vall'; did you mean 'val'"):
@@ -83,4 +83,4 @@ def test_digits_are_split_without_overlap() -> None:
 def test_the_toy_sets_name_the_extra_that_they_need(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(MissingExtraError, match=r"scikit-learn.*ldm\[toy\]"):
-        structure(DataKind, kind, "data").open("train")
+        from_dict(DataConfig, kind, "data").open("train")

@@ -108,7 +108,7 @@ def draw_panels(states: Sequence[tuple[str, Tensor]]) -> Image.Image:
 
 
 def draw_frames(states: Sequence[tuple[str, Tensor]]) -> list[Image.Image]:
-    """Titled points ``[n 2]``, a picture each, all of one size."""
+    """Titled points ``[n 2]``, an image each, all of one size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2, 3.2 + MARGIN), dpi=100)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ldm.conditioning.conditioner import Conditioner
 from ldm.nn.conditioning import Conditioning
-from ldm.prompts import Prompt, Reading
+from ldm.prompts import Prompt, PromptOptions
 
 
 @dataclass(frozen=True)
-class Phases:
+class ConditioningSchedule:
     """A conditioning for each of some phases of a sampling; guidance takes it as it takes a :class:`Conditioning`.
 
     Attributes:
@@ -39,32 +39,32 @@ class Phases:
         """Phase after phase, ``len(records) * b`` rows."""
         return Conditioning.cat(self.records)
 
-    def map(self, function: Callable[[Conditioning], Conditioning]) -> Phases:
+    def map(self, function: Callable[[Conditioning], Conditioning]) -> ConditioningSchedule:
         """The same phases, with ``function`` applied to each record."""
-        return Phases(tuple(map(function, self.records)), self.ends)
+        return ConditioningSchedule(tuple(map(function, self.records)), self.ends)
 
     @staticmethod
-    def cat(parts: Sequence[Phases]) -> Phases:
+    def cat(parts: Sequence[ConditioningSchedule]) -> ConditioningSchedule:
         """Batches with the same ends as one batch, in order."""
         assert len({part.ends for part in parts}) == 1, "the phases end at different levels"
-        return Phases(
+        return ConditioningSchedule(
             tuple(Conditioning.cat(records) for records in zip(*(part.records for part in parts), strict=True)),
             parts[0].ends,
         )
 
 
-def phased(
+def conditioning_schedules(
     conditioner: Conditioner,
     wanted: Mapping[str, Sequence[Any]],
     unwanted: Sequence[Prompt] | None,
-    reading: Reading,
+    reading: PromptOptions,
     levels: Tensor,
-) -> tuple[Phases, Phases]:
+) -> tuple[ConditioningSchedule, ConditioningSchedule]:
     """What a sampling along ``levels [steps + 1]`` is to show, and what guidance leads it away from.
 
     Args:
-        wanted: raw conditions by name, an entry for each picture; prompts are under ``text``.
-        unwanted: negative prompts, one for each picture; None for none.
+        wanted: raw conditions by name, an entry for each image; prompts are under ``text``.
+        unwanted: negative prompts, one for each image; None for none.
 
     Raises:
         SamplingError: a prompt is not in the syntax of ``reading``.
@@ -83,7 +83,9 @@ def phased(
         return _mixed(lambda inputs: conditioner.unconditional(inputs, inputs["text"]), wanted, negatives)
 
     ends = tuple(levels[starts[1:]].tolist())
-    return Phases(tuple(map(shown, starts)), ends), Phases(tuple(map(avoided, starts)), ends)
+    return ConditioningSchedule(tuple(map(shown, starts)), ends), ConditioningSchedule(
+        tuple(map(avoided, starts)), ends
+    )
 
 
 def _mixed(

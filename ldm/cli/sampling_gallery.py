@@ -1,4 +1,4 @@
-"""The pictures of docs/sampling.md: for each solver, spacing and kind of guidance a strip (``tools/strips.py``)."""
+"""The images of docs/sampling.md: for each solver, spacing and kind of guidance a strip (``tools/sampling_gallery.py``)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from ldm import Pipeline
 from ldm.diffusion import SAMPLERS, SPACINGS, Guidance, Projection
-from ldm.images import Images
+from ldm.image_output import Images
 
 OUT = Path("docs/images/sampling")
 STEPS = (5, 10, 20, 50)

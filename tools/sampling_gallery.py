@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ldm.cli.reference import main
+from ldm.cli.sampling_gallery import main
 
 if __name__ == "__main__":
     main()

@@ -10,14 +10,14 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union
 
-from ldm.config import REQUIRED, Kind, unstructure
+from ldm.config import REQUIRED, Kind, to_dict
 from ldm.experiment import Experiment
 
 INTRODUCTION = """\
 # The config
 
 Every key that the YAML of an experiment can have. This page is made from the dataclasses of the code by
-`python tools/reference.py > docs/config.md`, and a test holds it to them.
+`python tools/config_reference.py > docs/config.md`, and a test holds it to them.
 
 - A key without a default must be given; a key that is not listed here is an error that names the nearest one that is.
 - A part that comes in **kinds** is written `{kind: cosine, num_timesteps: 500}`, or just `cosine` if the rest is to be as it
@@ -149,7 +149,7 @@ def _default(field: Any) -> str:
     config: Any = type(value)
     if dataclasses.is_dataclass(value) and value == config():
         return f"`{value.kind}`" if isinstance(value, Kind) else "its defaults"
-    return f"`{_yaml(unstructure(value))}`"
+    return f"`{_yaml(to_dict(value))}`"
 
 
 def _yaml(value: Any) -> str:

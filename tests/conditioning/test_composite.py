@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.conditioning import ConditionerKind, SeveralConditioners
-from ldm.config import structure, unstructure
+from ldm.conditioning import CompositeConditioner, ConditionerConfig
+from ldm.config import from_dict, to_dict
 from ldm.denoiser import LevelSpec, UNetConfig
 from ldm.errors import ConfigError
 from ldm.formats.native import save_model
@@ -33,10 +33,10 @@ INPUTS: dict[str, list[Any]] = {
 }
 
 
-def several(*names: str, **changes: Any) -> SeveralConditioners:
+def several(*names: str, **changes: Any) -> CompositeConditioner:
     parts = {name: PARTS[name] | changes for name in names or PARTS}
-    conditioner = structure(ConditionerKind, {"kind": "several", "parts": parts}).build(TOKENIZER)
-    assert isinstance(conditioner, SeveralConditioners)
+    conditioner = from_dict(ConditionerConfig, {"kind": "several", "parts": parts}).build(TOKENIZER)
+    assert isinstance(conditioner, CompositeConditioner)
     return conditioner
 
 
@@ -44,7 +44,7 @@ def test_what_each_says_is_laid_side_by_side() -> None:
     conditioner = several()
     config, cond = conditioner.config, conditioner(INPUTS)
     parts = {name: part(INPUTS) for name, part in conditioner.parts.items()}
-    assert config.reads == ("text", "boxes", "label", "semantic")
+    assert config.input_keys == ("text", "boxes", "label", "semantic")
     assert torch.equal(cond.context, torch.cat([parts["caption"].context, parts["layout"].context], dim=1))
     assert torch.equal(cond.vector, torch.cat([parts["caption"].vector, parts["number"].vector], dim=1))
     assert torch.equal(cond.concat, torch.cat([parts["ground"].concat, parts["colours"].concat], dim=1))
@@ -104,7 +104,7 @@ def test_a_model_in_low_precision_hears_all_of_them(tmp_path: Path) -> None:
     network = {"kind": "unet", "levels": [{"width": 16, "blocks": 1, "depth": 1}], "heads": 2, "groups": 4}
     widths = {"in_channels": 9, "context_width": 16, "vector_width": 21}
     sections = {"conditioner": {"kind": "several", "parts": parts}, "denoiser": network | widths}
-    config = structure(ModelConfig, unstructure(tiny_model("none").config) | sections)
+    config = from_dict(ModelConfig, to_dict(tiny_model("none").config) | sections)
     model = LatentDiffusion(config, TOKENIZER)
     torch.nn.init.normal_(model.denoiser.conv_out.weight, std=0.1)
     save_model(tmp_path / "model.safetensors", model, {})
@@ -143,9 +143,9 @@ def test_a_model_in_low_precision_hears_all_of_them(tmp_path: Path) -> None:
 )
 def test_impossible_parts_are_refused(parts: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        structure(ConditionerKind, {"kind": "several", "parts": parts})
+        from_dict(ConditionerConfig, {"kind": "several", "parts": parts})
 
 
 def test_the_config_survives_the_round_trip() -> None:
     config = several().config
-    assert structure(ConditionerKind, unstructure(config)) == config
+    assert from_dict(ConditionerConfig, to_dict(config)) == config

@@ -7,7 +7,7 @@ from torch import nn
 from ldm.config import Kind
 
 
-class DenoiserKind(Kind):
+class DenoiserConfig(Kind):
     """F(x, noise level, conditioning), the network that a parametrization turns into a denoiser.
 
     ``build()`` gives a module ``forward(x [b c h w], noise_level [b], cond: Conditioning) -> [b out_channels h w]``.

@@ -5,28 +5,28 @@ import math
 import pytest
 import torch
 
-from ldm.diffusion.draw import Antithetic, Draw, LogNormal, Stratified, Uniform
+from ldm.diffusion.noise_level_samplers import Antithetic, LogNormal, NoiseLevelSampler, Stratified, Uniform
 from ldm.diffusion.schedule import Cosine, Flow, Karras, ScaledLinear
 
-DRAWS = [Uniform(), Antithetic(), Stratified(), LogNormal()]
-every_draw = pytest.mark.parametrize("draw", DRAWS, ids=repr)
+SAMPLERS = [Uniform(), Antithetic(), Stratified(), LogNormal()]
+every_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def drawn_timesteps(draw: Draw, n: int, num_timesteps: int, seed: int = 0) -> torch.Tensor:
+def drawn_timesteps(sampler: NoiseLevelSampler, n: int, num_timesteps: int, seed: int = 0) -> torch.Tensor:
     schedule = Cosine(num_timesteps=num_timesteps)
-    t = schedule.t(draw.draw(n, schedule, generator(seed)).double())
+    t = schedule.t(sampler.sample(n, schedule, generator(seed)).double())
     torch.testing.assert_close(t, t.round(), atol=1e-3, rtol=0)
     return t.round().long()
 
 
-@every_draw
-def test_draws_depend_on_the_generator_alone(draw: Draw) -> None:
+@every_sampler
+def test_samples_depend_on_the_generator_alone(sampler: NoiseLevelSampler) -> None:
     state = torch.get_rng_state()
-    first, again, other = (draw.draw(9, ScaledLinear(), generator(seed)) for seed in (3, 3, 4))
+    first, again, other = (sampler.sample(9, ScaledLinear(), generator(seed)) for seed in (3, 3, 4))
     assert first.shape == (9,)
     assert first.dtype == torch.float32
     assert torch.equal(first, again)
@@ -34,20 +34,20 @@ def test_draws_depend_on_the_generator_alone(draw: Draw) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@every_draw
-def test_draws_stay_within_the_schedule(draw: Draw) -> None:
+@every_sampler
+def test_samples_stay_within_the_schedule(sampler: NoiseLevelSampler) -> None:
     schedule = ScaledLinear(beta_start=0.1, beta_end=0.2, num_timesteps=5)
-    sigma = draw.draw(2000, schedule, generator())
+    sigma = sampler.sample(2000, schedule, generator())
     assert sigma.min() == torch.tensor(schedule.sigma_min)
     assert sigma.max() == torch.tensor(schedule.sigma_max)
 
 
-@pytest.mark.parametrize("draw", [Uniform(), Antithetic(), Stratified()], ids=repr)
-def test_timesteps_are_equally_likely(draw: Draw) -> None:
+@pytest.mark.parametrize("sampler", [Uniform(), Antithetic(), Stratified()], ids=repr)
+def test_timesteps_are_equally_likely(sampler: NoiseLevelSampler) -> None:
     n, bins = 20_000, 10
-    counts = drawn_timesteps(draw, n, bins).bincount(minlength=bins).double()
+    counts = drawn_timesteps(sampler, n, bins).bincount(minlength=bins).double()
     chi_squared = ((counts - n / bins) ** 2 / (n / bins)).sum()
-    assert chi_squared < 50  # 9 degrees of freedom, 18 where pairs make each draw count twice
+    assert chi_squared < 50  # 9 degrees of freedom, 18 where pairs make each sampler count twice
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8])
@@ -58,21 +58,21 @@ def test_antithetic_pairs_add_up(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 4, 10])
-def test_stratified_draws_one_of_each_stratum(n: int) -> None:
+def test_stratified_samples_one_of_each_stratum(n: int) -> None:
     for seed in range(20):
         t = drawn_timesteps(Stratified(), n, 100, seed)
         assert torch.equal(t * n // 100, torch.arange(n))
 
 
 def test_lognormal_has_its_mean_and_deviation() -> None:
-    n, draw = 40_000, LogNormal(mean=-0.7, std=0.9)
-    logarithm = draw.draw(n, Karras(sigma_min=1e-5, sigma_max=4000), generator()).double().log()
+    n, sampler = 40_000, LogNormal(mean=-0.7, std=0.9)
+    logarithm = sampler.sample(n, Karras(sigma_min=1e-5, sigma_max=4000), generator()).double().log()
     assert abs(logarithm.mean() + 0.7) < 4 * 0.9 / math.sqrt(n)
     assert abs(logarithm.std() - 0.9) < 4 * 0.9 / math.sqrt(2 * n)
 
 
 def test_lognormal_with_flow_is_logit_normal() -> None:
-    sigma = LogNormal(mean=0.0, std=1.0).draw(40_000, Flow(), generator()).double()
+    sigma = LogNormal(mean=0.0, std=1.0).sample(40_000, Flow(), generator()).double()
     u = sigma / (1 + sigma)
     # The logistic function of N(0, 1) has the median 1/2 and its quartiles at the logistic of -+0.6745.
     quartiles = torch.quantile(u, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ldm.clip.model import CLIPConfig
-from ldm.clip.tokenizer import Tokenizer, TokenizerKind
-from ldm.conditioning.conditioner import Conditioner, ConditionerKind, Pair
-from ldm.config import setting
+from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, Pair
+from ldm.config import config_field
 from ldm.errors import ConfigError
 from ldm.nn.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
-class SeveralConditionersConfig(ConditionerKind, kind="several"):
+class CompositeConditionerConfig(ConditionerConfig, kind="several"):
     """Several conditions at once, each dropped by itself: contexts one after the other, vectors and channels side by side."""
 
-    parts: Mapping[str, ConditionerKind] = setting(help="conditioners by a name that the weights go by")
+    parts: Mapping[str, ConditionerConfig] = config_field(help="conditioners by a name that the weights go by")
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -38,8 +38,8 @@ class SeveralConditionersConfig(ConditionerKind, kind="several"):
                 raise ConfigError(f"the parts differ in {name}; make them equal.")
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.reads))
+    def input_keys(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.input_keys))
 
     def defaults(self, height: int, width: int) -> dict[str, Pair]:
         return {name: pair for part in self.parts.values() for name, pair in part.defaults(height, width).items()}
@@ -64,25 +64,27 @@ class SeveralConditionersConfig(ConditionerKind, kind="several"):
     def concat_channels(self) -> int:
         return sum(part.concat_channels for part in self.parts.values())
 
-    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> SeveralConditionersConfig:
+    def resolved(
+        self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int
+    ) -> CompositeConditionerConfig:
         return replace(
             self, parts={name: part.resolved(clip, latent_size, factor) for name, part in self.parts.items()}
         )
 
     def with_tokenizer(
-        self, make: Callable[[TokenizerKind, str], Tokenizer], name: str = ""
-    ) -> SeveralConditionersConfig:
+        self, make: Callable[[TokenizerConfig, str], Tokenizer], name: str = ""
+    ) -> CompositeConditionerConfig:
         parts = {key: part.with_tokenizer(make, f"{name}_{key}") for key, part in self.parts.items()}
         return replace(self, parts=parts)
 
-    def build(self, tokenizer: Tokenizer | None = None) -> SeveralConditioners:
-        return SeveralConditioners(self, tokenizer)
+    def build(self, tokenizer: Tokenizer | None = None) -> CompositeConditioner:
+        return CompositeConditioner(self, tokenizer)
 
 
-class SeveralConditioners(Conditioner):
+class CompositeConditioner(Conditioner):
     """The records of its parts as one."""
 
-    def __init__(self, config: SeveralConditionersConfig, tokenizer: Tokenizer | None):
+    def __init__(self, config: CompositeConditionerConfig, tokenizer: Tokenizer | None):
         super().__init__()
         self.config = config
         self.parts = nn.ModuleDict({name: part.build(tokenizer) for name, part in config.parts.items()})
@@ -93,16 +95,16 @@ class SeveralConditioners(Conditioner):
     def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
         return side_by_side([part.unconditional(inputs, negative) for part in self._conditioners()])
 
-    def of_training(
+    def prepare_batch(
         self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
     ) -> Mapping[str, Any]:
         for part in self._conditioners():
-            batch = part.of_training(batch, encode, generator)
+            batch = part.prepare_batch(batch, encode, generator)
         return batch
 
-    def towers(self) -> Iterator[tuple[str, nn.Module]]:
+    def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
         for part in self._conditioners():
-            yield from part.towers()
+            yield from part.pretrained_encoders()
 
     def load_pretrained(self) -> None:
         for part in self._conditioners():
