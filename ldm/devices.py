@@ -1,4 +1,4 @@
-"""Where networks compute, and in which precision."""
+"""Default device and precision."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ldm.errors import SamplingError, first_line
 
 
 def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
+    """Return the GPU if there is one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device computes in it natively, else fp32: emulated, it is many times slower."""
+    """Return bf16 if the device supports it natively, else fp32; emulated bf16 is many times slower."""
     native = False
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -29,7 +29,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def usable(device: torch.device | str) -> torch.device:
-    """The device, its index filled in.
+    """Return the device with its index, after checking that it can be used.
 
     Raises:
         SamplingError: it cannot be used.
@@ -37,4 +37,4 @@ def usable(device: torch.device | str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise SamplingError(f"the device {device} cannot be used ({first_line(error)}); 'cpu' always can.") from None
+        raise SamplingError(f"the device {device} cannot be used ({first_line(error)}); use 'cpu' instead.") from None

@@ -1,4 +1,4 @@
-"""What a user can get wrong. Each message is one sentence: what was wrong, where, and what to do."""
+"""Errors that a user can cause. Each message is one sentence: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 
 
 class LdmError(ValueError):
-    """A user's mistake; commands print its message alone and exit with code 2."""
+    """Base of the errors that a user can cause; commands print only the message and exit with code 2."""
 
 
 class ConfigError(LdmError):
-    """A configuration that cannot be: unknown key, wrong type, impossible combination."""
+    """Invalid configuration: unknown key, wrong type, impossible combination."""
 
 
 class DataError(LdmError):
-    """Pictures, captions or shards that are missing or cannot be read."""
+    """Pictures, captions or shards that are missing or unreadable."""
 
 
 class CheckpointError(LdmError):
-    """A file of weights that is missing, broken, or does not fit what it is wanted for.
+    """File of weights that is missing, broken, or does not fit its purpose.
 
-    ``details`` are lines for who wants to know all, where the message names a few.
+    ``details`` lists everything where the message names only a few.
     """
 
     def __init__(self, message: str, details: Iterable[str] = ()):
@@ -30,35 +30,35 @@ class CheckpointError(LdmError):
 
 
 class SamplingError(LdmError):
-    """A request to the pipeline that cannot be met: prompt, size, sampler, noise levels."""
+    """Invalid request to the pipeline: prompt, size, sampler, noise levels."""
 
 
 class TrainingError(LdmError):
-    """A training that cannot start or go on: missing predecessor, loss that is not finite."""
+    """Training that cannot start or continue: missing predecessor, loss that is not finite."""
 
 
 class MissingExtraError(LdmError):
-    """An optional dependency that the request needs and the environment lacks."""
+    """Missing optional dependency."""
 
 
 def missing_extra(package: str, needed_for: str, extra: str) -> MissingExtraError:
-    """The error for an absent optional dependency, naming the extra that brings it."""
+    """Return the error for a missing optional dependency, naming the extra that installs it."""
     return MissingExtraError(f"{needed_for} needs the package {package!r}; install it with pip install 'ldm[{extra}]'.")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says first, as a clause of one of ours, of bounded length."""
+    """Return the first line of another library's error, of bounded length, for use in a message."""
     line = str(error).strip().split("\n")[0].rstrip(".")
     return line if len(line) <= 500 else f"{line[:500]}..."
 
 
 def some(names: Sequence[str]) -> str:
-    """The first three of many names, for a sentence."""
+    """Return the first three of many names, for a sentence."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def counted(problems: Mapping[str, Sequence[str]]) -> str:
-    """How many names have each problem, and some of them; empty if none has any.
+    """Summarise how many names have each problem, with some of them; empty if there are none.
 
     >>> counted({"missing": ["a", "b", "c", "d"], "unexpected": []})
     '4 missing (a, b, c, ...)'
@@ -67,7 +67,7 @@ def counted(problems: Mapping[str, Sequence[str]]) -> str:
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """One sentence for a name that is not among ``known``, with the nearest ones first.
+    """Return a sentence for a name that is not among ``known``, with the nearest known one.
 
     >>> unknown("sampler", "eular", ["ddim", "euler"])
     "unknown sampler 'eular'; did you mean 'euler'? Known: ddim, euler."

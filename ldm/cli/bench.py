@@ -1,4 +1,4 @@
-"""Speed against the peers, as ratios within one run: ``tools/bench.py``. Needs the development extras."""
+"""Benchmarks against other libraries, as ratios within one run (``tools/bench.py``); needs the development extras."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from ldm.cli.common import Debug, keep_freed_memory, new_app, run
 from ldm.errors import LdmError, missing_extra, unknown
 
 Side = tuple[Any, Callable[[], Any]]
-"""A network, and a call of it that gives a tensor."""
+"""A network, and a call of it that returns a tensor."""
 
 app = new_app()
 
 
 @app.command()
 def bench(
-    names: Annotated[list[str] | None, Argument(help="unet, vae, text; default: all three. Or load.")] = None,
-    device: Annotated[str | None, Option(help="cpu or cuda. The GPU if there is one.")] = None,
-    dtype: Annotated[str | None, Option(help="float32 or bfloat16. bfloat16 where it is native.")] = None,
-    batch: Annotated[int, Option(help="Pictures in a batch.")] = 8,
-    rounds: Annotated[int, Option(help="Measured rounds; ours and the peer's alternate.")] = 7,
-    folder: Annotated[Path, Option(help="Of load: where the full-size file is, or is made (8.6 GB).")] = Path(
-        "runs/bench"
-    ),
-    compiled: Annotated[bool, Option("--compile", help="torch.compile both.")] = False,
+    names: Annotated[list[str] | None, Argument(help="unet, vae, text (default: all three), or load.")] = None,
+    device: Annotated[str | None, Option(help="cpu or cuda. Default: the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, Option(help="float32 or bfloat16. Default: bfloat16 if it is native.")] = None,
+    batch: Annotated[int, Option(help="Batch size.")] = 8,
+    rounds: Annotated[int, Option(help="Number of measured rounds, alternating between both sides.")] = 7,
+    folder: Annotated[
+        Path, Option(help="For load: folder of the full-size files, created if they do not exist (8.6 GB).")
+    ] = Path("runs/bench"),
+    compiled: Annotated[bool, Option("--compile", help="Compile both sides with torch.compile.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Time a forward pass and forward with backward of each network, ours beside the peer's of the same shape."""
+    """Time forward, and forward with backward, of each network and of its counterpart in another library."""
     import torch
 
     from ldm.devices import default_device, default_dtype
@@ -64,7 +64,7 @@ def bench(
 
 
 def compare(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median seconds of each after two rounds of warm-up; the two alternate, so that a drifting machine is fair to both."""
+    """Return the median seconds of each after two warm-up rounds; the two alternate, so that drift affects both equally."""
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 2):
         for work, seconds in zip((ours, peer), times, strict=True):
@@ -90,7 +90,7 @@ def _backward(network: Any, call: Callable[[], Any]) -> None:
 
 
 def _unet(batch: int, to: dict[str, Any]) -> tuple[Side, Side]:
-    """The U-Net of SD 1 at a quarter of its width, on latents of 32 x 32."""
+    """U-Net of SD 1 at a quarter of its width, on latents of 32 x 32."""
     import torch
 
     from ldm.denoiser import LevelSpec, UNetConfig
@@ -108,7 +108,7 @@ def _unet(batch: int, to: dict[str, Any]) -> tuple[Side, Side]:
 
 
 def _vae(batch: int, to: dict[str, Any]) -> tuple[Side, Side]:
-    """The KL-f8 autoencoder at a quarter of its width, there and back, on images of 128 x 128."""
+    """KL-f8 autoencoder at a quarter of its width, encoding and decoding, on images of 128 x 128."""
     import torch
 
     from ldm.vae import AutoencoderKLConfig
@@ -130,7 +130,7 @@ def _vae(batch: int, to: dict[str, Any]) -> tuple[Side, Side]:
 
 
 def _text(batch: int, to: dict[str, Any]) -> tuple[Side, Side]:
-    """The text tower of SD 1 at half its depth, on 77 tokens."""
+    """Text tower of SD 1 at half its depth, on 77 tokens."""
     import torch
 
     from ldm.clip.text import TextTowerConfig
@@ -150,7 +150,7 @@ def _text(batch: int, to: dict[str, Any]) -> tuple[Side, Side]:
 
 
 PAIRS: dict[str, Callable[[int, dict[str, Any]], tuple[Side, Side]]] = {"unet": _unet, "vae": _vae, "text": _text}
-"""Benchmarks by name: ours and the peer's network of the same shape."""
+"""Benchmarks by name: our network and the peer's of the same shape."""
 
 
 def _diffusers() -> Any:

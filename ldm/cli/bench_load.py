@@ -1,4 +1,4 @@
-"""How long a checkpoint of SD 1 in its full size takes to load, and in how much memory, beside diffusers."""
+"""Benchmark of loading a full-size SD 1 checkpoint: time and memory, compared with diffusers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ before, start = peak(), time.perf_counter()
 loaded = load()
 print("measured", time.perf_counter() - start, peak() - before)
 """
-"""Seconds, and GB by which the peak of the memory grew (of Linux, which alone tells it apart from the parent's)."""
+"""Script that prints seconds and the increase of peak memory in GB (Linux only, whose VmHWM is per process)."""
 
 
 def bench_load(folder: Path, dtype: str, rounds: int) -> None:
-    """Print a line for each way to load the file, each in a process of its own, and how one denoising step agrees.
+    """Print a line for each way to load the file, each in its own process, and the difference of one denoising step.
 
-    The file and the folder, random weights of 4.3 GB each, are made if they are not there.
+    The file and the folder, random weights of 4.3 GB each, are created if they do not exist.
     """
     file, pipeline = folder / FILE, folder / FOLDER
     if not (pipeline / "model_index.json").is_file():
@@ -64,20 +64,20 @@ def bench_load(folder: Path, dtype: str, rounds: int) -> None:
 
 
 def measured(code: str) -> tuple[float, float]:
-    """Seconds and GB of a load in a fresh process."""
+    """Measure seconds and GB of a load in a new process."""
     done = subprocess.run(
         [sys.executable, "-c", f"import torch\n{code}\n{MEASURE}"], capture_output=True, text=True, check=False
     )
     line = next((line for line in done.stdout.splitlines() if line.startswith("measured")), None)
     if line is None:
-        last = done.stderr.strip().splitlines()[-1:] or ["nothing said"]
-        raise LdmError(f"a load did not come to its end ({last[0]}); run it by itself to see why.")
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise LdmError(f"loading failed ({last[0]}); run it separately to see why.")
     _, seconds, memory = line.split()
     return float(seconds), float(memory)
 
 
 def make(folder: Path) -> None:
-    """A single file and a diffusers folder of SD 1 with the same random weights, made without initialising any."""
+    """Create a single file and a diffusers folder of SD 1 with the same random weights."""
     import torch
 
     from ldm.clip.text import TextTowerConfig
@@ -113,7 +113,7 @@ def make(folder: Path) -> None:
 
 
 def difference(file: Path, folder: Path) -> float:
-    """The greatest difference of one evaluation of our U-Net and of diffusers', as a share of its greatest value."""
+    """Return the largest difference between our U-Net's output and that of diffusers, relative to its largest value."""
     import torch
     from diffusers import UNet2DConditionModel
 

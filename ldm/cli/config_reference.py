@@ -1,4 +1,4 @@
-"""``docs/config.md``: every section, kind and field of an experiment's config, read from the dataclasses themselves."""
+"""Generator of ``docs/config.md``: every section, kind and field of an experiment's config, from the dataclasses."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from ldm.experiment import Experiment
 INTRODUCTION = """\
 # The config
 
-Every key that the YAML of an experiment can have. This page is made from the dataclasses of the code by
-`python tools/config_reference.py > docs/config.md`, and a test holds it to them.
+Every key of an experiment's YAML file. This page is generated from the dataclasses by
+`python tools/config_reference.py > docs/config.md`; a test checks that it is up to date.
 
-- A key without a default must be given; a key that is not listed here is an error that names the nearest one that is.
-- A part that comes in **kinds** is written `{kind: cosine, num_timesteps: 500}`, or just `cosine` if the rest is to be as it
-  is by default.
-- `base: other.yaml` at the top takes another file's keys, a path relative to this one; a list of files is taken in order.
-  Keys here come over those; a section of another kind replaces the whole section.
-- `key.sub=value` on the command line comes over the file: `denoiser.train.max_steps=2000`.
-- `--dry-run` prints the config as it was resolved, and whether the stages fit each other.
+- Keys without a default are required; an unknown key is an error that suggests the nearest known one.
+- A section that comes in **kinds** is written `{kind: cosine, num_timesteps: 500}`, or just `cosine` to use the defaults.
+- `base: other.yaml` at the top includes another file (path relative to this one) or a list of files, in order. Keys of this
+  file override them; a section of another kind replaces the whole section.
+- `key.sub=value` on the command line overrides the file: `denoiser.train.max_steps=2000`.
+- `--dry-run` prints the resolved config and checks that the stages fit each other.
 """
 
 ALIASES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
@@ -33,7 +32,7 @@ ALIASES = {int: "whole number", float: "number", str: "text", bool: "true or fal
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A dataclass or a family of kinds, and where in the YAML it stands."""
+    """A dataclass or a family of kinds, and its places in the YAML."""
 
     config: type
     places: tuple[str, ...]
@@ -48,7 +47,7 @@ class Section:
 
 
 def reference() -> str:
-    """The page, in Markdown: a part for each section, in the order in which a reader of the YAML meets them."""
+    """Return the page in Markdown, with a part for each section in the order of the YAML."""
     sections = {section.config: section for section in _sections()}
     parts = [INTRODUCTION]
     for section in sections.values():
@@ -66,12 +65,12 @@ def reference() -> str:
 
 
 def anchor(title: str) -> str:
-    """The anchor that GitHub gives a heading: lower case, punctuation gone, a hyphen for each space."""
+    """Return GitHub's anchor of a heading: lower case, without punctuation, a hyphen for each space."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def _sections() -> Iterator[Section]:
-    """Sections depth first from the experiment; one that stands in several places comes once, at the first."""
+    """Yield the sections depth first; one that occurs in several places is listed once, at the first."""
     places: dict[type, list[str]] = {}
 
     def visit(config: type, place: str, above: tuple[type, ...]) -> None:
@@ -89,7 +88,7 @@ def _sections() -> Iterator[Section]:
 
 
 def _configs_in(hint: Any) -> Iterator[type]:
-    """The dataclasses and families that an annotation names."""
+    """Yield the dataclasses and families that an annotation names."""
     if isinstance(hint, type) and (dataclasses.is_dataclass(hint) or issubclass(hint, Kind)):
         yield hint
     for argument in typing.get_args(hint):
@@ -101,12 +100,12 @@ def _is_family(config: type) -> bool:
 
 
 def _kinds(family: Any) -> list[Any]:
-    """The entries of a family by name: the order in which they registered depends on who imports what first."""
+    """Return the entries of a family sorted by name, since the order of registration depends on the order of imports."""
     return [family.kinds[name] for name in sorted(family.kinds)]
 
 
 def _keys(config: Any) -> list[tuple[str, Any, dataclasses.Field[Any]]]:
-    """Name, annotation and field of each key."""
+    """Return name, annotation and field of each key."""
     hints = typing.get_type_hints(config)
     return [(field.name, hints[field.name], field) for field in dataclasses.fields(config) if field.init]
 
@@ -120,7 +119,7 @@ def _table(config: type, sections: Mapping[type, Section]) -> str:
 
 
 def _type(hint: Any, sections: Mapping[type, Section]) -> str:
-    """An annotation in the words of YAML."""
+    """Describe an annotation in terms of YAML."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint in ALIASES:
         return ALIASES[hint]
@@ -159,12 +158,12 @@ def _yaml(value: Any) -> str:
 
 
 def _description(config: type) -> str:
-    """The first paragraph of the docstring, as one line."""
+    """Return the first paragraph of the docstring as one line."""
     return _prose(" ".join(inspect.cleandoc(config.__doc__ or "").split("\n\n")[0].split()))
 
 
 def _prose(text: str) -> str:
-    """reStructuredText of docstrings in Markdown: plain code, and the last name of a cross-reference."""
+    """Convert reStructuredText of docstrings to Markdown: plain code, and the last name of a cross-reference."""
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
     return text.replace("``", "`").replace("<", "&lt;")
 

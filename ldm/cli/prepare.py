@@ -1,4 +1,4 @@
-"""``prepare.py``: data sets as shards, and the tokenizer of their captions."""
+"""Data preparation (``tools/prepare.py``, ``ldm-prepare``): shards from images, and a tokenizer from captions."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ def folder(
         Path,
         typer.Argument(
             metavar="SRC",
-            help="Folder of images with captions: x.jpg beside x.txt, or metadata.csv / .jsonl.",
+            help="Folder of images with captions: x.jpg with x.txt, or metadata.csv / .jsonl.",
         ),
     ],
     destination: Annotated[
-        Path, typer.Argument(metavar="DST", help="Where DST/train, DST/val and DST/test are written.")
+        Path, typer.Argument(metavar="DST", help="Output folder; gets DST/train, DST/val and DST/test.")
     ],
-    shard_size: Annotated[int, typer.Option(help="Pictures a shard.")] = 1000,
-    min_size: Annotated[int, typer.Option(help="Shorter side, in pixels, under which an image is left out.")] = 1,
-    max_size: Annotated[
-        int | None, typer.Option(help="Longer side, in pixels, to which larger images are scaled down.")
-    ] = None,
+    shard_size: Annotated[int, typer.Option(help="Images per shard.")] = 1000,
+    min_size: Annotated[int, typer.Option(help="Shortest side in pixels; smaller images are skipped.")] = 1,
+    max_size: Annotated[int | None, typer.Option(help="Longest side in pixels; larger images are scaled down.")] = None,
     shares: Annotated[
-        str, typer.Option(help="Shares of train, val and test, chosen by a hash of the name.")
+        str,
+        typer.Option(help="Fractions of train, val and test; the split of an image is chosen by a hash of its name."),
     ] = "0.98,0.01,0.01",
-    workers: Annotated[int, typer.Option(help="Threads that decode.")] = 4,
+    workers: Annotated[int, typer.Option(help="Number of decoding threads.")] = 4,
     debug: Debug = False,
 ) -> None:
-    """Turn a folder of images with captions into shards; DST/report.json names what cannot be used."""
+    """Convert a folder of images with captions to shards; DST/report.json lists the images that were skipped."""
     from ldm.data.folder import REPORT, prepare_folder
 
     report = prepare_folder(
@@ -50,18 +49,20 @@ def folder(
         workers=workers,
     )
     print(report.summary())
-    print(f"All names of what was left out: {destination / REPORT}")
+    print(f"Skipped images are listed in {destination / REPORT}")
     sources = ", ".join(f"{split}: {destination / split}" for split, count in report.pictures.items() if count)
     print(f"For the config: data: {{kind: shards, {sources}}}")
 
 
 @app.command()
 def emoji(
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Where the shards are written.")],
-    font: Annotated[Path | None, typer.Option(help="NotoColorEmoji.ttf, if it is not where Debian puts it.")] = None,
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Output folder of the shards.")],
+    font: Annotated[
+        Path | None, typer.Option(help="NotoColorEmoji.ttf. Default: the path of Debian's package.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Render the emoji set; the result comes along with the package, so nobody needs this to train."""
+    """Render the emoji set; the package already contains the result."""
     from ldm.data.emoji import FONT_PATH, write_emoji_shards
 
     with warnings.catch_warnings(record=True) as caught:
@@ -76,14 +77,14 @@ def emoji(
 def tokenizer(
     data: Annotated[
         list[str],
-        typer.Option(help="Shards whose captions are read, as data.train names them; may be repeated."),
+        typer.Option(help="Shards whose captions are used, written as data.train; repeatable."),
     ],
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("tokenizer.json"),
-    vocab_size: Annotated[int, typer.Option(help="Tokens, the 256 bytes included.")] = 2048,
-    context_length: Annotated[int, typer.Option(help="Tokens of a caption; longer ones are cut.")] = 32,
+    out: Annotated[Path, typer.Option(help="Output file.")] = Path("tokenizer.json"),
+    vocab_size: Annotated[int, typer.Option(help="Number of tokens, including the 256 bytes.")] = 2048,
+    context_length: Annotated[int, typer.Option(help="Tokens per caption; longer captions are truncated.")] = 32,
     debug: Debug = False,
 ) -> None:
-    """Train a byte-level BPE on the captions of the training shards."""
+    """Train a byte-level BPE tokenizer on the captions of the training shards."""
     from ldm.clip.tokenizer import train_byte_bpe
     from ldm.data.shards import Shards, find_shards
     from ldm.formats.tensors import write_atomically

@@ -1,4 +1,4 @@
-"""The images of docs/sampling.md: for each solver, spacing and kind of guidance a strip (``tools/sampling_gallery.py``)."""
+"""Images of docs/sampling.md: a strip for each sampler, spacing and kind of guidance (``tools/sampling_gallery.py``)."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ GUIDANCE: dict[str, Guidance] = {
     "perturbed": Guidance(MILD, perturbed=4.0),
     "projection": Guidance(HIGH, projection=Projection(norm_threshold=2.0, momentum=-0.5)),
 }
-"""As quoted in docs/sampling.md."""
+"""Guidance settings, as quoted in docs/sampling.md."""
 
 
 def strip(pipe: Pipeline, **settings: Any) -> Images:
-    """One row: the first prompt in 5, 10, 20 and 50 steps, then the second."""
+    """Sample one row: the first prompt with 5, 10, 20 and 50 steps, then the second."""
     counts = {n: pipe(list(PROMPTS), num_inference_steps=n, seed=[SEED] * len(PROMPTS), **settings) for n in STEPS}
     return Images(counts[n][index] for index in range(len(PROMPTS)) for n in STEPS)
 
 
 def main() -> None:
-    """Write every strip, in the folder from which the page shows it."""
+    """Write every strip to the folder from which the page includes it."""
     OUT.mkdir(parents=True, exist_ok=True)
     pipe = Pipeline.from_pretrained()
-    wanted: dict[str, dict[str, Any]] = {f"sampler-{name}": {"sampler": name} for name in SAMPLERS}
-    wanted |= {f"spacing-{name}": {"spacing": name} for name in SPACINGS}
-    wanted |= {f"guidance-{name}": {"guidance": guidance} for name, guidance in GUIDANCE.items()}
-    for name, settings in wanted.items():
-        pictures = strip(pipe, progress=False, **settings)
-        pictures.grid(columns=len(pictures)).save(OUT / f"{name}.png", optimize=True)
+    strips: dict[str, dict[str, Any]] = {f"sampler-{name}": {"sampler": name} for name in SAMPLERS}
+    strips |= {f"spacing-{name}": {"spacing": name} for name in SPACINGS}
+    strips |= {f"guidance-{name}": {"guidance": guidance} for name, guidance in GUIDANCE.items()}
+    for name, settings in strips.items():
+        images = strip(pipe, progress=False, **settings)
+        images.grid(columns=len(images)).save(OUT / f"{name}.png", optimize=True)
         print(OUT / f"{name}.png")

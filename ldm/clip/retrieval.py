@@ -1,4 +1,4 @@
-"""How well images and captions find each other: recall at k, by embedding and by the look of a sample."""
+"""Retrieval metrics: recall at k between images and captions, by embedding and by pixel distance of samples."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 1024
-"""Rows compared with everything at once; bounds the memory."""
+"""Number of queries compared at once; bounds the memory."""
 
 ROUNDING = 1e-6
-"""Cosines nearer than this are equal: a matrix product rounds equal rows differently at its edges."""
+"""Tolerance within which cosines count as equal, since matrix products may round equal rows differently."""
 
 
 @torch.no_grad()
 def recall_at_k(text_features: Tensor, image_features: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Share of captions whose own image is among the k nearest by cosine, and of images whose caption is.
+    """Compute the fraction of captions whose own image is among the k nearest by cosine, and vice versa.
 
-    Ties count against: what is as near as the own one is ranked before it, so constant embeddings score 0.
+    Ties count as errors: an item as near as the own one is ranked before it, so constant embeddings score 0.
 
     Args:
-        text_features, image_features: ``[n d]``; rows of one number belong together.
-        ks: how many nearest ones are looked at.
+        text_features, image_features: ``[n d]``; matching rows belong together.
+        ks: numbers of nearest items.
 
     Returns:
         ``text_to_image_R@k`` and ``image_to_text_R@k`` in [0, 1] for each k.
@@ -34,22 +34,22 @@ def recall_at_k(text_features: Tensor, image_features: Tensor, ks: Sequence[int]
 
 
 def reduce_images(images: Tensor, size: int = 16) -> Tensor:
-    """``images [n 3 h w]`` averaged by area to ``size`` x ``size``: ``[n 3*size*size]`` in fp32."""
+    """Average ``images [n 3 h w]`` by area to ``size`` x ``size``: ``[n 3*size*size]`` in fp32."""
     return F.interpolate(images.float(), size=(size, size), mode="area").flatten(1)
 
 
 @torch.no_grad()
 def sample_recall(samples: Tensor, truths: Tensor, own_index: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """Share of samples that look more like the image of their own caption than like (all but k-1) others.
+    """Compute the fraction of samples for which the true image of their caption is among the k nearest true images.
 
-    Both are reduced to 16 x 16 and compared by Euclidean distance. A true image equal to the own one does
-    not count against a sample: no look can tell captions apart that share a drawing.
+    Both are reduced to 16 x 16 and compared by Euclidean distance. True images that equal the own one do not count against
+    a sample, because captions that share an image cannot be told apart by it.
 
     Args:
         samples: ``[n 3 h w]``, one for each caption.
         truths: ``[m 3 h w]``, the true images, of the same height, width and scale.
         own_index: ``[n]`` of int, the row of ``truths`` that belongs to each sample.
-        ks: how many nearest images are looked at.
+        ks: numbers of nearest images.
 
     Returns:
         ``R@k`` in [0, 1] for each k.
@@ -65,7 +65,7 @@ def sample_recall(samples: Tensor, truths: Tensor, own_index: Tensor, ks: Sequen
 
 
 def _cosine_ranks(queries: Tensor, keys: Tensor) -> Tensor:
-    """How many keys other than the own one are at least as near, ``[n]``; both ``[n d]`` of unit length."""
+    """Count the keys other than the own one that are at least as near, ``[n]``; both inputs ``[n d]`` of unit length."""
     ranks = []
     for start in range(0, len(queries), CHUNK):
         cosine = queries[start : start + CHUNK] @ keys.T

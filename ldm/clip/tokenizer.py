@@ -1,7 +1,7 @@
-"""Captions to tokens: CLIP's byte-pair encoding, or a byte-level one trained on the captions at hand.
+"""Tokenizers: CLIP's byte-pair encoding, or a byte-level one trained on the captions of a data set.
 
-A tokenizer is one ``tokenizer.json`` of the ``tokenizers`` library. Normalisation, vocabulary, start and end
-tokens, truncation and padding all stand in it, so that a model file carries it whole.
+A tokenizer is stored as a ``tokenizer.json`` of the ``tokenizers`` library, which contains normalisation, vocabulary, start
+and end tokens, truncation and padding, so that a model file can hold all of it.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_VOCAB_SIZE = 49408
 BYTES = 256
 END_OF_WORD = "</w>"
-"""What CLIP's tokens end with that end a word."""
+"""Suffix of CLIP's tokens that end a word."""
 
 COMMAS = frozenset(",;\N{FULLWIDTH COMMA}\N{IDEOGRAPHIC COMMA}")
-"""Behind them a long text is parted best."""
+"""Characters after which a long text is preferably split."""
 
 
 class Tokenizer:
-    """Texts to rows of token ids ``[start, ..., end, padding ...]``.
+    """Maps texts to rows of token ids ``[start, ..., end, padding ...]``.
 
-    End is the highest id, in CLIP's vocabulary and in those trained here: pooling at the highest token fits.
+    The end token has the highest id, in CLIP's vocabulary and in those trained here, as pooling at the highest id requires.
 
     Args:
         backend: with the start and end tokens in its vocabulary, truncation and padding set.
 
     Raises:
-        CheckpointError: one of these is missing.
+        CheckpointError: the backend lacks one of these.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
@@ -52,7 +52,7 @@ class Tokenizer:
         if bos_id is None or eos_id is None or truncation is None or padding is None:
             raise CheckpointError(
                 f"the tokenizer lacks the tokens {BOS} and {EOS}, truncation or padding; "
-                "take one written by tools/prepare.py tokenizer."
+                "use one written by tools/prepare.py tokenizer."
             )
         self.backend = backend
         self.context_length: int = truncation["max_length"]
@@ -62,11 +62,11 @@ class Tokenizer:
         self.pad_id: int = padding["pad_id"]
 
     def __call__(self, texts: str | list[str] | tuple[str, ...], longest: bool = False) -> Tensor:
-        """Tokens ``[b context_length]`` of int64; a text that is too long is cut, its end token kept.
+        """Return tokens ``[b context_length]`` of int64; a text that is too long is truncated, keeping the end token.
 
         Args:
             texts: one text (a batch of 1) or several.
-            longest: pad to the longest of the batch only, ``[b n]``; what a causal tower pools is the same.
+            longest: pad only to the longest text of the batch, ``[b n]``; the pooled state of a causal tower is the same.
 
         Raises:
             DataError: a text that is not a string, or that is not valid Unicode.
@@ -80,17 +80,17 @@ class Tokenizer:
         return tokens
 
     def windows(self, text: str, cut: bool = False) -> tuple[Tensor, Tensor]:
-        """A text of any length as rows of tokens, each with start, end and padding of its own.
+        """Split a text of any length into rows of tokens, each with its own start, end and padding.
 
-        A row ends where a word does, and after a comma rather than elsewhere, if that is in its last third; without
-        either it is filled.
+        A row ends at the last comma in its last third, else at the last end of a word there; if there is neither, the row is
+        filled.
 
         Args:
-            cut: keep what fits one filled row, and leave the rest out.
+            cut: truncate the text to one filled row.
 
         Returns:
-            Tokens ``[k context_length]`` of int64, and the place in ``text`` of each one's last character, -1 for
-            start, end and padding, of the same shape.
+            Tokens ``[k context_length]`` of int64, and of the same shape the index in ``text`` of each token's last
+            character, -1 for start, end and padding.
 
         Raises:
             DataError: the text is not a string, or not valid Unicode.
@@ -111,20 +111,20 @@ class Tokenizer:
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(places, dtype=torch.int64)
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
-        """The normalised text of one row of tokens, up to its end token."""
+        """Return the normalised text of one row of tokens, up to its end token."""
         ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
         ids = ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids
         return self.backend.decode([token for token in ids if token != self.bos_id], skip_special_tokens=False)
 
     def with_context_length(self, context_length: int) -> Tokenizer:
-        """The same tokens, cut and padded to another length."""
+        """Return the same tokenizer with another length of truncation and padding."""
         return finish(tokenizers.Tokenizer.from_str(self.to_json()), context_length, self.pad_id)
 
     def with_padding(self, pad_id: int) -> Tokenizer:
-        """The same tokens, padded with another one, which then is that one wherever it stands in a text, as in transformers.
+        """Return the same tokenizer with another padding token, which becomes a special token within texts, as in transformers.
 
         Raises:
-            ConfigError: there is no such token.
+            ConfigError: the vocabulary has no such token.
         """
         if not 0 <= pad_id < self.vocab_size:
             raise ConfigError(f"the pad_id {pad_id} is not among the {self.vocab_size} tokens of the tokenizer.")
@@ -133,9 +133,9 @@ class Tokenizer:
         return finish(backend, self.context_length, pad_id)
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with the meaning of any token, with the length or with the padding.
+        """Return 16 hex digits that change with the meaning of any token, the length or the padding.
 
-        They do not depend on how a version of ``tokenizers`` writes its file.
+        They do not depend on the file format of a version of ``tokenizers``.
         """
         vocabulary = sorted(self.backend.get_vocab().items(), key=lambda entry: entry[1])
         meaning = json.dumps([vocabulary, self.context_length, self.pad_id])
@@ -149,27 +149,27 @@ class Tokenizer:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            CheckpointError: the text is no tokenizer, or one without start, end, truncation or padding.
+            CheckpointError: the text is not a tokenizer, or lacks start, end, truncation or padding.
         """
         return cls(backend_from_json(text))
 
 
 def backend_from_json(text: str) -> tokenizers.Tokenizer:
-    """A tokenizer of the library.
+    """Parse a ``tokenizer.json`` of the ``tokenizers`` library.
 
     Raises:
-        CheckpointError: the text is no tokenizer.json.
+        CheckpointError: the text is not a tokenizer.json.
     """
     try:
         return tokenizers.Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises nothing narrower; a panic of its Rust is no Exception
+    except BaseException as error:  # the library raises nothing narrower; a Rust panic is not an Exception
         raise CheckpointError(f"the tokenizer is not in the format of tokenizer.json: {first_line(error)}.") from None
 
 
 class TokenizerConfig(Kind):
-    """The family of tokenizers; ``build(captions)`` gives a :class:`Tokenizer`."""
+    """Family of tokenizer configs; ``build(captions)`` returns a :class:`Tokenizer`."""
 
     vocab_size: int
     context_length: int
@@ -180,11 +180,11 @@ class TokenizerConfig(Kind):
 
 @dataclass(frozen=True)
 class CLIPBPEConfig(TokenizerConfig, kind="clip_bpe"):
-    """CLIP's byte-pair encoding of 49,408 tokens, as SD 1, SD 2 and SDXL use it; it is not trained."""
+    """CLIP's byte-pair encoding of 49,408 tokens, as used by SD 1, SD 2 and SDXL; it is not trained."""
 
-    context_length: int = config_field(77, "tokens of a caption, start and end among them")
+    context_length: int = config_field(77, "tokens per caption, including start and end")
     pad_id: int | None = config_field(
-        None, "token after the end; null: the end token (SD 1); 0 for SD 2 and SDXL's second tokenizer"
+        None, "padding token; null: the end token (SD 1); 0 for SD 2 and SDXL's second tokenizer"
     )
 
     def __post_init__(self) -> None:
@@ -197,20 +197,20 @@ class CLIPBPEConfig(TokenizerConfig, kind="clip_bpe"):
         return CLIP_VOCAB_SIZE
 
     def build(self, captions: Iterable[str] = ()) -> Tokenizer:
-        """``captions`` are not looked at.
+        """Build the tokenizer; ``captions`` are ignored.
 
         Raises:
-            MissingExtraError: open_clip, which brings the merges, is not installed.
+            MissingExtraError: open_clip, which contains the merges, is not installed.
         """
         return clip_bpe(clip_merges(), self.context_length, self.pad_id)
 
 
 @dataclass(frozen=True)
 class ByteBPEConfig(TokenizerConfig, kind="byte_bpe"):
-    """Byte-level byte-pair encoding trained on the captions; any language, nothing is unknown."""
+    """Byte-level byte-pair encoding trained on the captions; works for any language, without unknown tokens."""
 
-    vocab_size: int = config_field(2048, "most tokens; small sets of captions give fewer")
-    context_length: int = config_field(32, "tokens of a caption, start and end among them")
+    vocab_size: int = config_field(2048, "largest number of tokens; small sets of captions give fewer")
+    context_length: int = config_field(32, "tokens per caption, including start and end")
     path: str | None = config_field(
         None, "file written by tools/prepare.py tokenizer; null: trained on the captions of the train split"
     )
@@ -220,11 +220,11 @@ class ByteBPEConfig(TokenizerConfig, kind="byte_bpe"):
         _check_vocab_size(self.vocab_size)
 
     def build(self, captions: Iterable[str] = ()) -> Tokenizer:
-        """``captions`` are looked at only when there is no ``path``.
+        """Build the tokenizer; ``captions`` are used only if there is no ``path``.
 
         Raises:
-            DataError: ``path`` does not exist, or no captions.
-            CheckpointError: ``path`` is no tokenizer.
+            DataError: ``path`` does not exist, or there are no captions.
+            CheckpointError: ``path`` is not a tokenizer.
             ConfigError: it has more tokens than ``vocab_size``.
         """
         if self.path is None:
@@ -246,15 +246,15 @@ def clip_bpe(
     added: Sequence[AddedToken] = (),
     pad_in_text: bool = True,
 ) -> Tokenizer:
-    """CLIP's tokenizer (OpenAI's ``simple_tokenizer.py``) from its merges, normalising as transformers does.
+    """Build CLIP's tokenizer (OpenAI's ``simple_tokenizer.py``) from its merges, with the normalisation of transformers.
 
     Args:
-        merges: pairs of entries, the first to be made first.
-        context_length: tokens of a row.
-        pad_id: token after the end; None: the end token.
-        vocab: entries to ids; None: the 256 bytes, the same at the end of a word, one for each merge, start, end.
-        added: entries of ``vocab`` that are found in a text before anything is merged.
-        pad_in_text: whether a text's "!" is the token that SD 2 pads with, as in transformers; in open_clip it is not.
+        merges: pairs of entries, in order of priority.
+        context_length: tokens per row.
+        pad_id: padding token; None: the end token.
+        vocab: ids of entries; None: the 256 bytes, the same at the end of a word, one per merge, start, end.
+        added: entries of ``vocab`` that are matched in a text before any merge.
+        pad_in_text: if True, "!" in a text is the padding token of SD 2, as in transformers; in open_clip it is not.
     """
     if vocab is None:
         alphabet = _byte_alphabet()
@@ -284,13 +284,13 @@ def clip_bpe(
 
 
 def train_byte_bpe(captions: Iterable[str], vocab_size: int = 2048, context_length: int = 32) -> Tokenizer:
-    """Byte-level BPE (Radford et al. 2019, GPT-2) of captions in NFC, in lower case and with single spaces.
+    """Train byte-level BPE (Radford et al. 2019, GPT-2) on captions in NFC, lower case and with single spaces.
 
-    A merge must occur twice. The result depends on the captions and not on their order.
-    Ids: the 256 bytes, one for each merge, start, end.
+    A merge must occur at least twice. The result does not depend on the order of the captions.
+    Ids: the 256 bytes, one per merge, start, end.
 
     Raises:
-        ConfigError: ``vocab_size`` has no room for the bytes, start and end.
+        ConfigError: ``vocab_size`` is too small for the bytes, start and end.
         DataError: there are no captions, or one is not a string.
     """
     _check_context_length(context_length)
@@ -314,7 +314,7 @@ def train_byte_bpe(captions: Iterable[str], vocab_size: int = 2048, context_leng
 
 
 def finish(backend: tokenizers.Tokenizer, context_length: int, pad_id: int | None = None) -> Tokenizer:
-    """Start and end around a text, truncation and padding to ``context_length``; they must be in the vocabulary."""
+    """Add start and end tokens (which the vocabulary must have), truncation and padding to ``context_length``."""
     ids = {token: backend.token_to_id(token) for token in (BOS, EOS)}
     backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=list(ids.items()))
     backend.enable_truncation(context_length)
@@ -325,12 +325,12 @@ def finish(backend: tokenizers.Tokenizer, context_length: int, pad_id: int | Non
 
 def _token(backend: tokenizers.Tokenizer, index: int) -> str:
     token = backend.id_to_token(index)
-    assert token is not None, f"{index} is no token"
+    assert token is not None, f"there is no token {index}"
     return token
 
 
 def _starts(text: str, spans: Sequence[tuple[int, int]], capacity: int) -> list[int]:
-    """The tokens, of those at ``spans`` of ``text``, with which the rows of ``capacity`` tokens begin."""
+    """Return the indices of the tokens, located at ``spans`` of ``text``, with which rows of ``capacity`` tokens start."""
     starts = [0]
     while len(spans) - starts[-1] > capacity:
         full = starts[-1] + capacity
@@ -343,14 +343,14 @@ def _starts(text: str, spans: Sequence[tuple[int, int]], capacity: int) -> list[
 
 @cache
 def clip_merges() -> list[tuple[str, str]]:
-    """The merges of CLIP, from the file that open_clip brings; to import open_clip would take seconds."""
+    """Return the merges of CLIP, read from open_clip's file without importing open_clip, which takes seconds."""
     package = importlib.util.find_spec("open_clip")
     folders = (package.submodule_search_locations or []) if package else []
     for path in (Path(folder, "bpe_simple_vocab_16e6.txt.gz") for folder in folders):
         if path.is_file():
             lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
             count = CLIP_VOCAB_SIZE - 2 * BYTES - 2
-            # The first line is a title, and there are more merges than CLIP uses.
+            # The first line is a title, and the file has more merges than CLIP uses.
             return [(first, second) for first, second in (line.split() for line in lines[1 : 1 + count])]
     raise MissingExtraError(
         "the tokenizer clip_bpe needs the file bpe_simple_vocab_16e6.txt.gz of open_clip; "
@@ -359,7 +359,7 @@ def clip_merges() -> list[tuple[str, str]]:
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's printable character for each of the 256 bytes, in the order of the ids."""
+    """Return GPT-2's printable character for each of the 256 bytes, in the order of the ids."""
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -376,11 +376,11 @@ def _checked(text: object, index: int) -> str:
 
 def _check_context_length(context_length: int) -> None:
     if context_length < 3:
-        raise ConfigError(f"a context_length of {context_length} has no room for text; use at least 3.")
+        raise ConfigError(f"a context_length of {context_length} leaves no room for text; use at least 3.")
 
 
 def _check_vocab_size(vocab_size: int) -> None:
     if vocab_size < BYTES + 2:
         raise ConfigError(
-            f"vocab_size {vocab_size} has no room for all bytes, start and end; use at least {BYTES + 2}."
+            f"vocab_size {vocab_size} is too small for all bytes, start and end; use at least {BYTES + 2}."
         )

@@ -1,7 +1,7 @@
-"""The emoji set: Noto Color Emoji drawn with their names, and a split that holds out skin tones by rule.
+"""The emoji data set: rendered Noto Color Emoji with their names, and a split that holds out skin tones by rule.
 
-Every sequence of the package ``emoji`` that the font draws as one glyph becomes an image; its key is its
-code points in hexadecimal (``1f469-200d-1f692``), so that the sequence can be read back from the key.
+Every sequence of the package ``emoji`` that the font draws as one glyph becomes an image. Its key is the
+hexadecimal code points (``1f469-200d-1f692``), from which the sequence can be recovered.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ SIZE = 128  # pixels, as stored
 
 
 def split_of(sequence: str) -> str:
-    """The split of an emoji: about one in five skin tones of a base is held out, which one by the base's
-    CRC-32.
+    """Return the split of an emoji: about one in five skin tones of a base is held out, chosen by the base's CRC-32.
 
     Let ``h`` be the CRC-32 of the sequence without its tones. With one tone (0..4) the sequence is held out
     if ``tone == h % 5``, with two, a and b, if ``(h + 5a + b) % 5 == 0``. Half of those held out are
@@ -49,18 +48,18 @@ def _is_tone(character: str) -> bool:
 
 
 def key_of(sequence: str) -> str:
-    """The code points of a sequence in hexadecimal, joined by ``-``."""
+    """Return the code points of a sequence in hexadecimal, joined by ``-``."""
     return "-".join(f"{ord(c):x}" for c in sequence)
 
 
 def render(font_path: Path = FONT_PATH) -> Iterator[tuple[str, Sample]]:
-    """The set as (split, sample), in the order of ``emoji.EMOJI_DATA``, drawn as they are asked for.
+    """Return an iterator over (split, sample), in the order of ``emoji.EMOJI_DATA``, rendered lazily.
 
-    Raises, before anything is drawn:
+    Raises, before anything is rendered:
         DataError: the font is missing or unreadable, or Pillow lacks raqm (joined sequences) or AVIF.
         MissingExtraError: the package ``emoji`` is missing.
 
-    Warns if the package or the font is of another version than the committed shards were made with.
+    Warns if the version of the package or the font differs from the one used for the committed shards.
     """
     return _drawn(_names(), _font(font_path))
 
@@ -82,7 +81,7 @@ def _drawn(names: dict[str, str], font: ImageFont.FreeTypeFont) -> Iterator[tupl
 
 
 def write_emoji_shards(folder: Path, font_path: Path = FONT_PATH) -> dict[str, int]:
-    """Renders the set into ``folder/emoji-<split>-000.tar``; returns the number of images of each split."""
+    """Render the set into ``folder/emoji-<split>-000.tar``; return the number of images of each split."""
     from tqdm import tqdm
 
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
@@ -134,6 +133,6 @@ def _font_version(path: Path) -> str:
 def _warn_if_other(what: str, found: str, expected: str) -> None:
     if found != expected:
         warnings.warn(
-            f"{what} is of version {found}, the shipped set was made with {expected}: images may differ",
+            f"{what} has version {found}, but the shipped set was made with {expected}: images may differ",
             stacklevel=2,
         )

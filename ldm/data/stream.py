@@ -1,9 +1,9 @@
-"""Batches in an order that is a function of (seed, epoch) alone, so that a stream can begin anywhere.
+"""Batches in an order that depends only on (seed, epoch), so that a stream can start anywhere.
 
-A training run sees one endless sequence of samples, epoch after epoch, each a permutation of the set. Step
+A training run reads one endless sequence of samples, epoch after epoch, each a permutation of the set. Step
 ``k`` of a run on ``w`` ranks with ``b`` samples a rank takes positions ``k w b`` to ``(k + 1) w b`` of it,
-rank ``r`` the ``r``-th run of ``b``. A batch may span two epochs; nothing is dropped. How many workers make
-the batches has no influence.
+rank ``r`` the ``r``-th run of ``b``. A batch may span two epochs; nothing is dropped. The order does not depend on
+the number of workers.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ldm.errors import DataError
 
 
 class Order:
-    """The endless, shuffled sequence of the samples of a set.
+    """Endless, shuffled sequence of the samples of a set.
 
     Args:
         lengths: number of samples of each shard.
         seed: of the shuffling and the jitter.
-        shuffle_buffer: None shuffles the whole set. A number keeps reading near sequential: shards come in
-            random order, and samples are mixed in blocks of so many.
+        shuffle_buffer: None shuffles the whole set. A number keeps reading nearly sequential: shards come in
+            random order, and samples are shuffled within blocks of that size.
     """
 
     def __init__(self, lengths: Sequence[int], seed: int, shuffle_buffer: int | None = None):
@@ -49,7 +49,7 @@ class Order:
         return order, generator.random((n, 3), np.float32)
 
     def draw(self, start: int, count: int) -> BatchIndices:
-        """The samples at positions ``start`` to ``start + count`` of the sequence."""
+        """Return the samples at positions ``start`` to ``start + count`` of the sequence."""
         n = sum(self.lengths)
         index, jitter = [], []
         while count > 0:
@@ -62,21 +62,20 @@ class Order:
 
 
 class TrainStream:
-    """The batches ``start_batch`` to ``total_batches`` of a run, each full.
+    """Stream of the batches ``start_batch`` to ``total_batches`` of a run, all of full size.
 
-    It is a stream, not a collection: iterating goes on where it stopped. ``len`` is ``total_batches``
-    wherever it begins, which is what Lightning counts against when it resumes; Lightning also stores and
-    restores ``state_dict``.
+    Iterating again continues where it stopped. ``len`` is always ``total_batches``, against which Lightning counts when it
+    resumes; Lightning also saves and restores ``state_dict``.
 
     Args:
         samples: the training set.
-        batch_size: samples a batch of this rank.
+        batch_size: samples per batch on this rank.
         seed: of order and augmentation.
         total_batches: batches of the whole run.
         start_batch: the first one to yield.
         shuffle_buffer: see :class:`Order`.
-        rank: this process among ``world_size``.
-        world_size: processes that share the sequence.
+        rank: index of this process.
+        world_size: number of processes that share the sequence.
     """
 
     def __init__(
@@ -110,19 +109,18 @@ class TrainStream:
             yield self._order.draw((batch * self.world_size + self.rank) * self.batch_size, self.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches that were yielded, those before ``start_batch`` included."""
+        """Return the number of batches yielded so far, including those before ``start_batch``."""
         return {"batch": self.batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on after that many batches."""
+        """Continue after that many batches."""
         self.batch = state["batch"]
 
 
 class EvaluationLoader:
-    """Every sample once and in order, without augmentation; the last batch may be smaller.
+    """Iterates over every sample once and in order, without augmentation; the last batch may be smaller.
 
-    With several ranks, rank ``r`` sees samples ``r``, ``r + world_size``, ...; none is repeated to even them
-    out.
+    With several ranks, rank ``r`` reads samples ``r``, ``r + world_size``, ...; none is repeated to equalise the ranks.
     """
 
     def __init__(self, samples: Samples, batch_size: int, *, rank: int = 0, world_size: int = 1):
@@ -138,7 +136,7 @@ class EvaluationLoader:
 
 
 def _batches(samples: Samples, draws: Iterator[BatchIndices]) -> Iterator[Batch]:
-    """One batch a draw, in order, made ahead by as many processes as the set asks for."""
+    """Yield one batch per entry of ``draws``, in order, prefetched by as many processes as the set requests."""
     if samples.workers == 0:
         yield from map(samples.__getitem__, draws)
         return
@@ -149,7 +147,7 @@ def _batches(samples: Samples, draws: Iterator[BatchIndices]) -> Iterator[Batch]
         collate_fn=_as_is,
         num_workers=samples.workers,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own: a loader otherwise draws from the global generator
+        generator=torch.Generator(),  # by default the loader draws from the global generator
     )
     for batch in loader:
         if isinstance(batch, DataError):
@@ -158,7 +156,7 @@ def _batches(samples: Samples, draws: Iterator[BatchIndices]) -> Iterator[Batch]
 
 
 class _Guarded(Dataset[Batch | DataError]):
-    """Hands errors over as values: one raised in a worker would arrive as the text of its traceback."""
+    """Returns errors as values, since one raised in a worker would arrive as the text of its traceback."""
 
     def __init__(self, samples: Samples):
         self._samples = samples
@@ -171,7 +169,7 @@ class _Guarded(Dataset[Batch | DataError]):
 
 
 class _Once(Sampler[BatchIndices]):
-    """Draws that are made as the loader asks for them."""
+    """Sampler over an iterator of batch indices, computed lazily."""
 
     def __init__(self, draws: Iterator[BatchIndices]):
         self._draws = draws

@@ -1,4 +1,4 @@
-"""Data sets of scikit-learn for the smallest experiments: points of a curve, and handwritten digits."""
+"""Toy data sets of scikit-learn: points of an S-shaped curve, and handwritten digits."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ldm.errors import ConfigError, DataError, missing_extra, unknown
 
 @dataclass(frozen=True)
 class SCurve(DataConfig, kind="s_curve"):
-    """Points of scikit-learn's make_s_curve seen from the side (x and z), divided by 10, as 2 × 1 × 1."""
+    """Points of scikit-learn's make_s_curve, projected to x and z and divided by 10, as 2 × 1 × 1 images."""
 
-    points: int = config_field(10_000, "Points of each split; the splits are drawn independently.")
+    points: int = config_field(10_000, "Number of points in each split; the splits are sampled independently.")
     noise: float = config_field(0.1, "Standard deviation of the noise on the curve, before the division.")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The mathematics of diffusion: noise levels, what the network estimates, the loss, and the way back."""
+"""The mathematics of diffusion: noise schedules, parametrizations, the training loss, guidance and samplers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which noise levels a training step draws."""
+"""Distributions of the noise levels in training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ldm.errors import ConfigError
 
 
 class NoiseLevelSampler(Kind):
-    """A distribution of the noise level of training."""
+    """Distribution of the noise level of a training example."""
 
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
-        """Noise levels of a batch: [n] fp32 on the generator's device, within the schedule's range."""
+        """Sample the noise levels of a batch: [n] fp32 on the generator's device, within the schedule's range."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Uniform(NoiseLevelSampler, kind="uniform"):
-    """Each image a timestep of its own, all equally likely (Ho et al. 2006.11239, algorithm 1)."""
+    """Independent timesteps, all equally likely (Ho et al. 2006.11239, algorithm 1)."""
 
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
         t = torch.randint(schedule.num_timesteps, (n,), generator=generator, device=generator.device)
@@ -31,7 +31,7 @@ class Uniform(NoiseLevelSampler, kind="uniform"):
 
 @dataclass(frozen=True)
 class Antithetic(NoiseLevelSampler, kind="antithetic"):
-    """Uniform, in pairs t and T - 1 - t: a batch has as much high noise as low, so its loss varies less."""
+    """Uniform, in pairs t and T - 1 - t, so that each batch has as much high as low noise and its loss varies less."""
 
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
         last, pairs = schedule.num_timesteps - 1, (n + 1) // 2
@@ -41,7 +41,7 @@ class Antithetic(NoiseLevelSampler, kind="antithetic"):
 
 @dataclass(frozen=True)
 class Stratified(NoiseLevelSampler, kind="stratified"):
-    """Uniform, one timestep from each n-th of the schedule, rising (after Kingma et al. 2107.00630)."""
+    """Uniform, one timestep from each n-th of the schedule, increasing (after Kingma et al. 2107.00630)."""
 
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
         within = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)

@@ -1,12 +1,12 @@
-"""What the network is asked for: a table of scalings with a row for each parametrization.
+"""Parametrizations: what the network predicts, as a table of scalings with one row each.
 
-The network F sees an image of about unit variance and answers in its own terms; the denoiser D around it
-answers with an estimate of the clean image (Karras et al. 2206.00364, equation 7):
+The network F receives an input of about unit variance and predicts, for example, the noise; the denoiser D around it
+returns an estimate of the clean image (Karras et al. 2206.00364, equation 7):
 
     D(x, s) = skip(s) x + out(s) F(inp(s) x, noise(s), conditioning),    x = x0 + s n,  n ~ N(0, 1)
 
-Solving D = x0 for F gives what F is trained towards. Computed so it would be the small difference of large
-numbers where s is small; hence each row has its target in closed form.
+Solving D = x0 for F gives the training target of F. For small s that formula is a small difference of large numbers, so
+each row states its target in closed form.
 
         skip            out                inp              noise           target
 eps     1               -s                 1/sqrt(1+s^2)    t(s)            n
@@ -34,7 +34,7 @@ C = TypeVar("C")
 
 
 class Scalings(NamedTuple):
-    """The factors of one row, each of the shape of sigma."""
+    """Factors of one row, each of the shape of sigma."""
 
     skip: Tensor
     out: Tensor
@@ -42,27 +42,27 @@ class Scalings(NamedTuple):
 
 
 class Parametrization(Kind):
-    """One row of the table. The shapes of sigma, x0 and noise need only broadcast."""
+    """Row of the table. The shapes of sigma, x0 and noise only need to broadcast."""
 
     sigma_data: float = 1.0
-    """Standard deviation of the clean data that the row assumes; latents are normalised to 1."""
+    """Standard deviation of the clean data assumed by the row; latents are normalised to 1."""
 
     def scalings(self, sigma: Tensor) -> Scalings:
-        """skip, out and inp at noise levels above 0."""
+        """Return skip, out and inp at noise levels above 0."""
         raise NotImplementedError
 
     def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """The F that makes D(x0 + sigma noise, sigma) equal x0."""
+        """Return the F for which D(x0 + sigma noise, sigma) equals x0."""
         raise NotImplementedError
 
     def noise_level(self, sigma: Tensor, schedule: Schedule) -> Tensor:
-        """What tells F how noisy its input is, of the shape of sigma: as a rule the fractional timestep."""
+        """Return the noise level in the form that F embeds, of the shape of sigma; by default the fractional timestep."""
         return schedule.t(sigma)
 
 
 @dataclass(frozen=True)
 class Eps(Parametrization, kind="eps"):
-    """F estimates the noise n (Ho et al. 2006.11239)."""
+    """F predicts the noise n (Ho et al. 2006.11239)."""
 
     def scalings(self, sigma: Tensor) -> Scalings:
         return Scalings(skip=torch.ones_like(sigma), out=-sigma, inp=_unit_variance(sigma))
@@ -73,7 +73,7 @@ class Eps(Parametrization, kind="eps"):
 
 @dataclass(frozen=True)
 class V(Parametrization, kind="v"):
-    """F estimates the velocity v = sqrt(abar) n - sqrt(1 - abar) x0 (Salimans & Ho 2202.00512)."""
+    """F predicts the velocity v = sqrt(abar) n - sqrt(1 - abar) x0 (Salimans & Ho 2202.00512)."""
 
     def scalings(self, sigma: Tensor) -> Scalings:
         inp = _unit_variance(sigma)
@@ -85,7 +85,7 @@ class V(Parametrization, kind="v"):
 
 @dataclass(frozen=True)
 class X0(Parametrization, kind="x0"):
-    """F estimates the clean image itself."""
+    """F predicts the clean image."""
 
     def scalings(self, sigma: Tensor) -> Scalings:
         return Scalings(skip=torch.zeros_like(sigma), out=torch.ones_like(sigma), inp=_unit_variance(sigma))
@@ -96,7 +96,7 @@ class X0(Parametrization, kind="x0"):
 
 @dataclass(frozen=True)
 class Flow(Parametrization, kind="flow"):
-    """F estimates the velocity n - x0 of the straight path (1 - u) x0 + u n (Liu et al. 2209.03003)."""
+    """F predicts the velocity n - x0 of the straight path (1 - u) x0 + u n (Liu et al. 2209.03003)."""
 
     def scalings(self, sigma: Tensor) -> Scalings:
         inp = 1 / (1 + sigma)
@@ -106,13 +106,13 @@ class Flow(Parametrization, kind="flow"):
         return noise - x0
 
     def noise_level(self, sigma: Tensor, schedule: Schedule) -> Tensor:
-        """1000 u, where u = s / (1 + s), whatever shift the schedule has."""
+        """1000 u with u = s / (1 + s), independent of the schedule's shift."""
         return 1000 * sigma / (1 + sigma)
 
 
 @dataclass(frozen=True)
 class Edm(Parametrization, kind="edm"):
-    """F estimates a mix of image and noise that has unit variance (Karras et al. 2206.00364, table 1)."""
+    """F predicts a combination of image and noise of unit variance (Karras et al. 2206.00364, table 1)."""
 
     sigma_data: float = config_field(0.5, "Standard deviation of the data; 1 for normalised latents.")
 
@@ -135,32 +135,32 @@ class Edm(Parametrization, kind="edm"):
 
 @dataclass(frozen=True)
 class Diffusion:
-    """What loss, samplers and files need to know of a network: its schedule and its parametrization."""
+    """Schedule and parametrization of a network, as used by loss, samplers and files."""
 
-    schedule: Schedule = config_field(ScaledLinear(), "Noise levels of training, and which timestep each has.")
-    parametrization: Parametrization = config_field(Eps(), "What the network estimates.")
+    schedule: Schedule = config_field(ScaledLinear(), "Noise schedule of training.")
+    parametrization: Parametrization = config_field(Eps(), "What the network predicts.")
 
     def __post_init__(self) -> None:
         zero_terminal_snr = isinstance(self.schedule, BetaSchedule) and self.schedule.zero_terminal_snr
         if zero_terminal_snr and isinstance(self.parametrization, Eps):
             raise ConfigError(
-                "zero_terminal_snr does not go with the parametrization eps, since to know the noise in pure "
-                "noise tells nothing of the image; choose v."
+                "zero_terminal_snr cannot be used with the parametrization eps, because in pure noise the predicted "
+                "noise contains no information about the image; choose v."
             )
 
     def model_output(
         self, network: Callable[[Tensor, Tensor, C], Tensor], x: Tensor, sigma: Tensor, conditioning: C
     ) -> Tensor:
-        """F(inp(sigma) x, noise(sigma), conditioning): what the network itself says.
+        """Evaluate the network: F(inp(sigma) x, noise(sigma), conditioning).
 
         Args:
-            network: F, of images [b ...], noise levels [b] and a conditioning; answers in any precision.
+            network: F, called with images [b ...], noise levels [b] and a conditioning; may return any precision.
             x: noisy images x0 + sigma n, [b ...] fp32.
             sigma: their noise levels, [b], above 0.
-            conditioning: handed to the network as it is.
+            conditioning: passed to the network.
 
         Returns:
-            The answer, of the shape and dtype of x.
+            The output of the network, of the shape and dtype of x.
         """
         inp = self.parametrization.scalings(per_item(sigma, x)).inp
         noise_level = self.parametrization.noise_level(sigma, self.schedule)
@@ -169,27 +169,27 @@ class Diffusion:
     def denoise(
         self, network: Callable[[Tensor, Tensor, C], Tensor], x: Tensor, sigma: Tensor, conditioning: C
     ) -> Tensor:
-        """D(x, sigma): the estimate of the clean image, of the shape and dtype of x. See :meth:`model_output`."""
+        """Return D(x, sigma), the estimate of the clean image, of the shape and dtype of x. See :meth:`model_output`."""
         skip, out, _ = self.parametrization.scalings(per_item(sigma, x))
         return skip * x + out * self.model_output(network, x, sigma, conditioning)
 
     def start(self, noise: Tensor, sigma: float) -> Tensor:
-        """The x of level ``sigma`` from which sampling starts: the network is shown the unit noise itself.
+        """Return the x of level ``sigma`` from which sampling starts, such that the network's input is the unit noise itself.
 
-        Where sigma is large that is ``sigma noise``; where it is not, it has the variance of a noisy image.
+        For large sigma this is ``sigma noise``; for small sigma it has the variance of a noisy image.
         """
         return noise / self.parametrization.scalings(noise.new_tensor(sigma)).inp
 
     def finish(self, x: Tensor, sigma: float) -> Tensor:
-        """The image in an x that was left at level ``sigma``: x / sqrt(1 + sigma^2), so x itself at 0."""
+        """Return the image in an x of final level ``sigma``: x / sqrt(1 + sigma^2), which is x itself at 0."""
         return x / math.sqrt(1 + sigma**2)
 
 
 def per_item(sigma: Tensor, x: Tensor) -> Tensor:
-    """sigma [b] as [b 1 ... 1], to be multiplied with x [b ...]."""
+    """Reshape sigma [b] to [b 1 ... 1], to broadcast against x [b ...]."""
     return sigma.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _unit_variance(sigma: Tensor) -> Tensor:
-    """1 / sqrt(1 + s^2): makes x0 + s n of unit variance where x0 has it; equals sqrt(abar)."""
+    """1 / sqrt(1 + s^2): scales x0 + s n to unit variance if x0 has it; equals sqrt(abar)."""
     return (1 + sigma**2).rsqrt()

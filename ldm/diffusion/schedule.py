@@ -1,11 +1,11 @@
-"""Which noise levels there are, and which timestep each has.
+"""Noise schedules: tables of noise levels, one for each timestep.
 
 A noisy image is ``x = x0 + sigma n`` with ``n ~ N(0, 1)``. The variance-preserving form of DDPM,
 ``x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) n``, is the same image times ``sqrt(abar_t)``, with
 
     sigma_t = sqrt((1 - abar_t) / abar_t),    abar_t = prod_{i <= t} (1 - beta_i) = 1 / (1 + sigma_t^2).
 
-So a schedule is a table: row ``t`` is the noise level of timestep ``t``; fractional ones lie between rows.
+A schedule is therefore a table whose row ``t`` is the noise level of timestep ``t``; fractional timesteps are interpolated.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from ldm.config import Kind, config_field
 from ldm.errors import ConfigError
 
 SIGMA_LIMIT = 4096.0
-"""The level of pure noise, instead of infinity: abar is then 2^-24, the least number of fp16."""
+"""Largest noise level, used in place of infinity for pure noise; abar is then 2^-24, the smallest positive fp16 number."""
 
 
 class Schedule(Kind):
-    """A rising table of noise levels, and the map between timesteps and noise levels that it defines."""
+    """Increasing table of noise levels, and the map between timesteps and noise levels that it defines."""
 
     num_timesteps: int
 
     def levels(self) -> Tensor:
-        """The noise level of each timestep, [num_timesteps] fp64 on the CPU, rising, perhaps to infinity."""
+        """Return the noise level of each timestep: [num_timesteps] fp64 on the CPU, increasing; the last may be infinite."""
         raise NotImplementedError
 
     @cached_property
     def table(self) -> Tensor:
-        """:meth:`levels`, at most ``SIGMA_LIMIT``."""
+        """:meth:`levels`, clamped to ``SIGMA_LIMIT``."""
         return self.levels().clamp(max=SIGMA_LIMIT)
 
     @property
@@ -50,23 +50,23 @@ class Schedule(Kind):
 
     @property
     def alphas_cumprod(self) -> Tensor:
-        """abar of each timestep, [num_timesteps] fp64: the image's share of the variance of ``x_t``."""
+        """abar of each timestep, [num_timesteps] fp64: the fraction of the variance of ``x_t`` that is signal."""
         return 1 / (1 + self.table**2)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Noise levels of timesteps (any shape, clamped to the table); between rows ln sigma is linear."""
+        """Map timesteps (any shape, clamped to the table) to noise levels, linear in ln sigma between rows."""
         rows = torch.arange(self.num_timesteps, device="cpu")
         return interpolate(t, rows, self.table.log()).exp().to(_float_dtype(t))
 
     def t(self, sigma: Tensor) -> Tensor:
-        """Timesteps of noise levels (any shape, fractional, clamped to the table): undoes :meth:`sigma`."""
+        """Map noise levels (any shape, clamped to the table) to fractional timesteps; the inverse of :meth:`sigma`."""
         rows = torch.arange(self.num_timesteps, device="cpu")
         return interpolate(sigma.log(), self.table.log(), rows).to(_float_dtype(sigma))
 
 
 @dataclass(frozen=True)
 class BetaSchedule(Schedule):
-    """A schedule given by the variances of the steps ``x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) n``."""
+    """Schedule given by the variances beta_t of the steps ``x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) n``."""
 
     num_timesteps: int = config_field(1000, "Number of timesteps T of the forward process.")
     zero_terminal_snr: bool = config_field(
@@ -79,7 +79,7 @@ class BetaSchedule(Schedule):
 
     @property
     def betas(self) -> Tensor:
-        """beta of each timestep, [num_timesteps] fp64, before ``zero_terminal_snr``."""
+        """beta of each timestep, [num_timesteps] fp64, before ``zero_terminal_snr`` is applied."""
         raise NotImplementedError
 
     def levels(self) -> Tensor:
@@ -92,7 +92,7 @@ class BetaSchedule(Schedule):
 
 @dataclass(frozen=True)
 class _BetaRange(BetaSchedule):
-    """What the schedules from one beta to another share."""
+    """Base of the schedules that run from ``beta_start`` to ``beta_end``."""
 
     beta_start: float = config_field(1e-4, "beta of the first timestep.")
     beta_end: float = config_field(0.02, "beta of the last timestep.")
@@ -101,14 +101,14 @@ class _BetaRange(BetaSchedule):
         super().__post_init__()
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ConfigError(
-                f"beta_start {self.beta_start} and beta_end {self.beta_end} are not in order; "
+                f"beta_start {self.beta_start} and beta_end {self.beta_end} are out of range; "
                 "they must satisfy 0 < beta_start <= beta_end < 1."
             )
 
 
 @dataclass(frozen=True)
 class Linear(_BetaRange, kind="linear"):
-    """beta rises linearly (Ho et al. 2006.11239, section 4)."""
+    """beta increases linearly (Ho et al. 2006.11239, section 4)."""
 
     @property
     def betas(self) -> Tensor:
@@ -117,7 +117,7 @@ class Linear(_BetaRange, kind="linear"):
 
 @dataclass(frozen=True)
 class ScaledLinear(_BetaRange, kind="scaled_linear"):
-    """sqrt(beta) rises linearly (latent diffusion, Rombach et al. 2112.10752; Stable Diffusion)."""
+    """sqrt(beta) increases linearly (latent diffusion, Rombach et al. 2112.10752; Stable Diffusion)."""
 
     beta_start: float = config_field(0.00085, "beta of the first timestep.")
     beta_end: float = config_field(0.012, "beta of the last timestep.")
@@ -129,7 +129,7 @@ class ScaledLinear(_BetaRange, kind="scaled_linear"):
 
 @dataclass(frozen=True)
 class Sigmoid(_BetaRange, kind="sigmoid"):
-    """beta rises along a sigmoid from -6 to 6, slowly at both ends (GeoDiff, Xu et al. 2203.02923)."""
+    """beta follows a sigmoid from -6 to 6, flat at both ends (GeoDiff, Xu et al. 2203.02923)."""
 
     @property
     def betas(self) -> Tensor:
@@ -139,7 +139,7 @@ class Sigmoid(_BetaRange, kind="sigmoid"):
 
 @dataclass(frozen=True)
 class Cosine(BetaSchedule, kind="cosine"):
-    """abar falls along a squared cosine, no beta above 0.999 (Nichol & Dhariwal 2102.09672, equation 17)."""
+    """abar follows a squared cosine, with beta clipped to 0.999 (Nichol & Dhariwal 2102.09672, equation 17)."""
 
     @property
     def betas(self) -> Tensor:
@@ -152,11 +152,11 @@ class Cosine(BetaSchedule, kind="cosine"):
 class Flow(Schedule, kind="flow"):
     """The straight path x_u = (1 - u) x0 + u n (Liu et al. 2209.03003): sigma = u / (1 - u), u = (t + 1) / T.
 
-    A shift multiplies sigma (Esser et al. 2403.03206, section 5.3.2): large images take more noise to hide.
+    A shift multiplies sigma (Esser et al. 2403.03206, section 5.3.2): larger images need more noise to lose the same detail.
     """
 
-    num_timesteps: int = config_field(1000, "Rows of the table; its last is u = 1, pure noise.")
-    shift: float = config_field(1.0, "Factor on every noise level; 3 for images of a million pixels.")
+    num_timesteps: int = config_field(1000, "Number of rows of the table; the last is u = 1, pure noise.")
+    shift: float = config_field(1.0, "Factor on every noise level; SD 3 uses 3 for images of one megapixel.")
 
     def __post_init__(self) -> None:
         if self.num_timesteps < 2 or self.shift <= 0:
@@ -170,12 +170,12 @@ class Flow(Schedule, kind="flow"):
 
 @dataclass(frozen=True)
 class Karras(Schedule, kind="karras"):
-    """sigma^(1/rho) rises linearly (EDM, Karras et al. 2206.00364, equation 5)."""
+    """sigma^(1/rho) increases linearly (EDM, Karras et al. 2206.00364, equation 5)."""
 
-    num_timesteps: int = config_field(1000, "Rows of the table.")
-    sigma_min: float = config_field(0.002, "Least noise level.")
-    sigma_max: float = config_field(80.0, "Greatest noise level, at most 4096.")
-    rho: float = config_field(7.0, "How much the rows crowd at low noise; 1 spaces them evenly.")
+    num_timesteps: int = config_field(1000, "Number of rows of the table.")
+    sigma_min: float = config_field(0.002, "Smallest noise level.")
+    sigma_max: float = config_field(80.0, "Largest noise level, at most 4096.")
+    rho: float = config_field(7.0, "Concentration of the rows at low noise; 1 spaces them evenly.")
 
     def __post_init__(self) -> None:
         if self.num_timesteps < 2 or not 0 < self.sigma_min < self.sigma_max <= SIGMA_LIMIT or self.rho <= 0:
@@ -186,18 +186,18 @@ class Karras(Schedule, kind="karras"):
             )
 
     def levels(self) -> Tensor:
-        """Equation 5, upside down."""
+        """Equation 5, in increasing order."""
         return karras_levels(self.sigma_max, self.sigma_min, self.rho, self.num_timesteps).flip(0)
 
 
 def _zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """Shift and scale sqrt(abar): the last is 0, the first as it was (Lin et al. 2305.08891, algorithm 1)."""
+    """Shift and scale sqrt(abar) so that the last value is 0 and the first unchanged (Lin et al. 2305.08891, algorithm 1)."""
     signal = alphas_cumprod.sqrt()
     return ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
 
 
 def karras_levels(sigma_max: float, sigma_min: float, rho: float, n: int) -> Tensor:
-    """(sigma_max^(1/rho) + i / (n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, [n] fp64, falling."""
+    """(sigma_max^(1/rho) + i / (n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, [n] fp64, decreasing."""
     return _linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n) ** rho
 
 
@@ -206,7 +206,7 @@ def _linspace(start: float, end: float, n: int) -> Tensor:
 
 
 def interpolate(x: Tensor, xp: Tensor, fp: Tensor) -> Tensor:
-    """The piecewise linear function through (xp, fp), constant outside of it; fp64, on the device of x."""
+    """Evaluate the piecewise linear function through (xp, fp), constant outside of its range; fp64, on the device of x."""
     precision = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no fp64
     x, xp, fp = (values.to(x.device, precision) for values in (x, xp, fp))
     right = torch.searchsorted(xp, x).clamp(1, len(xp) - 1)

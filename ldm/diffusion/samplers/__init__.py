@@ -1,6 +1,6 @@
-"""Solvers: from noise to an image, by a denoiser, along a falling grid of noise levels.
+"""Samplers: solvers that turn noise into an image with a denoiser, along a decreasing grid of noise levels.
 
-A denoiser gives D(x, s), the expected clean image behind x = x0 + s n, and so the score. A sample follows
+A denoiser returns D(x, s), the expected clean image given x = x0 + s n, which determines the score. A sample follows
 
     dx/ds = (x - D(x, s)) / s                     (Karras et al. 2206.00364, equations 1 and 3)
 
@@ -10,10 +10,10 @@ its state in locals and yields a :class:`Step` for each interval of the grid; th
     for step in euler(denoise, x, sigmas):
         x = step.x
 
-Where D stays the same, the equation is solved exactly by x' = D + s'/s (x - D), a straight line towards D:
-:func:`~ldm.diffusion.samplers.interface.euler_step`. Most solvers are this step, with a better D in it or with
-noise after it. Papers that write x_t = alpha x0 + sigma n mean alpha x and sigma / alpha by our x and s; in
-these coordinates their alpha is 1, and the half-log-SNR lambda is -ln s.
+Where D is constant, the equation is solved exactly by x' = D + s'/s (x - D), a straight line towards D:
+:func:`~ldm.diffusion.samplers.interface.euler_step`. Most solvers are this step, with a better estimate in
+place of D or with noise added after it. In papers that write x_t = alpha x0 + sigma n, x_t is alpha times the x used here and
+sigma / alpha is s; in these coordinates alpha is 1, and the half-log-SNR lambda is -ln s.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A solver that chooses its steps by the error that it sees."""
+"""Adaptive solver: chooses its step sizes by an estimate of the local error."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ldm.diffusion.samplers.interface import Denoiser, Step, sampler
 from ldm.errors import SamplingError
 
 SAFETY = 0.81
-"""A step is accepted if the next would be at least this share of it."""
+"""A step is accepted if the proposed next step is at least this fraction of it."""
 
-MOST_STEPS = 1000
-"""After so many attempts it is given up."""
+MAX_STEPS = 1000
+"""Number of attempted steps after which sampling fails."""
 
 
 @dataclass
 class _Integral:
-    """The step length of each image, [b 1 ...], and the rule that changes it (k-diffusion's, integral part only)."""
+    """Step size of each image, [b 1 ...], with the integral controller of k-diffusion that adapts it."""
 
     h: Tensor
     order: int
 
     def propose(self, error: Tensor) -> Tensor:
-        """Whether the step just tried is good enough, [b 1 ...] of bool; changes its length in any case."""
+        """Return which steps are accepted, [b 1 ...] of bool, and adapt the step sizes."""
         factor = 1 + torch.atan((error + 1e-8) ** (-1 / self.order) - 1)
         self.h = self.h * factor
         return factor >= SAFETY
@@ -44,16 +44,16 @@ def dpm_adaptive(
 ) -> Iterator[Step]:
     """DPM-Solver-12 and -23 with adaptive steps (Lu et al. 2206.00927, algorithms 4 and 5, appendix C).
 
-    A step of order 2 and one of order 3 share their evaluations; their difference, against ``atol`` plus ``rtol`` of
-    the value, tells whether the step is taken and how long the next one is. Each image has steps of its own, so
-    that it does not depend on its batch. Of ``sigmas`` only the ends count, and a 0 at the end is one more step.
+    A step of order 2 and one of order 3 share their evaluations; their difference, relative to ``atol`` and ``rtol`` times
+    the value, decides whether the step is accepted and how large the next one is. Each image has its own step sizes, so
+    that it does not depend on its batch. Only the ends of ``sigmas`` are used; a 0 at the end adds one step.
 
     Args:
-        rtol, atol: tolerance of a step, relative and absolute; less is slower and more exact.
-        h_init: length of the first step in ln s.
+        rtol, atol: relative and absolute tolerance of a step; smaller is slower and more accurate.
+        h_init: size of the first step in ln s.
 
     Raises:
-        SamplingError: the tolerance asks for more than fp32 can give.
+        SamplingError: the end is not reached after ``MAX_STEPS`` steps, as with tolerances below the precision of fp32.
     """
     levels = [level for level in sigmas.tolist() if level > 0]
     end = -math.log(levels[-1])
@@ -64,12 +64,12 @@ def dpm_adaptive(
     denoised = x
 
     def noise_in(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """D and the estimate of the noise (x - D) / s at s = exp(-t)."""
+        """Return D and the estimated noise (x - D) / s at s = exp(-t)."""
         s = (-t).exp()
         denoised = denoise(x, s.flatten())
         return denoised, (x - denoised) / s
 
-    while index < MOST_STEPS and bool((t < end - 1e-5).any()):
+    while index < MAX_STEPS and bool((t < end - 1e-5).any()):
         h = torch.minimum(control.h, end - t).clamp(min=0)
         to = t + h
         denoised, e = noise_in(x, t)
@@ -90,7 +90,9 @@ def dpm_adaptive(
         yield Step(index, float((-t).exp().max()), x, denoised)
         index += 1
     if bool((t < end - 1e-5).any()):
-        raise SamplingError(f"dpm_adaptive is not at its end after {MOST_STEPS} steps; raise rtol or atol, or h_init.")
+        raise SamplingError(
+            f"dpm_adaptive has not reached the last noise level after {MAX_STEPS} steps; increase rtol, atol or h_init."
+        )
     if sigmas[-1] == 0:
         x, _ = noise_in(x, t)
         yield Step(index, 0.0, x, x)

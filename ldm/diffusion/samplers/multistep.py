@@ -1,4 +1,4 @@
-"""Solvers that remember: one evaluation a step, and those of the steps before to see where D is going."""
+"""Multistep solvers: one evaluation per step, combined with those of previous steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.diffusion.samplers.interface import Denoiser, Noise, Step, euler_step, evaluate, sampler, step_too_large
 
 FEW_STEPS = 15
-"""With fewer steps than this, the last ones of deis are of lower order, since there they overshoot."""
+"""Number of steps below which the last steps of deis are of lower order, because they would overshoot."""
 
 
 @sampler(order=2, grid="rounded")
@@ -23,8 +23,8 @@ def plms(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
 
         x' = x + (s' - s) e*,    e* = (55 e - 59 e_1 + 37 e_2 - 9 e_3) / 24,    e = (x - D) / s
 
-    e is the estimate of the noise; the first steps take shorter formulas, the very first Heun's with two
-    evaluations. The weights are those of equal steps in t, so on grids that are even in t it is best.
+    e is the estimated noise. The first steps use formulas of lower order, the very first Heun's method with two
+    evaluations. The weights are those of equal steps in t, so it works best on grids that are even in t.
     """
     noises: deque[Tensor] = deque(maxlen=4)
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
@@ -45,7 +45,7 @@ ADAMS_BASHFORTH = {
     3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 }
-"""Weights of the slopes of equal steps, the newest first."""
+"""Weights of the slopes for equal steps, the newest first."""
 
 
 @sampler(order=2)
@@ -70,7 +70,7 @@ def deis(denoise: Denoiser, x: Tensor, sigmas: Tensor, order: int = 2) -> Iterat
 
     x' = x + integral over s..s' of P ds,    P the polynomial in ln s through the newest ``order`` slopes (x - D) / s
 
-    A step to 0, where ln s has no end, is Euler's; with few steps so is the last one.
+    A step to 0, where ln s diverges, is an Euler step; with few steps so is the last one.
     """
     slopes: deque[Tensor] = deque(maxlen=order)
     levels: deque[float] = deque(maxlen=order)
@@ -94,7 +94,7 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
 
         h = ln s - ln s',    D* = D + h / (2 h_last) (D - D_last),    x' = D* + s'/s (x - D*)
 
-    The first step, which has no D_last, and a step to 0, which has no middle in ln s, take D itself.
+    The first step, which has no D_last, and a step to 0, which has no midpoint in ln s, use D itself.
     """
     denoised_last, h_last = None, 0.0
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
@@ -115,7 +115,7 @@ def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta
 
         x' = D* + q (x - D*) + s' sqrt(1 - exp(-2 eta h)) n,    q = exp(-(1 + eta) h),    D* as in dpmpp_2m
 
-    With eta 0 it is :func:`dpmpp_2m`.
+    Equals :func:`dpmpp_2m` for eta = 0.
     """
     denoised_last, h_last = None, 0.0
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
@@ -127,7 +127,7 @@ def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta
             extrapolated = denoised
             if denoised_last is not None:
                 extrapolated = denoised + h / (2 * h_last) * (denoised - denoised_last)
-            x = _noisy_advance(x, extrapolated, s_next, h, eta, noise(s, s_next) if eta else None)
+            x = _sde_step(x, extrapolated, s_next, h, eta, noise(s, s_next) if eta else None)
             denoised_last, h_last = denoised, h
         yield Step(index, s_next, x, denoised)
 
@@ -139,7 +139,7 @@ def dpmpp_3m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta
         x' = D + q (x - D) + phi_2 D' - phi_3 D'' + s' sqrt(1 - exp(-2 eta h)) n,    q = exp(-k),  k = (1 + eta) h
         phi_2 = (q - 1) / k + 1,    phi_3 = phi_2 / k - 1/2
 
-    D' and D'' are the divided differences of D in ln s, times h and h^2: exact for D quadratic in ln s.
+    D' and D'' are the divided differences of D in ln s, times h and h^2; the step is exact for D quadratic in ln s.
     """
     past: deque[tuple[float, Tensor]] = deque(maxlen=3)  # (h from the step before, D), the newest first
     h_last = 0.0
@@ -152,7 +152,7 @@ def dpmpp_3m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta
             h = math.log(s / s_next)
             k = (1 + eta) * h
             phi_2 = math.expm1(-k) / k + 1
-            x = _noisy_advance(x, denoised, s_next, h, eta, noise(s, s_next) if eta else None)
+            x = _sde_step(x, denoised, s_next, h, eta, noise(s, s_next) if eta else None)
             if len(past) > 1:
                 r = past[0][0] / h
                 first = (denoised - past[1][1]) / r
@@ -168,13 +168,13 @@ def dpmpp_3m_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta
 
 @sampler(order=2, grid="inner")
 def unipc(denoise: Denoiser, x: Tensor, sigmas: Tensor, order: int = 2) -> Iterator[Step]:
-    """UniPC, the B_2 variant on D (Zhao et al. 2302.04867, algorithms 1 and 2).
+    """UniPC, the B_2 variant for data prediction (Zhao et al. 2302.04867, algorithms 1 and 2).
 
-    Each step predicts x' from the newest ``order`` D's, as dpmpp_2m does; then D(x', s'), which the next step needs
-    in any case, corrects x' before that step begins. The first and last steps are of lower order.
+    Each step predicts x' from the newest ``order`` estimates D, as in dpmpp_2m; D(x', s'), which the next step evaluates
+    in any case, then corrects x' before that step. The first and last steps are of lower order.
     """
     past: deque[tuple[float, Tensor]] = deque(maxlen=order)  # (s, D), the newest first
-    start, used = x, 0  # where the last step began, and how many D's it took
+    start, used = x, 0  # start of the last step, and the number of estimates that it used
     steps = len(sigmas) - 1
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = evaluate(denoise, x, s)
@@ -190,12 +190,12 @@ def unipc(denoise: Denoiser, x: Tensor, sigmas: Tensor, order: int = 2) -> Itera
 def _unified_step(
     x: Tensor, s_next: float, past: Sequence[tuple[float, Tensor]], ahead: tuple[float, Tensor] | None = None
 ) -> Tensor:
-    """UniP-p, or with the D that was found at the end of the step UniC-p (Zhao et al. 2302.04867, section 3).
+    """Take a step of UniP-p, or of UniC-p if ``ahead`` gives D at the end of the step (Zhao et al. 2302.04867, section 3).
 
         x' = D + s'/s (x - D) + (1 - s'/s) sum_k rho_k (D_k - D) / r_k,    r_k = ln(s/s_k) / h,    h = ln(s/s')
 
-    The rho_k make it exact for polynomials in ln s as far as their number goes: sum_k rho_k r_k^(i-1) = b_i with
-    b_i = i! phi_(i+1)(-h) / (1 - s'/s), up to sign. A lone one is 1/2.
+    The rho_k make the step exact for polynomials in ln s up to their number: sum_k rho_k r_k^(i-1) = b_i with
+    b_i = i! phi_(i+1)(-h) / (1 - s'/s), up to sign. A single one is 1/2.
     """
     (s, denoised), others = past[0], [*past[1:], *([ahead] if ahead else [])]
     result = euler_step(x, denoised, s, s_next)
@@ -215,8 +215,8 @@ def _unified_step(
     return result + share * _weighted([weight / ratio for weight, ratio in zip(rho, r, strict=True)], differences)
 
 
-def _noisy_advance(x: Tensor, denoised: Tensor, s_next: float, h: float, eta: float, noise: Tensor | None) -> Tensor:
-    """The exact solution of the SDE of that eta while D stays: it forgets x faster, and gains noise."""
+def _sde_step(x: Tensor, denoised: Tensor, s_next: float, h: float, eta: float, noise: Tensor | None) -> Tensor:
+    """Solve the SDE of that eta exactly for constant D: x decays faster than for the ODE, and noise is added."""
     x = denoised + math.exp(-(1 + eta) * h) * (x - denoised)
     return x if noise is None else x + s_next * math.sqrt(-math.expm1(-2 * eta * h)) * noise
 
@@ -232,7 +232,7 @@ def _lagrange_integrals(
     end: float,
     density: Callable[[float], float] = lambda u: 1.0,
 ) -> list[float]:
-    """For each node the integral over start..end of density(u) L(u), L being 1 at that node and 0 at the others."""
+    """Integrate density(u) L(u) over start..end for each node, where L is its Lagrange polynomial (1 there, 0 at the others)."""
     nodes, half, middle = list(nodes), (end - start) / 2, (end + start) / 2
     integrals = []
     for node in nodes:
@@ -247,7 +247,7 @@ def _lagrange_integrals(
 
 @cache
 def _gauss_legendre(n: int) -> list[tuple[float, float]]:
-    """Places and weights of quadrature on [-1, 1], exact up to degree 2n - 1 (Golub & Welsch 1969)."""
+    """Return nodes and weights of Gauss-Legendre quadrature on [-1, 1], exact up to degree 2n - 1 (Golub & Welsch 1969)."""
     k = torch.arange(1, n, dtype=torch.float64, device="cpu")
     beside = k / (4 * k**2 - 1).sqrt()
     places, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))

@@ -1,4 +1,4 @@
-"""The noise that stochastic solvers add: each image's own, whatever batch it is in."""
+"""Noise sources for stochastic solvers; the noise of an image does not depend on its batch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ldm.errors import missing_extra
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Noise:
-    """Noise in which each image draws from a CPU generator of its own, whatever batch it is in.
+    """Return a noise source that draws each image's noise from its own CPU generator, independent of the batch.
 
     Args:
         seeds: one for each image of the batch.
         shape: of one image.
-        device: where the noise is wanted.
+        device: device of the noise.
 
     Returns:
-        A function that gives unit Gaussian noise [len(seeds) *shape] fp32, anew at each call. Let its first
-        call make the starting noise, so that the noise of the steps is independent of it.
+        A function that returns new unit Gaussian noise [len(seeds) *shape] fp32 at each call. Use its first
+        call for the initial noise, so that the noise of the steps is independent of it.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -38,23 +38,23 @@ def brownian_noise(
     sigma_max: float,
     device: torch.device | str = "cpu",
 ) -> Noise:
-    """Noise that is read off a Brownian path over the noise levels, one path an image.
+    """Return a noise source that takes the increments of a Brownian path over the noise levels, one path per image.
 
-    The path is fixed by the seed, not by the steps: a sample in 20 steps is then a coarser version of that in 50,
-    and an image keeps its composition when their number changes (k-diffusion's Brownian tree).
+    The path depends on the seed, not on the steps: a sample of 20 steps approximates that of 50 steps, and the composition
+    of an image is kept when the number of steps changes (k-diffusion's Brownian tree).
 
     Args:
         seeds: one for each image of the batch.
         shape: of one image.
-        sigma_min, sigma_max: the levels between which it is defined; others are moved to the nearer end.
-        device: where the noise is wanted.
+        sigma_min, sigma_max: range of noise levels of the path; levels outside are clamped.
+        device: device of the noise.
 
     Returns:
-        A function of (sigma, sigma_next) that gives (W(sigma) - W(sigma_next)) / sqrt(sigma - sigma_next), unit
-        Gaussian noise [len(seeds) *shape] fp32, the same each time it is asked for the same two levels.
+        A function of (sigma, sigma_next) that returns (W(sigma) - W(sigma_next)) / sqrt(sigma - sigma_next), unit
+        Gaussian noise [len(seeds) *shape] fp32, always the same for the same two levels.
 
     Raises:
-        MissingExtraError: torchsde, which makes the paths, is not installed.
+        MissingExtraError: torchsde, which computes the paths, is not installed.
     """
     try:
         from torchsde import BrownianTree

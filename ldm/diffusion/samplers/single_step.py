@@ -1,4 +1,4 @@
-"""Solvers whose steps know nothing of the steps before."""
+"""Single-step solvers: each step uses evaluations of its own interval only."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
 
 @sampler(order=1)
 def euler_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 1.0) -> Iterator[Step]:
-    """Euler's method to below s', then fresh noise up to s' (k-diffusion's ``sample_euler_ancestral``):
+    """Euler's method to a level below s', then noise that raises it to s' (k-diffusion's ``sample_euler_ancestral``):
 
         x' = D + down/s (x - D) + up n,    up = eta s'/s sqrt(s^2 - s'^2),    down = sqrt(s'^2 - up^2)
 
-    With eta 1 it is :func:`ddpm`, with eta 0 :func:`euler`.
+    Equals :func:`ddpm` for eta = 1 and :func:`euler` for eta = 0.
     """
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = evaluate(denoise, x, s)
@@ -43,11 +43,11 @@ def euler_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, 
 
 @sampler(order=1, grid="rounded")
 def ddim(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 0.0) -> Iterator[Step]:
-    """DDIM (Song et al. 2010.02502, equations 12 and 16); a is abar, e the estimate of the noise:
+    """DDIM (Song et al. 2010.02502, equations 12 and 16); a is abar, e the estimated noise:
 
         x' = sqrt(a') D + sqrt(1 - a' - up^2) e + up n,    up = eta sqrt((1 - a') / (1 - a)) sqrt(1 - a / a')
 
-    Divided by sqrt(a') this is Euler ancestral; with eta 0, as it is mostly used, Euler.
+    Divided by sqrt(a') this is Euler ancestral, and Euler's method for eta = 0, the usual choice.
     """
     yield from euler_ancestral(denoise, x, sigmas, noise, eta)
 
@@ -56,10 +56,10 @@ def ddim(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: float 
 def ddpm(
     denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, variance: Literal["small", "large"] = "small"
 ) -> Iterator[Step]:
-    """DDPM (Ho et al. 2006.11239, algorithm 2): draws from the posterior q(x' | x, x0 = D), at last its mean.
+    """DDPM (Ho et al. 2006.11239, algorithm 2): samples the posterior q(x' | x, x0 = D), in the last step its mean.
 
     x' = D + (s'/s)^2 (x - D) + sqrt(variance) n
-    small: variance = (s'/s)^2 (s^2 - s'^2), that of the posterior; this is Euler ancestral
+    small: variance = (s'/s)^2 (s^2 - s'^2), that of the posterior; equals Euler ancestral
     large: variance = (1 + s'^2) / (1 + s^2) (s^2 - s'^2), which is beta_t in these coordinates
     """
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
@@ -73,11 +73,11 @@ def ddpm(
 
 @sampler(order=2, evaluations=2)
 def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
-    """Heun's method (Karras et al. 2206.00364, algorithm 1): Euler's step, redone with its mean slope.
+    """Heun's method (Karras et al. 2206.00364, algorithm 1): an Euler step corrected with the mean of both slopes.
 
         d = (x - D(x, s)) / s,    d' = (x_euler - D(x_euler, s')) / s',    x' = x + (s' - s) (d + d') / 2
 
-    Steps to 0, where D is not defined, and from pure noise remain Euler's.
+    Steps to 0, where D is not defined, and from pure noise are Euler steps.
     """
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = evaluate(denoise, x, s)
@@ -97,7 +97,7 @@ def dpm2(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
 
         m = sqrt(s s'),    d = (x_m - D(x_m, m)) / m  with Euler's x_m,    x' = x + (s' - s) d
 
-    The slope in the middle of the step in ln s. Steps to 0, which have no such middle, remain Euler's.
+    Uses the slope at the midpoint of the step in ln s. Steps to 0, which have no such midpoint, are Euler steps.
     """
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = evaluate(denoise, x, s)
@@ -107,7 +107,7 @@ def dpm2(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
 
 @sampler(order=2, evaluations=2)
 def dpm2_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 1.0) -> Iterator[Step]:
-    """:func:`dpm2` to below s', then fresh noise up to s', as in :func:`euler_ancestral` (k-diffusion)."""
+    """:func:`dpm2` to a level below s', then noise that raises it to s', as in :func:`euler_ancestral` (k-diffusion)."""
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = evaluate(denoise, x, s)
         down, up = down_and_up(s, s_next, eta)
@@ -119,7 +119,7 @@ def dpm2_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, e
 
 @sampler(order=2, evaluations=2)
 def dpmpp_2s_ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 1.0) -> Iterator[Step]:
-    """DPM-Solver++(2S) (Lu et al. 2211.01095, algorithm 1 with r = 1/2) to below s', then noise up to s':
+    """DPM-Solver++(2S) (Lu et al. 2211.01095, algorithm 1 with r = 1/2) to a level below s', then noise up to s':
 
     m = sqrt(s down),    x_m = D + m/s (x - D),    x' = D_m + down/s (x - D_m) + up n,    D_m = D(x_m, m)
     """
@@ -142,7 +142,7 @@ def dpmpp_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: f
 
         m = sqrt(s s'),    x_m = D + down_m/s (x - D) + up_m n_m,    x' = D_m + down/s (x - D_m) + up n
 
-    An ancestral step to the middle shows where to head; the whole step is then taken with what D is there.
+    An ancestral step to the midpoint gives D_m there; the full step is then taken with D_m.
     """
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = evaluate(denoise, x, s)
@@ -165,7 +165,7 @@ def dpmpp_sde(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise, eta: f
 def lcm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Step]:
     """Multistep consistency sampling (Luo et al. 2310.04378, algorithm 3): x' = D + s' n
 
-    For networks distilled so that D is a sample rather than a mean; with any other, a few steps of it blur.
+    For consistency-distilled networks, whose D is a sample rather than a mean; with other networks few steps give blurred images.
     """
     for index, (s, s_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = evaluate(denoise, x, s)
@@ -174,16 +174,16 @@ def lcm(denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[
 
 
 def down_and_up(s: float, s_next: float, eta: float) -> tuple[float, float]:
-    """The level to which an ancestral step goes down, and the noise that it adds: down^2 + up^2 = s'^2.
+    """Return the level to which an ancestral step goes down, and the deviation of the noise that it adds: down^2 + up^2 = s'^2.
 
-    up = eta s'/s sqrt(s^2 - s'^2), at most s'; with eta 1 it is the deviation of the posterior q(x' | x, x0).
+    up = eta s'/s sqrt(s^2 - s'^2), at most s'; for eta = 1 the standard deviation of the posterior q(x' | x, x0).
     """
     up = min(s_next, eta * s_next / s * math.sqrt(s**2 - s_next**2))
     return math.sqrt(s_next**2 - up**2), up
 
 
 def _by_middle_slope(denoise: Denoiser, x: Tensor, denoised: Tensor, s: float, s_next: float) -> Tensor:
-    """Midpoint rule in s, with the middle taken in ln s: see :func:`dpm2`."""
+    """Take a step with the slope at the midpoint in ln s; see :func:`dpm2`."""
     middle = math.sqrt(s * s_next)
     if step_too_large(s, middle):
         return euler_step(x, denoised, s, s_next)
