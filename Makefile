@@ -1,5 +1,5 @@
-# Every target does its own set-up: a virtual environment in .venv and what the target needs in it, once, and again
-# whenever pyproject.toml or constraints.txt changes.
+# Every target sets up what it needs: a virtual environment in .venv, created once and updated whenever pyproject.toml or
+# constraints.txt changes.
 
 PYTHON ?= python3
 CONFIG ?= configs/emoji_64.yaml
@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.run  ## sample eight prompts from the shipped model; prints the path of the picture
+demo: $(VENV)/.run  ## sample eight prompts from the shipped model; prints the path of the image
 	@$(BIN)/python tools/sample.py --demo
 
 test: $(VENV)/.dev  ## run the tests (JOBS=2 processes; ARGS="tests/vae -k parity" for a part)
@@ -27,14 +27,14 @@ lint: $(VENV)/.dev  ## check style, formatting and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: $(VENV)/.dev  ## mend what style and formatting checks can mend by themselves
+format: $(VENV)/.dev  ## fix what ruff can fix automatically
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 train: $(VENV)/.run  ## train all three stages (CONFIG=configs/emoji_64.yaml; ARGS="key=value ...")
 	$(BIN)/python tools/train.py --stage all --config $(CONFIG) $(ARGS)
 
-install: $(VENV)/.dev  ## set up .venv with all that development needs
+install: $(VENV)/.dev  ## set up .venv for development
 
 clean:  ## remove caches and builds; .venv and runs/ stay
 	rm -rf build dist demo.png .hypothesis .mypy_cache .pytest_cache .ruff_cache
