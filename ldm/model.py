@@ -16,8 +16,8 @@ from ldm.diffusion.parametrization import Diffusion
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import SPACINGS, Final
 from ldm.errors import ConfigError, unknown
+from ldm.nn.adapters import Adapters
 from ldm.nn.conditioning import Conditioning
-from ldm.nn.lora import Loras
 from ldm.vae import FirstStageConfig, Tiling
 
 
@@ -101,7 +101,7 @@ class LatentDiffusion(nn.Module):
 
     ``fingerprint`` and ``provenance`` are those of the file that it was loaded from; None and empty for one that was built.
     ``tiling`` bounds what the first stage works on at once, and may be set to another :class:`ldm.vae.Tiling`.
-    ``loras`` are the low-rank updates that it works with; they change with :meth:`ldm.pipeline.Pipeline.load_lora`.
+    ``adapters`` are the LoRAs in use; see :meth:`ldm.pipeline.Pipeline.load_lora` and :func:`ldm.nn.lora.new_lora`.
     Parameters may be in low precision: what goes into a network is cast to it, and what comes out is cast back.
     """
 
@@ -116,7 +116,7 @@ class LatentDiffusion(nn.Module):
         self.conditioner = config.conditioner.build(tokenizer)
         self.denoiser = config.denoiser.build()
         self.tiling = Tiling()
-        self.loras = Loras()
+        self.adapters = Adapters()
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """The estimate of the clean latents ``[b c h w]`` of ``x = x0 + sigma n [b c h w]``, ``sigma [b]``; fp32 in and out."""

@@ -104,9 +104,11 @@ class Pipeline:
         """
         if device is not None:
             self.model.to(usable(device))
+        adapters = set(self.model.adapters.parameters())  # these keep their precision
         for parameter in self.model.parameters():
-            parameter.data = to_dtype(parameter.data, dtype)
-        self.model.loras.cast(self.model)
+            if parameter not in adapters:
+                parameter.data = to_dtype(parameter.data, dtype)
+        self.model.adapters.merge(self.model)
         return self
 
     @property
@@ -135,15 +137,15 @@ class Pipeline:
             CheckpointError: the file cannot be read, or is for another model.
             SamplingError: the name is taken, or the scale is no finite number.
         """
-        return self.model.loras.add(self.model, read_lora(source, self.model, scale, name, merge))
+        return self.model.adapters.add(self.model, read_lora(source, self.model, scale, name, merge))
 
     def set_lora_scale(self, name: str, scale: float) -> None:
         """Change the scale of a loaded LoRA, at once; a SamplingError if there is none of this name."""
-        self.model.loras.set_scale(self.model, name, scale)
+        self.model.adapters.set_scale(self.model, name, scale)
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take a LoRA away, or all; every weight is bit for bit what it is without. A SamplingError as above."""
-        self.model.loras.remove(self.model, name)
+        self.model.adapters.remove(self.model, name)
 
     def __call__(
         self,
@@ -281,7 +283,7 @@ class Pipeline:
         settings |= {} if shift is None else {"shift": shift}
         settings |= {} if timesteps is None and sigmas is None else {"sigmas": levels.tolist()}
         settings |= {} if latents is None else {"latents": "given"}
-        settings |= self.model.loras.record() | edit.record()
+        settings |= self.model.adapters.record() | edit.record()
         model = {"model": self.model.fingerprint} if self.model.fingerprint else {}
         return Images.of(result, [request.record(index, settings) | model for index in range(len(request))])
 

@@ -31,7 +31,8 @@ from ldm.formats.checkpoint import places
 from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.tensors import SAFETENSORS, check_finite, fingerprint, read_metadata, read_tensors
 from ldm.model import LatentDiffusion
-from ldm.nn.lora import Lora, LoRAWeights
+from ldm.nn.adapters import Adapter, AdapterLayer, unwrapped
+from ldm.nn.lora import LoRALayer
 
 FILE = "pytorch_lora_weights.safetensors"
 """The LoRA in a folder that diffusers wrote."""
@@ -79,17 +80,18 @@ def read_lora(
     scale: float = 1.0,
     name: str | None = None,
     merged: bool = False,
-) -> Lora:
+) -> Adapter:
     """The LoRA of a file, for a model.
 
     Args:
         source: a .safetensors file (or a pickle of tensors), a folder with a ``pytorch_lora_weights.safetensors``, or the id of
             either on the hub.
-        scale, name, merged: of the :class:`ldm.nn.lora.Lora`; default of the name: the last part of the source, without ending.
+        scale, name, merged: of the :class:`ldm.nn.adapters.Adapter`; default of the name: the last part of the source, without ending.
 
     Raises:
         CheckpointError: the file is broken, is no LoRA, or is one for another kind of model.
     """
+    model = unwrapped(model)
     path = fetch(source) if isinstance(source, str) and is_hub_id(source) else Path(source)
     if path.is_dir():
         path /= FILE
@@ -100,14 +102,14 @@ def read_lora(
                 raise CheckpointError(f"{path} holds {what} ({key}), which ldm does not read; take a plain LoRA.")
     check_finite(tensors, path)
     looks = _looks(tensors, model)
-    updates = {}
+    layers: dict[str, AdapterLayer] = {}
     for layer, found in _by_layer(path, tensors, layer_names(model), looks).items():
         weight = model.get_submodule(layer).get_parameter("weight")
-        updates[layer] = _update(path, found, config, weight.shape, looks)
-    if not updates:
+        layers[layer] = _update(path, found, config, weight.shape, looks)
+    if not layers:
         raise CheckpointError(f"{path} holds no LoRA; name a file with tensors such as ...lora_down.weight in it.")
     name = name or Path(source).name.removesuffix(SAFETENSORS)
-    return Lora(name, updates, fingerprint(tensors, config), scale, merged)
+    return Adapter(name, layers, fingerprint(tensors, config), scale, merged)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _by_layer(
 
 def _update(
     path: Path, found: Mapping[str, Found], config: Mapping[str, Any], shape: Sequence[int], looks: str
-) -> LoRAWeights:
+) -> LoRALayer:
     """The update of a layer with a weight of this ``shape``."""
     for what in ("down", "up"):
         if what not in found:
@@ -188,7 +190,7 @@ def _update(
                 f"{list(shape)}{looks}; take one that was trained on this kind of model."
             )
     alpha = _alpha(path, found, config, r)
-    return LoRAWeights(down.reshape(r, *shape[1:]).clone(), up.reshape(shape[0], r).clone(), alpha)
+    return LoRALayer(down.reshape(r, *shape[1:]).clone(), up.reshape(shape[0], r).clone(), alpha)
 
 
 def _with_mid(path: Path, mid: Found, down: Tensor) -> Tensor:

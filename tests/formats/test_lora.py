@@ -225,7 +225,7 @@ def test_pictures_are_those_of_the_peer_with_the_update_in_its_weights(
     assert abs(expected - without).max() > 0.01
     for merge in (False, True):
         assert pipe.load_lora(file, SCALE, merge=merge) == "style"
-        assert len(pipe.model.loras.loaded["style"].updates) == len(updates)
+        assert len(pipe.model.adapters.loaded["style"].layers) == len(updates)
         np.testing.assert_allclose(picture(pipe), expected, atol=1e-4)
         pipe.unload_lora("style")
         assert np.array_equal(picture(pipe), without)
@@ -312,9 +312,9 @@ def test_names_of_the_text_encoder_go_with_and_without_their_infix(pipelines: An
     expected = read_lora(long, model)
     for tensors in (bare, processors):
         found = read_lora(write(tmp_path / "short.safetensors", tensors), model)
-        assert found.updates.keys() == expected.updates.keys()
-        for layer, update in expected.updates.items():
-            assert torch.equal(found.updates[layer].down, update.down)
+        assert found.layers.keys() == expected.layers.keys()
+        for layer, update in expected.layers.items():
+            assert torch.equal(found.layers[layer].down, update.down)
 
 
 def test_alpha_is_r_unless_the_file_says_otherwise(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_alpha_is_r_unless_the_file_says_otherwise(tmp_path: Path) -> None:
     def factor(more: dict[str, Tensor], **config: Any) -> float:
         said = {"lora_adapter_metadata": json.dumps({f"unet.{name}": value for name, value in config.items()})}
         lora = read_lora(write(tmp_path / "a.safetensors", tensors | more, said if config else None), model)
-        return next(iter(lora.updates.values())).factor
+        return next(iter(lora.layers.values())).factor
 
     assert factor({}) == 1
     assert factor({f"{key}.alpha": torch.tensor(2.0)}) == 0.5
@@ -396,8 +396,8 @@ def test_what_is_no_lora_for_the_model_is_told_in_a_sentence(case: str, tmp_path
         pipe.load_lora(file, merge=True)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not pipe.model.loras.loaded
-    assert not pipe.model.loras.originals
+    assert not pipe.model.adapters.loaded
+    assert not pipe.model.adapters.originals
 
 
 @pytest.mark.parametrize(

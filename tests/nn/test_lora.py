@@ -146,7 +146,7 @@ def test_a_file_holds_what_is_merged_and_not_what_is_live(three: list[Path], tmp
     pipe.load_lora(three[0], merge=True)
     fixed = Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "merged"), dtype=torch.float32)
     assert_equal_states(fixed, pipe)
-    assert not fixed.model.loras.loaded
+    assert not fixed.model.adapters.loaded
     torch.testing.assert_close(network(fixed), network(pipe))
 
 
@@ -165,7 +165,7 @@ def test_pictures_say_which_loras_made_them(three: list[Path]) -> None:
     first, second = settings()["loras"]
     assert (first["name"], first["scale"], second["name"], second["scale"]) == ("1", 1.0, "style", 0.5)
     assert first["file"] != second["file"]
-    assert Pipeline(pipe.model).model.loras.record()["loras"] == [first, second]
+    assert Pipeline(pipe.model).model.adapters.record()["loras"] == [first, second]
 
 
 def test_a_live_one_is_trained_through(three: list[Path]) -> None:
@@ -194,4 +194,4 @@ def test_requests_that_cannot_be_met_are_told(three: list[Path], tmp_path: Path)
             call()
     with pytest.raises(LdmError, match="there is no file"):
         pipe.load_lora(tmp_path / "none.safetensors")
-    assert list(pipe.model.loras.loaded) == ["style"]
+    assert list(pipe.model.adapters.loaded) == ["style"]
