@@ -234,7 +234,7 @@ def _new(plain: type[nn.Module]) -> nn.Module:
 def unwrapped(module: M) -> M:
     """Return a view of ``module`` without the wrappers of ``torch.compile``, whose ``_orig_mod`` would be part of the names."""
     module = cast(M, getattr(module, "_orig_mod", module))
-    children = {name: child and unwrapped(child) for name, child in module._modules.items()}
+    children = {name: child if child is None else unwrapped(child) for name, child in module._modules.items()}
     if all(child is module._modules[name] for name, child in children.items()):
         return module
     view = copy.copy(module)

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.config import from_dict
 from ldm.errors import CheckpointError
-from ldm.formats.lora import FILE, layer_names, read_lora
+from ldm.formats.lora import FILE, layer_names, read_lora, write_lora
 from ldm.formats.native import WithoutInit
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.pipeline import Pipeline
@@ -416,3 +416,46 @@ def test_a_lora_of_sdxl_is_told_from_one_of_sd1(pipelines: Any, tmp_path: Path) 
     file = write(tmp_path / "xl.safetensors", kohya(updates_of(pipelines("sdxl")[0]), two=True, rename=ldm_name))
     with pytest.raises(CheckpointError, match=r"it looks like a LoRA of SDXL\); take one"):
         pipelines("sd1")[1].load_lora(file)
+
+
+@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_written_loras_are_read_again(pipelines: Any, tmp_path: Path, kind: str, naming: str) -> None:
+    """Bit for bit by us; under the same names, and with the same alphas, by diffusers' own reader."""
+    peer, pipe = pipelines(kind)
+    model, updates = pipe.model, updates_of(peer)
+    expected = read_lora(write(tmp_path / "a.safetensors", kohya(updates, two=kind == "sdxl")), model)
+    for number, layer in enumerate(expected.layers.values()):
+        layer.alpha = 1.0 + number % 3
+    file = write_lora(tmp_path / "b.safetensors", expected, model, naming)
+    actual = read_lora(file, model)
+    assert actual.layers.keys() == expected.layers.keys()
+    for path, layer in expected.layers.items():
+        assert actual.layers[path].alpha == layer.alpha
+        assert torch.equal(actual.layers[path].down, layer.down)
+        assert torch.equal(actual.layers[path].up, layer.up)
+    if naming == "kohya":
+        assert load_file(file).keys() == load_file(tmp_path / "a.safetensors").keys()
+        return
+    state, _, metadata = type(peer).lora_state_dict(file, return_lora_metadata=True)
+    assert {key: tensor.shape for key, tensor in state.items()} == {
+        re.sub(r"^(text_encoder(_2)?)\.(?!text_)", r"\1.text_model.", key): tensor.shape
+        for key, tensor in diffusers(updates).items()
+    }
+    names = layer_names(model)
+    for component in {component for component, _ in updates}:
+        config = {key.removeprefix(f"{component}."): value for key, value in metadata.items()}
+        for name in config["target_modules"]:
+            layer = expected.layers[names[f"{component}.{name}"]]
+            assert config["alpha_pattern"].get(name, config["lora_alpha"]) == layer.alpha
+            assert config["rank_pattern"].get(name, config["r"]) == len(layer.down)
+
+
+def test_layers_without_a_name_in_the_file_are_not_written(tmp_path: Path) -> None:
+    model = tiny_model()
+    lora = read_lora(write(tmp_path / "a.safetensors", tiny_lora()), model)
+    lora.layers["conditioner.nowhere"] = next(iter(lora.layers.values()))
+    for adapter, naming, message in ((lora, "kohya", "no name for conditioner.nowhere"), (lora, "peft", "unknown naming")):
+        with pytest.raises(CheckpointError, match=message):
+            write_lora(tmp_path / "b.safetensors", adapter, model, naming)
+    assert not (tmp_path / "b.safetensors").exists()
