@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import SPACINGS, Final
 from ldm.errors import ConfigError, unknown
 from ldm.nn.adapters import Adapters
+from ldm.nn.attention import AttentionOptions
 from ldm.nn.conditioning import Conditioning
 from ldm.vae import FirstStageConfig, Tiling
 
@@ -118,13 +120,21 @@ class LatentDiffusion(nn.Module):
         self.tiling = Tiling()
         self.adapters = Adapters()
 
-    def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """The estimate of the clean latents ``[b c h w]`` of ``x = x0 + sigma n [b c h w]``, ``sigma [b]``; fp32 in and out."""
-        return self.diffusion.denoise(self._network, x, sigma, cond)
+    def denoise(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, options: AttentionOptions | None = None
+    ) -> Tensor:
+        """The estimate of the clean latents ``[b c h w]`` of ``x = x0 + sigma n [b c h w]``, ``sigma [b]``; fp32 in and out.
 
-    def _network(self, x: Tensor, noise_level: Tensor, cond: Conditioning) -> Tensor:
+        ``options`` are for denoisers whose config ``has_perturbed_attention``.
+        """
+        return self.diffusion.denoise(partial(self._network, options=options), x, sigma, cond)
+
+    def _network(
+        self, x: Tensor, noise_level: Tensor, cond: Conditioning, options: AttentionOptions | None = None
+    ) -> Tensor:
         precision = _precision(self.denoiser, x.dtype)
-        return self.denoiser(x.to(precision), noise_level, cond.to(dtype=precision))
+        inputs = x.to(precision), noise_level, cond.to(dtype=precision)
+        return self.denoiser(*inputs) if options is None else self.denoiser(*inputs, options)
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pictures ``[b 3 h w]`` in [-1, 1] to normalised latents: a draw of the posterior, or with no ``noise`` its mean."""
