@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ldm.diffusion import (
     Denoiser,
     Guidance,
     Noise,
+    Perturbable,
     Step,
     brownian_noise,
     guided,
@@ -39,6 +40,7 @@ from ldm.formats.tensors import channels_last, check_finite, to_dtype
 from ldm.image_output import Images
 from ldm.inputs import Edit
 from ldm.model import LatentDiffusion
+from ldm.nn.attention import AttentionOptions
 from ldm.prompts import Prompt, PromptOptions
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -365,16 +367,19 @@ class Pipeline:
 
         if not guidance.perturbed:
             return guided(network, conditional, unconditional, guidance)
-        if not self.model.config.denoiser.attends_in_the_middle:
+        if not self.model.config.denoiser.has_perturbed_attention:
             raise SamplingError("perturbed guidance needs self-attention in the middle of the U-Net, which this lacks.")
+
+        def perturbable(x: Tensor, sigma: Tensor, batch: Perturbable[ConditioningSchedule]) -> Tensor:
+            return self.model.denoise(x, sigma, batch.conditioning.at(sigma), AttentionOptions(identity=batch.rows))
+
         rows = torch.ones(len(request), dtype=torch.bool, device=self.device)
-        as_it_is, perturbed = (partial(replace, perturb=which) for which in (~rows, rows))
         return guided(
-            network,
-            conditional.map(as_it_is),
-            unconditional and unconditional.map(as_it_is),
+            perturbable,
+            Perturbable(conditional, ~rows),
+            unconditional and Perturbable(unconditional, ~rows),
             guidance,
-            perturbed=conditional.map(perturbed),
+            perturbed=Perturbable(conditional, rows),
         )
 
     def _finite(self, x: Tensor, what: str) -> Tensor:
