@@ -120,9 +120,7 @@ class LatentDiffusion(nn.Module):
         self.tiling = Tiling()
         self.adapters = Adapters()
 
-    def denoise(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, options: AttentionOptions | None = None
-    ) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning, options: AttentionOptions | None = None) -> Tensor:
         """The estimate of the clean latents ``[b c h w]`` of ``x = x0 + sigma n [b c h w]``, ``sigma [b]``; fp32 in and out.
 
         ``options`` are for denoisers whose config ``has_perturbed_attention``.

@@ -377,7 +377,7 @@ class Pipeline:
         return guided(
             perturbable,
             Perturbable(conditional, ~rows),
-            unconditional and Perturbable(unconditional, ~rows),
+            None if unconditional is None else Perturbable(unconditional, ~rows),
             guidance,
             perturbed=Perturbable(conditional, rows),
         )

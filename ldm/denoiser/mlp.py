@@ -46,7 +46,7 @@ class StepEmbedding(nn.Module):
     def __init__(self, num_timesteps: int, width: int):
         super().__init__()
         self.table = nn.Embedding(num_timesteps, width)
-        nn.init.normal_(self.table.weight, std=0.1)  # the scale of the points; at the default of 1 the points have little effect for long
+        nn.init.normal_(self.table.weight, std=0.1)  # the scale of the points; 1 would drown them for long
 
     def forward(self, t: Tensor) -> Tensor:
         t = t.clamp(0, self.table.num_embeddings - 1)

@@ -89,7 +89,7 @@ def read_lora(
     Args:
         source: a .safetensors file (or a pickle of tensors), a folder with a ``pytorch_lora_weights.safetensors``, or the id of
             either on the hub.
-        scale, name, merged: of the :class:`ldm.nn.adapters.Adapter`; default of the name: the last part of the source, without ending.
+        scale, name, merged: of the :class:`ldm.nn.adapters.Adapter`; default name: the last part of the source, without ending.
 
     Raises:
         CheckpointError: the file is broken, is not a LoRA, or is one for another kind of model.
@@ -126,6 +126,7 @@ def write_lora(path: str | PathLike[str], adapter: Adapter, model: LatentDiffusi
     Raises:
         CheckpointError: the naming is unknown, the adapter is not a LoRA, or the naming has no name for one of its layers.
     """
+    path = Path(path)
     if naming not in ENDINGS:
         raise CheckpointError(unknown("naming of LoRA files", naming, ENDINGS))
     spelled: dict[str, str] = {}  # the first that is listed is that of a diffusers folder, with all its infixes
@@ -135,7 +136,9 @@ def write_lora(path: str | PathLike[str], adapter: Adapter, model: LatentDiffusi
     tensors, layers = dict[str, Tensor](), dict[str, LoRALayer]()
     for layer, change in adapter.layers.items():
         if not isinstance(change, LoRALayer) or layer not in spelled:
-            raise CheckpointError(f"{path}: {naming}'s LoRA files have no name for {layer} with {type(change).__name__}.")
+            raise CheckpointError(
+                f"{path}: {naming}'s LoRA files have no name for {layer} with {type(change).__name__}."
+            )
         layers[spelled[layer]] = change
         pair = change.down, change.up[:, :, None, None] if change.down.ndim == 4 else change.up
         tensors |= {f"{spelled[layer]}.{end}": tensor for end, tensor in zip(ENDINGS[naming], pair, strict=True)}
@@ -143,7 +146,7 @@ def write_lora(path: str | PathLike[str], adapter: Adapter, model: LatentDiffusi
             tensors[f"{spelled[layer]}.alpha"] = torch.tensor(float(change.alpha))
     metadata = {METADATA: json.dumps(_peft_config(layers), sort_keys=True)} if naming == "diffusers" else {}
     write_tensors(path, tensors, {"format": "pt"} | metadata)
-    return Path(path)
+    return path
 
 
 def _peft_config(layers: Mapping[str, LoRALayer]) -> dict[str, Any]:

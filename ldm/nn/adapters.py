@@ -64,6 +64,8 @@ class Adapter(nn.Module):
         SamplingError: the scale is not a finite number.
     """
 
+    _scale: float
+
     def __init__(
         self,
         name: str,
@@ -86,9 +88,7 @@ class Adapter(nn.Module):
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
-            raise SamplingError(f"the scale of a LoRA is {scale!r}; it must be a finite number.")
-        self._scale = float(scale)
+        self._scale = _checked(scale)
         for layer in self.layers.values():
             layer.scale = self._scale
 
@@ -214,7 +214,7 @@ def attach(layer: nn.Module, *adapters: AdapterLayer) -> None:
     This changes the class of the layer. A network that was compiled checks classes and attributes of its layers, and is compiled
     again where they have changed; forward hooks that are added after compiling would be ignored.
     """
-    plain = layer.plain if isinstance(layer, Adapted) else type(layer)
+    plain: Any = layer.plain if isinstance(layer, Adapted) else type(layer)
     layer.__class__ = _adapted(plain) if adapters else plain
     layer.__dict__["adapters"] = adapters  # a tuple is no submodule: the names of the state dict stay
     if not adapters:
@@ -226,7 +226,7 @@ def _adapted(plain: type[nn.Module]) -> type[nn.Module]:
     return type(f"Adapted{plain.__name__}", (Adapted, plain), {"plain": plain})
 
 
-def _new(plain: type[nn.Module]) -> nn.Module:
+def _new(plain: Any) -> Any:
     """Make an empty adapted layer, for copies and pickles."""
     return _adapted(plain).__new__(_adapted(plain))
 
@@ -240,6 +240,12 @@ def unwrapped(module: M) -> M:
     view = copy.copy(module)
     view._modules = children
     return view
+
+
+def _checked(scale: object) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+        raise SamplingError(f"the scale of a LoRA is {scale!r}; it must be a finite number.")
+    return float(scale)
 
 
 def _leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

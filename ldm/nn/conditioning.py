@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -85,18 +88,19 @@ class Conditioning:
     def cat(records: Sequence[Conditioning]) -> Conditioning:
         """Join records along the batch, in order; shorter contexts are padded to the longest, and the padding masked."""
 
-        def joined(name: str) -> Tensor | None:
-            parts = [getattr(record, name) for record in records]
-            assert len({part is None for part in parts}) == 1, f"some records have {name} and some do not"
-            return None if parts[0] is None else torch.cat(parts)
+        def joined(name: str, parts: Sequence[P | None], cat: Callable[[list[P]], P]) -> P | None:
+            present = [part for part in parts if part is not None]
+            assert len(present) in (0, len(parts)), f"some records have {name} and some do not"
+            return cat(present) if present else None
 
-        names = records[0].contexts.keys()
-        assert all(record.contexts.keys() == names for record in records), "the records have contexts of other names"
-        contexts = {name: Context.cat([record.contexts[name] for record in records]) for name in names}
-        record = Conditioning(vector=joined("vector"), concat=joined("concat"), contexts=contexts)
-        texts = [Context(each.context, each.mask) for each in records if each.context is not None]
-        assert len(texts) in (0, len(records)), "some records have context and some do not"
-        if not texts:
-            return record
-        text = Context.cat(texts)
-        return replace(record, context=text.states, mask=text.mask)
+        texts = [None if each.context is None else Context(each.context, each.mask) for each in records]
+        text = joined("context", texts, Context.cat)
+        names = dict.fromkeys(name for record in records for name in record.contexts)
+        contexts = {name: joined(name, [each.contexts.get(name) for each in records], Context.cat) for name in names}
+        return Conditioning(
+            context=None if text is None else text.states,
+            mask=None if text is None else text.mask,
+            vector=joined("vector", [record.vector for record in records], torch.cat),
+            concat=joined("concat", [record.concat for record in records], torch.cat),
+            contexts={name: each for name, each in contexts.items() if each is not None},
+        )

@@ -455,7 +455,10 @@ def test_layers_without_a_name_in_the_file_are_not_written(tmp_path: Path) -> No
     model = tiny_model()
     lora = read_lora(write(tmp_path / "a.safetensors", tiny_lora()), model)
     lora.layers["conditioner.nowhere"] = next(iter(lora.layers.values()))
-    for adapter, naming, message in ((lora, "kohya", "no name for conditioner.nowhere"), (lora, "peft", "unknown naming")):
+    for adapter, naming, message in (
+        (lora, "kohya", "no name for conditioner.nowhere"),
+        (lora, "peft", "unknown naming"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             write_lora(tmp_path / "b.safetensors", adapter, model, naming)
     assert not (tmp_path / "b.safetensors").exists()
