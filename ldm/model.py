@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from ldm.diffusion.parametrization import Diffusion
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import SPACINGS, Final
 from ldm.errors import ConfigError, unknown
+from ldm.nn.adapters import Adapters
+from ldm.nn.attention import AttentionOptions
 from ldm.nn.conditioning import Conditioning
-from ldm.nn.lora import Loras
 from ldm.vae import FirstStageConfig, Tiling
 
 
@@ -101,7 +103,7 @@ class LatentDiffusion(nn.Module):
 
     ``fingerprint`` and ``provenance`` are those of the file that it was loaded from; None and empty for one that was built.
     ``tiling`` bounds what the first stage works on at once, and may be set to another :class:`ldm.vae.Tiling`.
-    ``loras`` are the low-rank updates that it works with; they change with :meth:`ldm.pipeline.Pipeline.load_lora`.
+    ``adapters`` are the LoRAs in use; see :meth:`ldm.pipeline.Pipeline.load_lora` and :func:`ldm.nn.lora.new_lora`.
     Parameters may be in low precision: what goes into a network is cast to it, and what comes out is cast back.
     """
 
@@ -116,15 +118,21 @@ class LatentDiffusion(nn.Module):
         self.conditioner = config.conditioner.build(tokenizer)
         self.denoiser = config.denoiser.build()
         self.tiling = Tiling()
-        self.loras = Loras()
+        self.adapters = Adapters()
 
-    def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """The estimate of the clean latents ``[b c h w]`` of ``x = x0 + sigma n [b c h w]``, ``sigma [b]``; fp32 in and out."""
-        return self.diffusion.denoise(self._network, x, sigma, cond)
+    def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning, options: AttentionOptions | None = None) -> Tensor:
+        """The estimate of the clean latents ``[b c h w]`` of ``x = x0 + sigma n [b c h w]``, ``sigma [b]``; fp32 in and out.
 
-    def _network(self, x: Tensor, noise_level: Tensor, cond: Conditioning) -> Tensor:
+        ``options`` are for denoisers whose config ``has_perturbed_attention``.
+        """
+        return self.diffusion.denoise(partial(self._network, options=options), x, sigma, cond)
+
+    def _network(
+        self, x: Tensor, noise_level: Tensor, cond: Conditioning, options: AttentionOptions | None = None
+    ) -> Tensor:
         precision = _precision(self.denoiser, x.dtype)
-        return self.denoiser(x.to(precision), noise_level, cond.to(dtype=precision))
+        inputs = x.to(precision), noise_level, cond.to(dtype=precision)
+        return self.denoiser(*inputs) if options is None else self.denoiser(*inputs, options)
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pictures ``[b 3 h w]`` in [-1, 1] to normalised latents: a draw of the posterior, or with no ``noise`` its mean."""

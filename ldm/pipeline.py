@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ldm.diffusion import (
     Denoiser,
     Guidance,
     Noise,
+    Perturbable,
     Step,
     brownian_noise,
     guided,
@@ -39,6 +40,7 @@ from ldm.formats.tensors import channels_last, check_finite, to_dtype
 from ldm.image_output import Images
 from ldm.inputs import Edit
 from ldm.model import LatentDiffusion
+from ldm.nn.attention import AttentionOptions
 from ldm.prompts import Prompt, PromptOptions
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -104,9 +106,11 @@ class Pipeline:
         """
         if device is not None:
             self.model.to(usable(device))
+        adapters = set(self.model.adapters.parameters())  # these keep their precision
         for parameter in self.model.parameters():
-            parameter.data = to_dtype(parameter.data, dtype)
-        self.model.loras.cast(self.model)
+            if parameter not in adapters:
+                parameter.data = to_dtype(parameter.data, dtype)
+        self.model.adapters.merge(self.model)
         return self
 
     @property
@@ -135,15 +139,15 @@ class Pipeline:
             CheckpointError: the file cannot be read, or is for another model.
             SamplingError: the name is taken, or the scale is no finite number.
         """
-        return self.model.loras.add(self.model, read_lora(source, self.model, scale, name, merge))
+        return self.model.adapters.add(self.model, read_lora(source, self.model, scale, name, merge))
 
     def set_lora_scale(self, name: str, scale: float) -> None:
         """Change the scale of a loaded LoRA, at once; a SamplingError if there is none of this name."""
-        self.model.loras.set_scale(self.model, name, scale)
+        self.model.adapters.set_scale(self.model, name, scale)
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take a LoRA away, or all; every weight is bit for bit what it is without. A SamplingError as above."""
-        self.model.loras.remove(self.model, name)
+        self.model.adapters.remove(self.model, name)
 
     def __call__(
         self,
@@ -281,7 +285,7 @@ class Pipeline:
         settings |= {} if shift is None else {"shift": shift}
         settings |= {} if timesteps is None and sigmas is None else {"sigmas": levels.tolist()}
         settings |= {} if latents is None else {"latents": "given"}
-        settings |= self.model.loras.record() | edit.record()
+        settings |= self.model.adapters.record() | edit.record()
         model = {"model": self.model.fingerprint} if self.model.fingerprint else {}
         return Images.of(result, [request.record(index, settings) | model for index in range(len(request))])
 
@@ -363,16 +367,19 @@ class Pipeline:
 
         if not guidance.perturbed:
             return guided(network, conditional, unconditional, guidance)
-        if not self.model.config.denoiser.attends_in_the_middle:
+        if not self.model.config.denoiser.has_perturbed_attention:
             raise SamplingError("perturbed guidance needs self-attention in the middle of the U-Net, which this lacks.")
+
+        def perturbable(x: Tensor, sigma: Tensor, batch: Perturbable[ConditioningSchedule]) -> Tensor:
+            return self.model.denoise(x, sigma, batch.conditioning.at(sigma), AttentionOptions(identity=batch.rows))
+
         rows = torch.ones(len(request), dtype=torch.bool, device=self.device)
-        as_it_is, perturbed = (partial(replace, perturb=which) for which in (~rows, rows))
         return guided(
-            network,
-            conditional.map(as_it_is),
-            unconditional and unconditional.map(as_it_is),
+            perturbable,
+            Perturbable(conditional, ~rows),
+            None if unconditional is None else Perturbable(unconditional, ~rows),
             guidance,
-            perturbed=conditional.map(perturbed),
+            perturbed=Perturbable(conditional, rows),
         )
 
     def _finite(self, x: Tensor, what: str) -> Tensor:

@@ -1,9 +1,9 @@
-"""Stage 3: the networks that estimate what noise hides."""
+"""Stage 3: the denoising networks."""
 
 from __future__ import annotations
 
 from ldm.denoiser.config import DenoiserConfig
 from ldm.denoiser.mlp import MLP, MLPConfig
-from ldm.denoiser.unet import LevelSpec, UNet, UNetConfig
+from ldm.denoiser.unet import LevelSpec, UNet, UNetConfig, UNetEncoder
 
-__all__ = ["MLP", "DenoiserConfig", "LevelSpec", "MLPConfig", "UNet", "UNetConfig"]
+__all__ = ["MLP", "DenoiserConfig", "LevelSpec", "MLPConfig", "UNet", "UNetConfig", "UNetEncoder"]

@@ -1,4 +1,4 @@
-"""The family of denoising networks."""
+"""Base class of the configs of denoising networks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from ldm.config import Kind
 
 
 class DenoiserConfig(Kind):
-    """F(x, noise level, conditioning), the network that a parametrization turns into a denoiser.
+    """Config of F(x, noise level, conditioning), the network that a parametrization turns into a denoiser.
 
-    ``build()`` gives a module ``forward(x [b c h w], noise_level [b], cond: Conditioning) -> [b out_channels h w]``.
+    ``build()`` gives a module ``forward(x [b c h w], noise_level [b], cond: Conditioning) -> [b out_channels h w]``; if
+    ``has_perturbed_attention``, it also takes ``options``, a :class:`ldm.nn.attention.AttentionOptions`.
     """
 
     in_channels: int
@@ -18,11 +19,11 @@ class DenoiserConfig(Kind):
     context_width: int | None
     vector_width: int | None
     num_timesteps: int | None = None
-    """Timesteps that it has embeddings of; None: it embeds any number."""
+    """Number of timesteps that the network has embeddings of; None = it embeds any real number."""
 
     @property
-    def attends_in_the_middle(self) -> bool:
-        """Whether there is a self-attention that ``Conditioning.perturb`` acts on."""
+    def has_perturbed_attention(self) -> bool:
+        """True if there is a self-attention that ``AttentionOptions.identity`` can replace."""
         return False
 
     def build(self) -> nn.Module:

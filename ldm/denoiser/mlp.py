@@ -1,4 +1,4 @@
-"""The denoiser of the two-dimensional toys: a perceptron that hears the step at each layer."""
+"""The denoiser of the two-dimensional toys: a perceptron with an embedding of the step at each layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldm.nn.conditioning import Conditioning
 
 @dataclass(frozen=True)
 class MLPConfig(DenoiserConfig, kind="mlp"):
-    """Linear layers with ReLU between; after each, the embedding of the step is added."""
+    """Config of linear layers with ReLU between; after each, the embedding of the step is added."""
 
     in_channels: int = config_field(2, "dimensions of a point")
     out_channels: int = config_field(2, "dimensions of a point")
@@ -41,12 +41,12 @@ class MLPConfig(DenoiserConfig, kind="mlp"):
 
 
 class StepEmbedding(nn.Module):
-    """A table of one row a timestep, read between its rows by linear interpolation: ``t [b] -> [b width]``."""
+    """Table with a row for each timestep, linearly interpolated between its rows: ``t [b] -> [b width]``"""
 
     def __init__(self, num_timesteps: int, width: int):
         super().__init__()
         self.table = nn.Embedding(num_timesteps, width)
-        nn.init.normal_(self.table.weight, std=0.1)  # like the points; at the usual 1 it takes long until they count
+        nn.init.normal_(self.table.weight, std=0.1)  # the scale of the points; 1 would drown them for long
 
     def forward(self, t: Tensor) -> Tensor:
         t = t.clamp(0, self.table.num_embeddings - 1)
@@ -56,7 +56,7 @@ class StepEmbedding(nn.Module):
 
 
 class MLP(nn.Module):
-    """F(x, t) on points."""
+    """Perceptron F(x, t) on points."""
 
     def __init__(self, config: MLPConfig):
         super().__init__()
@@ -67,7 +67,7 @@ class MLP(nn.Module):
         self.out = nn.Linear(config.width, config.out_channels)
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Conditioning) -> Tensor:
-        """``x [b c 1 1]``, ``noise_level [b]`` in [0, num_timesteps) ``-> [b c 1 1]``; it listens to no conditioning."""
+        """``x [b c 1 1]``, ``noise_level [b]`` in [0, num_timesteps) ``-> [b c 1 1]``; the conditioning has no effect."""
         h = x.flatten(1)
         for layer, step in zip(self.layers, self.steps, strict=True):
             h = torch.relu(layer(h) + step(noise_level))

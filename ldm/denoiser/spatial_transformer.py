@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ldm.nn.attention import TransformerBlock
+from ldm.nn.attention import AttentionOptions, TransformerBlock
 from ldm.nn.conditioning import Conditioning
 
 
@@ -15,9 +15,10 @@ class SpatialTransformer(nn.Module):
         width: channels of the feature map.
         depth: number of transformer blocks.
         heads: number of heads; must divide ``width``.
-        context_width: of ``Conditioning.context``; None = no cross-attention.
-        linear: projections as linear layers on the positions (SD 2, SDXL) instead of 1 x 1 convolutions (SD 1).
-        groups: of the group norm.
+        context_width: channels of ``Conditioning.context``; None = no cross-attention.
+        linear: True for projections as linear layers on the positions (SD 2, SDXL), False for 1 x 1 convolutions (SD 1).
+        groups: groups of the group norm.
+        dropout: share of the activations in the feed-forward layers that training drops.
     """
 
     def __init__(
@@ -37,14 +38,14 @@ class SpatialTransformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, context_width, dropout) for _ in range(depth))
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+    def forward(self, x: Tensor, cond: Conditioning, options: AttentionOptions | None = None) -> Tensor:
         """``x [b c h w] -> [b c h w]``"""
         height_width = x.shape[-2:]
         h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         h = h.flatten(2).transpose(1, 2)  # b (h w) c; a view of a channels_last tensor
         h = self.proj_in(h) if self.linear else h
         for block in self.blocks:
-            h = block(h, cond)
+            h = block(h, cond, options)
         h = self.proj_out(h) if self.linear else h
         h = h.transpose(1, 2).unflatten(2, height_width)
         return x + (h if self.linear else self.proj_out(h))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from ldm.config import config_field
 from ldm.denoiser.config import DenoiserConfig
 from ldm.denoiser.spatial_transformer import SpatialTransformer
 from ldm.errors import ConfigError, SamplingError
+from ldm.nn.attention import AttentionOptions
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import NoiseEmbedding, mlp
 from ldm.nn.residual import ResidualBlock, Upsample
@@ -20,7 +22,7 @@ from ldm.nn.residual import ResidualBlock, Upsample
 
 @dataclass(frozen=True)
 class LevelSpec:
-    """One resolution of the U-Net; the next level has half of it."""
+    """Config of one resolution of the U-Net; the next level has half of it."""
 
     width: int = config_field(help="channels at this resolution")
     blocks: int = config_field(2, "residual blocks on the way down (one more on the way up)")
@@ -29,7 +31,7 @@ class LevelSpec:
 
 @dataclass(frozen=True)
 class UNetConfig(DenoiserConfig, kind="unet"):
-    """Residual blocks and spatial transformers on a pyramid of resolutions, with skips across."""
+    """Config of residual blocks and spatial transformers on a pyramid of resolutions, with skip connections."""
 
     levels: tuple[LevelSpec, ...] = config_field(help="resolutions, the finest first")
     in_channels: int = config_field(4, "channels of the latent, plus those of Conditioning.concat")
@@ -59,7 +61,7 @@ class UNetConfig(DenoiserConfig, kind="unet"):
                 raise ConfigError(f"levels[{i}].width {level.width} is not divisible by {given}.")
 
     @property
-    def attends_in_the_middle(self) -> bool:
+    def has_perturbed_attention(self) -> bool:
         return self.middle_depth > 0
 
     def build(self) -> UNet:
@@ -67,7 +69,7 @@ class UNetConfig(DenoiserConfig, kind="unet"):
 
 
 class UNetBlock(nn.Module):
-    """A residual block, then a spatial transformer where the level attends; on the way up, a skip comes in first."""
+    """Residual block, then a spatial transformer if the level has attention; in the decoder, a skip is concatenated first."""
 
     def __init__(self, config: UNetConfig, in_width: int, width: int, depth: int, upsample: int | None = None):
         super().__init__()
@@ -90,13 +92,20 @@ class UNetBlock(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, embedding: Tensor, cond: Conditioning, skip: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        cond: Conditioning,
+        skip: Tensor | None = None,
+        options: AttentionOptions | None = None,
+    ) -> Tensor:
         """``x [b c h w], embedding [b e], skip [b d h' w'] -> [b width h' w']``"""
         if skip is not None:
             x = x if self.upsample is None else self.upsample(x, skip.shape[-2:])
             x = torch.cat([x, skip], dim=1)
         x = self.residual(x, embedding)
-        return x if self.transformer is None else self.transformer(x, cond)
+        return x if self.transformer is None else self.transformer(x, cond, options)
 
 
 class Downsample(nn.Module):
@@ -107,73 +116,59 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor, embedding: Tensor, cond: Conditioning) -> Tensor:
-        """``[b c h w] -> [b c ceil(h/2) ceil(w/2)]``; called as a block, it listens to nothing."""
+        """``[b c h w] -> [b c ceil(h/2) ceil(w/2)]``; the arguments of a block, of which it uses ``x`` alone."""
         return self.conv(x)
 
 
-class UNet(nn.Module):
-    """F(x, noise level, conditioning): way down, middle, way up; each step down leaves a skip for its mirror."""
+class Features(NamedTuple):
+    """What the encoder of a U-Net returns.
+
+    Attributes:
+        skips: ``[b skip_widths[i] h_i w_i]``, the outputs of ``conv_in`` and of each block of ``down``.
+        middle: ``[b width h w]``, the output of the middle blocks at the lowest resolution.
+        embedding: ``[b e]``, of noise level and vector, after SiLU.
+    """
+
+    skips: list[Tensor]
+    middle: Tensor
+    embedding: Tensor
+
+
+class UNetEncoder(nn.Module):
+    """The first half of a U-Net: embeddings, ``conv_in``, the blocks of each resolution, and those in the middle.
+
+    Attributes:
+        skip_widths: channels of each skip.
+    """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        levels, top = config.levels, config.levels[0].width
+        top = config.levels[0].width
         self.noise_embedding = NoiseEmbedding(top, 4 * top)
         self.vector_embedding = mlp(config.vector_width, 4 * top) if config.vector_width else None
         self.conv_in = nn.Conv2d(config.in_channels, top, 3, padding=1)
 
         self.down = nn.ModuleList()
-        width, skips = top, [top]
-        for i, level in enumerate(levels):
+        width, self.skip_widths = top, [top]
+        for i, level in enumerate(config.levels):
             if i > 0:
                 self.down.append(Downsample(width))
-                skips.append(width)
+                self.skip_widths.append(width)
             for _ in range(level.blocks):
                 self.down.append(UNetBlock(config, width, level.width, level.depth))
                 width = level.width
-                skips.append(width)
+                self.skip_widths.append(width)
 
         self.middle = nn.ModuleList(
             [UNetBlock(config, width, width, config.middle_depth), UNetBlock(config, width, width, 0)]
         )
+        start_as_identity(self)
 
-        self.up = nn.ModuleList()
-        for i, level in reversed(list(enumerate(levels))):
-            for j in range(level.blocks + 1):
-                upsample = width if j == 0 and i < len(levels) - 1 else None
-                self.up.append(UNetBlock(config, width + skips.pop(), level.width, level.depth, upsample))
-                width = level.width
-
-        self.norm_out = nn.GroupNorm(config.groups, width)
-        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
-        self._start_as_identity()
-
-    def _start_as_identity(self) -> None:
-        """Zero the last layer of each residual branch, and of the network (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
-        branches: list[nn.Conv2d | nn.Linear] = [self.conv_out]
-        for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                branches.append(module.conv2)
-            elif isinstance(module, SpatialTransformer):
-                branches.append(module.proj_out)
-        for layer in branches:
-            for parameter in layer.parameters():
-                nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor, noise_level: Tensor, cond: Conditioning) -> Tensor:
-        """One evaluation of the network.
-
-        Args:
-            x: ``[b in_channels h w]``, scaled by the parametrization; any height and width.
-            noise_level: ``[b]``, as the parametrization embeds it (the timestep in SD).
-            cond: what to listen to; ``context [b n context_width]``, ``vector [b vector_width]``, ``concat [b c h w]``.
-
-        Returns:
-            ``[b out_channels h w]``, the target of the parametrization.
-
-        Raises:
-            SamplingError: ``cond.concat`` has another height or width than ``x``.
-        """
+    def forward(
+        self, x: Tensor, noise_level: Tensor, cond: Conditioning, options: AttentionOptions | None = None
+    ) -> Features:
+        """Encode ``x``; the arguments are those of :meth:`UNet.forward`."""
         if cond.concat is not None:
             if cond.concat.shape[-2:] != x.shape[-2:]:
                 given, needed = (" x ".join(map(str, each.shape[-2:])) for each in (cond.concat, x))
@@ -184,10 +179,9 @@ class UNet(nn.Module):
             x = torch.cat([x, cond.concat.to(x)], dim=1)
         embedding = self.noise_embedding(noise_level)
         if self.vector_embedding is not None:
-            assert cond.vector is not None, "the conditioner fills what the config has a width of"
+            assert cond.vector is not None, "the conditioner gives a vector if the config has a vector_width"
             embedding = embedding + self.vector_embedding(cond.vector.to(embedding))
         embedding = F.silu(embedding)
-        middle, cond = cond, replace(cond, perturb=None)
 
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
@@ -195,7 +189,80 @@ class UNet(nn.Module):
             x = block(x, embedding, cond)
             skips.append(x)
         for block in self.middle:
-            x = block(x, embedding, middle)
+            x = block(x, embedding, cond, options=options)
+        return Features(skips, x, embedding)
+
+
+class UNet(UNetEncoder):
+    """F(x, noise level, conditioning): an encoder, then a decoder that takes in the encoder's skips in reverse order."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        width, skips = self.skip_widths[-1], list(self.skip_widths)
+        self.up = nn.ModuleList()
+        for i, level in reversed(list(enumerate(config.levels))):
+            for j in range(level.blocks + 1):
+                upsample = width if j == 0 and i < len(config.levels) - 1 else None
+                self.up.append(UNetBlock(config, width + skips.pop(), level.width, level.depth, upsample))
+                width = level.width
+
+        self.norm_out = nn.GroupNorm(config.groups, width)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        start_as_identity(self.up)
+        set_to_zero(self.conv_out)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        noise_level: Tensor,
+        cond: Conditioning,
+        options: AttentionOptions | None = None,
+        residuals: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Evaluate the network.
+
+        Args:
+            x: ``[b in_channels h w]``, scaled by the parametrization; any height and width.
+            noise_level: ``[b]``, as the parametrization embeds it (the timestep in SD).
+            cond: the conditions: ``context [b n context_width]``, ``vector [b vector_width]``, ``concat [b c h w]``.
+            options: changes to the attention of the middle blocks.
+            residuals: what is added to each skip, and last to the middle; nothing if empty. A ControlNet gives them
+                (Zhang et al. 2023, arXiv 2302.05543).
+
+        Returns:
+            ``[b out_channels h w]``, the target of the parametrization.
+
+        Raises:
+            SamplingError: ``cond.concat`` has another height or width than ``x``.
+        """
+        skips, x, embedding = super().forward(x, noise_level, cond, options)
+        if residuals:
+            *for_skips, for_middle = residuals
+            skips = [skip + residual for skip, residual in zip(skips, for_skips, strict=True)]
+            x = x + for_middle
         for block in self.up:
             x = block(x, embedding, cond, skips.pop())
         return self.conv_out(F.silu(self.norm_out(x)))
+
+    def copy_encoder(self) -> UNetEncoder:
+        """Return a copy of the encoder that shares nothing with this network, to be trained as a ControlNet."""
+        with torch.device("meta"):
+            encoder = UNetEncoder(self.config)
+        weights = self.state_dict()
+        encoder.load_state_dict({name: weights[name].clone() for name in encoder.state_dict()}, assign=True)
+        return encoder.train(self.training)
+
+
+def start_as_identity(module: nn.Module) -> None:
+    """Zero the last layer of each residual branch (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+    for part in module.modules():
+        if isinstance(part, ResidualBlock):
+            set_to_zero(part.conv2)
+        elif isinstance(part, SpatialTransformer):
+            set_to_zero(part.proj_out)
+
+
+def set_to_zero(layer: nn.Module) -> None:
+    """Set all parameters of a layer to zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

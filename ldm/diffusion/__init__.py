@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldm.diffusion.guidance import Guidance, Projection, guided
+from ldm.diffusion.guidance import Guidance, Perturbable, Projection, guided
 from ldm.diffusion.loss import DenoisingLoss
 from ldm.diffusion.noise_level_samplers import NoiseLevelSampler
 from ldm.diffusion.parametrization import Diffusion, Parametrization
@@ -38,6 +38,7 @@ __all__ = [
     "Noise",
     "NoiseLevelSampler",
     "Parametrization",
+    "Perturbable",
     "Projection",
     "SamplerSpec",
     "Schedule",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -86,6 +86,25 @@ class Guidance:
         }
 
 
+@dataclass(frozen=True)
+class Perturbable(Generic[C]):
+    """Conditionings of a batch, and which of its rows the network evaluates with perturbed attention.
+
+    Attributes:
+        conditioning: of b rows.
+        rows: ``[b]`` of bool, True where the attention is perturbed.
+    """
+
+    conditioning: C
+    rows: Tensor
+
+    @staticmethod
+    def cat(batches: Sequence[Perturbable[C]]) -> Perturbable[C]:
+        """Join along the batch, in order."""
+        conditionings = [batch.conditioning for batch in batches]
+        return Perturbable(conditionings[0].cat(conditionings), torch.cat([batch.rows for batch in batches]))
+
+
 def guided(
     network: Callable[[Tensor, Tensor, C], Tensor],
     conditional: C,
@@ -102,7 +121,7 @@ def guided(
         conditional: what the images are to show.
         unconditional: what they are to keep away from (the empty or a negative prompt); None for no guidance.
         guidance: what is made of the answers; a number is a scale.
-        perturbed: the conditional one, with the perturbation that ``guidance.perturbed`` asks for.
+        perturbed: the conditional one with the perturbation, if ``guidance.perturbed`` is not 0; see :class:`Perturbable`.
 
     Returns:
         A denoiser that calls the network once, with a batch of b for each answer that it needs: one at noise levels

@@ -1,7 +1,7 @@
-"""LoRA files of kohya's and of diffusers' naming, read as updates of the layers of a model.
+"""LoRA files in kohya's and in diffusers' naming: read as an adapter of a model, and written.
 
-kohya writes the names of layers with underscores for dots. They are never split: every layer of the model is spelled as each
-naming has it, and looked up.
+kohya writes the names of layers with underscores for dots. They are never split: every layer of the model is
+spelled as each naming has it, and looked up.
 
 |              | U-Net                                                        | text towers                                  |
 |--------------|--------------------------------------------------------------|----------------------------------------------|
@@ -25,19 +25,20 @@ import torch
 from torch import Tensor, nn
 
 from ldm.denoiser import UNetConfig
-from ldm.errors import CheckpointError, first_line
+from ldm.errors import CheckpointError, first_line, unknown
 from ldm.formats import names
 from ldm.formats.checkpoint import places
 from ldm.formats.hub import fetch, is_hub_id
-from ldm.formats.tensors import SAFETENSORS, check_finite, fingerprint, read_metadata, read_tensors
+from ldm.formats.tensors import SAFETENSORS, check_finite, fingerprint, read_metadata, read_tensors, write_tensors
 from ldm.model import LatentDiffusion
-from ldm.nn.lora import Lora, LoRAWeights
+from ldm.nn.adapters import Adapter, AdapterLayer, unwrapped
+from ldm.nn.lora import LoRALayer
 
 FILE = "pytorch_lora_weights.safetensors"
 """The LoRA in a folder that diffusers wrote."""
 
 METADATA = "lora_adapter_metadata"
-"""Where diffusers says, in JSON, how the updates were configured."""
+"""Metadata entry of diffusers: the configs of PEFT in JSON, each key after the name of its component."""
 
 TENSORS = {
     "down": r"(?:\.lora_(?:A|down)(?:\.\w+)?|[._]lora(?:_linear_layer)?\.down)\.weight",
@@ -45,7 +46,10 @@ TENSORS = {
     "mid": r"\.lora_mid\.weight",
     "alpha": r"\.alpha",
 }
-"""How the tensors of an update end; what stands before is the layer."""
+"""Endings of the names of a layer's tensors, as regular expressions; the name of the layer is what stands before."""
+
+ENDINGS = {"diffusers": ("lora_A.weight", "lora_B.weight"), "kohya": ("lora_down.weight", "lora_up.weight")}
+"""Endings of the names that :func:`write_lora` gives to A and B, by naming."""
 
 OLD: names.Rules = (
     (r"\.processor\.", "."),
@@ -53,22 +57,22 @@ OLD: names.Rules = (
     (r"\bself_attn\.to_([qkv])$", r"self_attn.\1_proj"),
     (r"\bself_attn\.to_out$", "self_attn.out_proj"),
 )
-"""What diffusers called the layers when LoRA still was a kind of attention processor."""
+"""Names of layers in files of the diffusers versions in which LoRA was a kind of attention processor."""
 
 OTHERS = {
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
     r"\.dora_scale|lora_magnitude_vector": "DoRA",
     r"\.oft_": "OFT",
-    r"\.diff(_b)?$|\.(w|b)_norm$": "whole differences of weights",
+    r"\.diff(_b)?$|\.(w|b)_norm$": "full differences of weights",
 }
-"""Marks of what is no LoRA."""
+"""Marks, in the names of tensors, of adapters that are not LoRA."""
 
 KINDS = {
     r"double_blocks|single_blocks|single_transformer_blocks|joint_blocks|^(lora_)?transformer[._]": "FLUX or SD 3",
     r"^lora_te[12]_|^text_encoder_2\.|label_emb|add_embedding|transformer_blocks[._][1-9]": "SDXL",
 }
-"""Names that only LoRAs for some kind of model have."""
+"""Marks, in the names of tensors, of the kind of model that a LoRA is for."""
 
 CONTEXT_WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 
@@ -79,17 +83,18 @@ def read_lora(
     scale: float = 1.0,
     name: str | None = None,
     merged: bool = False,
-) -> Lora:
-    """The LoRA of a file, for a model.
+) -> Adapter:
+    """Read the LoRA of a file for a model.
 
     Args:
         source: a .safetensors file (or a pickle of tensors), a folder with a ``pytorch_lora_weights.safetensors``, or the id of
             either on the hub.
-        scale, name, merged: of the :class:`ldm.nn.lora.Lora`; default of the name: the last part of the source, without ending.
+        scale, name, merged: of the :class:`ldm.nn.adapters.Adapter`; default name: the last part of the source, without ending.
 
     Raises:
-        CheckpointError: the file is broken, is no LoRA, or is one for another kind of model.
+        CheckpointError: the file is broken, is not a LoRA, or is one for another kind of model.
     """
+    model = unwrapped(model)
     path = fetch(source) if isinstance(source, str) and is_hub_id(source) else Path(source)
     if path.is_dir():
         path /= FILE
@@ -100,19 +105,68 @@ def read_lora(
                 raise CheckpointError(f"{path} holds {what} ({key}), which ldm does not read; take a plain LoRA.")
     check_finite(tensors, path)
     looks = _looks(tensors, model)
-    updates = {}
+    layers: dict[str, AdapterLayer] = {}
     for layer, found in _by_layer(path, tensors, layer_names(model), looks).items():
         weight = model.get_submodule(layer).get_parameter("weight")
-        updates[layer] = _update(path, found, config, weight.shape, looks)
-    if not updates:
+        layers[layer] = _update(path, found, config, weight.shape, looks)
+    if not layers:
         raise CheckpointError(f"{path} holds no LoRA; name a file with tensors such as ...lora_down.weight in it.")
     name = name or Path(source).name.removesuffix(SAFETENSORS)
-    return Lora(name, updates, fingerprint(tensors, config), scale, merged)
+    return Adapter(name, layers, fingerprint(tensors, config), scale, merged)
+
+
+def write_lora(path: str | PathLike[str], adapter: Adapter, model: LatentDiffusion, naming: str = "diffusers") -> Path:
+    """Write a LoRA, loaded or trained, in the precision of its parameters and at scale 1.
+
+    Args:
+        path: of the .safetensors file.
+        adapter: a LoRA for ``model``.
+        naming: ``"diffusers"``, with the alphas in the metadata as PEFT has them, or ``"kohya"``, with a tensor for each alpha.
+
+    Raises:
+        CheckpointError: the naming is unknown, the adapter is not a LoRA, or the naming has no name for one of its layers.
+    """
+    path = Path(path)
+    if naming not in ENDINGS:
+        raise CheckpointError(unknown("naming of LoRA files", naming, ENDINGS))
+    spelled: dict[str, str] = {}  # the first that is listed is that of a diffusers folder, with all its infixes
+    for theirs, ours in layer_names(unwrapped(model)).items():
+        if theirs.startswith("lora_") if naming == "kohya" else theirs.startswith(("unet.", "text_encoder")):
+            spelled.setdefault(ours, theirs)
+    tensors, layers = dict[str, Tensor](), dict[str, LoRALayer]()
+    for layer, change in adapter.layers.items():
+        if not isinstance(change, LoRALayer) or layer not in spelled:
+            raise CheckpointError(
+                f"{path}: {naming}'s LoRA files have no name for {layer} with {type(change).__name__}."
+            )
+        layers[spelled[layer]] = change
+        pair = change.down, change.up[:, :, None, None] if change.down.ndim == 4 else change.up
+        tensors |= {f"{spelled[layer]}.{end}": tensor for end, tensor in zip(ENDINGS[naming], pair, strict=True)}
+        if naming == "kohya":
+            tensors[f"{spelled[layer]}.alpha"] = torch.tensor(float(change.alpha))
+    metadata = {METADATA: json.dumps(_peft_config(layers), sort_keys=True)} if naming == "diffusers" else {}
+    write_tensors(path, tensors, {"format": "pt"} | metadata)
+    return path
+
+
+def _peft_config(layers: Mapping[str, LoRALayer]) -> dict[str, Any]:
+    """Describe LoRA layers by their names in diffusers, as the fields of PEFT's LoraConfig for each component."""
+    config: dict[str, Any] = {}
+    for component in dict.fromkeys(name.partition(".")[0] for name in layers):
+        parts = {name.partition(".")[2]: each for name, each in layers.items() if name.partition(".")[0] == component}
+        ranks = {name: each.down.shape[0] for name, each in parts.items()}
+        alphas = {name: each.alpha for name, each in parts.items()}
+        for key, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
+            usual = next(iter(values.values()))
+            config[f"{component}.{key}"] = usual
+            config[f"{component}.{pattern}"] = {name: value for name, value in values.items() if value != usual}
+        config[f"{component}.target_modules"] = list(parts)
+    return config
 
 
 @dataclass(frozen=True)
 class Found:
-    """A tensor of an update: its key in the file, and the layer there."""
+    """A tensor of a layer's LoRA: its key in the file, and the layer there."""
 
     key: str
     layer: str
@@ -148,7 +202,7 @@ def layer_names(model: LatentDiffusion) -> dict[str, str]:
 def _by_layer(
     path: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, str], looks: str
 ) -> dict[str, dict[str, Found]]:
-    """The tensors of the updates, by the layers of ours and by what they are of :data:`TENSORS`."""
+    """Group the tensors by the names of layers in the model, then by what they are of :data:`TENSORS`."""
     updates: dict[str, dict[str, Found]] = defaultdict(dict)
     for key, tensor in tensors.items():
         ends = ((what, re.search(f"{end}$", key)) for what, end in TENSORS.items())
@@ -168,8 +222,8 @@ def _by_layer(
 
 def _update(
     path: Path, found: Mapping[str, Found], config: Mapping[str, Any], shape: Sequence[int], looks: str
-) -> LoRAWeights:
-    """The update of a layer with a weight of this ``shape``."""
+) -> LoRALayer:
+    """Make the LoRA of a layer with a weight of this ``shape``."""
     for what in ("down", "up"):
         if what not in found:
             key = next(iter(found.values())).key
@@ -188,18 +242,18 @@ def _update(
                 f"{list(shape)}{looks}; take one that was trained on this kind of model."
             )
     alpha = _alpha(path, found, config, r)
-    return LoRAWeights(down.reshape(r, *shape[1:]).clone(), up.reshape(shape[0], r).clone(), alpha)
+    return LoRALayer(down.reshape(r, *shape[1:]).clone(), up.reshape(shape[0], r).clone(), alpha)
 
 
 def _with_mid(path: Path, mid: Found, down: Tensor) -> Tensor:
-    """A k x k convolution of ``[r in k k]`` out of a 1 x 1 convolution ``down`` and the k x k one after it."""
+    """Compose the 1 x 1 convolution ``down`` and the k x k one after it into one: ``[r in k k]``."""
     if mid.tensor.ndim != 4 or down.ndim != 4 or down.shape[2:] != (1, 1) or down.shape[0] != mid.tensor.shape[1]:
         raise CheckpointError(f"{path}: {mid.key} has the shape {list(mid.tensor.shape)}, which does not fit its down.")
     return torch.einsum("pqkl,qi->pikl", mid.tensor.float(), down.flatten(1).float())
 
 
 def _plain(shape: Sequence[int]) -> list[int]:
-    """A shape without the ones at its end: linear layers and 1 x 1 convolutions stand for each other."""
+    """Remove the ones at the end of a shape: linear layers and 1 x 1 convolutions stand for each other."""
     sides = list(shape)
     while sides and sides[-1] == 1:
         sides.pop()
@@ -207,7 +261,7 @@ def _plain(shape: Sequence[int]) -> list[int]:
 
 
 def _alpha(path: Path, found: Mapping[str, Found], config: Mapping[str, Any], r: int) -> float:
-    """As the file says: by a tensor, or for all layers of a network and for single ones in the metadata; else r."""
+    """Find alpha: in a tensor, or in the metadata (for all layers of a network, or by pattern); else it is r."""
     if "alpha" in found:
         alpha = found["alpha"].tensor
         if alpha.numel() != 1:
@@ -219,16 +273,16 @@ def _alpha(path: Path, found: Mapping[str, Found], config: Mapping[str, Any], r:
     start = f"{component}." if component else ""
     value: Any = config.get(f"{start}lora_alpha", r)
     patterns = config.get(f"{start}alpha_pattern") or {}
-    for pattern, said in patterns.items() if isinstance(patterns, dict) else ():
+    for pattern, own in patterns.items() if isinstance(patterns, dict) else ():
         if f".{layer}".endswith(f".{pattern}"):
-            value = said
+            value = own
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise CheckpointError(f"{path} says in its {METADATA} that an alpha is {value!r}; get the file anew.")
     return value * math.sqrt(r) if config.get(f"{start}use_rslora") else float(value)
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """What diffusers says in the metadata."""
+    """Read PEFT's configs in the metadata that diffusers writes."""
     try:
         config = json.loads(read_metadata(path).get(METADATA, "{}"))
     except (ValueError, RecursionError) as error:
@@ -239,7 +293,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _looks(tensors: Mapping[str, Tensor], model: LatentDiffusion) -> str:
-    """A clause for errors about what kind of model a file is for, if that is another kind than this."""
+    """Describe, for errors, the kind of model that a file is for, if it is another than this one; else an empty string."""
     own = "SDXL" if "text_2" in places(model) else CONTEXT_WIDTHS.get(model.config.denoiser.context_width or 0)
     kind = next((kind for mark, kind in KINDS.items() if any(re.search(mark, key) for key in tensors)), None)
     for key, tensor in tensors.items():

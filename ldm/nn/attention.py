@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,14 +11,26 @@ from torch import Tensor, nn
 from ldm.nn.conditioning import Conditioning
 
 
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Changes to the attention of a network in one call of it, which guidance asks for.
+
+    Attributes:
+        identity: ``[b]`` of bool, True where the self-attention in the middle of the network is replaced by the identity
+            (perturbed-attention guidance, Ahn et al. 2024, arXiv 2403.17377); None = nowhere.
+    """
+
+    identity: Tensor | None = None
+
+
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(d)) v with queries from ``x`` and keys and values from ``context`` (default: ``x`` itself).
 
     Args:
-        width: of ``x`` and of the result.
+        width: channels of ``x`` and of the result.
         heads: number of heads; must divide ``width``.
-        context_width: of ``context``; None = ``width``.
-        bias: whether the projections of queries, keys and values have one (the output's always does).
+        context_width: channels of ``context``; None = ``width``.
+        bias: True to give the projections of queries, keys and values a bias (the output's always has one).
     """
 
     def __init__(self, width: int, heads: int, context_width: int | None = None, bias: bool = False):
@@ -31,19 +45,31 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        """``x [b n d], context [b m e], mask [b m]`` (True = attend) ``-> [b n d]``."""
+        """``x [b n d], context [b m e], mask [b m]`` (True = attend) ``-> [b n d]``"""
         context = x if context is None else context
-        q, k, v = (
-            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        return self.to_out(self.attend(self.to_q(x), self.to_k(context), self.to_v(context), mask, causal))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Attend with all heads: ``q [b n d], k [b m d], v [b m d], mask [b m]`` (True = attend) ``-> [b n d]``"""
+        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (q, k, v))
         allowed = None if mask is None else mask[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).flatten(2)
 
     def identity(self, x: Tensor) -> Tensor:
-        """``[b n d] -> [b n d]``: each position attends to itself alone."""
+        """Return what :meth:`forward` would if each position attended to itself alone: ``[b n d] -> [b n d]``"""
         return self.to_out(self.to_v(x))
+
+
+class CrossAttention(Attention):
+    """Attention to the context of a conditioning.
+
+    Adapters (:mod:`ldm.nn.adapters`) of this module take the record too: they can attend to a further, named context.
+    """
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:  # type: ignore[override]
+        """``x [b n d] -> [b n d]``"""
+        return super().forward(x, cond.context, cond.mask)
 
 
 class GEGLU(nn.Module):
@@ -62,7 +88,7 @@ class GEGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the context, gated feed-forward; each pre-normed and residual.
 
-    Without ``context_width`` there is nothing to listen to and the cross-attention is left out.
+    Without ``context_width`` there is no cross-attention.
     """
 
     def __init__(self, width: int, heads: int, context_width: int | None, dropout: float = 0.0):
@@ -70,17 +96,17 @@ class TransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attn1 = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width) if context_width else None
-        self.attn2 = Attention(width, heads, context_width) if context_width else None
+        self.attn2 = CrossAttention(width, heads, context_width) if context_width else None
         self.norm3 = nn.LayerNorm(width)
         self.ff = nn.Sequential(GEGLU(width, 4 * width), nn.Dropout(dropout), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+    def forward(self, x: Tensor, cond: Conditioning, options: AttentionOptions | None = None) -> Tensor:
         """``x [b n d] -> [b n d]``"""
         h = self.norm1(x)
         attended = self.attn1(h)
-        if cond.perturb is not None:
-            attended = torch.where(cond.perturb[:, None, None], self.attn1.identity(h), attended)
+        if options is not None and options.identity is not None:
+            attended = torch.where(options.identity[:, None, None], self.attn1.identity(h), attended)
         x = x + attended
         if self.attn2 is not None and self.norm2 is not None:
-            x = x + self.attn2(self.norm2(x), cond.context, cond.mask)
+            x = x + self.attn2(self.norm2(x), cond)
         return x + self.ff(self.norm3(x))

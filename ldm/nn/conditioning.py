@@ -1,13 +1,47 @@
-"""The record by which anything that a denoiser listens to reaches it."""
+"""The record by which conditions reach a denoiser."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class Context:
+    """A sequence that a denoiser attends to.
+
+    Attributes:
+        states: ``[b n d]``, what keys and values are made from.
+        mask: ``[b n]`` of bool, True where the states may be attended to; None = everywhere.
+    """
+
+    states: Tensor
+    mask: Tensor | None = None
+
+    def full_mask(self) -> Tensor:
+        """Return ``mask``, or if it is None a mask that is True everywhere."""
+        return self.states.new_ones(self.states.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+
+    @staticmethod
+    def cat(contexts: Sequence[Context]) -> Context:
+        """Join along the batch, in order; shorter ones are padded to the longest, and the padding masked."""
+        lengths = {context.states.shape[1] for context in contexts}
+        if len(lengths) > 1 or len({context.mask is None for context in contexts}) > 1:
+            contexts = [context._padded(max(lengths)) for context in contexts]
+        masks = [context.mask for context in contexts if context.mask is not None]
+        return Context(torch.cat([context.states for context in contexts]), torch.cat(masks) if masks else None)
+
+    def _padded(self, length: int) -> Context:
+        """Pad to ``length`` states, with a mask that leaves the padding out."""
+        added = length - self.states.shape[1]
+        return Context(F.pad(self.states, (0, 0, 0, added)), F.pad(self.full_mask(), (0, added)))
 
 
 @dataclass(frozen=True)
@@ -15,54 +49,58 @@ class Conditioning:
     """What a denoiser is conditioned on; any part may be absent.
 
     Attributes:
-        context: ``[b n d]``, a sequence that the denoiser attends to (cross-attention).
-        mask: ``[b n]`` of bool, True where ``context`` may be attended to; absent = everywhere.
+        context: ``[b n d]``, a sequence that the denoiser attends to (cross-attention); usually the text.
+        mask: ``[b n]`` of bool, True where ``context`` may be attended to; None = everywhere.
         vector: ``[b d]``, added to the embedding of the noise level.
         concat: ``[b c h w]``, concatenated to the noisy latent along its channels.
-        perturb: ``[b]`` of bool, True where the self-attention in the middle of the U-Net is to be the identity
-            (perturbed-attention guidance, Ahn et al. 2024, arXiv 2403.17377).
+        contexts: further sequences by name, for adapters with keys and values of their own (an image, as in IP-Adapter).
     """
 
     context: Tensor | None = None
     mask: Tensor | None = None
     vector: Tensor | None = None
     concat: Tensor | None = None
-    perturb: Tensor | None = None
+    contexts: Mapping[str, Context] = field(default_factory=dict)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
-        """The record with ``function`` applied to each part that is there."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Conditioning(**{name: None if part is None else function(part) for name, part in parts.items()})
+        """Return the record with ``function`` applied to each tensor."""
+
+        def of(part: Tensor | None) -> Tensor | None:
+            return None if part is None else function(part)
+
+        contexts = {name: Context(function(each.states), of(each.mask)) for name, each in self.contexts.items()}
+        return Conditioning(of(self.context), of(self.mask), of(self.vector), of(self.concat), contexts)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """The record on ``device``, its floating-point parts in ``dtype``."""
+        """Return the record on ``device``, its floating-point parts in ``dtype``."""
         return self.map(lambda part: part.to(device, dtype if part.is_floating_point() else None))
 
     def __getitem__(self, rows: slice | Tensor) -> Conditioning:
-        """Some rows of the batch."""
+        """Return some rows of the batch."""
         return self.map(lambda part: part[rows])
 
     def whole_mask(self) -> Tensor:
-        """``mask``, or if it is absent what that means: True for each place of the context."""
+        """Return ``mask``, or if it is None a mask that is True everywhere."""
         assert self.context is not None, "there is no context to be masked"
-        return self.context.new_ones(self.context.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+        return Context(self.context, self.mask).full_mask()
 
     @staticmethod
     def cat(records: Sequence[Conditioning]) -> Conditioning:
-        """Records as one batch, in order; shorter contexts are padded to the longest, and the padding masked."""
-        lengths = {record.context.shape[1] for record in records if record.context is not None}
-        if len(lengths) > 1 or len({record.mask is None for record in records}) > 1:
-            records = [record._padded(max(lengths)) for record in records]
+        """Join records along the batch, in order; shorter contexts are padded to the longest, and the padding masked."""
 
-        def joined(name: str) -> Tensor | None:
-            parts = [getattr(record, name) for record in records]
-            assert len({part is None for part in parts}) == 1, f"some records have {name} and some do not"
-            return None if parts[0] is None else torch.cat(parts)
+        def joined(name: str, parts: Sequence[P | None], cat: Callable[[list[P]], P]) -> P | None:
+            present = [part for part in parts if part is not None]
+            assert len(present) in (0, len(parts)), f"some records have {name} and some do not"
+            return cat(present) if present else None
 
-        return Conditioning(**{field.name: joined(field.name) for field in fields(Conditioning)})
-
-    def _padded(self, length: int) -> Conditioning:
-        """With a context of that length, and a mask that leaves out what was added."""
-        assert self.context is not None, "some records have context and some do not"
-        added = length - self.context.shape[1]
-        return replace(self, context=F.pad(self.context, (0, 0, 0, added)), mask=F.pad(self.whole_mask(), (0, added)))
+        texts = [None if each.context is None else Context(each.context, each.mask) for each in records]
+        text = joined("context", texts, Context.cat)
+        names = dict.fromkeys(name for record in records for name in record.contexts)
+        contexts = {name: joined(name, [each.contexts.get(name) for each in records], Context.cat) for name in names}
+        return Conditioning(
+            context=None if text is None else text.states,
+            mask=None if text is None else text.mask,
+            vector=joined("vector", [record.vector for record in records], torch.cat),
+            concat=joined("concat", [record.concat for record in records], torch.cat),
+            contexts={name: each for name, each in contexts.items() if each is not None},
+        )

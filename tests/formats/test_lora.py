@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.config import from_dict
 from ldm.errors import CheckpointError
-from ldm.formats.lora import FILE, layer_names, read_lora
+from ldm.formats.lora import FILE, layer_names, read_lora, write_lora
 from ldm.formats.native import WithoutInit
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.pipeline import Pipeline
@@ -225,7 +225,7 @@ def test_pictures_are_those_of_the_peer_with_the_update_in_its_weights(
     assert abs(expected - without).max() > 0.01
     for merge in (False, True):
         assert pipe.load_lora(file, SCALE, merge=merge) == "style"
-        assert len(pipe.model.loras.loaded["style"].updates) == len(updates)
+        assert len(pipe.model.adapters.loaded["style"].layers) == len(updates)
         np.testing.assert_allclose(picture(pipe), expected, atol=1e-4)
         pipe.unload_lora("style")
         assert np.array_equal(picture(pipe), without)
@@ -312,9 +312,9 @@ def test_names_of_the_text_encoder_go_with_and_without_their_infix(pipelines: An
     expected = read_lora(long, model)
     for tensors in (bare, processors):
         found = read_lora(write(tmp_path / "short.safetensors", tensors), model)
-        assert found.updates.keys() == expected.updates.keys()
-        for layer, update in expected.updates.items():
-            assert torch.equal(found.updates[layer].down, update.down)
+        assert found.layers.keys() == expected.layers.keys()
+        for layer, update in expected.layers.items():
+            assert torch.equal(found.layers[layer].down, update.down)
 
 
 def test_alpha_is_r_unless_the_file_says_otherwise(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_alpha_is_r_unless_the_file_says_otherwise(tmp_path: Path) -> None:
     def factor(more: dict[str, Tensor], **config: Any) -> float:
         said = {"lora_adapter_metadata": json.dumps({f"unet.{name}": value for name, value in config.items()})}
         lora = read_lora(write(tmp_path / "a.safetensors", tensors | more, said if config else None), model)
-        return next(iter(lora.updates.values())).factor
+        return next(iter(lora.layers.values())).factor
 
     assert factor({}) == 1
     assert factor({f"{key}.alpha": torch.tensor(2.0)}) == 0.5
@@ -396,8 +396,8 @@ def test_what_is_no_lora_for_the_model_is_told_in_a_sentence(case: str, tmp_path
         pipe.load_lora(file, merge=True)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not pipe.model.loras.loaded
-    assert not pipe.model.loras.originals
+    assert not pipe.model.adapters.loaded
+    assert not pipe.model.adapters.originals
 
 
 @pytest.mark.parametrize(
@@ -416,3 +416,49 @@ def test_a_lora_of_sdxl_is_told_from_one_of_sd1(pipelines: Any, tmp_path: Path) 
     file = write(tmp_path / "xl.safetensors", kohya(updates_of(pipelines("sdxl")[0]), two=True, rename=ldm_name))
     with pytest.raises(CheckpointError, match=r"it looks like a LoRA of SDXL\); take one"):
         pipelines("sd1")[1].load_lora(file)
+
+
+@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_written_loras_are_read_again(pipelines: Any, tmp_path: Path, kind: str, naming: str) -> None:
+    """Bit for bit by us; under the same names, and with the same alphas, by diffusers' own reader."""
+    peer, pipe = pipelines(kind)
+    model, updates = pipe.model, updates_of(peer)
+    expected = read_lora(write(tmp_path / "a.safetensors", kohya(updates, two=kind == "sdxl")), model)
+    for number, layer in enumerate(expected.layers.values()):
+        layer.alpha = 1.0 + number % 3
+    file = write_lora(tmp_path / "b.safetensors", expected, model, naming)
+    actual = read_lora(file, model)
+    assert actual.layers.keys() == expected.layers.keys()
+    for path, layer in expected.layers.items():
+        assert actual.layers[path].alpha == layer.alpha
+        assert torch.equal(actual.layers[path].down, layer.down)
+        assert torch.equal(actual.layers[path].up, layer.up)
+    if naming == "kohya":
+        assert load_file(file).keys() == load_file(tmp_path / "a.safetensors").keys()
+        return
+    state, _, metadata = type(peer).lora_state_dict(file, return_lora_metadata=True)
+    assert {key: tensor.shape for key, tensor in state.items()} == {
+        re.sub(r"^(text_encoder(_2)?)\.(?!text_)", r"\1.text_model.", key): tensor.shape
+        for key, tensor in diffusers(updates).items()
+    }
+    names = layer_names(model)
+    for component in {component for component, _ in updates}:
+        config = {key.removeprefix(f"{component}."): value for key, value in metadata.items()}
+        for name in config["target_modules"]:
+            layer = expected.layers[names[f"{component}.{name}"]]
+            assert config["alpha_pattern"].get(name, config["lora_alpha"]) == layer.alpha
+            assert config["rank_pattern"].get(name, config["r"]) == len(layer.down)
+
+
+def test_layers_without_a_name_in_the_file_are_not_written(tmp_path: Path) -> None:
+    model = tiny_model()
+    lora = read_lora(write(tmp_path / "a.safetensors", tiny_lora()), model)
+    lora.layers["conditioner.nowhere"] = next(iter(lora.layers.values()))
+    for adapter, naming, message in (
+        (lora, "kohya", "no name for conditioner.nowhere"),
+        (lora, "peft", "unknown naming"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            write_lora(tmp_path / "b.safetensors", adapter, model, naming)
+    assert not (tmp_path / "b.safetensors").exists()

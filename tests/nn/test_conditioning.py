@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.nn.conditioning import Conditioning
+from ldm.nn.conditioning import Conditioning, Context
 
 
 def record(n: int) -> Conditioning:
@@ -37,3 +37,18 @@ def test_records_of_other_parts_are_not_joined() -> None:
 def test_only_floating_point_parts_change_precision() -> None:
     low = record(2).to(dtype=torch.bfloat16)
     assert (low.context.dtype, low.mask.dtype, low.concat.dtype) == (torch.bfloat16, torch.bool, torch.bfloat16)
+
+
+def test_named_contexts_are_joined_taken_apart_and_cast_like_the_first() -> None:
+    short = Conditioning(context=torch.randn(1, 5, 4), contexts={"image": Context(torch.randn(1, 2, 3))})
+    long = Conditioning(context=torch.randn(2, 5, 4), contexts={"image": Context(torch.randn(2, 6, 3))})
+    joined = Conditioning.cat([short, long]).to(dtype=torch.float64)
+    image = joined.contexts["image"]
+    assert image.states.shape == (3, 6, 3)
+    assert image.states.dtype == torch.float64
+    assert image.mask.tolist() == [[True] * 2 + [False] * 4] + [[True] * 6] * 2
+    assert torch.equal(joined[:1].contexts["image"].states[:, :2].float(), short.contexts["image"].states)
+    assert torch.equal(joined[1:].contexts["image"].states.float(), long.contexts["image"].states)
+    assert joined.mask is None
+    with pytest.raises(AssertionError, match="some records have image and some do not"):
+        Conditioning.cat([short, Conditioning(context=torch.randn(1, 5, 4))])

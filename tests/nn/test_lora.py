@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.diffusion import Guidance
-from ldm.errors import LdmError, SamplingError
+from ldm.errors import ConfigError, LdmError, SamplingError
+from ldm.formats.lora import read_lora, write_lora
+from ldm.nn.adapters import Adapter, AdapterLayer
+from ldm.nn.conditioning import Conditioning
+from ldm.nn.lora import new_lora
 from ldm.pipeline import Pipeline
 from tests.tiny import LORA_LAYERS, tiny_lora, tiny_model
 
@@ -146,7 +153,7 @@ def test_a_file_holds_what_is_merged_and_not_what_is_live(three: list[Path], tmp
     pipe.load_lora(three[0], merge=True)
     fixed = Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "merged"), dtype=torch.float32)
     assert_equal_states(fixed, pipe)
-    assert not fixed.model.loras.loaded
+    assert not fixed.model.adapters.loaded
     torch.testing.assert_close(network(fixed), network(pipe))
 
 
@@ -165,7 +172,7 @@ def test_pictures_say_which_loras_made_them(three: list[Path]) -> None:
     first, second = settings()["loras"]
     assert (first["name"], first["scale"], second["name"], second["scale"]) == ("1", 1.0, "style", 0.5)
     assert first["file"] != second["file"]
-    assert Pipeline(pipe.model).model.loras.record()["loras"] == [first, second]
+    assert Pipeline(pipe.model).model.adapters.record()["loras"] == [first, second]
 
 
 def test_a_live_one_is_trained_through(three: list[Path]) -> None:
@@ -194,4 +201,128 @@ def test_requests_that_cannot_be_met_are_told(three: list[Path], tmp_path: Path)
             call()
     with pytest.raises(LdmError, match="there is no file"):
         pipe.load_lora(tmp_path / "none.safetensors")
-    assert list(pipe.model.loras.loaded) == ["style"]
+    assert list(pipe.model.adapters.loaded) == ["style"]
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped", "wrapped first"])
+def test_live_ones_act_in_a_compiled_network(three: list[Path], how: str) -> None:
+    """Loaded, scaled and unloaded before and after compiling, and stacked, as in the network that is not compiled."""
+    pipe, plain = Pipeline(tiny_model()), Pipeline(tiny_model())
+    without = network(plain)
+
+    def both(change: Callable[[Pipeline], object]) -> Tensor:
+        for each in (pipe, plain):
+            change(each)
+        expected = network(plain)
+        torch.testing.assert_close(network(pipe), expected, atol=1e-6, rtol=1e-5)
+        return expected
+
+    torch._dynamo.reset()
+    if how != "wrapped first":
+        both(lambda each: each.load_lora(three[0]))
+    if how == "in place":
+        pipe.model.denoiser.compile(backend="eager")
+    else:
+        pipe.model.denoiser = torch.compile(pipe.model.denoiser, backend="eager")
+    if how == "wrapped first":
+        both(lambda each: each.load_lora(three[0]))
+    seen = [without, both(lambda each: None)]
+    seen += [both(partial(Pipeline.set_lora_scale, name="0", scale=scale)) for scale in (0.5, -1.0, 0.7)]
+    seen.append(both(lambda each: each.load_lora(three[1])))
+    seen.append(both(lambda each: each.load_lora(three[2], merge=True)))
+    for one, other in itertools.pairwise(seen):
+        assert (one - other).abs().max() > 1e-3
+    both(lambda each: each.unload_lora())
+    assert torch.equal(network(pipe), without)
+
+
+def test_a_new_one_is_trained_written_and_loaded(tmp_path: Path) -> None:
+    """Only its weights change; what is learnt is in the file."""
+    model = tiny_model(sampling={"num_inference_steps": 2})
+    before = copy.deepcopy(model.state_dict())
+    x, level, target = torch.randn(4, 4, 8, 8), torch.full((4,), 3.0), torch.randn(4, 4, 8, 8)
+    cond = Conditioning(context=torch.randn(4, 5, 16))
+    lora = new_lora(model, rank=4, alpha=8, generator=torch.Generator().manual_seed(0))
+    plain = model.denoiser(x, level, cond)
+    model.adapters.add(model, lora)
+    assert torch.equal(model.denoiser(x, level, cond), plain)
+    optimizer = torch.optim.Adam(model.adapters.parameters(), lr=0.02)
+    losses = []
+    for _ in range(30):
+        loss = (model.denoiser(x, level, cond) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(parameter.grad is not None for parameter in lora.parameters())
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+    file, other = write_lora(tmp_path / "mine.safetensors", lora, model), tiny_model()
+    other.adapters.add(other, read_lora(file, other))
+    assert torch.equal(other.denoiser(x, level, cond), model.denoiser(x, level, cond))
+
+
+def test_layers_of_a_new_one_are_named_by_a_pattern() -> None:
+    model = tiny_model()
+    lora = new_lora(model, layers=r"denoiser\.down\..*(conv1|to_q)")
+    assert set(lora.layers) == {
+        "denoiser.down.0.residual.conv1",
+        "denoiser.down.0.transformer.blocks.0.attn1.to_q",
+        "denoiser.down.0.transformer.blocks.0.attn2.to_q",
+    }
+    with pytest.raises(ConfigError, match="'nothing' matches no linear layer"):
+        new_lora(model, layers="nothing")
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["live", "merged"])
+def test_a_kind_of_adapter_is_the_change_of_a_weight(merged: bool) -> None:
+    """LoHa, the product of two low-rank matrices, entry by entry, acts on any layer by its ``delta`` alone."""
+
+    class LoHaLayer(AdapterLayer):
+        def __init__(self, shape: torch.Size, r: int = 2):
+            super().__init__()
+            self.pairs = nn.ParameterList(
+                nn.Parameter(torch.randn(*sides)) for _ in range(2) for sides in ((shape[0], r), (r, shape[1:].numel()))
+            )
+
+        def delta(self, weight: Tensor) -> Tensor:
+            a, b, c, d = (each.to(weight) for each in self.pairs)
+            return ((a @ b) * (c @ d)).view_as(weight)
+
+    model = tiny_model()
+    paths = ["denoiser.down.0.residual.conv1", "denoiser.down.0.transformer.blocks.0.ff.0.proj"]
+    layers = [model.get_submodule(path) for path in paths]
+    inputs = [torch.randn(2, 16, 5, 3), torch.randn(2, 16)]
+    plain = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+    loha = Adapter("loha", {path: LoHaLayer(model.get_parameter(f"{path}.weight").shape) for path in paths})
+    expected = []
+    for path, x in zip(paths, inputs, strict=True):
+        changed = copy.deepcopy(model.get_submodule(path))
+        changed.get_parameter("weight").data += 0.5 * loha.layers[path].delta(changed.get_parameter("weight"))
+        expected.append(changed(x))
+    loha.scale, loha.merged = 0.5, merged
+    model.adapters.add(model, loha)
+    for layer, x, y, without in zip(layers, inputs, expected, plain, strict=True):
+        torch.testing.assert_close(layer(x), y, atol=1e-4, rtol=1e-4)
+        assert (y - without).abs().max() > 0.01
+    model.adapters.remove(model)
+    assert all(torch.equal(layer(x), y) for layer, x, y in zip(layers, inputs, plain, strict=True))
+
+
+def test_copies_and_pickles_of_a_model_have_adapters_of_their_own(three: list[Path]) -> None:
+    pipe = Pipeline(tiny_model())
+    pipe.load_lora(three[0])
+    pipe.load_lora(three[1], merge=True)
+    expected = network(pipe)
+    for twin in (copy.deepcopy(pipe.model), pickle.loads(pickle.dumps(pipe.model))):
+        other = Pipeline(twin)
+        assert torch.equal(network(other), expected)
+        other.model.load_state_dict(other.model.state_dict())
+        other.set_lora_scale("0", 0.5)
+        assert not torch.equal(network(other), expected)
+        other.unload_lora()
+        assert_equal_states(other, Pipeline(tiny_model()))
+    assert torch.equal(network(pipe), expected)

@@ -1,0 +1,260 @@
+"""Adapters: small sets of weights that change some layers of a trained model, such as LoRA.
+
+An adapter is live, adding to what its layers return, or merged into their weights. Merged weights are always computed from the
+original ones, which are kept, so unloading restores them bit for bit in whatever order adapters were loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from functools import cache
+from numbers import Real
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.errors import SamplingError, unknown
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class AdapterLayer(nn.Module):
+    """The change that an adapter makes to one layer; base class of the kinds of adapter.
+
+    A kind that changes the weight of linear layers or convolutions implements :meth:`delta`; :meth:`forward` follows from it and
+    is overridden where there is a cheaper way. A kind that adds to the output of any other module (a second cross-attention)
+    implements :meth:`forward` alone, and cannot be merged.
+
+    Attributes:
+        scale: factor of the change; 0 is the layer without it.
+    """
+
+    scale: float = 1.0
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """Return the change of ``weight`` at scale 1, in its shape, dtype and device."""
+        raise NotImplementedError(f"{type(self).__name__} does not change weights and cannot be merged")
+
+    def forward(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        """Return what is added to the output of ``layer`` for the same inputs, times ``scale``."""
+        (x,) = inputs
+        change = self.delta(layer.get_parameter("weight"))
+        if isinstance(layer, nn.Conv2d):
+            return self.scale * F.conv2d(x, change, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return self.scale * F.linear(x, change)
+
+
+class Adapter(nn.Module):
+    """What one file, or one training, adds to a model.
+
+    Its parameters keep the precision of the file and are cast to that of the layer's input where they are used.
+
+    Args:
+        name: by which it is scaled and unloaded.
+        layers: changes by the names of the layers in the model.
+        fingerprint: hash of the file's contents; None if it comes from no file.
+        scale: factor of all changes.
+        merged: True to merge it into the weights, False to keep it live.
+
+    Raises:
+        SamplingError: the scale is not a finite number.
+    """
+
+    _scale: float
+
+    def __init__(
+        self,
+        name: str,
+        layers: Mapping[str, AdapterLayer],
+        fingerprint: str | None = None,
+        scale: float = 1.0,
+        merged: bool = False,
+    ):
+        super().__init__()
+        self.name, self.fingerprint, self.merged = name, fingerprint, merged
+        self.layers = dict(layers)
+        for path, layer in layers.items():
+            self.add_module(path.replace(".", "/"), layer)
+        self.scale = scale
+
+    @property
+    def scale(self) -> float:
+        """Factor of all changes; 0 is the model without the adapter."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._scale = _checked(scale)
+        for layer in self.layers.values():
+            layer.scale = self._scale
+
+
+class Adapters(nn.ModuleList):
+    """The adapters of a model, a child of that model; any number act at once, live and merged ones mixed.
+
+    Each method takes the model. A model's state dict leaves its adapters out: that of an :class:`Adapter` holds its weights.
+
+    Attributes:
+        originals: weights of layers with merged adapters as they are without any, on the CPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.originals: dict[str, Tensor] = {}
+        self.register_state_dict_post_hook(_leave_out)
+        self.register_load_state_dict_pre_hook(_keep)
+
+    @property
+    def loaded(self) -> dict[str, Adapter]:
+        """All adapters by name, in the order of their names: sums depend, in their last bits, on the order."""
+        return {each.name: each for each in sorted(cast(Any, self), key=lambda adapter: adapter.name)}
+
+    def add(self, model: nn.Module, adapter: Adapter) -> str:
+        """Let an adapter take effect, and return its name.
+
+        Raises:
+            SamplingError: its name is taken.
+        """
+        if adapter.name in self.loaded:
+            raise SamplingError(f"a LoRA {adapter.name!r} is loaded; unload it, or give this one another name.")
+        self.append(adapter)
+        self._update(model, adapter)
+        return adapter.name
+
+    def set_scale(self, model: nn.Module, name: str, scale: float) -> None:
+        """Change the scale of an adapter.
+
+        Raises:
+            SamplingError: there is none of this name, or the scale is not a finite number.
+        """
+        adapter = self._get(name)
+        adapter.scale = scale
+        if adapter.merged:
+            self._update(model, adapter)
+
+    def remove(self, model: nn.Module, name: str | None = None) -> None:
+        """Remove an adapter, or all; weights without merged adapters are bit for bit what they were.
+
+        Raises:
+            SamplingError: there is none of this name.
+        """
+        for adapter in list(self.loaded.values()) if name is None else [self._get(name)]:
+            del self[[each is adapter for each in self].index(True)]
+            self._update(model, adapter)
+
+    def merge(self, model: nn.Module) -> None:
+        """Merge again, into original weights of the model's dtype, after that dtype has changed."""
+        for path in list(self.originals):
+            self._merge(unwrapped(model).get_submodule(path), path)
+
+    def record(self) -> dict[str, Any]:
+        """Return what the record of an image says of the adapters."""
+        entries = [{"name": each.name, "file": each.fingerprint, "scale": each.scale} for each in self.loaded.values()]
+        return {"loras": entries} if entries else {}
+
+    def _get(self, name: str) -> Adapter:
+        if name not in self.loaded:
+            raise SamplingError(unknown("LoRA", name, self.loaded))
+        return self.loaded[name]
+
+    def _update(self, model: nn.Module, adapter: Adapter) -> None:
+        """Bring the layers that ``adapter`` changes up to date with the list."""
+        network = unwrapped(model)
+        for path, change in adapter.layers.items():
+            layer = network.get_submodule(path)
+            if adapter.merged:
+                self._merge(layer, path)
+            else:
+                change.to(next(layer.parameters()).device)
+                attach(layer, *(changes for each, changes in self._changes(path) if not each.merged))
+
+    def _changes(self, path: str) -> list[tuple[Adapter, AdapterLayer]]:
+        """The adapters that change a layer, and how, in the order of their names."""
+        return [(each, each.layers[path]) for each in self.loaded.values() if path in each.layers]
+
+    def _merge(self, layer: nn.Module, path: str) -> None:
+        """Write the weight of a layer: the original plus all merged changes, summed in fp32."""
+        weight = layer.get_parameter("weight")
+        known = path in self.originals
+        original = (self.originals.pop(path) if known else weight.detach().cpu()).to(weight.dtype)
+        changes = [change for each, change in self._changes(path) if each.merged]
+        value = original
+        if changes:
+            self.originals[path] = original
+            value = base = original.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+            for change in changes:
+                value = value + change.scale * change.delta(base).detach()
+        # never in place: the weight may be the original itself, or pages of a file
+        weight.data = torch.empty_like(weight).copy_(value)
+
+
+class Adapted:
+    """A layer with live adapters: a mixin before the layer's own class, which is ``plain``."""
+
+    plain: ClassVar[type[nn.Module]]
+    adapters: tuple[AdapterLayer, ...]
+
+    def forward(self, *inputs: Any) -> Tensor:
+        output = self.plain.forward(cast(Any, self), *inputs)
+        for adapter in self.adapters:
+            output = output + adapter(self, *inputs)
+        return cast(Tensor, output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new, (self.plain,), self.__dict__
+
+
+def attach(layer: nn.Module, *adapters: AdapterLayer) -> None:
+    """Make ``layer`` add what ``adapters``, and no others, return; with none it is again what it was.
+
+    This changes the class of the layer. A network that was compiled checks classes and attributes of its layers, and is compiled
+    again where they have changed; forward hooks that are added after compiling would be ignored.
+    """
+    plain: Any = layer.plain if isinstance(layer, Adapted) else type(layer)
+    layer.__class__ = _adapted(plain) if adapters else plain
+    layer.__dict__["adapters"] = adapters  # a tuple is no submodule: the names of the state dict stay
+    if not adapters:
+        del layer.__dict__["adapters"]
+
+
+@cache
+def _adapted(plain: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Adapted{plain.__name__}", (Adapted, plain), {"plain": plain})
+
+
+def _new(plain: Any) -> Any:
+    """Make an empty adapted layer, for copies and pickles."""
+    return _adapted(plain).__new__(_adapted(plain))
+
+
+def unwrapped(module: M) -> M:
+    """Return a view of ``module`` without the wrappers of ``torch.compile``, whose ``_orig_mod`` would be part of the names."""
+    module = cast(M, getattr(module, "_orig_mod", module))
+    children = {name: child if child is None else unwrapped(child) for name, child in module._modules.items()}
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    view = copy.copy(module)
+    view._modules = children
+    return view
+
+
+def _checked(scale: object) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+        raise SamplingError(f"the scale of a LoRA is {scale!r}; it must be a finite number.")
+    return float(scale)
+
+
+def _leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    """Remove the adapters from a state dict."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        del state[name]
+
+
+def _keep(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Add the adapters to the copy of a state dict that is being loaded, so that they stay as they are."""
+    for name, parameter in module.named_parameters():
+        state[prefix + name] = parameter
