@@ -29,7 +29,8 @@ from ldm.model import LatentDiffusion
 from ldm.training.fit import fit
 from ldm.training.stage import StageModule, seed_of
 from ldm.vae import IdentityConfig
-from ldm.vae.module import VAEModule, measure_latents
+from ldm.vae.module import VAEModule
+from ldm.vae.statistics import measure_latents
 
 PART_FILE = "final.safetensors"
 """What the stages vae and clip leave in their folders."""

@@ -14,8 +14,8 @@ from ldm.experiment import load_config
 from ldm.formats import load
 from ldm.formats.native import save_model
 from ldm.vae import AutoencoderKLConfig, Identity
-from ldm.vae.module import measure_latents
 from ldm.vae.preview import LeastSquares
+from ldm.vae.statistics import measure_latents
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
