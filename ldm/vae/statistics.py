@@ -15,10 +15,16 @@ from ldm.vae.preview import LeastSquares
 def measure_latents(
     first_stage: FirstStage, batches: Iterable[Mapping[str, Any]], device: torch.device | str = "cpu"
 ) -> None:
-    """Set ``latent_mean`` and ``latent_std`` to the statistics a channel of latents drawn for all images of ``batches``, and
-    fit ``latent_preview`` to those images.
+    """Set ``latent_mean``, ``latent_std`` and ``latent_preview`` of a first stage from the images in ``batches``.
 
-    By the law of total variance, var(z) = E[posterior variance] + var(posterior mean); summed in fp64.
+    Mean and standard deviation are those of each channel of latents sampled for all images. By the law of total variance,
+    var(z) = E[posterior variance] + var(posterior mean); summed in fp64. The preview is the least-squares map from the modes
+    to the images.
+
+    Args:
+        first_stage: in evaluation mode, on ``device``.
+        batches: with ``image [b c h w]`` in [-1, 1].
+        device: where the images are encoded.
     """
     channels = first_stage.latent_channels
     count, total, squares = (
@@ -30,8 +36,8 @@ def measure_latents(
     for batch in batches:
         image = batch["image"].to(device)
         posterior = first_stage.encode(image)
-        fit.add(posterior.mean, image)
-        mean, variance = posterior.mean.double().cpu(), posterior.logvar.exp().double().cpu()
+        fit.add(posterior.mode, image)
+        mean, variance = posterior.mode.double().cpu(), posterior.variance.double().cpu()
         total += mean.sum((0, 2, 3))
         squares += (mean.square() + variance).sum((0, 2, 3))
         count += mean.numel() // channels
