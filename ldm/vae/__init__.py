@@ -6,8 +6,10 @@ from ldm.vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from ldm.vae.first_stage import FirstStage, FirstStageConfig, Identity, IdentityConfig
 from ldm.vae.posterior import DiagonalGaussian, Posterior
 from ldm.vae.tiling import Tiling
+from ldm.vae.vq import VQ, VQConfig
 
 __all__ = [
+    "VQ",
     "AutoencoderKL",
     "AutoencoderKLConfig",
     "DiagonalGaussian",
@@ -17,4 +19,5 @@ __all__ = [
     "IdentityConfig",
     "Posterior",
     "Tiling",
+    "VQConfig",
 ]
