@@ -21,6 +21,7 @@ from ldm.nn.adapters import Adapters
 from ldm.nn.attention import AttentionOptions
 from ldm.nn.conditioning import Conditioning
 from ldm.vae import FirstStageConfig, Tiling
+from ldm.vae.preview import preview
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,10 @@ class LatentDiffusion(nn.Module):
         return self.denoiser(*inputs) if options is None else self.denoiser(*inputs, options)
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Pictures ``[b 3 h w]`` in [-1, 1] to normalised latents: a draw of the posterior, or with no ``noise`` its mean."""
+        """Images ``[b 3 h w]`` in [-1, 1] to normalised latents: a sample of the posterior, or without ``noise`` its mode."""
         posterior = self.tiling.encode(self.first_stage, image.to(_precision(self.first_stage, image.dtype)))
         return self.first_stage.normalize(
-            (posterior.mean if noise is None else posterior.sample(noise)).to(image.dtype)
+            (posterior.mode if noise is None else posterior.sample(noise)).to(image.dtype)
         )
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ class LatentDiffusion(nn.Module):
 
     def preview(self, latent: Tensor) -> Tensor:
         """A cheap estimate of :meth:`decode` without the decoder, a pixel for each position: ``[b c h w] -> [b 3 h w]``."""
-        return self.first_stage.preview(latent).clamp(-1, 1)
+        return preview(self.first_stage, latent).clamp(-1, 1)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Shape ``(c, h, w)`` of the latent of an image; default: the size that the model was trained on."""

@@ -28,8 +28,8 @@ from ldm.formats.tensors import fingerprint, read_metadata, write_atomically
 from ldm.model import LatentDiffusion
 from ldm.training.fit import fit
 from ldm.training.stage import StageModule, seed_of
-from ldm.vae import IdentityConfig
-from ldm.vae.module import VAEModule, measure_latents
+from ldm.vae.module import VAEModule
+from ldm.vae.statistics import measure_latents
 
 PART_FILE = "final.safetensors"
 """What the stages vae and clip leave in their folders."""
@@ -110,7 +110,7 @@ def make_model(experiment: Experiment) -> tuple[LatentDiffusion, dict[str, str]]
         lambda kind, name: _tokenizer(experiment, kind, experiment.folder / "denoiser" / f"tokenizer{name}.json")
     )
     model = LatentDiffusion(replace(config, conditioner=conditioner), tokenizer)
-    if not isinstance(experiment.vae.model, IdentityConfig):
+    if experiment.vae.model.has_weights:
         vae = _predecessor(experiment, "vae", experiment.vae.checkpoint)
         _take(vae, "vae", model.first_stage)
         handoff["vae"] = _fingerprint(vae, "vae")

@@ -124,7 +124,7 @@ def _vae(batch: int, to: dict[str, Any]) -> tuple[Side, Side]:
     )
     x = torch.randn(batch, 3, 128, 128, **to).to(memory_format=torch.channels_last)
     return (
-        (ours, lambda: ours.decode(ours.encode(x).mean.to(x.dtype))),
+        (ours, lambda: ours.decode(ours.encode(x).mode.to(x.dtype))),
         (peer, lambda: peer.decode(peer.encode(x).latent_dist.mean).sample),
     )
 

@@ -75,7 +75,7 @@ def _vae(experiment: Experiment) -> Part:
     assert train is not None
     first_stage = experiment.vae.model.build()
     image = torch.empty(train.batch_size, *experiment.data.image_shape)
-    return train, {"first stage": first_stage}, lambda: first_stage.decode(first_stage.encode(image).mean)
+    return train, {"first stage": first_stage}, lambda: first_stage.decode(first_stage.encode(image).mode)
 
 
 def _clip(experiment: Experiment) -> Part:

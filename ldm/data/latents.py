@@ -1,8 +1,9 @@
-"""Latents that are encoded once: the posterior of each image, in a file, for the denoiser to draw from.
+"""Latent cache: the posterior of each image, encoded once into a file, for the denoiser to sample from.
 
-The file is safetensors with one tensor ``posterior``, fp16 ``[n 2 z h w]`` (mean, then standard deviation),
-so that it can be written and read an image at a time whatever its size. Its metadata hold what it was made
-from; another first stage, another set or another size makes it anew.
+The file is safetensors with one tensor ``posterior``, fp16 ``[n k z h w]``: the k tensors by which the first stage's class of
+posteriors is cached (:attr:`ldm.vae.Posterior.cached`; of a Gaussian mean and standard deviation). It can be written and read
+one image at a time whatever its size. Its metadata hold the fingerprints of the first stage and of the samples; if one of them
+differs, the file is made again.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ _BATCH = 32  # images encoded at once
 
 
 class CachedLatents(Samples):
-    """The samples of a set with ``mean`` and ``std``, fp32 ``[b z h w]`` channels_last, instead of ``image``.
+    """Samples with the tensors ``names`` of their posteriors, fp32 ``[b z h w]`` channels_last, instead of ``image``.
 
     Args:
         samples: the set, which still gives captions, keys and class numbers.
         path: the file that :func:`cache_latents` made of it.
+        names: of the tensors in the file, in order: ``cached`` of the class of posteriors.
     """
 
-    def __init__(self, samples: Samples, path: Path):
-        self._samples, self._path = samples, path
+    def __init__(self, samples: Samples, path: Path, names: Sequence[str]):
+        self._samples, self._path, self._names = samples, path, names
         self.lengths, self.fingerprint = samples.lengths, samples.fingerprint
         self._posteriors = safe_open(str(path), "pt").get_slice(_TENSOR)
 
@@ -42,9 +44,9 @@ class CachedLatents(Samples):
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
         rows = torch.cat([self._posteriors[i : i + 1] for i in draw.index.tolist()]).float()
-        mean, std = (rows[:, part].contiguous(memory_format=torch.channels_last) for part in range(2))
+        parts = {name: rows[:, i].contiguous(memory_format=torch.channels_last) for i, name in enumerate(self._names)}
         unchanged = BatchIndices(draw.index)  # as the images were encoded
-        return {"mean": mean, "std": std, **self.annotations(draw.index), **self._samples.layout(unchanged)}
+        return {**parts, **self.annotations(draw.index), **self._samples.layout(unchanged)}
 
 
 def cache_latents(
@@ -54,7 +56,7 @@ def cache_latents(
     path: str | Path,
     device: torch.device | str = "cpu",
 ) -> CachedLatents:
-    """Encodes every sample, without augmentation, unless ``path`` already holds just that.
+    """Encode every sample, without augmentation, unless ``path`` already holds these latents.
 
     Args:
         first_stage: frozen, in evaluation mode; it is moved to ``device`` if it has to encode.
@@ -67,11 +69,11 @@ def cache_latents(
     metadata = {"first_stage": fingerprint, "samples": samples.fingerprint}
     if _metadata(path) != metadata:
         write_atomically(path, lambda temporary: _encode(first_stage, samples, temporary, metadata, device))
-    return CachedLatents(samples, path)
+    return CachedLatents(samples, path, first_stage.posterior_type.cached)
 
 
 def _metadata(path: Path) -> dict[str, str] | None:
-    """What a file of latents was made from; None if there is no such file, or only a part of one."""
+    """The metadata of a file of latents; None if there is no such file, or an incomplete one."""
     if not path.is_file():
         return None
     try:
@@ -94,11 +96,10 @@ def _encode(
     first_stage.to(device)
     with (
         path.open("wb") as file,
-        tqdm(total=len(samples), desc="encoding", unit="picture", leave=False) as bar,
+        tqdm(total=len(samples), desc="encoding", unit="image", leave=False) as bar,
     ):
         for batch in EvaluationLoader(samples, _BATCH):
-            posterior = first_stage.encode(batch["image"].to(device))
-            rows = torch.stack([posterior.mean, posterior.std], dim=1)
+            rows = first_stage.encode(batch["image"].to(device)).to_cache()
             stored = rows.to("cpu", torch.float16).contiguous().numpy()
             if file.tell() == 0:
                 file.write(_header((len(samples), *stored.shape[1:]), metadata))
@@ -107,10 +108,9 @@ def _encode(
 
 
 def _header(shape: Sequence[int], metadata: dict[str, str]) -> bytes:
-    """What precedes the data of a safetensors file with one fp16 tensor: length of a JSON header, and that
-    header.
+    """The bytes before the data of a safetensors file with one fp16 tensor: the length of a JSON header, and the header.
 
-    The library itself writes only tensors that are in memory.
+    Written here because the library writes only tensors that are in memory.
     """
     size = 2 * int(np.prod(shape, dtype=np.int64))
     entry = {"dtype": "F16", "shape": list(shape), "data_offsets": [0, size]}

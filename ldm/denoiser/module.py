@@ -98,13 +98,10 @@ class DenoiserModule(StageModule):
             return self.model.conditioner.prepare_batch(batch, self.model.encode, generator)
 
     def _latents(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
-        """Normalised latents drawn from the posterior: of cached means and deviations, or of images encoded here."""
-        if "mean" in batch:
-            noise = torch.randn(batch["mean"].shape, generator=generator).to(batch["mean"])
-            return self.model.first_stage.normalize(batch["mean"] + batch["std"] * noise)
+        """Normalised latents, sampled from the posteriors of cached latents or of images encoded here."""
         with torch.no_grad():
-            posterior = self.model.first_stage.encode(batch["image"])
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+            posterior = self.model.first_stage.posterior(batch)
+            noise = torch.randn(posterior.mode.shape, generator=generator).to(posterior.mode)
             return self.model.first_stage.normalize(posterior.sample(noise))
 
     # Validation: fixed noise at stratified levels, so that two numbers differ by the weights alone
@@ -164,10 +161,11 @@ class DenoiserModule(StageModule):
         prompt, label = asked.pop("text", None), asked.pop("label", None)
         settings: dict[str, Any] = {"seed": self.seed, "output_type": "pt", "progress": False}
         made = Pipeline(self.model)(prompt, label=label, condition=asked, **settings)
-        if "mean" in batch:
-            truth = self.model.decode(self.model.first_stage.normalize(batch["mean"]))
-        else:
+        if "image" in batch:
             truth = batch["image"]
+        else:
+            latent = self.model.first_stage.posterior(batch).mode
+            truth = self.model.decode(self.model.first_stage.normalize(latent))
         rows = (torch.cat([*_given(told, truth), 2 * made - 1, truth]) + 1) / 2
         return Images.of(rows).grid(columns=len(truth), scale=max(1, LEAST_SIDE // truth.shape[-2]))
 

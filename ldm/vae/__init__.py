@@ -1,12 +1,15 @@
-"""Stage 1: images to latents and back."""
+"""First stages: images to latents and back."""
 
 from __future__ import annotations
 
 from ldm.vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from ldm.vae.first_stage import DiagonalGaussian, FirstStage, FirstStageConfig, Identity, IdentityConfig
+from ldm.vae.first_stage import FirstStage, FirstStageConfig, Identity, IdentityConfig
+from ldm.vae.posterior import DiagonalGaussian, Posterior
 from ldm.vae.tiling import Tiling
+from ldm.vae.vq import VQ, VQConfig
 
 __all__ = [
+    "VQ",
     "AutoencoderKL",
     "AutoencoderKLConfig",
     "DiagonalGaussian",
@@ -14,5 +17,7 @@ __all__ = [
     "FirstStageConfig",
     "Identity",
     "IdentityConfig",
+    "Posterior",
     "Tiling",
+    "VQConfig",
 ]

@@ -1,4 +1,4 @@
-"""The KL-regularised autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.1 and appendix G)."""
+"""The convolutional autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.1 and appendix G)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from ldm.config import config_field
 from ldm.errors import ConfigError
 from ldm.nn.residual import ResidualBlock, Upsample
-from ldm.vae.first_stage import DiagonalGaussian, FirstStage, FirstStageConfig
+from ldm.vae.first_stage import FirstStage, FirstStageConfig
+from ldm.vae.posterior import DiagonalGaussian, Posterior
 
 
 @dataclass(frozen=True)
-class AutoencoderKLConfig(FirstStageConfig, kind="autoencoder_kl"):
-    """Convolutional encoder and decoder with a diagonal Gaussian between; factor = 2 ** (levels - 1)."""
+class ConvolutionalConfig(FirstStageConfig):
+    """Fields shared by the first stages with this convolutional encoder and decoder; factor = 2 ** (levels - 1)."""
 
     widths: tuple[int, ...] = config_field(
         (128, 256, 512, 512), "channels at each resolution, the finest first; n widths give factor 2^(n-1)"
     )
-    blocks: int = config_field(2, "residual blocks a resolution in the encoder (one more in the decoder)")
+    blocks: int = config_field(2, "residual blocks per resolution in the encoder (one more in the decoder)")
     latent_channels: int = config_field(4, "channels of the latent")
     image_channels: int = config_field(3, "channels of the image")
     groups: int = config_field(32, "groups of the group norms")
@@ -30,7 +31,7 @@ class AutoencoderKLConfig(FirstStageConfig, kind="autoencoder_kl"):
 
     def __post_init__(self) -> None:
         if not self.widths:
-            raise ConfigError("the autoencoder needs at least one width.")
+            raise ConfigError("widths is empty; the autoencoder needs at least one width.")
         for i, width in enumerate(self.widths):
             if width % self.groups:
                 raise ConfigError(f"widths[{i}] = {width} is not divisible by {self.groups} groups.")
@@ -38,6 +39,11 @@ class AutoencoderKLConfig(FirstStageConfig, kind="autoencoder_kl"):
     @property
     def factor(self) -> int:
         return 2 ** (len(self.widths) - 1)
+
+
+@dataclass(frozen=True)
+class AutoencoderKLConfig(ConvolutionalConfig, kind="autoencoder_kl"):
+    """VAE: convolutional encoder and decoder, and a diagonal Gaussian posterior; factor = 2 ** (levels - 1)."""
 
     def build(self) -> AutoencoderKL:
         return AutoencoderKL(self)
@@ -98,9 +104,9 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """``[b image_channels h w] -> [b 2 latent_channels h/f w/f]``: mean and log-variance before the quant convolution."""
+    """``[b image_channels h w] -> [b out_channels h/f w/f]``: the parameters of the posterior, before the quant convolution."""
 
-    def __init__(self, config: AutoencoderKLConfig):
+    def __init__(self, config: ConvolutionalConfig, out_channels: int):
         super().__init__()
         widths, top = config.widths, config.widths[-1]
         self.conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
@@ -116,7 +122,7 @@ class Encoder(nn.Module):
         )
         self.mid = Middle(top, config.groups, config.middle_attention)
         self.norm_out = nn.GroupNorm(config.groups, top, eps=1e-6)
-        self.conv_out = nn.Conv2d(top, 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(top, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.coarse(self.fine(x))
@@ -129,14 +135,14 @@ class Encoder(nn.Module):
         return h
 
     def coarse(self, h: Tensor) -> Tensor:
-        """``[b top h w] -> [b 2 latent_channels h w]``"""
+        """``[b top h w] -> [b out_channels h w]``"""
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
     """``[b latent_channels h/f w/f] -> [b image_channels h w]``"""
 
-    def __init__(self, config: AutoencoderKLConfig):
+    def __init__(self, config: ConvolutionalConfig):
         super().__init__()
         widths = config.widths[::-1]  # the coarsest first
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
@@ -168,41 +174,51 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class AutoencoderKL(FirstStage):
-    """Picture to a distribution of latents and back."""
+class ConvolutionalAutoencoder(FirstStage):
+    """Encoder and decoder with a 1 x 1 convolution on each side of the latents; a subclass makes the posterior.
 
-    def __init__(self, config: AutoencoderKLConfig):
+    Args:
+        config: of the networks.
+        parameters: channels of the encoder's output, the parameters of the posterior.
+    """
+
+    def __init__(self, config: ConvolutionalConfig, parameters: int):
         super().__init__(config.latent_channels, config.factor)
         self.config = config
-        z = config.latent_channels
-        self.encoder = Encoder(config)
-        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
-        self.post_quant_conv = nn.Conv2d(z, z, 1)
+        self.encoder = Encoder(config, parameters)
+        self.quant_conv = nn.Conv2d(parameters, parameters, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.decoder = Decoder(config)
 
-    def encode(self, image: Tensor) -> DiagonalGaussian:
-        """``image [b c h w]`` in [-1, 1], sides divisible by the factor, to the posterior over ``[b z h/f w/f]``."""
+    def make_posterior(self, parameters: Tensor) -> Posterior:
+        """The posterior, given its parameters ``[b parameters h w]``, the output of the encoder in fp32."""
+        raise NotImplementedError
+
+    def encode(self, image: Tensor) -> Posterior:
         return self._posterior(self.encoder(image.contiguous(memory_format=torch.channels_last)))
 
-    def _posterior(self, h: Tensor) -> DiagonalGaussian:
-        mean, logvar = self.quant_conv(h).float().chunk(2, dim=1)
-        return DiagonalGaussian(mean, logvar)
-
     def decode(self, latent: Tensor) -> Tensor:
-        """``latent [b z h w]`` (not normalised) to images ``[b c fh fw]``, about in [-1, 1] (not clamped)."""
-        return self.decoder(self.post_quant_conv(latent.contiguous(memory_format=torch.channels_last)))
+        return self.decoder(self._decoder_input(latent))
 
-    def coarse_decode(self, latent: Tensor) -> Tensor:
-        return self.decoder.coarse(self.post_quant_conv(latent.contiguous(memory_format=torch.channels_last)))
+    def _posterior(self, h: Tensor) -> Posterior:
+        return self.make_posterior(self.quant_conv(h).float())
 
-    def fine_decode(self, features: Tensor) -> Tensor:
-        return self.decoder.fine(features)
+    def _decoder_input(self, latent: Tensor) -> Tensor:
+        return self.post_quant_conv(latent.contiguous(memory_format=torch.channels_last))
+
+    # ldm.vae.tiling.Tileable
 
     def fine_encode(self, image: Tensor) -> Tensor:
         return self.encoder.fine(image.contiguous(memory_format=torch.channels_last))
 
-    def coarse_encode(self, features: Tensor) -> DiagonalGaussian:
+    def coarse_encode(self, features: Tensor) -> Posterior:
         return self._posterior(self.encoder.coarse(features))
+
+    def coarse_decode(self, latent: Tensor) -> Tensor:
+        return self.decoder.coarse(self._decoder_input(latent))
+
+    def fine_decode(self, features: Tensor) -> Tensor:
+        return self.decoder.fine(features)
 
     @property
     def last_layer(self) -> Tensor:
@@ -211,3 +227,14 @@ class AutoencoderKL(FirstStage):
     def compile_networks(self) -> None:
         self.encoder.compile()
         self.decoder.compile()
+
+
+class AutoencoderKL(ConvolutionalAutoencoder):
+    """VAE: the encoder's output is mean and log-variance of a diagonal Gaussian over the latents."""
+
+    def __init__(self, config: AutoencoderKLConfig):
+        super().__init__(config, 2 * config.latent_channels)
+
+    def make_posterior(self, parameters: Tensor) -> DiagonalGaussian:
+        mean, logvar = parameters.chunk(2, dim=1)
+        return DiagonalGaussian(mean, logvar)

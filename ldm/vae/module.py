@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ from ldm.image_output import Images
 from ldm.training.optim import TrainConfig, adamw
 from ldm.training.stage import StageModule
 from ldm.vae.discriminator import PatchDiscriminator
-from ldm.vae.first_stage import FirstStage, FirstStageConfig
-from ldm.vae.loss import AutoencoderLossConfig, ReconstructionLoss, adaptive_weight, hinge_loss, kl_loss
-from ldm.vae.preview import LeastSquares
+from ldm.vae.first_stage import FirstStageConfig, HasLastLayer
+from ldm.vae.loss import AutoencoderLossConfig, ReconstructionLoss, adaptive_weight, hinge_loss
 
 PREVIEW = 8
 """Pictures that are shown beside their reconstructions."""
@@ -73,19 +72,23 @@ class VAEModule(StageModule):
         self.toggle_optimizer(optimizers[0])  # the discriminator's weights get no gradients
         generator = self.step_generator(batch_idx)
         posterior = self.first_stage.encode(image)
-        latent = posterior.sample(torch.randn(posterior.mean.shape, generator=generator).to(image))
+        latent = posterior.sample(torch.randn(posterior.mode.shape, generator=generator).to(image))
         reconstruction = self.first_stage.decode(latent)
 
         error = self.reconstruction_loss(image, reconstruction.float()).mean()
-        kl = kl_loss(posterior)
-        loss = error + config.kl * kl
-        metrics: dict[str, Tensor] = {"error": error.detach() / image[0].numel(), "kl": kl.detach()}
+        loss = error + config.kl * posterior.regularization().mean()
+        metrics: dict[str, Tensor] = {
+            "error": error.detach() / image[0].numel(),
+            **posterior.metrics(posterior.sums(), len(image)),
+        }
         discriminator = self.discriminator if self.completed_steps >= config.disc_start else None
         if discriminator is not None:
             fooled = -discriminator(reconstruction).mean()
+            assert isinstance(self.first_stage, HasLastLayer)
             weight = config.adversarial * adaptive_weight(error, fooled, self.first_stage.last_layer)
             loss = loss + weight * fooled
             metrics["generator"] = fooled.detach()
+        self.first_stage.update(posterior)
         self._step(optimizers[0], self.report(loss / image[0].numel(), **metrics), batch_idx)
         self.untoggle_optimizer(optimizers[0])
 
@@ -112,29 +115,40 @@ class VAEModule(StageModule):
     # Validation
 
     def on_validation_epoch_start(self) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64)
+        self._sums: dict[str, Tensor] = {}
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         image = batch["image"]
         if self.preview is None:
             self.preview = image[:PREVIEW]
         posterior = self.first_stage.encode(image)
-        reconstruction = self.first_stage.decode(posterior.mean).float().clamp(-1, 1)
+        reconstruction = self.first_stage.decode(posterior.mode).float().clamp(-1, 1)
         similarity: Any = ssim(reconstruction, image, data_range=(-1.0, 1.0), reduction="sum")
-        sums = [psnr(image, reconstruction).sum(), similarity, posterior.kl().sum(), len(image)]
-        self._sums += torch.tensor([float(value) for value in sums], dtype=torch.float64)
+        sums = {
+            "psnr": psnr(image, reconstruction).sum(),
+            "ssim": similarity,
+            "images": torch.tensor(len(image)),
+            **posterior.sums(),
+        }
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0) + value.double().cpu()
 
     def on_validation_epoch_end(self) -> None:
-        total = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum").tolist()
-        self.validation = {
-            name: value / total[3] for name, value in zip(("psnr", "ssim", "kl"), total[:3], strict=True)
+        sums = {
+            name: self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum").cpu()
+            for name, value in self._sums.items()
+        }
+        images = int(sums["images"])
+        metrics = self.first_stage.posterior_type.metrics(sums, images)
+        self.validation = {name: float(sums[name] / images) for name in ("psnr", "ssim")} | {
+            name: float(value) for name, value in metrics.items()
         }
 
     def pictures(self) -> Mapping[str, Any]:
         """Validation images above their reconstructions."""
         if self.preview is None:
             self.preview = next(iter(self.data.val_dataloader()))["image"][:PREVIEW].to(self.device)
-        reconstruction = self.first_stage.decode(self.first_stage.encode(self.preview).mean)
+        reconstruction = self.first_stage.decode(self.first_stage.encode(self.preview).mode)
         pairs = torch.cat([self.preview, reconstruction.clamp(-1, 1)])
         return {"reconstructions": Images.of((pairs + 1) / 2).grid(columns=len(self.preview))}
 
@@ -143,36 +157,3 @@ def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each image ``[b c h w]`` in [-1, 1]: ``[b]``; the peak is the range, 2."""
     error = (image - reconstruction).square().flatten(1).mean(1)
     return 10 * torch.log10(4.0 / error.clamp(min=1e-10))
-
-
-@torch.no_grad()
-def measure_latents(
-    first_stage: FirstStage, batches: Iterable[Mapping[str, Any]], device: torch.device | str = "cpu"
-) -> None:
-    """Set ``latent_mean`` and ``latent_std`` to the statistics a channel of latents drawn for all images of ``batches``, and
-    fit ``latent_preview`` to those images.
-
-    By the law of total variance, var(z) = E[posterior variance] + var(posterior mean); summed in fp64.
-    """
-    channels = first_stage.latent_channels
-    count, total, squares = (
-        0,
-        torch.zeros(channels, dtype=torch.float64),
-        torch.zeros(channels, dtype=torch.float64),
-    )
-    fit = LeastSquares()
-    for batch in batches:
-        image = batch["image"].to(device)
-        posterior = first_stage.encode(image)
-        fit.add(posterior.mean, image)
-        mean, variance = posterior.mean.double().cpu(), posterior.logvar.exp().double().cpu()
-        total += mean.sum((0, 2, 3))
-        squares += (mean.square() + variance).sum((0, 2, 3))
-        count += mean.numel() // channels
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
-    first_stage.latent_mean.copy_(mean)
-    first_stage.latent_std.copy_(std)
-    weight, bias = fit.solve()
-    preview = torch.cat([weight * std, (bias + weight @ mean)[:, None]], dim=1)  # of normalised latents
-    first_stage.register_buffer("latent_preview", preview.to(first_stage.latent_mean))

@@ -3,28 +3,54 @@
 What works at the resolution of the latents, self-attention above all, takes little memory and is done at once; what works at
 finer ones goes tile by tile. Convolutions see across a tile's border by the overlap, over which tiles are blended. Group
 norms are what tiles would disagree on: over a tile they have other statistics than over the image, so that its contrast and
-colours would differ from its neighbours'. All tiles are therefore normalised alike, by :class:`SharedNorms`.
+colours would differ from its neighbours'. All tiles are therefore normalised with the same statistics, by :class:`SharedNorms`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ldm.errors import SamplingError
-from ldm.vae.first_stage import DiagonalGaussian, FirstStage
+from ldm.vae.first_stage import FirstStage
+from ldm.vae.posterior import Posterior
+
+T = TypeVar("T")
 
 MEASUREMENTS = 2
-"""How often the tiles are gone through before they are kept. With 0, 1, 2, 3 the shipped model's decoder agrees with the whole
-decode to 35, 47, 55, 55 dB on a sheet of emoji whose lower half is blank (384 x 384, tiles of 32)."""
+"""Passes over the tiles that measure statistics, before the one whose output is kept. With 0, 1, 2, 3 the shipped model's
+decoder agrees with decoding at once to 35, 47, 55, 55 dB on a sheet of emoji whose lower half is blank (384 x 384, tiles of
+32)."""
 
 BLOCK = 8
-"""Side of the blocks, in latent positions, of which the sample of an image is made up."""
+"""Side of the blocks, in latent positions, of which the sample of an image consists."""
+
+
+@runtime_checkable
+class Tileable(Protocol):
+    """A first stage that can be tiled; the others work on each image at once.
+
+    ``encode`` and ``decode`` each have a coarse part, which works at the resolution of the latents, and a fine part.
+    """
+
+    def fine_encode(self, image: Tensor) -> Tensor:
+        """The first part of ``encode``: ``[b c fh fw] -> [b e h w]``."""
+
+    def coarse_encode(self, features: Tensor) -> Posterior:
+        """The second part of ``encode``: ``[b e h w]`` to the posterior over ``[b z h w]``."""
+
+    def coarse_decode(self, latent: Tensor) -> Tensor:
+        """The first part of ``decode``: ``[b z h w] -> [b e h w]``."""
+
+    def fine_decode(self, features: Tensor) -> Tensor:
+        """The second part of ``decode``: ``[b e h w] -> [b c fh fw]``."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +68,14 @@ Tile = tuple[Span, Span]
 
 @dataclass(frozen=True)
 class Tiling:
-    """How much an autoencoder works on at once.
+    """Bound on what a first stage processes at once.
 
     Attributes:
-        tile: what is larger than this squared, in latent positions, is worked on in parts, be it a large image or a
-            large batch.
-        overlap: latent positions that neighbouring tiles have in common, at least.
+        tile: an image or batch of more than ``tile ** 2`` latent positions is processed in parts.
+        overlap: least number of latent positions that neighbouring tiles have in common.
 
     Raises:
-        SamplingError: an overlap below 0, or not below ``tile``.
+        SamplingError: ``overlap`` is below 0, or not below ``tile``.
     """
 
     tile: int = 128
@@ -63,28 +88,29 @@ class Tiling:
             )
 
     def decode(self, first_stage: FirstStage, latent: Tensor) -> Tensor:
-        """As :meth:`FirstStage.decode`: ``[b z h w] -> [b c fh fw]``."""
+        """Call :meth:`FirstStage.decode` in parts: ``[b z h w] -> [b c fh fw]``."""
 
-        def tiled(latent: Tensor) -> Tensor:
-            features = first_stage.coarse_decode(latent)
-            return self._tiled(first_stage, first_stage.fine_decode, features, 1, first_stage.factor)
+        def in_tiles(latent: Tensor) -> Tensor:
+            if not isinstance(first_stage, Tileable):
+                return first_stage.decode(latent)
+            return self._tiled(first_stage.fine_decode, first_stage.coarse_decode(latent), 1, first_stage.factor)
 
-        return self._in_parts(first_stage.decode, tiled, latent, 1)
+        return torch.cat(self._in_parts(first_stage.decode, in_tiles, latent, 1))
 
-    def encode(self, first_stage: FirstStage, image: Tensor) -> DiagonalGaussian:
-        """As :meth:`FirstStage.encode`: ``[b c fh fw]`` to the posterior over ``[b z h w]``."""
+    def encode(self, first_stage: FirstStage, image: Tensor) -> Posterior:
+        """Call :meth:`FirstStage.encode` in parts: ``[b c fh fw]`` to the posterior over ``[b z h w]``."""
 
-        def whole(image: Tensor) -> Tensor:
-            return _moments(first_stage.encode(image))
+        def in_tiles(image: Tensor) -> Posterior:
+            if not isinstance(first_stage, Tileable):
+                return first_stage.encode(image)
+            features = self._tiled(first_stage.fine_encode, image, first_stage.factor, 1)
+            return first_stage.coarse_encode(features.to(image.dtype))
 
-        def tiled(image: Tensor) -> Tensor:
-            features = self._tiled(first_stage, first_stage.fine_encode, image, first_stage.factor, 1)
-            return _moments(first_stage.coarse_encode(features.to(image.dtype)))
-
-        return DiagonalGaussian(*self._in_parts(whole, tiled, image, first_stage.factor).chunk(2, dim=1))
+        parts = self._in_parts(first_stage.encode, in_tiles, image, first_stage.factor)
+        return first_stage.posterior_type.cat(parts)
 
     def spans(self, length: int) -> list[Span]:
-        """As few tiles as cover ``length`` positions, of one size and evenly spaced."""
+        """The fewest tiles that cover ``length`` positions, of equal size and evenly spaced."""
         count = max(1, -(-(length - self.overlap) // (self.tile - self.overlap)))
         size = -(-(length + (count - 1) * self.overlap) // count)
         starts = [round(i * (length - size) / max(1, count - 1)) for i in range(count)]
@@ -92,7 +118,7 @@ class Tiling:
         return [Span(s, s + size, a - s, b - s) for s, (a, b) in zip(starts, pairwise(cuts), strict=True)]
 
     def weights(self, length: int, scale: int) -> list[Tensor]:
-        """Of each span, the weights of its ``scale`` pixels a position: linear ramps that add up to 1 at every pixel."""
+        """Blending weights of each span, ``scale`` pixels for each position: linear ramps that add up to 1 at every pixel."""
         spans, total, ramps = self.spans(length), torch.zeros(length * scale), []
         for span in spans:
             inside = (torch.arange((span.stop - span.start) * scale) + 0.5) / max(1, self.overlap * scale)
@@ -103,41 +129,41 @@ class Tiling:
         return [ramp / total[span.start * scale : span.stop * scale] for span, ramp in zip(spans, ramps, strict=True)]
 
     def _in_parts(
-        self, whole: Callable[[Tensor], Tensor], tiled: Callable[[Tensor], Tensor], x: Tensor, scale: int
-    ) -> Tensor:
-        """Of ``x [b c scale*h scale*w]`` each large image ``tiled``, small ones ``whole``, as many at once as make a tile."""
+        self, at_once: Callable[[Tensor], T], in_tiles: Callable[[Tensor], T], x: Tensor, scale: int
+    ) -> list[T]:
+        """Process a batch ``x [b c scale*h scale*w]``: large images ``in_tiles``, small ones ``at_once``, several per call."""
         positions = x.shape[-2] * x.shape[-1] // scale**2
         if positions > self.tile**2:
-            return torch.cat([tiled(picture) for picture in x.split(1)])
-        together = self.tile**2 // positions
-        return whole(x) if len(x) <= together else torch.cat([whole(part) for part in x.split(together)])
+            return [in_tiles(image) for image in x.split(1)]
+        return [at_once(part) for part in x.split(self.tile**2 // positions)]
 
-    def _tiled(
-        self, module: nn.Module, network: Callable[[Tensor], Tensor], x: Tensor, inner: int, outer: int
-    ) -> Tensor:
-        """``network``, a method of ``module``, tile by tile: ``[1 c inner*h inner*w] -> [1 c' outer*h outer*w]``."""
+    def _tiled(self, network: Callable[[Tensor], Tensor], x: Tensor, inner: int, outer: int) -> Tensor:
+        """Call a network tile by tile: ``[1 c inner*h inner*w] -> [1 c' outer*h outer*w]``."""
         height, width = (side // inner for side in x.shape[-2:])
         tiles = list(product(self.spans(height), self.spans(width)))
         weights = list(product(self.weights(height, outer), self.weights(width, outer)))
         rows, columns = (self._sampled(side, inner).to(x.device) for side in (height, width))
         sample, out = x[..., rows[:, None], columns], torch.zeros(())
-        with shared_norms(module) as norms:
-            for last in [False] * MEASUREMENTS + [True]:
-                norms.sampling, norms.tile = True, None
+        norms = SharedNorms()
+        for last in [False] * MEASUREMENTS + [True]:
+            norms.sampling, norms.tile = True, None
+            with norms:
                 network(sample)
-                norms.sampling = False
-                for tile, (down, across) in zip(tiles, weights, strict=True):
-                    norms.tile = None if last else tile
-                    done = network(_part(x, tile, inner)).float()
-                    if not out.ndim:
-                        out = done.new_zeros(1, done.shape[1], outer * height, outer * width)
-                    if last:
-                        _part(out, tile, outer).add_(done * torch.outer(down, across).to(done))
-                norms.compare()
+            norms.sampling = False
+            for tile, (down, across) in zip(tiles, weights, strict=True):
+                norms.tile = None if last else tile
+                with norms:
+                    done = network(_part(x, tile, inner))
+                done = done.float()
+                if not out.ndim:
+                    out = done.new_zeros(1, done.shape[1], outer * height, outer * width)
+                if last:
+                    _part(out, tile, outer).add_(done * torch.outer(down, across).to(done))
+            norms.compare()
         return out
 
     def _sampled(self, length: int, scale: int) -> Tensor:
-        """Indices of pixels, ``scale`` a position: all, or where these are too many, those of evenly spaced blocks."""
+        """Indices of pixels, ``scale`` for each position: all of them, or if these are too many, evenly spaced blocks."""
         if length <= self.tile:
             return torch.arange(length * scale)
         block = min(BLOCK, self.tile)
@@ -145,79 +171,75 @@ class Tiling:
         return (scale * starts[:, None] + torch.arange(block * scale)).flatten()
 
 
-def _moments(posterior: DiagonalGaussian) -> Tensor:
-    return torch.cat([posterior.mean, posterior.logvar], dim=1)
-
-
-class SharedNorms:
-    """Gives the group norms of a network the statistics of a whole image, of which the network sees tile after tile.
+class SharedNorms(TorchFunctionMode):
+    """Context in which group norms use the statistics of an image, while the network is called with one tile after the other.
 
     The statistics of a norm depend on how the norms before it have normalised, so those that are measured while tiles are
     normalised in one way do not fit each other in another. Those of a sample that goes through the network at once do;
     what is measured over the tiles is by how much the image differs from its sample, which hardly depends on the way.
+
+    A context acts on the calls of its own thread alone and changes nothing in the network, so that threads can share one.
+    Norms are told apart by their weights.
     """
 
     def __init__(self) -> None:
-        self.sampling = False  # whether the network is called with the sample, else with a tile
-        self.tile: Tile | None = None  # with which, if it is to be measured
+        super().__init__()
+        self.sampling = False  # True while the network is called with the sample, else it is called with a tile
+        self.tile: Tile | None = None  # the tile, if it is to be measured
         # mean and deviation of the sample, and difference of the image's mean in such deviations and ratio of its deviation
-        self.sample: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}  # [b g] each
-        self.differences: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
-        self.sums: dict[nn.GroupNorm, Tensor] = {}  # of 1, x and x^2 over the cores of the tiles, [3 b g]
+        self.sample: dict[int, tuple[Tensor, Tensor]] = {}  # [b g] each
+        self.differences: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sums: dict[int, tuple[Tensor, float]] = {}  # of 1, x and x^2 over the cores of the tiles, [3 b g]; and eps
 
     def compare(self) -> None:
-        """Call when all tiles have been gone through: what was measured counts from the next sample on."""
-        for norm, sums in self.sums.items():
-            (mean, deviation), (of_sample, its_deviation) = _statistics(sums, norm.eps), self.sample[norm]
+        """Use from the next sample on what was measured over the tiles; to be called after all of them."""
+        for norm, (sums, eps) in self.sums.items():
+            (mean, deviation), (of_sample, its_deviation) = _statistics(sums, eps), self.sample[norm]
             self.differences[norm] = (mean - of_sample) / its_deviation, deviation / its_deviation
         self.sums = {}
 
-    def hook(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """A forward hook of the norms: measures, and gives what they are to give, ``[b c h w]``."""
-        assert isinstance(norm, nn.GroupNorm)
-        (x,) = inputs
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return (self.group_norm if func is F.group_norm else func)(*args, **(kwargs or {}))
+
+    def group_norm(self, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """Group norm with shared statistics, in place of :func:`F.group_norm`: ``[b c h w] -> [b c h w]``."""
+        norm = id(weight)
         if self.sampling:
-            self.sample[norm] = _statistics(_sums(x, norm.num_groups), norm.eps)
+            self.sample[norm] = _statistics(_sums(x, groups), eps)
         elif self.tile is not None:
             scale = x.shape[-2] // (self.tile[0].stop - self.tile[0].start)
             rows, columns = (slice(scale * span.core_start, scale * span.core_stop) for span in self.tile)
-            sums = _sums(x[..., rows, columns], norm.num_groups)
-            self.sums[norm] = self.sums[norm] + sums if norm in self.sums else sums
+            sums = _sums(x[..., rows, columns], groups)
+            self.sums[norm] = (self.sums[norm][0] + sums if norm in self.sums else sums), eps
         mean, deviation = self.sample[norm]
         if norm in self.differences:
             shift, ratio = self.differences[norm]
             mean, deviation = mean + shift * deviation, ratio * deviation
-        mean, deviation = (each.repeat_interleave(x.shape[1] // norm.num_groups, 1) for each in (mean, deviation))
-        scales, biases = norm.weight / deviation, norm.bias - norm.weight * mean / deviation
+        mean, deviation = (each.repeat_interleave(x.shape[1] // groups, 1) for each in (mean, deviation))
+        scales, biases = weight / deviation, bias - weight * mean / deviation
         return torch.addcmul(biases[..., None, None], x.float(), scales[..., None, None]).to(x.dtype)
 
 
 def _sums(x: Tensor, groups: int) -> Tensor:
-    """Of 1, x and x^2 over each group of ``x [b c h w]``, in fp32: ``[3 b g]``."""
+    """Sums of 1, x and x^2 over each group of ``x [b c h w]``, in fp32: ``[3 b g]``."""
     x = x.float()
     means = [each.mean((2, 3)).unflatten(1, (groups, -1)).mean(2) for each in (x, x.square())]
     return x[0].numel() / groups * torch.stack([torch.ones_like(means[0]), *means])
 
 
 def _statistics(sums: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, ``[b g]``, out of such sums."""
+    """Mean and standard deviation, ``[b g]``, given such sums."""
     mean, squares = sums[1] / sums[0], sums[2] / sums[0]
     return mean, ((squares - mean.square()).clamp(min=0) + eps).sqrt()
 
 
-@contextmanager
-def shared_norms(module: nn.Module) -> Iterator[SharedNorms]:
-    """Within the block, the group norms of ``module`` share their statistics."""
-    norms = SharedNorms()
-    hooks = [part.register_forward_hook(norms.hook) for part in module.modules() if isinstance(part, nn.GroupNorm)]
-    try:
-        yield norms
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _part(x: Tensor, tile: Tile, scale: int) -> Tensor:
-    """A view of what of ``x [b c h w]``, ``scale`` pixels a position, lies in a tile."""
+    """The view of ``x [b c h w]``, ``scale`` pixels for each position, that lies in a tile."""
     rows, columns = (slice(scale * span.start, scale * span.stop) for span in tile)
     return x[..., rows, columns]

@@ -14,8 +14,8 @@ from ldm.experiment import load_config
 from ldm.formats import load
 from ldm.formats.native import save_model
 from ldm.vae import AutoencoderKLConfig, Identity
-from ldm.vae.module import measure_latents
-from ldm.vae.preview import LeastSquares
+from ldm.vae.preview import LeastSquares, preview
+from ldm.vae.statistics import measure_latents
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -56,12 +56,12 @@ def test_what_is_stored_maps_normalised_latents() -> None:
     latent = vae.encode(images).mean
     weight, bias = (torch.from_numpy(each).float() for each in numpys(latent, F.avg_pool2d(images, 2)))
     expected = F.conv2d(latent, weight[..., None, None], bias)
-    torch.testing.assert_close(vae.preview(vae.normalize(latent)), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(preview(vae, vae.normalize(latent)), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_the_preview_of_pixels_is_the_pixels() -> None:
     latent = torch.randn(2, 3, 4, 4)
-    assert torch.equal(Identity(3, 1).preview(latent), latent)
+    assert torch.equal(preview(Identity(3, 1), latent), latent)
 
 
 def test_a_preview_travels_with_the_file_that_has_one(tmp_path: Path) -> None:
@@ -81,16 +81,17 @@ def test_a_preview_travels_with_the_file_that_has_one(tmp_path: Path) -> None:
 def test_a_preview_that_is_fitted_when_needed_is_fitted_once_and_not_saved(tmp_path: Path) -> None:
     model, latent = tiny_model(), torch.randn(2, 4, 8, 8)
     before = save_model(tmp_path / "model.safetensors", model, {})
-    first, fitted = model.preview(latent), model.first_stage.latent_preview
+    first, fitted = model.preview(latent), model.first_stage.fitted_preview
+    assert fitted is not None
     assert torch.equal(model.preview(latent), first)
-    assert model.first_stage.latent_preview is fitted
+    assert model.first_stage.fitted_preview is fitted
     assert torch.equal(tiny_model().preview(latent), first)  # and does not depend on chance
     assert save_model(tmp_path / "model.safetensors", model, {}) == before
 
 
-def explained(preview: Tensor, picture: Tensor) -> float:
+def explained(estimate: Tensor, picture: Tensor) -> float:
     """R^2: the share of the image's variance that its preview explains."""
-    error, spread = preview - picture, picture - picture.mean((0, 2, 3), keepdim=True)
+    error, spread = estimate - picture, picture - picture.mean((0, 2, 3), keepdim=True)
     return 1 - float(error.square().sum() / spread.square().sum())
 
 

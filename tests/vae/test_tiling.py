@@ -66,6 +66,18 @@ class Pointwise(FirstStage):
     def decode(self, latent: Tensor) -> Tensor:
         return self.out(self.norm(latent.repeat(1, 2, 1, 1))[:, 2:6])
 
+    def fine_encode(self, image: Tensor) -> Tensor:
+        return self.norm(self.into(image))
+
+    def coarse_encode(self, features: Tensor) -> DiagonalGaussian:
+        return DiagonalGaussian(*features.chunk(2, dim=1))
+
+    def coarse_decode(self, latent: Tensor) -> Tensor:
+        return latent
+
+    def fine_decode(self, features: Tensor) -> Tensor:
+        return self.decode(features)
+
 
 def uneven(*shape: int) -> Tensor:
     """Noise of which each place has a mean and a deviation of its own."""

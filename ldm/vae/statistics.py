@@ -1,0 +1,50 @@
+"""Statistics of a first stage's latents, measured at the end of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ldm.vae.first_stage import FirstStage
+from ldm.vae.preview import LeastSquares
+
+
+@torch.no_grad()
+def measure_latents(
+    first_stage: FirstStage, batches: Iterable[Mapping[str, Any]], device: torch.device | str = "cpu"
+) -> None:
+    """Set ``latent_mean``, ``latent_std`` and ``latent_preview`` of a first stage from the images in ``batches``.
+
+    Mean and standard deviation are those of each channel of latents sampled for all images. By the law of total variance,
+    var(z) = E[posterior variance] + var(posterior mean); summed in fp64. The preview is the least-squares map from the modes
+    to the images.
+
+    Args:
+        first_stage: in evaluation mode, on ``device``.
+        batches: with ``image [b c h w]`` in [-1, 1].
+        device: where the images are encoded.
+    """
+    channels = first_stage.latent_channels
+    count, total, squares = (
+        0,
+        torch.zeros(channels, dtype=torch.float64),
+        torch.zeros(channels, dtype=torch.float64),
+    )
+    fit = LeastSquares()
+    for batch in batches:
+        image = batch["image"].to(device)
+        posterior = first_stage.encode(image)
+        fit.add(posterior.mode, image)
+        mean, variance = posterior.mode.double().cpu(), posterior.variance.double().cpu()
+        total += mean.sum((0, 2, 3))
+        squares += (mean.square() + variance).sum((0, 2, 3))
+        count += mean.numel() // channels
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+    first_stage.latent_mean.copy_(mean)
+    first_stage.latent_std.copy_(std)
+    weight, bias = fit.solve()
+    preview = torch.cat([weight * std, (bias + weight @ mean)[:, None]], dim=1)  # of normalised latents
+    first_stage.register_buffer("latent_preview", preview.to(first_stage.latent_mean))
