@@ -51,7 +51,7 @@ def folder(
     )
     print(report.summary())
     print(f"All names of what was left out: {destination / REPORT}")
-    sources = ", ".join(f"{split}: {destination / split}" for split, count in report.pictures.items() if count)
+    sources = ", ".join(f"{split}: {destination / split}" for split, count in report.images.items() if count)
     print(f"For the config: data: {{kind: shards, {sources}}}")
 
 

@@ -44,7 +44,12 @@ class CachedLatents(Samples):
         rows = torch.cat([self._posteriors[i : i + 1] for i in draw.index.tolist()]).float()
         mean, std = (rows[:, part].contiguous(memory_format=torch.channels_last) for part in range(2))
         unchanged = BatchIndices(draw.index)  # as the images were encoded
-        return {"mean": mean, "std": std, **self.annotations(draw.index), **self._samples.layout(unchanged)}
+        return {
+            "mean": mean,
+            "std": std,
+            **self.annotations(draw.index),
+            **self._samples.spatial_annotations(unchanged),
+        }
 
 
 def cache_latents(
