@@ -28,7 +28,9 @@ from ldm.conditioning import LowResConditioner
 from ldm.diffusion import Denoiser
 from ldm.errors import SamplingError
 from ldm.image_io import read_picture, to_tensor
-from ldm.inputs import Edit, check_counts, entries, listed, one_seed
+from ldm.inputs import Edit, check_counts, one_seed
+from ldm.modalities.arguments import entries
+from ldm.modalities.base import listed
 from ldm.pipeline import Pipeline
 from ldm.prompts import Blend, Prompt
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm.errors import DataError, SamplingError
+from ldm.errors import SamplingError
 
 
 def rgb(picture: Image.Image) -> Image.Image:
@@ -59,31 +58,3 @@ def signed_tensor(picture: Image.Image | str | Path | Tensor) -> Tensor:
         given = f"{list(picture.shape)} of {picture.dtype}"
         raise SamplingError(f"an image as a tensor is [3, h, w] in [-1, 1], not {given}.")
     return picture.float()
-
-
-def decode_map(source: bytes | str | Path) -> Image.Image:
-    """An encoded map of classes, one a pixel, or the file of one: an image of one channel, its palette not applied.
-
-    Raises:
-        DataError: it is no such image; the message is a clause without the source's name.
-    """
-    try:
-        labels: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        labels.load()
-    except Exception as error:  # Pillow's plugins raise all sorts of errors over a broken file
-        raise DataError(f"cannot be read as a map ({error})") from None
-    if len(labels.getbands()) != 1:
-        raise DataError("is no map: it has several channels, so save it in grey or with a palette")
-    return labels
-
-
-def read_map(path: str | Path) -> np.ndarray:
-    """A file's label map as uint8 or wider, [h w].
-
-    Raises:
-        SamplingError: as :func:`decode_map`.
-    """
-    try:
-        return np.array(decode_map(path))
-    except DataError as error:
-        raise SamplingError(f"{path} {error}.") from None

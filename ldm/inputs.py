@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-import operator
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from ldm.conditioning.conditioner import Pair
-from ldm.conditioning.sdxl import SIZES
 from ldm.diffusion import OPTIONS, SAMPLERS, SPECS, Denoiser, Guidance
 from ldm.errors import SamplingError, unknown
-from ldm.image_io import read_map, signed_tensor
+from ldm.modalities import MODALITIES
+from ldm.modalities.arguments import argument_of, condition_lists
+from ldm.modalities.base import listed
+from ldm.modalities.caption import prompts
+from ldm.modalities.sizes import Pair
 from ldm.prompts import Prompt, PromptOptions
-
-ARGUMENTS = {"text": "prompt", "label": "label"}
-"""What a conditioner reads, to the argument by which a caller gives it; all else is an entry of ``condition``."""
-
-DIMENSIONS = {"image": 3, "semantic": 2, **dict.fromkeys(SIZES, 1)}
-"""Of a tensor or array that is one entry, and no list of several."""
 
 SEED_LIMIT = 2**63
 
@@ -60,9 +54,9 @@ class Request:
         if isinstance(guidance["guidance_scale"], Sequence):
             guidance["guidance_scale"] = guidance["guidance_scale"][0]
         asked = {
-            ARGUMENTS[name]: str(own.wanted[name][0])
-            for name in ARGUMENTS
-            if own.wanted.get(name, [None])[0] is not None
+            modality.argument: str(own.wanted[key][0])
+            for key, modality in MODALITIES.items()
+            if modality.argument and own.wanted.get(key, [None])[0] is not None
         }
         asked |= {"negative_prompt": str(own.unwanted[0])} if own.unwanted else {}
         told = {name: pair for name, default in self.defaults.items() if (pair := own.wanted[name][0]) != default}
@@ -130,14 +124,14 @@ def request(
     Raises:
         SamplingError: something missing, of the wrong type, of different lengths, or that the model does not read.
     """
-    asked = _asked(reads, defaults, {name: value for name, value in conditions.items() if value is not None})
+    asked = condition_lists(reads, defaults, {name: value for name, value in conditions.items() if value is not None})
     lengths = {name: len(values) for name, values in asked.items()}
     n = max(lengths.values(), default=1)
     for name, length in lengths.items():
         if length not in (1, n):
             longest = max(lengths, key=lambda key: lengths[key])
             raise SamplingError(
-                f"{length} of {_argument(name)} do not fit {n} of {_argument(longest)}; give one, or one for each."
+                f"{length} of {argument_of(name)} do not fit {n} of {argument_of(longest)}; give one, or one for each."
             )
     wanted = {name: values if len(values) == n else values * n for name, values in asked.items()}
     avoided = _negatives(reads, negative_prompt, n)
@@ -156,87 +150,13 @@ def request(
     )
 
 
-def _asked(reads: Sequence[str], defaults: Mapping[str, Pair], given: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """A list for each name that is read; ``[None]`` for one that is left out where another is given, or its default."""
-    names = {_argument(name): name for name in reads}
-    for argument in given:
-        if argument not in names and argument not in defaults:
-            instead = f"give {' and '.join(_shown(name) for name in names)}" if names else "leave it out"
-            raise SamplingError(f"this model reads no {argument}; {instead}.")
-    if names and not names.keys() & given.keys():
-        raise SamplingError(f"this model needs {' or '.join(_shown(name) for name in names)}; give one or several.")
-    asked: dict[str, list[Any]] = {}
-    for argument, name in names.items():
-        if argument not in given:
-            asked[name] = [None]
-        elif name == "text":
-            asked[name] = _prompts(argument, given[argument])
-        elif name == "label":
-            asked[name] = _labels(given[argument])
-        else:
-            asked[name] = entries(name, given[argument])
-    for name, default in defaults.items():
-        asked[name] = [default if pair is None else pair for pair in entries(name, given.get(name))]
-    return asked
-
-
-def entries(name: str, value: Any) -> list[Any]:
-    """A list of what is given of a condition that has no argument of its own: an entry for each image, or one for all.
-
-    Images are ``[3 h w]`` in [-1, 1], label maps arrays ``[h w]``, sizes pairs of whole numbers.
-
-    Raises:
-        SamplingError: there is none, or one of the wrong type.
-    """
-    dimensions = DIMENSIONS.get(name)
-    values = [value] if dimensions is not None and getattr(value, "ndim", None) == dimensions else listed(value)
-    if not values:
-        raise SamplingError(f"the list of {name} is empty; give one, or one for each image.")
-    if name in SIZES:
-        pairs = [values] if all(isinstance(each, Integral) for each in values) else values
-        return [None if pair is None else _pair(name, pair) for pair in pairs]
-    if name == "image":
-        return [None if each is None else signed_tensor(each) for each in values]
-    if name == "semantic":
-        return [read_map(each) if isinstance(each, str | Path) else each for each in values]
-    return values
-
-
-def _pair(name: str, value: Any) -> Pair:
-    try:
-        first, second = (operator.index(number) for number in value)
-        if min(first, second) < 0:
-            raise ValueError
-    except (TypeError, ValueError):
-        raise SamplingError(
-            f"{name} has {value!r}, which is no pair of whole numbers, 0 or more; give such as (512, 512)."
-        ) from None
-    return first, second
-
-
-def _argument(name: str) -> str:
-    return ARGUMENTS.get(name, name)
-
-
-def _shown(argument: str) -> str:
-    """How an error asks for it."""
-    return f"a {argument}" if argument in ARGUMENTS.values() else f"condition={{{argument!r}: [...]}}"
-
-
-def _labels(label: Any) -> list[int]:
-    labels = listed(label)
-    if not labels or not all(isinstance(item, Integral) for item in labels):
-        raise SamplingError(f"label is {label!r}; give a whole number or several.")
-    return [int(item) for item in labels]
-
-
 def _negatives(reads: Sequence[str], negative_prompt: Prompt | Sequence[Prompt] | None, n: int) -> list[Prompt] | None:
     """A negative prompt for each of ``n`` prompts, or None if there is none."""
     if negative_prompt is None:
         return None
     if "text" not in reads:
         raise SamplingError("this model reads no prompt; leave negative_prompt out.")
-    given = _prompts("negative_prompt", negative_prompt)
+    given = prompts("negative_prompt", negative_prompt)
     given = given * n if isinstance(negative_prompt, Prompt) else given
     return _one_each("negative prompts", given, n, "prompts")
 
@@ -285,21 +205,6 @@ def check_counts(**counts: Any) -> None:
     for name, count in counts.items():
         if count is not None and (not isinstance(count, Integral) or count < 1):
             raise SamplingError(f"{name} is {count!r}; it must be a whole number, 1 or more.")
-
-
-def listed(value: Any) -> list[Any]:
-    """A list of one for what is no collection; a string is one."""
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-
-
-def _prompts(name: str, value: Any) -> list[Prompt]:
-    given = listed(value)
-    for index, item in enumerate(given):
-        if not isinstance(item, Prompt):
-            raise SamplingError(f"{name} {index} is {item!r}, which is no string.")
-    if not given:
-        raise SamplingError(f"the list of {name}s is empty; give one or several.")
-    return given
 
 
 def _one_each(name: str, given: list[Any], n: int, whom: str) -> list[Any]:

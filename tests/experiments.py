@@ -71,7 +71,9 @@ def write_experiment(folder: Path, changes: Mapping[str, Any] | None = None) -> 
     if not shard.exists():
         flags = [noise_picture(i, 2, 2).resize((SIZE, SIZE), Image.Resampling.NEAREST) for i in range(len(CAPTIONS))]
         pictures = [encoded(flag) for flag in flags]
-        write_shard(shard, (Sample(f"{i}", CAPTIONS[i], picture, "png", i % 3) for i, picture in enumerate(pictures)))
+        write_shard(
+            shard, (Sample(f"{i}", CAPTIONS[i], picture, "png", {"label": i % 3}) for i, picture in enumerate(pictures))
+        )
     data = EXPERIMENT["data"] | {"train": str(shard), "val": str(shard)}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({**EXPERIMENT, "data": data, "run_dir": str(folder / "run"), **(changes or {})}))

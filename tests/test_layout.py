@@ -18,6 +18,7 @@ ROWS = [
     {"devices", "config", "image_io", "prompts"},
     {"nn"},
     {"diffusion"},
+    {"modalities"},
     {"vae", "clip", "denoiser"},
     {"conditioning"},
     {"model"},

@@ -308,7 +308,7 @@ def test_a_label_that_the_data_lacks_is_one_sentence(tmp_path: Path) -> None:
     from ldm.data.shards import Sample, Shards, write_shard
 
     shards = Shards([shard])
-    samples = [Sample(key, CAPTIONS[i], shards.picture(i), "png") for i, key in enumerate(shards.keys)]
+    samples = [Sample(key, CAPTIONS[i], shards.image(i), "png") for i, key in enumerate(shards.keys)]
     write_shard(shard, samples)
     model = {"in_channels": 3, "out_channels": 3, "context_width": None, "vector_width": 8}
     from ldm.config import from_dict

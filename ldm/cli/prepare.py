@@ -50,7 +50,7 @@ def folder(
     )
     print(report.summary())
     print(f"Skipped images are listed in {destination / REPORT}")
-    sources = ", ".join(f"{split}: {destination / split}" for split, count in report.pictures.items() if count)
+    sources = ", ".join(f"{split}: {destination / split}" for split, count in report.images.items() if count)
     print(f"For the config: data: {{kind: shards, {sources}}}")
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
-from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, Pair
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig
 from ldm.config import config_field
 from ldm.errors import ConfigError
+from ldm.modalities.sizes import Pair
 from ldm.nn.conditioning import Conditioning
 
 

@@ -1,4 +1,4 @@
-"""The family of conditioners, and the one that says nothing."""
+"""The base classes of conditioners, and the conditioner of unconditional models."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from torch import Tensor, nn
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
 from ldm.config import Kind
-from ldm.errors import ConfigError, DataError
+from ldm.errors import ConfigError, DataError, SamplingError
+from ldm.modalities.arguments import of_key
+from ldm.modalities.sizes import Pair
 from ldm.nn.conditioning import Conditioning
-
-Pair = tuple[int, int]
-"""Height and width, or top and left, in pixels."""
 
 
 class ConditionerConfig(Kind):
-    """What a denoiser is conditioned on; ``build`` gives a :class:`Conditioner`.
+    """Config of a conditioner; ``build`` makes the :class:`Conditioner`.
 
-    ``context_width``, ``vector_width`` and ``concat_channels`` are what it fills of a Conditioning, None or 0 where it
-    fills nothing; ``input_keys`` names the raw conditions that it takes, such as ``text`` or ``label``.
-    ``latent_channels`` and ``latent_factor`` are those of the first stage that it counts on; None: any will do.
+    Attributes:
+        input_keys: keys of the modalities (:mod:`ldm.modalities`) that it takes, such as ``text`` or ``label``.
+        context_width, vector_width: width of these fields of the :class:`Conditioning` that it makes; None: not filled.
+        concat_channels: channels that it concatenates to the latent; 0: none.
+        latent_channels, latent_factor: properties that the first stage must have; None: any.
     """
 
     latent_channels: int | None = None
@@ -35,7 +36,7 @@ class ConditionerConfig(Kind):
         return ()
 
     def defaults(self, height: int, width: int) -> Mapping[str, Pair]:
-        """Raw conditions that it takes besides, and may be left out: each with what it then is for images of this size."""
+        """Raw conditions that a caller may omit, each with its value for images of ``height`` × ``width`` pixels."""
         return {}
 
     @property
@@ -51,56 +52,65 @@ class ConditionerConfig(Kind):
         return 0
 
     def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> ConditionerConfig:
-        """Itself, with what follows from the rest of an experiment filled in.
+        """Returns a copy with the fields filled in that follow from the rest of an experiment.
 
         Args:
             clip: the model of the clip section, if there is one.
             latent_size: height and width of the latents.
+            factor: factor by which the first stage makes images smaller.
 
         Raises:
-            ConfigError: something that it needs is not there.
+            ConfigError: the experiment lacks something that the conditioner needs.
         """
         return self
 
     def with_tokenizer(self, make: Callable[[TokenizerConfig, str], Tokenizer], name: str = "") -> ConditionerConfig:
-        """Itself, with a tokenizer of its own filled in where it has one.
+        """Returns a copy with the tokenizer filled in, for conditioners that have one of their own.
 
         Args:
-            make: gives the tokenizer that the config describes, for the conditioner ``name``.
-            name: of this conditioner among several.
+            make: makes the tokenizer that a config describes, for the conditioner ``name``.
+            name: name of this conditioner in a composite.
         """
         return self
 
     def build(self, tokenizer: Tokenizer | None = None) -> Conditioner:
-        """The module, what is not trained along with the denoiser frozen; ``tokenizer`` is that of the clip section."""
+        """Makes the module, with frozen parameters where it is not trained with the denoiser.
+
+        Args:
+            tokenizer: that of the clip section.
+        """
         raise NotImplementedError
 
 
 class Conditioner(nn.Module):
-    """Raw conditions of a batch to the record that the denoiser reads.
+    """Encoder of the raw conditions of a batch into a :class:`Conditioning`.
 
-    ``unaffected_by_cfg`` says that guidance leaves the condition as it is, in the pass too that it leads away from.
+    Attributes:
+        unaffected_by_cfg: if True, the condition is also used in the unconditional pass of classifier-free guidance.
     """
 
     unaffected_by_cfg: ClassVar[bool] = False
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        """The conditioning of a batch.
+        """Computes the conditioning of a batch.
 
         Args:
-            inputs: raw conditions by name, a sequence of ``b`` each: ``text`` (of str), ``label`` (of int), ``image``
-                (of ``[3 h w]`` in [-1, 1]), ``boxes`` (of lists of (class, x0, y0, x1, y1)), ``semantic`` (of ``[h w]``
-                of int), ``original_size``, ``crops_coords_top_left`` and ``target_size`` (of :data:`Pair`). An entry of
-                None is a condition that is not there, like one that was dropped; of the last three there is none.
-            generator: when given (training), each example's condition is dropped at the conditioner's rate, drawn from it.
+            inputs: raw conditions by key, a tensor or sequence of ``b`` entries each, as the modality of that key in
+                :mod:`ldm.modalities` describes them. An entry of None is absent, like one that was dropped; sizes are
+                never absent.
+            generator: if given (training), each example's condition is dropped at the conditioner's rate, drawn from it.
+
+        Raises:
+            DataError: the data has no such condition.
+            SamplingError: an entry is malformed.
         """
         raise NotImplementedError
 
     def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
-        """What guidance leads away from, for a batch with these conditions: all dropped but what is ``unaffected_by_cfg``.
+        """Computes the conditioning of the unconditional pass of classifier-free guidance.
 
         Args:
-            inputs: as of :meth:`forward`.
+            inputs: as of :meth:`forward`; all are dropped unless the conditioner is ``unaffected_by_cfg``.
             negative: texts in place of the dropped ones.
         """
         if self.unaffected_by_cfg:
@@ -111,25 +121,39 @@ class Conditioner(nn.Module):
     def prepare_batch(
         self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
     ) -> Mapping[str, Any]:
-        """A batch of the data with the raw conditions that are made from its images; here as it is.
+        """Adds the raw conditions that are made from the training images to a batch; the default adds none.
 
         Args:
-            batch: ``image [b 3 h w]`` in [-1, 1], unless latents are cached, and what the data say of it.
-            encode: images to normalised latents ``[b c h/f w/f]``.
-            generator: source of what is random about the conditions.
+            batch: ``image [b 3 h w]`` in [-1, 1], unless latents are cached, and its annotations.
+            encode: encodes images into normalised latents ``[b c h/f w/f]``.
+            generator: random generator of the conditions.
+
+        Raises:
+            DataError: latents are cached, but the images are needed.
         """
         return batch
 
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
-        """What begins a training with weights of stage 2, each with its name there: ``text`` or ``image``."""
+        """Yields the encoders that training initialises from stage 2, each with its name there: ``text`` or ``image``."""
         return iter(())
 
     def load_pretrained(self) -> None:
-        """Take over the weights of a checkpoint that its config names, as a training does at its start."""
+        """Loads the weights of the checkpoint that the config names; called as a training starts."""
 
 
-def training_pictures(batch: Mapping[str, Any], kind: str) -> Tensor:
-    """The images of a batch, ``[b 3 h w]`` in [-1, 1], from which the conditioner ``kind`` makes what it reads.
+def input_of(inputs: Mapping[str, Any], key: str) -> Any:
+    """Returns the entries of a raw condition.
+
+    Raises:
+        DataError: there is none; the message names the files that the data needs.
+    """
+    if key not in inputs:
+        raise DataError(of_key(key).missing)
+    return inputs[key]
+
+
+def training_images(batch: Mapping[str, Any], kind: str) -> Tensor:
+    """Returns the images of a batch, ``[b 3 h w]`` in [-1, 1], from which the conditioner ``kind`` makes its input.
 
     Raises:
         DataError: the batch has latents instead.
@@ -139,32 +163,47 @@ def training_pictures(batch: Mapping[str, Any], kind: str) -> Tensor:
             f"the conditioner {kind} is made from the training images, which cached latents do not carry; "
             "set data.cache_latents to false."
         )
-    pictures: Tensor = batch["image"]
-    return pictures
+    images: Tensor = batch["image"]
+    return images
+
+
+def stacked_maps(maps: Sequence[Tensor | None], size: tuple[int, int], absent: float, noun: str) -> Tensor:
+    """Stacks maps ``[h w]`` to ``[b h w]``; None becomes ``absent`` everywhere, in the size of the others or ``size``.
+
+    Raises:
+        SamplingError: the maps differ in size.
+    """
+    given = [each for each in maps if each is not None]
+    if len({each.shape for each in given}) > 1:
+        raise SamplingError(
+            f"the {noun}s differ in size ({len({each.shape for each in given})} sizes); give maps of one size at a time."
+        )
+    filler = torch.full_like(given[0], absent) if given else torch.full(size, absent)
+    return torch.stack([filler if each is None else each for each in maps])
 
 
 def check_dropout(dropout: float) -> None:
-    """Raises a ConfigError for what is no share below 1."""
+    """Raises a ConfigError unless the rate is in [0, 1)."""
     if not 0 <= dropout < 1:
         raise ConfigError(f"dropout must be in [0, 1), not {dropout}.")
 
 
 def dropped(n: int, rate: float, generator: torch.Generator | None) -> Tensor:
-    """``[n]`` of bool: which examples lose their condition."""
+    """Draws which of ``n`` examples lose their condition, ``[n]`` of bool; none without a generator."""
     if generator is None:
         return torch.zeros(n, dtype=torch.bool)
     return torch.rand(n, generator=generator) < rate
 
 
 def captions(inputs: Mapping[str, Any], rate: float, generator: torch.Generator | None) -> list[str | None]:
-    """The captions of a batch; None for those that are not there or, at this rate, dropped."""
+    """Returns the captions of a batch; None for those that are absent or, at this rate, dropped."""
     given = list(inputs["text"])
     drop = dropped(len(given), rate, generator).tolist()
     return [None if gone else caption for caption, gone in zip(given, drop, strict=True)]
 
 
 def texts(inputs: Mapping[str, Any], rate: float, generator: torch.Generator | None) -> list[str]:
-    """As :func:`captions`, the empty text in place of None."""
+    """Returns :func:`captions` with the empty text in place of None."""
     return ["" if caption is None else caption for caption in captions(inputs, rate, generator)]
 
 
@@ -177,7 +216,7 @@ class NoConditionerConfig(ConditionerConfig, kind="none"):
 
 
 class NoConditioner(Conditioner):
-    """An empty record for every batch."""
+    """Conditioner with an empty output."""
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         return Conditioning()

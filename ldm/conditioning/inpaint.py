@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, training_pictures
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, training_images
 from ldm.config import config_field
 from ldm.errors import ConfigError, SamplingError
 from ldm.nn.conditioning import Conditioning
@@ -95,7 +95,7 @@ class InpaintConditioner(Conditioner):
         Raises:
             DataError: latents are cached.
         """
-        pictures = training_pictures(batch, "inpaint")
+        pictures = training_images(batch, "inpaint")
         n, _, height, width = pictures.shape
         masks = torch.stack([draw_mask(height, width, self.config.whole, generator) for _ in range(n)]).to(pictures)
         known = encode(pictures * (1 - masks))

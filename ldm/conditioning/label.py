@@ -1,4 +1,4 @@
-"""Class labels as a learnt vector, added to the embedding of the noise level (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+"""Class labels as a learned vector, added to the embedding of the noise level (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, dropped
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, dropped, input_of
 from ldm.config import config_field
-from ldm.errors import ConfigError, DataError, SamplingError
+from ldm.errors import ConfigError, SamplingError
 from ldm.nn.conditioning import Conditioning
 
 
@@ -22,7 +22,9 @@ class ClassConditionerConfig(ConditionerConfig, kind="class"):
 
     classes: int = config_field(help="number of classes; labels are 0 .. classes - 1")
     width: int = config_field(128, "width of the vector")
-    dropout: float = config_field(0.1, "share of the training examples whose label is dropped, for guidance")
+    dropout: float = config_field(
+        0.1, "fraction of the training examples whose label is dropped, for classifier-free guidance"
+    )
 
     def __post_init__(self) -> None:
         if self.classes < 1 or not 0 <= self.dropout < 1:
@@ -43,7 +45,7 @@ class ClassConditionerConfig(ConditionerConfig, kind="class"):
 
 
 class ClassConditioner(Conditioner):
-    """An embedding table with one row more than classes: the last stands for no class."""
+    """Embedding table with one row more than there are classes: the last is for an absent label."""
 
     def __init__(self, config: ClassConditionerConfig):
         super().__init__()
@@ -51,12 +53,9 @@ class ClassConditioner(Conditioner):
         self.embedding = nn.Embedding(config.classes + 1, config.width)
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        if "label" not in inputs:
-            raise DataError(
-                "the denoiser is conditioned on class labels, but the data has none; give each sample a .cls."
-            )
-        absent = torch.tensor([label is None for label in inputs["label"]])
-        labels = torch.tensor([0 if label is None else int(label) for label in inputs["label"]])
+        given = input_of(inputs, "label")
+        absent = torch.tensor([label is None for label in given])
+        labels = torch.tensor([0 if label is None else int(label) for label in given])
         wrong = labels[(labels < 0) | (labels >= self.config.classes)]
         if len(wrong):
             raise SamplingError(

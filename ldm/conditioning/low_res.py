@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, training_pictures
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, training_images
 from ldm.config import config_field
 from ldm.errors import ConfigError, DataError, SamplingError
 from ldm.image_io import signed_tensor
@@ -124,7 +124,7 @@ class LowResConditioner(Conditioner):
         Raises:
             DataError: latents are cached, or the images' sides are not divisible by the factor.
         """
-        pictures, factor = training_pictures(batch, "low_res"), self.config.factor
+        pictures, factor = training_images(batch, "low_res"), self.config.factor
         height, width = pictures.shape[-2:]
         if height % factor or width % factor:
             raise DataError(

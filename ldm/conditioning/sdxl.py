@@ -21,14 +21,12 @@ from ldm.clip.model import CLIPConfig
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning import long_prompts
-from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, Pair, captions, check_dropout
+from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, captions, check_dropout
 from ldm.config import config_field
 from ldm.errors import ConfigError
+from ldm.modalities.sizes import SIZES, Pair
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import sinusoidal
-
-SIZES = ("original_size", "crops_coords_top_left", "target_size")
-"""Pairs that an image is described by, by the names that diffusers gives them, in the order of the vector."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Semantic maps: a class for each place, concatenated to the latent (Rombach et al. 2022, arXiv 2112.10752, section 4.3.2)."""
+"""Semantic maps, one-hot or embedded and concatenated to the latent (Rombach et al. 2022, arXiv 2112.10752, section 4.3.2)."""
 
 from __future__ import annotations
 
@@ -6,31 +6,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, check_dropout, dropped
+from ldm.conditioning.conditioner import (
+    Conditioner,
+    ConditionerConfig,
+    check_dropout,
+    dropped,
+    input_of,
+    stacked_maps,
+)
 from ldm.config import config_field
-from ldm.errors import ConfigError, DataError, SamplingError
+from ldm.errors import ConfigError, SamplingError
+from ldm.modalities.semantic import SEMANTIC
 from ldm.nn.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
 class SemanticConditionerConfig(ConditionerConfig, kind="semantic"):
-    """A map that gives each place a class."""
+    """A map with a class number for each pixel."""
 
     classes: int = config_field(help="number of classes; a map holds numbers 0 .. classes - 1")
     embedding: int | None = config_field(
-        None, "channels of a learnt embedding of a class; null = one-hot, a channel each"
+        None, "channels of a learned embedding of a class; null = one-hot, a channel each"
     )
-    dropout: float = config_field(0.1, "share of the training maps that are dropped, for guidance")
+    dropout: float = config_field(0.1, "fraction of the training maps that are dropped, for classifier-free guidance")
     size: tuple[int, int] | None = config_field(None, "height and width of an absent map; null = that of the latents")
     latent_factor: int | None = config_field(
-        None, "factor of the first stage, by which maps are made smaller; null = that of the experiment's"
+        None, "factor of the first stage, by which maps are made smaller; null = that of the experiment"
     )
 
     def __post_init__(self) -> None:
@@ -56,7 +63,7 @@ class SemanticConditionerConfig(ConditionerConfig, kind="semantic"):
 
 
 class SemanticConditioner(Conditioner):
-    """A table with one row more than classes: the last, all zeros, stands for no map."""
+    """Embedding table with one row more than there are classes: the last, all zeros, is for an absent map."""
 
     def __init__(self, config: SemanticConditionerConfig, size: tuple[int, int], factor: int):
         super().__init__()
@@ -68,34 +75,28 @@ class SemanticConditioner(Conditioner):
             self.table.weight.requires_grad_(False).copy_(torch.eye(config.classes + 1, config.classes))
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        if "semantic" not in inputs:
-            raise DataError(
-                "the denoiser is conditioned on semantic maps, but the data has none; give each sample a .semantic.png."
-            )
-        labels = self._labels(inputs["semantic"]).to(self.table.weight.device)
+        labels = self._labels(input_of(inputs, "semantic")).to(self.table.weight.device)
         drop = dropped(len(labels), self.config.dropout, generator).to(labels.device)
         rows = self.table(torch.where(drop[:, None, None], self.config.classes, labels))
         return Conditioning(concat=rows.permute(0, 3, 1, 2))
 
     def unconditional(self, inputs: Mapping[str, Any], negative: Sequence[str] | None = None) -> Conditioning:
-        """No maps, of the size of those that are given."""
+        """Computes the conditioning of absent maps, of the size of those that are given."""
         return Conditioning(concat=torch.zeros_like(self(inputs).concat))
 
     def _labels(self, maps: Tensor | Sequence[Any]) -> Tensor:
-        """``[b h w]``; those of absent maps are one past the last class."""
+        """Class numbers ``[b h/f w/f]``; those of absent maps are one past the last class."""
         if isinstance(maps, Tensor):
             return self._shrunk(maps)
-        labels = [None if each is None else self._shrunk(_as_map(each)[None]) for each in maps]
-        sizes = dict.fromkeys(tuple(each.shape[1:]) for each in labels if each is not None)
-        if len(sizes) > 1:
-            raise SamplingError(
-                f"the semantic maps differ in size ({len(sizes)} sizes); give maps of one size at a time."
-            )
-        absent = torch.full((1, *next(iter(sizes), self.size)), self.config.classes)
-        return torch.cat([absent if each is None else each for each in labels])
+        labels = [None if each is None else self._shrunk(SEMANTIC.entry(each)[None])[0] for each in maps]
+        return stacked_maps(labels, self.size, self.config.classes, SEMANTIC.noun)
 
     def _shrunk(self, maps: Tensor) -> Tensor:
-        """``[b H W]`` of class numbers ``-> [b H/f W/f]``, each the one nearest to the middle of its place."""
+        """Class numbers ``[b h w] -> [b h/f w/f]``, each the one nearest to the middle of its cell.
+
+        Raises:
+            SamplingError: a number is not one of the classes.
+        """
         wrong = maps[(maps < 0) | (maps >= self.config.classes)]
         if len(wrong):
             raise SamplingError(
@@ -103,13 +104,3 @@ class SemanticConditioner(Conditioner):
             )
         size = [side // self.factor for side in maps.shape[-2:]]
         return F.interpolate(maps[:, None].float(), size, mode="nearest-exact")[:, 0].long()
-
-
-def _as_map(value: Any) -> Tensor:
-    """``[h w]`` of whole numbers, of an array, an image of one channel or a list of rows."""
-    values = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
-    if values.ndim != 2 or values.dtype.kind not in "iub":
-        raise SamplingError(
-            f"a semantic map is [h w] of whole numbers, not {list(values.shape)} of {values.dtype}; give a class a pixel."
-        )
-    return torch.from_numpy(values.astype(np.int64))

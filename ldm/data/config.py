@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ldm.config import Kind, config_field
-from ldm.data.samples import PicturesInMemory, Samples, StoredPictures
+from ldm.data.samples import ImagesInMemory, Samples, StoredImages
 from ldm.data.shards import SPLITS, Shards, find_shards
-from ldm.data.transforms import Fit
 from ldm.errors import ConfigError, DataError, unknown
+from ldm.modalities.crop import Fit
 
 
 class DataConfig(Kind):
@@ -30,7 +30,7 @@ class DataConfig(Kind):
 
 @dataclass(frozen=True)
 class ShardsData(DataConfig, kind="shards"):
-    """Pictures with captions in webdataset shards, as tools/prepare.py makes them."""
+    """Images with captions in webdataset shards, as tools/prepare.py makes them."""
 
     train: str | tuple[str, ...] = config_field(
         help="Shards to train on: a .tar, a folder of them, a pattern (a/{000..012}.tar), a list, or emoji."
@@ -44,7 +44,7 @@ class ShardsData(DataConfig, kind="shards"):
     flip: bool = config_field(False, "Mirror half of the training images; captions that say left or right forbid it.")
     sizes: bool = config_field(
         False,
-        "Tell the conditioner sdxl the true original size and cut of each image; false: the size, and a cut at (0, 0).",
+        "Give the conditioner sdxl the true original size and crop of each image; false: data.size, and a crop at (0, 0).",
     )
     cache: Literal["none", "ram"] = config_field(
         "none",
@@ -82,7 +82,7 @@ class ShardsData(DataConfig, kind="shards"):
 
     def open(self, split: str) -> Samples:
         source = require_split(split, {"train": self.train, "val": self.val, "test": self.test})
-        stored = StoredPictures(
+        stored = StoredImages(
             Shards(find_shards(source, split)),
             Fit(*self._height_width),
             random_crop=self.crop == "random",
@@ -90,7 +90,7 @@ class ShardsData(DataConfig, kind="shards"):
             sizes=self.sizes,
             workers=self.workers,
         )
-        return PicturesInMemory(stored) if self.cache == "ram" else stored
+        return ImagesInMemory(stored) if self.cache == "ram" else stored
 
 
 def require_split(split: str, sources: dict[str, str | tuple[str, ...] | None]) -> str | tuple[str, ...]:

@@ -1,9 +1,9 @@
 """From a folder of images with captions to shards of train, val and test.
 
-A caption stands in ``x.txt`` beside ``x.jpg``, or in a ``metadata.csv`` or ``metadata.jsonl`` (columns
-``file_name`` and ``text``, as Hugging Face's imagefolder has them) in the same folder or above. Boxes stand in
-``x.boxes.json`` and a map of classes in ``x.semantic.png``; where one image has them, all must. What cannot be
-used is left out and named in ``report.json``.
+A caption is in ``x.txt`` next to ``x.jpg``, or in a ``metadata.csv`` or ``metadata.jsonl`` (columns ``file_name`` and
+``text``, as Hugging Face's imagefolder has them) in the same folder or above. Files of further modalities, such as
+``x.cls`` or ``x.boxes.json``, have the image's name too; once one image has such a file, all need it. What cannot be used
+is left out and named in ``report.json``.
 """
 
 from __future__ import annotations
@@ -14,55 +14,56 @@ import io
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.conditioning.boxes import Box, read_boxes
-from ldm.data.shards import BOXES, PICTURE_SUFFIXES, SEMANTIC, SPLITS, Sample, write_shard
+from ldm.data.shards import IMAGE_SUFFIXES, MEMBERS, SPLITS, Sample, write_shard
 from ldm.data.transforms import decode, shrink
 from ldm.errors import DataError
 from ldm.formats.tensors import write_atomically
-from ldm.image_io import decode_map
+from ldm.modalities.caption import CAPTION
 
-READABLE = {*(f".{suffix}" for suffix in PICTURE_SUFFIXES), ".bmp", ".gif", ".tif", ".tiff"}
+READABLE = {*(f".{suffix}" for suffix in IMAGE_SUFFIXES), ".bmp", ".gif", ".tif", ".tiff"}
 METADATA = ("metadata.csv", "metadata.jsonl")
 REPORT = "report.json"
 _EXAMINED_AT_ONCE = 1024
+_FILES = {suffix: modality for suffix, modality in MEMBERS.items() if modality != CAPTION}
+"""Modalities with a file of their own next to an image; captions may also come from metadata."""
 
 
 @dataclass
 class Report:
-    """What became of a folder.
+    """Counts of the images of a folder that were used, and names of those that were not.
 
     Attributes:
         images: number of images in each split.
-        left_out: reason to names, relative to the folder, each with what is known beyond the reason.
+        left_out: reason to names, relative to the folder, each with a detail or an empty text.
         ignored: number of other files by suffix.
     """
 
-    pictures: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    images: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     left_out: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
     ignored: Counter[str] = field(default_factory=Counter)
 
     def leave_out(self, reason: str, name: str, detail: str = "") -> None:
-        """Notes that ``name`` is not used."""
+        """Records that ``name`` is not used."""
         self.left_out[reason][name] = detail
 
     def as_json(self) -> str:
-        """The text of ``report.json``."""
+        """Text of ``report.json``."""
         content = {
-            "pictures": self.pictures,
+            "pictures": self.images,
             "left_out": self.left_out,
             "ignored_files": dict(sorted(self.ignored.items())),
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     def summary(self) -> str:
-        """A line for the splits and one for each reason to leave images out, with the first three names."""
-        lines = [", ".join(f"{count} {split}" for split, count in self.pictures.items())]
+        """Lines for the terminal: the splits, and each reason to leave images out with the first three names."""
+        lines = [", ".join(f"{count} {split}" for split, count in self.images.items())]
         for reason, names in self.left_out.items():
             first = ", ".join(itertools.islice(names, 3)) + (", ..." if len(names) > 3 else "")
             lines.append(f"left out, {reason}: {len(names)} ({first})")
@@ -79,17 +80,16 @@ class _Candidate:
     name: str
     key: str
     text: str
-    boxes: Path | None
-    semantic: Path | None
+    files: Mapping[str, Path]  # of further modalities, by suffix
 
     @property
     def place(self) -> int:
-        """64 bits of the key's hash: they choose the split, and their order is the order in the shards."""
+        """64 bits of the key's hash: they choose the split, and their order is that of the shards."""
         return int.from_bytes(hashlib.blake2b(self.key.encode(), digest_size=8).digest(), "big")
 
 
 def split_of(place: int, shares: Sequence[float]) -> str:
-    """The split into whose share of the 64-bit numbers ``place`` falls; it stays when the folder grows."""
+    """Chooses the split into whose share of the 64-bit numbers ``place`` falls; it stays when the folder grows."""
     bounds = itertools.accumulate(shares)
     return next((split for split, bound in zip(SPLITS, bounds, strict=True) if place < bound * 2**64), SPLITS[0])
 
@@ -104,22 +104,21 @@ def prepare_folder(
     shares: Sequence[float] = (0.98, 0.01, 0.01),
     workers: int = 4,
 ) -> Report:
-    """Writes ``<split>/000000.tar``, ... and ``report.json`` under ``destination``; doing it again gives the
-    same bytes.
+    """Writes ``<split>/000000.tar``, ... and ``report.json`` under ``destination``; a second run writes the same bytes.
 
     Args:
         source: folder of images and captions, with folders within.
-        destination: where the shards go; those of an earlier time are replaced.
+        destination: where the shards go; those of an earlier run are replaced.
         shard_size: images a shard.
         min_size: shorter side, in pixels, under which an image is left out.
-        max_size: longer side, in pixels, above which an image is scaled down and encoded anew (JPEG as JPEG
+        max_size: longer side, in pixels, above which an image is scaled down and encoded again (JPEG as JPEG
             of quality 95, others as PNG). None copies the files' bytes; formats that shards do not have
             become PNG in any case.
-        shares: of train, val and test; they add up to 1.
+        shares: fractions of train, val and test; they add up to 1.
         workers: threads that decode.
 
     Raises:
-        DataError: a setting that cannot be, a missing folder, unreadable metadata, or no usable image at
+        DataError: an invalid setting, a missing folder, unreadable metadata, or no usable image at
             all.
     """
     if len(shares) != len(SPLITS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
@@ -138,7 +137,7 @@ def prepare_folder(
     for candidate in _examined(candidates, min_size, workers, report):
         splits[split_of(candidate.place, shares)].append(candidate)
     for split, usable in splits.items():
-        report.pictures[split] = len(usable)
+        report.images[split] = len(usable)
         _write_split(destination / split, usable, shard_size, max_size)
     write_atomically(destination / REPORT, lambda path: path.write_text(report.as_json(), encoding="utf-8"))
     if not splits["train"]:
@@ -147,27 +146,23 @@ def prepare_folder(
 
 
 def _candidates(source: Path, destination: Path, report: Report) -> list[_Candidate]:
-    """The images that have a caption and a key of their own, in the order of their names."""
+    """Lists the images that have a caption, a unique key and all files, in the order of their names."""
     source, destination = source.resolve(), destination.resolve()
     files = sorted(path for path in source.rglob("*") if path.is_file() and destination not in path.parents)
-    boxes, maps = (
-        {
-            path.with_name(path.name.removesuffix(f".{ending}")): path
-            for path in files
-            if path.name.endswith(f".{ending}")
-        }
-        for ending in (BOXES, SEMANTIC)
-    )
-    files = [path for path in files if path not in (*boxes.values(), *maps.values())]
-    pictures = {path: path.relative_to(source).as_posix() for path in files if path.suffix.lower() in READABLE}
+    annotations = {
+        suffix: {path.with_name(path.name.removesuffix(f".{suffix}")): path for path in files if _has(path, suffix)}
+        for suffix in _FILES
+    }
+    files = [path for path in files if not any(_has(path, suffix) for suffix in _FILES)]
+    images = {path: path.relative_to(source).as_posix() for path in files if path.suffix.lower() in READABLE}
     metadata = [path for path in files if path.name in METADATA]
-    captions = _metadata_captions(source, metadata, set(pictures), report)
+    captions = _metadata_captions(source, metadata, set(images), report)
     for path in files:
-        if path not in pictures and path not in metadata and path.suffix.lower() != ".txt":
+        if path not in images and path not in metadata and path.suffix.lower() != f".{CAPTION.suffix}":
             report.ignored[path.suffix.lower()] += 1
     candidates: dict[str, _Candidate] = {}
-    for path, name in pictures.items():
-        text = captions[path] if path in captions else _caption_beside(path)
+    for path, name in images.items():
+        text = captions[path] if path in captions else _caption_file(path)
         # A key ends at the first dot of a shard's file name.
         key = path.relative_to(source).with_name(path.stem.replace(".", "_")).as_posix()
         if text is None:
@@ -178,23 +173,28 @@ def _candidates(source: Path, destination: Path, report: Report) -> list[_Candid
             report.leave_out("caption is not UTF-8", name)
         elif key in candidates:
             report.leave_out("same name but for suffix or dots", name, candidates[key].name)
-        elif boxes and path.with_suffix("") not in boxes:
-            report.leave_out(f"no boxes (.{BOXES})", name)
-        elif maps and path.with_suffix("") not in maps:
-            report.leave_out(f"no semantic map (.{SEMANTIC})", name)
         else:
-            beside = path.with_suffix("")
-            candidates[key] = _Candidate(path, name, key, text.strip(), boxes.get(beside), maps.get(beside))
+            stem = path.with_suffix("")
+            found = {suffix: paths[stem] for suffix, paths in annotations.items() if stem in paths}
+            lacking = next((suffix for suffix, paths in annotations.items() if paths and suffix not in found), None)
+            if lacking is not None:
+                report.leave_out(f"no {_FILES[lacking].noun} (.{lacking})", name)
+            else:
+                candidates[key] = _Candidate(path, name, key, text.strip(), found)
     return list(candidates.values())
 
 
-def _caption_beside(picture: Path) -> str | None:
-    path = picture.with_suffix(".txt")
+def _has(path: Path, suffix: str) -> bool:
+    return path.name.endswith(f".{suffix}")
+
+
+def _caption_file(image: Path) -> str | None:
+    path = image.with_suffix(f".{CAPTION.suffix}")
     return path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else None
 
 
-def _metadata_captions(source: Path, files: list[Path], pictures: set[Path], report: Report) -> dict[Path, str]:
-    """Captions of metadata files by image; rows that name none, or one again, go to the report."""
+def _metadata_captions(source: Path, files: list[Path], images: set[Path], report: Report) -> dict[Path, str]:
+    """Reads the captions of metadata files by image; rows without an image, or with one that had a row, go to the report."""
     captions: dict[Path, str] = {}
     for file in files:
         for line, row in _rows(file):
@@ -203,18 +203,18 @@ def _metadata_captions(source: Path, files: list[Path], pictures: set[Path], rep
             if not isinstance(name, str) or not isinstance(text, str | None):
                 report.leave_out("metadata without file_name and text", where)
                 continue
-            picture = file.parent / name
-            if picture not in pictures:
+            image = file.parent / name
+            if image not in images:
                 report.leave_out("in the metadata but not there", where, name)
-            elif picture in captions:
+            elif image in captions:
                 report.leave_out("in the metadata twice", where, name)
             else:
-                captions[picture] = text or ""
+                captions[image] = text or ""
     return captions
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and content of each row of a metadata file; a row that cannot be read is empty."""
+    """Yields line number and content of each row of a metadata file; a row that cannot be read is empty."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             if file.suffix == ".csv":
@@ -241,13 +241,13 @@ def _json_object(line: str) -> dict[str, Any]:
 
 
 def _examined(candidates: list[_Candidate], min_size: int, workers: int, report: Report) -> Iterator[_Candidate]:
-    """Those whose image can be read to its end and is large enough, in the order of their places."""
+    """Yields those whose files can be read and whose image is large enough, in the order of their places."""
     from tqdm import tqdm
 
     candidates = sorted(candidates, key=lambda candidate: candidate.place)
     with (
         ThreadPoolExecutor(max(1, workers)) as pool,
-        tqdm(total=len(candidates), desc="examining", unit="picture") as bar,
+        tqdm(total=len(candidates), desc="examining", unit="image") as bar,
     ):
         for start in range(0, len(candidates), _EXAMINED_AT_ONCE):
             part = candidates[start : start + _EXAMINED_AT_ONCE]
@@ -255,8 +255,8 @@ def _examined(candidates: list[_Candidate], min_size: int, workers: int, report:
                 bar.update()
                 if isinstance(size, DataError):
                     report.leave_out("unreadable", candidate.name, str(size))
-                elif problem := _problem_of_layout(candidate, size):
-                    report.leave_out("boxes or semantic map of no use", candidate.name, problem)
+                elif problem := _problem_of_files(candidate, size):
+                    report.leave_out("unusable annotation", candidate.name, problem)
                 elif min(size) < min_size:
                     report.leave_out(f"smaller than {min_size} pixels", candidate.name, f"{size[0]} x {size[1]}")
                 else:
@@ -272,30 +272,29 @@ def _size(candidate: _Candidate) -> tuple[int, int] | DataError:
         return error
 
 
-def _problem_of_layout(candidate: _Candidate, size: tuple[int, int]) -> str | None:
-    """What is wrong with the boxes or the map of an image of that width and height."""
+def _problem_of_files(candidate: _Candidate, size: tuple[int, int]) -> str | None:
+    """Describes what is wrong with the first unusable file next to an image of that width and height, if there is one."""
     try:
-        if candidate.boxes is not None:
-            _boxes(candidate.boxes)
-        if candidate.semantic is not None:
-            labels = decode_map(candidate.semantic.read_bytes())
-            if labels.size != size:
-                return f"the map is {labels.width} x {labels.height}, the image {size[0]} x {size[1]}"
-    except (DataError, OSError, ValueError) as error:
+        _members(candidate, size)
+    except (DataError, OSError) as error:
         return str(error)
     return None
 
 
-def _boxes(path: Path) -> list[Box]:
-    return read_boxes(json.loads(path.read_text(encoding="utf-8")))
+def _members(candidate: _Candidate, size: tuple[int, int]) -> dict[str, bytes]:
+    """Members of a shard for the files next to an image of that width and height, by the key of their modality."""
+    return {
+        _FILES[suffix].key: _FILES[suffix].to_member(path.read_bytes(), size)
+        for suffix, path in candidate.files.items()
+    }
 
 
 def _write_split(folder: Path, candidates: list[_Candidate], shard_size: int, max_size: int | None) -> None:
-    """The shards of a split; those of an earlier time that are not written again are removed."""
+    """Writes the shards of a split, and removes those of an earlier run that are not written again."""
     from tqdm import tqdm
 
     stale = set(folder.glob("[0-9]*.tar"))
-    with tqdm(total=len(candidates), desc=f"writing {folder.name}", unit="picture", disable=not candidates) as bar:
+    with tqdm(total=len(candidates), desc=f"writing {folder.name}", unit="image", disable=not candidates) as bar:
         for number, start in enumerate(range(0, len(candidates), shard_size)):
             path = folder / f"{number:06d}.tar"
             part = candidates[start : start + shard_size]
@@ -307,10 +306,10 @@ def _write_split(folder: Path, candidates: list[_Candidate], shard_size: int, ma
 
 def _sample(candidate: _Candidate, max_size: int | None) -> Sample:
     data, suffix = candidate.path.read_bytes(), candidate.path.suffix.lower().removeprefix(".")
-    picture = decode(data)
-    if suffix not in PICTURE_SUFFIXES or (max_size is not None and max(picture.size) > max_size):
+    image = decode(data)
+    if suffix not in IMAGE_SUFFIXES or (max_size is not None and max(image.size) > max_size):
         encoded = io.BytesIO()
-        small = picture if max_size is None else shrink(picture, max_size)
+        small = image if max_size is None else shrink(image, max_size)
         if suffix in ("jpg", "jpeg"):
             suffix = "jpg"
             small.save(encoded, "JPEG", quality=95, subsampling=0)
@@ -318,11 +317,4 @@ def _sample(candidate: _Candidate, max_size: int | None) -> Sample:
             suffix = "png"
             small.save(encoded, "PNG")
         data = encoded.getvalue()
-    return Sample(
-        candidate.key,
-        candidate.text,
-        data,
-        suffix,
-        boxes=None if candidate.boxes is None else _boxes(candidate.boxes),
-        semantic=None if candidate.semantic is None else candidate.semantic.read_bytes(),
-    )
+    return Sample(candidate.key, candidate.text, data, suffix, _members(candidate, image.size))

@@ -46,7 +46,7 @@ class CachedLatents(Samples):
         rows = torch.cat([self._posteriors[i : i + 1] for i in draw.index.tolist()]).float()
         parts = {name: rows[:, i].contiguous(memory_format=torch.channels_last) for i, name in enumerate(self._names)}
         unchanged = BatchIndices(draw.index)  # as the images were encoded
-        return {**parts, **self.annotations(draw.index), **self._samples.layout(unchanged)}
+        return {**parts, **self.annotations(draw.index), **self._samples.spatial_annotations(unchanged)}
 
 
 def cache_latents(

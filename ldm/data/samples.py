@@ -1,17 +1,15 @@
-"""Sets of samples from which batches are drawn by number: on disk, or in memory.
+"""Sets of samples from which batches are taken by number: on disk, or in memory.
 
 ``samples[draw]`` is one batch, a dict of ``image`` (fp32 ``[b c h w]`` in [-1, 1], channels_last), ``text``
-and ``key`` (lists of ``b``) and, for sets that have them, ``label`` (int64 ``[b]``), ``boxes`` (a list of ``b``
-lists of (class, x0, y0, x1, y1), corners in [0, 1]), ``semantic`` (int64 ``[b h w]``, a class a pixel),
-``original_size`` (a list of ``b`` (height, width) in pixels) and ``crops_coords_top_left`` (of (top, left) of the cut in
-the resized original). It depends on the draw alone.
+and ``key`` (lists of ``b``) and, for sets that have them, the values of further modalities by key, such as ``label``
+(int64 ``[b]``) or ``semantic`` (int64 ``[b h w]``); see :mod:`ldm.modalities`. It depends on the draw alone.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.conditioning.boxes import Box
 from ldm.data.shards import Shards
-from ldm.data.transforms import Fit, decode, size_of, to_tensor
+from ldm.data.transforms import decode, size_of, to_tensor
 from ldm.errors import DataError
-from ldm.image_io import decode_map
+from ldm.modalities import MODALITIES
+from ldm.modalities.crop import Crop, Fit
 
 Batch = dict[str, Any]
 
@@ -49,8 +47,8 @@ class Samples(Dataset[Batch]):
 
     Attributes:
         lengths: number of samples of each file that is best read in sequence; they add up to ``len``.
-        workers: processes that should make batches ahead; 0 where that costs more than it brings.
-        fingerprint: text that changes when the undrawn images do.
+        workers: processes that should make batches ahead; 0 where that costs more than it saves.
+        fingerprint: text that depends on the images before augmentation.
     """
 
     lengths: Sequence[int]
@@ -61,26 +59,26 @@ class Samples(Dataset[Batch]):
         return sum(self.lengths)
 
     def annotations(self, index: np.ndarray) -> Batch:
-        """What is said of whole images: ``text``, ``key`` and perhaps ``label``."""
+        """``text``, ``key`` and all else that does not depend on how the images are cropped."""
         raise NotImplementedError
 
-    def layout(self, draw: BatchIndices) -> Batch:
-        """What is said of places in the images of a draw: ``boxes``, ``semantic`` and sizes, where the set has them."""
+    def spatial_annotations(self, draw: BatchIndices) -> Batch:
+        """Annotations that refer to places in the images, such as boxes, as they are for the crops of this draw."""
         return {}
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
         raise NotImplementedError
 
 
-class StoredPictures(Samples):
-    """Pictures in shards, decoded when drawn.
+class StoredImages(Samples):
+    """Images in shards, decoded when drawn.
 
     Args:
         shards: where they are.
         fit: size to which they are brought.
         random_crop: place the cut by the draw's jitter instead of in the middle.
         flip: mirror half of the draws, left to right.
-        sizes: tell original sizes and cuts, which takes a look into each image's file.
+        sizes: add the modalities that follow from the crop; this reads the header of each image's file.
         workers: processes that decode.
     """
 
@@ -104,69 +102,75 @@ class StoredPictures(Samples):
             "text": [self.shards.text(i) for i in index],
             "key": [self.shards.keys[i] for i in index],
         }
-        if self.shards.labelled:
-            batch["label"] = torch.tensor([self.shards.label(i) for i in index])
+        for key, modality in self.shards.modalities.items():
+            if not modality.spatial and key not in batch:
+                batch[key] = modality.collate([self.shards.value(i, modality) for i in index])
         return batch
 
-    def layout(self, draw: BatchIndices) -> Batch:
+    def spatial_annotations(self, draw: BatchIndices) -> Batch:
+        crops = list(self._crops(draw))
         batch: Batch = {}
-        if self.shards.boxed:
-            boxes = [self.boxes(i, y, x) for i, y, x in self._cuts(draw)]
-            batch["boxes"] = _mirrored_boxes(boxes, draw) if self.flip else boxes
-        if self.shards.mapped:
-            maps = np.stack([self.semantic(i, y, x) for i, y, x in self._cuts(draw)])
-            batch["semantic"] = torch.from_numpy(_mirrored(maps, draw) if self.flip else maps)
+        for key, modality in self.shards.modalities.items():
+            if modality.spatial:
+                values = (self.shards.value(i, modality) for i in draw.index)
+                batch[key] = modality.collate(
+                    [modality.crop(value, crop) for value, crop in zip(values, crops, strict=True)]
+                )
         if self.sizes:
-            originals = [size_of(self.shards.picture(i)) for i in draw.index]
-            places = [
-                self.fit.place(size, y, 1 - x if flipped and self.flip else x)
-                for size, (_, y, x), flipped in zip(originals, self._cuts(draw), _flips(draw), strict=True)
-            ]
-            batch["original_size"] = [(height, width) for width, height in originals]
-            batch["crops_coords_top_left"] = places
+            for key, modality in MODALITIES.items():
+                if modality.from_crop is not None:
+                    batch[key] = modality.collate([modality.from_crop(crop) for crop in crops])
         return batch
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
-        pictures = np.stack([self.picture(i, y, x) for i, y, x in self._cuts(draw)])
-        image = to_tensor(_mirrored(pictures, draw) if self.flip else pictures)
-        return {"image": image, **self.annotations(draw.index), **self.layout(draw)}
+        images = [self.image(i, crop.y, crop.x) for i, crop in zip(draw.index, self._crops(draw), strict=True)]
+        return {
+            "image": to_tensor(self.mirrored(np.stack(images), draw)),
+            **self.annotations(draw.index),
+            **self.spatial_annotations(draw),
+        }
 
-    def _cuts(self, draw: BatchIndices) -> Iterator[tuple[int, float, float]]:
-        """Sample number and place of the cut (y, x) of each sample of a draw."""
-        centre = np.full((len(draw.index), 2), 0.5)
-        places = draw.jitter[:, :2] if draw.jitter is not None and self.random_crop else centre
-        for i, (y, x) in zip(draw.index, places, strict=True):
-            yield i, y, x
-
-    def picture(self, i: int, y: float = 0.5, x: float = 0.5) -> np.ndarray:
-        """Picture ``i`` as uint8 ``[h w 3]``, cut at (y, x)."""
+    def image(self, i: int, y: float = 0.5, x: float = 0.5) -> np.ndarray:
+        """Image ``i`` as uint8 ``[h w 3]``, cut at (y, x)."""
         try:
-            # Twice the wanted size leaves Lanczos enough to average over.
-            picture = decode(self.shards.picture(i), enough=(2 * self.fit.height, 2 * self.fit.width))
+            # Twice the needed size leaves Lanczos enough to average over.
+            image = decode(self.shards.image(i), enough=(2 * self.fit.height, 2 * self.fit.width))
         except DataError as error:
             raise DataError(f"the image {self.shards.where(i)} {error}; take it out of the shard.") from None
-        return self.fit(picture, y, x)
+        return self.fit(image, y, x)
 
-    def boxes(self, i: int, y: float = 0.5, x: float = 0.5) -> list[Box]:
-        """The boxes of sample ``i`` in its image cut at (y, x)."""
-        return self.fit.boxes(self.shards.boxes(i), size_of(self.shards.picture(i)), y, x)
+    def mirrored(self, images: np.ndarray, draw: BatchIndices) -> np.ndarray:
+        """Images ``[b h w ...]`` of a draw, those mirrored that it says."""
+        flips = self._flips(draw)
+        return (
+            np.where(flips.reshape(-1, *[1] * (images.ndim - 1)), images[:, :, ::-1], images) if self.flip else images
+        )
 
-    def semantic(self, i: int, y: float = 0.5, x: float = 0.5) -> np.ndarray:
-        """The map of sample ``i`` as int64 ``[h w]``, cut at (y, x)."""
-        try:
-            return self.fit.semantic(decode_map(self.shards.semantic(i)), y, x)
-        except DataError as error:
-            raise DataError(f"the semantic map of {self.shards.where(i)} {error}.") from None
+    def _crops(self, draw: BatchIndices) -> Iterator[Crop]:
+        """The crop of each sample of a draw."""
+        centre = np.full((len(draw.index), 2), 0.5)
+        places = draw.jitter[:, :2] if draw.jitter is not None and self.random_crop else centre
+        for i, (y, x), flip in zip(draw.index, places, self._flips(draw), strict=True):
+            yield Crop(self.fit, y, x, flip, functools.partial(self._size, i))
+
+    def _flips(self, draw: BatchIndices) -> np.ndarray:
+        """``[b]`` of bool: which images are mirrored."""
+        if draw.jitter is None or not self.flip:
+            return np.zeros(len(draw.index), bool)
+        return draw.jitter[:, 2] < 0.5
+
+    def _size(self, i: int) -> tuple[int, int]:
+        return size_of(self.shards.image(i))
 
 
-class PicturesInMemory(Samples):
+class ImagesInMemory(Samples):
     """All images of a stored set as uint8, decoded once, at the first draw: a batch is then a gather.
 
     Args:
         stored: the set; its place of the cut must not be random, since an image is cut once.
     """
 
-    def __init__(self, stored: StoredPictures):
+    def __init__(self, stored: StoredImages):
         assert not stored.random_crop
         self._stored = stored
         self.lengths, self.fingerprint = stored.lengths, stored.fingerprint
@@ -174,32 +178,31 @@ class PicturesInMemory(Samples):
     def annotations(self, index: np.ndarray) -> Batch:
         return take(self._annotations, index)
 
-    def __getitem__(self, draw: BatchIndices) -> Batch:
-        pictures = self._pictures[draw.index]
-        image = to_tensor(_mirrored(pictures, draw) if self._stored.flip else pictures)
-        return {"image": image, **self.annotations(draw.index), **self.layout(draw)}
+    def spatial_annotations(self, draw: BatchIndices) -> Batch:
+        return self._stored.spatial_annotations(draw)
 
-    def layout(self, draw: BatchIndices) -> Batch:
-        return self._stored.layout(draw)
+    def __getitem__(self, draw: BatchIndices) -> Batch:
+        image = to_tensor(self._stored.mirrored(self._images[draw.index], draw))
+        return {"image": image, **self.annotations(draw.index), **self.spatial_annotations(draw)}
 
     @functools.cached_property
     def _annotations(self) -> Batch:
         return self._stored.annotations(np.arange(len(self)))
 
     @functools.cached_property
-    def _pictures(self) -> np.ndarray:
+    def _images(self) -> np.ndarray:
         """uint8 ``[n h w 3]``."""
         from tqdm import tqdm
 
         fit = self._stored.fit
-        pictures = np.empty((len(self), fit.height, fit.width, 3), np.uint8)
+        images = np.empty((len(self), fit.height, fit.width, 3), np.uint8)
         with ThreadPoolExecutor(
             max(1, self._stored.workers)
         ) as pool:  # Pillow decodes outside of the interpreter's lock
-            decoded = pool.map(self._stored.picture, range(len(self)))
-            for i, picture in enumerate(tqdm(decoded, "decoding", len(self), unit="picture", leave=False)):
-                pictures[i] = picture
-        return pictures
+            decoded = pool.map(self._stored.image, range(len(self)))
+            for i, image in enumerate(tqdm(decoded, "decoding", len(self), unit="image", leave=False)):
+                images[i] = image
+        return images
 
 
 class TensorsInMemory(Samples):
@@ -209,8 +212,7 @@ class TensorsInMemory(Samples):
         image: fp32 ``[n c h w]``.
         text: ``n`` captions.
         key: ``n`` unique names.
-        label: int64 ``[n]`` or None.
-        layout: ``boxes`` and ``semantic`` of all samples, or None.
+        annotations: values of further modalities by key, of all samples: tensors ``[n ...]`` or lists.
     """
 
     def __init__(
@@ -218,12 +220,10 @@ class TensorsInMemory(Samples):
         image: Tensor,
         text: Sequence[str],
         key: Sequence[str],
-        label: Tensor | None = None,
-        layout: Batch | None = None,
+        annotations: Mapping[str, Any] | None = None,
     ):
         self._image = image.to(memory_format=torch.channels_last)
-        self._annotations = {"text": text, "key": key} | ({} if label is None else {"label": label})
-        self._layout = layout or {}
+        self._annotations = {"text": text, "key": key, **(annotations or {})}
         self.lengths = [len(image)]
         self.fingerprint = hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
@@ -231,11 +231,7 @@ class TensorsInMemory(Samples):
         return take(self._annotations, index)
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
-        image = self._image[torch.from_numpy(draw.index)]
-        return {"image": image, **self.annotations(draw.index), **self.layout(draw)}
-
-    def layout(self, draw: BatchIndices) -> Batch:
-        return take(self._layout, draw.index)
+        return {"image": self._image[torch.from_numpy(draw.index)], **self.annotations(draw.index)}
 
 
 def take(batch: Batch, index: np.ndarray) -> Batch:
@@ -244,22 +240,3 @@ def take(batch: Batch, index: np.ndarray) -> Batch:
         name: value[torch.from_numpy(index)] if isinstance(value, Tensor) else [value[i] for i in index]
         for name, value in batch.items()
     }
-
-
-def _mirrored(pictures: np.ndarray, draw: BatchIndices) -> np.ndarray:
-    """``[b h w ...]`` with those of :func:`_flips` mirrored."""
-    flips = _flips(draw).reshape(-1, *[1] * (pictures.ndim - 1))
-    return np.where(flips, pictures[:, :, ::-1], pictures)
-
-
-def _mirrored_boxes(boxes: list[list[Box]], draw: BatchIndices) -> list[list[Box]]:
-    """The boxes of the images that :func:`_mirrored` makes."""
-    return [
-        [(label, 1 - x1, y0, 1 - x0, y1) for label, x0, y0, x1, y1 in each] if flip else each
-        for each, flip in zip(boxes, _flips(draw), strict=True)
-    ]
-
-
-def _flips(draw: BatchIndices) -> np.ndarray:
-    """``[b]`` of bool: which are mirrored, in a set that mirrors."""
-    return np.zeros(len(draw.index), bool) if draw.jitter is None else draw.jitter[:, 2] < 0.5

@@ -1,4 +1,4 @@
-"""Coloured rectangles on a plain ground, with all that can be said of them: the data of the smallest conditional models."""
+"""Coloured rectangles on a plain background, with captions, labels, boxes and maps: data for the smallest conditional models."""
 
 from __future__ import annotations
 
@@ -7,31 +7,29 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ldm.conditioning.boxes import Box
 from ldm.config import config_field
 from ldm.data.config import DataConfig
 from ldm.data.samples import Samples, TensorsInMemory
 from ldm.data.shards import SPLITS
 from ldm.data.transforms import to_tensor
 from ldm.errors import ConfigError, DataError, unknown
+from ldm.modalities.boxes import Box
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
-"""Of the rectangles, by name; the number of a colour is its class."""
+"""RGB of the rectangles by name of the colour; the number of a colour is its class."""
 
 GROUND = 128
-"""Grey level around them."""
+"""Grey level of the background."""
 
 
 @dataclass(frozen=True)
 class Shapes(DataConfig, kind="shapes"):
-    """Rectangles of different colours on grey, apart from each other; captions such as "a red and a blue rectangle"."""
+    """Rectangles of different colours on grey that do not overlap; captions such as "a red and a blue rectangle"."""
 
-    samples: int = config_field(2000, "Pictures of each split; the splits are drawn independently.")
+    samples: int = config_field(2000, "Images of each split; the splits are drawn independently.")
     size: int = config_field(16, "Pixels of an image's side.")
-    shapes: int = config_field(
-        2, "Most rectangles of an image; it has 1 to so many, each of another of the four colours."
-    )
-    seed: int = config_field(0, "Of the images; image i of a split depends on it, the split and i alone.")
+    shapes: int = config_field(2, "Largest number of rectangles in an image, each of another of the four colours.")
+    seed: int = config_field(0, "Seed of the images; image i of a split depends on it, the split and i alone.")
     cache_latents: bool = config_field(False, "Encode images once for the denoiser and keep the posteriors.")
 
     def __post_init__(self) -> None:
@@ -43,7 +41,7 @@ class Shapes(DataConfig, kind="shapes"):
         return (3, self.size, self.size)
 
     def open(self, split: str) -> Samples:
-        """``label`` is the class of the rectangle that is named first; in ``semantic`` 0 is the ground, c + 1 class c."""
+        """Draws a split; ``label`` is the first rectangle's class, ``semantic`` 0 in the background and c + 1 in class c."""
         if split not in SPLITS:
             raise DataError(unknown("split", split, SPLITS))
         size = self.size
@@ -62,8 +60,11 @@ class Shapes(DataConfig, kind="shapes"):
             to_tensor(palette[semantic]),
             [_caption([list(COLOURS)[colour] for colour, *_ in rectangles]) for rectangles in drawn],
             [f"{split}-{i}" for i in range(self.samples)],
-            torch.tensor([rectangles[0][0] for rectangles in drawn]),
-            {"boxes": boxes, "semantic": torch.from_numpy(semantic)},
+            {
+                "label": torch.tensor([rectangles[0][0] for rectangles in drawn]),
+                "boxes": boxes,
+                "semantic": torch.from_numpy(semantic),
+            },
         )
 
 
@@ -72,7 +73,7 @@ Rectangle = tuple[int, int, int, int, int]
 
 
 def _rectangles(generator: np.random.Generator, size: int, most: int) -> list[Rectangle]:
-    """1 to ``most`` rectangles with sides of a quarter to half of the image, drawn anew until they are apart."""
+    """1 to ``most`` rectangles with sides of a quarter to half of the image, drawn until they do not overlap."""
     colours = generator.permutation(len(COLOURS))[: generator.integers(1, most, endpoint=True)].tolist()
     while True:
         sides = generator.integers(size // 4, size // 2, (len(colours), 2), endpoint=True)
@@ -86,6 +87,6 @@ def _rectangles(generator: np.random.Generator, size: int, most: int) -> list[Re
 
 
 def _caption(names: list[str]) -> str:
-    """Such as "a red, a green and a blue rectangle"."""
+    """Caption such as "a red, a green and a blue rectangle"."""
     *others, last = (f"a {name}" for name in names)
     return f"{', '.join(others)} and {last} rectangle" if others else f"{last} rectangle"

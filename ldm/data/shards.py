@@ -1,7 +1,7 @@
-"""Shards: tar files in webdataset's layout, ``key.jpg`` beside ``key.txt``.
+"""Shards: tar files in webdataset's layout, ``key.jpg`` next to ``key.txt``.
 
-What else a sample may have: ``key.cls``, a class number; ``key.boxes.json``, a list of boxes [class, x0, y0, x1, y1]
-with corners as shares of width and height; ``key.semantic.png``, a class number a pixel.
+A sample is an image with members of the modalities that have a suffix, such as ``key.cls`` (a class number) or
+``key.boxes.json``; see :mod:`ldm.modalities`.
 
 A shard on disk needs no streaming: its index, one pass over the headers, gives every sample by number. Order,
 resume, ranks and workers are then arithmetic on sample numbers (see :mod:`ldm.data.stream`).
@@ -13,49 +13,54 @@ import glob
 import hashlib
 import importlib.resources
 import io
-import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ldm.conditioning.boxes import Box, read_boxes
 from ldm.errors import DataError
 from ldm.formats.tensors import write_atomically
+from ldm.modalities import MODALITIES, Modality
+from ldm.modalities.caption import CAPTION
 
 SPLITS = ("train", "val", "test")
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif")
 EMOJI = "emoji"  # as a source: the shards that come with the package
 
-BOXES, SEMANTIC = "boxes.json", "semantic.png"  # what follows a key's dot
+_FIRST = ("txt", "cls", "boxes.json", "semantic.png")
+"""Suffixes that precede others in shards and fingerprints; fingerprints have always covered them, present or not."""
 
-_PICTURE, _TEXT, _CLASS, _BOXES, _SEMANTIC = range(5)
-_MEMBERS = {
-    **dict.fromkeys(PICTURE_SUFFIXES, _PICTURE),
-    "txt": _TEXT,
-    "cls": _CLASS,
-    BOXES: _BOXES,
-    SEMANTIC: _SEMANTIC,
-}
-_KINDS_OF_MEMBERS = len(set(_MEMBERS.values()))
-_ON_ALL_OR_NONE = {_CLASS: "a class (.cls)", _BOXES: f"boxes (.{BOXES})", _SEMANTIC: f"a semantic map (.{SEMANTIC})"}
+_STORED = {modality.suffix: modality for modality in MODALITIES.values() if modality.suffix is not None}
+
+MEMBERS: dict[str, Modality] = {suffix: _STORED[suffix] for suffix in (*_FIRST, *sorted(_STORED.keys() - {*_FIRST}))}
+"""Modalities that are stored, by suffix, in the order of their members in a shard."""
+
+_IMAGE = 0  # column of the spans; those of MEMBERS follow
+_COLUMNS = {**dict.fromkeys(IMAGE_SUFFIXES, _IMAGE), **{suffix: i for i, suffix in enumerate(MEMBERS, start=1)}}
 _BLOCK = 512  # bytes: tar's unit
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image as stored: unique key, caption, encoded bytes and their file suffix; class number, boxes and map if any."""
+    """An image as stored, with what is known about it.
+
+    Attributes:
+        key: unique name.
+        text: caption.
+        image: encoded bytes.
+        suffix: of the image's file.
+        annotations: values of further modalities by key: as :meth:`Modality.encode` takes them, or encoded already.
+    """
 
     key: str
     text: str
-    picture: bytes
+    image: bytes
     suffix: str
-    label: int | None = None
-    boxes: Sequence[Box] | None = None
-    semantic: bytes | None = None
+    annotations: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
@@ -66,13 +71,12 @@ def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
         nonlocal count
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             for sample in samples:
-                members = {sample.suffix: sample.picture, "txt": sample.text.encode()}
-                if sample.label is not None:
-                    members["cls"] = str(sample.label).encode()
-                if sample.boxes is not None:
-                    members[BOXES] = json.dumps(sample.boxes).encode()
-                if sample.semantic is not None:
-                    members[SEMANTIC] = sample.semantic
+                values = {"text": sample.text, **sample.annotations}
+                members = {sample.suffix: sample.image}
+                for suffix, modality in MEMBERS.items():
+                    if modality.key in values:
+                        value = values[modality.key]
+                        members[suffix] = value if isinstance(value, bytes) else modality.encode(value)
                 for suffix, data in members.items():
                     info = tarfile.TarInfo(f"{sample.key}.{suffix}")
                     info.size = len(data)
@@ -134,7 +138,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 class Shards:
-    """Samples of several shards by number, read from disk when asked for.
+    """Samples of several shards by number, read from disk when needed.
 
     Args:
         paths: the shards, as :func:`find_shards` lists them.
@@ -142,14 +146,12 @@ class Shards:
     Attributes:
         keys: the key of each sample.
         lengths: the number of samples of each shard.
-        labelled: whether the samples carry class numbers.
-        boxed: whether they carry boxes.
-        mapped: whether they carry semantic maps.
+        modalities: those that the samples have, by key.
 
     Raises:
         DataError: a shard that is missing, ends early or is no tar; a sample without an image, or without
-            both caption and class number; a key that comes twice; a set with no sample; class numbers, boxes or
-            maps on some samples only.
+            both caption and class number; a key that comes twice; a set with no sample; a modality that some
+            samples have and some lack.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -161,9 +163,9 @@ class Shards:
             found = _index(path)
             self.keys += found
             self.lengths.append(len(found))
-            spans.append(np.array(list(found.values()), np.int64).reshape(-1, _KINDS_OF_MEMBERS, 2))
-        # [n 5 2]: offset and size, in bytes, of each kind of member; size -1 where there is none.
-        self._spans = np.concatenate(spans) if spans else np.zeros((0, _KINDS_OF_MEMBERS, 2), np.int64)
+            spans.append(np.array(list(found.values()), np.int64).reshape(-1, 1 + len(MEMBERS), 2))
+        # [n 1+m 2]: offset and size, in bytes, of the image and of each kind of member; size -1 where there is none.
+        self._spans = np.concatenate(spans) if spans else np.zeros((0, 1 + len(MEMBERS), 2), np.int64)
         self._shard = np.repeat(np.arange(len(self.paths)), self.lengths)
         if not self.keys:
             raise DataError(
@@ -172,43 +174,35 @@ class Shards:
         twice, times = Counter(self.keys).most_common(1)[0]
         if times > 1:
             raise DataError(f"the key {twice!r} comes twice in the shards of {self.paths[0].parent}; list each once.")
-        self.labelled, self.boxed, self.mapped = (self._all_have(member) for member in _ON_ALL_OR_NONE)
+        self.modalities = {modality.key: modality for modality in MEMBERS.values() if self._has(modality)}
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def picture(self, i: int) -> bytes:
+    def image(self, i: int) -> bytes:
         """The encoded image of sample ``i``."""
-        return self._read(i, _PICTURE)
+        return self._read(i, _IMAGE)
 
     def text(self, i: int) -> str:
-        """The caption of sample ``i``; empty for one that has a class number alone."""
-        try:
-            return self._read(i, _TEXT).decode().strip()
-        except UnicodeDecodeError:
-            raise DataError(f"the caption of {self.where(i)} is not UTF-8; write the shard again.") from None
+        """The caption of sample ``i``; empty for one without."""
+        caption: str = self.value(i, CAPTION)
+        return caption
 
-    def label(self, i: int) -> int:
-        """The class number of sample ``i`` of a labelled set."""
-        text = self._read(i, _CLASS)
-        try:
-            return int(text)
-        except ValueError:
-            raise DataError(
-                f"the class of {self.where(i)} is {text!r}, not a whole number; write the shard again."
-            ) from None
+    def encoded(self, i: int, modality: Modality) -> bytes:
+        """The member of sample ``i`` with its value of a modality, as stored; empty if it has none."""
+        assert modality.suffix is not None, f"{modality.noun} is not stored"
+        return self._read(i, _COLUMNS[modality.suffix])
 
-    def boxes(self, i: int) -> list[Box]:
-        """The boxes of sample ``i`` of a boxed set."""
-        try:
-            return read_boxes(json.loads(self._read(i, _BOXES)))
-        except (DataError, ValueError) as error:
-            told = error if isinstance(error, DataError) else f"are no JSON ({error})"
-            raise DataError(f"the boxes of {self.where(i)} {told}; write the shard again.") from None
+    def value(self, i: int, modality: Modality) -> Any:
+        """The decoded value of a modality for sample ``i``.
 
-    def semantic(self, i: int) -> bytes:
-        """The encoded map of sample ``i`` of a mapped set."""
-        return self._read(i, _SEMANTIC)
+        Raises:
+            DataError: the member is malformed.
+        """
+        try:
+            return modality.decode(self.encoded(i, modality))
+        except DataError as error:
+            raise DataError(f"the {modality.noun} of {self.where(i)} {error}; write the shard again.") from None
 
     def where(self, i: int) -> str:
         """Shard and key of sample ``i``, for messages."""
@@ -216,28 +210,37 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the keys, their order and where the members lie, but not with the shards' folder."""
+        """Text that depends on the keys, their order and where the members lie, but not on the shards' folder."""
         digest = hashlib.blake2b("\n".join(self.keys).encode(), digest_size=16)
-        digest.update(self._spans.tobytes())
+        always = 1 + len(_FIRST)
+        digest.update(self._spans[:, :always].tobytes())
+        for suffix, modality in list(MEMBERS.items())[len(_FIRST) :]:
+            if modality.key in self.modalities:
+                digest.update(suffix.encode() + self._spans[:, _COLUMNS[suffix]].tobytes())
         return digest.hexdigest()
 
-    def _all_have(self, member: int) -> bool:
-        """Whether the samples have this kind of member; a DataError if only some do."""
-        has = self._spans[:, member, 1] >= 0
-        if has.any() and not has.all():
-            lacking = self.keys[int(np.argmin(has))]
-            raise DataError(
-                f"samples of {self.paths[0].parent} have {_ON_ALL_OR_NONE[member]}, but {lacking!r} has none."
-            )
-        return bool(has.all())
+    def _has(self, modality: Modality) -> bool:
+        """Whether samples have a modality.
 
-    def _read(self, i: int, member: int) -> bytes:
-        offset, size = self._spans[i, member]
+        Raises:
+            DataError: only some of them have one that all need.
+        """
+        assert modality.suffix is not None
+        has = self._spans[:, _COLUMNS[modality.suffix], 1] >= 0
+        if has.any() and not has.all() and not modality.optional:
+            lacking = self.keys[int(np.argmin(has))]
+            raise DataError(f"samples of {self.paths[0].parent} have {modality.file}, but {lacking!r} has none.")
+        return bool(has.any())
+
+    def _read(self, i: int, column: int) -> bytes:
+        offset, size = self._spans[i, column]
         if size < 0:
             return b""
         path = self.paths[self._shard[i]]
         try:
-            with path.open("rb") as file:  # opened anew: safe in forked workers, and no limit on the number of shards
+            with path.open(
+                "rb"
+            ) as file:  # opened each time: safe in forked workers, and no limit on the number of shards
                 file.seek(offset)
                 data = file.read(size)
         except OSError as error:
@@ -257,10 +260,10 @@ def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
                 end = info.offset_data + -(-info.size // _BLOCK) * _BLOCK
                 folder, slash, name = info.name.rpartition("/")
                 stem, _, suffix = name.partition(".")  # webdataset's rule: a key ends at the name's first dot
-                member = _MEMBERS.get(suffix.lower())
-                if info.isreg() and member is not None:
-                    spans = samples.setdefault(folder + slash + stem, [(0, -1)] * _KINDS_OF_MEMBERS)
-                    spans[member] = (info.offset_data, info.size)
+                column = _COLUMNS.get(suffix.lower())
+                if info.isreg() and column is not None:
+                    spans = samples.setdefault(folder + slash + stem, [(0, -1)] * (1 + len(MEMBERS)))
+                    spans[column] = (info.offset_data, info.size)
         with path.open("rb") as file:
             file.seek(end)
             whole = file.read(_BLOCK) == bytes(_BLOCK)
@@ -270,9 +273,11 @@ def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
         raise DataError(f"the shard {path} ends early or is no tar file ({error}); copy or make it again.") from None
     if not whole:  # cut between two members, where the headers alone cannot tell
         raise DataError(f"the shard {path} ends early, after {len(samples)} samples; copy or make it again.")
+    describing = {suffix: modality for suffix, modality in MEMBERS.items() if modality.describes}
     for key, spans in samples.items():
-        if spans[_PICTURE][1] < 0:
-            raise DataError(f"{key!r} in {path} has no image ({', '.join(PICTURE_SUFFIXES)}); make the shard again.")
-        if spans[_TEXT][1] < 0 and spans[_CLASS][1] < 0:
-            raise DataError(f"{key!r} in {path} has neither caption (.txt) nor class (.cls); make the shard again.")
+        if spans[_IMAGE][1] < 0:
+            raise DataError(f"{key!r} in {path} has no image ({', '.join(IMAGE_SUFFIXES)}); make the shard again.")
+        if all(spans[_COLUMNS[suffix]][1] < 0 for suffix in describing):
+            lacking = " nor ".join(f"{modality.noun} (.{suffix})" for suffix, modality in describing.items())
+            raise DataError(f"{key!r} in {path} has neither {lacking}; make the shard again.")
     return samples

@@ -57,7 +57,8 @@ class Digits(DataConfig, kind="digits"):
         index = np.flatnonzero(np.select([tenth == 8, tenth == 9], [1, 2], 0) == _number(split))
         image = torch.from_numpy(digits.images[index].astype(np.float32) / 8.0 - 1.0)[:, None]  # 0..16 to [-1, 1]
         label = torch.from_numpy(digits.target[index].astype(np.int64))
-        return TensorsInMemory(image, [f"the digit {i}" for i in label.tolist()], [f"digit-{i}" for i in index], label)
+        captions = [f"the digit {i}" for i in label.tolist()]
+        return TensorsInMemory(image, captions, [f"digit-{i}" for i in index], {"label": label})
 
 
 def _number(split: str) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.conditioning import ConditionerConfig
@@ -19,6 +18,7 @@ from ldm.diffusion.loss import DenoisingLoss
 from ldm.diffusion.noise_level_samplers import Stratified
 from ldm.diffusion.parametrization import Diffusion
 from ldm.image_output import Images
+from ldm.modalities.arguments import of_key, pipeline_arguments
 from ldm.model import LatentDiffusion, SamplingConfig
 from ldm.pipeline import Pipeline
 from ldm.training.optim import TrainConfig
@@ -157,28 +157,19 @@ class DenoiserModule(StageModule):
         batch = next(iter(EvaluationLoader(self.data.samples("val"), PREVIEW)))
         batch = self.data.transfer_batch_to_device(batch, self.device, 0)
         told = self._conditions(batch, self.generator("pictures"))
-        asked = {name: _entries(told[name]) for name in reads}
-        prompt, label = asked.pop("text", None), asked.pop("label", None)
-        settings: dict[str, Any] = {"seed": self.seed, "output_type": "pt", "progress": False}
-        made = Pipeline(self.model)(prompt, label=label, condition=asked, **settings)
+        arguments = pipeline_arguments({name: _entries(told[name]) for name in reads})
+        made = Pipeline(self.model)(**arguments, seed=self.seed, output_type="pt", progress=False)
         if "image" in batch:
             truth = batch["image"]
         else:
             latent = self.model.first_stage.posterior(batch).mode
             truth = self.model.decode(self.model.first_stage.normalize(latent))
-        rows = (torch.cat([*_given(told, truth), 2 * made - 1, truth]) + 1) / 2
+        shown = (of_key(name).preview(told[name], truth) for name in reads)
+        given = [images for images in shown if images is not None]
+        rows = (torch.cat([*given, 2 * made - 1, truth]) + 1) / 2
         return Images.of(rows).grid(columns=len(truth), scale=max(1, LEAST_SIDE // truth.shape[-2]))
 
 
 def _entries(values: Any) -> list[Any]:
     """An entry for each image; numbers as such, not as tensors."""
     return values.tolist() if isinstance(values, Tensor) and values.ndim == 1 else list(values)
-
-
-def _given(told: Mapping[str, Any], truth: Tensor) -> Iterator[Tensor]:
-    """What raw conditions show of the images ``truth [b 3 h w]``, likewise in [-1, 1]."""
-    size = truth.shape[-2:]
-    if "low_res" in told:
-        yield F.interpolate(told["low_res"], size)
-    if "inpaint" in told:
-        yield truth * (1 - F.interpolate(told["inpaint"][:, :1], size))

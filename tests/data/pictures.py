@@ -23,7 +23,7 @@ def encoded(picture: Image.Image, file_format: str = "PNG", **options: object) -
 
 def sample(i: int, *, labelled: bool = False) -> Sample:
     picture = encoded(noise_picture(i, height=10 + i % 5, width=12))
-    return Sample(f"{i:04d}", f"caption {i}", picture, "png", i % 3 if labelled else None)
+    return Sample(f"{i:04d}", f"caption {i}", picture, "png", {"label": i % 3} if labelled else {})
 
 
 def write_shards(folder: Path, lengths: list[int], *, labelled: bool = False) -> list[Path]:

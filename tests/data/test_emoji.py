@@ -60,7 +60,7 @@ def test_what_is_held_out_differs_from_train_by_its_tones_alone(shards: dict[str
 def test_pictures_are_rgb_on_white(shards: dict[str, Shards]) -> None:
     samples = shards["test"]
     for i in range(0, len(samples), 20):
-        picture = decode(samples.picture(i))
+        picture = decode(samples.image(i))
         assert picture.size == (128, 128)
         corners = np.asarray(picture)[::127, ::127]
         assert corners.min() >= 250

@@ -13,7 +13,8 @@ from ldm.data.folder import prepare_folder, split_of
 from ldm.data.shards import SPLITS, Shards, find_shards
 from ldm.data.transforms import decode
 from ldm.errors import DataError
-from ldm.image_io import decode_map
+from ldm.modalities.boxes import BOXES
+from ldm.modalities.semantic import SEMANTIC
 from tests.data.pictures import encoded, noise_picture
 
 
@@ -33,7 +34,7 @@ def everything(destination: Path) -> dict[str, tuple[str, bytes]]:
     for split in SPLITS:
         if (destination / split).is_dir():
             shards = Shards(find_shards(str(destination / split), split))
-            found |= {key: (shards.text(i), shards.picture(i)) for i, key in enumerate(shards.keys)}
+            found |= {key: (shards.text(i), shards.image(i)) for i, key in enumerate(shards.keys)}
     return found
 
 
@@ -50,9 +51,9 @@ def test_pictures_and_captions_come_through_as_they_are(tmp_path: Path) -> None:
         expected[name] = (caption, put(source, f"{name}.{suffix}", f" {caption}\n", seed=i))
     report = prepare_folder(source, destination, shard_size=5, shares=(0.5, 0.25, 0.25))
     assert everything(destination) == expected
-    assert sum(report.pictures.values()) == 12
+    assert sum(report.images.values()) == 12
     assert left_out(destination) == {}
-    assert len(list((destination / "train").iterdir())) == -(-report.pictures["train"] // 5)
+    assert len(list((destination / "train").iterdir())) == -(-report.images["train"] // 5)
 
 
 def test_what_cannot_be_used_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_boxes_and_maps_come_along(tmp_path: Path) -> None:
         put_layout(source, name, [[i, 0, 0, 0.5, 1]], labels + i)
     prepare_folder(source, destination, shares=(1, 0, 0), max_size=6)
     shards = Shards(find_shards(str(destination / "train"), "train"))
-    found = {key: (shards.boxes(i), np.asarray(decode_map(shards.semantic(i)))) for i, key in enumerate(shards.keys)}
+    found = {key: (shards.value(i, BOXES), np.asarray(shards.value(i, SEMANTIC))) for i, key in enumerate(shards.keys)}
     assert {key: boxes for key, (boxes, _) in found.items()} == {"a": [(0, 0, 0, 0.5, 1)], "b_c": [(1, 0, 0, 0.5, 1)]}
     assert all(np.array_equal(found[key][1], labels + i) for i, key in enumerate(["a", "b_c"]))
 
@@ -260,8 +261,8 @@ def test_layouts_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     assert left_out(destination) == {
         "no boxes (.boxes.json)": ["unboxed.png"],
         "no semantic map (.semantic.png)": ["unmapped.png"],
-        "boxes or semantic map of no use": ["bad.png", "broken.png", "coloured.png", "small.png"],
+        "unusable annotation": ["bad.png", "broken.png", "coloured.png", "small.png"],
     }
-    reasons = report.left_out["boxes or semantic map of no use"]
+    reasons = report.left_out["unusable annotation"]
     assert reasons["small.png"] == "the map is 4 x 8, the image 8 x 8"
     assert "are not a list of (class, x0, y0, x1, y1)" in reasons["bad.png"]

@@ -15,6 +15,8 @@ from ldm.data.latents import cache_latents
 from ldm.data.shards import Sample, Shards, write_shard
 from ldm.data.transforms import decode, size_of
 from ldm.errors import DataError
+from ldm.modalities.boxes import BOXES
+from ldm.modalities.semantic import SEMANTIC
 from ldm.vae import IdentityConfig
 from tests.data.pictures import encoded, sample
 
@@ -34,7 +36,7 @@ def write_spots(path: Path) -> None:
         box = (i % 3, x0 / width, y0 / height, x1 / width, y1 / height)
         labels = encoded(Image.fromarray(pixels // WHITE))
         picture = encoded(Image.fromarray(pixels).convert("RGB"))
-        samples.append(Sample(f"{i}", "a spot", picture, "png", boxes=[box], semantic=labels))
+        samples.append(Sample(f"{i}", "a spot", picture, "png", {"boxes": [box], "semantic": labels}))
     write_shard(path, samples)
 
 
@@ -84,13 +86,13 @@ def test_sizes_tell_of_what_and_from_where_a_picture_was_cut(tmp_path: Path, set
 
 def pictures_of(path: Path) -> list[tuple[str, bytes]]:
     shards = Shards([path])
-    return [(key, shards.picture(i)) for i, key in enumerate(shards.keys)]
+    return [(key, shards.image(i)) for i, key in enumerate(shards.keys)]
 
 
 def test_a_box_that_is_cut_off_is_left_out(tmp_path: Path) -> None:
     picture = encoded(Image.new("RGB", (40, 10)))
     boxes = [(0, 0.0, 0.0, 0.2, 1.0), (1, 0.3, 0.0, 0.5, 1.0)]  # the middle quarter is kept
-    write_shard(tmp_path / "a.tar", [Sample("a", "wide", picture, "png", boxes=boxes)])
+    write_shard(tmp_path / "a.tar", [Sample("a", "wide", picture, "png", {"boxes": boxes})])
     batch = ShardsData(str(tmp_path / "a.tar"), size=10, workers=0).open("train")[BatchIndices(np.arange(1))]
     (kept,) = batch["boxes"]
     assert kept == [(1, 0.0, 0.0, 0.5, 1.0)]
@@ -130,7 +132,7 @@ def test_the_size_of_a_picture_is_that_of_its_decoding(tmp_path: Path) -> None:
 )
 def test_all_samples_have_them_or_none(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     first = sample(0)
-    samples = [Sample(first.key, first.text, first.picture, first.suffix, **changes), sample(1)]
+    samples = [Sample(first.key, first.text, first.image, first.suffix, changes), sample(1)]
     write_shard(tmp_path / "a.tar", samples)
     with pytest.raises(DataError, match=message):
         Shards([tmp_path / "a.tar"])
@@ -158,9 +160,10 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, boxes: bytes, semantic: by
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     boxes, labels = [(2, 0.1, 0.2, 0.3, 0.4), (0, 0.0, 0.0, 1.0, 1.0)], encoded(Image.new("P", (4, 4), 3))
     write_shard(
-        tmp_path / "a.tar", [Sample("0", "a", encoded(Image.new("RGB", (4, 4))), "png", boxes=boxes, semantic=labels)]
+        tmp_path / "a.tar",
+        [Sample("0", "a", encoded(Image.new("RGB", (4, 4))), "png", {"boxes": boxes, "semantic": labels})],
     )
     shards = Shards([tmp_path / "a.tar"])
-    assert (shards.boxed, shards.mapped, shards.labelled) == (True, True, False)
-    assert shards.boxes(0) == boxes
-    assert shards.semantic(0) == labels
+    assert set(shards.modalities) == {"text", "boxes", "semantic"}
+    assert shards.value(0, BOXES) == boxes
+    assert shards.encoded(0, SEMANTIC) == labels

@@ -12,18 +12,19 @@ from hypothesis import strategies as st
 
 from ldm.data.shards import Sample, Shards, find_shards, write_shard
 from ldm.errors import DataError
+from ldm.modalities.label import LABEL
 from tests.data.pictures import sample, write_shards
 
 
 def as_read(shards: Shards) -> list[tuple[str, str, bytes, int | None]]:
     return [
-        (key, shards.text(i), shards.picture(i), shards.label(i) if shards.labelled else None)
+        (key, shards.text(i), shards.image(i), shards.value(i, LABEL) if "label" in shards.modalities else None)
         for i, key in enumerate(shards.keys)
     ]
 
 
 def as_written(samples: list[Sample]) -> list[tuple[str, str, bytes, int | None]]:
-    return [(s.key, s.text, s.picture, s.label) for s in samples]
+    return [(s.key, s.text, s.image, s.annotations.get("label")) for s in samples]
 
 
 keys = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="./\\"), min_size=1, max_size=120)
@@ -39,7 +40,7 @@ def test_what_is_written_is_read(
 ) -> None:
     path = tmp_path_factory.mktemp("shard") / "a.tar"
     samples = [
-        Sample(key, text, picture, "jpg", number if labelled else None)
+        Sample(key, text, picture, "jpg", {"label": number} if labelled else {})
         for number, (key, (text, picture)) in enumerate(content.items())
     ]
     assert write_shard(path, samples) == len(samples)
@@ -59,7 +60,9 @@ def test_we_read_what_webdataset_writes(tmp_path: Path) -> None:
     samples = [sample(i, labelled=True) for i in range(4)]
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         for s in samples:
-            writer.write({"__key__": s.key, "png": s.picture, "txt": s.text, "cls": s.label, "json": {"more": 1}})
+            writer.write(
+                {"__key__": s.key, "png": s.image, "txt": s.text, "cls": s.annotations["label"], "json": {"more": 1}}
+            )
     assert as_read(Shards([tmp_path / "a.tar"])) == as_written(samples)
 
 
@@ -145,7 +148,7 @@ def test_shards_that_lack_something(tmp_path: Path, members: dict[str, bytes], m
 @pytest.mark.parametrize(
     ("members", "read", "message"),
     [
-        ({"a.jpg": b"", "a.cls": b"one"}, Shards.label, "class of 'a' in .* is b'one'"),
+        ({"a.jpg": b"", "a.cls": b"one"}, lambda shards, i: shards.value(i, LABEL), "class of 'a' in .* is b'one'"),
         ({"a.jpg": b"", "a.txt": b"\xff"}, Shards.text, "caption of 'a' in .* is not UTF-8"),
     ],
 )
@@ -174,10 +177,10 @@ def test_a_shard_that_shrinks_while_in_use(tmp_path: Path) -> None:
     shards = Shards([path])
     path.write_bytes(path.read_bytes()[:600])
     with pytest.raises(DataError, match="become shorter"):
-        shards.picture(1)
+        shards.image(1)
     path.unlink()
     with pytest.raises(DataError, match="cannot read the shard"):
-        shards.picture(1)
+        shards.image(1)
 
 
 def test_the_fingerprint_follows_the_content_and_not_the_folder(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_evaluation_sees_every_sample_once(lengths: list[int], batch_size: int, 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_picture_is_named_in_one_sentence(tmp_path: Path, workers: int) -> None:
-    broken = dataclasses.replace(sample(3), picture=b"no image")
+    broken = dataclasses.replace(sample(3), image=b"no image")
     write_shard(tmp_path / "a.tar", [sample(2), broken])
     samples = ShardsData(str(tmp_path), size=8, workers=workers).open("train")
     with pytest.raises(DataError, match=r"^the image '0003' in .*a\.tar cannot be read.*shard\.$") as error:

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.data.transforms import Fit, decode, shrink, to_tensor
+from ldm.data.transforms import decode, shrink, to_tensor
 from ldm.errors import DataError
+from ldm.modalities.crop import Fit
 from tests.data.pictures import encoded, noise_picture
 
 sizes = st.integers(1, 40)

@@ -1,0 +1,90 @@
+"""Edge maps, concatenated to the latent: outlines that the image follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.clip.model import CLIPConfig
+from ldm.clip.tokenizer import Tokenizer
+from ldm.conditioning.conditioner import (
+    Conditioner,
+    ConditionerConfig,
+    check_dropout,
+    dropped,
+    input_of,
+    stacked_maps,
+    training_images,
+)
+from ldm.config import config_field
+from ldm.modalities.edges import EDGES, detect_edges
+from ldm.nn.conditioning import Conditioning
+
+
+@dataclass(frozen=True)
+class EdgesConditionerConfig(ConditionerConfig, kind="edges"):
+    """A map of the edges; in training, those of the data's .edges.png, or else detected in the training image."""
+
+    dropout: float = config_field(0.1, "fraction of the training maps that are dropped, for classifier-free guidance")
+    size: tuple[int, int] | None = config_field(None, "height and width of an absent map; null = that of the latents")
+    latent_factor: int | None = config_field(
+        None, "factor of the first stage, by which maps are made smaller; null = that of the experiment"
+    )
+
+    def __post_init__(self) -> None:
+        check_dropout(self.dropout)
+
+    @property
+    def input_keys(self) -> tuple[str, ...]:
+        return (EDGES.key,)
+
+    @property
+    def concat_channels(self) -> int:
+        return 1
+
+    def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> EdgesConditionerConfig:
+        return replace(self, size=self.size or latent_size, latent_factor=self.latent_factor or factor)
+
+    def build(self, tokenizer: Tokenizer | None = None) -> EdgesConditioner:
+        assert self.size is not None, "the size comes from the experiment's latents"
+        assert self.latent_factor is not None, "the factor comes from the experiment's first stage"
+        return EdgesConditioner(self, self.size, self.latent_factor)
+
+
+class EdgesConditioner(Conditioner):
+    """Conditioner with one channel ``[b 1 h/f w/f]``: 1 where a latent's pixels contain an edge, -1 elsewhere, 0 for no map."""
+
+    def __init__(self, config: EdgesConditionerConfig, size: tuple[int, int], factor: int):
+        super().__init__()
+        self.config = config
+        self.size = size
+        self.factor = factor
+
+    def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
+        maps = self._shrunk(input_of(inputs, EDGES.key))
+        kept = ~dropped(len(maps), self.config.dropout, generator).to(maps.device)
+        return Conditioning(concat=(maps * kept[:, None, None])[:, None])
+
+    def unconditional(self, inputs: Mapping[str, Any], negative: Sequence[str] | None = None) -> Conditioning:
+        """Computes the conditioning of absent maps, of the size of those that are given."""
+        return Conditioning(concat=torch.zeros_like(self(inputs).concat))
+
+    def prepare_batch(
+        self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
+    ) -> Mapping[str, Any]:
+        """Adds ``edges [b h w]``, detected in the images, unless the data has edge maps."""
+        if EDGES.key in batch:
+            return batch
+        return {**batch, EDGES.key: detect_edges(training_images(batch, "edges"))}
+
+    def _shrunk(self, maps: Tensor | Sequence[Any]) -> Tensor:
+        """Edge maps ``[b h w]`` in [0, 1] ``-> [b h/f w/f]`` in [-1, 1], by the maximum in each cell."""
+        if isinstance(maps, Tensor):
+            return 2 * F.max_pool2d(maps[:, None], self.factor)[:, 0] - 1
+        shrunk = [None if each is None else self._shrunk(EDGES.entry(each)[None])[0] for each in maps]
+        return stacked_maps(shrunk, self.size, 0.0, EDGES.noun)

@@ -1,0 +1,38 @@
+"""Class labels: one whole number an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.errors import DataError, SamplingError
+from ldm.modalities.base import Modality, listed, register
+
+
+class Label(Modality):
+    """A class label: stored as decimal digits, in batches int64 ``[b]``."""
+
+    def decode(self, data: bytes) -> int:
+        try:
+            return int(data)
+        except ValueError:
+            raise DataError(f"is {data!r}, not a whole number") from None
+
+    def encode(self, value: int) -> bytes:
+        return str(value).encode()
+
+    def collate(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values)
+
+    def entries(self, value: Any) -> list[Any]:
+        labels = listed(value)
+        if not labels or not all(isinstance(label, Integral) for label in labels):
+            raise SamplingError(f"label is {value!r}; give a whole number or several.")
+        return [int(label) for label in labels]
+
+
+LABEL = register(Label("label", "class", "class labels", argument="label", suffix="cls", describes=True))

@@ -1,0 +1,26 @@
+"""Small images that a model enlarges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.image_io import signed_tensor
+from ldm.modalities.base import Modality, register
+
+
+class SmallImage(Modality):
+    """A small image: in training made from the training image by its conditioner, as fp32 ``[b 3 h w]`` in [-1, 1]."""
+
+    def entry(self, value: Any) -> Tensor:
+        """``[3 h w]`` fp32 in [-1, 1]."""
+        return signed_tensor(value)
+
+    def preview(self, values: Tensor, images: Tensor) -> Tensor:
+        """The small images, enlarged by repeating their pixels."""
+        return F.interpolate(values, images.shape[-2:])
+
+
+LOW_RES = register(SmallImage("low_res", "small image", "small images", ndim=3))

@@ -1,0 +1,48 @@
+"""Semantic maps: a class number for each pixel."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.errors import DataError, SamplingError
+from ldm.modalities.base import register
+from ldm.modalities.pixel_map import PixelMap
+
+
+class SemanticMap(PixelMap):
+    """A semantic map: stored as an image in grey or with a palette, in batches int64 ``[b h w]``."""
+
+    def decode(self, data: bytes) -> Image.Image:
+        """An image of one channel whose values are class numbers; its palette is not applied."""
+        try:
+            labels: Image.Image = Image.open(io.BytesIO(data))
+            labels.load()
+        except Exception as error:  # Pillow's plugins raise all sorts of errors for a broken file
+            raise DataError(f"cannot be read as a map ({error})") from None
+        if len(labels.getbands()) != 1:
+            raise DataError("is no map: it has several channels, so save it in grey or with a palette")
+        return labels
+
+    def values(self, pixels: np.ndarray) -> Tensor:
+        return torch.from_numpy(pixels.astype(np.int64))
+
+    def entry(self, value: Any) -> Tensor:
+        """``[h w]`` int64 of a file, an image of one channel, an array, a tensor or a list of rows."""
+        value = self.decode_file(value) if isinstance(value, str | Path) else value
+        values = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
+        if values.ndim != 2 or values.dtype.kind not in "iub":
+            raise SamplingError(
+                f"a semantic map is [h w] of whole numbers, not {list(values.shape)} of {values.dtype}; "
+                "give a class a pixel."
+            )
+        return self.values(values)
+
+
+SEMANTIC = register(SemanticMap("semantic", "semantic map", "semantic maps", suffix="semantic.png"))
