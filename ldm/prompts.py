@@ -19,9 +19,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ldm.errors import SamplingError, unknown
 
@@ -134,11 +134,6 @@ class PromptOptions:
         return WeightedPrompt(
             "".join(piece.text for piece in said), weights if any(w != 1 for w in weights) else (), cut
         )
-
-    def record(self) -> dict[str, Any]:
-        """What of it is not as usual, for the record of an image."""
-        told = {entry.name: (getattr(self, entry.name), entry.default) for entry in fields(self)}
-        return {name: value for name, (value, usual) in told.items() if value != usual}
 
 
 class Piece(NamedTuple):

@@ -157,7 +157,7 @@ def test_known_latents_come_out_as_they_were(pipe: Pipeline, sampler: str) -> No
     free = torch.zeros(1, 1, *latents.shape[2:])
     free[..., :3] = 1
     blank = torch.zeros(1, 3, SIZE, SIZE)
-    edit = editing.Inpaint(latents=latents, strength=1.0, mask=free, pictures=blank, blend=blank[:, :1])
+    edit = editing.Inpaint(latents=latents, strength=1.0, mask=free, images=blank, blend=blank[:, :1])
     found = pipe(PROMPT, seed=2, edit=edit, sampler=sampler, output_type="latent", **QUIET)
     torch.testing.assert_close(found[..., 3:], latents[..., 3:], rtol=0, atol=2e-5)
     assert (found[..., :3] - latents[..., :3]).abs().mean() > 0.1
