@@ -8,6 +8,7 @@ colours would differ from its neighbours'. All tiles are therefore normalised al
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,6 +159,7 @@ class SharedNorms:
     """
 
     def __init__(self) -> None:
+        self.thread = threading.get_ident()  # other threads may use the same network meanwhile, and keep its norms
         self.sampling = False  # whether the network is called with the sample, else with a tile
         self.tile: Tile | None = None  # with which, if it is to be measured
         # mean and deviation of the sample, and difference of the image's mean in such deviations and ratio of its deviation
@@ -172,9 +174,11 @@ class SharedNorms:
             self.differences[norm] = (mean - of_sample) / its_deviation, deviation / its_deviation
         self.sums = {}
 
-    def hook(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """A forward hook of the norms: measures, and gives what they are to give, ``[b c h w]``."""
         assert isinstance(norm, nn.GroupNorm)
+        if threading.get_ident() != self.thread:
+            return None
         (x,) = inputs
         if self.sampling:
             self.sample[norm] = _statistics(_sums(x, norm.num_groups), norm.eps)
