@@ -39,12 +39,14 @@ def options_from(record: type, into: str) -> Callable[[Callable[..., None]], Cal
     """
     entries = {entry.name: entry for entry in dataclasses.fields(record)}
     types = {name: str(entry.type).split(" | ")[0] for name, entry in entries.items()}
-    flags = {
-        name: (f"--{name.replace('_', '-')}",) if entry.metadata.get("flags") is None else entry.metadata["flags"]
-        for name, entry in entries.items()
-        if entry.metadata.get("help")
-    }
-    flags = {name: names for name, names in flags.items() if names}
+    flags = {}
+    for name, entry in entries.items():
+        dashed = name.replace("_", "-")
+        derived = (f"--{dashed}/--no-{dashed}" if types[name] == "bool" else f"--{dashed}",)
+        names = entry.metadata.get("flags")
+        names = derived if names is None else names
+        if names and entry.metadata.get("help"):
+            flags[name] = names
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
