@@ -1,4 +1,4 @@
-"""The denoising as an animation.
+"""Animations of the denoising.
 
 >>> from ldm import Pipeline
 >>> from ldm.animation import Animation
@@ -22,14 +22,14 @@ from ldm.image_output import Images, write_animation
 from ldm.pipeline import Pipeline
 
 HOLD = 1000
-"""Milliseconds that the finished images are shown."""
+"""Milliseconds for which the finished images are shown."""
 
 DECODED = 128 * 128
-"""Pixels up to which a frame shows decoded images: the previews of so small ones show little."""
+"""Number of pixels up to which frames are decoded; previews of such small images show little."""
 
 
 class Animation:
-    """The callback of one call of a pipeline, whose steps it collects.
+    """Callback for one call of a pipeline, which collects the steps.
 
     Args:
         pipe: the pipeline that calls it.
@@ -45,24 +45,24 @@ class Animation:
             self.batches.append([])
         self.batches[-1].append(step.denoised.cpu())
 
-    def frames(self, pictures: Images) -> list[Image.Image]:
-        """A frame for each step, of what the images were going to be, and one of the finished ``pictures``.
+    def frames(self, images: Images) -> list[Image.Image]:
+        """Return a frame of the estimated images after each step, and one of the finished ``images``.
 
-        Several images make a grid. A batch that needed fewer steps than another waits for it.
+        Several images make a grid. The frames of a batch with fewer steps than another repeat its last one.
         """
-        shown = []
+        estimates = []
         for index in range(max(map(len, self.batches), default=0)):
             latents = torch.cat([steps[min(index, len(steps) - 1)] for steps in self.batches])
-            shown.append(self._estimates(latents))
-        return [each[0] if len(each) == 1 else each.grid() for each in [*shown, pictures]]
+            estimates.append(self._estimates(latents))
+        return [each[0] if len(each) == 1 else each.grid() for each in [*estimates, images]]
 
-    def save(self, path: str | Path, pictures: Images) -> Path:
-        """Write the frames as a GIF that goes on and on, the finished ``pictures`` shown for a second, and return its path.
+    def save(self, path: str | Path, images: Images) -> Path:
+        """Write the frames as a GIF that loops, the finished ``images`` shown for a second, and return its path.
 
         Raises:
             SamplingError: a path that does not end in .gif, or cannot be written.
         """
-        return write_animation(self.frames(pictures), path, HOLD)
+        return write_animation(self.frames(images), path, HOLD)
 
     def _estimates(self, latents: Tensor) -> Images:
         factor = self.pipe.model.config.first_stage.factor

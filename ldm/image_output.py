@@ -23,52 +23,52 @@ GAP = 4  # pixels between the images of a grid
 FRAME_TIME = 80  # milliseconds that a frame of an animation is shown
 
 
-def with_record(picture: Image.Image, record: Mapping[str, str]) -> Image.Image:
-    """The image, with ``record`` in its ``info`` and in the text chunks of any PNG that it is saved as.
+def with_record(image: Image.Image, record: Mapping[str, str]) -> Image.Image:
+    """Return the image with ``record`` in its ``info`` and in the text chunks of any PNG that it is saved as.
 
     Opened again, the PNG has the same ``info``.
     """
     chunks = PngInfo()
     for name, text in record.items():
-        picture.info[name] = text
+        image.info[name] = text
         chunks.add_text(name, text)
-    picture.encoderinfo = {"pnginfo": chunks}  # Pillow's defaults for whatever `save` is told
-    return picture
+    image.encoderinfo = {"pnginfo": chunks}  # Pillow's defaults for the keywords of `save`
+    return image
 
 
 class Images(list[Image.Image]):
     """A list of PIL images.
 
-    The ``info`` of an image says how it was made, in strings: ``prompt``, ``negative_prompt`` or ``label``
+    The ``info`` of an image records how it was made, in strings: ``prompt``, ``negative_prompt`` or ``label``
     if given, ``seed``, ``settings`` (JSON) and ``model``, the fingerprint of the model's file.
     """
 
     @classmethod
-    def of(cls, pictures: Tensor, records: Sequence[Mapping[str, str]] | None = None) -> Images:
-        """``pictures [n c h w]`` in [0, 1], ``c`` 1 or 3, and what each is to say of itself."""
-        levels = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        drawn = (Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in levels)
+    def of(cls, images: Tensor, records: Sequence[Mapping[str, str]] | None = None) -> Images:
+        """Create them from ``images [n c h w]`` in [0, 1], ``c`` 1 or 3, and the record of each."""
+        levels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        converted = (Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in levels)
         return cls(
-            with_record(picture, record) for picture, record in zip(drawn, records or [{}] * len(pictures), strict=True)
+            with_record(image, record) for image, record in zip(converted, records or [{}] * len(images), strict=True)
         )
 
     @property
     def seeds(self) -> list[int]:
-        """The seed of each image; it gives the image again, alone or in any batch."""
-        return [int(picture.info["seed"]) for picture in self]
+        """The seed of each image, which reproduces it alone or in any batch."""
+        return [int(image.info["seed"]) for image in self]
 
     @property
     def prompts(self) -> list[str]:
-        """What each image was asked to show: its prompt or its class label; empty if nothing."""
-        return [picture.info.get("prompt", picture.info.get("label", "")) for picture in self]
+        """The prompt or class label of each image; empty if it has neither."""
+        return [image.info.get("prompt", image.info.get("label", "")) for image in self]
 
     def grid(self, columns: int | None = None, captions: bool | Sequence[str] = False, scale: int = 1) -> Image.Image:
-        """All images in one, row by row, on white.
+        """Arrange the images in one, row by row, on white.
 
         Args:
-            columns: images in a row; default: as square as it gets.
+            columns: images in a row; default: as square as possible.
             captions: texts to write under the images, or True for their prompts.
-            scale: how many times to enlarge each image.
+            scale: factor by which each image is enlarged.
 
         Raises:
             SamplingError: there is no image, or not one caption for each.
@@ -84,29 +84,29 @@ class Images(list[Image.Image]):
         font = ImageFont.load_default(CAPTION_SIZE)
         wrapped = [textwrap.fill(text, CAPTION_WIDTH) for text in texts]
         lines = max((text.count("\n") + 1 for text in wrapped), default=0)
-        picture_width = scale * max(picture.width for picture in self)
-        picture_height = scale * max(picture.height for picture in self)
-        width = max(picture_width, CAPTION_SIZE * CAPTION_WIDTH // 2 if texts else 0)
-        height = picture_height + lines * (CAPTION_SIZE + 3) + (GAP if texts else 0)
+        image_width = scale * max(image.width for image in self)
+        image_height = scale * max(image.height for image in self)
+        width = max(image_width, CAPTION_SIZE * CAPTION_WIDTH // 2 if texts else 0)
+        height = image_height + lines * (CAPTION_SIZE + 3) + (GAP if texts else 0)
 
         sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP), "white")
         draw = ImageDraw.Draw(sheet)
-        for index, picture in enumerate(self):
+        for index, image in enumerate(self):
             x = GAP + index % columns * (width + GAP)
             y = GAP + index // columns * (height + GAP)
-            size = (scale * picture.width, scale * picture.height)
-            enlarged = picture.resize(size, Image.Resampling.BICUBIC)
+            size = (scale * image.width, scale * image.height)
+            enlarged = image.resize(size, Image.Resampling.BICUBIC)
             sheet.paste(enlarged, (x + (width - enlarged.width) // 2, y))
             if texts:
-                under = (x + width / 2, y + picture_height + GAP)
+                under = (x + width / 2, y + image_height + GAP)
                 draw.multiline_text(under, wrapped[index], "black", font, "ma", spacing=3, align="center")
         return with_record(sheet, self._common_record())
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write the images, with their records where the format is PNG, and return the files written.
+        """Write the images, with their records if the format is PNG, and return the files written.
 
         Args:
-            path: a file name, where several images become one :meth:`grid`; a file name with ``{index}`` or
+            path: a file name, under which several images become one :meth:`grid`; a file name with ``{index}`` or
                 ``{seed}`` in it, for a file each; or a folder, for ``0000.png``, ``0001.png``, ...
 
         Raises:
@@ -115,30 +115,30 @@ class Images(list[Image.Image]):
         path = check_target(path)
         pattern = path if "{" in path.name else path / "{index:04d}.png"
         if pattern != path and path.suffix and not path.is_dir():
-            return [write_picture(self[0] if len(self) == 1 else self.grid(), path)]
+            return [write_image(self[0] if len(self) == 1 else self.grid(), path)]
         names = [pattern.name.format(index=index, seed=seed) for index, seed in enumerate(self.seeds)]
         if len(set(names)) < len(names):
             raise SamplingError(f"{path} gives several images one name; put {{index}} into it.")
         files = [pattern.with_name(name) for name in names]
-        return [write_picture(picture, file) for picture, file in zip(self, files, strict=True)]
+        return [write_image(image, file) for image, file in zip(self, files, strict=True)]
 
     def _repr_png_(self) -> bytes:
-        """How a notebook shows the list."""
+        """Encode the grid as PNG, as notebooks show the list."""
         file = io.BytesIO()
         self.grid().save(file, "PNG")
         return file.getvalue()
 
     def _common_record(self) -> dict[str, str]:
-        """One record for all: what they have in common as it is, what differs as a JSON list."""
+        """Merge the records: entries that all have in common as they are, others as a JSON list."""
         record: dict[str, str] = {}
-        for name in dict.fromkeys(str(name) for picture in self for name in picture.info):
-            values = [picture.info.get(name, "") for picture in self]
+        for name in dict.fromkeys(str(name) for image in self for name in image.info):
+            values = [image.info.get(name, "") for image in self]
             record[name] = values[0] if len(set(values)) == 1 else json.dumps(values, ensure_ascii=False)
         return record
 
 
 def check_target(path: str | Path) -> Path:
-    """``path``, if :meth:`Images.save` can write there; worth asking before the images are made.
+    """Return ``path`` if :meth:`Images.save` can write there, to check it before the images are made.
 
     Raises:
         SamplingError: a file name with other fields than index and seed, or with no image format's ending.
@@ -154,17 +154,17 @@ def check_target(path: str | Path) -> Path:
     return path
 
 
-def write_picture(picture: Image.Image, path: Path) -> Path:
+def write_image(image: Image.Image, path: Path) -> Path:
     """Write one image, atomically, in the format of the path's ending, and return the path.
 
     Raises:
         SamplingError: it cannot be written.
     """
-    return _write(path, lambda temporary: picture.save(temporary, Image.registered_extensions()[path.suffix.lower()]))
+    return _write(path, lambda temporary: image.save(temporary, Image.registered_extensions()[path.suffix.lower()]))
 
 
 def check_animation(path: str | Path) -> Path:
-    """``path``, if it is a name for an animation; worth asking before the images are made.
+    """Return ``path`` if it is a file name of an animation, to check it before the images are made.
 
     Raises:
         SamplingError: it does not end in .gif.
@@ -176,11 +176,11 @@ def check_animation(path: str | Path) -> Path:
 
 
 def write_animation(frames: Sequence[Image.Image], path: str | Path, hold: int = FRAME_TIME) -> Path:
-    """Write frames of one size, atomically, as a GIF that goes on and on, and return the path.
+    """Write frames of one size, atomically, as a GIF that loops, and return the path.
 
     Args:
         frames: one or more; each is shown for ``FRAME_TIME``.
-        hold: milliseconds that the last one is shown instead.
+        hold: milliseconds for which the last one is shown instead.
 
     Raises:
         SamplingError: the path does not end in .gif, or cannot be written.

@@ -1,4 +1,4 @@
-"""What a caller asks of a sampling, checked and brought into lists of one entry for each image."""
+"""The request of a sampling: conditions, negative prompts and seeds, checked, as lists with an entry for each image."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from numbers import Integral
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
-
-from ldm.diffusion import OPTIONS, SAMPLERS, SPECS, Denoiser, Guidance
-from ldm.errors import SamplingError, unknown
+from ldm.diffusion import Guidance
+from ldm.errors import SamplingError
 from ldm.modalities import MODALITIES
 from ldm.modalities.arguments import argument_of, condition_lists
 from ldm.modalities.base import listed
@@ -26,81 +24,53 @@ SEED_LIMIT = 2**63
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of some images: an entry for each of them.
+    """The request of some images, with an entry for each of them.
 
     Attributes:
-        wanted: what to show, by the name that the conditioner reads; None where it is left out.
-        unwanted: prompts to keep away from; None for none.
-        seeds: of their noise.
-        guidance: its scale is one for all, or one for each.
-        reading: of the prompts.
-        defaults: what some conditions are unless the caller says otherwise; a record tells where he does.
+        conditions: by the name that the conditioner reads; entries are None where a condition is left out.
+        negative_prompts: one for each image; None for none.
+        seeds: of the images' noise.
+        guidance: its scale is one for all, or one for each image.
+        prompt_options: how prompts are parsed.
+        defaults: values of conditions that may be left out; the record of an image names those that differ.
     """
 
-    wanted: Mapping[str, list[Any]]
-    unwanted: list[Prompt] | None
+    conditions: Mapping[str, list[Any]]
+    negative_prompts: list[Prompt] | None
     seeds: list[int]
     guidance: Guidance
-    reading: PromptOptions
+    prompt_options: PromptOptions
     defaults: Mapping[str, Pair]
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def record(self, index: int, settings: Mapping[str, Any]) -> dict[str, str]:
-        """What an image says of itself: what was asked of it, and how all were made."""
+        """Return the record of an image: its own conditions and seed, and the ``settings`` of all as JSON."""
         own = self[index : index + 1]
         guidance = own.guidance.record()
         if isinstance(guidance["guidance_scale"], Sequence):
             guidance["guidance_scale"] = guidance["guidance_scale"][0]
-        asked = {
-            modality.argument: str(own.wanted[key][0])
+        record = {
+            modality.argument: str(own.conditions[key][0])
             for key, modality in MODALITIES.items()
-            if modality.argument and own.wanted.get(key, [None])[0] is not None
+            if modality.argument and own.conditions.get(key, [None])[0] is not None
         }
-        asked |= {"negative_prompt": str(own.unwanted[0])} if own.unwanted else {}
-        told = {name: pair for name, default in self.defaults.items() if (pair := own.wanted[name][0]) != default}
-        settings = {**settings, **guidance, **told, **self.reading.record()}
-        return asked | {"seed": str(own.seeds[0]), "settings": json.dumps(settings)}
+        record |= {"negative_prompt": str(own.negative_prompts[0])} if own.negative_prompts else {}
+        changed = {name: pair for name, usual in self.defaults.items() if (pair := own.conditions[name][0]) != usual}
+        return record | {"seed": str(own.seeds[0]), "settings": json.dumps({**settings, **guidance, **changed})}
 
     def __getitem__(self, rows: slice) -> Request:
-        """The request of some of the images."""
+        """Return the request of some of the images."""
         scale = self.guidance.scale
         return Request(
-            {name: values[rows] for name, values in self.wanted.items()},
-            self.unwanted and self.unwanted[rows],
+            {name: values[rows] for name, values in self.conditions.items()},
+            self.negative_prompts and self.negative_prompts[rows],
             self.seeds[rows],
             replace(self.guidance, scale=scale[rows] if isinstance(scale, Sequence) else scale),
-            self.reading,
+            self.prompt_options,
             self.defaults,
         )
-
-
-class Edit:
-    """What an editing task changes about a sampling; this one changes nothing.
-
-    ``rows`` says which of the asked-for images the batch at hand holds.
-    """
-
-    def levels(self, levels: Tensor) -> Tensor:
-        """The noise levels to walk through, ``[steps + 1]``."""
-        return levels
-
-    def start(self, x: Tensor, unit: Tensor, sigma: float, rows: slice) -> Tensor:
-        """Where to start at level ``sigma``, in place of ``x``, which is made of ``unit`` noise; all ``[b c h w]``."""
-        return x
-
-    def wrap(self, denoise: Denoiser, rows: slice) -> Denoiser:
-        """The denoiser to sample with."""
-        return denoise
-
-    def finish(self, pictures: Tensor, rows: slice) -> Tensor:
-        """What becomes of the decoded images, ``[b 3 h w]`` in [0, 1]."""
-        return pictures
-
-    def record(self) -> dict[str, Any]:
-        """What the images' record of their settings says of it."""
-        return {}
 
 
 def request(
@@ -110,19 +80,19 @@ def request(
     guidance: Guidance,
     seed: int | Sequence[int] | None,
     repeats: int,
-    reading: PromptOptions,
+    prompt_options: PromptOptions,
     defaults: Mapping[str, Pair] = MappingProxyType({}),
 ) -> Request:
-    """The request of ``repeats`` images for each of the ``conditions``, one image's after the other.
+    """Create the request of ``repeats`` images for each entry of the conditions, in order.
 
     Args:
-        reads: what the conditioner reads.
-        conditions: by that name, ``prompt`` and ``label`` by theirs; one that is None counts as left out.
-        negative_prompt, guidance, seed, reading: as of :meth:`ldm.pipeline.Pipeline.__call__`.
-        defaults: what it reads besides, and takes so where the caller does not give it.
+        reads: names of the conditions that the conditioner reads.
+        conditions: by these names, ``prompt`` and ``label`` by theirs; one that is None counts as left out.
+        negative_prompt, guidance, seed: as in :class:`ldm.sampling_settings.SamplingSettings`.
+        defaults: further conditions that the conditioner reads, with their values if they are left out.
 
     Raises:
-        SamplingError: something missing, of the wrong type, of different lengths, or that the model does not read.
+        SamplingError: a condition that is missing, of the wrong type or length, or that the model does not read.
     """
     asked = condition_lists(reads, defaults, {name: value for name, value in conditions.items() if value is not None})
     lengths = {name: len(values) for name, values in asked.items()}
@@ -133,25 +103,25 @@ def request(
             raise SamplingError(
                 f"{length} of {argument_of(name)} do not fit {n} of {argument_of(longest)}; give one, or one for each."
             )
-    wanted = {name: values if len(values) == n else values * n for name, values in asked.items()}
-    avoided = _negatives(reads, negative_prompt, n)
-    for prompt in (*wanted.get("text", ()), *(avoided or ())):
-        reading.changes(prompt, steps=1)  # raises where it is not in the syntax
+    entries_of = {name: values if len(values) == n else values * n for name, values in asked.items()}
+    negatives = _negatives(reads, negative_prompt, n)
+    for prompt in (*entries_of.get("text", ()), *(negatives or ())):
+        prompt_options.changes(prompt, steps=1)  # raises where it is not in the syntax
     if isinstance(guidance.scale, Sequence):
         scales = _one_each("guidance scales", list(guidance.scale), n, "prompts")
         guidance = replace(guidance, scale=[float(scale) for scale in scales for _ in range(repeats)])
     return Request(
-        {name: [value for value in values for _ in range(repeats)] for name, values in wanted.items()},
-        avoided and [prompt for prompt in avoided for _ in range(repeats)],
+        {name: [value for value in values for _ in range(repeats)] for name, values in entries_of.items()},
+        negatives and [prompt for prompt in negatives for _ in range(repeats)],
         _seeds(seed, n * repeats),
         guidance,
-        reading,
+        prompt_options,
         defaults,
     )
 
 
 def _negatives(reads: Sequence[str], negative_prompt: Prompt | Sequence[Prompt] | None, n: int) -> list[Prompt] | None:
-    """A negative prompt for each of ``n`` prompts, or None if there is none."""
+    """Return a negative prompt for each of ``n`` prompts, or None if there is none."""
     if negative_prompt is None:
         return None
     if "text" not in reads:
@@ -162,7 +132,7 @@ def _negatives(reads: Sequence[str], negative_prompt: Prompt | Sequence[Prompt] 
 
 
 def _seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
-    """A seed for each of ``n`` images: those given, s, s + 1, ... from one, or so from one drawn at random."""
+    """Return a seed for each of ``n`` images: those given, or s, s + 1, ... from one, by default a random one."""
     given = [one_seed()] if seed is None else listed(seed)
     for item in given:
         if not isinstance(item, Integral) or not 0 <= int(item) < SEED_LIMIT - n:
@@ -173,42 +143,12 @@ def _seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
 
 
 def one_seed() -> int:
-    """A seed drawn at random."""
+    """Draw a random seed."""
     return secrets.randbelow(2**32)
 
 
-def check_solver(sampler: str, options: Mapping[str, Any], guidance: Guidance) -> None:
-    """Raises a SamplingError for an unknown sampler, or an option or guidance that it does not take."""
-    check_sampler(sampler)
-    for name in options:
-        if name not in SPECS[sampler].options:
-            takers = ", ".join(taker for taker, spec in SPECS.items() if name in spec.options)
-            instead = f", or choose one of {takers}" if takers else ""
-            raise SamplingError(f"the sampler {sampler} takes no {name}; leave it out{instead}.")
-        fits, what = OPTIONS[name]
-        if not fits(options[name]):
-            raise SamplingError(f"{name} is {options[name]!r}; it must be {what}.")
-    if SPECS[sampler].adaptive and guidance.projection is not None and guidance.projection.momentum:
-        raise SamplingError(
-            f"the sampler {sampler} repeats steps, which momentum would count twice; set momentum to 0."
-        )
-
-
-def check_sampler(sampler: str) -> None:
-    """Raises a SamplingError for an unknown sampler."""
-    if sampler not in SAMPLERS:
-        raise SamplingError(unknown("sampler", sampler, SAMPLERS))
-
-
-def check_counts(**counts: Any) -> None:
-    """Raises a SamplingError for what is neither None nor a whole number above 0, by its name."""
-    for name, count in counts.items():
-        if count is not None and (not isinstance(count, Integral) or count < 1):
-            raise SamplingError(f"{name} is {count!r}; it must be a whole number, 1 or more.")
-
-
 def _one_each(name: str, given: list[Any], n: int, whom: str) -> list[Any]:
-    """``given``, if there are ``n`` of them; else a SamplingError."""
+    """Return ``given`` if there are ``n`` of them; else raise a SamplingError."""
     if len(given) != n:
         raise SamplingError(f"{len(given)} {name} do not fit {n} {whom}; give one for each, or one that is in no list.")
     return given

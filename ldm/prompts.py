@@ -1,4 +1,4 @@
-r"""What may stand for a prompt beside a string, and what a prompt says at each step of a sampling.
+r"""Prompts: blended, scheduled and weighted ones, and the texts that they stand for at each sampling step.
 
 The weighted syntax, as users of Automatic1111's web UI know it:
 
@@ -11,7 +11,7 @@ The weighted syntax, as users of Automatic1111's web UI know it:
 | ``[dog:0.4]``    | nothing in the first 40 % of the steps, then dog                 |
 | ``\(``           | the character, also of ``)``, ``[``, ``]``, ``:`` and ``\``      |
 
-Groups nest, and their weights multiply. A colon with no number behind it is a character.
+Groups nest, and their weights multiply. A colon that no number follows is a character.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ldm.errors import SamplingError, unknown
+from ldm.errors import SamplingError
 
 SYNTAXES = ("plain", "weighted")
 LONG_PROMPTS = ("chunks", "cut")
 
 EMPHASIS = 1.1
 """Weight of a group without a number."""
+
+MAX_WEIGHT = 1000.0
+"""Largest absolute weight; far beyond any use, and safe in half precision."""
 
 _PAIRS = {"(": ")", "[": "]"}
 _TOKEN = re.compile(r"\\[()\[\]:\\]|[()\[\]:\\]|[^()\[\]:\\]+")
@@ -52,18 +55,18 @@ class _Pair:
 
 
 class Blend(_Pair):
-    """Between two prompts: their conditionings, ``1 - share`` of the first plus ``share`` of the second.
+    """A mixture of two prompts: their conditionings, ``1 - share`` of the first plus ``share`` of the second.
 
     Raises:
-        SamplingError: a share outside of [0, 1], or what is no prompt.
+        SamplingError: a share outside of [0, 1], or an object that is not a prompt.
     """
 
 
 class Scheduled(_Pair):
-    """The first prompt in the first ``share`` of the steps, then the second.
+    """A change of prompts: the first in the first ``share`` of the steps, then the second.
 
     Raises:
-        SamplingError: a share outside of [0, 1], or what is no prompt.
+        SamplingError: a share outside of [0, 1], or an object that is not a prompt.
     """
 
 
@@ -71,11 +74,11 @@ Prompt = str | Blend | Scheduled
 
 
 class WeightedPrompt(str):
-    """What a conditioner is to read in a sampling: a string, and what a string cannot say.
+    """Input of a text conditioner: a string with weights and a rule for long texts.
 
     Attributes:
-        weights: of its characters; empty: 1 everywhere.
-        cut: whether to leave out what does not fit the text tower, in place of reading it in further windows.
+        weights: weight of each character; empty: 1 everywhere.
+        cut: whether to cut the text at the length of the text encoder's context; else it is encoded in chunks.
     """
 
     weights: tuple[float, ...]
@@ -89,21 +92,16 @@ class WeightedPrompt(str):
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How the prompts of a sampling are read; the fields are arguments of :meth:`ldm.pipeline.Pipeline.__call__`."""
+    """Options for parsing prompts; fields as in :class:`ldm.sampling_settings.SamplingSettings`, which checks them."""
 
     prompt_syntax: str = "plain"
     long_prompts: str = "chunks"
 
-    def __post_init__(self) -> None:
-        for name, known in (("prompt_syntax", SYNTAXES), ("long_prompts", LONG_PROMPTS)):
-            if getattr(self, name) not in known:
-                raise SamplingError(unknown(name, getattr(self, name), known))
-
     def changes(self, prompt: Prompt | None, steps: int) -> set[int]:
-        """The steps, of 0 to ``steps``, from which on the prompt may say something else than before.
+        """Return the steps, from 0 to ``steps``, at which the text of the prompt may change.
 
         Raises:
-            SamplingError: the prompt is not in the syntax.
+            SamplingError: the prompt has a syntax error.
         """
         if isinstance(prompt, Blend | Scheduled):
             inner = self.changes(prompt.first, steps) | self.changes(prompt.second, steps)
@@ -113,10 +111,10 @@ class PromptOptions:
         return {_step(share, steps) for piece in parse(prompt) for share in (piece.since, piece.until)}
 
     def at(self, prompt: Prompt | None, step: int, steps: int) -> list[tuple[float, WeightedPrompt | None]]:
-        """What the prompt says in a step, of 0 to ``steps - 1``: texts and their shares, which add up to 1.
+        """Return the texts of the prompt in a step, from 0 to ``steps - 1``, with their shares, which add up to 1.
 
         Raises:
-            SamplingError: the prompt is not in the syntax.
+            SamplingError: the prompt has a syntax error.
         """
         if isinstance(prompt, Scheduled):
             return self.at(prompt.first if step < _step(prompt.share, steps) else prompt.second, step, steps)
@@ -129,20 +127,15 @@ class PromptOptions:
         cut = self.long_prompts == "cut"
         if self.prompt_syntax == "plain":
             return WeightedPrompt(prompt, cut=cut)
-        said = [piece for piece in parse(prompt) if _step(piece.since, steps) <= step < _step(piece.until, steps)]
-        weights = [piece.weight for piece in said for _ in piece.text]
+        active = [piece for piece in parse(prompt) if _step(piece.since, steps) <= step < _step(piece.until, steps)]
+        weights = [piece.weight for piece in active for _ in piece.text]
         return WeightedPrompt(
-            "".join(piece.text for piece in said), weights if any(w != 1 for w in weights) else (), cut
+            "".join(piece.text for piece in active), weights if any(w != 1 for w in weights) else (), cut
         )
-
-    def record(self) -> dict[str, Any]:
-        """What of it is not as usual, for the record of an image."""
-        told = {entry.name: (getattr(self, entry.name), entry.default) for entry in fields(self)}
-        return {name: value for name, (value, usual) in told.items() if value != usual}
 
 
 class Piece(NamedTuple):
-    """A stretch of a prompt in the weighted syntax, said in the steps from share ``since`` to share ``until``."""
+    """A part of a weighted prompt, active in the steps from share ``since`` to share ``until``."""
 
     text: str
     weight: float = 1.0
@@ -151,10 +144,10 @@ class Piece(NamedTuple):
 
 
 def parse(prompt: str) -> list[Piece]:
-    """The pieces of a prompt in the weighted syntax, in order; neighbours differ in more than their text.
+    """Parse a weighted prompt into its pieces, in order; neighbours differ in weight or steps.
 
     Raises:
-        SamplingError: a bracket without its partner, or a share of the steps outside of [0, 1].
+        SamplingError: an unbalanced bracket, a share of the steps outside of [0, 1], or a weight beyond MAX_WEIGHT.
     """
     groups = [_Group("", 0)]
     for match in _TOKEN.finditer(prompt):
@@ -172,25 +165,31 @@ def parse(prompt: str) -> list[Piece]:
             groups[-1].fields[-1].append(Piece(token[-1] if token[0] == "\\" else token))
     if len(groups) > 1:
         raise _unbalanced(prompt, groups[-1].bracket, groups[-1].place, "is never closed; close it")
-    said = (piece for piece in groups[0].fields[0] if piece.text and piece.since < piece.until)
-    return [Piece("".join(piece.text for piece in run), *key) for key, run in groupby(said, lambda piece: piece[1:])]
+    active = [piece for piece in groups[0].fields[0] if piece.text and piece.since < piece.until]
+    for piece in active:
+        if abs(piece.weight) > MAX_WEIGHT:
+            raise SamplingError(
+                f"the weight {piece.weight:g} of {piece.text!r} in the prompt {prompt!r} is out of range; "
+                f"give one from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}."
+            )
+    return [Piece("".join(piece.text for piece in run), *key) for key, run in groupby(active, lambda piece: piece[1:])]
 
 
 def escape(text: str) -> str:
-    r"""``text`` as it is written in the weighted syntax: a ``\`` before each of its brackets, colons and ``\``."""
+    r"""Escape ``text`` for the weighted syntax: put a ``\`` before each of its brackets, colons and ``\``."""
     return re.sub(r"[()\[\]:\\]", r"\\\g<0>", text)
 
 
 @dataclass
 class _Group:
-    """What a bracket holds, parted at its colons; ``place`` is that of the bracket, counted from 1."""
+    """Contents of a bracket, split at its colons; ``place`` is the position of the bracket, counted from 1."""
 
     bracket: str
     place: int
     fields: list[list[Piece]] = field(default_factory=lambda: [[]])
 
     def pieces(self, prompt: str) -> list[Piece]:
-        """What it comes to, once it is closed."""
+        """Return its pieces when it is closed."""
         *parts, last = self.fields
         number = _number(last) if parts else None
         if self.bracket == "(":
@@ -210,14 +209,14 @@ class _Group:
 
 
 def _number(pieces: list[Piece]) -> float | None:
-    """The number that the pieces spell, if they do."""
+    """Return the number that the pieces spell, or None."""
     text = "".join(piece.text for piece in pieces)
     number = float(text) if _NUMBER.fullmatch(text) else math.nan
     return number if math.isfinite(number) else None
 
 
 def _joined(parts: list[list[Piece]]) -> list[Piece]:
-    """The parts with the colons between them."""
+    """Join the parts with colons."""
     first, *others = parts
     return first + [piece for part in others for piece in (Piece(":"), *part)]
 

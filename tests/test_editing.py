@@ -23,7 +23,7 @@ def pipe() -> Pipeline:
     return Pipeline(tiny_model())
 
 
-def picture(seed: int = 0, height: int = SIZE, width: int = SIZE) -> Image.Image:
+def random_image(seed: int = 0, height: int = SIZE, width: int = SIZE) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -42,8 +42,8 @@ def same(a: Image.Image, b: Image.Image) -> bool:
 # Image to image
 
 
-def test_strength_0_returns_the_picture_and_strength_1_what_noise_alone_gives(pipe: Pipeline) -> None:
-    image = picture()
+def test_strength_0_returns_the_image_and_strength_1_what_noise_alone_gives(pipe: Pipeline) -> None:
+    image = random_image()
     assert same(editing.image_to_image(pipe, PROMPT, image, strength=0, seed=1, **QUIET)[0], image)
     whole = editing.image_to_image(pipe, PROMPT, image, strength=1, seed=1, **QUIET)[0]
     assert same(whole, pipe(PROMPT, seed=1, **QUIET)[0])
@@ -51,7 +51,7 @@ def test_strength_0_returns_the_picture_and_strength_1_what_noise_alone_gives(pi
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_solver_needs_a_step(pipe: Pipeline, sampler: str) -> None:
-    image = picture()
+    image = random_image()
     assert same(editing.image_to_image(pipe, PROMPT, image, strength=0, sampler=sampler, **QUIET)[0], image)
 
 
@@ -61,12 +61,14 @@ def test_conditions_count_as_prompts_do() -> None:
     pipe = Pipeline(tiny_model("none", conditioner=boxes, denoiser=network | {"context_width": 16}))
     left, right = [(0, 0.0, 0.0, 0.5, 1.0)], [(1, 0.5, 0.0, 1.0, 1.0)]
     options: dict[str, Any] = {"strength": 0.5, "seed": [3, 4], **QUIET}
-    two = editing.image_to_image(pipe, None, [picture(0), picture(1)], condition={"boxes": [left]}, **options)
+    two = editing.image_to_image(pipe, None, [random_image(0), random_image(1)], condition={"boxes": [left]}, **options)
     assert len(two) == 2
-    two = editing.image_to_image(pipe, None, picture(), condition={"boxes": [left, right]}, batch_size=1, **options)
+    two = editing.image_to_image(
+        pipe, None, random_image(), condition={"boxes": [left, right]}, batch_size=1, **options
+    )
     assert len(two) == 2
     with pytest.raises(SamplingError, match="3 images do not fit 2 of boxes"):
-        editing.image_to_image(pipe, None, [picture()] * 3, condition={"boxes": [left, right]})
+        editing.image_to_image(pipe, None, [random_image()] * 3, condition={"boxes": [left, right]})
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.0, 0), (0.3, 3), (0.75, 8), (1.0, 10)])
@@ -75,7 +77,7 @@ def test_strength_is_the_share_of_the_steps(pipe: Pipeline, strength: float, ste
     editing.image_to_image(
         pipe,
         PROMPT,
-        picture(),
+        random_image(),
         strength,
         num_inference_steps=10,
         callback=lambda step: seen.append(step.sigma),
@@ -84,9 +86,9 @@ def test_strength_is_the_share_of_the_steps(pipe: Pipeline, strength: float, ste
     assert seen == pipe.noise_levels(10)[-steps:].tolist()[:steps]
 
 
-def test_it_starts_from_the_picture_with_noise_of_its_level(pipe: Pipeline) -> None:
+def test_it_starts_from_the_image_with_noise_of_its_level(pipe: Pipeline) -> None:
     """With a denoiser that knows the image, any solver comes back to it."""
-    image, known = picture(), None
+    image, known = random_image(), None
 
     class Oracle(editing.ImageToImage):
         def wrap(self, denoise: Any, rows: slice) -> Any:
@@ -102,8 +104,8 @@ def test_it_starts_from_the_picture_with_noise_of_its_level(pipe: Pipeline) -> N
     torch.testing.assert_close(start, known + levels[0] * unit)
 
 
-def test_prompts_and_pictures_go_together_one_by_one(pipe: Pipeline) -> None:
-    two, prompts = [picture(0), picture(1)], [PROMPT, "a blue car"]
+def test_prompts_and_images_go_together_one_by_one(pipe: Pipeline) -> None:
+    two, prompts = [random_image(0), random_image(1)], [PROMPT, "a blue car"]
     options: dict[str, Any] = {"strength": 0.5, **QUIET}
     both = editing.image_to_image(pipe, prompts, two, seed=[4, 5], **options)
     for index in range(2):
@@ -115,8 +117,8 @@ def test_prompts_and_pictures_go_together_one_by_one(pipe: Pipeline) -> None:
     assert len(editing.image_to_image(Pipeline(tiny_model("class")), None, two, label=1, **options)) == 2
 
 
-def test_a_picture_may_be_a_file(pipe: Pipeline, tmp_path: Path) -> None:
-    image, path = picture(), tmp_path / "picture.png"
+def test_an_image_may_be_a_file(pipe: Pipeline, tmp_path: Path) -> None:
+    image, path = random_image(), tmp_path / "image.png"
     image.save(path)
     for name in (path, str(path)):
         assert same(editing.image_to_image(pipe, PROMPT, name, strength=0, **QUIET)[0], image)
@@ -127,7 +129,7 @@ def test_a_picture_may_be_a_file(pipe: Pipeline, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral", "dpmpp_sde", "heun", "ddpm"])
 def test_the_known_part_stays_to_the_bit_and_the_rest_changes(pipe: Pipeline, sampler: str) -> None:
-    image, hole = picture(), mask((4, 4, 12, 12))
+    image, hole = random_image(), mask((4, 4, 12, 12))
     painted = editing.inpaint(pipe, PROMPT, image, hole, seed=1, sampler=sampler, **QUIET)[0]
     is_hole = np.asarray(hole) > 0
     assert np.array_equal(np.asarray(painted)[~is_hole], np.asarray(image)[~is_hole])
@@ -135,7 +137,7 @@ def test_the_known_part_stays_to_the_bit_and_the_rest_changes(pipe: Pipeline, sa
 
 
 def test_a_blurred_edge_blends_and_leaves_what_lies_beyond_it(pipe: Pipeline) -> None:
-    image, hole = picture(height=64, width=64), mask((28, 28, 36, 36), (64, 64))
+    image, hole = random_image(height=64, width=64), mask((28, 28, 36, 36), (64, 64))
     painted = np.asarray(editing.inpaint(pipe, PROMPT, image, hole, blur=2.0, seed=1, **QUIET)[0], int)
     changed = (painted != np.asarray(image)).any(-1)
     rows, columns = np.where(changed)
@@ -145,26 +147,26 @@ def test_a_blurred_edge_blends_and_leaves_what_lies_beyond_it(pipe: Pipeline) ->
 
 
 def test_a_white_mask_masks_nothing_and_a_black_one_everything(pipe: Pipeline) -> None:
-    image = picture()
+    image = random_image()
     everything = editing.inpaint(pipe, PROMPT, image, mask((0, 0, SIZE, SIZE)), seed=1, **QUIET)[0]
     assert same(everything, pipe(PROMPT, seed=1, **QUIET)[0])
     assert same(editing.inpaint(pipe, PROMPT, image, mask(), seed=1, **QUIET)[0], image)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral", "unipc", "dpm_adaptive"])
-def test_known_latents_come_out_as_they_were(pipe: Pipeline, sampler: str) -> None:
+def test_known_latents_are_kept(pipe: Pipeline, sampler: str) -> None:
     latents = torch.randn(1, *pipe.latent_shape(), generator=torch.Generator().manual_seed(0))
     free = torch.zeros(1, 1, *latents.shape[2:])
     free[..., :3] = 1
     blank = torch.zeros(1, 3, SIZE, SIZE)
-    edit = editing.Inpaint(latents=latents, strength=1.0, mask=free, pictures=blank, blend=blank[:, :1])
+    edit = editing.Inpaint(latents=latents, strength=1.0, mask=free, images=blank, blend=blank[:, :1])
     found = pipe(PROMPT, seed=2, edit=edit, sampler=sampler, output_type="latent", **QUIET)
     torch.testing.assert_close(found[..., 3:], latents[..., 3:], rtol=0, atol=2e-5)
     assert (found[..., :3] - latents[..., :3]).abs().mean() > 0.1
 
 
-def test_outpainting_keeps_the_picture_in_its_place(pipe: Pipeline) -> None:
-    image = picture()
+def test_outpainting_keeps_the_image_in_its_place(pipe: Pipeline) -> None:
+    image = random_image()
     wide = editing.outpaint(pipe, PROMPT, image, left=4, right=8, top=2, seed=1, **QUIET)[0]
     assert wide.size == (SIZE + 12, SIZE + 2)
     assert same(wide.crop((4, 2, 4 + SIZE, 2 + SIZE)), image)
@@ -175,7 +177,7 @@ def test_outpainting_keeps_the_picture_in_its_place(pipe: Pipeline) -> None:
 # The others
 
 
-def test_a_row_between_two_seeds_begins_and_ends_with_their_pictures(pipe: Pipeline) -> None:
+def test_a_row_between_two_seeds_begins_and_ends_with_their_images(pipe: Pipeline) -> None:
     row = editing.interpolate(pipe, PROMPT, seeds=(1, 5), frames=4, **QUIET)
     assert len(row) == 4
     for frame, seed in ((0, 1), (3, 5)):
@@ -185,7 +187,7 @@ def test_a_row_between_two_seeds_begins_and_ends_with_their_pictures(pipe: Pipel
     assert slerp(a, b, 0.5).std() == pytest.approx(1, abs=0.02)
 
 
-def test_two_passes_give_the_size_asked_for_and_begin_with_the_trained_one(pipe: Pipeline) -> None:
+def test_two_passes_give_the_requested_size_and_begin_with_the_trained_one(pipe: Pipeline) -> None:
     shapes: list[torch.Size] = []
     large = editing.high_resolution(
         pipe, PROMPT, 32, 48, seed=1, callback=lambda step: shapes.append(step.x.shape), **QUIET
@@ -198,35 +200,41 @@ def test_two_passes_give_the_size_asked_for_and_begin_with_the_trained_one(pipe:
     torch.testing.assert_close(unchanged, enlarged)
 
 
-def test_style_is_told_by_a_prompt_where_the_model_reads_no_picture(pipe: Pipeline) -> None:
+def test_style_is_a_prompt_if_the_model_reads_no_image(pipe: Pipeline) -> None:
     options: dict[str, Any] = {"strength": 0.5, "seed": 1, **QUIET}
-    styled = editing.style_transfer(pipe, picture(), "a blue sky", **options)[0]
-    assert same(styled, editing.image_to_image(pipe, "a blue sky", picture(), **options)[0])
+    styled = editing.style_transfer(pipe, random_image(), "a blue sky", **options)[0]
+    assert same(styled, editing.image_to_image(pipe, "a blue sky", random_image(), **options)[0])
     with pytest.raises(SamplingError, match="reads no image; describe the style"):
-        editing.style_transfer(pipe, picture(), picture(1))
+        editing.style_transfer(pipe, random_image(), random_image(1))
     with pytest.raises(SamplingError, match="reads no image, which variations need"):
-        editing.variations(pipe, picture())
+        editing.variations(pipe, random_image())
 
 
 @pytest.mark.parametrize(
     ("task", "message"),
     [
         (
-            lambda pipe: editing.image_to_image(pipe, PROMPT, picture(), 1.5),
+            lambda pipe: editing.image_to_image(pipe, PROMPT, random_image(), 1.5),
             r"strength is 1\.5; it must be from 0 to 1",
         ),
-        (lambda pipe: editing.image_to_image(pipe, [PROMPT] * 3, [picture()] * 2), "2 images do not fit 3 of prompt"),
-        (lambda pipe: editing.image_to_image(pipe, PROMPT, [picture(), picture(0, 8)]), "16 x 16, 16 x 8"),
+        (
+            lambda pipe: editing.image_to_image(pipe, [PROMPT] * 3, [random_image()] * 2),
+            "2 images do not fit 3 of prompt",
+        ),
+        (lambda pipe: editing.image_to_image(pipe, PROMPT, [random_image(), random_image(0, 8)]), "16 x 16, 16 x 8"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, []), "they are none"),
-        (lambda pipe: editing.image_to_image(pipe, PROMPT, picture(0, 17)), "the height 17 is not divisible by 2"),
+        (lambda pipe: editing.image_to_image(pipe, PROMPT, random_image(0, 17)), "the height 17 is not divisible by 2"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, "absent.png"), "absent.png cannot be read as an image"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, 3), "not int"),
-        (lambda pipe: editing.image_to_image(pipe, PROMPT, picture(), height=32), "the size goes by the image"),
-        (lambda pipe: editing.inpaint(pipe, PROMPT, picture(), mask(size=(8, 8))), "mask is 8 x 8 .* image 16 x 16"),
-        (lambda pipe: editing.inpaint(pipe, PROMPT, picture(), [mask()] * 2), "2 masks do not fit 1 images"),
+        (lambda pipe: editing.image_to_image(pipe, PROMPT, random_image(), height=32), "the size goes by the image"),
+        (
+            lambda pipe: editing.inpaint(pipe, PROMPT, random_image(), mask(size=(8, 8))),
+            "mask is 8 x 8 .* image 16 x 16",
+        ),
+        (lambda pipe: editing.inpaint(pipe, PROMPT, random_image(), [mask()] * 2), "2 masks do not fit 1 images"),
         (lambda pipe: editing.interpolate(pipe, PROMPT, seeds=(1, 2), frames=1), "needs 2 or more"),
     ],
 )
-def test_what_cannot_be_is_told_in_a_sentence(pipe: Pipeline, task: Any, message: str) -> None:
+def test_invalid_edits_are_reported_in_a_sentence(pipe: Pipeline, task: Any, message: str) -> None:
     with pytest.raises(SamplingError, match=message):
         task(pipe)

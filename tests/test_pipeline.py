@@ -32,7 +32,7 @@ def difference(a: Any, b: Any) -> int:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_noise_of_a_picture_is_bitwise_the_same_in_any_batch(pipe: Pipeline, sampler: str) -> None:
+def test_the_noise_of_a_image_is_bitwise_the_same_in_any_batch(pipe: Pipeline, sampler: str) -> None:
     """A network that answers 0 leaves a function of the noise alone, pixel by pixel."""
     torch.nn.init.zeros_(pipe.model.denoiser.conv_out.weight)
     torch.nn.init.zeros_(pipe.model.denoiser.conv_out.bias)
@@ -47,7 +47,7 @@ def test_the_noise_of_a_picture_is_bitwise_the_same_in_any_batch(pipe: Pipeline,
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_pixels_of_a_picture_are_the_same_in_any_batch(pipe: Pipeline, sampler: str) -> None:
+def test_the_pixels_of_a_image_are_the_same_in_any_batch(pipe: Pipeline, sampler: str) -> None:
     alone = pipe("a red car", seed=7, sampler=sampler, progress=False)[0]
     batch = pipe(CAPTIONS, seed=5, sampler=sampler, progress=False)
     in_parts = pipe(CAPTIONS, seed=5, sampler=sampler, batch_size=2, progress=False)
@@ -57,13 +57,13 @@ def test_the_pixels_of_a_picture_are_the_same_in_any_batch(pipe: Pipeline, sampl
 
 
 def test_one_seed_stands_for_itself_and_its_successors(pipe: Pipeline) -> None:
-    pictures = pipe(["a red apple", "a blue car"], seed=5, num_images_per_prompt=2, progress=False)
-    assert pictures.seeds == [5, 6, 7, 8]
-    assert pictures.prompts == ["a red apple", "a red apple", "a blue car", "a blue car"]
-    assert difference(pictures[2], pipe("a blue car", seed=7, progress=False)[0]) <= 1
+    images = pipe(["a red apple", "a blue car"], seed=5, num_images_per_prompt=2, progress=False)
+    assert images.seeds == [5, 6, 7, 8]
+    assert images.prompts == ["a red apple", "a red apple", "a blue car", "a blue car"]
+    assert difference(images[2], pipe("a blue car", seed=7, progress=False)[0]) <= 1
 
 
-def test_a_seed_drawn_at_random_is_reported_and_gives_the_picture_again(pipe: Pipeline) -> None:
+def test_a_seed_drawn_at_random_is_reported_and_gives_the_image_again(pipe: Pipeline) -> None:
     first, second = (pipe("a red apple", num_images_per_prompt=2, progress=False) for _ in range(2))
     assert first.seeds[1] == first.seeds[0] + 1
     assert first.seeds != second.seeds
@@ -71,7 +71,7 @@ def test_a_seed_drawn_at_random_is_reported_and_gives_the_picture_again(pipe: Pi
     assert difference(again[0], first[1]) <= 1
 
 
-def test_each_picture_has_and_tells_its_own_guidance_scale(pipe: Pipeline) -> None:
+def test_each_image_has_and_records_its_own_guidance_scale(pipe: Pipeline) -> None:
     both = pipe(["a red apple", "a blue car"], guidance_scale=[1.0, 4.0], seed=5, progress=False)
     for index, (prompt, scale) in enumerate((("a red apple", 1.0), ("a blue car", 4.0))):
         assert json.loads(both[index].info["settings"])["guidance_scale"] == scale
@@ -133,13 +133,13 @@ def test_the_final_level_is_of_the_models_own_sampler_ddim_and_plms() -> None:
     assert pipe.noise_levels(sigmas=[9.0, 1.0])[-1] == 0
 
 
-def test_a_png_says_how_to_make_its_picture_again(pipe: Pipeline, tmp_path: Path) -> None:
+def test_the_record_of_a_png_reproduces_its_image(pipe: Pipeline, tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained(pipe.save_pretrained(tmp_path), device="cpu", dtype=torch.float32)
     options: dict[str, Any] = {"sampler": "ddim", "eta": 0.5, "sigmas": [9.0, 3.0, 1.0], "height": 20}
-    pictures = pipe(["a red apple", "pomme 🍎"], "a blue car", seed=3, progress=False, **options)
-    pictures.save(tmp_path / "{seed}.png")
+    images = pipe(["a red apple", "pomme 🍎"], "a blue car", seed=3, progress=False, **options)
+    images.save(tmp_path / "{seed}.png")
     read = Image.open(tmp_path / "4.png")
-    assert read.info == pictures[1].info
+    assert read.info == images[1].info
     assert read.info["prompt"] == "pomme 🍎"
     assert read.info["model"] == pipe.model.fingerprint
     settings = json.loads(read.info["settings"])
@@ -149,48 +149,48 @@ def test_a_png_says_how_to_make_its_picture_again(pipe: Pipeline, tmp_path: Path
     assert difference(pipe(*prompts, seed=seed, progress=False, **settings)[0], read) <= 1
 
 
-def test_a_picture_saved_by_pillow_keeps_its_record(pipe: Pipeline) -> None:
-    picture = pipe("a red apple", seed=3, progress=False)[0]
+def test_an_image_saved_by_pillow_keeps_its_record(pipe: Pipeline) -> None:
+    image = pipe("a red apple", seed=3, progress=False)[0]
     file = io.BytesIO()
-    picture.save(file, "PNG")
-    assert Image.open(file).info == picture.info
+    image.save(file, "PNG")
+    assert Image.open(file).info == image.info
 
 
 def test_save_writes_a_grid_a_pattern_or_a_folder(pipe: Pipeline, tmp_path: Path) -> None:
-    pictures = pipe(["a red apple", "a blue car", "a sky"], seed=8, progress=False)
-    (grid,) = pictures.save(tmp_path / "all.png")
+    images = pipe(["a red apple", "a blue car", "a sky"], seed=8, progress=False)
+    (grid,) = images.save(tmp_path / "all.png")
     with Image.open(grid) as sheet:
-        assert json.loads(sheet.info["prompt"]) == pictures.prompts
+        assert json.loads(sheet.info["prompt"]) == images.prompts
         assert json.loads(sheet.info["seed"]) == ["8", "9", "10"]
-        assert np.asarray(sheet.crop((4, 4, 4 + SIZE, 4 + SIZE))).tolist() == np.asarray(pictures[0]).tolist()
-    assert [file.name for file in pictures.save(tmp_path / "new")] == ["0000.png", "0001.png", "0002.png"]
-    assert [file.name for file in pictures.save(tmp_path / "{index}-{seed}.webp")] == [
+        assert np.asarray(sheet.crop((4, 4, 4 + SIZE, 4 + SIZE))).tolist() == np.asarray(images[0]).tolist()
+    assert [file.name for file in images.save(tmp_path / "new")] == ["0000.png", "0001.png", "0002.png"]
+    assert [file.name for file in images.save(tmp_path / "{index}-{seed}.webp")] == [
         "0-8.webp",
         "1-9.webp",
         "2-10.webp",
     ]
     assert not [file for file in tmp_path.rglob("*") if file.name.startswith(".")]
     with pytest.raises(SamplingError, match="one name"):
-        Images([pictures[0], pictures[0]]).save(tmp_path / "{seed}.png")
+        Images([images[0], images[0]]).save(tmp_path / "{seed}.png")
     with pytest.raises(SamplingError, match=r"'\.pgn', which is no image format"):
-        pictures.save(tmp_path / "all.pgn")
+        images.save(tmp_path / "all.pgn")
     with pytest.raises(SamplingError, match="cannot be written"):
-        pictures.save(grid / "below-a-file.png")
+        images.save(grid / "below-a-file.png")
 
 
-def test_a_grid_has_a_place_for_each_picture_and_its_caption(pipe: Pipeline) -> None:
-    pictures = pipe(CAPTIONS[:5], seed=1, progress=False)
-    assert pictures.grid(columns=2).size == (2 * SIZE + 12, 3 * SIZE + 16)
-    assert pictures.grid().size == (3 * SIZE + 16, 2 * SIZE + 12)
-    small, captioned = pictures.grid(columns=5, scale=3), pictures.grid(columns=5, scale=3, captions=True)
+def test_a_grid_has_a_cell_for_each_image_and_its_caption(pipe: Pipeline) -> None:
+    images = pipe(CAPTIONS[:5], seed=1, progress=False)
+    assert images.grid(columns=2).size == (2 * SIZE + 12, 3 * SIZE + 16)
+    assert images.grid().size == (3 * SIZE + 16, 2 * SIZE + 12)
+    small, captioned = images.grid(columns=5, scale=3), images.grid(columns=5, scale=3, captions=True)
     ink = np.asarray(captioned.convert("L"))[3 * SIZE + 8 :]
     assert captioned.height > small.height
     assert (ink < 100).any()
     with pytest.raises(SamplingError, match="2 captions do not fit 5 images"):
-        pictures.grid(captions=["one", "two"])
+        images.grid(captions=["one", "two"])
 
 
-def test_a_saved_model_makes_the_same_pictures(pipe: Pipeline, tmp_path: Path) -> None:
+def test_a_saved_model_makes_the_same_images(pipe: Pipeline, tmp_path: Path) -> None:
     expected = pipe("a red apple", seed=1, output_type="latent", progress=False)
     file = pipe.save_pretrained(tmp_path / "run")
     loaded = Pipeline.from_pretrained(tmp_path / "run", device="cpu", dtype=torch.float32)
@@ -236,16 +236,16 @@ def test_the_negative_prompt_takes_the_place_of_the_empty_one(pipe: Pipeline) ->
 
 def test_models_of_labels_and_of_nothing() -> None:
     classes = Pipeline(tiny_model("class"))
-    pictures = classes(label=[2, 0], seed=1, num_images_per_prompt=2, progress=False)
-    assert pictures.prompts == ["2", "2", "0", "0"]
-    assert difference(classes(label=0, seed=3, progress=False)[0], pictures[2]) <= 1
-    assert difference(classes(label=1, seed=3, progress=False)[0], pictures[2]) > 1
-    pictures = Pipeline(tiny_model("none"))(seed=1, num_images_per_prompt=3, progress=False)
-    assert [picture.size for picture in pictures] == [(SIZE, SIZE)] * 3
-    assert "prompt" not in pictures[0].info
+    images = classes(label=[2, 0], seed=1, num_images_per_prompt=2, progress=False)
+    assert images.prompts == ["2", "2", "0", "0"]
+    assert difference(classes(label=0, seed=3, progress=False)[0], images[2]) <= 1
+    assert difference(classes(label=1, seed=3, progress=False)[0], images[2]) > 1
+    images = Pipeline(tiny_model("none"))(seed=1, num_images_per_prompt=3, progress=False)
+    assert [image.size for image in images] == [(SIZE, SIZE)] * 3
+    assert "prompt" not in images[0].info
 
 
-def test_points_and_grey_pictures() -> None:
+def test_points_and_grey_images() -> None:
     points = tiny_model(
         "none",
         first_stage={"kind": "identity", "image_channels": 2},
@@ -266,15 +266,15 @@ def test_points_and_grey_pictures() -> None:
     assert Pipeline(grey)(progress=False)[0].mode == "L"
 
 
-def test_output_types_are_one_picture(pipe: Pipeline) -> None:
+def test_output_types_agree(pipe: Pipeline) -> None:
     options: dict[str, Any] = {"seed": 1, "height": 20, "width": 12, "progress": False}
     tensor = pipe("a red apple", output_type="pt", **options)
     assert tensor.shape == (1, 3, 20, 12)
     assert 0 <= tensor.min() <= tensor.max() <= 1
     array = pipe("a red apple", output_type="np", **options)
     assert np.array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
-    picture = pipe("a red apple", **options)[0]
-    assert np.abs(np.asarray(picture) / 255 - array[0]).max() <= 0.5 / 255 + 1e-6
+    image = pipe("a red apple", **options)[0]
+    assert np.abs(np.asarray(image) / 255 - array[0]).max() <= 0.5 / 255 + 1e-6
     latents = pipe("a red apple", output_type="latent", **options)
     assert torch.allclose((pipe.model.decode(latents) + 1) / 2, tensor, atol=1e-5)
     latents.requires_grad_().square().sum().backward()  # an ordinary tensor, out of inference mode
@@ -315,11 +315,11 @@ def test_one_line_samples_from_the_shipped_model_loaded_once(
     monkeypatch.setattr("ldm.formats.ASSETS", tmp_path)
     _shipped.cache_clear()
     file = pipe.save_pretrained(tmp_path)
-    pictures = Pipeline("a red apple", seed=1, progress=False)
-    assert isinstance(pictures, Images)
+    images = Pipeline("a red apple", seed=1, progress=False)
+    assert isinstance(images, Images)
     file.unlink()
     again = Pipeline(["a red apple"], seed=1, progress=False)
-    assert difference(pictures[0], again[0]) == 0
+    assert difference(images[0], again[0]) == 0
     with pytest.raises(SamplingError, match="no string"):
         Pipeline(3)
     _shipped.cache_clear()
@@ -367,12 +367,12 @@ def test_one_line_samples_from_the_shipped_model_loaded_once(
         ({"latents": torch.zeros(1, 4, 8, 9)}, r"\[1, 4, 8, 9\]; these images need \[1, 4, 8, 8\]"),
     ],
 )
-def test_what_cannot_be_met_is_told_in_a_sentence(pipe: Pipeline, settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_reported_in_a_sentence(pipe: Pipeline, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipe(**({"prompt": "a red apple"} | settings), progress=False)
 
 
-def test_what_other_models_cannot_meet() -> None:
+def test_settings_that_other_models_do_not_support() -> None:
     classes, nothing = Pipeline(tiny_model("class")), Pipeline(tiny_model("none"))
     with pytest.raises(SamplingError, match="this model reads no prompt; give a label"):
         classes("a red apple")

@@ -96,7 +96,7 @@ def test_weights_of_nested_groups_multiply(plain: str, weights: list[float]) -> 
 
 
 @given(st.lists(st.tuples(st.text(min_size=1), WEIGHTS)))
-def test_what_is_written_piece_by_piece_is_read_piece_by_piece(pieces: list[tuple[str, float]]) -> None:
+def test_pieces_that_are_written_are_parsed_back(pieces: list[tuple[str, float]]) -> None:
     prompt = "".join(f"({escape(plain)}:{weight})" for plain, weight in pieces)
     merged = [
         ("".join(plain for plain, _ in run), weight) for weight, run in groupby(pieces, key=lambda piece: piece[1])
@@ -105,7 +105,7 @@ def test_what_is_written_piece_by_piece_is_read_piece_by_piece(pieces: list[tupl
 
 
 @given(st.text(alphabet="ab:([)]\\.1", max_size=12))
-def test_any_string_is_parsed_or_refused_in_a_sentence(prompt: str) -> None:
+def test_any_string_is_parsed_or_rejected_in_a_sentence(prompt: str) -> None:
     pieces, message = [], repr(prompt)
     try:
         pieces = parse(prompt)
@@ -145,14 +145,14 @@ def test_objects_nest_and_what_has_no_share_is_left_out() -> None:
         ("a [red:blue:7]", r"the \[ at character 3 of the prompt .* after 7 of the steps; give a share from 0 to 1"),
     ],
 )
-def test_what_is_not_in_the_syntax_is_told_in_a_sentence(pipe: Pipeline, prompt: str, message: str) -> None:
+def test_syntax_errors_are_reported_in_a_sentence(pipe: Pipeline, prompt: str, message: str) -> None:
     for arguments in ((prompt,), (SHORT, prompt), (Blend(SHORT, prompt, 0.5),)):
         with pytest.raises(SamplingError, match=message):
             pipe(*arguments, prompt_syntax="weighted", progress=False)
     pipe(prompt, num_inference_steps=1, progress=False)  # in the plain syntax a bracket is a character
 
 
-def test_what_is_no_prompt_is_told_in_a_sentence(pipe: Pipeline) -> None:
+def test_wrong_types_of_prompts_are_reported_in_a_sentence(pipe: Pipeline) -> None:
     with pytest.raises(SamplingError, match=r"the share of Blend is 1\.5; it must be a number from 0 to 1\."):
         Blend("a", "b", 1.5)
     with pytest.raises(SamplingError, match="Scheduled is given 3, which is no prompt; give two prompts and a share"):
@@ -192,7 +192,7 @@ def test_weights_of_1_change_no_bit(conditioner: Conditioner) -> None:
     assert not torch.isclose(beside.context[0], plain.context[0]).all()
 
 
-def test_weights_reach_the_picture_of_prompts_and_negative_prompts(pipe: Pipeline) -> None:
+def test_weights_reach_the_image_of_prompts_and_negative_prompts(pipe: Pipeline) -> None:
     plain = pipe(SHORT, OTHER, **QUIET)
     options = QUIET | {"prompt_syntax": "weighted"}
     assert torch.equal(pipe("a (red:1.0) apple", OTHER, **options), plain)
@@ -271,7 +271,7 @@ def test_long_prompts_are_in_chunks_unless_they_are_to_be_cut(pipe: Pipeline) ->
     torch.testing.assert_close(cut, pipe(first, **QUIET))
 
 
-def test_a_short_prompt_is_the_same_beside_a_long_one(pipe: Pipeline) -> None:
+def test_a_short_prompt_is_the_same_in_a_batch_with_a_long_one(pipe: Pipeline) -> None:
     alone = pipe(SHORT, **QUIET)
     torch.testing.assert_close(pipe([SHORT, LONG], **QUIET)[:1], alone, rtol=1e-4, atol=1e-4)
     unguided = pipe(SHORT, guidance_scale=1, **QUIET)
@@ -288,7 +288,7 @@ def denoiser(pipe: Pipeline, prompts: list[Prompt], levels: torch.Tensor, negati
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun"])
-def test_a_plain_prompt_is_sampled_bitwise_as_without_any_of_this(pipe: Pipeline, sampler: str) -> None:
+def test_a_plain_prompt_is_sampled_bitwise_as_by_the_parts(pipe: Pipeline, sampler: str) -> None:
     prompts = ["(a) [b]", OTHER]
     model, levels = pipe.model, pipe.noise_levels()
     inputs = {"text": prompts}
@@ -396,12 +396,12 @@ def test_perturbed_guidance_takes_a_schedule(pipe: Pipeline) -> None:
     assert not torch.allclose(pipe(Scheduled(SHORT, OTHER, 0.5), guidance=guidance, **QUIET), same, atol=1e-3)
 
 
-def test_a_picture_says_what_was_written(pipe: Pipeline) -> None:
+def test_the_record_of_an_image_has_the_prompt_as_written(pipe: Pipeline) -> None:
     prompts: list[Prompt] = ["a (red:1.3) car", Blend("a", "b", 0.5)]
-    pictures = pipe(prompts, Scheduled("c", "d", 0.5), prompt_syntax="weighted", seed=1, progress=False)
-    assert pictures.prompts == ["a (red:1.3) car", "Blend(first='a', second='b', share=0.5)"]
-    assert pictures[0].info["negative_prompt"] == "Scheduled(first='c', second='d', share=0.5)"
-    assert '"prompt_syntax": "weighted"' in pictures[0].info["settings"]
+    images = pipe(prompts, Scheduled("c", "d", 0.5), prompt_syntax="weighted", seed=1, progress=False)
+    assert images.prompts == ["a (red:1.3) car", "Blend(first='a', second='b', share=0.5)"]
+    assert images[0].info["negative_prompt"] == "Scheduled(first='c', second='d', share=0.5)"
+    assert '"prompt_syntax": "weighted"' in images[0].info["settings"]
     assert "prompt_syntax" not in pipe("a", progress=False)[0].info["settings"]
 
 

@@ -1,4 +1,4 @@
-"""Pictures from prompts: ``tools/sample.py`` and ``ldm-sample``."""
+"""The command that generates images from prompts: ``tools/sample.py`` and ``ldm-sample``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from ldm.cli.common import DTYPES, Debug, new_app, run
+from ldm.cli.common import DTYPES, Debug, new_app, options_from, run
 from ldm.errors import SamplingError, unknown
+from ldm.sampling_settings import SamplingSettings
 
 if TYPE_CHECKING:
     from ldm.image_output import Images
@@ -25,7 +26,7 @@ DEMO_PROMPTS = {
     ],
     "trained on": ["red apple", "unicorn", "sunrise"],
 }
-"""What ``--demo`` asks for: captions that the shipped model's training did not see, and some that it saw."""
+"""Prompts of ``--demo``: captions that the shipped model was not trained on, and some that it was."""
 
 DEMO_SEED = 0
 
@@ -33,56 +34,49 @@ app = new_app()
 
 
 @app.command()
+@options_from(SamplingSettings, into="settings")
 def sample(
-    prompts: Annotated[list[str] | None, Argument(help="What to show; several make several images.")] = None,
+    prompts: Annotated[list[str] | None, Argument(help="One or several prompts; each gives an image.")] = None,
     model: Annotated[
         str, Option(help="Run, file, diffusers folder, hub id, or the name of the shipped model.")
     ] = "emoji",
-    vae: Annotated[str | None, Option(help="Source of a VAE in place of the model's.")] = None,
-    prediction_type: Annotated[str | None, Option(help="epsilon or v_prediction, where a file of SD lacks it.")] = None,
-    revision: Annotated[str | None, Option(help="Branch, tag or commit of a hub id.")] = None,
-    lora: Annotated[
-        list[str] | None, Option(help="A file of LoRA to add, or FILE:0.8 to scale it; repeatable.")
+    vae: Annotated[str | None, Option(help="Source of a VAE to use instead of the model's.")] = None,
+    prediction_type: Annotated[
+        str | None, Option(help="epsilon or v_prediction, for an SD file that does not contain it.")
     ] = None,
+    revision: Annotated[str | None, Option(help="Branch, tag or commit of a hub id.")] = None,
+    lora: Annotated[list[str] | None, Option(help="LoRA file to load, or FILE:0.8 to scale it; repeatable.")] = None,
     out: Annotated[
         Path | None,
-        Option(help="A file (several images: a grid), a pattern with {index} or {seed}, or a folder."),
+        Option(help="File (several images: a grid), pattern with {index} or {seed}, or folder."),
     ] = None,
-    animate: Annotated[Path | None, Option(help="A .gif to show the denoising in, beside --out.")] = None,
-    seed: Annotated[int | None, Option(help="Of the first image; the next have the next. Random.")] = None,
-    steps: Annotated[int | None, Option(help="Steps of the sampler. As the model says.")] = None,
-    guidance: Annotated[float | None, Option(help="Guidance scale, 1 = none. As the model says.")] = None,
+    animate: Annotated[Path | None, Option(help="GIF of the denoising to write as well.")] = None,
     guide: Annotated[
         list[str] | None,
-        Option(help="More of guidance, repeatable: rescale=0.7, interval=[0.3,5], perturbed=3, projection.eta=0, ..."),
+        Option(
+            help="Further settings of guidance, repeatable: rescale=0.7, interval=[0.3,5], perturbed=3, "
+            "projection.eta=0, ..."
+        ),
     ] = None,
-    sampler: Annotated[str | None, Option(help="See --list-samplers. As the model says.")] = None,
-    eta: Annotated[float | None, Option(help="Fresh noise in a step, 0 to 1. As the sampler says.")] = None,
-    option: Annotated[list[str] | None, Option(help="More of the sampler, repeatable: order=3, rtol=0.01, ...")] = None,
-    spacing: Annotated[str | None, Option(help="Of the noise levels: trailing, karras, ... As the model says.")] = None,
-    shift: Annotated[float | None, Option(help="Factor on the noise levels of a flow model.")] = None,
-    sigmas: Annotated[str | None, Option(help="Noise levels of your own: 14.6,5,2,0.5.")] = None,
+    option: Annotated[
+        list[str] | None, Option(help="Further parameters of the solver, repeatable: order=3, rtol=0.01, ...")
+    ] = None,
     image: Annotated[
-        list[Path] | None, Option(help="An image to begin with, repeatable; with --mask, to be painted anew in parts.")
+        list[Path] | None, Option(help="Image to edit, repeatable; with --mask, to repaint in parts.")
     ] = None,
-    mask: Annotated[list[Path] | None, Option(help="White where the image is to be painted anew.")] = None,
+    mask: Annotated[list[Path] | None, Option(help="Mask, white where the image is repainted.")] = None,
     strength: Annotated[float | None, Option(help="Share of the steps that change --image, 0 to 1.")] = None,
-    negative: Annotated[str | None, Option(help="What to keep away from.")] = None,
-    prompt_syntax: Annotated[
-        str | None, Option(help="How prompts are read: weighted knows (word:1.3), [word] and [cat:dog:0.4]. plain.")
+    device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, ...; default: the GPU if there is one.")] = None,
+    dtype: Annotated[
+        str | None, Option(help="fp32, bf16 or fp16; default: bf16 if the device has it natively.")
     ] = None,
-    label: Annotated[list[int] | None, Option(help="A class, for models that read classes; repeatable.")] = None,
-    n: Annotated[int, Option("--n", "-n", help="Pictures for each prompt.")] = 1,
-    height: Annotated[int | None, Option(help="In pixels. As the model was trained.")] = None,
-    width: Annotated[int | None, Option(help="In pixels. As the model was trained.")] = None,
-    batch_size: Annotated[int | None, Option(help="Most images at once. All.")] = None,
-    device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, ... The GPU if there is one.")] = None,
-    dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16. bf16 where it is native.")] = None,
     demo: Annotated[bool, Option("--demo", help="Eight fixed prompts as a grid with captions.")] = False,
-    list_samplers: Annotated[bool, Option("--list-samplers", help="Show the samplers and leave.")] = False,
+    list_samplers: Annotated[bool, Option("--list-samplers", help="List the solvers and exit.")] = False,
     debug: Debug = False,
+    *,
+    settings: dict[str, Any],
 ) -> None:
-    """Make images from PROMPTS and print the files written."""
+    """Generate images from PROMPTS and print the names of the files written."""
     if list_samplers:
         _print_samplers()
         return
@@ -91,7 +85,7 @@ def sample(
     from ldm.animation import Animation
     from ldm.config import from_dict
     from ldm.diffusion import Guidance
-    from ldm.image_output import check_animation, check_target, write_picture
+    from ldm.image_output import check_animation, check_target, write_image
     from ldm.pipeline import Pipeline
 
     if dtype is not None and dtype not in DTYPES:
@@ -110,32 +104,15 @@ def sample(
     for given in lora or []:
         pipe.load_lora(*_scaled(given))
     frames = Animation(pipe)
-    settings: dict[str, Any] = {
-        "negative_prompt": negative,
-        "prompt_syntax": prompt_syntax,
-        "label": label or None,
-        "height": height,
-        "width": width,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "sampler": sampler,
-        "sampler_options": _settings(option),
-        "eta": eta,
-        "spacing": spacing,
-        "shift": shift,
-        "sigmas": _numbers(sigmas),
-        "seed": DEMO_SEED if demo and seed is None else seed,
-        "num_images_per_prompt": n,
-        "batch_size": batch_size,
-        "callback": frames if animate else None,
-    }
+    settings |= {"sampler_options": _values(option), "callback": frames if animate else None}
     if guide:
-        settings["guidance"] = from_dict(Guidance, _settings(guide), "--guide")
-    settings = {name: value for name, value in settings.items() if value is not None}
-    asked = [prompt for group in DEMO_PROMPTS.values() for prompt in group] if demo else prompts or None
-    images = _edited(pipe, asked, image, mask, strength, settings) if image else pipe(asked, **settings)
+        settings["guidance"] = from_dict(Guidance, _values(guide), "--guide")
     if demo:
-        files = [write_picture(images.grid(columns=4, captions=True, scale=2), target)]
+        prompts = [prompt for group in DEMO_PROMPTS.values() for prompt in group]
+        settings = {"seed": DEMO_SEED} | settings
+    images = _edited(pipe, prompts, image, mask, strength, settings) if image else pipe(prompts or None, **settings)
+    if demo:
+        files = [write_image(images.grid(columns=4, captions=True, scale=2), target)]
     else:
         files = images.save(target)
         print(f"seed {images.seeds[0]}", file=sys.stderr)
@@ -154,14 +131,15 @@ def _edited(
 ) -> Images:
     from ldm import editing
 
+    prompts = prompts or None
     settings |= {} if strength is None else {"strength": strength}
     if mask:
         return editing.inpaint(pipe, prompts, image, mask, **settings)
     return editing.image_to_image(pipe, prompts, image, **settings)
 
 
-def _settings(given: list[str] | None) -> dict[str, Any]:
-    """``["order=3", "projection.eta=0"]`` to nested values, read as YAML."""
+def _values(given: list[str] | None) -> dict[str, Any]:
+    """Parse ``["order=3", "projection.eta=0"]`` as nested values of YAML."""
     from omegaconf import OmegaConf
 
     for item in given or []:
@@ -172,19 +150,12 @@ def _settings(given: list[str] | None) -> dict[str, Any]:
 
 
 def _scaled(given: str) -> tuple[str, float]:
-    """``"FILE:0.8"`` to file and scale; a scale of 1 where there is no number at the end."""
+    """Split ``"FILE:0.8"`` into file and scale; the scale is 1 if there is no number at the end."""
     file, _, scale = given.rpartition(":")
     try:
         return (file, float(scale)) if file else (given, 1.0)
     except ValueError:
         return given, 1.0
-
-
-def _numbers(given: str | None) -> list[float] | None:
-    try:
-        return None if given is None else [float(item) for item in given.split(",")]
-    except ValueError:
-        raise SamplingError(f"--sigmas is {given!r}; write falling numbers with commas between them.") from None
 
 
 def _print_samplers() -> None:

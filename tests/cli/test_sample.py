@@ -40,12 +40,12 @@ def sample(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | N
     return exit_info.value.code
 
 
-def test_the_door_writes_a_picture(model: Path, tmp_path: Path) -> None:
+def test_the_command_writes_an_image(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "apple.png"
     done = python("tools/sample.py", "a red apple", "--model", model, "--seed", "4", "--out", file)
     assert (done.returncode, done.stdout) == (0, f"{file}\n"), done.stderr
-    with Image.open(file) as picture:
-        assert (picture.info["prompt"], picture.info["seed"]) == ("a red apple", "4")
+    with Image.open(file) as image:
+        assert (image.info["prompt"], image.info["seed"]) == ("a red apple", "4")
 
 
 def test_options_reach_the_pipeline(
@@ -55,7 +55,7 @@ def test_options_reach_the_pipeline(
     options += f" --height 20 --width 12 --dtype fp32 --model {model} --out {tmp_path}/{{index}}.png"
     assert sample(monkeypatch, "a", "b", *options.split()) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / f"{index}.png") for index in range(4)]
-    with Image.open(tmp_path / "3.png") as picture:
+    with Image.open(tmp_path / "3.png") as image:
         expected = Pipeline.from_pretrained(model, dtype=torch.float32)(
             "b",
             "car",
@@ -68,8 +68,8 @@ def test_options_reach_the_pipeline(
             width=12,
             progress=False,
         )[0]
-        assert picture.info == expected.info
-        assert picture.size == (12, 20)
+        assert image.info == expected.info
+        assert image.size == (12, 20)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_every_solver_spacing_and_guidance_is_an_option(
 ) -> None:
     file = tmp_path / "apple.png"
     assert sample(monkeypatch, "a red apple", "--seed=4", f"--model={model}", f"--out={file}", *options) == 0
-    with Image.open(file) as picture:
-        settings = json.loads(picture.info["settings"])
+    with Image.open(file) as image:
+        settings = json.loads(image.info["settings"])
     for option in options[-1:]:
         name, value = option.removeprefix("--").split("=", 1)
         if name in ("sampler", "spacing"):
@@ -102,18 +102,18 @@ def test_every_solver_spacing_and_guidance_is_an_option(
 
 
 def test_loras_are_added_with_their_scales(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    style, other, picture = tmp_path / "style.safetensors", tmp_path / "other.safetensors", tmp_path / "apple.png"
+    style, other, image = tmp_path / "style.safetensors", tmp_path / "other.safetensors", tmp_path / "apple.png"
     for file in (style, other):
         save_file(tiny_lora(), file)
-    common = ["a red apple", "--seed=4", f"--model={model}", f"--out={picture}"]
+    common = ["a red apple", "--seed=4", f"--model={model}", f"--out={image}"]
     assert sample(monkeypatch, *common, f"--lora={style}:0.8", f"--lora={other}") == 0
-    with Image.open(picture) as written:
+    with Image.open(image) as written:
         loras = json.loads(written.info["settings"])["loras"]
     assert [(lora["name"], lora["scale"]) for lora in loras] == [("other", 1.0), ("style", 0.8)]
     assert sample(monkeypatch, *common, f"--lora={tmp_path}/none.safetensors:0.8") == 2
 
 
-def test_a_picture_can_be_edited(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_can_be_edited(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, mask, after = tmp_path / "before.png", tmp_path / "mask.png", tmp_path / "after.png"
     Image.new("RGB", (16, 16), "teal").save(before)
     Image.new("L", (16, 16), 255).save(mask)
@@ -139,7 +139,7 @@ def test_a_picture_can_be_edited(model: Path, tmp_path: Path, monkeypatch: pytes
     ],
     ids=str,
 )
-def test_settings_that_cannot_be_are_told(
+def test_invalid_settings_are_reported(
     model: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -161,14 +161,14 @@ def test_prompts_can_be_weighted(model: Path, tmp_path: Path, monkeypatch: pytes
         assert '"prompt_syntax": "weighted"' in weighted.info["settings"]
 
 
-def test_the_denoising_is_animated_beside_the_picture(
+def test_the_denoising_is_animated_as_well(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture, animation = tmp_path / "a.png", tmp_path / "a.gif"
-    options = f"--steps 3 --model {model} --out {picture} --animate {animation}"
+    image, animation = tmp_path / "a.png", tmp_path / "a.gif"
+    options = f"--steps 3 --model {model} --out {image} --animate {animation}"
     assert sample(monkeypatch, "a", "b", *options.split()) == 0
-    assert capsys.readouterr().out.split() == [str(picture), str(animation)]
-    with Image.open(picture) as still, Image.open(animation) as gif:
+    assert capsys.readouterr().out.split() == [str(image), str(animation)]
+    with Image.open(image) as still, Image.open(animation) as gif:
         assert gif.size == still.size
         assert gif.n_frames >= 3
 
@@ -184,7 +184,7 @@ def test_the_demo_prints_the_path_of_its_grid(
     assert Path("demo.png").read_bytes() == first
 
 
-def test_the_demo_tells_the_truth_about_its_prompts() -> None:
+def test_the_demo_classifies_its_prompts_correctly() -> None:
     shards = Shards(find_shards(EMOJI, "train"))
     trained_on = {shards.text(i) for i in range(len(shards))}
     assert sum(map(len, DEMO_PROMPTS.values())) == 8
@@ -216,7 +216,7 @@ def test_samplers_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["a", "--steps", "x"], "Invalid value for '--steps'"),
     ],
 )
-def test_a_mistake_is_told_in_a_sentence(
+def test_a_mistake_is_reported_in_a_sentence(
     model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

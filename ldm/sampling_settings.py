@@ -1,0 +1,373 @@
+"""SamplingSettings: every setting of one sampling, with its default, its help sentence and its check.
+
+:class:`ldm.pipeline.Pipeline` takes them as keyword arguments, ``tools/sample.py`` makes its options of them, and each
+image's record names those that were set. To add a setting, add a field here and use it. The module imports torch only when
+a record is made, so that a command can print its help without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from ldm.errors import SamplingError, unknown
+from ldm.prompts import LONG_PROMPTS, SYNTAXES, Prompt, PromptOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.diffusion import Guidance
+    from ldm.model import SamplingConfig
+    from ldm.sampling_loop import Edit, SamplingStep
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+Check = Callable[[str, Any], Any]
+"""Name and value of a setting to the normalized value; raises a SamplingError if the value is not valid."""
+
+
+def plain(value: Any) -> Any:
+    """Convert NumPy scalars, arrays and tensors, also inside a list or tuple, to Python numbers and lists."""
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> int | float:
+    """Return ``value`` as a Python number from ``least`` to ``most``.
+
+    Raises:
+        SamplingError: it is not a finite number, or out of range.
+    """
+    given = plain(value)
+    if isinstance(given, bool) or not isinstance(given, Real) or not math.isfinite(given):
+        raise SamplingError(f"{name} is {given!r}; it must be a finite number.")
+    if not least <= float(given) <= most:
+        limits = f"from {least:g} to {most:g}" if math.isfinite(most) else f"{least:g} or more"
+        raise SamplingError(f"{name} is {given!r}; it must be {limits}.")
+    return int(given) if isinstance(given, Integral) else float(given)
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """Return ``value`` as an int of at least ``least``.
+
+    Raises:
+        SamplingError: it is not a whole number, or too small.
+    """
+    given = plain(value)
+    if isinstance(given, bool) or not isinstance(given, Integral) or given < least:
+        raise SamplingError(f"{name} is {given!r}; it must be a whole number, {least} or more.")
+    return int(given)
+
+
+def _numbers(name: str, value: Any) -> list[int | float]:
+    given = plain(value)
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise SamplingError(f"{name} is {given!r}; give a list of numbers.")
+    return [number(f"{name}[{index}]", item) for index, item in enumerate(given)]
+
+
+def _number_or_numbers(name: str, value: Any) -> int | float | list[int | float]:
+    given = plain(value)
+    return _numbers(name, given) if isinstance(given, Iterable) and not isinstance(given, str) else number(name, given)
+
+
+def _one_of(known: Collection[str]) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if value not in list(known):
+            raise SamplingError(unknown(name, value, known))
+        return value
+
+    return check
+
+
+def _sampler(name: str, value: Any) -> Any:
+    from ldm.diffusion import SAMPLERS
+
+    return _one_of(SAMPLERS)(name, value)
+
+
+def _spacing(name: str, value: Any) -> Any:
+    from ldm.diffusion import SPACINGS
+
+    return _one_of(SPACINGS)(name, value)
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise SamplingError(f"{name} is {value!r}; give a dict with a value for each name.")
+    return value
+
+
+def _options(name: str, value: Any) -> Mapping[str, Any]:
+    return {key: item if isinstance(item, str) else number(key, item) for key, item in _mapping(name, value).items()}
+
+
+def _guidance(name: str, value: Any) -> Any:
+    from ldm.diffusion import Guidance
+
+    if not isinstance(value, Guidance):
+        raise SamplingError(f"{name} is {value!r}; give an ldm.diffusion.Guidance.")
+    return _with_numbers(name, value)
+
+
+def _with_numbers(name: str, record: Any) -> Any:
+    """A dataclass of numbers, tuples of numbers and such dataclasses, normalized."""
+    values = {entry.name: getattr(record, entry.name) for entry in fields(record)}
+    for key, value in values.items():
+        if is_dataclass(value):
+            values[key] = _with_numbers(f"{name}.{key}", value)
+        elif value is not None:
+            checked = _number_or_numbers(f"{name}.{key}", value)
+            values[key] = tuple(checked) if isinstance(value, tuple) and isinstance(checked, list) else checked
+    return replace(record, **values)
+
+
+def _latents(name: str, value: Any) -> Tensor:
+    import torch
+
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise SamplingError(f"{name} is of type {type(value).__name__}; give a tensor or an array.") from None
+    if not tensor.isfinite().all():
+        raise SamplingError(f"{name} holds NaN or infinite values; give finite ones, normally of unit variance.")
+    return tensor
+
+
+def _callable(name: str, value: Any) -> Any:
+    if not callable(value):
+        raise SamplingError(f"{name} is {value!r}; give a function of one step.")
+    return value
+
+
+def _setting(
+    default: Any, help: str, check: Check | None = None, flags: Sequence[str] | None = None, recorded: bool = False
+) -> Any:
+    """Declare a setting.
+
+    Args:
+        default: its default; None usually means that the model decides.
+        help: the sentence that describes it, in Python and on the command line.
+        check: normalizes any other value than None.
+        flags: names of its command-line option; default: that of the field; empty for no option.
+        recorded: whether the record of an image names it, if it is not at its default. Its value must be valid JSON.
+    """
+    return field(default=default, metadata={"help": help, "check": check, "flags": flags, "recorded": recorded})
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """All settings of one sampling, checked and normalized; numbers and lists may be NumPy's or torch's.
+
+    Raises:
+        SamplingError: a value is not valid for any model.
+    """
+
+    prompt: Prompt | Sequence[Prompt] | None = _setting(
+        None, "One or several prompts, for models of text: strings, or objects of ldm.prompts.", flags=()
+    )
+    negative_prompt: Prompt | Sequence[Prompt] | None = _setting(
+        None,
+        "What the images should not show: one prompt for all, or one for each prompt; default: the empty prompt. "
+        "Without effect at a guidance scale of 1.",
+        flags=("--negative",),
+    )
+    _: KW_ONLY
+    prompt_syntax: str = _setting(
+        PromptOptions.prompt_syntax,
+        "How prompts are parsed: plain, or weighted for (word:1.3), [word] and [cat:dog:0.4].",
+        _one_of(SYNTAXES),
+        recorded=True,
+    )
+    long_prompts: str = _setting(
+        PromptOptions.long_prompts,
+        "Prompts longer than the text encoder's context are encoded in chunks, or cut.",
+        _one_of(LONG_PROMPTS),
+        recorded=True,
+    )
+    label: Sequence[int] | int | None = _setting(
+        None, "One or several classes, for class-conditional models.", lambda name, value: plain(value)
+    )
+    condition: Mapping[str, Sequence[Any]] | None = _setting(
+        None, "Further conditions of the model by name, an entry for each prompt or one for all.", _mapping, flags=()
+    )
+    sampler: str | None = _setting(
+        None, "Solver, a name of ldm.diffusion.SAMPLERS; default: the model's.", _sampler, recorded=True
+    )
+    num_inference_steps: int | None = _setting(
+        None, "Number of sampling steps; default: the model's.", whole_number, ("--steps",), recorded=True
+    )
+    height: int | None = _setting(
+        None,
+        "Height in pixels, divisible by the first stage's factor; default: that of the training images.",
+        whole_number,
+        recorded=True,
+    )
+    width: int | None = _setting(None, "Width in pixels, likewise.", whole_number, recorded=True)
+    guidance_scale: float | Sequence[float] | None = _setting(
+        None,
+        "Scale of classifier-free guidance, one for all or one for each prompt; 1 = none, at half the cost; "
+        "default: the model's.",
+        _number_or_numbers,
+        ("--guidance",),
+    )
+    guidance: Guidance | None = _setting(
+        None, "Further settings of guidance, an ldm.diffusion.Guidance.", _guidance, flags=()
+    )
+    sampler_options: Mapping[str, Any] | None = _setting(
+        None, "Further parameters of the solver by name, such as {'order': 3}.", _options, flags=()
+    )
+    eta: float | None = _setting(
+        None,
+        "Share of fresh noise in each step, 0 to 1, of solvers that take one; default: the solver's.",
+        number,
+    )
+    spacing: str | None = _setting(
+        None,
+        "Spacing of the noise levels, such as trailing or karras, a name of ldm.diffusion.SPACINGS; default: the model's.",
+        _spacing,
+        recorded=True,
+    )
+    shift: float | None = _setting(
+        None,
+        "Factor on the noise levels, for models with a flow schedule; default: the model's.",
+        number,
+        recorded=True,
+    )
+    timesteps: Sequence[float] | Tensor | None = _setting(
+        None, "Falling timesteps to use instead of a number of steps: 999,500,100.", _numbers
+    )
+    sigmas: Sequence[float] | Tensor | None = _setting(
+        None, "Falling noise levels to use instead of a number of steps: 14.6,5,2,0.5.", _numbers, recorded=True
+    )
+    seed: int | Sequence[int] | None = _setting(
+        None,
+        "Seed of the first image, the next have the next; or a list with one for each image; default: random, "
+        "and reported with the images.",
+        lambda name, value: plain(value),
+    )
+    latents: Tensor | None = _setting(
+        None, "Unit noise to start from, [n c h/f w/f], instead of the noise that the seeds give.", _latents, flags=()
+    )
+    num_images_per_prompt: int = _setting(1, "Number of images for each prompt or label.", whole_number, ("--n", "-n"))
+    batch_size: int | None = _setting(None, "Largest number of images to compute at once; default: all.", whole_number)
+    output_type: str = _setting(
+        "pil",
+        "pil; np for an array [n h w c] or pt for a tensor [n c h w], fp32 in [0, 1]; or latent for the normalized "
+        "latents [n c h/f w/f] in fp32.",
+        _one_of(OUTPUT_TYPES),
+        flags=(),
+    )
+    callback: Callable[[SamplingStep], object] | None = _setting(
+        None,
+        "Called with each ldm.sampling_loop.SamplingStep; an exception in it ends the sampling.",
+        _callable,
+        flags=(),
+    )
+    progress: bool = _setting(True, "Show a progress bar on stderr.", flags=())
+    edit: Edit | None = _setting(None, "Turns the sampling into an editing of images; see ldm.editing.", flags=())
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            check, value = entry.metadata["check"], getattr(self, entry.name)
+            if check is not None and (value is not None or entry.default is not None):
+                object.__setattr__(self, entry.name, check(entry.name, value))
+
+    @classmethod
+    def of(cls, *args: Any, **settings: Any) -> SamplingSettings:
+        """Create the record from keyword arguments of any origin.
+
+        Raises:
+            SamplingError: a name that is not a setting, or an invalid value.
+        """
+        names = [entry.name for entry in fields(cls)]
+        for name in settings:
+            if name not in names:
+                raise SamplingError(unknown("setting", name, names))
+        return cls(*args, **settings)
+
+    @property
+    def prompt_options(self) -> PromptOptions:
+        return PromptOptions(self.prompt_syntax, self.long_prompts)
+
+    def resolved(self, defaults: SamplingConfig) -> SamplingSettings:
+        """Fill in the solver, its options and the guidance, with the model's defaults where nothing is given.
+
+        ``eta`` becomes one of ``sampler_options``, and ``guidance_scale`` the scale of ``guidance``.
+
+        Raises:
+            SamplingError: two scales, or an option or guidance that the solver does not take.
+        """
+        from ldm.diffusion import Guidance
+
+        sampler, guidance = self.sampler or defaults.sampler, self.guidance or Guidance()
+        options = {**(self.sampler_options or {}), **({} if self.eta is None else {"eta": self.eta})}
+        if self.guidance_scale is not None and guidance.scale is not None:
+            raise SamplingError("give either guidance_scale or a guidance with a scale of its own, not both.")
+        scales = (self.guidance_scale, guidance.scale, defaults.guidance_scale)
+        guidance = replace(guidance, scale=next(scale for scale in scales if scale is not None))
+        _check_solver(sampler, options, guidance)
+        return replace(self, sampler=sampler, sampler_options=options, eta=None, guidance=guidance, guidance_scale=None)
+
+    def record(self) -> dict[str, Any]:
+        """The recorded settings that are not at their defaults, as values of JSON."""
+        values = {entry: getattr(self, entry.name) for entry in fields(self) if entry.metadata["recorded"]}
+        return {entry.name: value for entry, value in values.items() if value != entry.default}
+
+
+def _check_solver(sampler: str, options: Mapping[str, Any], guidance: Guidance) -> None:
+    from ldm.diffusion import OPTIONS, SPECS
+
+    for name in options:
+        if name not in SPECS[sampler].options:
+            takers = ", ".join(taker for taker, spec in SPECS.items() if name in spec.options)
+            instead = f", or choose one of {takers}" if takers else ""
+            raise SamplingError(f"the sampler {sampler} takes no {name}; leave it out{instead}.")
+        is_valid, requirement = OPTIONS[name]
+        if not is_valid(options[name]):
+            raise SamplingError(f"{name} is {options[name]!r}; it must be {requirement}.")
+    if SPECS[sampler].adaptive and guidance.projection is not None and guidance.projection.momentum:
+        raise SamplingError(
+            f"the sampler {sampler} repeats steps, which momentum would count twice; set momentum to 0."
+        )
+
+
+P = ParamSpec("P")
+S = TypeVar("S")
+R = TypeVar("R")
+
+
+def takes_settings(
+    record: Callable[P, SamplingSettings],
+) -> Callable[[Callable[[S, SamplingSettings], R]], Callable[Concatenate[S, P], R]]:
+    """Decorate a method that takes a record of settings, so that callers give its fields as arguments.
+
+    Type checkers, ``inspect.signature`` and ``help`` see the arguments, each with its default and help sentence.
+    """
+
+    def decorate(method: Callable[[S, SamplingSettings], R]) -> Callable[Concatenate[S, P], R]:
+        @functools.wraps(method)
+        def call(self: S, /, *args: P.args, **settings: P.kwargs) -> R:
+            return method(self, SamplingSettings.of(*args, **settings))
+
+        own = next(iter(inspect.signature(method).parameters.values()))
+        parameters = [own, *inspect.signature(SamplingSettings).parameters.values()]
+        call.__signature__ = inspect.signature(method).replace(parameters=parameters)  # type: ignore[attr-defined]
+        call.__doc__ = f"{inspect.cleandoc(method.__doc__ or '')}\n\nArgs:\n{_described()}"
+        return call
+
+    return decorate
+
+
+def _described() -> str:
+    """The settings as the section Args of a docstring."""
+    described = (f"{entry.name}: {entry.metadata['help']}" for entry in fields(SamplingSettings))
+    wrapper = textwrap.TextWrapper(112, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
+    return "\n".join(map(wrapper.fill, described))

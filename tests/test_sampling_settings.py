@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm import Pipeline, editing
+from ldm.diffusion import Guidance, Projection
+from ldm.errors import SamplingError
+from ldm.sampling_settings import SamplingSettings
+from tests.tiny import SIZE, tiny_model
+
+FIELDS = {entry.name: entry for entry in dataclasses.fields(SamplingSettings)}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline(tiny_model())
+
+
+def as_plain(settings: SamplingSettings) -> dict[str, Any]:
+    """The fields, tensors as lists."""
+    values = {name: getattr(settings, name) for name in FIELDS}
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"guidance_scale": np.float32(3)}, {"guidance_scale": 3.0}),
+        ({"guidance_scale": np.int64(3)}, {"guidance_scale": 3}),
+        ({"guidance_scale": torch.tensor(3.0)}, {"guidance_scale": 3.0}),
+        ({"guidance_scale": np.array([3.0, 1.0])}, {"guidance_scale": [3.0, 1.0]}),
+        ({"guidance_scale": [np.float32(3), torch.tensor(1)]}, {"guidance_scale": [3.0, 1]}),
+        ({"guidance": Guidance(rescale=np.float32(0.5))}, {"guidance": Guidance(rescale=0.5)}),
+        (
+            {"guidance": Guidance(interval=(np.float32(0.5), torch.tensor(5)), projection=Projection(np.float64(0.5)))},
+            {"guidance": Guidance(interval=(0.5, 5), projection=Projection(0.5))},
+        ),
+        ({"num_inference_steps": np.int32(3), "height": torch.tensor(16)}, {"num_inference_steps": 3, "height": 16}),
+        ({"eta": np.float32(0.5)}, {"eta": 0.5}),
+        ({"sampler_options": {"order": np.int64(2)}}, {"sampler_options": {"order": 2}}),
+        ({"sigmas": np.array([3.0, 1.0])}, {"sigmas": [3.0, 1.0]}),
+        ({"timesteps": torch.tensor([900, 100])}, {"timesteps": [900, 100]}),
+        ({"seed": torch.tensor(3)}, {"seed": 3}),
+        ({"seed": np.array([3, 5])}, {"seed": [3, 5]}),
+        ({"label": np.array([3, 5])}, {"label": [3, 5]}),
+        ({"latents": np.zeros((1, 2), np.float32)}, {"latents": torch.zeros(1, 2)}),
+    ],
+    ids=str,
+)
+def test_numbers_of_numpy_and_torch_become_plain_ones(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    found, wanted = as_plain(SamplingSettings(**given)), as_plain(SamplingSettings(**expected))
+    assert found == wanted
+    assert repr(found) == repr(wanted)  # equal types, too
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance_scale": math.nan}, "guidance_scale is nan; it must be a finite number"),
+        ({"guidance_scale": math.inf}, "guidance_scale is inf; it must be a finite number"),
+        ({"guidance_scale": "7.5"}, "guidance_scale is '7.5'; it must be a finite number"),
+        ({"guidance_scale": [1.0, math.nan]}, r"guidance_scale\[1\] is nan"),
+        ({"guidance": Guidance(perturbed=math.nan)}, "guidance.perturbed is nan"),
+        ({"guidance": 3.0}, "guidance is 3.0; give an ldm.diffusion.Guidance"),
+        ({"latents": torch.full((1, 4, 8, 8), math.nan)}, "latents holds NaN or infinite values"),
+        ({"latents": "noise"}, "latents is of type str; give a tensor"),
+        ({"num_inference_steps": True}, "num_inference_steps is True; it must be a whole number, 1 or more"),
+        ({"num_images_per_prompt": None}, "num_images_per_prompt is None; it must be a whole number"),
+        ({"sigmas": 3.0}, "sigmas is 3.0; give a list of numbers"),
+        ({"sigmas": [3.0, "a"]}, r"sigmas\[1\] is 'a'"),
+        ({"eta": math.nan}, "eta is nan"),
+        ({"sampler_options": {"rtol": math.inf}}, "rtol is inf"),
+        ({"sampler_options": [3]}, r"sampler_options is \[3\]; give a dict"),
+        ({"condition": 3}, "condition is 3; give a dict"),
+        ({"prompt_syntax": "wieghted"}, "unknown prompt_syntax 'wieghted'; did you mean 'weighted'"),
+        ({"long_prompts": "cat"}, "unknown long_prompts 'cat'; did you mean 'cut'"),
+        ({"callback": 3}, "callback is 3; give a function"),
+        ({"guidence_scale": 3.0}, "unknown setting 'guidence_scale'; did you mean 'guidance_scale'"),
+        (
+            {"prompt_syntax": "weighted", "prompt": f"(red:{'9' * 60})"},
+            r"the weight 1e\+60 of 'red' .* from -1000 to 1000",
+        ),
+    ],
+    ids=str,
+)
+def test_an_invalid_setting_is_named_before_any_work(pipe: Pipeline, settings: dict[str, Any], message: str) -> None:
+    """Nothing of the model is called, be the images made at once or as a stream."""
+    keywords = {"prompt": "a red apple", "progress": False} | settings
+    calls: list[Any] = []
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, args: calls.append(module))
+    try:
+        for call in (pipe, pipe.stream):
+            with pytest.raises(SamplingError, match=message):
+                call(**keywords)
+    finally:
+        handle.remove()
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("strength", "message"),
+    [
+        (math.nan, "strength is nan; it must be a finite"),
+        ("0.5", "strength is '0.5'"),
+        (torch.tensor(1.5), "from 0 to 1"),
+    ],
+)
+def test_strength_is_checked_as_settings_are(pipe: Pipeline, strength: Any, message: str) -> None:
+    with pytest.raises(SamplingError, match=message):
+        editing.image_to_image(pipe, "a red apple", Image.new("RGB", (SIZE, SIZE)), strength)
+
+
+def test_settings_of_numpy_give_the_images_of_plain_ones(pipe: Pipeline) -> None:
+    keywords: dict[str, Any] = {"sampler": "ddim", "progress": False}
+    plain = pipe(["a", "b"], seed=[3, 4], guidance_scale=[3.0, 1.0], eta=0.5, num_inference_steps=2, **keywords)
+    arrays: dict[str, Any] = {
+        "seed": np.array([3, 4]),
+        "guidance_scale": torch.tensor([3.0, 1.0]),
+        "eta": np.float32(0.5),
+    }
+    other = pipe(np.array(["a", "b"]), num_inference_steps=np.int64(2), **arrays, **keywords)
+    for a, b in zip(plain, other, strict=True):
+        assert a.info == b.info
+        assert a.tobytes() == b.tobytes()
+    image, half = Image.new("RGB", (SIZE, SIZE), "teal"), np.float32(0.5)
+    edited = [editing.image_to_image(pipe, "a", image, strength, seed=1, progress=False)[0] for strength in (0.5, half)]
+    assert edited[0].info == edited[1].info
+
+
+def test_the_arguments_of_the_pipeline_are_the_fields() -> None:
+    for method in (Pipeline.__call__, Pipeline.stream):
+        parameters = dict(list(inspect.signature(method).parameters.items())[1:])
+        assert list(parameters) == list(FIELDS)
+        assert {name: parameter.default for name, parameter in parameters.items()} == {
+            name: entry.default for name, entry in FIELDS.items()
+        }
+        documentation = " ".join((method.__doc__ or "").split())
+        for name, entry in FIELDS.items():
+            assert f"{name}: {entry.metadata['help']}" in documentation
