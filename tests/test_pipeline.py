@@ -32,7 +32,7 @@ def difference(a: Any, b: Any) -> int:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_noise_of_a_image_is_bitwise_the_same_in_any_batch(pipe: Pipeline, sampler: str) -> None:
+def test_the_noise_of_an_image_is_bitwise_the_same_in_any_batch(pipe: Pipeline, sampler: str) -> None:
     """A network that answers 0 leaves a function of the noise alone, pixel by pixel."""
     torch.nn.init.zeros_(pipe.model.denoiser.conv_out.weight)
     torch.nn.init.zeros_(pipe.model.denoiser.conv_out.bias)
@@ -47,7 +47,7 @@ def test_the_noise_of_a_image_is_bitwise_the_same_in_any_batch(pipe: Pipeline, s
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_pixels_of_a_image_are_the_same_in_any_batch(pipe: Pipeline, sampler: str) -> None:
+def test_the_pixels_of_an_image_are_the_same_in_any_batch(pipe: Pipeline, sampler: str) -> None:
     alone = pipe("a red car", seed=7, sampler=sampler, progress=False)[0]
     batch = pipe(CAPTIONS, seed=5, sampler=sampler, progress=False)
     in_parts = pipe(CAPTIONS, seed=5, sampler=sampler, batch_size=2, progress=False)
