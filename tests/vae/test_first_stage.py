@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from ldm.config import from_dict
 from ldm.vae import DiagonalGaussian, FirstStage, FirstStageConfig
-from ldm.vae.module import measure_latents, psnr
+from ldm.vae.metrics import measure_latents, psnr
 
 
 class Given(FirstStage):

@@ -10,11 +10,11 @@ from torch import Tensor
 from ldm import Pipeline
 from ldm.config import from_dict
 from ldm.data.samples import BatchIndices
-from ldm.experiment import load_config
 from ldm.formats import load
 from ldm.formats.native import save_model
+from ldm.training.experiment import load_config
 from ldm.vae import AutoencoderKLConfig, Identity
-from ldm.vae.module import measure_latents
+from ldm.vae.metrics import measure_latents
 from ldm.vae.preview import LeastSquares
 from tests.tiny import tiny_model
 

@@ -1,0 +1,51 @@
+"""Measurements on a trained first stage: PSNR, and the statistics of its latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.vae.first_stage import FirstStage
+from ldm.vae.preview import LeastSquares
+
+
+def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio in dB of each image ``[b c h w]`` in [-1, 1]: ``[b]``; the peak is the range, 2."""
+    error = (image - reconstruction).square().flatten(1).mean(1)
+    return 10 * torch.log10(4.0 / error.clamp(min=1e-10))
+
+
+@torch.no_grad()
+def measure_latents(
+    first_stage: FirstStage, batches: Iterable[Mapping[str, Any]], device: torch.device | str = "cpu"
+) -> None:
+    """Set ``latent_mean`` and ``latent_std`` to the statistics per channel of the latents of all images in ``batches``, and fit
+    ``latent_preview`` to those images.
+
+    By the law of total variance, var(z) = E[posterior variance] + var(posterior mean); summed in fp64.
+    """
+    channels = first_stage.latent_channels
+    count, total, squares = (
+        0,
+        torch.zeros(channels, dtype=torch.float64),
+        torch.zeros(channels, dtype=torch.float64),
+    )
+    fit = LeastSquares()
+    for batch in batches:
+        image = batch["image"].to(device)
+        posterior = first_stage.encode(image)
+        fit.add(posterior.mean, image)
+        mean, variance = posterior.mean.double().cpu(), posterior.logvar.exp().double().cpu()
+        total += mean.sum((0, 2, 3))
+        squares += (mean.square() + variance).sum((0, 2, 3))
+        count += mean.numel() // channels
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+    first_stage.latent_mean.copy_(mean)
+    first_stage.latent_std.copy_(std)
+    weight, bias = fit.solve()
+    preview = torch.cat([weight * std, (bias + weight @ mean)[:, None]], dim=1)  # of normalised latents
+    first_stage.register_buffer("latent_preview", preview.to(first_stage.latent_mean))
