@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldm.experiment import load_config
     from ldm.formats import load
     from ldm.model import LatentDiffusion
     from ldm.pipeline import Pipeline
+    from ldm.training.experiment import load_config
 
 __version__ = "0.1.0"
 __all__ = ["LatentDiffusion", "Pipeline", "__version__", "load", "load_config"]
@@ -22,7 +22,7 @@ _HOMES = {
     "LatentDiffusion": "ldm.model",
     "Pipeline": "ldm.pipeline",
     "load": "ldm.formats",
-    "load_config": "ldm.experiment",
+    "load_config": "ldm.training.experiment",
 }
 
 

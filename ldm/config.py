@@ -2,7 +2,8 @@
 
 Three ideas. A *config* is a frozen dataclass; its fields say type, default and one sentence of help (:func:`config_field`). A
 *kind* is an entry of a registry: ``class Schedule(Kind)`` opens a family, ``class Cosine(Schedule, kind="cosine")`` adds an
-entry, and a field of type ``Schedule`` is written ``{kind: cosine, ...}`` (or just ``cosine``) in YAML. :func:`from_dict`
+entry, and a field of type ``Schedule`` is written ``{kind: cosine, ...}`` (or just ``cosine``) in YAML; ``class Loss(Kind,
+default="l2")`` opens a family whose sections may leave ``kind`` out. :func:`from_dict`
 turns plain values into configs and refuses whatever it does not know, naming the place and the near miss.
 """
 
@@ -45,15 +46,19 @@ def config_field(
 
 
 class Kind:
-    """Base of the registries: a direct subclass opens a family, a subclass with ``kind=`` adds an entry to its family."""
+    """Base of the registries: a direct subclass opens a family, a subclass with ``kind=`` adds an entry to its family.
+
+    A family with ``default=`` takes that kind for a section that names none.
+    """
 
     kinds: ClassVar[dict[str, type]]
+    default_kind: ClassVar[str | None]
     kind: ClassVar[str]
 
-    def __init_subclass__(cls, kind: str | None = None, **options: Any) -> None:
+    def __init_subclass__(cls, kind: str | None = None, default: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
         if Kind in cls.__bases__:
-            cls.kinds = {}
+            cls.kinds, cls.default_kind = {}, default
         if kind is not None:
             assert kind not in cls.kinds, f"{kind} is registered twice"
             cls.kind = kind
@@ -73,6 +78,8 @@ def from_dict(cls: type[T], node: Any, where: str = "") -> T:
     """
     if issubclass(cls, Kind) and not hasattr(cls, "kind"):
         node = {"kind": node} if isinstance(node, str) else node
+        if cls.default_kind and isinstance(node, Mapping):
+            node = {"kind": cls.default_kind, **node}
         if not isinstance(node, Mapping) or "kind" not in node:
             raise ConfigError(f"{_at(where)}: give a kind, one of {', '.join(sorted(cls.kinds))}.")
         if node["kind"] not in list(cls.kinds):  # a list: the value may be one that cannot be hashed

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from ldm.data.shards import Sample, write_shard
-from ldm.experiment import Experiment, load_config
+from ldm.training.experiment import Experiment, load_config
 from tests.data.pictures import encoded, noise_picture
 
 CAPTIONS = ["red apple", "green apple", "red car", "blue car", "green car", "blue sky", "red sky", "old ship"]

@@ -128,7 +128,7 @@ def test_every_config_field_has_its_sentence() -> None:
     """Of all kinds and sections that an experiment can have: the reference prints them."""
     import typing
 
-    from ldm.experiment import Experiment
+    from ldm.training.experiment import Experiment
 
     seen: set[type] = set()
 

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from ldm.cli.config_reference import anchor, reference
 from ldm.clip.model import CLIPConfig
 from ldm.config import from_dict
-from ldm.experiment import load_config
 from ldm.formats import save
 from ldm.formats.clip import save_clip
 from ldm.pipeline import Pipeline
+from ldm.training.experiment import load_config
 from tests.tiny import TOKENIZER, tiny_lora, tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -13,11 +13,11 @@ import transformers
 
 from ldm import Pipeline, load
 from ldm.errors import CheckpointError, ConfigError
-from ldm.experiment import Experiment, load_config
 from ldm.formats import read, save
 from ldm.formats.clip import save_clip
 from ldm.formats.native import load_strictly
-from ldm.stages import train_stage
+from ldm.training.experiment import Experiment, load_config
+from ldm.training.stages import train_stage
 from tests.experiments import EXPERIMENT, SIZE, TRAIN, write_experiment
 from tests.formats import world
 from tests.formats.test_parity import picture, picture_of_peer

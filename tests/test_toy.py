@@ -15,10 +15,10 @@ from torch import Tensor
 from ldm.cli.dry_run import describe
 from ldm.data.samples import BatchIndices
 from ldm.errors import MissingExtraError
-from ldm.experiment import load_config
 from ldm.model import LatentDiffusion
 from ldm.pipeline import Pipeline
-from ldm.stages import make_model, train_stage
+from ldm.training.experiment import load_config
+from ldm.training.stages import build_module, train_stage
 from ldm.training.toy_plots import forward_process, reverse_process
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -26,7 +26,7 @@ S_CURVE, DIGITS = CONFIGS / "toy" / "s_curve.yaml", CONFIGS / "toy" / "ddpm_pixe
 
 
 def untrained(config: Path = S_CURVE) -> LatentDiffusion:
-    return make_model(load_config(config))[0]
+    return build_module(load_config(config), "denoiser").task.model
 
 
 def to_the_nearest(points: Tensor, data: Tensor) -> float:
@@ -57,7 +57,7 @@ def test_samples_lie_on_the_s(curve_run: Path) -> None:
 
 def test_the_plots_show_ten_states_of_each_process(curve_run: Path) -> None:
     for name in ("forward", "reverse"):
-        picture = np.asarray(Image.open(curve_run / "denoiser" / "pictures" / f"{name}_0001000.png")).astype(int)
+        picture = np.asarray(Image.open(curve_run / "denoiser" / "images" / f"{name}_0001000.png")).astype(int)
         red = picture[..., 0] - picture[..., 1] > 50
         panels = [cell for row in np.array_split(red, 2) for cell in np.array_split(row, 5, axis=1)]
         assert min(panel.sum() for panel in panels) > 500
@@ -65,7 +65,7 @@ def test_the_plots_show_ten_states_of_each_process(curve_run: Path) -> None:
 
 def test_the_animation_goes_forward_then_backward(curve_run: Path) -> None:
     """21 states each way: at the end the points are back where they were at the start, but not in between."""
-    with Image.open(curve_run / "denoiser" / "pictures" / "diffusion.gif") as gif:
+    with Image.open(curve_run / "denoiser" / "images" / "diffusion.gif") as gif:
         assert gif.n_frames == 2 * 21
         frames = []
         for index in range(gif.n_frames):
@@ -109,7 +109,7 @@ def test_digits_train_in_pixel_space_and_are_shown_one_of_each(tmp_path: Path) -
         losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
     assert losses[1] < 0.9 * losses[0]
 
-    grid = np.asarray(Image.open(tmp_path / "denoiser" / "pictures" / "samples_0000030.png").convert("L"))
+    grid = np.asarray(Image.open(tmp_path / "denoiser" / "images" / "samples_0000030.png").convert("L"))
     assert min(grid.shape) > 3 * 64, "three rows of four, enlarged"
     pictures = Pipeline.from_pretrained(tmp_path)(label=range(10), seed=0, num_inference_steps=2, progress=False)
     assert [picture.info["label"] for picture in pictures] == [str(digit) for digit in range(10)]

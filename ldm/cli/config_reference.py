@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union
 
 from ldm.config import REQUIRED, Kind, to_dict
-from ldm.experiment import Experiment
+from ldm.training.experiment import Experiment
 
 INTRODUCTION = """\
 # The config

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.data.samples import Samples
-    from ldm.experiment import Experiment
     from ldm.model import LatentDiffusion
     from ldm.pipeline import Pipeline
+    from ldm.training.experiment import Experiment
 
 BATCH = 32
 SHOWN, COLUMNS = 24, 8
@@ -45,9 +45,9 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure reconstruction, retrieval, and how well samples show what their captions say."""
-    from ldm.experiment import load_config
     from ldm.pipeline import Pipeline
-    from ldm.stages import result_file
+    from ldm.training.experiment import load_config
+    from ldm.training.handoff import result_file
 
     if split not in HELD_OUT:
         raise DataError(unknown("split", split, HELD_OUT))
@@ -75,7 +75,7 @@ def reconstruction(model: LatentDiffusion, samples: Samples) -> float:
     import torch
 
     from ldm.data.stream import EvaluationLoader
-    from ldm.vae.module import psnr
+    from ldm.vae.metrics import psnr
 
     values = []
     with torch.inference_mode():
@@ -94,7 +94,7 @@ def retrieval(experiment: Experiment, sets: Mapping[str, Samples], splits: tuple
     from ldm.data.stream import EvaluationLoader
     from ldm.formats.native import CLIP, load_strictly, read_header
     from ldm.formats.tensors import read_tensors
-    from ldm.stages import result_file
+    from ldm.training.handoff import result_file
 
     assert experiment.clip is not None
     path = Path(experiment.clip.checkpoint or result_file(experiment, "clip"))

@@ -26,7 +26,7 @@ def train(
     """Train a stage; the same command again goes on where it stopped."""
     if stage not in STAGES:
         raise TrainingError(unknown("stage", stage, STAGES))
-    from ldm.experiment import load_config
+    from ldm.training.experiment import load_config
 
     experiment = load_config(config, overrides or [])
     if stage not in ("all", *experiment.stages):
@@ -37,7 +37,7 @@ def train(
 
         print(describe(experiment, stages))
         return
-    from ldm.stages import train_stage
+    from ldm.training.stages import train_stage
 
     keep_freed_memory()
     for each in stages:

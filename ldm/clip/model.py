@@ -1,4 +1,4 @@
-"""CLIP: two towers into one space, and the loss that brings an image and its caption together."""
+"""CLIP: a text and an image tower with a common embedding space."""
 
 from __future__ import annotations
 
@@ -75,27 +75,10 @@ class CLIP(nn.Module):
         return F.normalize(self.image(to_size(image, self.image_size)), dim=-1)
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``image [b 3 h w], tokens [b n]`` to the first three arguments of :func:`clip_loss`."""
+        """``image [b 3 h w], tokens [b n]`` to features ``[b embed_dim]`` of both, of unit length, and the factor on their cosines."""
         return self.encode_image(image), self.encode_text(tokens), self.logit_scale.exp()
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """To be called after each optimizer step: keeps the factor on the cosines within [1, 100]."""
         self.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
-
-
-def clip_loss(
-    image_features: Tensor, text_features: Tensor, scale: Tensor, rank: int = 0, world_size: int = 1
-) -> Tensor:
-    """Mean cross-entropy of image to caption and of caption to image, by open_clip's ``ClipLoss``.
-
-    Args:
-        image_features, text_features: ``[b embed_dim]`` of unit length; rows of one number belong together.
-        scale: factor on the cosines (the exponential of ``CLIP.logit_scale``).
-        rank, world_size: of this process; with more than one, all processes' batches are contrasted together.
-    """
-    from open_clip.loss import ClipLoss  # only training needs it, and it imports torchvision
-
-    many = world_size > 1
-    loss = ClipLoss(local_loss=many, gather_with_grad=many, rank=rank, world_size=world_size)
-    return loss(image_features, text_features, scale)

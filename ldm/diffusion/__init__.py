@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ldm.diffusion.guidance import Guidance, Perturbable, Projection, guided
-from ldm.diffusion.loss import DenoisingLoss
+from ldm.diffusion.loss import DenoisingLossConfig, WeightedLossConfig
 from ldm.diffusion.noise_level_samplers import NoiseLevelSampler
 from ldm.diffusion.parametrization import Diffusion, Parametrization
 from ldm.diffusion.samplers import (
@@ -25,6 +25,7 @@ from ldm.diffusion.spacing import (
     sigmas_from_values,
     timesteps,
 )
+from ldm.diffusion.uncertainty import UncertaintyLossConfig
 
 __all__ = [
     "OPTIONS",
@@ -32,7 +33,7 @@ __all__ = [
     "SPACINGS",
     "SPECS",
     "Denoiser",
-    "DenoisingLoss",
+    "DenoisingLossConfig",
     "Diffusion",
     "Guidance",
     "Noise",
@@ -43,6 +44,8 @@ __all__ = [
     "SamplerSpec",
     "Schedule",
     "Step",
+    "UncertaintyLossConfig",
+    "WeightedLossConfig",
     "brownian_noise",
     "guided",
     "seeded_noise",

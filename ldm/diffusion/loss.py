@@ -1,4 +1,4 @@
-"""The loss of denoising: how far F is from its target, at a drawn noise level."""
+"""Denoising loss: the weighted distance of F from its target at a random noise level."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from ldm.config import config_field
+from ldm.config import Kind, config_field
 from ldm.diffusion.noise_level_samplers import NoiseLevelSampler, Uniform
 from ldm.diffusion.parametrization import Diffusion, Parametrization, per_item
 from ldm.errors import ConfigError
@@ -18,23 +18,39 @@ from ldm.errors import ConfigError
 C = TypeVar("C")
 
 NORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "l1": lambda answer, target: (answer - target).abs(),
-    "l2": lambda answer, target: (answer - target) ** 2,
-    "huber": lambda answer, target: functional.huber_loss(answer, target, reduction="none"),
+    "l1": lambda output, target: (output - target).abs(),
+    "l2": lambda output, target: (output - target) ** 2,
+    "huber": lambda output, target: functional.huber_loss(output, target, reduction="none"),
 }
 """Elementwise distances; huber is quadratic up to 1 and linear beyond."""
 
 
-@dataclass(frozen=True)
-class DenoisingLoss:
-    """w(s) |F - target|, the mean over an image, at a drawn noise level s (Ho et al. 2006.11239, eq. 14)."""
+class DenoisingLossConfig(Kind, default="weighted"):
+    """Family of the losses of stage 3.
 
-    norm: Literal["l1", "l2", "huber"] = config_field("l2", "Distance between what F says and its target.")
+    ``build()`` makes a module that is called as :meth:`WeightedLoss.forward`; its parameters are trained with the denoiser.
+    In evaluation mode, a loss that learns a weighting returns the one that it weights, so that validations compare.
+    """
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Modules of the denoiser whose outputs the loss takes as the argument ``features``, by their names in it."""
+        return ()
+
+    def build(self) -> nn.Module:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class WeightedLossConfig(DenoisingLossConfig, kind="weighted"):
+    """w(s) |F - target|, averaged over an image, at a random noise level s (Ho et al. 2006.11239, eq. 14)."""
+
+    norm: Literal["l1", "l2", "huber"] = config_field("l2", "Distance between the output of F and its target.")
     weighting: Literal["none", "min_snr"] = config_field(
         "none",
-        "min_snr weighs the error of x0 by min(SNR, gamma) (Hang et al. 2303.09556); none does not weigh.",
+        "min_snr weights the error of x0 by min(SNR, gamma) (Hang et al. 2303.09556); none = 1.",
     )
-    gamma: float = config_field(5.0, "Greatest signal-to-noise ratio that min_snr counts.")
+    gamma: float = config_field(5.0, "Upper limit of the signal-to-noise ratio in min_snr.")
     noise_level_sampler: NoiseLevelSampler = config_field(
         Uniform(), "Distribution of the noise levels.", formerly="draw"
     )
@@ -43,7 +59,18 @@ class DenoisingLoss:
         if self.gamma <= 0:
             raise ConfigError(f"gamma is {self.gamma}; it must be above 0.")
 
-    def __call__(
+    def build(self) -> WeightedLoss:
+        return WeightedLoss(self)
+
+
+class WeightedLoss(nn.Module):
+    """The loss of a :class:`WeightedLossConfig`; it has no parameters."""
+
+    def __init__(self, config: WeightedLossConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(
         self,
         network: Callable[[Tensor, Tensor, C], Tensor],
         diffusion: Diffusion,
@@ -54,45 +81,45 @@ class DenoisingLoss:
         sigma: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The loss of each image at a noise level each.
+        """Return the loss of each image, each at its own noise level.
 
         Args:
             network: F, called as by :meth:`Diffusion.model_output`.
             diffusion: schedule and parametrization.
             x0: clean images or latents, [b ...] fp32.
-            conditioning: handed to the network.
-            generator: source of noise levels and noise, in this order; needed unless both are given.
-            sigma: noise levels [b], for a validation that measures the same each time.
+            conditioning: passed to the network.
+            generator: source of noise levels and noise, in this order; required unless both are given.
+            sigma: noise levels [b]; a validation gives them, to be reproducible.
             noise: unit Gaussian noise of the shape of x0, likewise.
 
         Returns:
             loss [b], with gradients, and sigma [b], to report the loss by noise level.
         """
         if sigma is None:
-            assert generator is not None, "draw the noise levels from a generator, or give them"
-            sigma = self.noise_level_sampler.sample(len(x0), diffusion.schedule, generator)
+            assert generator is not None, "pass a generator or noise levels"
+            sigma = self.config.noise_level_sampler.sample(len(x0), diffusion.schedule, generator)
         if noise is None:
-            assert generator is not None, "draw the noise from a generator, or give it"
+            assert generator is not None, "pass a generator or noise"
             noise = torch.randn(x0.shape, generator=generator, device=generator.device)
         sigma, noise = sigma.to(x0), noise.to(x0)
         level = per_item(sigma, x0)
-        answer = diffusion.model_output(network, x0 + level * noise, sigma, conditioning)
+        output = diffusion.model_output(network, x0 + level * noise, sigma, conditioning)
         target = diffusion.parametrization.target(x0, noise, level)
-        loss = NORMS[self.norm](answer, target).flatten(1).mean(1)
-        if self.weighting == "min_snr":
-            loss = min_snr_weight(diffusion.parametrization, sigma, self.gamma) * loss
+        loss = NORMS[self.config.norm](output, target).flatten(1).mean(1)
+        if self.config.weighting == "min_snr":
+            loss = min_snr_weight(diffusion.parametrization, sigma, self.config.gamma) * loss
         return loss, sigma
 
 
 def min_snr_weight(parametrization: Parametrization, sigma: Tensor, gamma: float) -> Tensor:
-    """The weight [b] on the error of F that puts min(SNR, gamma) on that of x0 (Hang et al. 2303.09556).
+    """Return the weight [b] on the error of F that amounts to min(SNR, gamma) on that of x0 (Hang et al. 2303.09556).
 
     Since D - x0 = out(s) (F - target), in units of the data's standard deviation d,
 
         min(SNR, gamma) |D - x0|^2 / d^2 = min(SNR, gamma) (out(s) / d)^2 |F - target|^2,    SNR = (d / s)^2
 
     which is min(SNR, gamma) / SNR for eps, min(SNR, gamma) / (SNR + 1) for v and edm, min(SNR, gamma) for x0.
-    The norms that are no squares take the same weight.
+    The other norms take the same weight.
     """
     d = parametrization.sigma_data
     return ((d / sigma) ** 2).clamp(max=gamma) * (parametrization.scalings(sigma).out / d) ** 2

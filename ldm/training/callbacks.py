@@ -1,7 +1,7 @@
-"""What happens around the training steps of any stage: counting, logging, images, checkpoints, a graceful stop."""
+"""Callbacks around the training steps of any stage: logging, images, checkpoints, a graceful stop."""
 
 # mypy: disable-error-code="override"
-# Lightning says LightningModule where these hooks are only ever given a StageModule.
+# Lightning declares LightningModule, but these hooks only receive a StageModule.
 
 from __future__ import annotations
 
@@ -16,31 +16,12 @@ import torch
 
 from ldm.errors import TrainingError
 from ldm.image_output import write_animation
+from ldm.training.engine import StageModule
 from ldm.training.metrics import MetricsFile
-from ldm.training.stage import StageModule
-
-
-class StepCounter(L.Callback):
-    """Counts optimizer steps, and puts the averaged weights in place while validation runs.
-
-    It must come before the callbacks that read the count and that save what is in place.
-    """
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        module.after_batch(batch_idx)
-
-    def on_validation_start(self, trainer: L.Trainer, module: StageModule) -> None:
-        self.averaged = module.ema_weights()
-        self.averaged.__enter__()
-
-    def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
-        self.averaged.__exit__(None, None, None)
 
 
 class Progress(L.Callback):
-    """A bar with the loss and the time that is left, from the first step of the run, not of the session."""
+    """Progress bar with the losses and the remaining time; it counts the steps of the run, not of the session."""
 
     def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
         from tqdm import tqdm
@@ -69,7 +50,7 @@ class Progress(L.Callback):
 
 
 class Metrics(L.Callback):
-    """Training metrics every ``log_every`` steps and those of each validation, to ``metrics.csv`` and TensorBoard."""
+    """Writer of the training metrics every ``log_every`` steps, and of each validation, to ``metrics.csv`` and TensorBoard."""
 
     def on_fit_start(self, trainer: L.Trainer, module: StageModule) -> None:
         self.sums: dict[str, list[float]] = {}
@@ -94,9 +75,9 @@ class Metrics(L.Callback):
             return
         row = {f"train/{name}": sum(values) / len(values) for name, values in self.sums.items()}
         now, (then, since) = time.perf_counter(), self.last
-        pictures = module.train_config.batch_size * module.train_config.accumulate * trainer.world_size
+        images = module.train_config.batch_size * module.train_config.accumulate * trainer.world_size
         row["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
-        row["train/pictures_per_second"] = pictures * (step - since) / max(now - then, 1e-9)
+        row["train/images_per_second"] = images * (step - since) / max(now - then, 1e-9)
         self.sums, self.last = {}, (now, step)
         self.write(trainer, step, row)
 
@@ -115,10 +96,10 @@ class Metrics(L.Callback):
                 self.board.add_scalar(name, value, step)
 
 
-class Pictures(L.Callback):
-    """Every ``images_every`` steps and at the end, what the stage makes with its averaged weights.
+class Previews(L.Callback):
+    """Writer of the previews of the task, every ``images_every`` steps and at the end.
 
-    Images become PNG files with the step in their name; of an animation the newest is kept, as a GIF.
+    Images become PNG files with the step in their name; of an animation only the newest is kept, as a GIF.
     """
 
     def on_train_batch_end(
@@ -126,25 +107,24 @@ class Pictures(L.Callback):
     ) -> None:
         step, config = module.completed_steps, module.train_config
         due = step % config.images_every == 0 or step == config.max_steps
-        if not (trainer.is_global_zero and module.is_optimizer_step(batch_idx) and due):
+        if not (module.is_optimizer_step(batch_idx) and due):
             return
-        module.eval()
-        with module.ema_weights(), torch.no_grad():
-            pictures = module.pictures()
-        module.train()
-        folder = module.folder / "pictures"
+        previews = module.previews(trainer.datamodule.samples)  # type: ignore[attr-defined]  # set by Lightning, not declared
+        if not trainer.is_global_zero:
+            return
+        folder = module.folder / "images"
         folder.mkdir(parents=True, exist_ok=True)
-        for name, picture in pictures.items():
-            if isinstance(picture, list):
-                write_animation(picture, folder / f"{name}.gif")
+        for name, preview in previews.items():
+            if isinstance(preview, list):
+                write_animation(preview, folder / f"{name}.gif")
             else:
-                picture.save(folder / f"{name}_{step:07d}.png")
+                preview.save(folder / f"{name}_{step:07d}.png")
 
 
 class Checkpoints(L.Callback):
-    """``last.ckpt`` every ``checkpoint_every`` steps and when stopped; ``best.ckpt`` after the best validation.
+    """Writer of ``last.ckpt`` every ``checkpoint_every`` steps and when stopped, and of ``best.ckpt`` after the best validation.
 
-    A first Ctrl-C (or SIGTERM) finishes the step, saves and stops; a second one stops at once.
+    The first Ctrl-C (or SIGTERM) finishes the step, saves and stops; a second one stops immediately.
     """
 
     def __init__(self) -> None:
@@ -182,10 +162,10 @@ class Checkpoints(L.Callback):
             )
 
     def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
-        score = module.validation.get(module.monitor)
+        score = module.validation.get(module.task.monitor)
         if score is None or trainer.state.fn != "fit":
             return
-        if self.best is None or ((score > self.best) == module.higher_is_better and score != self.best):
+        if self.best is None or ((score > self.best) == module.task.higher_is_better and score != self.best):
             self.best = score
             self.save(trainer, module.folder / "best.ckpt")
 
@@ -198,7 +178,7 @@ class Checkpoints(L.Callback):
 
     @staticmethod
     def save(trainer: L.Trainer, path: Path) -> None:
-        """Atomically; called on all ranks, written by the first."""
+        """Save a checkpoint atomically; called on all ranks, written by the first."""
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
         trainer.save_checkpoint(unfinished, weights_only=False)

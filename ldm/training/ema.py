@@ -1,4 +1,4 @@
-"""Exponential moving average of weights."""
+"""Exponential moving average of weights, which may be sharded (DTensor)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA:
     """average <- decay * average + (1 - decay) * weights, with decay ramped as (1 + n) / (10 + n) at update n.
 
-    Made after the networks are built and their weights are loaded; it follows the trainable parameters only.
+    Create it after the networks are built, loaded and sharded. Only parameters that are trainable at that time are averaged.
+    The average of a sharded parameter has the same sharding.
 
     Args:
-        module: whose trainable parameters are averaged.
-        decay: in [0, 1); 0 = the average is the weights themselves.
+        module: network whose trainable parameters are averaged.
+        decay: in [0, 1); 0 = the average equals the weights.
     """
 
     def __init__(self, module: nn.Module, decay: float):
@@ -28,10 +30,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after an optimizer step."""
+        """Update the average after an optimizer step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.average.values()), [p.data for p in self.parameters.values()], 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -45,17 +47,29 @@ class EMA:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self.parameters.items():
-            parameter.data, self.average[name] = self.average[name], parameter.data
+            own = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(own)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "average": dict(self.average)}
+        """Return the count of updates and the average as full tensors; with sharded weights, call it on all ranks."""
+        return {"updates": self.updates, "average": {name: full_tensor(each) for name, each in self.average.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        assert state["average"].keys() == self.average.keys(), "the average is of other weights"
+        """Restore what :meth:`state_dict` returned."""
+        assert state["average"].keys() == self.average.keys(), "the average belongs to other weights"
         self.updates = state["updates"]
-        for name, average in state["average"].items():
-            self.average[name].copy_(average)
+        for name, saved in state["average"].items():
+            average = self.average[name]
+            if isinstance(average, DTensor):
+                saved = distribute_tensor(saved.to(average.device), average.device_mesh, average.placements)
+            average.copy_(saved)
 
     def to(self, device: torch.device) -> None:
-        """Move the average to where the parameters have gone."""
+        """Move the average to the device of the parameters."""
         self.average = {name: average.to(device) for name, average in self.average.items()}
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor gathered from all ranks, any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,52 +1,27 @@
-"""The loop around a stage: Lightning's trainer, set up so that the same call goes on where the last one stopped."""
+"""Lightning's trainer, set up so that the same call resumes a stage where the last one stopped."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
 
-from ldm.config import config_field
-from ldm.devices import default_device, default_dtype
 from ldm.errors import CheckpointError, first_line
 from ldm.formats.native import check_names
-from ldm.training.callbacks import Checkpoints, Metrics, Pictures, Progress, StepCounter
-from ldm.training.optim import Precision, TrainConfig
-from ldm.training.stage import StageModule
+from ldm.training.callbacks import Checkpoints, Metrics, Previews, Progress
+from ldm.training.config import TrainerConfig
+from ldm.training.engine import StageModule
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
-@dataclass(frozen=True)
-class TrainerConfig:
-    """What the stages' trainings share: the machine."""
-
-    accelerator: str = config_field("auto", "auto, cpu, gpu or another of Lightning's")
-    devices: int | Literal["auto"] = config_field("auto", "number of devices")
-    strategy: str = config_field("auto", "of Lightning: auto, ddp, ...")
-    precision: Precision = config_field(
-        "auto", "of the networks under autocast; auto = bf16 where the hardware has it natively, else fp32"
-    )
-    compile: bool = config_field(False, "torch.compile the networks; pays off in long trainings")
-    threads: int | None = config_field(None, "CPU threads; null = one a core")
-
-    def precision_of(self, train: TrainConfig) -> str:
-        """fp32, bf16 or fp16 for a stage, with auto decided for the machine at hand."""
-        wanted = train.precision or self.precision
-        if wanted != "auto":
-            return wanted
-        device = torch.device("cpu") if self.accelerator == "cpu" else default_device()
-        return "bf16" if default_dtype(device) == torch.bfloat16 else "fp32"
-
-
 def completed_steps(module: StageModule) -> int:
-    """Steps that the stage's ``last.ckpt`` has behind it; 0 if there is none.
+    """Return the number of steps in the ``last.ckpt`` of the stage; 0 if there is none.
 
     Raises:
-        CheckpointError: it cannot be read, is of another model, trains other parts of it, or was trained on other
-            predecessors than those at hand.
+        CheckpointError: it cannot be read, belongs to another model, trains other parts of it, or was trained on other
+            predecessors.
     """
     last = module.folder / "last.ckpt"
     if not last.is_file():
@@ -59,10 +34,10 @@ def completed_steps(module: StageModule) -> int:
     for name, mark in module.handoff.items():
         if checkpoint["handoff"].get(name) != mark:
             raise CheckpointError(
-                f"{last} was trained on the {name} with fingerprint {checkpoint['handoff'].get(name)}, but the one at hand has "
+                f"{last} was trained on the {name} with fingerprint {checkpoint['handoff'].get(name)}, but the current one has "
                 f"{mark}; delete {module.folder} to train the stage on it, or bring the old one back."
             )
-    check_names(module, checkpoint["state_dict"], last)
+    check_names(module.task, checkpoint["state_dict"], last)
     groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
     before, now = sum(len(group["params"]) for group in groups), sum(p.requires_grad for p in module.parameters())
     if before != now:
@@ -74,12 +49,12 @@ def completed_steps(module: StageModule) -> int:
 
 
 def _strategy(config: TrainerConfig, module: StageModule) -> str:
-    """The strategy asked for; between several devices, one that bears networks of which a step uses a part.
+    """Return the strategy of the config; with several devices, DDP must expect unused parameters if there are two optimizers.
 
-    With two optimizers, each step leaves the other's network without gradients.
+    The step of one optimizer leaves the parameters of the other without gradients.
     """
     several = (torch.cuda.device_count() if config.devices == "auto" else config.devices) > 1
-    if several and not module.automatic_optimization and config.strategy in ("auto", "ddp"):
+    if several and len(module.specs) > 1 and config.strategy in ("auto", "ddp"):
         return "ddp_find_unused_parameters_true"
     return config.strategy
 
@@ -88,27 +63,24 @@ def fit(module: StageModule, data: L.LightningDataModule, config: TrainerConfig)
     """Train a stage to its last step, from ``last.ckpt`` if there is one.
 
     Args:
-        module: with its start weights.
-        data: whose training loader holds the batches of the whole run and can begin anywhere.
-        config: the machine.
+        module: the stage, with its initial weights.
+        data: its training loader holds the batches of the complete run and can begin anywhere.
+        config: machine settings.
 
     Raises:
-        TrainingError: it was stopped before its last step, or its loss is not finite.
+        TrainingError: training was stopped before the last step, or the loss is not finite.
     """
     train, start = module.train_config, completed_steps(module)
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.compile:
-        module.compile_networks()
-    automatic = module.automatic_optimization
+        module.task.compile_networks()
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         strategy=_strategy(config, module),
         precision=PRECISIONS[config.precision_of(train)],
-        max_epochs=1,  # one epoch of the training stream is the whole run
-        accumulate_grad_batches=train.accumulate if automatic else 1,
-        gradient_clip_val=train.gradient_clip if automatic else None,
+        max_epochs=1,  # one epoch of the training stream is the complete run
         val_check_interval=min(train.validate_every, train.max_steps) * train.accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
@@ -118,7 +90,7 @@ def fit(module: StageModule, data: L.LightningDataModule, config: TrainerConfig)
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=module.folder,
-        callbacks=[StepCounter(), Metrics(), Progress(), Pictures(), Checkpoints()],
+        callbacks=[Metrics(), Progress(), Previews(), Checkpoints()],
     )
     trainer.fit(module, datamodule=data, ckpt_path=module.folder / "last.ckpt" if start else None, weights_only=True)
     return trainer

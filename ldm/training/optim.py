@@ -1,76 +1,21 @@
-"""Optimizer and learning-rate schedule of a stage, and the settings that all stages have in common."""
+"""Optimizer and gradient clipping; both accept sharded parameters (DTensor)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from ldm.config import config_field
-from ldm.errors import ConfigError
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a stage is trained."""
-
-    max_steps: int = config_field(help="optimizer steps")
-    batch_size: int = config_field(help="pictures a step and device, before accumulation")
-    learning_rate: float = config_field(help="the highest, after warm-up")
-    accumulate: int = config_field(1, "batches whose gradients are averaged before a step")
-    betas: tuple[float, float] = config_field((0.9, 0.999), "of Adam")
-    weight_decay: float = config_field(0.01, "of AdamW, on matrices and convolutions only")
-    warmup_steps: int = config_field(0, "steps over which the learning rate rises linearly from 0")
-    decay: Literal["constant", "cosine", "linear"] = config_field(
-        "constant", "of the learning rate after warm-up, down to 0 at max_steps"
-    )
-    gradient_clip: float | None = config_field(1.0, "largest norm of the gradients; null = unlimited")
-    ema_decay: float = config_field(0.9999, "of the averaged weights, ramped as (1 + n) / (10 + n); 0 = no averaging")
-    precision: Precision | None = config_field(
-        None, "of this stage; null = trainer.precision. fp32 suits a VAE: small channels, exact colours"
-    )
-    log_every: int = config_field(50, "steps between rows of metrics.csv")
-    validate_every: int = config_field(1000, "steps between validations")
-    images_every: int = config_field(1000, "steps between grids of images", formerly="pictures_every")
-    checkpoint_every: int = config_field(500, "steps between checkpoints")
-    init: str | None = config_field(
-        None, "source of weights to start from: what a stage or a run leaves, or SD in a file, a folder or by hub id"
-    )
-
-    def __post_init__(self) -> None:
-        counts = (
-            "max_steps",
-            "batch_size",
-            "accumulate",
-            "log_every",
-            "validate_every",
-            "images_every",
-            "checkpoint_every",
-        )
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.learning_rate <= 0 or not 0 <= self.ema_decay < 1 or self.warmup_steps < 0:
-            raise ConfigError("learning_rate must be above 0, ema_decay in [0, 1), warmup_steps at least 0.")
-
-    def learning_rate_factor(self, step: int) -> float:
-        """What the learning rate of step number ``step`` (from 0) is multiplied with, in [0, 1]."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        done = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
-        if self.decay == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * done))
-        return 1.0 - done if self.decay == "linear" else 1.0
+from ldm.training.config import TrainConfig
 
 
 def adamw(modules: Iterable[nn.Module], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over what is trainable; biases, norms and scales do not decay."""
+    """Return AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the trainable parameters.
+
+    Weight decay applies to parameters of two or more dimensions; biases, norms and scales do not decay.
+    """
     parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -79,3 +24,17 @@ def adamw(modules: Iterable[nn.Module], config: TrainConfig) -> torch.optim.Adam
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     optimizer._step_supports_amp_scaling = False  # fp16 is unscaled before it is clipped
     return optimizer
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients in place so that their total L2 norm is at most ``max_norm``; return the norm before scaling.
+
+    As ``torch.nn.utils.clip_grad_norm_``, but the norm of sharded gradients is reduced over all ranks first.
+    """
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

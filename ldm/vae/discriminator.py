@@ -1,4 +1,4 @@
-"""The patch discriminator of the autoencoder's adversarial loss (Isola et al. 2017, arXiv 1611.07004)."""
+"""Patch discriminator of the adversarial loss of stage 1 (Isola et al. 2017, arXiv 1611.07004)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """4 x 4 convolutions that end in one logit for each patch of the image.
+    """Stack of 4 x 4 convolutions with one logit for each patch of the image.
 
     Args:
-        channels: of the image.
+        channels: channels of the image.
         width: channels after the first convolution; doubled at each further one, up to eightfold.
-        layers: convolutions of stride 2; more see larger patches (3: 70 pixels).
+        layers: number of convolutions of stride 2; more give larger patches (3: 70 pixels).
     """
 
     def __init__(self, channels: int, width: int, layers: int):
@@ -31,5 +31,5 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02)
 
     def forward(self, image: Tensor) -> Tensor:
-        """``[b c h w]`` in [-1, 1] to logits ``[b 1 h' w']``, high where a patch looks real."""
+        """Map images ``[b c h w]`` in [-1, 1] to logits ``[b 1 h' w']``, high for patches that look real."""
         return self.body(image)

@@ -1,4 +1,4 @@
-"""The losses of the autoencoder (Rombach et al. 2022, arXiv 2112.10752, appendix G; Esser et al. 2021, arXiv 2012.09841)."""
+"""Losses of stage 1 (Rombach et al. 2022, arXiv 2112.10752, appendix G; Esser et al. 2021, arXiv 2012.09841)."""
 
 from __future__ import annotations
 
@@ -8,37 +8,67 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import config_field
+from ldm.config import Kind, config_field
 from ldm.errors import ConfigError, LdmError, missing_extra
-from ldm.vae.first_stage import DiagonalGaussian
+from ldm.vae.discriminator import PatchDiscriminator
 
 
 @dataclass(frozen=True)
-class AutoencoderLossConfig:
-    """Reconstruction + KL + adversarial loss; sums over an image, means over the batch, as in the LDM paper."""
+class VAELossConfig(Kind, default="reconstruction"):
+    """Family of the losses of stage 1: a reconstruction loss, plus the KL and adversarial terms that all kinds share.
 
-    l1: float = config_field(1.0, "weight of the absolute error")
-    l2: float = config_field(0.0, "weight of the squared error")
-    lpips: float = config_field(0.0, "weight of the perceptual distance; needs the package lpips and its VGG weights")
+    ``build()`` makes a module that maps ``image, reconstruction [b c h w]`` in [-1, 1] to the reconstruction loss ``[b]``, summed
+    over an image. Its parameters are trained with the first stage.
+    """
+
     kl: float = config_field(1e-6, "weight of the KL divergence to the standard normal")
-    adversarial: float = config_field(0.0, "weight of the adversarial loss; 0 = there is no discriminator")
-    disc_start: int = config_field(0, "step from which the discriminator trains and counts")
+    adversarial: float = config_field(0.0, "weight of the adversarial loss; 0 = no discriminator")
+    disc_start: int = config_field(0, "step at which the discriminator and the adversarial loss begin")
     disc_width: int = config_field(64, "channels after the discriminator's first convolution")
     disc_layers: int = config_field(3, "strided convolutions of the discriminator")
 
     def __post_init__(self) -> None:
-        if min(self.l1, self.l2, self.lpips, self.kl, self.adversarial) < 0 or self.l1 + self.l2 == 0:
-            raise ConfigError("weights must not be negative, and l1 or l2 must be above 0.")
+        if min(self.kl, self.adversarial) < 0:
+            raise ConfigError("weights must not be negative.")
         if self.disc_width < 1 or self.disc_layers < 1 or self.disc_start < 0:
             raise ConfigError("disc_width and disc_layers must be at least 1, disc_start at least 0.")
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Modules of the first stage whose outputs the loss takes as the argument ``features``, by their names in it."""
+        return ()
+
+    def build(self) -> nn.Module:
+        raise NotImplementedError
+
+    def build_discriminator(self, image_channels: int) -> PatchDiscriminator | None:
+        """Build the discriminator of the adversarial loss; None if its weight is 0."""
+        return PatchDiscriminator(image_channels, self.disc_width, self.disc_layers) if self.adversarial else None
+
+
+@dataclass(frozen=True)
+class AutoencoderLossConfig(VAELossConfig, kind="reconstruction"):
+    """L1, L2 and LPIPS; sums over an image, means over the batch, as in the LDM paper."""
+
+    l1: float = config_field(1.0, "weight of the absolute error")
+    l2: float = config_field(0.0, "weight of the squared error")
+    lpips: float = config_field(0.0, "weight of the perceptual distance; needs the package lpips and its VGG weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.l1, self.l2, self.lpips) < 0 or self.l1 + self.l2 == 0:
+            raise ConfigError("weights must not be negative, and l1 or l2 must be above 0.")
+
+    def build(self) -> ReconstructionLoss:
+        return ReconstructionLoss(self)
+
 
 class ReconstructionLoss(nn.Module):
-    """How far a reconstruction is from its image: l1, l2 and LPIPS, each summed over the image's values.
+    """Weighted sum of L1, L2 and LPIPS between an image and its reconstruction, each summed over the values of the image.
 
     Raises:
-        MissingExtraError: LPIPS is wanted and the package lpips is absent.
-        LdmError: its VGG weights can neither be found nor fetched.
+        MissingExtraError: LPIPS has a weight and the package lpips is not installed.
+        LdmError: its VGG weights can neither be found nor downloaded.
     """
 
     def __init__(self, config: AutoencoderLossConfig):
@@ -65,23 +95,21 @@ def _lpips() -> nn.Module:
         return LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
     except OSError as error:
         raise LdmError(
-            f"the VGG weights of the perceptual loss are not on this machine and cannot be fetched ({error}); "
+            f"the VGG weights of the perceptual loss are not on this machine and cannot be downloaded ({error}); "
             "put them into torch's hub folder or set vae.loss.lpips=0."
         ) from None
 
 
-def kl_loss(posterior: DiagonalGaussian) -> Tensor:
-    """Mean over the batch of the KL divergence summed over the latent, in nats."""
-    return posterior.kl().mean()
-
-
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss on its logits for images and for reconstructions (Lim & Ye 2017, arXiv 1705.02894)."""
+    """Return the hinge loss of the discriminator's logits for images and for reconstructions (Lim & Ye 2017, arXiv 1705.02894)."""
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
 def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """||d reconstruction / d last layer|| / ||d generator / d last layer||: makes both pull alike (arXiv 2012.09841, eq. 7)."""
-    wanted = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0]
-    found = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)[0]
-    return (wanted.norm() / (found.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+    """Return the weight that gives both losses gradients of equal norm at the last layer (arXiv 2012.09841, eq. 7).
+
+    ||d reconstruction_loss / d last_layer|| / (||d generator_loss / d last_layer|| + 1e-4), in [0, 1e4].
+    """
+    rec_grad = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0]
+    g_grad = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)[0]
+    return (rec_grad.norm() / (g_grad.norm() + 1e-4)).clamp(0.0, 1e4).detach()

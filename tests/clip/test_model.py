@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ldm.clip.image import ViTConfig
-from ldm.clip.model import CLIPConfig, clip_loss
+from ldm.clip.loss import CrossEntropyConfig
+from ldm.clip.model import CLIPConfig
 from ldm.clip.retrieval import recall_at_k
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import train_byte_bpe
 from ldm.config import from_dict, to_dict
 from ldm.errors import ConfigError
+
+clip_loss = CrossEntropyConfig().build()
 
 TINY = CLIPConfig(
     text=TextTowerConfig(vocab_size=300, context_length=16, width=32, layers=2, heads=2),

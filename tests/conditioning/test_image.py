@@ -15,10 +15,10 @@ from ldm.clip.model import CLIPConfig
 from ldm.conditioning import ConditionerConfig, ImageConditioner
 from ldm.config import from_dict, to_dict
 from ldm.errors import ConfigError, SamplingError
-from ldm.experiment import load_config
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.pipeline import Pipeline
-from ldm.stages import make_model, train_stage
+from ldm.training.experiment import load_config
+from ldm.training.stages import build_module, train_stage
 from tests.tiny import TOWER, tiny_model
 
 CONFIG = Path(__file__).parents[2] / "configs" / "conditioning" / "image.yaml"
@@ -134,11 +134,11 @@ def test_the_tower_is_that_of_stage_2(tmp_path: Path) -> None:
     few = [f"clip.train.{each}" for each in ("max_steps=2", "batch_size=4", "images_every=9", "precision=fp32")]
     experiment = load_config(CONFIG, [f"run_dir={tmp_path}", "data.samples=16", "trainer.accelerator=cpu", *few])
     clip = load_file(train_stage(experiment, "clip"))
-    begun, handoff = make_model(experiment)
-    assert isinstance(begun.conditioner, ImageConditioner)
-    for name, tensor in begun.conditioner.tower.state_dict().items():
+    begun = build_module(experiment, "denoiser")
+    assert isinstance(begun.task.model.conditioner, ImageConditioner)
+    for name, tensor in begun.task.model.conditioner.tower.state_dict().items():
         assert torch.equal(tensor, clip[f"image.{name}"]), name
-    assert set(handoff) == {"clip"}
+    assert set(begun.handoff) == {"clip"}
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,6 @@ def test_a_tower_of_its_own_is_trained_along() -> None:
     with pytest.raises(ConfigError, match="set tower, embed_dim and trainable: true for one of its own"):
         load_config(CONFIG, own)
     experiment = load_config(CONFIG, [*own, "denoiser.conditioner.trainable=true"])
-    begun, handoff = make_model(experiment)
-    assert all(parameter.requires_grad for parameter in begun.conditioner.parameters())
-    assert not handoff
+    begun = build_module(experiment, "denoiser")
+    assert all(parameter.requires_grad for parameter in begun.task.model.conditioner.parameters())
+    assert not begun.handoff

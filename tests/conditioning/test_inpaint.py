@@ -15,7 +15,7 @@ from ldm.conditioning import Conditioner, ConditionerConfig
 from ldm.conditioning.inpaint import draw_mask
 from ldm.config import from_dict
 from ldm.errors import ConfigError, DataError, SamplingError
-from ldm.stages import make_denoiser, train_stage
+from ldm.training.stages import build_module, train_stage
 from tests.conditioning.training import experiment_on, trained_on
 from tests.tiny import CHANNELS, FACTOR, SIZE, tiny_model
 
@@ -178,7 +178,7 @@ def test_the_sample_continues_the_known_part(tmp_path: Path, flat: list[np.ndarr
 def test_training_shows_holes_samples_and_the_truth(tmp_path: Path, flat: list[np.ndarray]) -> None:
     large = [picture.repeat(4, axis=0).repeat(4, axis=1) | 1 for picture in flat[:8]]  # nowhere the grey of a hole
     train_stage(experiment_on(tmp_path, large, PIXELS | {"whole": 0.0}, max_steps=1), "denoiser")
-    grid = np.asarray(Image.open(tmp_path / "run" / "denoiser" / "pictures" / "samples_0000001.png"))
+    grid = np.asarray(Image.open(tmp_path / "run" / "denoiser" / "images" / "samples_0000001.png"))
     holes, _, truth = grid[4:, 4:].reshape(3, 68, 8, 68, 3)[:, :64, :, :64].swapaxes(1, 2)
     assert np.array_equal(truth, np.stack(large))
     is_hole = (holes == 128).all(-1)
@@ -187,15 +187,14 @@ def test_training_shows_holes_samples_and_the_truth(tmp_path: Path, flat: list[n
 
 
 def test_validation_draws_the_same_masks_each_time(tmp_path: Path, flat: list[np.ndarray]) -> None:
-    module = make_denoiser(experiment_on(tmp_path, flat[:8], PIXELS, max_steps=1))
-    torch.nn.init.normal_(module.model.denoiser.conv_out.weight)  # a fresh U-Net answers 0 whatever it is shown
+    module = build_module(experiment_on(tmp_path, flat[:8], PIXELS, max_steps=1), "denoiser")
+    torch.nn.init.normal_(module.task.model.denoiser.conv_out.weight)  # a fresh U-Net answers 0 whatever it is shown
     seen: list[Tensor] = []
-    module.model.denoiser.register_forward_pre_hook(lambda module, args: seen.append(args[2].concat[:, :1]))
+    module.task.model.denoiser.register_forward_pre_hook(lambda module, args: seen.append(args[2].concat[:, :1]))
     batch = {"image": torch.from_numpy(np.stack(flat[:8])).permute(0, 3, 1, 2) / 127.5 - 1}
-    module.on_validation_epoch_start()
     with torch.no_grad():
         for index in (0, 0, 1):
             module.validation_step(batch, index)
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])
-    assert torch.equal(module._losses[0], module._losses[1])
+    assert torch.equal(module.results[0]["loss"], module.results[1]["loss"])

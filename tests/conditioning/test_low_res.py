@@ -16,7 +16,7 @@ from ldm.conditioning import Conditioner, ConditionerConfig
 from ldm.config import from_dict
 from ldm.errors import ConfigError, DataError, SamplingError
 from ldm.image_output import Images
-from ldm.stages import train_stage
+from ldm.training.stages import train_stage
 from tests.conditioning.training import WIDTH, experiment_on, trained_on
 from tests.tiny import FACTOR, tiny_model
 

@@ -23,12 +23,12 @@ from ldm.conditioning import ConditionerConfig, SDXLConditioner, long_prompts
 from ldm.config import from_dict, to_dict
 from ldm.data.shards import Sample, write_shard
 from ldm.errors import ConfigError, SamplingError
-from ldm.experiment import Experiment, load_config
 from ldm.formats.native import save_model
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import sinusoidal
 from ldm.prompts import WeightedPrompt
-from ldm.stages import train_stage
+from ldm.training.experiment import Experiment, load_config
+from ldm.training.stages import train_stage
 from tests.clip.peers import clip_tokenizer, from_transformers, randomize
 from tests.data.pictures import encoded
 from tests.experiments import EXPERIMENT, TRAIN, write_experiment

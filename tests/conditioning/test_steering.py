@@ -14,9 +14,9 @@ from torch import Tensor
 from ldm.data import EvaluationLoader
 from ldm.data.shapes import COLOURS
 from ldm.errors import ConfigError
-from ldm.experiment import load_config
 from ldm.pipeline import Pipeline
-from ldm.stages import train_stage
+from ldm.training.experiment import load_config
+from ldm.training.stages import train_stage
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "conditioning"
 TRAIN = {"batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.9, "precision": "fp32", "images_every": 1000}
@@ -68,7 +68,7 @@ def test_boxes_say_what_is_drawn_where(tmp_path: Path) -> None:
     pictures = sampled(pipe, condition={"boxes": batch["boxes"]})
     assert contrast(pictures, batch["semantic"] > 0, colours).min() > 0.4
 
-    shown = np.asarray(Image.open(tmp_path / "denoiser" / "pictures" / "samples_0000140.png"))
+    shown = np.asarray(Image.open(tmp_path / "denoiser" / "images" / "samples_0000140.png"))
     assert min(shown.shape[:2]) > 2 * 64, "two rows, enlarged: true images above samples"
 
 

@@ -19,11 +19,11 @@ from ldm.clip.tokenizer import ByteBPEConfig, Tokenizer, TokenizerConfig, train_
 from ldm.conditioning import ConditionerConfig, TransformerConditioner
 from ldm.config import from_dict, to_dict
 from ldm.errors import CheckpointError, ConfigError
-from ldm.experiment import load_config
 from ldm.formats import load
 from ldm.formats.native import save_model
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.pipeline import Pipeline
+from ldm.training.experiment import load_config
 from tests.tiny import CAPTIONS, tiny_model
 
 ROOT = Path(__file__).parents[2]

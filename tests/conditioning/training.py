@@ -12,8 +12,8 @@ from PIL import Image
 from ldm import Pipeline
 from ldm.config import from_dict
 from ldm.data.shards import Sample, write_shard
-from ldm.experiment import Experiment
-from ldm.stages import train_stage
+from ldm.training.experiment import Experiment
+from ldm.training.stages import train_stage
 from tests.data.pictures import encoded
 
 WIDTH = 16

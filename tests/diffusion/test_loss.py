@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ldm.config import from_dict
-from ldm.diffusion import DenoisingLoss, Diffusion, Parametrization
+from ldm.diffusion import Diffusion, Parametrization, WeightedLossConfig
 from ldm.diffusion.loss import min_snr_weight
 from ldm.diffusion.noise_level_samplers import Antithetic, Stratified
 from ldm.diffusion.parametrization import X0, Edm, Eps, Flow, V
@@ -35,7 +35,7 @@ def test_loss_is_the_distance_to_the_target(row: Parametrization, norm: str) -> 
     x0, noise = torch.randn(5, 3, 4), torch.randn(5, 3, 4)
     target = row.target(x0, noise, SIGMA[:, None, None])
     error = torch.randn(5, 3, 4) * 2
-    loss, sigma = DenoisingLoss(norm=norm)(  # type: ignore[arg-type]
+    loss, sigma = WeightedLossConfig(norm=norm).build()(  # type: ignore[arg-type]
         lambda x, noise_level, conditioning: target + error,
         Diffusion(ScaledLinear(), row),
         x0,
@@ -55,7 +55,7 @@ def test_loss_is_the_distance_to_the_target(row: Parametrization, norm: str) -> 
 def test_a_network_that_says_nothing_has_the_loss_of_the_variance_of_its_target() -> None:
     x0 = torch.randn(4, 3, 64, 64, generator=generator())
     for row in (Eps(), V(), X0()):  # targets of unit variance, where the data has it
-        loss, _ = DenoisingLoss()(zero, Diffusion(ScaledLinear(), row), x0, None, generator(1))
+        loss, _ = WeightedLossConfig().build()(zero, Diffusion(ScaledLinear(), row), x0, None, generator(1))
         assert (loss - 1).abs().max() < 5 * math.sqrt(2 / x0[0].numel())
 
 
@@ -79,7 +79,7 @@ def test_min_snr_weighs_the_error_of_x0_alike_in_every_parametrization(row: Para
     x0, noise = (torch.randn(5, 3, 4, dtype=torch.float64) for _ in range(2))
     sigma = SIGMA.double()
     answer = torch.randn(5, 3, 4, dtype=torch.float64)
-    loss, _ = DenoisingLoss(weighting="min_snr", gamma=gamma)(
+    loss, _ = WeightedLossConfig(weighting="min_snr", gamma=gamma).build()(
         lambda x, noise_level, conditioning: answer, diffusion, x0, None, sigma=sigma, noise=noise
     )
     x = x0 + sigma[:, None, None] * noise
@@ -91,7 +91,7 @@ def test_min_snr_weighs_the_error_of_x0_alike_in_every_parametrization(row: Para
 def test_loss_depends_on_its_generator_alone() -> None:
     x0, diffusion = torch.randn(6, 3, 4), Diffusion(ScaledLinear(), V())
     state = torch.get_rng_state()
-    loss = DenoisingLoss(noise_level_sampler=Antithetic())
+    loss = WeightedLossConfig(noise_level_sampler=Antithetic()).build()
     first, again, other = (loss(zero, diffusion, x0, None, generator(seed)) for seed in (2, 2, 3))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
@@ -102,7 +102,7 @@ def test_loss_depends_on_its_generator_alone() -> None:
 def test_levels_are_drawn_as_configured_and_noise_after_them() -> None:
     x0, diffusion, draw = torch.zeros(7, 3), Diffusion(ScaledLinear(), Eps()), Stratified()
     seen = []
-    _, sigma = DenoisingLoss(noise_level_sampler=draw)(
+    _, sigma = WeightedLossConfig(noise_level_sampler=draw).build()(
         lambda x, noise_level, conditioning: seen.append(x) or x, diffusion, x0, None, generator(4)
     )
     expected = generator(4)
@@ -113,7 +113,7 @@ def test_levels_are_drawn_as_configured_and_noise_after_them() -> None:
 
 def test_gradients_reach_the_network_also_from_low_precision() -> None:
     network = nn.Linear(3, 3).bfloat16()
-    loss, _ = DenoisingLoss()(
+    loss, _ = WeightedLossConfig().build()(
         lambda x, noise_level, conditioning: network(x.bfloat16()),
         Diffusion(ScaledLinear(), V()),
         torch.randn(8, 3),
@@ -131,7 +131,7 @@ def test_an_optimal_network_learns_a_gaussian() -> None:
     d, sigma = 0.5, 0.8
     x0 = torch.randn(200_000, 1, generator=generator()) * d
     coefficient = torch.zeros((), requires_grad=True)
-    loss, _ = DenoisingLoss()(
+    loss, _ = WeightedLossConfig().build()(
         lambda x, noise_level, conditioning: coefficient * x,
         Diffusion(ScaledLinear(), Eps()),
         x0,
@@ -147,4 +147,4 @@ def test_an_optimal_network_learns_a_gaussian() -> None:
 
 def test_gamma_is_positive() -> None:
     with pytest.raises(ConfigError, match="gamma"):
-        from_dict(DenoisingLoss, {"weighting": "min_snr", "gamma": 0})
+        from_dict(WeightedLossConfig, {"weighting": "min_snr", "gamma": 0})

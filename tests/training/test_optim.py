@@ -10,7 +10,8 @@ from torch import nn
 
 from ldm.config import from_dict
 from ldm.errors import ConfigError
-from ldm.training.optim import TrainConfig, adamw
+from ldm.training.config import TrainConfig
+from ldm.training.optim import adamw
 
 
 def config(**changes: Any) -> TrainConfig:

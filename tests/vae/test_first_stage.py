@@ -9,8 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from ldm.config import from_dict
 from ldm.vae import DiagonalGaussian, FirstStage, FirstStageConfig
-from ldm.vae.module import psnr
-from ldm.vae.statistics import measure_latents
+from ldm.vae.metrics import measure_latents, psnr
 
 
 class Given(FirstStage):

@@ -10,12 +10,12 @@ from torch import Tensor
 from ldm import Pipeline
 from ldm.config import from_dict
 from ldm.data.samples import BatchIndices
-from ldm.experiment import load_config
 from ldm.formats import load
 from ldm.formats.native import save_model
+from ldm.training.experiment import load_config
 from ldm.vae import AutoencoderKLConfig, Identity
+from ldm.vae.metrics import measure_latents
 from ldm.vae.preview import LeastSquares, preview
-from ldm.vae.statistics import measure_latents
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]

@@ -16,9 +16,9 @@ from ldm import Pipeline
 from ldm.config import from_dict
 from ldm.data.samples import BatchIndices
 from ldm.errors import SamplingError
-from ldm.experiment import load_config
+from ldm.training.experiment import load_config
 from ldm.vae import AutoencoderKLConfig, DiagonalGaussian, FirstStage, Tiling
-from ldm.vae.module import psnr
+from ldm.vae.metrics import psnr
 
 CONFIG = Path(__file__).parents[2] / "configs" / "emoji_64.yaml"
 

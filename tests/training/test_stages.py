@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.errors import CheckpointError, LdmError, TrainingError
-from ldm.experiment import load_config
 from ldm.formats import load
 from ldm.formats.tensors import read_metadata
-from ldm.stages import result_file, train_stage
-from ldm.training.optim import TrainConfig
+from ldm.training.config import TrainConfig
+from ldm.training.experiment import load_config
+from ldm.training.handoff import result_file
+from ldm.training.stages import train_stage
 from tests.experiments import CAPTIONS, tiny_experiment, write_experiment
 
 TRAIN_KEYS = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -99,7 +100,7 @@ def test_every_stage_leaves_metrics_and_pictures(trained: Path) -> None:
         table = rows(trained, stage)
         assert [row["step"] for row in table if row["train/loss"]] == [str(step) for step in range(1, 7)]
         assert [row["step"] for row in table if row[validated]] == ["3", "6"]
-        assert list((trained / "run" / stage / "pictures").glob("*_0000006.png"))
+        assert list((trained / "run" / stage / "images").glob("*_0000006.png"))
         assert list((trained / "run" / stage / "tensorboard").glob("events.*"))
         assert (trained / "run" / stage / "best.ckpt").is_file()
 
@@ -312,7 +313,7 @@ def test_a_label_that_the_data_lacks_is_one_sentence(tmp_path: Path) -> None:
     write_shard(shard, samples)
     model = {"in_channels": 3, "out_channels": 3, "context_width": None, "vector_width": 8}
     from ldm.config import from_dict
-    from ldm.experiment import Experiment
+    from ldm.training.experiment import Experiment
     from tests.experiments import EXPERIMENT
 
     denoiser = EXPERIMENT["denoiser"] | {

@@ -8,10 +8,10 @@ import pytest
 from ldm.cli.dry_run import describe
 from ldm.config import from_dict, to_dict
 from ldm.errors import ConfigError
-from ldm.experiment import Experiment, load_config, model_config
+from ldm.training.experiment import Experiment, load_config
 from tests.experiments import tiny_experiment, write_experiment
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("**/*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -43,7 +43,7 @@ def test_stages_that_are_only_used_are_not_trained(tmp_path: Path) -> None:
 def test_one_tower_serves_clip_and_denoiser(tmp_path: Path) -> None:
     experiment = tiny_experiment(tmp_path)
     assert experiment.clip is not None
-    conditioner: Any = model_config(experiment).conditioner
+    conditioner: Any = experiment.model_config.conditioner
     assert conditioner.tower.embed_dim == experiment.clip.model.embed_dim
     assert (conditioner.tower.width, conditioner.tower.layers) == (16, 1)
 

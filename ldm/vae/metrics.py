@@ -1,4 +1,4 @@
-"""Statistics of a first stage's latents, measured at the end of its training."""
+"""Measurements on a first stage: PSNR, and the statistics of its latents."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm.vae.first_stage import FirstStage
 from ldm.vae.preview import LeastSquares
+
+
+def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio in dB of each image ``[b c h w]`` in [-1, 1]: ``[b]``; the peak is the range, 2."""
+    error = (image - reconstruction).square().flatten(1).mean(1)
+    return 10 * torch.log10(4.0 / error.clamp(min=1e-10))
 
 
 @torch.no_grad()

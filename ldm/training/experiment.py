@@ -1,4 +1,4 @@
-"""One experiment: data, trainer and the three stages, read from one YAML, and whether they fit each other."""
+"""Experiment: data, trainer and the three stages, read from one YAML, and the check that they fit each other."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.clip.module import CLIPStage
 from ldm.config import config_field, from_dict, read_yaml
 from ldm.data.config import DataConfig
-from ldm.denoiser.module import DenoiserStage
 from ldm.errors import ConfigError
 from ldm.model import ModelConfig
-from ldm.training.fit import TrainerConfig
-from ldm.vae.module import VAEStage
-
-STAGES = ("vae", "clip", "denoiser")
+from ldm.training.config import TrainerConfig
+from ldm.training.tasks import TASKS
+from ldm.training.tasks.clip import CLIPStage
+from ldm.training.tasks.denoiser import DenoiserStage
+from ldm.training.tasks.vae import VAEStage
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One YAML, one run folder, one pipeline."""
+    """An experiment: one YAML, one run folder, one pipeline."""
 
-    name: str = config_field(help="of the experiment; the run folder is runs/<name>")
-    data: DataConfig = config_field(help="pictures and captions")
+    name: str = config_field(help="name of the experiment; the run folder is runs/<name>")
+    data: DataConfig = config_field(help="images and captions")
     vae: VAEStage = config_field(help="stage 1, the first stage")
     denoiser: DenoiserStage = config_field(help="stage 3, the denoiser")
-    clip: CLIPStage | None = config_field(None, "stage 2, tokenizer and CLIP; null where nothing reads text")
-    run_dir: str | None = config_field(None, "where everything goes; null = runs/<name>")
-    seed: int = config_field(0, "of all randomness")
+    clip: CLIPStage | None = config_field(None, "stage 2, tokenizer and CLIP; null if no conditioner reads text")
+    run_dir: str | None = config_field(None, "run folder; null = runs/<name>")
+    seed: int = config_field(0, "seed for every random generator of the run")
     trainer: TrainerConfig = config_field(TrainerConfig(), "devices and precision")
 
     def __post_init__(self) -> None:
@@ -50,7 +49,7 @@ class Experiment:
                 raise ConfigError(
                     f"denoiser.conditioner reads images of 3 channels, but the data's have {self.data.image_shape[0]}."
                 )
-        model_config(self)
+        _ = self.model_config  # raises if the stages do not fit
 
     @property
     def folder(self) -> Path:
@@ -58,44 +57,40 @@ class Experiment:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages that are trained here, in order."""
-        trained = {
-            "vae": self.vae.train,
-            "clip": self.clip and self.clip.train,
-            "denoiser": self.denoiser.train,
-        }
-        return tuple(stage for stage in STAGES if trained[stage])
+        """Stages that this experiment trains, in order."""
+        sections = {stage: getattr(self, stage) for stage in TASKS}
+        return tuple(stage for stage, section in sections.items() if section is not None and section.train is not None)
 
+    @property
+    def model_config(self) -> ModelConfig:
+        """Config of the model that the stages make together.
 
-def model_config(experiment: Experiment) -> ModelConfig:
-    """The model that the experiment's stages make together.
-
-    Raises:
-        ConfigError: they do not fit each other.
-    """
-    channels, height, width = experiment.data.image_shape
-    if channels != experiment.vae.model.image_channels:
-        raise ConfigError(
-            f"vae.model.image_channels is {experiment.vae.model.image_channels}, but the data's images have {channels}."
+        Raises:
+            ConfigError: they do not fit each other.
+        """
+        channels, height, width = self.data.image_shape
+        if channels != self.vae.model.image_channels:
+            raise ConfigError(
+                f"vae.model.image_channels is {self.vae.model.image_channels}, but the data's images have {channels}."
+            )
+        factor = self.vae.model.factor
+        return ModelConfig(
+            first_stage=self.vae.model,
+            conditioner=self.denoiser.conditioner.resolved(
+                None if self.clip is None else self.clip.model, (height // factor, width // factor), factor
+            ),
+            denoiser=self.denoiser.model,
+            diffusion=self.denoiser.diffusion,
+            size=(height, width),
+            sampling=self.denoiser.sampling,
         )
-    clip, factor = experiment.clip, experiment.vae.model.factor
-    return ModelConfig(
-        first_stage=experiment.vae.model,
-        conditioner=experiment.denoiser.conditioner.resolved(
-            None if clip is None else clip.model, (height // factor, width // factor), factor
-        ),
-        denoiser=experiment.denoiser.model,
-        diffusion=experiment.denoiser.diffusion,
-        size=(height, width),
-        sampling=experiment.denoiser.sampling,
-    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment of a YAML file and ``key=value`` overrides, checked.
+    """Read and check the experiment of a YAML file and ``key=value`` overrides.
 
     Raises:
-        ConfigError: one sentence that names the file and the place.
+        ConfigError: it is invalid; the sentence names the file and the place.
     """
     try:
         return from_dict(Experiment, read_yaml(path, overrides))

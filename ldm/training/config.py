@@ -1,0 +1,93 @@
+"""Config sections that all stages share: how a stage is trained, and on which machine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ldm.config import config_field
+from ldm.devices import default_device, default_dtype
+from ldm.errors import ConfigError
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Hyperparameters of the training of one stage."""
+
+    max_steps: int = config_field(help="optimizer steps")
+    batch_size: int = config_field(help="images per step and device, before accumulation")
+    learning_rate: float = config_field(help="peak learning rate, reached after warm-up")
+    accumulate: int = config_field(1, "batches whose gradients are averaged before a step")
+    betas: tuple[float, float] = config_field((0.9, 0.999), "Adam betas (beta1, beta2)")
+    weight_decay: float = config_field(0.01, "AdamW weight decay; applied to matrices and convolutions only")
+    warmup_steps: int = config_field(0, "steps over which the learning rate rises linearly from 0")
+    decay: Literal["constant", "cosine", "linear"] = config_field(
+        "constant", "learning-rate schedule after warm-up; cosine and linear reach 0 at max_steps"
+    )
+    gradient_clip: float | None = config_field(1.0, "gradients are scaled down to this norm; null = no clipping")
+    ema_decay: float = config_field(
+        0.9999, "decay of the averaged weights (EMA), ramped as (1 + n) / (10 + n) at step n; 0 = no averaging"
+    )
+    precision: Precision | None = config_field(
+        None,
+        "autocast precision of this stage; null = trainer.precision. fp32 suits a VAE: small channels, exact colours",
+    )
+    log_every: int = config_field(50, "steps between rows of metrics.csv")
+    validate_every: int = config_field(1000, "steps between validations")
+    images_every: int = config_field(1000, "steps between grids of images", formerly="pictures_every")
+    checkpoint_every: int = config_field(500, "steps between checkpoints")
+    init: str | None = config_field(
+        None, "source of the initial weights: the file of a stage or a run, or SD as a file, a folder or a hub id"
+    )
+
+    def __post_init__(self) -> None:
+        counts = (
+            "max_steps",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "validate_every",
+            "images_every",
+            "checkpoint_every",
+        )
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.learning_rate <= 0 or not 0 <= self.ema_decay < 1 or self.warmup_steps < 0:
+            raise ConfigError("learning_rate must be above 0, ema_decay in [0, 1), warmup_steps at least 0.")
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Return the factor on the learning rate at ``step`` (from 0), in [0, 1]."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
+        if self.decay == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * done))
+        return 1.0 - done if self.decay == "linear" else 1.0
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Machine settings that all stages share."""
+
+    accelerator: str = config_field("auto", "Lightning accelerator: auto, cpu, gpu, ...")
+    devices: int | Literal["auto"] = config_field("auto", "number of devices")
+    strategy: str = config_field("auto", "Lightning strategy: auto, ddp, ...")
+    precision: Precision = config_field(
+        "auto", "autocast precision of the networks; auto = bf16 where the hardware supports it natively, else fp32"
+    )
+    compile: bool = config_field(False, "torch.compile the networks; worthwhile for long trainings")
+    threads: int | None = config_field(None, "CPU threads; null = one per core")
+
+    def precision_of(self, train: TrainConfig) -> str:
+        """Return fp32, bf16 or fp16 for a stage; ``auto`` is resolved for this machine."""
+        wanted = train.precision or self.precision
+        if wanted != "auto":
+            return wanted
+        device = torch.device("cpu") if self.accelerator == "cpu" else default_device()
+        return "bf16" if default_dtype(device) == torch.bfloat16 else "fp32"

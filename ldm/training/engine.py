@@ -1,0 +1,242 @@
+"""Engine: the LightningModule that optimizes, averages, validates, shows and checkpoints a task."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor, nn
+
+from ldm.errors import TrainingError
+from ldm.training.config import TrainConfig
+from ldm.training.ema import EMA, full_tensor
+from ldm.training.optim import adamw, clip_gradients
+from ldm.training.tasks import Task
+from ldm.training.tasks.task import Export, Preview, Splits, Step
+
+
+def seed_of(*key: int | str) -> int:
+    """Return a seed that depends on ``key`` alone."""
+    return zlib.crc32("/".join(map(str, key)).encode())
+
+
+class StageModule(L.LightningModule):
+    """A task under Lightning.
+
+    Its state dict is that of the task. Steps are counted here (``completed_steps``), since Lightning counts those of all
+    optimizers together. All methods are called on all ranks; files are written elsewhere, by the first rank.
+
+    Args:
+        task: networks and losses, with their initial weights.
+        config: hyperparameters of the training.
+        handoff: fingerprints of the preceding stages whose weights the task uses, by stage.
+        seed: seed of the experiment; random numbers of a step come from a generator of (seed, stage, step, rank).
+        folder: folder of the stage in the run folder.
+    """
+
+    def __init__(self, task: Task, config: TrainConfig, handoff: Mapping[str, str], seed: int, folder: Path):
+        super().__init__()
+        self.automatic_optimization = False
+        self.task = task
+        self.stage = task.stage
+        self.specs = task.optimizers()
+        self.train_config = config
+        self.handoff = dict(handoff)
+        self.seed = seed
+        self.folder = folder
+        self.completed_steps = 0
+        self.ema: EMA | None = None
+        self.latest: dict[str, Tensor | float] = {}  # metrics of the newest training batch
+        self.validation: dict[str, float] = {}  # metrics of the newest validation
+        self.results: list[Mapping[str, Tensor]] = []  # of the batches of the current validation
+
+    # Randomness
+
+    def generator(self, *key: int | str) -> torch.Generator:
+        """Return a generator that depends on the seed, the stage and ``key`` alone; a resumed run draws the same numbers."""
+        return torch.Generator().manual_seed(seed_of(self.seed, self.stage, *key))
+
+    def step(self, *key: int | str) -> Step:
+        """Return the record of the current step, with the generator of ``key``."""
+        world_size = self.trainer.world_size if self._trainer is not None else 1
+        return Step(self.completed_steps, self.seed, self.generator(*key), self.global_rank, world_size)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        seed = seed_of(self.seed, self.stage, "dropout", batch_idx, self.global_rank)
+        if self.device.type == "cpu":  # torch.manual_seed takes a millisecond to seed absent devices too
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+
+    # Optimization
+
+    def configure_optimizers(self) -> Any:
+        return [adamw(spec.modules, self.train_config) for spec in self.specs]
+
+    def is_optimizer_step(self, batch_index: int) -> bool:
+        """Return True if the optimizers step after this batch (gradients are accumulated over ``accumulate`` batches)."""
+        return (batch_index + 1) % self.train_config.accumulate == 0
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        step, due = self.step("train", batch_idx, self.global_rank), self.is_optimizer_step(batch_idx)
+        optimizers = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        losses = self.task.losses(batch, step)
+        self.latest = {}
+        for index, (spec, optimizer) in enumerate(zip(self.specs, optimizers, strict=True)):
+            if step.number < spec.start:
+                continue
+            with self._only_trainable(index):
+                loss = next(losses)
+                self.latest[spec.name] = self._finite(loss.value)
+                self.latest |= loss.metrics
+                self._backward(loss.value / self.train_config.accumulate, sync=due)
+                if due:
+                    optimizer.step()
+                    optimizer.zero_grad()
+        if due:
+            self.task.after_step()
+            self.completed_steps += 1
+            if self.ema is not None:
+                self.ema.update()
+
+    @contextmanager
+    def _only_trainable(self, index: int) -> Iterator[None]:
+        """Within the block the parameters of all optimizers but number ``index`` require no gradients."""
+        others = [each for i, each in enumerate(self.trainer.optimizers) if i != index]
+        parameters = [p for each in others for group in each.param_groups for p in group["params"]]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    def _backward(self, loss: Tensor, sync: bool) -> None:
+        """Run the backward pass; gradients are averaged over the ranks if ``sync``."""
+        strategy = self.trainer.strategy
+        blocked = not sync and isinstance(strategy, ParallelStrategy)
+        # Outside of autocast, as torch recommends.
+        with (
+            torch.autocast(self.device.type, enabled=False),
+            strategy.block_backward_sync() if blocked else nullcontext(),
+        ):
+            self.manual_backward(loss)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the learning rate and clip the gradients, which in fp16 are unscaled only now.
+
+        No scheduler is used: a resumed one would keep the learning rate of the old config.
+        """
+        config = self.train_config
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * config.learning_rate_factor(self.completed_steps)
+        if config.gradient_clip is not None:
+            clip_gradients((p for group in optimizer.param_groups for p in group["params"]), config.gradient_clip)
+
+    def _finite(self, loss: Tensor) -> float:
+        """Return the value of a loss.
+
+        Raises:
+            TrainingError: it is NaN or infinite.
+        """
+        value = float(loss.detach())
+        if value != value or value in (float("inf"), float("-inf")):
+            last = self.folder / "last.ckpt"
+            good = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+            raise TrainingError(
+                f"the loss of stage {self.stage} is {value} at step {self.completed_steps}; {good}. "
+                f"Resume it with a lower {self.stage}.train.learning_rate or in another trainer.precision."
+            )
+        return value
+
+    # Averaged weights: training uses the module's own, everything else the average
+
+    def on_fit_start(self) -> None:
+        if self.train_config.ema_decay and self.ema is None:
+            self.ema = EMA(self.task.trainable_module, self.train_config.ema_decay)
+        if self.ema is not None:
+            self.ema.to(self.device)
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Within the block the networks have their averaged weights."""
+        return self.ema.applied() if self.ema is not None else nullcontext()
+
+    def on_validation_epoch_start(self) -> None:
+        self.results = []
+        self.averaged = self.ema_weights()
+        self.averaged.__enter__()
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self.results.append(self.task.evaluate(batch, self.step("validation", batch_idx, self.global_rank)))
+
+    def on_validation_epoch_end(self) -> None:
+        self.validation = self.task.metrics(
+            {name: self._gathered([each[name] for each in self.results]) for name in self.results[0]}
+        )
+        self.averaged.__exit__(None, None, None)
+
+    def _gathered(self, results: list[Tensor]) -> Tensor:
+        """Return the results of all batches of all ranks; a rank may have a row more than another."""
+        rows = torch.cat(results)
+        if self.trainer.world_size == 1:
+            return rows
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, rows.cpu())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def previews(self, splits: Splits) -> Mapping[str, Preview]:
+        """Return the images of the task, made with the averaged weights."""
+        with self.ema_weights(), evaluation_mode(self.task):
+            return self.task.previews(splits, self.step("pictures"))  # the key is part of the seed
+
+    @torch.no_grad()
+    def export(self, splits: Splits) -> tuple[Export, dict[str, Tensor]]:
+        """Return what a finished stage leaves, and the state of the exported module with averaged weights, gathered."""
+        with self.ema_weights(), evaluation_mode(self.task):
+            export = self.task.export(splits)
+            state = {name: full_tensor(tensor).cpu() for name, tensor in export.module.state_dict().items()}
+            return export, {name: tensor.clone() for name, tensor in state.items()}
+
+    # Checkpoints
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        return self.task.state_dict(*args, **options)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        return self.task.load_state_dict(state_dict, strict, assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["completed_steps"] = self.completed_steps
+        checkpoint["handoff"] = self.handoff
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.completed_steps = checkpoint["completed_steps"]
+        if "ema" in checkpoint:
+            self.ema = EMA(self.task.trainable_module, self.train_config.ema_decay)
+            self.ema.load_state_dict(checkpoint["ema"])
+        # A finished run continues if max_steps was raised; Lightning would take the end of the run for that of the data.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress["is_last_batch"] = self.completed_steps >= self.train_config.max_steps
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Within the block the module is in evaluation mode; afterwards each submodule is in its own again."""
+    modes = {each: each.training for each in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, training in modes.items():
+            each.training = training

@@ -1,0 +1,258 @@
+"""Stage 3: training of the denoiser, and of the conditioner if it is trainable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.clip.tokenizer import Tokenizer, TokenizerConfig, train_byte_bpe
+from ldm.conditioning import ConditionerConfig
+from ldm.config import config_field
+from ldm.data.stream import EvaluationLoader
+from ldm.denoiser.config import DenoiserConfig
+from ldm.diffusion.loss import DenoisingLossConfig, WeightedLossConfig
+from ldm.diffusion.noise_level_samplers import Stratified
+from ldm.diffusion.parametrization import Diffusion
+from ldm.formats import MODEL_FILE, native
+from ldm.formats.checkpoint import Checkpoint, places
+from ldm.image_output import Images
+from ldm.modalities.arguments import of_key, pipeline_arguments
+from ldm.model import LatentDiffusion, SamplingConfig
+from ldm.pipeline import Pipeline
+from ldm.training.config import TrainConfig
+from ldm.training.tasks.task import (
+    DENOISER,
+    FIRST_STAGE,
+    Export,
+    Features,
+    OptimizerSpec,
+    Outline,
+    Preview,
+    Splits,
+    Step,
+    Task,
+    TrainLoss,
+    on_device,
+)
+from ldm.training.toy_plots import process_pictures, require_matplotlib
+from ldm.vae import FirstStage
+
+if TYPE_CHECKING:
+    from ldm.training.experiment import Experiment
+    from ldm.training.handoff import Handoff
+
+BINS = 5
+"""Number of equal parts of the schedule for which the validation loss is reported."""
+
+PREVIEW = 8
+"""Number of generated images that are shown of an unconditional model, and of one that is conditioned on images."""
+
+POINTS = 2000
+"""Number of points that are shown of a two-dimensional model."""
+
+LEAST_SIDE = 64
+"""Height in pixels to which smaller generated images are enlarged."""
+
+
+@dataclass(frozen=True)
+class DenoiserStage:
+    """Stage 3: network, conditioner and diffusion, and how they are trained."""
+
+    model: DenoiserConfig = config_field(help="the network")
+    conditioner: ConditionerConfig = config_field(help="what the denoiser is conditioned on")
+    train: TrainConfig = config_field(help="its training")
+    diffusion: Diffusion = config_field(Diffusion(), "schedule and parametrization")
+    loss: DenoisingLossConfig = config_field(WeightedLossConfig(), "the denoising loss")
+    sampling: SamplingConfig = config_field(SamplingConfig(), "default sampling of the trained model")
+    prompts: tuple[str, ...] = config_field((), "prompts of the image grids made during training")
+    classes: tuple[int, ...] = config_field((), "class labels of the image grids made during training")
+
+
+class DenoiserTask(Task):
+    """Denoising loss on latents; the first stage is frozen, the conditioner frozen or trained with the denoiser."""
+
+    stage = "denoiser"
+    result = Path(MODEL_FILE)
+    monitor = "loss"
+    higher_is_better = False
+
+    def __init__(self, config: DenoiserStage, model: LatentDiffusion):
+        super().__init__()
+        self.config = config
+        self.model = model
+        model.first_stage.requires_grad_(False)
+        self.loss = config.loss.build()
+        self.features = Features(model.denoiser, config.loss.features)
+        self.of_points = model.latent_shape() == (2, 1, 1)
+        if self.of_points:
+            require_matplotlib()
+
+    @classmethod
+    def build(cls, experiment: Experiment, handoff: Handoff) -> DenoiserTask:
+        """Build the model with the first stage and the encoders of conditions that the preceding stages have left."""
+        clip = None if experiment.clip is None else handoff.predecessor("clip")
+        config = experiment.model_config
+        conditioner = config.conditioner.with_tokenizer(handoff.tokenizer)
+        model = LatentDiffusion(replace(config, conditioner=conditioner), None if clip is None else clip.tokenizer)
+        if config.first_stage.has_weights:
+            handoff.load_part(handoff.predecessor("vae"), FIRST_STAGE, model.first_stage)
+        if clip is not None:
+            for name, encoder in model.conditioner.pretrained_encoders():
+                if name in clip.parts or not any(parameter.requires_grad for parameter in encoder.parameters()):
+                    handoff.load_part(clip, name, encoder)  # otherwise it is trained from random weights
+        model.conditioner.load_pretrained()
+        return cls(experiment.denoiser, model)
+
+    @classmethod
+    def outline(cls, experiment: Experiment) -> Outline:
+        config, b = experiment.model_config, experiment.denoiser.train.batch_size
+        denoiser, first_stage = config.denoiser.build(), config.first_stage.build().requires_grad_(False)
+        networks: dict[str, nn.Module] = {"denoiser": denoiser, "first stage": first_stage}
+        factor = config.first_stage.factor
+        latent = torch.empty(b, config.first_stage.latent_channels, *(side // factor for side in config.size))
+        # The tokenizers of the run may not exist yet; any that makes as many tokens of a text will do.
+        clip = None if experiment.clip is None else _any_tokenizer(experiment.clip.tokenizer)
+        with native.WithoutInit():
+            described = config.conditioner.with_tokenizer(lambda tokenizer, _: _any_tokenizer(tokenizer))
+            conditioner = described.build(clip).to("meta")
+        if next(conditioner.parameters(), None) is not None:
+            networks["conditioner"] = conditioner
+
+        def forward() -> Tensor:
+            # Raw conditions are on the CPU; the weights, and what is computed with them, on the meta device.
+            with torch.device("cpu"):
+                images = {"image": torch.zeros(b, config.first_stage.image_channels, *config.size)}
+                made = conditioner.prepare_batch(images, lambda _: torch.zeros(latent.shape), torch.Generator())
+                told: dict[str, Any] = dict.fromkeys(config.conditioner.input_keys, [None] * b)
+                told |= {name: [pair] * b for name, pair in config.conditioner.defaults(*config.size).items()}
+                cond = conditioner(told | {name: made[name] for name in made.keys() - images.keys()})
+            return denoiser(latent, torch.empty(b), cond)
+
+        return Outline(networks, forward)
+
+    @classmethod
+    def parts_of(cls, source: Checkpoint) -> Sequence[str]:
+        return [FIRST_STAGE, DENOISER, *source.towers()]
+
+    @property
+    def trainable_module(self) -> nn.Module:
+        return self.model
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        return places(self.model)
+
+    @property
+    def frozen_first_stage(self) -> FirstStage | None:
+        first_stage = self.model.first_stage
+        return None if next(first_stage.parameters(), None) is None else first_stage
+
+    def optimizers(self) -> Sequence[OptimizerSpec]:
+        return [OptimizerSpec("loss", (self.model, self.loss))]
+
+    def compile_networks(self) -> None:
+        self.model.denoiser.compile()
+
+    def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
+        generator = step.generator
+        batch = self._conditions(batch, generator)
+        cond = self.model.conditioner(batch, generator)
+        x0, model = self._latents(batch, generator), self.model
+        loss, _ = self.loss(model.denoiser, model.diffusion, x0, cond, generator, **self.features.argument)
+        yield TrainLoss(loss.mean())
+
+    def _conditions(self, batch: Mapping[str, Any], generator: torch.Generator) -> Mapping[str, Any]:
+        """The batch with the raw conditions that it lacks, and with those that are made from its images."""
+        defaults = self.model.config.conditioner.defaults(*self.model.config.size)
+        batch = {**{name: [pair] * len(batch["key"]) for name, pair in defaults.items()}, **batch}
+        with torch.no_grad():
+            return self.model.conditioner.prepare_batch(batch, self.model.encode, generator)
+
+    def _latents(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """Sample normalized latents from the posteriors of cached latents or of images encoded here."""
+        with torch.no_grad():
+            posterior = self.model.first_stage.posterior(batch)
+            noise = torch.randn(posterior.mode.shape, generator=generator).to(posterior.mode)
+            return self.model.first_stage.normalize(posterior.sample(noise))
+
+    def evaluate(self, batch: Mapping[str, Any], step: Step) -> Mapping[str, Tensor]:
+        """Return the loss of each image and its bin of the schedule, ``[b]`` each.
+
+        Noise is fixed and noise levels are stratified, so that the losses of two validations differ by the weights alone.
+        """
+        generator, schedule = step.generator, self.model.diffusion.schedule
+        batch = self._conditions(batch, generator)
+        x0 = self._latents(batch, generator)
+        sigma = Stratified().sample(len(x0), schedule, generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        cond = self.model.conditioner(batch)
+        fixed: dict[str, Any] = {"sigma": sigma, "noise": noise, **self.features.argument}
+        loss, sigma = self.loss(self.model.denoiser, self.model.diffusion, x0, cond, **fixed)
+        share = schedule.t(sigma.cpu()) / schedule.num_timesteps
+        return {"bin": (share * BINS).long().clamp(max=BINS - 1), "loss": loss.double().cpu()}
+
+    def metrics(self, results: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the mean loss, and that of each part of the schedule that has a sample."""
+        bins, losses = results["bin"], results["loss"]
+        totals = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, losses)
+        counts = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, torch.ones_like(losses))
+        parts = {
+            f"loss_{100 * i // BINS}_{100 * (i + 1) // BINS}": float(totals[i] / counts[i])
+            for i in range(BINS)
+            if counts[i]
+        }
+        return {"loss": float(totals.sum() / counts.sum())} | parts
+
+    def export(self, splits: Splits) -> Export:
+        return Export(native.MODEL, self.model, self.model.config, self.model.tokenizer)
+
+    def previews(self, splits: Splits, step: Step) -> Mapping[str, Preview]:
+        """Return images generated from fixed noise, for fixed prompts or classes or the conditions of validation images.
+
+        For a model of points, plots of the forward and the reverse process.
+        """
+        if self.of_points:
+            points = next(iter(EvaluationLoader(splits("val"), POINTS)))["image"]
+            return process_pictures(self.model, points.to(self.device), step.generator)
+        reads = self.config.conditioner.input_keys
+        wanted: dict[str, Any] = {"num_images_per_prompt": PREVIEW}
+        if reads and reads not in (("text",), ("label",)):
+            return {"samples": self._with_originals(reads, splits, step)}
+        if reads:
+            wanted = {"prompt": self.config.prompts} if reads == ("text",) else {"label": self.config.classes}
+        if not all(wanted.values()):
+            return {}
+        samples = Pipeline(self.model)(**wanted, seed=step.seed, progress=False)
+        scale = max(1, LEAST_SIDE // samples[0].height)
+        return {"samples": samples.grid(captions=bool(reads), scale=scale)}
+
+    def _with_originals(self, keys: tuple[str, ...], splits: Splits, step: Step) -> Preview:
+        """Generate images for the conditions of validation images; rows: the conditions, the results, the originals."""
+        batch = on_device(next(iter(EvaluationLoader(splits("val"), PREVIEW))), self.device)
+        conditions = self._conditions(batch, step.generator)
+        arguments = pipeline_arguments({key: _entries(conditions[key]) for key in keys})
+        generated = Pipeline(self.model)(**arguments, seed=step.seed, output_type="pt", progress=False)
+        if "image" in batch:
+            originals = batch["image"]
+        else:
+            latent = self.model.first_stage.posterior(batch).mode
+            originals = self.model.decode(self.model.first_stage.normalize(latent))
+        previews = (of_key(key).preview(conditions[key], originals) for key in keys)
+        rows = [*(each for each in previews if each is not None), 2 * generated - 1, originals]
+        scale = max(1, LEAST_SIDE // originals.shape[-2])
+        return Images.of((torch.cat(rows) + 1) / 2).grid(columns=len(originals), scale=scale)
+
+
+def _entries(values: Any) -> list[Any]:
+    """Return a list with the entry of each image; numbers as such, not as tensors."""
+    return values.tolist() if isinstance(values, Tensor) and values.ndim == 1 else list(values)
+
+
+def _any_tokenizer(kind: TokenizerConfig) -> Tokenizer:
+    """Return a tokenizer that makes as many tokens of a text as the one that ``kind`` describes."""
+    return train_byte_bpe([""], kind.vocab_size, kind.context_length)

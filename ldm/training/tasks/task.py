@@ -1,0 +1,209 @@
+"""Interface of a training task: a plain module, without optimizers, devices or files, that the engine drives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.clip.tokenizer import Tokenizer
+from ldm.data.samples import Batch, Samples
+from ldm.errors import ConfigError, unknown
+from ldm.formats.checkpoint import Checkpoint
+from ldm.vae import FirstStage
+
+if TYPE_CHECKING:
+    from ldm.training.experiment import Experiment
+    from ldm.training.handoff import Handoff
+
+Preview = Image.Image | list[Image.Image]
+"""An image, or the frames of an animation."""
+
+Splits = Callable[[str], Samples]
+"""Opens a split of the data by its name."""
+
+FIRST_STAGE, TEXT_ENCODER, IMAGE_ENCODER, DENOISER = "vae", "text", "image", "unet"
+"""Names of the parts of a :class:`ldm.formats.checkpoint.Checkpoint`."""
+
+PART_SECTIONS = {
+    FIRST_STAGE: "vae.model",
+    TEXT_ENCODER: "clip.model.text",
+    IMAGE_ENCODER: "clip.model.image",
+    DENOISER: "denoiser.model",
+}
+"""Config section that describes each part."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything that a task may depend on besides the batch.
+
+    Args:
+        number: optimizer steps completed so far.
+        seed: seed of the experiment.
+        generator: CPU generator of this step; a resumed run draws the same numbers.
+        rank, world_size: of this process.
+    """
+
+    number: int
+    seed: int
+    generator: torch.Generator
+    rank: int = 0
+    world_size: int = 1
+
+
+class TrainLoss(NamedTuple):
+    """Loss to minimize, and metrics to log with it."""
+
+    value: Tensor
+    metrics: Mapping[str, Tensor | float] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """Declaration of an optimizer.
+
+    Args:
+        name: of its loss in the metrics.
+        modules: whose trainable parameters it optimizes.
+        start: first step at which it is active.
+    """
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """Contents of the file of a finished stage: weights, the config that builds them, and the tokenizer of what reads text."""
+
+    format: str
+    module: nn.Module
+    config: Any
+    tokenizer: Tokenizer | None = None
+
+
+class Outline(NamedTuple):
+    """Networks of a stage on the meta device, and a call of the forward pass of one training step."""
+
+    networks: Mapping[str, nn.Module]
+    forward: Callable[[], object]
+
+
+class Task(nn.Module):
+    """Training task of one stage.
+
+    Class attributes: ``stage``, its name and config section; ``result``, the file that it leaves in the run folder; ``monitor``,
+    the validation metric that selects the best checkpoint; ``higher_is_better``.
+    """
+
+    stage: ClassVar[str]
+    result: ClassVar[Path]
+    monitor: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+
+    @classmethod
+    def build(cls, experiment: Experiment, handoff: Handoff) -> Task:
+        """Build the task with new weights, or those of the preceding stages where it uses them."""
+        raise NotImplementedError
+
+    @classmethod
+    def outline(cls, experiment: Experiment) -> Outline:
+        """Build the networks without weights or data; called under ``torch.device("meta")``."""
+        raise NotImplementedError
+
+    @classmethod
+    def parts_of(cls, source: Checkpoint) -> Sequence[str]:
+        """Return the names of the parts of ``source`` that the stage would have left."""
+        raise NotImplementedError
+
+    @property
+    def trainable_module(self) -> nn.Module:
+        """Network whose trainable parameters are optimized and averaged (EMA)."""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        """Parts of a checkpoint that :attr:`trainable_module` consists of, and the prefix of each in its state."""
+        raise NotImplementedError
+
+    @property
+    def frozen_first_stage(self) -> FirstStage | None:
+        """First stage whose latents are the only use of the images, so that they may be cached; None if there is none."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def optimizers(self) -> Sequence[OptimizerSpec]:
+        """Declare the optimizers, one for each loss of a step."""
+        raise NotImplementedError
+
+    def compile_networks(self) -> None:
+        """torch.compile, in place, the networks that a training step calls."""
+        raise NotImplementedError
+
+    def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
+        """Yield the loss of each active optimizer, in the order of :meth:`optimizers`.
+
+        Between two losses the engine runs the backward pass and, if gradients are not accumulated further, the optimizer step.
+        Parameters of the other optimizers do not require gradients while a loss is computed.
+        """
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Adjust parameters after an optimizer step, before they are averaged."""
+
+    def evaluate(self, batch: Mapping[str, Any], step: Step) -> Mapping[str, Tensor]:
+        """Return named results of a validation batch; the engine concatenates each over batches and ranks (dimension 0)."""
+        raise NotImplementedError
+
+    def metrics(self, results: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the validation metrics for the concatenated results of :meth:`evaluate`."""
+        raise NotImplementedError
+
+    def previews(self, splits: Splits, step: Step) -> Mapping[str, Preview]:
+        """Return named images that show the state of the training; called with averaged weights, on all ranks."""
+        raise NotImplementedError
+
+    def export(self, splits: Splits) -> Export:
+        """Finish the networks and return what the next stage or a pipeline needs; called with averaged weights, on all ranks."""
+        raise NotImplementedError
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with its tensors on ``device``; lists of captions and keys stay."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+class Features:
+    """Outputs of submodules, captured during the forward passes of a network for a loss that reads them.
+
+    Args:
+        network: network to observe.
+        names: names of its submodules, such as ``encoder.mid``; if empty, nothing is captured.
+
+    Raises:
+        ConfigError: the network has no submodule of that name.
+    """
+
+    def __init__(self, network: nn.Module, names: Sequence[str]):
+        self.outputs: dict[str, Any] = {}
+        modules = dict(network.named_modules())
+        for name in names:
+            if name not in modules:
+                raise ConfigError(unknown("feature", name, modules))
+            modules[name].register_forward_hook(partial(self._capture, name))
+        self.argument = {"features": self.outputs} if names else {}  # keyword argument of the loss
+
+    def _capture(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self.outputs[name] = output

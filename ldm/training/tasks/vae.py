@@ -1,0 +1,157 @@
+"""Stage 1: training of the first stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+from ldm.config import config_field
+from ldm.data.stream import EvaluationLoader
+from ldm.formats import native
+from ldm.formats.checkpoint import Checkpoint
+from ldm.image_output import Images
+from ldm.training.config import TrainConfig
+from ldm.training.tasks.task import (
+    FIRST_STAGE,
+    Export,
+    Features,
+    OptimizerSpec,
+    Outline,
+    Preview,
+    Splits,
+    Step,
+    Task,
+    TrainLoss,
+    on_device,
+)
+from ldm.vae.first_stage import FirstStageConfig, HasLastLayer
+from ldm.vae.loss import AutoencoderLossConfig, VAELossConfig, adaptive_weight, hinge_loss
+from ldm.vae.metrics import measure_latents, psnr
+
+if TYPE_CHECKING:
+    from ldm.training.experiment import Experiment
+    from ldm.training.handoff import Handoff
+
+PREVIEW = 8
+"""Number of images that are shown with their reconstructions."""
+
+
+@dataclass(frozen=True)
+class VAEStage:
+    """Stage 1: the first stage, and its training or the file that it comes from."""
+
+    model: FirstStageConfig = config_field(help="the first stage")
+    loss: VAELossConfig = config_field(AutoencoderLossConfig(), "its losses")
+    train: TrainConfig | None = config_field(None, "its training; null = it is not trained")
+    checkpoint: str | None = config_field(
+        None, "source of a first stage that is used as it is: a file, folder or hub id, also of SD"
+    )
+
+
+class VAETask(Task):
+    """Autoencoder against discriminator: two optimizers, one after the other on the same batch."""
+
+    stage = "vae"
+    result = Path("vae/final.safetensors")
+    monitor = "psnr"
+    higher_is_better = True
+
+    def __init__(self, config: VAEStage):
+        super().__init__()
+        self.config = config
+        self.first_stage = config.model.build()
+        self.reconstruction_loss = config.loss.build()
+        self.discriminator = config.loss.build_discriminator(config.model.image_channels)
+        self.features = Features(self.first_stage, config.loss.features)
+
+    @classmethod
+    def build(cls, experiment: Experiment, handoff: Handoff) -> VAETask:
+        return cls(experiment.vae)
+
+    @classmethod
+    def outline(cls, experiment: Experiment) -> Outline:
+        train = experiment.vae.train
+        assert train is not None
+        first_stage = experiment.vae.model.build()
+        image = torch.empty(train.batch_size, *experiment.data.image_shape)
+        return Outline({"first stage": first_stage}, lambda: first_stage.decode(first_stage.encode(image).mode))
+
+    @classmethod
+    def parts_of(cls, source: Checkpoint) -> Sequence[str]:
+        return [FIRST_STAGE]
+
+    @property
+    def trainable_module(self) -> nn.Module:
+        return self.first_stage
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        return {FIRST_STAGE: ""}
+
+    def optimizers(self) -> Sequence[OptimizerSpec]:
+        autoencoder = OptimizerSpec("loss", (self.first_stage, self.reconstruction_loss))
+        if self.discriminator is None:
+            return [autoencoder]
+        return [autoencoder, OptimizerSpec("discriminator", (self.discriminator,), self.config.loss.disc_start)]
+
+    def compile_networks(self) -> None:
+        self.first_stage.compile_networks()
+
+    def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
+        image, config = batch["image"], self.config.loss
+        posterior = self.first_stage.encode(image)
+        latent = posterior.sample(torch.randn(posterior.mode.shape, generator=step.generator).to(image))
+        reconstruction = self.first_stage.decode(latent)
+
+        rec_loss = self.reconstruction_loss(image, reconstruction.float(), **self.features.argument).mean()
+        loss = rec_loss + config.kl * posterior.regularization().mean()
+        metrics = {"error": rec_loss.detach() / image[0].numel(), **posterior.metrics(posterior.sums(), len(image))}
+        discriminator = self.discriminator if step.number >= config.disc_start else None
+        if discriminator is not None:
+            g_loss = -discriminator(reconstruction).mean()
+            assert isinstance(self.first_stage, HasLastLayer), (
+                "the adversarial loss needs a first stage with a last layer"
+            )
+            weight = config.adversarial * adaptive_weight(rec_loss, g_loss, self.first_stage.last_layer)
+            loss = loss + weight * g_loss
+            metrics["generator"] = g_loss.detach()
+        self.first_stage.update(posterior)
+        yield TrainLoss(loss / image[0].numel(), metrics)
+        if discriminator is not None:
+            yield TrainLoss(hinge_loss(discriminator(image), discriminator(reconstruction.detach())))
+
+    def evaluate(self, batch: Mapping[str, Any], step: Step) -> Mapping[str, Tensor]:
+        """Return sums over the batch, ``[1 ...]`` each: of PSNR and SSIM, the number of images, and those of the posterior."""
+        image = batch["image"]
+        posterior = self.first_stage.encode(image)
+        reconstruction = self.first_stage.decode(posterior.mode).float().clamp(-1, 1)
+        similarity: Any = ssim(reconstruction, image, data_range=(-1.0, 1.0), reduction="sum")
+        sums = {"psnr": psnr(image, reconstruction).sum(), "ssim": similarity, "images": torch.tensor(len(image))}
+        return {name: value.double()[None] for name, value in {**sums, **posterior.sums()}.items()}
+
+    def metrics(self, results: Mapping[str, Tensor]) -> dict[str, float]:
+        sums = {name: values.sum(0).cpu() for name, values in results.items()}
+        images = int(sums["images"])
+        means = {name: sums[name] / images for name in ("psnr", "ssim")}
+        means |= self.first_stage.posterior_type.metrics(sums, images)
+        return {name: float(value) for name, value in means.items()}
+
+    def previews(self, splits: Splits, step: Step) -> Mapping[str, Preview]:
+        """Return validation images above their reconstructions."""
+        image = on_device(next(iter(EvaluationLoader(splits("val"), PREVIEW))), self.device)["image"]
+        reconstruction = self.first_stage.decode(self.first_stage.encode(image).mode)
+        pairs = torch.cat([image, reconstruction.clamp(-1, 1)])
+        return {"reconstructions": Images.of((pairs + 1) / 2).grid(columns=len(image))}
+
+    def export(self, splits: Splits) -> Export:
+        """Measure the latents of the training images, which the next stage normalizes by."""
+        assert self.config.train is not None
+        batches = EvaluationLoader(splits("train"), self.config.train.batch_size)
+        measure_latents(self.first_stage, batches, self.device)
+        return Export(native.FIRST_STAGE, self.first_stage, self.config.model)
