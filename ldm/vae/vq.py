@@ -55,8 +55,9 @@ class Codebook(nn.Module):
         N_i <- decay N_i + (1 - decay) n_i,    m_i <- decay m_i + (1 - decay) sum of these vectors,    code_i = m_i / N_i.
 
     A code with ``N_i`` at or below ``restart`` times n / k (its share if all were used equally) is replaced by a vector of the
-    batch, as in Jukebox (arXiv 2005.00341), with n / k as its ``N_i``. Since ``N`` begins at 0, the first batch initialises the
-    codebook.
+    batch, as in Jukebox (arXiv 2005.00341, section 3.1), with n / k as its new ``N_i``. The vector is drawn with a probability
+    proportional to its squared distance to the nearest code, as in k-means++: a frequent vector has a code already. Since ``N``
+    begins at 0, the first batch initialises the codebook.
     """
 
     codes: Tensor
@@ -97,13 +98,14 @@ class Codebook(nn.Module):
         uniform = counts.sum() / k
         dead = self.counts <= self.restart * uniform
         if dead.any():
-            generator = torch.Generator().manual_seed(int(self.updates))  # the same on every process and when resumed
-            order = torch.randperm(len(x), generator=generator).to(x.device)
-            replacements = x[order[torch.arange(k, device=x.device) % len(x)]]
+            generator = torch.Generator().manual_seed(int(self.updates))  # so that a resumed run draws the same
+            errors = (x - self.codes[index]).square().sum(1).cpu()
+            chosen = torch.multinomial(errors + 1e-20, int(dead.sum()), replacement=True, generator=generator)
+            replacements = x[chosen.to(x.device)]
             if dist.is_available() and dist.is_initialized():
                 dist.broadcast(replacements, 0)
             self.counts[dead] = uniform
-            self.sums[dead] = uniform * replacements[dead]
+            self.sums[dead] = uniform * replacements
         self.codes.copy_(self.sums / self.counts[:, None])
         self.updates += 1
 
