@@ -68,7 +68,10 @@ def detect_edges(images: Tensor, low: float = LOW, high: float = HIGH) -> Tensor
     padded = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
     rows = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]
     columns = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]
-    dx, dy = (rows[..., 2:] - rows[..., :-2]) / 8, (columns[..., 2:, :] - columns[..., :-2, :]) / 8  # of black to white: 1
+    dx, dy = (
+        (rows[..., 2:] - rows[..., :-2]) / 8,
+        (columns[..., 2:, :] - columns[..., :-2, :]) / 8,
+    )  # of black to white: 1
     strength, channel = (dx**2 + dy**2).sqrt().max(1, keepdim=True)
     dx, dy = dx.gather(1, channel), dy.gather(1, channel)
 
@@ -92,6 +95,4 @@ def detect_edges(images: Tensor, low: float = LOW, high: float = HIGH) -> Tensor
         edges = grown
 
 
-EDGES = register(
-    EdgeMap("edges", "edge map", "edge maps", suffix="edges.png", resampling=Image.Resampling.LANCZOS)
-)
+EDGES = register(EdgeMap("edges", "edge map", "edge maps", suffix="edges.png", resampling=Image.Resampling.LANCZOS))

@@ -15,6 +15,7 @@ from ldm.data import EvaluationLoader
 from ldm.data.shapes import COLOURS
 from ldm.errors import ConfigError
 from ldm.experiment import load_config
+from ldm.modalities.edges import detect_edges
 from ldm.pipeline import Pipeline
 from ldm.stages import train_stage
 
@@ -82,6 +83,23 @@ def test_a_semantic_map_says_what_is_drawn_where(tmp_path: Path) -> None:
     assert contrast(pictures, inside, [0, 1, 2, 3]).min() > 0.4
     larger = {"semantic": maps.repeat(1, 2, 2)[..., :24]}
     assert sampled(pipe, condition=larger, height=32, width=24).shape == (4, 3, 32, 24)
+
+
+def test_an_edge_map_says_where_something_is_drawn(tmp_path: Path) -> None:
+    """Along outlines that it has never seen, in a colour of its choice."""
+    pipe, _ = trained(tmp_path, "edges", 120, "data.samples=64")
+    inside = torch.zeros(4, 16, 16, dtype=torch.bool)
+    inside[0, 3:10, 5:13] = inside[1, 8:14, 2:8] = inside[2, 2:7, 1:8] = inside[3, 6:13, 8:12] = True
+    maps = detect_edges(inside[:, None] * 1.0 - 0.5)
+    pictures = sampled(pipe, condition={"edges": maps})
+    best = torch.stack([contrast(pictures, inside, [colour] * 4) for colour in range(4)]).amax(0)
+    assert best.min() > 0.4
+
+    shown = np.asarray(Image.open(tmp_path / "denoiser" / "pictures" / "samples_0000120.png").convert("L"))
+    rows, columns = 3, 8
+    given, _, truth = np.split(shown[: shown.shape[0] // rows * rows], rows)
+    assert set(np.unique(given)) == {0, 255}, "the edges are shown above samples and true images"
+    assert columns * truth.shape[0] == pytest.approx(truth.shape[1], abs=2 * columns)
 
 
 def test_a_sample_has_the_colour_of_the_picture_that_is_given(tmp_path: Path) -> None:
