@@ -1,6 +1,12 @@
-"""What the denoiser listens to: text, labels, images, boxes, maps, several of them or nothing; each fills a Conditioning."""
+"""Conditioners: encoders of raw conditions (text, labels, images, boxes, maps) into the record that the denoiser takes.
+
+All modules of this package are imported, so that a new conditioner needs no entry to be a kind of the config.
+"""
 
 from __future__ import annotations
+
+import importlib
+import pkgutil
 
 from ldm.conditioning.boxes import BoxesConditioner
 from ldm.conditioning.composite import CompositeConditioner
@@ -32,3 +38,6 @@ __all__ = [
     "TransformerConditioner",
     "conditioning_schedules",
 ]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

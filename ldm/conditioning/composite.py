@@ -1,4 +1,4 @@
-"""Several conditioners at once: what each says is laid side by side."""
+"""Several conditioners at once, with their outputs concatenated."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class CompositeConditionerConfig(ConditionerConfig, kind="several"):
 
 
 class CompositeConditioner(Conditioner):
-    """The records of its parts as one."""
+    """Conditioner that concatenates the outputs of its parts."""
 
     def __init__(self, config: CompositeConditionerConfig, tokenizer: Tokenizer | None):
         super().__init__()
@@ -118,7 +118,7 @@ class CompositeConditioner(Conditioner):
 
 
 def side_by_side(records: list[Conditioning]) -> Conditioning:
-    """One record of several for the same batch: contexts along n, vectors along d, concats along c.
+    """Concatenates several records of the same batch: contexts along n, vectors along d, concats along c.
 
     Those of conditioners without weights may still be on the CPU.
     """

@@ -1,4 +1,4 @@
-"""Pictures through the image tower: what an image shows, as the context of another one."""
+"""Images through the image tower: the content of an image, as the context of another one."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ldm.nn.conditioning import Conditioning
 
 @dataclass(frozen=True)
 class ImageConditionerConfig(ConditionerConfig, kind="image"):
-    """What an image shows, by the image tower of stage 2 or by one of its own; in training, the training image itself."""
+    """The content of an image, encoded by the image tower of stage 2 or by its own; in training, of the training image itself."""
 
-    dropout: float = config_field(0.1, "share of the training images that are dropped, for guidance")
+    dropout: float = config_field(0.1, "fraction of the training images that are dropped, for classifier-free guidance")
     trainable: bool = config_field(False, "train the tower along with the denoiser; one of its own has to be")
     tokens: bool = config_field(
         False, "the context is the states of all patches, instead of the embedding as one token"
     )
-    pooled: bool = config_field(False, "also hand the embedding to the denoiser, as its conditioning vector")
+    pooled: bool = config_field(False, "also give the embedding to the denoiser, as its conditioning vector")
     tower: ImageTowerConfig | None = config_field(None, "the image tower; null = that of the experiment's clip section")
     embed_dim: int | None = config_field(None, "width of the embedding; null = that of the clip section")
 
@@ -68,7 +68,7 @@ class ImageConditionerConfig(ConditionerConfig, kind="image"):
 
 
 class ImageConditioner(Conditioner):
-    """Image tower; a dropped image is all zeros, as in Ramesh et al. 2022 (arXiv 2204.06125, section 2.1)."""
+    """Image tower whose output is zeros for a dropped image, as in Ramesh et al. 2022 (arXiv 2204.06125, section 2.1)."""
 
     def __init__(self, config: ImageConditionerConfig, tower: ImageTowerConfig, embed_dim: int):
         super().__init__()
@@ -78,12 +78,12 @@ class ImageConditioner(Conditioner):
         self.tower = tower.build(embed_dim).requires_grad_(config.trainable)
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        """The embedding has unit variance a channel on the average, as other contexts have, instead of unit length."""
+        """Computes the conditioning; the embedding has unit variance a channel on average, as other contexts have."""
         given = inputs["image"]
         weight = next(self.tower.parameters())
         nothing = torch.zeros(1, 3, self.size, self.size)
-        pictures = [given] if isinstance(given, Tensor) else [nothing if each is None else each[None] for each in given]
-        stacked = torch.cat([to_size(each.to(weight.device), self.size) for each in pictures])
+        images = [given] if isinstance(given, Tensor) else [nothing if each is None else each[None] for each in given]
+        stacked = torch.cat([to_size(each.to(weight.device), self.size) for each in images])
         absent = torch.tensor([each is None for each in given])
         kept = ~(absent | dropped(len(absent), self.config.dropout, generator)).to(weight.device)
         states = self.tower.states(stacked.to(weight.dtype))

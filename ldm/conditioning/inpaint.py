@@ -2,8 +2,8 @@
 
 To the noisy latent are concatenated a mask (1 where the image is to be made) and the latents of the image with its
 hole greyed out (Rombach et al. 2112.10752, section 4.5). Training draws the masks: rectangles, free strokes (as of LaMa,
-Suvorov et al. 2109.07161), and in a share of the examples the whole image, which keeps the model one that can begin
-with nothing.
+Suvorov et al. 2109.07161), and in a fraction of the examples the entire image, so that the model can still
+start from nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class InpaintConditionerConfig(ConditionerConfig, kind="inpaint"):
     """A mask and the latents of the known part of an image; without dropout, so that guidance has no effect on it."""
 
     latent_channels: int = config_field(4, "channels of the first stage's latents")
-    whole: float = config_field(0.25, "share of the training examples in which the whole image is masked")
+    whole: float = config_field(0.25, "fraction of the training examples in which the entire image is masked")
 
     def __post_init__(self) -> None:
         if self.latent_channels < 1 or not 0 <= self.whole <= 1:
@@ -95,10 +95,10 @@ class InpaintConditioner(Conditioner):
         Raises:
             DataError: latents are cached.
         """
-        pictures = training_images(batch, "inpaint")
-        n, _, height, width = pictures.shape
-        masks = torch.stack([draw_mask(height, width, self.config.whole, generator) for _ in range(n)]).to(pictures)
-        known = encode(pictures * (1 - masks))
+        images = training_images(batch, "inpaint")
+        n, _, height, width = images.shape
+        masks = torch.stack([draw_mask(height, width, self.config.whole, generator) for _ in range(n)]).to(images)
+        known = encode(images * (1 - masks))
         return {**batch, "inpaint": torch.cat([F.adaptive_max_pool2d(masks, known.shape[-2:]), known], dim=1)}
 
 

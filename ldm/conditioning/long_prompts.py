@@ -13,7 +13,7 @@ from ldm.prompts import WeightedPrompt
 
 
 def read(texts: Sequence[str], tokenizer: Tokenizer, tower: TextTower) -> tuple[TextOutput, Tensor | None]:
-    """Each text in as many windows of the tower's length n as it needs, k at most, their contexts end to end.
+    """Encodes each text in as many windows of the tower's length n as it needs, k at most, their contexts end to end.
 
     A string that is no :class:`WeightedPrompt` is cut to one window. Windows that a text does not have are those of the empty
     text, and masked.

@@ -1,7 +1,7 @@
-"""A small image to enlarge: super-resolution as a diffusion that is shown the small image.
+"""A small image to enlarge: super-resolution as a diffusion that is conditioned on the small image.
 
 The small image is concatenated to the noisy latent (Saharia et al. 2104.07636; Rombach et al. 2112.10752, section 4.4).
-It is noised in training, and the network told how much, so that it does not lean on details of the small image that
+It is noised in training, and the network is given the noise level, so that it does not lean on details of the small image that
 another source of small images lacks (conditioning augmentation, Ho et al. 2106.15282, section 3):
 
     z = sqrt(1 - s^2) y + s n,    s uniform in [0, noise_max]
@@ -48,7 +48,7 @@ class LowResConditionerConfig(ConditionerConfig, kind="low_res"):
         0.5, "greatest noise level of the small image in training, 0 to 1; they are uniform from 0"
     )
     noise: float = config_field(0.0, "noise level of the small image in validation and sampling, up to noise_max")
-    width: int = config_field(64, "sinusoids by which the network is told the noise level: the width of the vector")
+    width: int = config_field(64, "sinusoids that embed the noise level: the width of the vector")
 
     def __post_init__(self) -> None:
         if self.factor < 2 or (self.latent_factor is not None and self.latent_factor < 1):
@@ -124,21 +124,21 @@ class LowResConditioner(Conditioner):
         Raises:
             DataError: latents are cached, or the images' sides are not divisible by the factor.
         """
-        pictures, factor = training_images(batch, "low_res"), self.config.factor
-        height, width = pictures.shape[-2:]
+        images, factor = training_images(batch, "low_res"), self.config.factor
+        height, width = images.shape[-2:]
         if height % factor or width % factor:
             raise DataError(
-                f"pictures of {height} x {width} are not divisible by the factor {factor} of the conditioner low_res; "
+                f"images of {height} x {width} are not divisible by the factor {factor} of the conditioner low_res; "
                 "set data.size to a multiple of it."
             )
-        return {**batch, "low_res": F.avg_pool2d(pictures, factor)}
+        return {**batch, "low_res": F.avg_pool2d(images, factor)}
 
 
-def _stacked(pictures: Sequence[Any]) -> Tensor:
+def _stacked(images: Sequence[Any]) -> Tensor:
     """``[b 3 h w]`` fp32 in [-1, 1]"""
-    if any(picture is None for picture in pictures):
+    if any(image is None for image in images):
         raise SamplingError("this model enlarges images; give condition={'low_res': [...]}, or use editing.upscale.")
-    tensors = [signed_tensor(picture) for picture in pictures]
+    tensors = [signed_tensor(image) for image in images]
     sizes = dict.fromkeys(f"{tensor.shape[2]} x {tensor.shape[1]}" for tensor in tensors)
     if len(sizes) > 1:
         raise SamplingError(

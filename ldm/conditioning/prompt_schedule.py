@@ -1,4 +1,4 @@
-"""Conditionings that change as the noise falls, of prompts that say different things at different steps."""
+"""Conditionings that change with the noise level, for prompts that differ from step to step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.prompts import Prompt, PromptOptions
 
 @dataclass(frozen=True)
 class ConditioningSchedule:
-    """A conditioning for each of some phases of a sampling; guidance takes it as it takes a :class:`Conditioning`.
+    """Conditionings of the successive phases of a sampling.
 
     Attributes:
         records: one for each phase, each of the whole batch.
@@ -60,7 +60,7 @@ def conditioning_schedules(
     reading: PromptOptions,
     levels: Tensor,
 ) -> tuple[ConditioningSchedule, ConditioningSchedule]:
-    """What a sampling along ``levels [steps + 1]`` is to show, and what guidance leads it away from.
+    """Computes the conditional and the unconditional schedule of a sampling along ``levels [steps + 1]``.
 
     Args:
         wanted: raw conditions by name, an entry for each image; prompts are under ``text``.

@@ -1,9 +1,9 @@
-"""Captions through two text towers, and the sizes of the image, as SDXL is told them.
+"""Captions through two text towers, and the sizes of the image, as SDXL takes them.
 
 (Podell et al. 2023, arXiv 2307.01952.) The contexts of the towers lie side by side along their width; the vector is the
 pooled state of the second, followed by the sinusoids of six numbers (section 2.2): from how large an original a training
-image was made, where it was cut, and how large it became. Told so in training, small originals and cut-off heads need
-not be left out, and are not imitated: a sample is told a large original, cut at (0, 0).
+image was made, where it was cropped, and how large it became. With these, training need not leave out small originals and
+cropped heads, and samples do not imitate them: they are conditioned on a large original, cropped at (0, 0).
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class SDXLConditionerConfig(ConditionerConfig, kind="sdxl"):
         0, "token after the end in what the second tower reads; the vocabulary is that of the first"
     )
     size_embedding_width: int = config_field(256, "sinusoids of each of the six numbers about the image's size")
-    dropout: float = config_field(0.1, "share of the training captions that are dropped, for guidance; sizes never are")
+    dropout: float = config_field(
+        0.1, "fraction of the training captions (never sizes) that are dropped, for classifier-free guidance"
+    )
     zeros_for_empty: bool = config_field(
         True, "a caption that is dropped or not there is zeros; false = the encoded empty string"
     )
@@ -90,7 +92,7 @@ class SDXLConditionerConfig(ConditionerConfig, kind="sdxl"):
 class SDXLConditioner(Conditioner):
     """Two text towers with a tokenizer each; texts are cut or go on in windows as :class:`TextConditioner` has it.
 
-    Beside ``text`` it reads ``original_size``, ``crops_coords_top_left`` and ``target_size``: a pair for each image,
+    In addition to ``text`` it takes ``original_size``, ``crops_coords_top_left`` and ``target_size``: a pair for each image,
     (height, width) or (top, left) in pixels.
     """
 
@@ -114,7 +116,7 @@ class SDXLConditioner(Conditioner):
         return Conditioning(context, mask, vector=torch.cat([pooled, self._sizes(inputs).to(pooled)], dim=1))
 
     def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
-        """What guidance leads away from: no text or the ``negative`` one, of an image of the same sizes."""
+        """Computes the conditioning of no text, or of the ``negative`` one, for an image of the same sizes."""
         absent = [None] * len(inputs["text"])
         return self({**inputs, "text": absent if negative is None else negative})
 

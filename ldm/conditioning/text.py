@@ -1,4 +1,4 @@
-"""Captions through the text tower: its states as the context, its pooled state as the vector if wanted."""
+"""Captions through the text tower: its states as the context, its pooled state as the vector if configured."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from ldm.nn.conditioning import Conditioning
 class TextConditionerConfig(ConditionerConfig, kind="text"):
     """A caption, read by the text tower of stage 2; a dropped caption is the encoded empty string."""
 
-    dropout: float = config_field(0.1, "share of the training captions that are dropped, for guidance")
-    trainable: bool = config_field(
-        False, "train the tower along with the denoiser (the way of the LDM paper), from stage 2's weights"
+    dropout: float = config_field(
+        0.1, "fraction of the training captions that are dropped, for classifier-free guidance"
     )
-    pooled: bool = config_field(False, "also hand the pooled state to the denoiser, as its conditioning vector")
+    trainable: bool = config_field(
+        False, "train the tower together with the denoiser (as in the LDM paper), from stage 2's weights"
+    )
+    pooled: bool = config_field(False, "also give the pooled state to the denoiser, as its conditioning vector")
     tower: TextTowerConfig | None = config_field(None, "the text tower; null = that of the experiment's clip section")
 
     def __post_init__(self) -> None:

@@ -47,7 +47,9 @@ class TransformerConditionerConfig(ConditionerConfig, kind="transformer"):
     trainable: bool | None = config_field(
         None, "train the encoder along with the denoiser; null = if it is from scratch and not from a checkpoint"
     )
-    dropout: float = config_field(0.1, "share of the training captions that are dropped, for guidance")
+    dropout: float = config_field(
+        0.1, "fraction of the training captions that are dropped, for classifier-free guidance"
+    )
     width: int = config_field(768, "channels of a BERT from scratch")
     layers: int = config_field(12, "transformer blocks of a BERT from scratch")
     heads: int = config_field(12, "attention heads of a BERT from scratch; must divide width")
@@ -154,7 +156,7 @@ class TransformerConditioner(Conditioner):
         self.encoder = encoder.requires_grad_(self.trained)
 
     def train(self, mode: bool = True) -> TransformerConditioner:
-        """As of any module, but that a frozen encoder drops nothing out."""
+        """Sets the training mode; a frozen encoder stays in evaluation mode."""
         super().train(mode)
         self.encoder.train(mode and self.trained)
         return self
@@ -181,7 +183,7 @@ class TransformerConditioner(Conditioner):
             pretrained = loader.from_pretrained(self.config.checkpoint, dtype=torch.float32, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"the weights of {self.config.checkpoint} cannot be read ({first_line(error)}); get it anew."
+                f"the weights of {self.config.checkpoint} cannot be read ({first_line(error)}); download it again."
             ) from None
         self.encoder.load_state_dict(_without_head(pretrained).state_dict())
 

@@ -63,7 +63,7 @@ def detect_edges(images: Tensor, low: float = LOW, high: float = HIGH) -> Tensor
         low, high: thresholds as fractions of the gradient of a step from black to white.
 
     Returns:
-        ``[b h w]`` fp32, 1 on the edges, which are one pixel wide, and 0 elsewhere.
+        ``[b h w]`` fp32, 1 on the edges, one pixel wide (up to two along diagonals), and 0 elsewhere.
     """
     padded = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
     rows = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.data import EvaluationLoader
+from ldm.data import EvaluationLoader, Shapes
 from ldm.data.shapes import COLOURS
 from ldm.errors import ConfigError
+from ldm.image_output import GAP
+from ldm.modalities.edges import detect_edges
 from ldm.pipeline import Pipeline
 from ldm.training.experiment import load_config
 from ldm.training.stages import train_stage
@@ -82,6 +84,21 @@ def test_a_semantic_map_says_what_is_drawn_where(tmp_path: Path) -> None:
     assert contrast(pictures, inside, [0, 1, 2, 3]).min() > 0.4
     larger = {"semantic": maps.repeat(1, 2, 2)[..., :24]}
     assert sampled(pipe, condition=larger, height=32, width=24).shape == (4, 3, 32, 24)
+
+
+def test_an_edge_map_says_what_is_drawn_where(tmp_path: Path) -> None:
+    """Of four outlines that it has learnt by heart, whose images have no other condition."""
+    pipe, batch = trained(tmp_path, "edges", 160, "data.samples=4", "data.seed=1")
+    pictures = sampled(pipe, condition={"edges": detect_edges(batch["image"])})
+    assert contrast(pictures, batch["semantic"] > 0, batch["label"].tolist()).min() > 0.4
+
+    shown = Image.open(tmp_path / "denoiser" / "pictures" / "samples_0000160.png").convert("L")
+    assert shown.height == 3 * (64 + GAP) + GAP, "edges above samples above true images"
+    validated = next(iter(EvaluationLoader(Shapes(samples=4, shapes=1, seed=1).open("val"), 4)))["image"]
+    for column, edges in enumerate(detect_edges(validated)):
+        left = GAP + column * (64 + GAP)
+        small = shown.crop((left, GAP, left + 64, GAP + 64)).resize((16, 16), Image.Resampling.BOX)
+        assert np.array_equal(np.asarray(small) > 127, edges > 0.5)
 
 
 def test_a_sample_has_the_colour_of_the_picture_that_is_given(tmp_path: Path) -> None:
