@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.clip.transformer import Activation, check_shape, stack
@@ -99,7 +100,7 @@ class VisionTransformer(ImageTower):
     def states(self, image: Tensor) -> Tensor:
         size = self.config.image_size
         assert image.shape[2:] == (size, size), f"{tuple(image.shape)} is not a batch of {size} x {size} pixels"
-        patches = self.patch_embedding(self._normalized(image)).flatten(2).transpose(1, 2)
+        patches = rearrange(self.patch_embedding(self._normalized(image)), "b c h w -> b (h w) c")
         x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
         x = self.norm_in(x + self.position_embedding)
         for block in self.blocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.nn.attention import AttentionOptions, TransformerBlock
@@ -40,12 +41,11 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, cond: Conditioning, options: AttentionOptions | None = None) -> Tensor:
         """``x [b c h w] -> [b c h w]``"""
-        height_width = x.shape[-2:]
         h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
-        h = h.flatten(2).transpose(1, 2)  # b (h w) c; a view of a channels_last tensor
+        h = rearrange(h, "b c h w -> b (h w) c")  # a view, for a channels_last tensor
         h = self.proj_in(h) if self.linear else h
         for block in self.blocks:
             h = block(h, cond, options)
         h = self.proj_out(h) if self.linear else h
-        h = h.transpose(1, 2).unflatten(2, height_width)
+        h = rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
         return x + (h if self.linear else self.proj_out(h))
