@@ -75,7 +75,7 @@ class CLIP(nn.Module):
         return F.normalize(self.image(to_size(image, self.image_size)), dim=-1)
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``image [b 3 h w], tokens [b n]`` to features ``[b embed_dim]`` of both, of unit length, and the factor on their cosines."""
+        """``image [b 3 h w], tokens [b n]`` to the features ``[b embed_dim]`` of both and the factor on their cosines."""
         return self.encode_image(image), self.encode_text(tokens), self.logit_scale.exp()
 
     @torch.no_grad()

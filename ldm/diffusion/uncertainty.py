@@ -20,7 +20,7 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class UncertaintyLossConfig(WeightedLossConfig, kind="uncertainty"):
-    """exp(-u(s)) L(s) + u(s), where L is the loss of kind `weighted` and u(s) learns ln E[L(s)] (Karras et al. 2312.02696, eq. 21).
+    """exp(-u(s)) L(s) + u(s); L is the loss of kind `weighted`, u(s) learns ln E[L(s)] (Karras et al. 2312.02696, eq. 21).
 
     All noise levels then contribute gradients of similar size, whatever the scale of their losses.
     """

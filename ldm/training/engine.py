@@ -122,12 +122,10 @@ class StageModule(L.LightningModule):
     def _backward(self, loss: Tensor, sync: bool) -> None:
         """Run the backward pass; gradients are averaged over the ranks if ``sync``."""
         strategy = self.trainer.strategy
-        blocked = not sync and isinstance(strategy, ParallelStrategy)
-        # Outside of autocast, as torch recommends.
-        with (
-            torch.autocast(self.device.type, enabled=False),
-            strategy.block_backward_sync() if blocked else nullcontext(),
-        ):
+        unsynced = (
+            strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) and not sync else nullcontext()
+        )
+        with torch.autocast(self.device.type, enabled=False), unsynced:  # torch recommends no autocast here
             self.manual_backward(loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -208,7 +206,7 @@ class StageModule(L.LightningModule):
 
     # Checkpoints
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         return self.task.state_dict(*args, **options)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

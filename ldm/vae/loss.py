@@ -101,7 +101,7 @@ def _lpips() -> nn.Module:
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Return the hinge loss of the discriminator's logits for images and for reconstructions (Lim & Ye 2017, arXiv 1705.02894)."""
+    """Return the hinge loss of the logits for images and for reconstructions (Lim & Ye 2017, arXiv 1705.02894)."""
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
