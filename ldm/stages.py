@@ -22,7 +22,7 @@ from ldm.denoiser.module import DenoiserModule
 from ldm.errors import CheckpointError, TrainingError
 from ldm.experiment import Experiment, model_config
 from ldm.formats import MODEL_FILE, read
-from ldm.formats.checkpoint import OTHERS, Checkpoint, places
+from ldm.formats.checkpoint import CLIP_COMPONENTS, OTHERS, Checkpoint, part_prefixes
 from ldm.formats.native import CLIP, FIRST_STAGE, load_strictly, save_model, save_module
 from ldm.formats.tensors import fingerprint, read_metadata, write_atomically
 from ldm.model import LatentDiffusion
@@ -35,8 +35,11 @@ PART_FILE = "final.safetensors"
 """What the stages vae and clip leave in their folders."""
 
 
-HOMES = {"vae": {"vae": ""}, "clip": {"text": "text", "image": "image"}}
-"""Where the parts of a checkpoint are in what a stage trains; of the denoiser see :func:`ldm.formats.checkpoint.places`."""
+HOMES = {"vae": {"first_stage": ""}, "clip": CLIP_COMPONENTS}
+"""Prefixes of a checkpoint's parts in what a stage trains; of the denoiser see :func:`part_prefixes`."""
+
+FINGERPRINTED = {"first_stage": "vae", "text_encoder": "text", "text_encoder_2": "text_2", "image_encoder": "image"}
+"""Names of parts in fingerprints, which stay what they were when the first runs wrote them."""
 
 
 def result_file(experiment: Experiment, stage: str) -> Path:
@@ -105,15 +108,15 @@ def make_model(experiment: Experiment) -> tuple[LatentDiffusion, dict[str, str]]
     tokenizer, clip = None, None
     if experiment.clip is not None:
         clip = _predecessor(experiment, "clip", experiment.clip.checkpoint)
-        tokenizer, handoff["clip"] = clip.tokenizer, _fingerprint(clip, *clip.towers())
+        tokenizer, handoff["clip"] = clip.tokenizer, _fingerprint(clip, *clip.encoders())
     conditioner = config.conditioner.with_tokenizer(
         lambda kind, name: _tokenizer(experiment, kind, experiment.folder / "denoiser" / f"tokenizer{name}.json")
     )
     model = LatentDiffusion(replace(config, conditioner=conditioner), tokenizer)
     if not isinstance(experiment.vae.model, IdentityConfig):
         vae = _predecessor(experiment, "vae", experiment.vae.checkpoint)
-        _take(vae, "vae", model.first_stage)
-        handoff["vae"] = _fingerprint(vae, "vae")
+        _take(vae, "first_stage", model.first_stage)
+        handoff["vae"] = _fingerprint(vae, "first_stage")
     if clip is not None:
         for name, tower in model.conditioner.pretrained_encoders():
             if name in clip.parts or not any(parameter.requires_grad for parameter in tower.parameters()):
@@ -193,7 +196,7 @@ def _check_fit(source: Checkpoint, name: str, wanted: Any) -> None:
     Raises:
         CheckpointError: it was, or the source has no such part.
     """
-    section = {"vae": "vae.model", "unet": "denoiser.model"}.get(name, f"clip.model.{name}")
+    section = {"first_stage": "vae.model", "denoiser": "denoiser.model"}.get(name, f"clip.model.{FINGERPRINTED.get(name)}")
     found, asked = _flat(to_dict(source.part(name).config)), _flat(to_dict(wanted))
     differing = [
         f"{section}.{field} is {asked.get(field)!r} here and {found.get(field)!r} there"
@@ -208,8 +211,9 @@ def _fingerprint(source: Checkpoint, *names: str) -> str:
     """Of what a run takes from a source: that of the stage which left it, else of the parts themselves."""
     if source.kind in (CLIP, FIRST_STAGE):
         return source.fingerprint
-    states = {f"{name}.{key}": tensor for name in names for key, tensor in source.part(name).state.items()}
-    return fingerprint(states, {name: to_dict(source.part(name).config) for name in names})
+    parts = {FINGERPRINTED[name]: source.part(name) for name in names}
+    states = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state.items()}
+    return fingerprint(states, {name: to_dict(part.config) for name, part in parts.items()})
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -241,7 +245,7 @@ def _initialize(module: StageModule, source: str) -> None:
     network, found = module.trainable_module(), read(source)
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     state = {name: tensor for name, tensor in network.state_dict().items() if name not in trained}
-    homes = places(module.model) if isinstance(module, DenoiserModule) else HOMES[module.stage]
+    homes = part_prefixes(module.model) if isinstance(module, DenoiserModule) else HOMES[module.stage]
     for name, home in homes.items():
         prefix = f"{home}." if home else ""
         if any(each.startswith(prefix) for each in trained):

@@ -46,13 +46,13 @@ def convert(
     import torch
 
     from ldm.formats import read, save
-    from ldm.formats.single_network import save_lone
+    from ldm.formats.single_network import save_single_network
 
     try:
         found = read(
             source,
             vae=vae,
-            unet=unet,
+            denoiser=unet,
             text_encoder=text_encoder,
             text_encoder_2=text_encoder_2,
             revision=revision,
@@ -68,7 +68,7 @@ def convert(
     if target is not None:
         precision = getattr(torch, DTYPES[dtype]) if dtype else None
         if found.missing():
-            print(f"wrote {save_lone(found, target, to, precision)}")
+            print(f"wrote {save_single_network(found, target, to, precision)}")
         else:
             print(f"wrote {save(found.build(precision), target, to)}")
 
@@ -83,7 +83,7 @@ def description(found: Checkpoint) -> list[str]:
     if not found.missing():
         told = f"more than {LARGE >> 30} GiB of weights; not computed"
         lines.append(f"fingerprint      {found.build().fingerprint or told}")
-    if found.diffusion is not None and "unet" in found.parts:
+    if found.diffusion is not None and "denoiser" in found.parts:
         diffusion, sampling = found.diffusion, found.sampling
         lines.append(f"prediction type  {diffusion.parametrization.kind}, schedule {diffusion.schedule.kind}")
         lines.append(
@@ -103,7 +103,7 @@ def description(found: Checkpoint) -> list[str]:
 
 
 def _other_sizes(found: Checkpoint) -> str:
-    unet = found.parts.get("unet")
+    unet = found.parts.get("denoiser")
     other = unet is not None and found.kind in PUBLISHED and unet.parameters != PUBLISHED[found.kind]
     return ", but of other sizes than those published" if other else ""
 

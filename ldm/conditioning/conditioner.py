@@ -71,6 +71,10 @@ class ConditionerConfig(Kind):
         """
         return self
 
+    def with_encoder(self, name: str, config: Any) -> ConditionerConfig:
+        """Return the config with that of its pretrained encoder ``name`` replaced, if it has such an encoder."""
+        return self
+
     def build(self, tokenizer: Tokenizer | None = None) -> Conditioner:
         """The module, what is not trained along with the denoiser frozen; ``tokenizer`` is that of the clip section."""
         raise NotImplementedError
@@ -121,7 +125,7 @@ class Conditioner(nn.Module):
         return batch
 
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
-        """What begins a training with weights of stage 2, each with its name there: ``text`` or ``image``."""
+        """Yield the encoders that start from pretrained weights, by component: ``text_encoder``, ``image_encoder``, ..."""
         return iter(())
 
     def load_pretrained(self) -> None:

@@ -27,6 +27,9 @@ class AutoencoderKLConfig(FirstStageConfig, kind="autoencoder_kl"):
     image_channels: int = config_field(3, "channels of the image")
     groups: int = config_field(32, "groups of the group norms")
     middle_attention: bool = config_field(True, "self-attention over the positions of the coarsest resolution")
+    quant_conv: bool = config_field(
+        True, "1 x 1 convolutions after the encoder and before the decoder; SD 3 and FLUX have none", omit_default=True
+    )
 
     def __post_init__(self) -> None:
         if not self.widths:
@@ -176,8 +179,8 @@ class AutoencoderKL(FirstStage):
         self.config = config
         z = config.latent_channels
         self.encoder = Encoder(config)
-        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
-        self.post_quant_conv = nn.Conv2d(z, z, 1)
+        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if config.quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(z, z, 1) if config.quant_conv else nn.Identity()
         self.decoder = Decoder(config)
 
     def encode(self, image: Tensor) -> DiagonalGaussian:

@@ -58,7 +58,7 @@ def test_inspect_says_what_there_is_and_how_that_is_known(
 ) -> None:
     assert convert(file, "--inspect") == 0
     told = capsys.readouterr().out
-    for line in ("layout           native", "v, schedule scaled_linear", "float16", "as its metadata say"):
+    for line in ("layout           native", "v, schedule scaled_linear", "float16", "from its metadata"):
         assert line in told
     assert f"fingerprint      {load(file, dtype=None).fingerprint}" in told
 
@@ -96,7 +96,7 @@ def test_a_lone_vae_goes_to_every_format_bit_for_bit(by: tuple[str, ...], conver
         target = tmp_path / (f"{number}" if to == "diffusers" else f"{number}.safetensors")
         assert convert(source, target, "--to", to) == 0
         source = target
-    part = read(source).part("vae")
+    part = read(source).part("first_stage")
     assert part.config == model.config.first_stage
     assert part.state.keys() == expected.keys()
     assert all(torch.equal(part.state[name], tensor) for name, tensor in expected.items())
@@ -121,7 +121,7 @@ def test_what_cannot_be_alone_is_told(
 ) -> None:
     folder = save(load(file), tmp_path / "folder", "diffusers")
     assert convert(folder / "unet", tmp_path / "x.safetensors") == 2
-    assert "a lone unet is written as ldm, diffusers, not as native" in capsys.readouterr().err
+    assert "a single U-Net is written as ldm, diffusers, not as native" in capsys.readouterr().err
     assert convert(folder / "text_encoder", tmp_path / "x.safetensors") == 2
     assert (
         "neither a whole model nor a lone vae, unet, CLIP; name what is missing (vae, unet)" in capsys.readouterr().err
