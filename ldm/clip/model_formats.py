@@ -137,7 +137,9 @@ class CLIPOpenCLIP(FolderFormat):
             raise CheckpointError(f"{where}: the image encoder is a ResNet; ldm reads only vision transformers.")
         if isinstance(size, list):
             if len(set(size)) > 1:
-                raise CheckpointError(f"{where}: the image encoder takes images of {size}; ldm reads those of squares alone.")
+                raise CheckpointError(
+                    f"{where}: the image encoder takes images of {size}; ldm reads those of squares alone."
+                )
             size = size[0]
         activation: Literal["gelu", "quick_gelu"] = "quick_gelu" if values.get("quick_gelu") else "gelu"
         image = ViTConfig(
@@ -259,7 +261,9 @@ class CLIPOpenCLIP(FolderFormat):
 def _vit(config: CLIPConfig) -> ViTConfig:
     if not isinstance(config.image, ViTConfig):
         kind = getattr(config.image, "kind", "none")
-        raise CheckpointError(f"the image encoder is of the kind {kind}, but only vit has other formats; write a native file.")
+        raise CheckpointError(
+            f"the image encoder is of the kind {kind}, but only vit has other formats; write a native file."
+        )
     return config.image
 
 

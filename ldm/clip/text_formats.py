@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -135,7 +135,7 @@ class TextFolder(FolderFormat):
     component = "text_encoder"
     reads_text = True
     library = "transformers"
-    folders = {"text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
+    folders: ClassVar = {"text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
     classes = ("clip_text_model",)
     weights = ("model", "pytorch_model")
 
@@ -198,7 +198,7 @@ class TextFolder(FolderFormat):
 class OpenAITextSingleFile(SingleFileFormat):
     """A text encoder of OpenAI's CLIP in LDM files, by transformers' names."""
 
-    prefixes = {
+    prefixes: ClassVar = {
         "cond_stage_model.transformer.": "text_encoder",
         "conditioner.embedders.0.transformer.": "text_encoder",
     }
@@ -233,7 +233,7 @@ class OpenAITextSingleFile(SingleFileFormat):
 class OpenCLIPTextSingleFile(SingleFileFormat):
     """A text encoder of open_clip in LDM files."""
 
-    prefixes = {"cond_stage_model.model.": "text_encoder", "conditioner.embedders.1.model.": "text_encoder_2"}
+    prefixes: ClassVar = {"cond_stage_model.model.": "text_encoder", "conditioner.embedders.1.model.": "text_encoder_2"}
     marks = ("transformer.resblocks.",)
 
     def key_table(self, config: TextTowerConfig, names: Iterable[str], values: Values) -> KeyTable:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from ldm.denoiser.unet import LevelSpec, UNetConfig
 from ldm.errors import CheckpointError
@@ -129,7 +129,7 @@ FIXED: Values = {
 class UNetSingleFile(SingleFileFormat):
     """The U-Net in LDM files."""
 
-    prefixes = {PREFIX: "denoiser"}
+    prefixes: ClassVar = {PREFIX: "denoiser"}
     marks = ("input_blocks.",)
 
     def key_table(self, config: UNetConfig, names: Iterable[str], values: Values) -> KeyTable:
@@ -194,7 +194,7 @@ class UNetFolder(FolderFormat):
 
     component = "denoiser"
     library = "diffusers"
-    folders = {"unet": "denoiser"}
+    folders: ClassVar = {"unet": "denoiser"}
     classes = ("UNet2DConditionModel",)
     weights = ("diffusion_pytorch_model",)
     sized_in_latents = True

@@ -34,6 +34,7 @@ FORMATS = ("native", "ldm", "diffusers")
 FILES = ("native", "ldm")
 """Formats that are one file; others are folders."""
 
+
 def load(
     source: Source = SHIPPED,
     options: LoadOptions | None = None,

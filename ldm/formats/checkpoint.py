@@ -5,7 +5,7 @@ Readers of a format make a :class:`Checkpoint`, writers take one; between them l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,12 @@ class Part:
 
     @classmethod
     def imported(
-        cls, config: Any, tensors: Mapping[str, Tensor], form: NetworkFormat, source: object, values: Values | None = None
+        cls,
+        config: Any,
+        tensors: Mapping[str, Tensor],
+        form: NetworkFormat,
+        source: object,
+        values: Values | None = None,
     ) -> Part:
         """Import foreign tensors, by views; see :func:`ldm.nn.network_format.import_weights`.
 
@@ -310,11 +315,10 @@ def conditioner_of(parts: Mapping[str, Part], pooled: bool = False, **sdxl: Any)
     """
     if "text_encoder" not in parts:
         return None
-    encoder, first_stage, denoiser = (parts.get(name) for name in ("text_encoder", *NETWORKS))
-    conditioner: ConditionerConfig = TextConditionerConfig(tower=encoder and encoder.config, pooled=pooled)
+    encoder, (first_stage, denoiser) = parts["text_encoder"].config, (parts.get(name) for name in NETWORKS)
+    conditioner: ConditionerConfig = TextConditionerConfig(tower=encoder, pooled=pooled)
     if "text_encoder_2" in parts:
-        second = parts["text_encoder_2"].config
-        conditioner = SDXLConditionerConfig(first=encoder and encoder.config, second=second, **sdxl)
+        conditioner = SDXLConditionerConfig(first=encoder, second=parts["text_encoder_2"].config, **sdxl)
     if first_stage and denoiser and denoiser.config.in_channels == 2 * first_stage.config.latent_channels + 1:
         inpaint = InpaintConditionerConfig(latent_channels=first_stage.config.latent_channels)
         return CompositeConditionerConfig({"text": conditioner, "inpaint": inpaint})

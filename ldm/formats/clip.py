@@ -116,6 +116,6 @@ def save_clip(
     config = replace(clip.config, text=clip.text.config)
     other_tokenizer = tokenizer is not None and tokenizer.vocab_size != CLIP_VOCAB_SIZE
     extra = {"hf_tokenizer_name": "."} if other_tokenizer else {}  # then open_clip looks for it in the folder
-    write_network(folder, forms[to], Part(config, clip.state_dict()), (config.image.image_size,) * 2, extra)
+    write_network(folder, forms[to], Part(config, clip.state_dict()), (clip.image_size, clip.image_size), extra)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)

@@ -158,7 +158,9 @@ def _read_scheduler(path: Path, pipeline: StableDiffusion, prediction_type: str 
     """Return schedule and parametrization, defaults of sampling, and notes on both."""
     file = path / "scheduler" / SCHEDULER
     if not file.is_file():
-        raise CheckpointError(f"{path} lacks scheduler/{SCHEDULER}, which says what the denoiser predicts; get it anew.")
+        raise CheckpointError(
+            f"{path} lacks scheduler/{SCHEDULER}, which says what the denoiser predicts; get it anew."
+        )
     values = pipeline.scheduler_values(read_json(file))
     reason = f"by scheduler/{SCHEDULER}" if "prediction_type" in values else f"by default, {SCHEDULER} says nothing"
     if prediction_type is not None:

@@ -90,7 +90,9 @@ def _choose(source: str, inside: Sequence[str], files: Sequence[str]) -> list[st
             )
         return [inside[0]]
     if "model_index.json" in files:
-        networks = {folder: each for kind in KINDS.values() for form in kind.folders for folder, each in form.folders.items()}
+        networks = {
+            folder: each for kind in KINDS.values() for form in kind.folders for folder, each in form.folders.items()
+        }
         parts = {part: _part(files, f"{part}/") for part in sorted({*SETTINGS, *networks})}
         denoisers = [folder for folder, component in networks.items() if component == "denoiser"]
         if not any(parts[folder][1] for folder in denoisers):

@@ -224,7 +224,9 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _looks(tensors: Mapping[str, Tensor], model: LatentDiffusion) -> str:
     """A clause for errors about what kind of model a file is for, if that is another kind than this."""
-    own = "SDXL" if "text_encoder_2" in model.components else CONTEXT_WIDTHS.get(model.config.denoiser.context_width or 0)
+    own = (
+        "SDXL" if "text_encoder_2" in model.components else CONTEXT_WIDTHS.get(model.config.denoiser.context_width or 0)
+    )
     kind = next((kind for mark, kind in KINDS.items() if any(re.search(mark, key) for key in tensors)), None)
     for key, tensor in tensors.items():
         if kind is None and re.search(r"attn2[._].*to_k.*(down|A)\b", key) and tensor.ndim > 1:

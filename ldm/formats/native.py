@@ -209,18 +209,17 @@ def assemble(
     source: str | Path,
     dtype: torch.dtype | None = None,
 ) -> LatentDiffusion:
-    """A model without weights (:func:`build_on_meta`) and its weights, in evaluation mode, its parameters in ``dtype`` and frozen.
+    """Put weights into a model that was built without (:func:`build_on_meta`), and return it in evaluation mode, frozen.
 
-    Its ``fingerprint`` is that of what was read; a warning tells if it was written with another. Of more than ``LARGE``
-    bytes the values are not looked at: they are read as they are needed. The fingerprint is then the one that the model was
-    written with, if any.
+    Its ``fingerprint`` is computed from the weights; a warning says if the model was written with another one. If there are
+    more than ``LARGE`` bytes, no values are read before they are needed, and the fingerprint is the one in the header.
 
     Args:
         model: on the meta device.
         tensors: under our names.
         header: of the file.
         source: named in errors.
-        dtype: None: as stored.
+        dtype: dtype of the parameters; None: as stored.
 
     Raises:
         CheckpointError: they do not fit each other, or a weight is NaN.

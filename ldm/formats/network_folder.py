@@ -50,7 +50,7 @@ def read_network(folder: Path, form: FolderFormat) -> tuple[Part, Values]:
     values = read_json(where)
     processor = next((folder / name for name in PREPROCESSORS if (folder / name).is_file()), None)
     if processor is not None:
-        values = {**values, "preprocessor": read_json(processor)}
+        values["preprocessor"] = read_json(processor)
     tensors, files = read_weights(folder, form.weights)
     tensors, _ = canonical(tensors, form)
     part = Part.imported(form.read_config(values, tensors, where), tensors, form, files[0], values)
@@ -64,7 +64,9 @@ def canonical(tensors: Mapping[str, Tensor], form: NetworkFormat) -> tuple[dict[
     return used, [name for name, theirs in names.items() if theirs is None]
 
 
-def write_network(folder: Path, form: FolderFormat, part: Part, size: tuple[int, int], extra: Values | None = None) -> None:
+def write_network(
+    folder: Path, form: FolderFormat, part: Part, size: tuple[int, int], extra: Values | None = None
+) -> None:
     """Write a part as a folder that the foreign software opens.
 
     Args:
@@ -105,9 +107,9 @@ def read_network_folder(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path / CONFIG} is of {found}; ldm reads folders of {', '.join(known)}, of open_clip, and of pipelines."
         )
-    part, values = read_network(path, form)
+    part, content = read_network(path, form)
     parts = {form.component: part} if form.component else of_clip(part.config, part.state)
-    note = f"by {form.config_file}: {next((values[key] for key in CLASS_KEYS if key in values), form.library)}"
+    note = f"by {form.config_file}: {next((content[key] for key in CLASS_KEYS if key in content), form.library)}"
     kind = part.kind.name if not form.component else f"a single {part.kind.name}"
     return Checkpoint(
         str(path), form.library, kind, parts, _tokenizer(path, form), conditioner_of(parts), notes=(note,)

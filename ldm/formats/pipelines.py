@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning import ConditionerConfig
@@ -30,8 +30,8 @@ class StableDiffusion:
 
     name = "StableDiffusion"
     conditioner: type[ConditionerConfig] = TextConditionerConfig
-    encoders: Mapping[str, Values] = {"text_encoder": {"hidden_state": "last", "context_norm": True}}
-    unread: Mapping[str, Values] = {}
+    encoders: ClassVar[Mapping[str, Values]] = {"text_encoder": {"hidden_state": "last", "context_norm": True}}
+    unread: ClassVar[Mapping[str, Values]] = {}
     latent_size = 64
 
     def family(self, denoiser: Values) -> str:
@@ -69,10 +69,10 @@ class StableDiffusionXL(StableDiffusion):
 
     name = "StableDiffusionXL"
     conditioner = SDXLConditionerConfig
-    encoders = dict.fromkeys(
-        ("text_encoder", "text_encoder_2"), {"hidden_state": "penultimate", "context_norm": False}
-    )
-    unread = {"text_encoder": {"embed_dim": None}}
+    encoders: ClassVar = {
+        name: {"hidden_state": "penultimate", "context_norm": False} for name in ("text_encoder", "text_encoder_2")
+    }
+    unread: ClassVar = {"text_encoder": {"embed_dim": None}}
     latent_size = 128
 
     def family(self, denoiser: Values) -> str:

@@ -152,8 +152,14 @@ def read_single_file(
         if has_statistics(part):
             scale, shift = (stored, 0.0) if stored else form.latents(config) or (family.scale, 0.0)
             part = replace(with_scale(part, scale, shift), inferred=stored is None)
-            origin = "the file says" if stored is not None else f"of {family.name if form.latents(config) is None else 'SD 3'}"
-            notes.append(f"the scale of the latents is {scale:g}{f', their shift {shift:g}' if shift else ''}, as {origin}")
+            origin = (
+                "the file says"
+                if stored is not None
+                else f"of {family.name if form.latents(config) is None else 'SD 3'}"
+            )
+            notes.append(
+                f"the scale of the latents is {scale:g}{f', their shift {shift:g}' if shift else ''}, as {origin}"
+            )
         parts[name] = part
     if "denoiser" in parts:
         parts["denoiser"] = parts["denoiser"].trained_for(diffusion) if reason else parts["denoiser"]
@@ -221,12 +227,12 @@ def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | N
     return metadata["fingerprint"]
 
 
-def write_single_network(path: Path, part: Part) -> None:
+def write_single_network(path: Path, name: str, part: Part) -> None:
     """Write a network without a prefix, as such files are distributed; a scaling factor that readers do not assume is stored."""
-    form, stored = part.kind.single_file[0], {}
+    (form, prefix), stored = _placed(name, part, (name,)), dict[str, Tensor]()
     if has_statistics(part):
         part, stored = _folded(part, form, SCALE)
-    write_tensors(path, form.export(part.config, part.weights, "") | stored, {"format": "pt"})
+    write_tensors(path, form.export(part.config, part.weights, prefix) | stored, {"format": "pt"})
 
 
 def _read_own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
@@ -317,10 +323,12 @@ def _sorted(
     by_prefix: dict[str, dict[str, Tensor]] = {}
     unused = []
     for name, tensor in tensors.items():
+        if name == SCALE_FACTOR:
+            continue
         prefix = next((prefix for prefix in forms if (added + name).startswith(prefix)), None)
         if prefix is not None:
             by_prefix.setdefault(prefix, {})[(added + name).removeprefix(prefix)] = tensor
-        elif name != SCALE_FACTOR:
+        else:
             unused.append(name)
     found = {}
     for prefix, own in by_prefix.items():
@@ -338,7 +346,7 @@ def _sorted(
 
 def _missing_prefix(tensors: Mapping[str, Tensor], forms: Mapping[str, list[SingleFileFormat]]) -> str:
     """Return the prefix that the names of a single network lack; empty if it is not recognized."""
-    marks = {mark: prefix for prefix, each in reversed(forms.items()) for form in each for mark in form.marks}
+    marks = {mark: prefix for prefix, each in reversed([*forms.items()]) for form in each for mark in form.marks}
     marks |= {prefix.removeprefix(EMA_OF): EMA_OF for prefix in forms if prefix.startswith(EMA_OF)}
     return next((marks[mark] for mark in marks for name in tensors if name.startswith(mark)), "")
 
@@ -375,14 +383,14 @@ def _with_fields(part: Part, form: SingleFileFormat, fields: Values) -> tuple[Pa
     return changed, [table[name].name for name in part.weights if name not in changed.state]
 
 
-def _placed(name: str, part: Part, parts: Collection[str]) -> tuple[SingleFileFormat, str]:
+def _placed(name: str, part: Part, names: Collection[str]) -> tuple[SingleFileFormat, str]:
     """Return the description by which a part of a model is written, and its prefix.
 
     Raises:
         CheckpointError: LDM files have no place for it.
     """
     for form in part.kind.single_file:
-        prefix = form.prefix(part.config, name, parts)
+        prefix = form.prefix(part.config, name, names)
         if prefix is not None:
             return form, prefix
     raise no_place("an LDM file", name, part)

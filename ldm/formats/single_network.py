@@ -14,6 +14,7 @@ from ldm.formats.native import CONFIG_BY_FORMAT, load_strictly, save_state
 from ldm.formats.network_folder import write_network
 from ldm.formats.single_file import write_single_network
 from ldm.formats.tensors import check_finite
+from ldm.formats.tokenizer import write_tokenizer
 
 LATENT_SIZE, IMAGE_SIZE = (64, 64), (512, 512)
 """Sizes in the configs of networks that are written without a model."""
@@ -60,7 +61,7 @@ def save_single_network(found: Checkpoint, path: Path, to: str, dtype: torch.dty
             state = joined(parts, CLIP_COMPONENTS) if OTHERS in parts else whole.state
             save_state(path, held, state, whole.config, found.tokenizer, found.provenance)
         elif to == "ldm":
-            write_single_network(path, whole)
+            write_single_network(path, next(iter(parts)), whole)
         elif OTHERS in parts:
             clip = clip_of(found)
             load_strictly(clip, joined(parts, CLIP_COMPONENTS), found.source)
@@ -68,4 +69,6 @@ def save_single_network(found: Checkpoint, path: Path, to: str, dtype: torch.dty
         else:
             form = next(form for form in whole.kind.folders if form.library == to)
             write_network(path, form, whole, LATENT_SIZE if form.sized_in_latents else IMAGE_SIZE)
+            if found.tokenizer is not None and form.reads_text:
+                write_tokenizer(found.tokenizer, path)
     return path

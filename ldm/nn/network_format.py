@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +149,7 @@ class SingleFileFormat(NetworkFormat):
         marks: beginnings of names, after the prefix, by which a network of this kind is recognized.
     """
 
-    prefixes: Mapping[str, str]
+    prefixes: ClassVar[Mapping[str, str]]
     marks: tuple[str, ...]
 
     def infer_config(self, tensors: State, source: object) -> Any:
@@ -197,7 +197,7 @@ class FolderFormat(NetworkFormat):
 
     component: str
     library: str
-    folders: Mapping[str, str] = {}
+    folders: ClassVar[Mapping[str, str]] = {}
     classes: tuple[str, ...]
     weights: tuple[str, ...]
     config_file: str = "config.json"
@@ -305,7 +305,7 @@ def lora_spellings(tables: Iterable[KeyTable], dotted: Iterable[str], kohya: str
         dotted: what the naming of diffusers has before a name.
         kohya: what the naming of kohya has before a name, whose dots are underscores.
     """
-    spelled = {}
+    spelled: dict[str, str] = {}
     for ours, mapping in (item for table in tables for item in table.items()):
         theirs, layer = mapping.name.removesuffix(".weight"), ours.removesuffix(".weight")
         spelled |= dict.fromkeys([*(start + theirs for start in dotted), kohya + theirs.replace(".", "_")], layer)

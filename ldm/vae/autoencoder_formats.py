@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ FIXED: Values = {"act_fn": ("silu",)}
 class AutoencoderSingleFile(SingleFileFormat):
     """The autoencoder in LDM files."""
 
-    prefixes = {PREFIX: "first_stage"}
+    prefixes: ClassVar = {PREFIX: "first_stage"}
     marks = ("encoder.conv_in.",)
 
     def key_table(self, config: AutoencoderKLConfig, names: Iterable[str], values: Values) -> KeyTable:
@@ -112,7 +112,7 @@ class AutoencoderFolder(FolderFormat):
 
     component = "first_stage"
     library = "diffusers"
-    folders = {"vae": "first_stage"}
+    folders: ClassVar = {"vae": "first_stage"}
     classes = ("AutoencoderKL",)
     weights = ("diffusion_pytorch_model",)
 

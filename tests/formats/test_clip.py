@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.clip.image import ViTConfig
+from ldm.clip.image_formats import MEAN, STD
 from ldm.clip.model import CLIP, CLIPConfig
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import CLIPBPEConfig, Tokenizer, train_byte_bpe
 from ldm.errors import CheckpointError
-from ldm.clip.image_formats import MEAN, STD
 from ldm.formats.clip import OPEN_CLIP as FORM
 from ldm.formats.clip import load_clip, read_clip, save_clip
 from ldm.formats.native import load_strictly
