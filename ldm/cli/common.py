@@ -1,25 +1,90 @@
-"""What the commands share: how an error is told."""
+"""Shared parts of the commands: options made from dataclasses, and how errors are reported."""
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import functools
+import inspect
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, SamplingError
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-"""An option for every command; :func:`run` heeds it."""
+"""An option of every command, which :func:`run` looks for."""
 
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""Names of torch's dtypes by those of commands."""
+"""Names of torch's dtypes by their short names on the command line."""
+
+OPTION_TYPES: dict[str, Any] = {
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "Sequence[int]": list[int],
+}
+"""Types of options by the first type in a field's annotation, others being text. Integers of a list are given one by one in
+repeated options, floats of a list in one option with commas between them."""
+
+
+def options_from(record: type, into: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command to give it an option for each field of the dataclass ``record`` that has a help sentence.
+
+    The command gets them in its parameter ``into``, a dict from the names of fields to values. In a field's metadata,
+    ``flags`` names the option differently from the field, and an empty one leaves it out.
+    """
+    entries = {entry.name: entry for entry in dataclasses.fields(record)}
+    types = {name: str(entry.type).split(" | ")[0] for name, entry in entries.items()}
+    flags = {}
+    for name, entry in entries.items():
+        dashed = name.replace("_", "-")
+        derived = (f"--{dashed}/--no-{dashed}" if types[name] == "bool" else f"--{dashed}",)
+        names = entry.metadata.get("flags")
+        names = derived if names is None else names
+        if names and entry.metadata.get("help"):
+            flags[name] = names
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def call(**values: Any) -> None:
+            options = {name: values.pop(name) for name in flags}
+            for name, value in options.items():
+                if types[name] == "Sequence[float]" and value is not None:
+                    options[name] = _numbers(flags[name][0], value)
+            command(**values, **{into: {name: value for name, value in options.items() if value not in (None, [])}})
+
+        signature = inspect.signature(command, eval_str=True)
+        added = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=entries[name].default,
+                annotation=Annotated[
+                    OPTION_TYPES.get(types[name], str) | None, typer.Option(*names, help=entries[name].metadata["help"])
+                ],
+            )
+            for name, names in flags.items()
+        ]
+        own = [parameter for name, parameter in signature.parameters.items() if name != into]
+        call.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _numbers(flag: str, given: str) -> list[float]:
+    try:
+        return [float(item) for item in given.split(",")]
+    except ValueError:
+        raise SamplingError(f"{flag} is {given!r}; write falling numbers with commas between them.") from None
 
 
 def new_app() -> typer.Typer:
-    """A typer application that tells errors in plain sentences."""
+    """Create a typer application that reports wrong usage in plain sentences."""
     return typer.Typer(
         add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
     )
@@ -28,8 +93,8 @@ def new_app() -> typer.Typer:
 def run(app: typer.Typer) -> None:
     """Run a command on ``sys.argv`` and leave the process.
 
-    Exit codes: 2 for a user's mistake, told in one sentence on stderr; 130 for Ctrl-C; 1 with a traceback for
-    a defect of ours, and with ``--debug`` for any mistake.
+    Exit codes: 2 for a user's mistake, reported in one sentence on stderr; 130 for Ctrl-C; 1 with a traceback for
+    a defect of ldm, and with ``--debug`` for any mistake.
     """
     try:
         app()
@@ -43,7 +108,7 @@ def run(app: typer.Typer) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep freed memory for the next allocation instead of returning it to the kernel.
+    """Let the C library keep freed memory for the next allocation instead of returning it to the kernel.
 
     A step on the CPU frees and allocates the same large tensors again and again; on virtual machines the page faults
     of fresh memory cost more than the arithmetic. Without effect where the C library is not glibc.

@@ -90,15 +90,13 @@ def _choose(source: str, inside: Sequence[str], files: Sequence[str]) -> list[st
             )
         return [inside[0]]
     if "model_index.json" in files:
-        networks = {
-            folder: each for kind in KINDS.values() for form in kind.folders for folder, each in form.folders.items()
-        }
-        parts = {part: _part(files, f"{part}/") for part in sorted({*SETTINGS, *networks})}
-        denoisers = [folder for folder, component in networks.items() if component == "denoiser"]
+        networks = [(folder, component, kind.name) for kind in KINDS.values() for form in kind.folders
+                    for folder, component in form.folders.items()]  # fmt: skip
+        parts = {part: _part(files, f"{part}/") for part in sorted({*SETTINGS, *(folder for folder, _, _ in networks)})}
+        denoisers = {folder: name for folder, component, name in networks if component == "denoiser"}
         if not any(parts[folder][1] for folder in denoisers):
-            raise CheckpointError(
-                f"{source} on the hub has no weights of a denoiser in {'/ or '.join(denoisers)}/; name another model."
-            )
+            known = " or ".join(f"a {name} in {folder}/" for folder, name in denoisers.items())
+            raise CheckpointError(f"{source} on the hub has no weights of {known}; name another model.")
         return ["model_index.json", *(file for texts, weights in parts.values() for file in texts + weights)]
     texts, weights = _part(files, "")
     if weights:

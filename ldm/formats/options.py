@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
@@ -24,7 +24,13 @@ class LoadOptions:
     """What to read of a source, and which parts to replace."""
 
     vae: Source | None = config_field(None, "source of a VAE in place of the model's own")
-    denoiser: Source | None = config_field(None, "source of a denoiser (U-Net) in place of the model's own")
+    denoiser: Source | None = field(
+        default=None,
+        metadata={
+            "help": "source of a denoiser (U-Net) in place of the model's own",
+            "flags": ("--denoiser", "--unet"),
+        },
+    )
     text_encoder: Source | None = config_field(None, "source of a text encoder in place of the model's own")
     text_encoder_2: Source | None = config_field(None, "source of a second text encoder in place of the model's own")
     revision: str | None = config_field(None, "branch, tag or commit of a hub id")
@@ -47,7 +53,7 @@ class LoadOptions:
                     f"the option {name!r} is now called {FORMER_NAMES[name]!r}; rename it.", FutureWarning, stacklevel=4
                 )
             named[FORMER_NAMES.get(name, name)] = value
-        fields = [field.name for field in dataclasses.fields(cls)]
+        fields = [entry.name for entry in dataclasses.fields(cls)]
         for name in named:
             if name not in fields:
                 raise TypeError(unknown("option", name, fields))

@@ -124,7 +124,7 @@ def test_what_cannot_be_alone_is_told(
     assert "a single U-Net is written as ldm, diffusers, not as native" in capsys.readouterr().err
     assert convert(folder / "text_encoder", tmp_path / "x.safetensors") == 2
     assert "a single text encoder is written as ldm, transformers, not as native" in capsys.readouterr().err
-    unet = {"kind": "unet", "levels": [{"width": 64, "blocks": 1, "depth": 1}], "head_width": 64}
+    unet = {"kind": "unet", "levels": [{"width": 64, "blocks": 1, "depth": 1}], "context_width": 16, "head_width": 64}
     model = tiny_model(first_stage={"kind": "autoencoder_kl", "widths": [32], "blocks": 1}, denoiser=unet)
     one = load_file(save(model, tmp_path / "one.safetensors", "ldm"))
     two = {name: tensor for name, tensor in one.items() if not name.startswith("cond_stage_model.")}
