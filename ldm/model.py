@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning import ConditionerConfig
+from ldm.conditioning import Conditioner, ConditionerConfig
 from ldm.config import config_field
 from ldm.denoiser import DenoiserConfig
 from ldm.diffusion.parametrization import Diffusion
@@ -95,6 +95,21 @@ class ModelConfig:
             )
 
 
+class Component(NamedTuple):
+    """A network of a model: the prefix of its names in the model's state dict, and its config."""
+
+    prefix: str
+    config: Any
+
+
+def components(config: ModelConfig, conditioner: Conditioner) -> dict[str, Component]:
+    """Return the networks of a model by name: ``first_stage``, ``denoiser``, and the encoders of the conditioner."""
+    modules = {module: f"conditioner.{name}" for name, module in conditioner.named_modules()}
+    encoders = {name: Component(modules[each], each.config) for name, each in conditioner.pretrained_encoders()}
+    own = {name: Component(name, getattr(config, name)) for name in ("first_stage", "denoiser")}
+    return own | encoders
+
+
 class LatentDiffusion(nn.Module):
     """A text-to-image (or unconditional, or two-dimensional) diffusion model.
 
@@ -121,8 +136,13 @@ class LatentDiffusion(nn.Module):
         self.tiling = Tiling()
         self.adapters = Adapters()
 
+    @property
+    def components(self) -> dict[str, Component]:
+        """Networks of the model by name; see :func:`components`."""
+        return components(self.config, self.conditioner)
+
     def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning, options: AttentionOptions | None = None) -> Tensor:
-        """The estimate of the clean latents ``[b c h w]`` of ``x = x0 + sigma n [b c h w]``, ``sigma [b]``; fp32 in and out.
+        """Estimate the clean latents ``[b c h w]`` of ``x = x0 + sigma n [b c h w]``, ``sigma [b]``; fp32 in and out.
 
         ``options`` are for denoisers whose config ``has_perturbed_attention``.
         """

@@ -14,6 +14,7 @@ import transformers
 from ldm import Pipeline, load
 from ldm.errors import CheckpointError, ConfigError
 from ldm.formats import read, save
+from ldm.formats.checkpoint import CLIP_COMPONENTS, joined
 from ldm.formats.clip import save_clip
 from ldm.formats.native import load_strictly
 from ldm.training.experiment import Experiment, load_config
@@ -127,8 +128,7 @@ def test_stage_2_goes_on_from_a_clip_of_transformers(tmp_path: Path) -> None:
     config = load_config(tmp_path / "tiny.yaml", [f"clip.train.{each}" for each in tiny])
     again = config.clip.model.build()  # type: ignore[union-attr]
     left = read(train_stage(config, "clip"))
-    state = {f"{name}.{key}": each for name in ("text", "image") for key, each in left.part(name).state.items()}
-    load_strictly(again, state | dict(left.part("others").state), "what is left")
+    load_strictly(again, joined(left.parts, CLIP_COMPONENTS), "what is left")
     for name, tensor in clip.state_dict().items():
         assert torch.allclose(again.state_dict()[name], tensor, rtol=0, atol=1e-20), name
 

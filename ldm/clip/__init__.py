@@ -1,1 +1,5 @@
-"""Stage 2: images and captions into one space, and the text tower that a denoiser listens to."""
+"""Stage 2: images and captions into one embedding space, and the text encoder of the denoiser."""
+
+from __future__ import annotations
+
+from ldm.clip import model_formats as model_formats

@@ -78,6 +78,9 @@ class CompositeConditionerConfig(ConditionerConfig, kind="several"):
         parts = {key: part.with_tokenizer(make, f"{name}_{key}") for key, part in self.parts.items()}
         return replace(self, parts=parts)
 
+    def with_encoder(self, name: str, config: Any) -> CompositeConditionerConfig:
+        return replace(self, parts={key: part.with_encoder(name, config) for key, part in self.parts.items()})
+
     def build(self, tokenizer: Tokenizer | None = None) -> CompositeConditioner:
         return CompositeConditioner(self, tokenizer)
 

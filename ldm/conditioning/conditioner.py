@@ -73,6 +73,10 @@ class ConditionerConfig(Kind):
         """
         return self
 
+    def with_encoder(self, name: str, config: Any) -> ConditionerConfig:
+        """Return the config with that of its pretrained encoder ``name`` replaced, if it has such an encoder."""
+        return self
+
     def build(self, tokenizer: Tokenizer | None = None) -> Conditioner:
         """Makes the module, with frozen parameters where it is not trained with the denoiser.
 
@@ -134,7 +138,7 @@ class Conditioner(nn.Module):
         return batch
 
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yields the encoders that training initialises from stage 2, each with its name there: ``text`` or ``image``."""
+        """Yield the encoders that start from pretrained weights, by component: ``text_encoder``, ``image_encoder``, ..."""
         return iter(())
 
     def load_pretrained(self) -> None:

@@ -95,4 +95,4 @@ class ImageConditioner(Conditioner):
         )
 
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
-        yield "image", self.tower
+        yield "image_encoder", self.tower

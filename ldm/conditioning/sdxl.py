@@ -83,6 +83,10 @@ class SDXLConditionerConfig(ConditionerConfig, kind="sdxl"):
             raise ConfigError("denoiser.conditioner reads text, but there is no clip section to give its first tower.")
         return replace(self, first=self.first or replace(clip.text, embed_dim=clip.embed_dim))
 
+    def with_encoder(self, name: str, config: Any) -> SDXLConditionerConfig:
+        field = {"text_encoder": "first", "text_encoder_2": "second"}.get(name)
+        return replace(self, **{field: config}) if field else self
+
     def build(self, tokenizer: Tokenizer | None = None) -> SDXLConditioner:
         assert self.first is not None, "the first tower comes from the clip section"
         assert tokenizer is not None, "a text conditioner needs a tokenizer"
@@ -126,8 +130,8 @@ class SDXLConditioner(Conditioner):
         return sinusoidal(numbers.flatten(), self.config.size_embedding_width).reshape(len(numbers), -1)
 
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
-        yield "text", self.first
-        yield "text_2", self.second
+        yield "text_encoder", self.first
+        yield "text_encoder_2", self.second
 
 
 def _side_by_side(contexts: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:

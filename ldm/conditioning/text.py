@@ -53,6 +53,9 @@ class TextConditionerConfig(ConditionerConfig, kind="text"):
             raise ConfigError("denoiser.conditioner reads text, but there is no clip section to give its tower.")
         return replace(self, tower=self.tower or replace(clip.text, embed_dim=clip.embed_dim))
 
+    def with_encoder(self, name: str, config: Any) -> TextConditionerConfig:
+        return replace(self, tower=config) if name == "text_encoder" else self
+
     def build(self, tokenizer: Tokenizer | None = None) -> TextConditioner:
         assert self.tower is not None, "the tower comes from the clip section"
         assert tokenizer is not None, "a text conditioner needs a tokenizer"
@@ -75,4 +78,4 @@ class TextConditioner(Conditioner):
         return Conditioning(context=context, mask=mask, vector=pooled if self.config.pooled else None)
 
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
-        yield "text", self.tower
+        yield "text_encoder", self.tower

@@ -1,113 +1,85 @@
-"""Files of models: one door for all of them."""
+"""Load, read and save models in any of the supported formats."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import Checkpoint, read_native
 from ldm.formats.clip import is_clip, is_open_clip, read_clip
-from ldm.formats.diffusers_folder import INDEX, is_folder, read_folder, write_folder
+from ldm.formats.diffusers_folder import INDEX, folders, is_folder, read_folder, write_folder
 from ldm.formats.hub import fetch, is_hub_id
-from ldm.formats.native import HELD, save_model
+from ldm.formats.native import CONFIG_BY_FORMAT, save_model
+from ldm.formats.options import LoadOptions, Source
 from ldm.formats.single_file import SINGLE_FILE, read_single_file, write_single_file
 from ldm.formats.tensors import CONFIG, PICKLES, SAFETENSORS, STEMS, read_file, read_metadata
 from ldm.model import LatentDiffusion
 
 SHIPPED = "emoji"
-"""The name of the model that comes along."""
+"""Name of the shipped model."""
 
 MODEL_FILE = "model.safetensors"
-"""The whole model in a run folder, after its last stage."""
+"""File of the whole model in a run folder, written after the last stage."""
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
 FORMATS = ("native", "ldm", "diffusers")
-"""What :func:`save` writes."""
+"""Formats that :func:`save` writes."""
 
 FILES = ("native", "ldm")
-"""Formats of one file; others are folders."""
-
-Source = str | PathLike[str]
+"""Formats that are one file; others are folders."""
 
 
 def load(
     source: Source = SHIPPED,
+    options: LoadOptions | None = None,
     *,
-    vae: Source | None = None,
-    unet: Source | None = None,
-    text_encoder: Source | None = None,
-    text_encoder_2: Source | None = None,
-    revision: str | None = None,
-    prediction_type: str | None = None,
-    ema: bool = True,
     dtype: torch.dtype | None = torch.float32,
+    **changes: Any,
 ) -> LatentDiffusion:
-    """A whole model on the CPU, in evaluation mode, its parameters frozen.
+    """Load a whole model on the CPU, in evaluation mode, its parameters frozen.
 
     Args:
         source: ``"emoji"`` for the shipped model (a folder of that name is ``"./emoji"``); a run folder or another with a
             ``model.safetensors`` of ours in it, or such a file; an LDM single file of SD 1.x, 2.x or SDXL
             (``.safetensors`` or ``.ckpt``); a folder of a diffusers pipeline; or the id of either on the hub.
-        vae, unet, text_encoder, text_encoder_2: sources of what is to stand in place of a part.
-        revision: branch, tag or commit of a hub id.
-        prediction_type: ``"epsilon"`` or ``"v_prediction"`` of a foreign U-Net; default: as the source says, else epsilon.
-        ema: take averaged weights where an LDM file has both.
-        dtype: of the networks; None: as stored. The statistics of the latents stay fp32.
+        options: parts to replace, revision, prediction type; default: :class:`LoadOptions`.
+        dtype: dtype of the networks; None: as stored. The statistics of the latents stay fp32.
+        changes: fields of ``options`` to change: ``vae="vae-ft-mse.safetensors"``.
 
     Raises:
         CheckpointError: there is nothing that can be read, or its parts do not fit each other.
     """
-    found = read(
-        source,
-        vae=vae,
-        unet=unet,
-        text_encoder=text_encoder,
-        text_encoder_2=text_encoder_2,
-        revision=revision,
-        prediction_type=prediction_type,
-        ema=ema,
-    )
-    return found.build(dtype)
+    return read(source, LoadOptions.of(options, changes)).build(dtype)
 
 
-def read(
-    source: Source,
-    *,
-    vae: Source | None = None,
-    unet: Source | None = None,
-    text_encoder: Source | None = None,
-    text_encoder_2: Source | None = None,
-    revision: str | None = None,
-    prediction_type: str | None = None,
-    ema: bool = True,
-) -> Checkpoint:
-    """What a source holds, a whole model or a lone network, no value of its weights read yet.
+def read(source: Source, options: LoadOptions | None = None, **changes: Any) -> Checkpoint:
+    """Read what a source holds, a whole model or a single network; values of weights are read only when they are used.
 
-    Arguments and errors as of :func:`load`; a folder or file of one network is a source too, of diffusers or transformers,
-    or under its names in an LDM file, and so is a CLIP of transformers or open_clip.
+    Arguments and errors are those of :func:`load`. A folder or file of one network is a source too: of diffusers or
+    transformers, or with its names in an LDM file; so is a CLIP of transformers or open_clip.
     """
-    path = find(source, revision)
+    options = LoadOptions.of(options, changes)
+    path = find(source, options.revision)
     if path.is_dir():
-        found = read_clip(path) if is_clip(path) else read_folder(path, prediction_type)
+        found = read_clip(path) if is_clip(path) else read_folder(path, options.prediction_type)
     else:
-        found = _read_file(path, prediction_type, ema)
-    parts = {"vae": vae, "unet": unet, "text": text_encoder, "text_2": text_encoder_2}
-    for name, given in parts.items():
-        if given is not None:
-            found = found.with_part(name, read(given, prediction_type=prediction_type, ema=ema))
+        found = _read_file(path, options)
+    of_part = LoadOptions(prediction_type=options.prediction_type, ema=options.ema)
+    for name, given in options.replacements().items():
+        found = found.with_part(name, read(given, of_part))
     return found
 
 
-def _read_file(path: Path, prediction_type: str | None, ema: bool) -> Checkpoint:
+def _read_file(path: Path, options: LoadOptions) -> Checkpoint:
     tensors, metadata = read_file(path)
     held = metadata.get("format", "")
-    if held in HELD:
+    if held in CONFIG_BY_FORMAT:
         return read_native(path, tensors, metadata)
     if held.startswith("ldm.") and held != SINGLE_FILE:
         raise CheckpointError(
@@ -115,11 +87,11 @@ def _read_file(path: Path, prediction_type: str | None, ema: bool) -> Checkpoint
         )
     if is_open_clip(tensors):
         return read_clip(path)
-    return read_single_file(path, tensors, metadata, prediction_type, ema)
+    return read_single_file(path, tensors, metadata, options.prediction_type, options.ema)
 
 
 def save(model: LatentDiffusion, path: Source, to: str = "native", dtype: torch.dtype | None = None) -> Path:
-    """Write a model, and return the file or folder.
+    """Write a model and return the file or folder.
 
     Args:
         model: of whatever source.
@@ -144,7 +116,7 @@ def save(model: LatentDiffusion, path: Source, to: str = "native", dtype: torch.
 
 
 def target(path: Source, to: str) -> Path:
-    """The file, or of a format that is one the folder, that a model or network is written to.
+    """Return the file that a model or network is written to, or the folder of a format that is one.
 
     Raises:
         CheckpointError: it would not be read again from there, or is no folder where one is needed.
@@ -163,7 +135,7 @@ def target(path: Source, to: str) -> Path:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the system refuses while ``path`` is written is told as a CheckpointError."""
+    """Convert an OSError while ``path`` is written to a CheckpointError."""
     try:
         yield
     except OSError as error:
@@ -171,7 +143,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def find(source: Source, revision: str | None = None) -> Path:
-    """The file or folder that :func:`load` reads for ``source``, fetched from the hub if it has to be.
+    """Return the file or folder that :func:`load` reads for ``source``; it is fetched from the hub if necessary.
 
     Raises:
         CheckpointError: saying what is there instead.
@@ -188,8 +160,8 @@ def find(source: Source, revision: str | None = None) -> Path:
             return path
         return _existing(
             path / MODEL_FILE,
-            f"{path} holds no {INDEX}, which makes folders such as its unet a pipeline of diffusers; get it anew."
-            if (path / "unet").is_dir()
+            f"{path} holds no {INDEX}, which makes its folders a pipeline of diffusers; get it anew."
+            if any((path / folder).is_dir() for folder in folders())
             else f"{path} holds no {MODEL_FILE}; a run has one after its last stage (tools/train.py --stage all).",
         )
     _existing(
@@ -202,7 +174,7 @@ def find(source: Source, revision: str | None = None) -> Path:
 
 
 def _is_native(path: Path) -> bool:
-    return path.is_file() and read_metadata(path).get("format") in HELD
+    return path.is_file() and read_metadata(path).get("format") in CONFIG_BY_FORMAT
 
 
 def _existing(path: Path, otherwise: str) -> Path:

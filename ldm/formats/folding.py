@@ -1,4 +1,4 @@
-"""The statistics of the latents, for readers that know one scale alone."""
+"""The statistics of the latents, for formats that hold one scaling factor (and perhaps one shift) instead."""
 
 from __future__ import annotations
 
@@ -7,57 +7,76 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import Part
 
 SCALE, SCALE_SDXL = 0.18215, 0.13025
-"""The factors of published models; the first is what some readers take for granted."""
+"""Scaling factors of published models; the first is what some readers assume."""
 
 
 def scale_from(value: Any) -> float:
-    """What a file gives as the scale of the latents; a ValueError or TypeError if it is not one number above 0."""
+    """Return a scaling factor from a file; a ValueError or TypeError if it is not one number above 0."""
     scale = float(value)
     if not 0 < scale < math.inf:
         raise ValueError(f"{scale} is not above 0 and finite")
     return scale
 
 
-def with_scale(part: Part, scale: float) -> Part:
-    """An autoencoder with the one factor that normalises its latents."""
+def has_statistics(part: Part) -> bool:
+    """Return whether a part has statistics of its latents, as first stages have."""
+    return "latent_std" in part.state
+
+
+def with_scale(part: Part, scale: float, shift: float = 0.0) -> Part:
+    """Set the statistics of a first stage to one scaling factor and shift: normalized = (z - shift) scale."""
     channels = part.config.latent_channels
-    statistics = {"latent_mean": torch.zeros(channels), "latent_std": torch.full((channels,), 1 / scale)}
+    statistics = {"latent_mean": torch.full((channels,), shift), "latent_std": torch.full((channels,), 1 / scale)}
     return replace(part, state={**part.state, **statistics})
 
 
-def scale_of(part: Part) -> float | None:
-    """The one factor that normalises the latents of an autoencoder; None if it is not one factor."""
+def scale_and_shift_of(part: Part) -> tuple[float, float] | None:
+    """Return scaling factor and shift of a first stage; None if its channels differ in either."""
     mean, std = part.state["latent_mean"], part.state["latent_std"]
-    if mean.any() or not bool((std == std[0]).all()):
+    if not bool((std == std[0]).all() & (mean == mean[0]).all()):
         return None
     # The shortest decimal that comes back as this deviation: 0.18215, not 0.18214999.
     candidates = (float(f"{1 / float(std[0]):.{digits}g}") for digits in range(1, 18))
-    return next(k for k in candidates if bool(torch.tensor(1 / k, dtype=std.dtype) == std[0]))
+    scale = next(k for k in candidates if bool(torch.tensor(1 / k, dtype=std.dtype) == std[0]))
+    return scale, _shortest(mean[0])
 
 
-def folded(part: Part, scale: float = SCALE) -> Part:
-    """An autoencoder whose latents one factor normalises: mean m and deviation s of each channel go into its 1 x 1 convolutions.
+def folded(part: Part, scale: float = SCALE, shifts: bool = False) -> Part:
+    """Return a first stage whose latents are normalized by one factor, with the same normalized latents.
 
-    The encoder's is to give (z - m) / (s k) in place of z, with k = ``scale``, and the decoder's takes that: of the mean,
-    bias first less m, then rows divided by s k; of the log-variance, bias less 2 ln(s k); back, W diag(s k) and b + W m.
+    Unless that is so already, mean m and deviation s of each channel go into its weights: it is to encode to (z - m) / (s k)
+    in place of z, with k = ``scale``, and to decode that.
+
+    Args:
+        part: a first stage.
+        scale: the factor k that is then to be applied.
+        shifts: whether the format also has a place for one shift of all channels.
+
+    Raises:
+        CheckpointError: the weights of this kind cannot do that.
     """
-    if scale_of(part) is not None:
+    uniform = scale_and_shift_of(part)
+    if uniform is not None and uniform[1] == 0:
         return part
     mean, std = (part.state[name].double() for name in ("latent_mean", "latent_std"))
-    factor = std * scale
-    state = dict(part.state)
-    weight, bias = (part.state[f"quant_conv.{name}"].double() for name in ("weight", "bias"))
-    (weight_mean, weight_var), (bias_mean, bias_var) = weight.chunk(2), bias.chunk(2)
-    state["quant_conv.weight"] = torch.cat([weight_mean / factor[:, None, None, None], weight_var])
-    state["quant_conv.bias"] = torch.cat([(bias_mean - mean) / factor, bias_var - 2 * factor.log()])
-    weight, bias = (part.state[f"post_quant_conv.{name}"].double() for name in ("weight", "bias"))
-    state["post_quant_conv.weight"] = weight * factor[:, None, None]
-    state["post_quant_conv.bias"] = bias + weight[:, :, 0, 0] @ mean
-    for name in ("quant_conv", "post_quant_conv"):
-        for each in (f"{name}.weight", f"{name}.bias"):
-            state[each] = state[each].to(part.state[each].dtype)
-    return with_scale(replace(part, state=state), scale)
+    state = part.kind.fold(part.config, part.state, mean, std * scale)
+    if state is not None:
+        return with_scale(replace(part, state=state), scale)
+    if uniform is not None and shifts:
+        return part
+    raise CheckpointError(
+        f"the latents of this {part.kind.name} have a mean for each channel, which its weights cannot take up exactly and "
+        f"the format has no place for (the decoder has no 1 x 1 convolution before it); write a native file."
+    )
+
+
+def _shortest(value: Tensor) -> float:
+    """Return the shortest decimal that is this number in its precision."""
+    candidates = (float(f"{float(value):.{digits}g}") for digits in range(1, 18))
+    return next(each for each in candidates if bool(torch.tensor(each, dtype=value.dtype) == value))

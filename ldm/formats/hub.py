@@ -13,9 +13,10 @@ from pathlib import Path
 
 from ldm.errors import CheckpointError, first_line
 from ldm.formats.tensors import PICKLES, SAFETENSORS, STEMS
+from ldm.nn.network_format import KINDS
 
-PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
-"""What is read of a folder in diffusers' layout."""
+SETTINGS = ("scheduler", "tokenizer", "tokenizer_2")
+"""Folders of a diffusers pipeline that are read besides those of its networks."""
 
 STEM, SHARD = f"({'|'.join(STEMS)})", r"-\d+-of-\d+"
 WEIGHTS = (
@@ -89,9 +90,13 @@ def _choose(source: str, inside: Sequence[str], files: Sequence[str]) -> list[st
             )
         return [inside[0]]
     if "model_index.json" in files:
-        parts = {part: _part(files, f"{part}/") for part in PARTS}
-        if not parts["unet"][1]:
-            raise CheckpointError(f"{source} on the hub has no weights of a U-Net in unet/; name another model.")
+        networks = [(folder, component, kind.name) for kind in KINDS.values() for form in kind.folders
+                    for folder, component in form.folders.items()]  # fmt: skip
+        parts = {part: _part(files, f"{part}/") for part in sorted({*SETTINGS, *(folder for folder, _, _ in networks)})}
+        denoisers = {folder: name for folder, component, name in networks if component == "denoiser"}
+        if not any(parts[folder][1] for folder in denoisers):
+            known = " or ".join(f"a {name} in {folder}/" for folder, name in denoisers.items())
+            raise CheckpointError(f"{source} on the hub has no weights of {known}; name another model.")
         return ["model_index.json", *(file for texts, weights in parts.values() for file in texts + weights)]
     texts, weights = _part(files, "")
     if weights:

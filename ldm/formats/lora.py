@@ -24,15 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.denoiser import UNetConfig
 from ldm.errors import CheckpointError, first_line, unknown
-from ldm.formats import names
-from ldm.formats.checkpoint import places
 from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.tensors import SAFETENSORS, check_finite, fingerprint, read_metadata, read_tensors, write_tensors
 from ldm.model import LatentDiffusion
 from ldm.nn.adapters import Adapter, AdapterLayer, unwrapped
 from ldm.nn.lora import LoRALayer
+from ldm.nn.network_format import Rules, kind_of, renamed
 
 FILE = "pytorch_lora_weights.safetensors"
 """The LoRA in a folder that diffusers wrote."""
@@ -51,7 +49,7 @@ TENSORS = {
 ENDINGS = {"diffusers": ("lora_A.weight", "lora_B.weight"), "kohya": ("lora_down.weight", "lora_up.weight")}
 """Endings of the names that :func:`write_lora` gives to A and B, by naming."""
 
-OLD: names.Rules = (
+OLD: Rules = (
     (r"\.processor\.", "."),
     (r"\b(attn\d)\.to_out$", r"\1.to_out.0"),
     (r"\bself_attn\.to_([qkv])$", r"self_attn.\1_proj"),
@@ -174,28 +172,14 @@ class Found:
 
 
 def layer_names(model: LatentDiffusion) -> dict[str, str]:
-    """What the layers of a model are called in LoRA files of either naming, to their names in the model."""
-    modules: dict[str, Any] = dict(model.named_modules())
-    parts, layers = places(model), dict[str, str]()
-    two = "text_2" in parts
-    dotted = {"unet": ("unet.", ""), "text": ("text_encoder.",), "text_2": ("text_encoder_2.",)}
-    kohya = {"unet": "lora_unet_", "text": "lora_te1_" if two else "lora_te_", "text_2": "lora_te2_"}
-    for part in dotted.keys() & parts.keys():
-        network = modules[parts[part]]
-        kinds = (nn.Linear, nn.Conv2d)
-        weights = [f"{name}.weight" for name, each in network.named_modules() if isinstance(each, kinds)]
-        if part != "unet":
-            tables = [names.text_transformers(weights)]
-        elif isinstance(network.config, UNetConfig):
-            vector = "add_embedding" if two else "class_embedding"
-            tables = [names.unet_diffusers(network.config, weights, vector), names.unet_ldm(network.config, weights)]
-        else:
-            continue
-        for ours, place in (item for table in tables for item in table.items()):
-            theirs = place.name.removesuffix(".weight")
-            for each in (theirs, theirs.removeprefix("text_model.")):
-                spelled = [*(start + each for start in dotted[part]), kohya[part] + each.replace(".", "_")]
-                layers |= dict.fromkeys(spelled, f"{parts[part]}.{ours.removesuffix('.weight')}")
+    """Map the names that layers of a model have in LoRA files of either naming to those in the model."""
+    components, layers = model.components, dict[str, str]()
+    for name, (prefix, config) in components.items():
+        spelled = kind_of(config).lora_names
+        modules = model.get_submodule(prefix).named_modules()
+        own = [module for module, each in modules if isinstance(each, nn.Linear | nn.Conv2d)]
+        theirs = spelled(config, own, name, components) if spelled else {}
+        layers |= {each: f"{prefix}.{layer}" for each, layer in theirs.items()}
     return layers
 
 
@@ -209,7 +193,7 @@ def _by_layer(
         what, match = next(((what, match) for what, match in ends if match), ("", None))
         if match is None:
             raise CheckpointError(f"{path} holds {key}, which is no tensor of a LoRA{looks}; name a file of LoRA.")
-        layer = names.renamed(key[: match.start()], OLD)
+        layer = renamed(key[: match.start()], OLD)
         if layer not in layers:
             raise CheckpointError(
                 f"{path} holds {key}, which fits no layer of this model{looks}; take one that was trained on its kind."
@@ -294,7 +278,9 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _looks(tensors: Mapping[str, Tensor], model: LatentDiffusion) -> str:
     """Describe, for errors, the kind of model that a file is for, if it is another than this one; else an empty string."""
-    own = "SDXL" if "text_2" in places(model) else CONTEXT_WIDTHS.get(model.config.denoiser.context_width or 0)
+    own = (
+        "SDXL" if "text_encoder_2" in model.components else CONTEXT_WIDTHS.get(model.config.denoiser.context_width or 0)
+    )
     kind = next((kind for mark, kind in KINDS.items() if any(re.search(mark, key) for key in tensors)), None)
     for key, tensor in tensors.items():
         if kind is None and re.search(r"attn2[._].*to_k.*(down|A)\b", key) and tensor.ndim > 1:

@@ -32,7 +32,7 @@ from ldm.vae import FirstStage, FirstStageConfig
 FIRST_STAGE, CLIP, MODEL = "ldm.first_stage.1", "ldm.clip.1", "ldm.model.1"
 """What a file of ours can hold."""
 
-HELD: dict[str, type[Any]] = {FIRST_STAGE: FirstStageConfig, CLIP: CLIPConfig, MODEL: ModelConfig}
+CONFIG_BY_FORMAT: dict[str, type[Any]] = {FIRST_STAGE: FirstStageConfig, CLIP: CLIPConfig, MODEL: ModelConfig}
 """The config of each."""
 
 LARGE = 1 << 30
@@ -124,13 +124,13 @@ def save_state(
 ) -> str:
     """Write tensors under our names as they are, as :func:`save_module` does, and return their fingerprint."""
     metadata = metadata_of(config, tokenizer, format) | {"provenance": json.dumps(dict(provenance))}
-    metadata["fingerprint"] = fingerprint(tensors, meaning(metadata))
+    metadata["fingerprint"] = fingerprint(tensors, fingerprinted_metadata(metadata))
     write_tensors(path, tensors, metadata)
     return metadata["fingerprint"]
 
 
 def metadata_of(config: Any, tokenizer: Tokenizer | None, format: str = MODEL) -> dict[str, str]:
-    """The metadata that :func:`meaning` reads."""
+    """The metadata that :func:`fingerprinted_metadata` reads."""
     return {
         "format": format,
         "config": json.dumps(to_dict(config)),
@@ -138,7 +138,7 @@ def metadata_of(config: Any, tokenizer: Tokenizer | None, format: str = MODEL) -
     }
 
 
-def meaning(metadata: Mapping[str, str]) -> dict[str, str]:
+def fingerprinted_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """What of the metadata the fingerprint covers beside the weights."""
     return {name: metadata[name] for name in ("format", "config", "tokenizer")}
 
@@ -156,7 +156,7 @@ class Header:
 
     config: Any
     tokenizer: Tokenizer | None
-    meaning: dict[str, str]
+    fingerprinted: dict[str, str]
     fingerprint: str
     provenance: dict[str, Any]
 
@@ -185,7 +185,7 @@ def header_of(metadata: Mapping[str, str], path: str | Path, config: type[Any]) 
         return Header(
             from_dict(config, json.loads(metadata["config"], parse_int=_bounded, parse_float=_bounded)),
             Tokenizer.from_json(metadata["tokenizer"]) if metadata["tokenizer"] else None,
-            meaning(metadata),
+            fingerprinted_metadata(metadata),
             metadata["fingerprint"],
             dict(json.loads(metadata["provenance"])),
         )
@@ -209,18 +209,17 @@ def assemble(
     source: str | Path,
     dtype: torch.dtype | None = None,
 ) -> LatentDiffusion:
-    """A model without weights (:func:`empty`) and its weights, in evaluation mode, its parameters in ``dtype`` and frozen.
+    """Put weights into a model that was built without (:func:`build_on_meta`), and return it in evaluation mode, frozen.
 
-    Its ``fingerprint`` is that of what was read; a warning tells if it was written with another. Of more than ``LARGE``
-    bytes the values are not looked at: they are read as they are needed. The fingerprint is then the one that the model was
-    written with, if any.
+    Its ``fingerprint`` is computed from the weights; a warning says if the model was written with another one. If there are
+    more than ``LARGE`` bytes, no values are read before they are needed, and the fingerprint is the one in the header.
 
     Args:
         model: on the meta device.
         tensors: under our names.
         header: of the file.
         source: named in errors.
-        dtype: None: as stored.
+        dtype: dtype of the parameters; None: as stored.
 
     Raises:
         CheckpointError: they do not fit each other, or a weight is NaN.
@@ -229,7 +228,7 @@ def assemble(
     model.fingerprint, model.provenance = header.fingerprint or None, header.provenance
     if sum(tensor.nbytes for tensor in tensors.values()) <= LARGE:
         check_finite(tensors, source)
-        model.fingerprint = fingerprint(tensors, header.meaning)
+        model.fingerprint = fingerprint(tensors, header.fingerprinted)
         if header.fingerprint and model.fingerprint != header.fingerprint:
             warnings.warn(
                 f"{source}: its weights are not those that it was written with (fingerprint {model.fingerprint}, "
@@ -242,7 +241,7 @@ def assemble(
     return model.eval().requires_grad_(False)
 
 
-def empty(build: Callable[[], M], tensors: Mapping[str, Tensor], source: object) -> M:
+def build_on_meta(build: Callable[[], M], tensors: Mapping[str, Tensor], source: object) -> M:
     """What ``build`` makes, without weights; it must not be larger by far than what the file holds.
 
     Raises:

@@ -1,86 +1,68 @@
-"""The single file of latent diffusion: all networks under prefixes, as SD 1.x, SD 2.x and SDXL are passed around.
+"""The single file of latent diffusion: all networks under prefixes, as SD 1.x, SD 2.x and SDXL are distributed.
 
-A file of ours has the whole config in its metadata. Of any other, networks are told from names and shapes; what these
-do not say is in this order taken from an argument, from the metadata that some tools write, and from the kind:
+A file that ldm wrote has the whole config in its metadata. For any other, networks are recognized by names and shapes; what
+these do not determine is taken, in this order, from an argument, from the metadata that some tools write, and from the
+family of models:
 
-|                 | SD 1                      | SD 2                | SDXL                            |
-|-----------------|---------------------------|---------------------|---------------------------------|
-| told by         | transformers' text tower  | open_clip's         | both                            |
-| context         | last state, normed        | penultimate, normed | penultimate of both, not normed |
-| latent scale    | 0.18215                   | 0.18215             | 0.13025                         |
-| prediction type | eps                       | eps (or v: say so)  | eps (or v: say so)              |
-| sampled by      | ddim, 50 steps, scale 7.5 | the same            | euler, 50 steps, scale 5        |
+|                 | SD 1                        | SD 2                | SDXL                            |
+|-----------------|-----------------------------|---------------------|---------------------------------|
+| recognized by   | transformers' text encoder  | open_clip's         | both                            |
+| context         | last state, normed          | penultimate, normed | penultimate of both, not normed |
+| latent scale    | 0.18215                     | 0.18215             | 0.13025                         |
+| prediction type | eps                         | eps (or v)          | eps (or v)                      |
+| sampled by      | ddim, 50 steps, scale 7.5   | the same            | euler, 50 steps, scale 5        |
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import CLIP_VOCAB_SIZE, CLIPBPEConfig, Tokenizer
-from ldm.denoiser import UNetConfig
 from ldm.diffusion import Diffusion
 from ldm.diffusion.parametrization import Eps, Parametrization, V
 from ldm.errors import CheckpointError, unknown
-from ldm.formats import infer_config, names
-from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, homes, joined, parts_of, places
-from ldm.formats.folding import SCALE, SCALE_SDXL, folded, scale_from, scale_of, with_scale
-from ldm.formats.native import MODEL, empty, header_of, meaning, metadata_of
+from ldm.formats.checkpoint import (
+    NETWORKS,
+    Checkpoint,
+    Part,
+    conditioner_of,
+    joined,
+    no_place,
+    part_prefixes,
+    parts_of,
+)
+from ldm.formats.folding import SCALE, SCALE_SDXL, folded, has_statistics, scale_and_shift_of, scale_from, with_scale
+from ldm.formats.native import MODEL, build_on_meta, fingerprinted_metadata, header_of, metadata_of
+from ldm.formats.network_folder import canonical
 from ldm.formats.tensors import fingerprint, write_tensors
-from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
-from ldm.vae import AutoencoderKLConfig
+from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig, components
+from ldm.nn.network_format import KINDS, SingleFileFormat, Values, kind_of
 
 SINGLE_FILE = "ldm.single_file.1"
-"""The ``format`` in the metadata of those that we write."""
+"""``format`` in the metadata of the files that ldm writes."""
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-OPENAI, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
-OPENAI_OF_TWO, OPEN_CLIP_OF_TWO = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
-PREFIXES = {
-    UNET: "unet",
-    VAE: "vae",
-    OPENAI: "text",
-    OPEN_CLIP: "text",
-    OPENAI_OF_TWO: "text",
-    OPEN_CLIP_OF_TWO: "text_2",
-}
-"""Which part lies under which prefix."""
-
-LONE = {
-    "input_blocks.": UNET,
-    "diffusion_model.": "model.",
-    "encoder.conv_in.": VAE,
-    "text_model.": OPENAI,
-    "embeddings.token_embedding.": OPENAI,
-    "transformer.resblocks.": OPEN_CLIP,
-}
-"""How names begin in a file of one network without its prefix."""
-
-EMA = "model_ema."
-"""Before the names of averaged weights, whose dots are left out."""
+EMA_OF, EMA = "model.", "model_ema."
+"""Prefix of the networks of which files may have averaged weights, and of these; dots are left out of their names."""
 
 SCALE_FACTOR = "scale_factor"
-"""The scale of the latents, where a file has it."""
+"""Name of the scaling factor of the latents, where a file has it."""
 
 REFINER = "conditioner.embedders.0.model."
-"""Before the names of the one text tower of SDXL's refiner."""
+"""Prefix of the one text encoder of SDXL's refiner."""
 
 TRAINING = ("model.denoiser.", "first_stage.", "clip.")
-"""How names begin in the checkpoints of our own stages."""
+"""Prefixes in the checkpoints of a training with ldm."""
 
 LORA = r"[._]lora[._]"
-"""A mark of names in a file of LoRA."""
-
-UNREAD = ("position_ids", "logit_scale", "attn_mask")
-"""Ends of names that no network of ours needs."""
+"""Pattern of names in LoRA files."""
 
 PREDICTION_TYPES: Mapping[str, type[Parametrization]] = {"epsilon": Eps, "eps": Eps, "v_prediction": V, "v": V}
 BY_DEFAULT = "by default; if images come out brown and blurred, say prediction_type='v_prediction'"
@@ -88,10 +70,45 @@ SAMPLED = SamplingConfig("ddim", 50, 7.5, "leading", 1, "sigma_min")
 SAMPLED_SDXL = SamplingConfig("euler", 50, 5.0, "leading", 1)
 
 
+@dataclass(frozen=True)
+class Family:
+    """What the files of a family of published models do not say.
+
+    Attributes:
+        name: of the family.
+        hidden_state, context_norm: fields of the config of its text encoders.
+        scale: scaling factor of the latents.
+        sampling: defaults of sampling.
+        sizes: height and width of the images, of the models that predict eps and v.
+    """
+
+    name: str
+    hidden_state: str = "penultimate"
+    context_norm: bool = True
+    scale: float = SCALE
+    sampling: SamplingConfig = field(default=SAMPLED)
+    sizes: tuple[int, int] = (512, 512)
+
+
+SD_1 = Family("SD 1", hidden_state="last")
+SD_2 = Family("SD 2", sizes=(512, 768))
+SDXL = Family("SDXL", context_norm=False, scale=SCALE_SDXL, sampling=SAMPLED_SDXL, sizes=(1024, 1024))
+SINGLE = Family("a single network")
+FAMILIES = {
+    "conditioner.embedders.1.model.": SDXL,
+    "cond_stage_model.model.": SD_2,
+    "cond_stage_model.transformer.": SD_1,
+    "conditioner.embedders.0.transformer.": SINGLE,
+    "model.diffusion_model.label_emb.0.0.weight": SDXL,
+}
+"""Beginnings of names by which a family is recognized; the first that occurs counts."""
+
+
 class Found(NamedTuple):
-    """What lies under a prefix, without it."""
+    """The tensors under a prefix, without it, and the description of the network that they are."""
 
     prefix: str
+    form: SingleFileFormat
     tensors: dict[str, Tensor]
 
 
@@ -102,55 +119,61 @@ def read_single_file(
     prediction_type: str | None = None,
     ema: bool = True,
 ) -> Checkpoint:
-    """What an LDM file holds: a whole model, or a lone U-Net, autoencoder or text tower with or without its prefix.
+    """Read an LDM file: a whole model, or a single network with or without its prefix.
 
     Args:
-        path: of the file, for errors.
-        tensors, metadata: in it.
+        path: of the file, for error messages.
+        tensors, metadata: content of the file.
         prediction_type: ``"epsilon"`` or ``"v_prediction"``; None = as the file says, else epsilon.
-        ema: take averaged weights of the U-Net where the file has both.
+        ema: use averaged weights of the denoiser where the file has both.
 
     Raises:
-        CheckpointError: the file is broken, or holds no such network.
+        CheckpointError: the file is broken, or holds no known network.
     """
     if metadata.get("format") == SINGLE_FILE:
-        return _own(path, tensors, metadata)
+        return _read_own(path, tensors, metadata)
     found, unused = _sorted(tensors)
     _refuse_others(path, tensors, found)
     notes = []
     if ema and _average(found, tensors):
-        notes.append("the weights of the U-Net are the averaged ones (model_ema)")
-    kind = _kind(found)
-    notes.append(f"{kind}, since there is " + ", ".join(each.prefix + "*" for each in found.values()))
-    parts = {}
-    for name, (prefix, own) in found.items():
-        config = _recognised(name, prefix, own, path, kind)
-        if name == "text" and len(found) > 1:  # its pooled state is not used
-            unused += [f"{prefix}{key}" for key in own if key.startswith("text_projection")]
-            own = {key: tensor for key, tensor in own.items() if not key.startswith("text_projection")}
-            config = replace(config, embed_dim=None)
-        parts[name] = _part(name, prefix, config, own, path)
-    if "vae" in parts:
-        stored = _stored_scale(tensors, path)
-        scale = stored or (SCALE_SDXL if kind == "SDXL" else SCALE)
-        parts["vae"] = replace(with_scale(parts["vae"], scale), guessed=stored is None)
-        notes.append(
-            f"the scale of the latents is {scale:g}, as {'the file says' if stored is not None else 'of ' + kind}"
-        )
+        notes.append("the weights of the denoiser are the averaged ones (model_ema)")
+    family = _family(found)
+    notes.append(f"{family.name}, since there is " + ", ".join(each.prefix + "*" for each in found.values()))
     parametrization, reason = _prediction(prediction_type, tensors, metadata)
-    if "unet" in parts:
-        parts["unet"] = replace(parts["unet"], guessed=reason is None)
+    diffusion = Diffusion(parametrization=parametrization)
+    stored = _stored_scale(tensors, path)
+    parts = {}
+    for name, (prefix, form, own) in found.items():
+        config = form.infer_config(own, path)
+        part = Part.imported(config, own, form, path)
+        if name not in NETWORKS:
+            part, surplus = _with_fields(part, form, _assumed(name, family, whole=len(found) > 1))
+            unused += [prefix + key for key in surplus]
+        if has_statistics(part):
+            scale, shift = (stored, 0.0) if stored else form.latents(config) or (family.scale, 0.0)
+            part = replace(with_scale(part, scale, shift), inferred=stored is None)
+            origin = (
+                "the file says"
+                if stored is not None
+                else f"of {family.name if form.latents(config) is None else 'SD 3'}"
+            )
+            notes.append(
+                f"the scale of the latents is {scale:g}{f', their shift {shift:g}' if shift else ''}, as {origin}"
+            )
+        parts[name] = part
+    if "denoiser" in parts:
+        parts["denoiser"] = parts["denoiser"].trained_for(diffusion) if reason else parts["denoiser"]
         notes.append(f"the prediction type is {parametrization.kind}, {reason or BY_DEFAULT}")
-    side = 1024 if kind == "SDXL" else 768 if kind == "SD 2" and parametrization == V() else 512
+    side = family.sizes[parametrization == V()]
     return Checkpoint(
         source=str(path),
         layout="ldm",
-        kind=kind,
+        kind=family.name,
         parts=parts,
-        tokenizer=_tokenizer(parts, kind),
+        tokenizer=_tokenizer(parts, family),
         conditioner=conditioner_of(parts),
-        diffusion=Diffusion(parametrization=parametrization),
-        sampling=SAMPLED_SDXL if kind == "SDXL" else SAMPLED,
+        diffusion=diffusion,
+        sampling=family.sampling,
         size=(side, side),
         provenance={"source": path.name},
         notes=tuple(notes),
@@ -180,51 +203,54 @@ def _refuse_others(path: Path, tensors: Mapping[str, Tensor], found: Mapping[str
 def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | None = None) -> str:
     """Write a model as an LDM file with its config in the metadata, and return the fingerprint that it then has.
 
-    Latents whose statistics are per channel are folded into the autoencoder, so that a reader that knows one scale alone
-    makes the same images. A text tower of which the last state is the context gets a block more where other readers
-    take the last but one.
+    Latents whose statistics are per channel are folded into the first stage, so that a reader that knows only one scaling
+    factor makes the same images.
 
     Raises:
         CheckpointError: the model has parts that such a file has no place for.
     """
     parts = {name: part.to(dtype) for name, part in parts_of(model, "an LDM file").items()}
-    expected = SCALE_SDXL if "text_2" in parts else SCALE
-    parts["vae"] = folded(parts["vae"], expected)
+    forms = {name: _placed(name, part, parts) for name, part in parts.items()}
+    scale = SCALE_SDXL if "text_encoder_2" in parts else SCALE
     tensors: dict[str, Tensor] = {}
-    for name, part in parts.items():
-        prefix = _prefix(name, part, parts)
-        theirs = names.scatter(part.weights, _table(name, prefix, part.config, part.weights))
-        if prefix == OPEN_CLIP and part.config.hidden_state == "last":
-            last, extra = (f"transformer.resblocks.{part.config.layers - i}." for i in (1, 0))
-            theirs |= {key.replace(last, extra): tensor for key, tensor in theirs.items() if key.startswith(last)}
-        tensors |= {prefix + key: tensor for key, tensor in theirs.items()}
-    scale = scale_of(parts["vae"])
-    if scale != expected:
-        tensors[SCALE_FACTOR] = torch.tensor(scale)
-    metadata = _metadata(model, parts["vae"])
+    for name, (form, prefix) in forms.items():
+        if has_statistics(parts[name]):
+            parts[name], stored = _folded(parts[name], form, scale)
+            tensors |= stored
+        exported = form.export(parts[name].config, parts[name].weights, prefix)
+        tensors |= {prefix + key: tensor for key, tensor in exported.items()}
+    metadata = _metadata(model, parts["first_stage"])
     metadata["fingerprint"] = fingerprint(
-        joined(parts, places(model)), meaning(metadata_of(model.config, model.tokenizer))
+        joined(parts, part_prefixes(model)), fingerprinted_metadata(metadata_of(model.config, model.tokenizer))
     )
     write_tensors(path, tensors, metadata)
     return metadata["fingerprint"]
 
 
-def _own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
-    """A file that we wrote: nothing is guessed."""
+def write_single_network(path: Path, name: str, part: Part) -> None:
+    """Write a network without a prefix, as such files are distributed; a scaling factor that readers do not assume is stored."""
+    (form, prefix), stored = _placed(name, part, (name,)), dict[str, Tensor]()
+    if has_statistics(part):
+        part, stored = _folded(part, form, SCALE)
+    write_tensors(path, form.export(part.config, part.weights, prefix) | stored, {"format": "pt"})
+
+
+def _read_own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
+    """Read a file that ldm wrote; nothing is inferred."""
     header = header_of(metadata, path, ModelConfig)
     config: ModelConfig = header.config
-    conditioner = empty(lambda: config.conditioner.build(header.tokenizer), tensors, path)
-    found, unused = _sorted(tensors)
+    conditioner = build_on_meta(lambda: config.conditioner.build(header.tokenizer), tensors, path)
+    described = {name: component.config for name, component in components(config, conditioner).items()}
+    found, unused = _sorted(tensors, described)
     parts = {}
-    for name, (_, described) in homes(config, conditioner).items():
+    for name, own_config in described.items():
         if name not in found:
-            raise CheckpointError(f"{path} lacks the {name} that its config describes; get or write it anew.")
-        prefix, own = found[name]
-        if isinstance(described, TextTowerConfig):
-            extra = [key for key in own if key.startswith(f"transformer.resblocks.{described.layers}.")]
-            unused += [prefix + key for key in extra]
-            own = {key: tensor for key, tensor in own.items() if key not in extra}
-        parts[name] = _part(name, prefix, described, own, path)
+            raise CheckpointError(f"{path} lacks the {name} that its config describes; get or write it again.")
+        prefix, form, own = found[name]
+        surplus = [key for key in own if form.is_surplus(own_config, key)]
+        unused += [prefix + key for key in surplus]
+        kept = {key: tensor for key, tensor in own.items() if key not in surplus}
+        parts[name] = Part.imported(own_config, kept, form, path)
     try:
         latents = json.loads(metadata["latents"])
         known = {f"latent_{key}": torch.tensor(latents[key]) for key in ("mean", "std", "preview") if latents[key]}
@@ -232,11 +258,12 @@ def _own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         raise CheckpointError(
             f"the statistics of the latents in {path} cannot be read ({error!r}); get it anew."
         ) from None
-    parts["vae"] = replace(parts["vae"], state={**parts["vae"].state, **known})
+    parts["first_stage"] = replace(parts["first_stage"], state={**parts["first_stage"].state, **known})
+    parts["denoiser"] = parts["denoiser"].trained_for(config.diffusion)
     return Checkpoint(
         source=str(path),
         layout="ldm",
-        kind=_kind(found),
+        kind=_family(found).name,
         parts=parts,
         tokenizer=header.tokenizer,
         conditioner=config.conditioner,
@@ -245,21 +272,22 @@ def _own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         size=config.size,
         provenance=header.provenance,
         fingerprint=header.fingerprint,
-        meaning={**header.meaning, "format": MODEL},  # it is that of the model
+        fingerprinted={**header.fingerprinted, "format": MODEL},  # it is that of the model
         notes=(
-            f"written by ldm, all as its metadata say; the prediction type is {config.diffusion.parametrization.kind}",
+            f"written by ldm, all settings are from its metadata; the prediction type is "
+            f"{config.diffusion.parametrization.kind}",
         ),
         unused=tuple(unused),
     )
 
 
-def _metadata(model: LatentDiffusion, vae: Part) -> dict[str, str]:
-    """Our own header, and what other tools look for (Stability's model metadata standard)."""
+def _metadata(model: LatentDiffusion, first_stage: Part) -> dict[str, str]:
+    """Return the metadata of a file: our own header, and the keys of Stability's model metadata standard."""
     own, (height, width) = model.first_stage, model.config.size
-    preview = vae.state.get("latent_preview")  # one that was only fitted in passing is not saved
+    preview = first_stage.state.get("latent_preview")  # one that was only fitted in passing is not saved
     latents = {
-        "mean": vae.state["latent_mean"].tolist(),
-        "std": vae.state["latent_std"].tolist(),
+        "mean": first_stage.state["latent_mean"].tolist(),
+        "std": first_stage.state["latent_std"].tolist(),
         "preview": None if preview is None else preview.tolist(),
         "before_folding": {"mean": own.latent_mean.tolist(), "std": own.latent_std.tolist()},
     }
@@ -272,83 +300,111 @@ def _metadata(model: LatentDiffusion, vae: Part) -> dict[str, str]:
     }
 
 
-def _sorted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Found], list[str]]:
-    """Tensors by part, and the names of those that are of none."""
-    whole = any(name.startswith(tuple(PREFIXES)) for name in tensors)
-    lone = "" if whole else next((LONE[start] for start in LONE for name in tensors if name.startswith(start)), "")
-    found: dict[str, Found] = {}
+def _forms() -> dict[str, list[SingleFileFormat]]:
+    """Return the descriptions of all registered kinds in LDM files, by prefix."""
+    forms: dict[str, list[SingleFileFormat]] = {}
+    for kind in KINDS.values():
+        for form in kind.single_file:
+            for prefix in form.prefixes:
+                forms.setdefault(prefix, []).append(form)
+    return forms
+
+
+def _sorted(
+    tensors: Mapping[str, Tensor], described: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Found], list[str]]:
+    """Sort tensors by component; also return the names of those that no network needs.
+
+    ``described`` are the configs of the components, where they are known.
+    """
+    forms, described = _forms(), described or {}
+    whole = any(name.startswith(tuple(forms)) for name in tensors)
+    added = "" if whole else _missing_prefix(tensors, forms)
+    by_prefix: dict[str, dict[str, Tensor]] = {}
     unused = []
     for name, tensor in tensors.items():
         if name == SCALE_FACTOR:
             continue
-        prefix = next((prefix for prefix in PREFIXES if (lone + name).startswith(prefix)), None)
-        if prefix is None or name.endswith(UNREAD) or (lone + name).startswith(f"{VAE}loss."):
+        prefix = next((prefix for prefix in forms if (added + name).startswith(prefix)), None)
+        if prefix is not None:
+            by_prefix.setdefault(prefix, {})[(added + name).removeprefix(prefix)] = tensor
+        else:
             unused.append(name)
-            continue
-        key = (lone + name).removeprefix(prefix)
-        if prefix in (OPENAI, OPENAI_OF_TWO) and not key.startswith(("text_model.", "text_projection.")):
-            key = f"text_model.{key}"
-        found.setdefault(PREFIXES[prefix], Found(prefix, {})).tensors[key] = tensor
+    found = {}
+    for prefix, own in by_prefix.items():
+        marked = [form for form in forms[prefix] if any(key.startswith(form.marks) for key in own)]
+        form = next(iter([*marked, *forms[prefix]]))
+        component = form.prefixes[prefix]
+        if component in described:
+            form = next((each for each in kind_of(described[component]).single_file if prefix in each.prefixes), form)
+        used, ignored = canonical(own, form)
+        unused += [(prefix + key).removeprefix(added) for key in ignored]
+        if used:
+            found[component] = Found(prefix, form, used)
     return found, unused
 
 
+def _missing_prefix(tensors: Mapping[str, Tensor], forms: Mapping[str, list[SingleFileFormat]]) -> str:
+    """Return the prefix that the names of a single network lack; empty if it is not recognized."""
+    marks = {mark: prefix for prefix, each in reversed([*forms.items()]) for form in each for mark in form.marks}
+    marks |= {prefix.removeprefix(EMA_OF): EMA_OF for prefix in forms if prefix.startswith(EMA_OF)}
+    return next((marks[mark] for mark in marks for name in tensors if name.startswith(mark)), "")
+
+
 def _average(found: dict[str, Found], tensors: Mapping[str, Tensor]) -> bool:
-    """Put the averaged weights in place of the others, where there are any; whether there are."""
-    unet = found["unet"].tensors if "unet" in found else {}
-    averaged = {name: EMA + f"diffusion_model{name}".replace(".", "") for name in unet}
-    there = {name: tensors[key] for name, key in averaged.items() if key in tensors}
-    unet.update(there)
-    return bool(there)
+    """Replace weights by the averaged ones where a file has these, and return whether it has."""
+    replaced = False
+    for prefix, _, own in found.values():
+        if prefix.startswith(EMA_OF):
+            start = EMA + prefix.removeprefix(EMA_OF).replace(".", "")
+            averaged = {name: start + name.replace(".", "") for name in own}
+            there = {name: tensors[key] for name, key in averaged.items() if key in tensors}
+            own.update(there)
+            replaced |= bool(there)
+    return replaced
 
 
-def _kind(found: Mapping[str, Found]) -> str:
-    prefixes = {each.prefix for each in found.values()}
-    pooled = "unet" in found and "label_emb.0.0.weight" in found["unet"].tensors and "text" not in found
-    if OPEN_CLIP_OF_TWO in prefixes or pooled:
-        return "SDXL"
-    return "SD 2" if OPEN_CLIP in prefixes else "SD 1" if OPENAI in prefixes else "a lone network"
+def _family(found: Mapping[str, Found]) -> Family:
+    names = [prefix + name for prefix, _, tensors in found.values() for name in tensors]
+    return next((FAMILIES[mark] for mark in FAMILIES for name in names if name.startswith(mark)), SINGLE)
 
 
-def _recognised(name: str, prefix: str, tensors: Mapping[str, Tensor], path: Path, kind: str) -> Any:
-    """The config of a part of a file that does not say it."""
-    if name in ("unet", "vae"):
-        return (infer_config.unet if name == "unet" else infer_config.vae)(tensors, path)
-    openai = prefix in (OPENAI, OPENAI_OF_TWO)
-    tower = (infer_config.text_of_transformers if openai else infer_config.text_of_open_clip)(tensors, path)
-    return replace(tower, hidden_state="last" if kind == "SD 1" else "penultimate", context_norm=kind != "SDXL")
+def _assumed(name: str, family: Family, whole: bool) -> dict[str, Any]:
+    """Return the fields of a text encoder's config that its weights do not determine."""
+    fields = {"hidden_state": family.hidden_state, "context_norm": family.context_norm}
+    # Of a model's first text encoder, the pooled state is not used.
+    return fields | ({"embed_dim": None} if whole and name == "text_encoder" else {})
 
 
-def _part(name: str, prefix: str, config: Any, tensors: Mapping[str, Tensor], path: Path) -> Part:
-    return Part.gathered(config, tensors, lambda state: _table(name, prefix, config, state), path)
+def _with_fields(part: Part, form: SingleFileFormat, fields: Values) -> tuple[Part, list[str]]:
+    """Set those fields that a part's config has, and return the foreign names of the weights that it then lacks."""
+    changed = part.with_config(**{name: value for name, value in fields.items() if hasattr(part.config, name)})
+    table = form.key_table(part.config, part.weights, {})
+    return changed, [table[name].name for name in part.weights if name not in changed.state]
 
 
-def _table(name: str, prefix: str, config: Any, state: Iterable[str]) -> names.Table:
-    if name == "unet":
-        return names.unet_ldm(config, state)
-    if name == "vae":
-        return names.vae_ldm(config, state)
-    return (names.text_transformers if prefix in (OPENAI, OPENAI_OF_TWO) else names.tower_open_clip)(state)
-
-
-def _prefix(name: str, part: Part, parts: Mapping[str, Part]) -> str:
-    """Where a part of a model is written.
+def _placed(name: str, part: Part, names: Collection[str]) -> tuple[SingleFileFormat, str]:
+    """Return the description by which a part of a model is written, and its prefix.
 
     Raises:
-        CheckpointError: it is a network that an LDM file has no place for.
+        CheckpointError: LDM files have no place for it.
     """
-    if isinstance(part.config, UNetConfig) and name == "unet":
-        if part.config.context_width is None and any(level.depth for level in part.config.levels):
-            raise CheckpointError(
-                "the U-Net of an LDM file attends to a context, which this has not; write a native file."
-            )
-        return UNET
-    if isinstance(part.config, AutoencoderKLConfig):
-        return VAE
-    if not isinstance(part.config, TextTowerConfig):
-        raise CheckpointError(f"an LDM file has no place for the {name} of this model; write a native file.")
-    if "text_2" in parts:
-        return OPENAI_OF_TWO if name == "text" else OPEN_CLIP_OF_TWO
-    return OPENAI if part.config.activation == "quick_gelu" else OPEN_CLIP
+    for form in part.kind.single_file:
+        prefix = form.prefix(part.config, name, names)
+        if prefix is not None:
+            return form, prefix
+    raise no_place("an LDM file", name, part)
+
+
+def _folded(part: Part, form: SingleFileFormat, scale: float) -> tuple[Part, dict[str, Tensor]]:
+    """Fold the statistics of the latents, and return the tensor that stores the scaling factor if readers assume another."""
+    assumed = form.latents(part.config) or (scale, 0.0)
+    if scale_and_shift_of(part) == assumed:
+        return part, {}
+    part = folded(part, scale)
+    normalization = scale_and_shift_of(part)
+    assert normalization is not None, "folded statistics are one factor"
+    return part, {} if normalization == assumed else {SCALE_FACTOR: torch.tensor(normalization[0])}
 
 
 def _stored_scale(tensors: Mapping[str, Tensor], path: Path) -> float | None:
@@ -383,7 +439,8 @@ def _prediction(
     return Eps(), None
 
 
-def _tokenizer(parts: Mapping[str, Part], kind: str) -> Tokenizer | None:
-    if "text" not in parts or parts["text"].config.vocab_size != CLIP_VOCAB_SIZE:
+def _tokenizer(parts: Mapping[str, Part], family: Family) -> Tokenizer | None:
+    if "text_encoder" not in parts or parts["text_encoder"].config.vocab_size != CLIP_VOCAB_SIZE:
         return None
-    return CLIPBPEConfig(parts["text"].config.context_length, pad_id=0 if kind == "SD 2" else None).build()
+    length = parts["text_encoder"].config.context_length
+    return CLIPBPEConfig(length, pad_id=0 if family is SD_2 else None).build()

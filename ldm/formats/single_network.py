@@ -1,11 +1,4 @@
-"""Networks by themselves, written: an autoencoder, a U-Net, a CLIP.
-
-|             | native | ldm | diffusers | transformers | open_clip |
-|-------------|--------|-----|-----------|--------------|-----------|
-| autoencoder | yes    | yes | yes       |              |           |
-| U-Net       |        | yes | yes       |              |           |
-| CLIP        | yes    |     |           | yes          | yes       |
-"""
+"""Single networks, written: a first stage, a denoiser, a text or image encoder, a CLIP."""
 
 from __future__ import annotations
 
@@ -13,80 +6,69 @@ from pathlib import Path
 
 import torch
 
-from ldm.clip.model import CLIP as CLIPNetwork
 from ldm.errors import CheckpointError
-from ldm.formats import names, target, writing
-from ldm.formats.checkpoint import OTHERS, Checkpoint, Part, joined
-from ldm.formats.clip import save_clip
-from ldm.formats.diffusers_folder import write_network
-from ldm.formats.folding import SCALE, folded, scale_of
-from ldm.formats.native import CLIP, FIRST_STAGE, empty, load_strictly, save_state
-from ldm.formats.single_file import SCALE_FACTOR
-from ldm.formats.tensors import check_finite, write_tensors
+from ldm.formats import target, writing
+from ldm.formats.checkpoint import CLIP_COMPONENTS, OTHERS, Checkpoint, Part, joined
+from ldm.formats.clip import clip_of, save_clip
+from ldm.formats.native import CONFIG_BY_FORMAT, load_strictly, save_state
+from ldm.formats.network_folder import write_network
+from ldm.formats.single_file import write_single_network
+from ldm.formats.tensors import check_finite
+from ldm.formats.tokenizer import write_tokenizer
 
-WRITTEN = {
-    "vae": ("native", "ldm", "diffusers"),
-    "unet": ("ldm", "diffusers"),
-    "CLIP": ("native", "transformers", "open_clip"),
-}
-"""Formats of each network."""
+LATENT_SIZE, IMAGE_SIZE = (64, 64), (512, 512)
+"""Sizes in the configs of networks that are written without a model."""
 
 
-def save_lone(found: Checkpoint, path: Path, to: str, dtype: torch.dtype | None = None) -> Path:
-    """Write the one network that a source holds, and return the file or folder.
+def formats_of(part: Part) -> list[str]:
+    """Return the formats that a network is written to by itself: native, ldm, or the library of a folder."""
+    native = [held for held, config in CONFIG_BY_FORMAT.items() if issubclass(type(part.config), config)]
+    file = ["ldm"] if part.kind.single_file else []
+    return ["native"][: len(native)] + file + [form.library for form in part.kind.folders]
+
+
+def save_single_network(found: Checkpoint, path: Path, to: str, dtype: torch.dtype | None = None) -> Path:
+    """Write the one network, or the CLIP, that a source holds, and return the file or folder.
 
     Args:
-        found: what :func:`ldm.formats.read` found.
+        found: result of :func:`ldm.formats.read`.
         path: a file name that ends in .safetensors for native and ldm, else a folder.
-        to: a format of ``WRITTEN``.
-        dtype: of the weights; None: as they are.
+        to: a format of the network, see :func:`formats_of`.
+        dtype: dtype of the weights; None: as they are.
 
     Raises:
-        CheckpointError: the source holds none of these, or the network has no such format.
+        CheckpointError: the source holds several networks that are no whole, or the network has no such format.
     """
-    kind = "CLIP" if OTHERS in found.parts else next(iter(found.parts), "nothing")
-    if kind not in WRITTEN or (kind != "CLIP" and len(found.parts) > 1):
-        held, lone, missing = " and ".join(found.parts), ", ".join(WRITTEN), ", ".join(found.missing())
-        raise CheckpointError(
-            f"{found.source} holds {held}, which is neither a whole model nor a lone {lone}; name what is missing ({missing})."
-        )
-    if to not in WRITTEN[kind]:
-        raise CheckpointError(
-            f"a lone {kind} is written as {', '.join(WRITTEN[kind])}, not as {to}; choose one of them."
-        )
     parts = {name: part if name == OTHERS else part.to(dtype) for name, part in found.parts.items()}
+    if len(parts) > 1 and OTHERS not in parts:
+        held, missing = " and ".join(parts), ", ".join(found.missing())
+        raise CheckpointError(
+            f"{found.source} holds {held}, which is neither a whole model nor a single network; name what is missing "
+            f"({missing})."
+        )
+    whole = parts[OTHERS] if OTHERS in parts else next(iter(parts.values()))
+    formats = formats_of(whole)
+    if to not in formats:
+        raise CheckpointError(
+            f"a single {whole.kind.name} is written as {', '.join(formats) or 'no format'}, not as {to}; choose one of them."
+        )
     for part in parts.values():
         check_finite(part.state, found.source)
     path = target(path, to)
     with writing(path):
-        if kind == "CLIP":
-            _save_clip(found, parts, path, to)
-        elif to == "native":
-            vae = parts["vae"]
-            save_state(path, FIRST_STAGE, vae.state, vae.config, None, found.provenance)
+        if to == "native":
+            held = next(held for held, config in CONFIG_BY_FORMAT.items() if issubclass(type(whole.config), config))
+            state = joined(parts, CLIP_COMPONENTS) if OTHERS in parts else whole.state
+            save_state(path, held, state, whole.config, found.tokenizer, found.provenance)
         elif to == "ldm":
-            _write_ldm(path, kind, parts[kind])
+            write_single_network(path, next(iter(parts)), whole)
+        elif OTHERS in parts:
+            clip = clip_of(found)
+            load_strictly(clip, joined(parts, CLIP_COMPONENTS), found.source)
+            save_clip(clip, found.tokenizer, path, "transformers" if to == "transformers" else "open_clip")
         else:
-            write_network(path, kind, parts[kind], (64, 64) if kind == "unet" else (512, 512))
+            form = next(form for form in whole.kind.folders if form.library == to)
+            write_network(path, form, whole, LATENT_SIZE if form.sized_in_latents else IMAGE_SIZE)
+            if found.tokenizer is not None and form.reads_text:
+                write_tokenizer(found.tokenizer, path)
     return path
-
-
-def _save_clip(found: Checkpoint, parts: dict[str, Part], path: Path, to: str) -> None:
-    config, state = parts[OTHERS].config, joined(parts, {"text": "text", "image": "image"})
-    if to == "native":
-        save_state(path, CLIP, state, config, found.tokenizer, found.provenance)
-        return
-    clip: CLIPNetwork = empty(config.build, state, found.source)
-    load_strictly(clip, state, found.source)
-    save_clip(clip, found.tokenizer, path, "transformers" if to == "transformers" else "open_clip")
-
-
-def _write_ldm(path: Path, kind: str, part: Part) -> None:
-    """Names without a prefix, as such files are passed around; a scale that readers do not expect is said."""
-    part = folded(part) if kind == "vae" else part
-    table = (names.vae_ldm if kind == "vae" else names.unet_ldm)(part.config, part.weights)
-    tensors = names.scatter(part.weights, table)
-    scale = scale_of(part) if kind == "vae" else None
-    if scale not in (None, SCALE):
-        tensors[SCALE_FACTOR] = torch.tensor(scale)
-    write_tensors(path, tensors, {"format": "pt"})

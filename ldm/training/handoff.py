@@ -22,6 +22,15 @@ from ldm.training.experiment import Experiment
 from ldm.training.tasks import TASKS, Task
 from ldm.training.tasks.task import PART_SECTIONS
 
+FINGERPRINT_NAMES = {
+    "first_stage": "vae",
+    "denoiser": "unet",
+    "text_encoder": "text",
+    "text_encoder_2": "text_2",
+    "image_encoder": "image",
+}
+"""Names of the parts in fingerprints, which existing runs have recorded under the former names of parts."""
+
 
 class Handoff:
     """Access to what a stage of an experiment builds on.
@@ -133,9 +142,9 @@ def _fingerprint(source: Checkpoint, task: type[Task]) -> str:
     """Return the fingerprint of a source that a stage left, or of the parts that the stage would have left."""
     if source.kind in (CLIP, FIRST_STAGE):
         return source.fingerprint
-    names = task.parts_of(source)
-    states = {f"{name}.{key}": tensor for name in names for key, tensor in source.part(name).state.items()}
-    return fingerprint(states, {name: to_dict(source.part(name).config) for name in names})
+    parts = {FINGERPRINT_NAMES.get(name, name): source.part(name) for name in task.parts_of(source)}
+    states = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state.items()}
+    return fingerprint(states, {name: to_dict(part.config) for name, part in parts.items()})
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -28,6 +28,9 @@ class ConvolutionalConfig(FirstStageConfig):
     image_channels: int = config_field(3, "channels of the image")
     groups: int = config_field(32, "groups of the group norms")
     middle_attention: bool = config_field(True, "self-attention over the positions of the coarsest resolution")
+    quant_conv: bool = config_field(
+        True, "1 x 1 convolutions after the encoder and before the decoder; SD 3 and FLUX have none", omit_default=True
+    )
 
     def __post_init__(self) -> None:
         if not self.widths:
@@ -186,8 +189,9 @@ class ConvolutionalAutoencoder(FirstStage):
         super().__init__(config.latent_channels, config.factor)
         self.config = config
         self.encoder = Encoder(config, parameters)
-        self.quant_conv = nn.Conv2d(parameters, parameters, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        z = config.latent_channels
+        self.quant_conv = nn.Conv2d(parameters, parameters, 1) if config.quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(z, z, 1) if config.quant_conv else nn.Identity()
         self.decoder = Decoder(config)
 
     def make_posterior(self, parameters: Tensor) -> Posterior:

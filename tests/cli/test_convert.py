@@ -58,7 +58,7 @@ def test_inspect_says_what_there_is_and_how_that_is_known(
 ) -> None:
     assert convert(file, "--inspect") == 0
     told = capsys.readouterr().out
-    for line in ("layout           native", "v, schedule scaled_linear", "float16", "as its metadata say"):
+    for line in ("layout           native", "v, schedule scaled_linear", "float16", "from its metadata"):
         assert line in told
     assert f"fingerprint      {load(file, dtype=None).fingerprint}" in told
 
@@ -96,7 +96,7 @@ def test_a_lone_vae_goes_to_every_format_bit_for_bit(by: tuple[str, ...], conver
         target = tmp_path / (f"{number}" if to == "diffusers" else f"{number}.safetensors")
         assert convert(source, target, "--to", to) == 0
         source = target
-    part = read(source).part("vae")
+    part = read(source).part("first_stage")
     assert part.config == model.config.first_stage
     assert part.state.keys() == expected.keys()
     assert all(torch.equal(part.state[name], tensor) for name, tensor in expected.items())
@@ -121,11 +121,28 @@ def test_what_cannot_be_alone_is_told(
 ) -> None:
     folder = save(load(file), tmp_path / "folder", "diffusers")
     assert convert(folder / "unet", tmp_path / "x.safetensors") == 2
-    assert "a lone unet is written as ldm, diffusers, not as native" in capsys.readouterr().err
+    assert "a single U-Net is written as ldm, diffusers, not as native" in capsys.readouterr().err
     assert convert(folder / "text_encoder", tmp_path / "x.safetensors") == 2
-    assert (
-        "neither a whole model nor a lone vae, unet, CLIP; name what is missing (vae, unet)" in capsys.readouterr().err
-    )
+    assert "a single text encoder is written as ldm, transformers, not as native" in capsys.readouterr().err
+    unet = {"kind": "unet", "levels": [{"width": 64, "blocks": 1, "depth": 1}], "context_width": 16, "head_width": 64}
+    model = tiny_model(first_stage={"kind": "autoencoder_kl", "widths": [32], "blocks": 1}, denoiser=unet)
+    one = load_file(save(model, tmp_path / "one.safetensors", "ldm"))
+    two = {name: tensor for name, tensor in one.items() if not name.startswith("cond_stage_model.")}
+    save_file(two, tmp_path / "two.safetensors")
+    assert convert(tmp_path / "two.safetensors", tmp_path / "x.safetensors") == 2
+    assert "neither a whole model nor a single network; name what is missing (text_encoder)" in capsys.readouterr().err
+
+
+def test_a_text_encoder_goes_to_a_folder_with_its_tokenizer(convert: Command, file: Path, tmp_path: Path) -> None:
+    encoder = save(load(file), tmp_path / "folder", "diffusers") / "text_encoder"
+    assert convert(encoder, tmp_path / "alone", "--to", "transformers") == 0
+    model = load(file)
+    again = load(file, text_encoder=tmp_path / "alone")
+    assert model.tokenizer is not None
+    assert again.tokenizer is not None
+    assert again.tokenizer.fingerprint() == model.tokenizer.fingerprint()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_a_lone_network_goes_where_a_whole_model_may(

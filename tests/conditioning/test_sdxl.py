@@ -210,7 +210,7 @@ def test_the_towers_get_gradients_only_if_they_are_trained_along() -> None:
     (cond.context.sum() + cond.vector.square().sum()).backward()
     for _, tower in trained.pretrained_encoders():
         assert tower.token_embedding.weight.grad.any()
-    assert [name for name, _ in trained.pretrained_encoders()] == ["text", "text_2"]
+    assert [name for name, _ in trained.pretrained_encoders()] == ["text_encoder", "text_encoder_2"]
 
 
 def test_a_long_prompt_has_as_many_windows_in_both_towers() -> None:

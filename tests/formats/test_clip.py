@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.clip.image import ViTConfig
+from ldm.clip.image_formats import MEAN, STD
 from ldm.clip.model import CLIP, CLIPConfig
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import CLIPBPEConfig, Tokenizer, train_byte_bpe
 from ldm.errors import CheckpointError
-from ldm.formats.clip import MEAN, STD, _derived, _read_open_clip, load_clip, read_clip, save_clip
+from ldm.formats.clip import OPEN_CLIP as FORM
+from ldm.formats.clip import load_clip, read_clip, save_clip
 from ldm.formats.native import load_strictly
 from tests.clip.peers import randomize
 
@@ -146,10 +148,10 @@ def test_the_derived_config_is_the_published_one(name: str, tmp_path: Path) -> N
     config = open_clip.get_model_config(name)
     with torch.device("meta"):
         state = open_clip.CLIP(**config).state_dict()
-    derived = _read_open_clip(_derived(state, False, tmp_path), {}, tmp_path)
+    derived = FORM.read_config(FORM.infer_values(state, False, tmp_path), state, tmp_path)
     with torch.device("meta"):
         ours = derived.build()
-    published = _read_open_clip(config, {}, tmp_path)
+    published = FORM.read_config(config, state, tmp_path)
     assert replace(derived.image, mlp_ratio=0) == replace(published.image, mlp_ratio=0)
     assert derived.text == published.text
     assert sum(p.numel() for p in ours.parameters()) == sum(t.numel() for t in state.values())
@@ -171,9 +173,9 @@ def test_a_text_tower_alone_is_read(kind: Callable[..., Any], tmp_path: Path) ->
         extra = {"text_model.embeddings.position_ids": torch.arange(LENGTH)[None]}
         save_file({**names, **extra}, tmp_path / "model.safetensors")
         found = read_clip(tmp_path)
-        assert found.parts.keys() == {"text"}
-        tower = found.parts["text"].config.build()
-        load_strictly(tower, found.parts["text"].state, tmp_path)
+        assert found.parts.keys() == {"text_encoder"}
+        tower = found.parts["text_encoder"].config.build()
+        load_strictly(tower, found.parts["text_encoder"].state, tmp_path)
         output = tower(tokens)
         torch.testing.assert_close(output.context, expected.last_hidden_state, atol=1e-4, rtol=0)
         torch.testing.assert_close(output.pooled, pooled, atol=1e-4, rtol=0)
@@ -184,9 +186,9 @@ def test_an_image_tower_alone_is_read(tmp_path: Path) -> None:
     config = transformers.CLIPVisionConfig(**TRANSFORMERS["vision_config"], projection_dim=EMBED)
     peer = randomize(transformers.CLIPVisionModelWithProjection(config))
     peer.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="holds a lone image tower, and no whole CLIP"):
+    with pytest.raises(CheckpointError, match="holds a single image encoder, and no whole CLIP"):
         load_clip(tmp_path)
-    part = read_clip(tmp_path).part("image")
+    part = read_clip(tmp_path).part("image_encoder")
     tower = part.config.build(EMBED)
     load_strictly(tower, part.state, tmp_path)
     pixels, _ = inputs()

@@ -12,11 +12,15 @@ import transformers
 from torch import Tensor, nn
 
 from ldm.clip.text import TextTowerConfig
+from ldm.clip.text_formats import OpenAITextSingleFile, OpenCLIPTextSingleFile, TextFolder
 from ldm.denoiser import LevelSpec, UNetConfig
-from ldm.formats import configs, infer_config, names
+from ldm.denoiser.unet_formats import UNetFolder, UNetSingleFile
 from ldm.formats.checkpoint import Part
 from ldm.formats.native import WithoutInit
+from ldm.formats.network_folder import canonical
+from ldm.nn.network_format import export_weights, import_weights
 from ldm.vae import AutoencoderKLConfig
+from ldm.vae.autoencoder_formats import AutoencoderFolder, AutoencoderSingleFile
 
 
 def levels(widths: tuple[int, ...], depths: tuple[int, ...]) -> tuple[LevelSpec, ...]:
@@ -73,56 +77,52 @@ def counted(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
 @pytest.mark.parametrize("kind", UNETS)
 def test_a_unet_is_known_by_names_and_shapes_of_an_ldm_file(kind: str) -> None:
     state = weights(UNETS[kind])
-    theirs = names.scatter(state, names.unet_ldm(UNETS[kind], state))
+    theirs = export_weights(state, UNetSingleFile().key_table(UNETS[kind], state, {}))
     assert counted(theirs) == SIZES[kind]
-    assert infer_config.unet(theirs, "a file") == UNETS[kind]
+    assert UNetSingleFile().infer_config(theirs, "a file") == UNETS[kind]
 
 
 @pytest.mark.parametrize("kind", UNETS)
 def test_a_unet_has_every_key_and_shape_of_diffusers(kind: str) -> None:
     peer = empty(lambda: diffusers.UNet2DConditionModel(**PEERS[kind]))
-    config = configs.read_unet(peer.config, "config.json")
+    form, extra = UNetFolder(), {"addition_embed_type": "text_time"}
+    config = form.read_config(peer.config, (), "config.json")
     assert config == UNETS[kind]
     state = weights(config)
-    table = names.unet_diffusers(config, state, "add_embedding")
-    found = names.gather(
-        peer.state_dict(), table, state, "a folder"
-    )  # raises if one is missing, left over or misshapen
+    table = form.key_table(config, state, extra)
+    found = import_weights(peer.state_dict(), table, state, "a folder")  # raises if a name or shape does not fit
     assert counted(found) == SIZES[kind]
-    read_again = configs.read_unet(configs.write_unet(config, (64, 64), "add_embedding"), "config.json")
-    assert read_again == config
+    assert form.read_config(form.write_config(config, (64, 64), extra), (), "config.json") == config
 
 
 def test_the_autoencoder_of_all_three() -> None:
     config = AutoencoderKLConfig()
     state = weights(config)
-    theirs = names.scatter(state, names.vae_ldm(config, state))
+    theirs = export_weights(state, AutoencoderSingleFile().key_table(config, state, {}))
     assert counted(theirs) == (248, 83_653_863)
-    assert infer_config.vae(theirs, "a file") == config
+    assert AutoencoderSingleFile().infer_config(theirs, "a file") == config
     assert all(tensor.ndim == 4 for name, tensor in theirs.items() if "attn_1.q.weight" in name)
 
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     peer = empty(
         lambda: diffusers.AutoencoderKL(block_out_channels=config.widths, layers_per_block=2, **blocks)  # type: ignore[arg-type]
     )
-    assert configs.read_vae(peer.config, "config.json") == config
-    assert counted(names.gather(peer.state_dict(), names.vae_diffusers(config, state), state, "a folder"))[0] == 248
+    form = AutoencoderFolder()
+    assert form.read_config(peer.config, (), "config.json") == config
+    table = form.key_table(config, state, {})
+    assert counted(import_weights(peer.state_dict(), table, state, "a folder"))[0] == 248
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_the_text_towers(name: str) -> None:
     config = TEXTS[name]
     state = weights(config)
-    openai = name == "OpenAI L"
-    if openai:
-        theirs = names.scatter(state, names.text_transformers(state))
-        assert infer_config.text_of_transformers(theirs, "a file") == config
-    else:
-        theirs = names.scatter(state, names.tower_open_clip(state))
-        assert infer_config.text_of_open_clip(theirs, "a file") == config
-    known = configs.write_text(config)
+    file = OpenAITextSingleFile() if name == "OpenAI L" else OpenCLIPTextSingleFile()
+    theirs = export_weights(state, file.key_table(config, state, {}))
+    assert file.infer_config(theirs, "a file") == config
+    form = TextFolder()
+    known = form.write_config(config, (512, 512), {})
     kind = transformers.CLIPTextModelWithProjection if config.embed_dim else transformers.CLIPTextModel
     peer = empty(lambda: kind(transformers.CLIPTextConfig(**known)))
-    tensors = {key: tensor for key, tensor in peer.state_dict().items() if "position_ids" not in key}
-    tensors = {key if key.startswith("text_") else f"text_model.{key}": tensor for key, tensor in tensors.items()}
-    names.gather(tensors, names.text_transformers(state), state, "a folder")
+    tensors, _ = canonical(peer.state_dict(), form)
+    import_weights(tensors, form.key_table(config, state, {}), state, "a folder")

@@ -53,7 +53,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def as_parts(path: Path) -> Loaded:
     found = read(path)
     states = {f"{name}.{key}": each for name, part in found.parts.items() for key, each in part.state.items()}
-    return fingerprint(states, {}), found.parts["unet"].config, states
+    return fingerprint(states, {}), found.parts["denoiser"].config, states
 
 
 def test_bruised_files_of_ours(own: bytes, tmp_path: Path, harmless: None) -> None:

@@ -17,7 +17,7 @@ from ldm.config import from_dict
 from ldm.diffusion.parametrization import Eps, V
 from ldm.errors import CheckpointError
 from ldm.formats import read, save
-from ldm.formats.single_file import EMA, OPENAI, UNET, VAE
+from ldm.formats.single_file import EMA
 from ldm.model import LatentDiffusion, ModelConfig
 
 KINDS = ("SD 1", "SD 2", "SDXL")
@@ -33,6 +33,7 @@ CONDITIONERS: dict[str, dict[str, Any]] = {
         "second": TOWER | PENULTIMATE | {"embed_dim": 64, "context_norm": False},
     },
 }
+UNET, VAE, OPENAI = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 UNETS: dict[str, dict[str, Any]] = {
     "SD 1": {"heads": 8, "projection": "conv", "context_width": 64},
     "SD 2": {"head_width": 64, "context_width": 64},
@@ -179,7 +180,7 @@ def test_a_lone_vae_replaces_one(prefix: str, files: dict[str, Path], tmp_path: 
 
     path = changed(files, tmp_path / "vae.safetensors", alone)
     with pytest.raises(
-        CheckpointError, match=r"is no whole model: it lacks unet and text_encoder; name one that has them"
+        CheckpointError, match=r"is no whole model: it lacks denoiser and text_encoder; name one that has them"
     ):
         load(path)
     model, own = load(files["SD 1"], vae=path), load(files["SD 1"])
@@ -202,9 +203,9 @@ def test_a_unet_brings_what_it_estimates(files: dict[str, Path], tmp_path: Path)
     """If its source says that; else it is as of the model whose part it replaces."""
     path, tensors = tmp_path / "v.safetensors", load_file(files["SD 1"])
     save_file(tensors, path, {"modelspec.prediction_type": "v"})
-    assert load(files["SD 1"], unet=path).diffusion.parametrization == V()
-    assert load(path, unet=files["SD 1"]).diffusion.parametrization == V()
-    assert load(path, unet=files["SD 1"], prediction_type="epsilon").diffusion.parametrization == Eps()
+    assert load(files["SD 1"], denoiser=path).diffusion.parametrization == V()
+    assert load(path, denoiser=files["SD 1"]).diffusion.parametrization == V()
+    assert load(path, denoiser=files["SD 1"], prediction_type="epsilon").diffusion.parametrization == Eps()
 
 
 def test_text_encoders_may_come_from_elsewhere(files: dict[str, Path], tmp_path: Path) -> None:
@@ -216,16 +217,16 @@ def test_text_encoders_may_come_from_elsewhere(files: dict[str, Path], tmp_path:
         load(files["SD 1"], text_encoder_2=files["SD 2"])
 
 
-@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("part", ["denoiser", "text_encoder"])
 def test_other_lone_networks_replace_theirs(part: str, files: dict[str, Path], tmp_path: Path) -> None:
-    prefix = {"unet": UNET, "text_encoder": OPENAI}[part]
+    prefix = {"denoiser": UNET, "text_encoder": OPENAI}[part]
 
     def alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor + 1 for name, tensor in tensors.items() if name.startswith(prefix)}
 
     path = changed(files, tmp_path / "lone.safetensors", alone)
     model, own = load(files["SD 1"], **{part: path}).state_dict(), load(files["SD 1"]).state_dict()
-    home = {"unet": "denoiser.", "text_encoder": "conditioner."}[part]
+    home = {"denoiser": "denoiser.", "text_encoder": "conditioner."}[part]
     for name, tensor in own.items():
         assert torch.equal(model[name], tensor + 1 if name.startswith(home) else tensor), name
 

@@ -26,6 +26,7 @@ from ldm.training.tasks.vae import VAETask
 from ldm.vae.loss import AutoencoderLossConfig, ReconstructionLoss
 from tests.experiments import tiny_experiment
 
+
 def train(folder: Path, stage: str, *overrides: str, steps: int = 4) -> Path:
     settings = [f"{stage}.train.{each}" for each in (f"max_steps={steps}", "validate_every=2")]
     return train_stage(tiny_experiment(folder, *settings, *overrides), stage)
@@ -181,7 +182,9 @@ def test_the_losses_of_the_vae_train_their_own_network_alone(tmp_path: Path) -> 
     optimizers = module.configure_optimizers()
     module._trainer = SimpleNamespace(optimizers=optimizers)  # type: ignore[assignment]
     losses = task.losses(batch, Step(2, 0, torch.Generator()))
-    for index, (own, other) in enumerate([(task.first_stage, task.discriminator), (task.discriminator, task.first_stage)]):
+    for index, (own, other) in enumerate(
+        [(task.first_stage, task.discriminator), (task.discriminator, task.first_stage)]
+    ):
         assert own is not None
         assert other is not None
         task.zero_grad()

@@ -348,7 +348,7 @@ def test_init_takes_what_is_trained_and_keeps_the_predecessors(copy_of: Callable
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("clip/final.safetensors", "holds no vae, but text and image; name another source"),
+        ("clip/final.safetensors", "holds no first_stage, but text_encoder and image_encoder; name another source"),
         ("none.safetensors", "there is no model"),
     ],
 )

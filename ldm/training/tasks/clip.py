@@ -97,7 +97,7 @@ class CLIPTask(Task):
 
     @classmethod
     def parts_of(cls, source: Checkpoint) -> Sequence[str]:
-        return source.towers()
+        return source.encoders()
 
     @property
     def trainable_module(self) -> nn.Module:

@@ -19,7 +19,7 @@ from ldm.diffusion.loss import DenoisingLossConfig, WeightedLossConfig
 from ldm.diffusion.noise_level_samplers import Stratified
 from ldm.diffusion.parametrization import Diffusion
 from ldm.formats import MODEL_FILE, native
-from ldm.formats.checkpoint import Checkpoint, places
+from ldm.formats.checkpoint import Checkpoint, part_prefixes
 from ldm.image_output import Images
 from ldm.modalities.arguments import of_key, pipeline_arguments
 from ldm.model import LatentDiffusion, SamplingConfig
@@ -137,7 +137,7 @@ class DenoiserTask(Task):
 
     @classmethod
     def parts_of(cls, source: Checkpoint) -> Sequence[str]:
-        return [FIRST_STAGE, DENOISER, *source.towers()]
+        return [FIRST_STAGE, DENOISER, *source.encoders()]
 
     @property
     def trainable_module(self) -> nn.Module:
@@ -145,7 +145,7 @@ class DenoiserTask(Task):
 
     @property
     def parts(self) -> Mapping[str, str]:
-        return places(self.model)
+        return part_prefixes(self.model)
 
     @property
     def frozen_first_stage(self) -> FirstStage | None:

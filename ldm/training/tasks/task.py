@@ -29,7 +29,7 @@ Preview = Image.Image | list[Image.Image]
 Splits = Callable[[str], Samples]
 """Opens a split of the data by its name."""
 
-FIRST_STAGE, TEXT_ENCODER, IMAGE_ENCODER, DENOISER = "vae", "text", "image", "unet"
+FIRST_STAGE, TEXT_ENCODER, IMAGE_ENCODER, DENOISER = "first_stage", "text_encoder", "image_encoder", "denoiser"
 """Names of the parts of a :class:`ldm.formats.checkpoint.Checkpoint`."""
 
 PART_SECTIONS = {

@@ -1,0 +1,142 @@
+"""The folder of one network: a JSON config and a file of weights, as diffusers, transformers and open_clip write it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from operator import methodcaller
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.clip.tokenizer import Tokenizer
+from ldm.errors import CheckpointError, first_line
+from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, of_clip
+from ldm.formats.folding import SCALE, folded, has_statistics, scale_and_shift_of, scale_from, with_scale
+from ldm.formats.tensors import CONFIG, read_json, read_weights, write_atomically, write_tensors
+from ldm.formats.tokenizer import has_tokenizer, read_tokenizer
+from ldm.nn.network_format import KINDS, FolderFormat, NetworkFormat, Values
+
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""Files of the image processor; the first is the one that is written."""
+
+CLASS_KEYS = ("_class_name", "model_type")
+"""Keys of ``config.json`` that name the class of the network, in diffusers and in transformers."""
+
+
+def folder_formats() -> list[FolderFormat]:
+    """Return the descriptions of all registered kinds in folders."""
+    return [form for kind in KINDS.values() for form in kind.folders]
+
+
+def format_of(folder: Path) -> FolderFormat | None:
+    """Return the description that fits a folder of one network; None if there is none."""
+    values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    named = [values[key] for key in CLASS_KEYS if key in values]
+    fitting = [form for form in folder_formats() if any(name in form.classes for name in named)]
+    others = [form for form in folder_formats() if form.config_file != CONFIG and (folder / form.config_file).is_file()]
+    return next(iter([*fitting, *others]), None)
+
+
+def read_network(folder: Path, form: FolderFormat) -> tuple[Part, Values]:
+    """Read a network and its JSON config.
+
+    Raises:
+        CheckpointError: it is broken, or is one that ours cannot be.
+    """
+    where = folder / form.config_file
+    values = read_json(where)
+    processor = next((folder / name for name in PREPROCESSORS if (folder / name).is_file()), None)
+    if processor is not None:
+        values["preprocessor"] = read_json(processor)
+    tensors, files = read_weights(folder, form.weights)
+    tensors, _ = canonical(tensors, form)
+    part = Part.imported(form.read_config(values, tensors, where), tensors, form, files[0], values)
+    return (_with_statistics(part, values, where) if has_statistics(part) else part), values
+
+
+def canonical(tensors: Mapping[str, Tensor], form: NetworkFormat) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors by the names of the format's key table, and the names of those that it does not use."""
+    names = {name: form.canonical_name(name) for name in tensors}
+    used = {theirs: tensors[name] for name, theirs in names.items() if theirs is not None}
+    return used, [name for name, theirs in names.items() if theirs is None]
+
+
+def write_network(
+    folder: Path, form: FolderFormat, part: Part, size: tuple[int, int], extra: Values | None = None
+) -> None:
+    """Write a part as a folder that the foreign software opens.
+
+    Args:
+        folder: for this part only.
+        form: description of the network.
+        part: the network; a first stage is folded if necessary.
+        size: height and width of the images or, as the form says, of the latents.
+        extra: JSON values that follow from other parts of the model.
+
+    Raises:
+        CheckpointError: the foreign software has no such network.
+    """
+    extra = dict(extra or {})
+    if has_statistics(part):
+        part = folded(part, shifts=True)
+        scale, shift = scale_and_shift_of(part) or (1.0, 0.0)
+        extra |= {"scaling_factor": scale} | ({"shift_factor": shift} if shift else {})
+    values = form.write_config(part.config, size, extra)
+    tensors = form.export(part.config, part.weights, values)
+    write_tensors(folder / f"{form.weights[0]}.safetensors", tensors, {"format": "pt"})
+    processor = form.write_preprocessor(part.config)
+    if processor is not None:
+        write_json(folder / PREPROCESSORS[0], processor)
+    write_json(folder / form.config_file, values)
+
+
+def read_network_folder(path: Path) -> Checkpoint:
+    """Read a folder of one network, or of a CLIP.
+
+    Raises:
+        CheckpointError: it is broken, or of a kind that ldm does not read.
+    """
+    form = format_of(path)
+    if form is None:
+        values = read_json(path / CONFIG)
+        found = next((values[key] for key in CLASS_KEYS if key in values), "no class")
+        known = [name for each in folder_formats() for name in each.classes]
+        raise CheckpointError(
+            f"{path / CONFIG} is of {found}; ldm reads folders of {', '.join(known)}, of open_clip, and of pipelines."
+        )
+    part, content = read_network(path, form)
+    parts = {form.component: part} if form.component else of_clip(part.config, part.state)
+    note = f"by {form.config_file}: {next((content[key] for key in CLASS_KEYS if key in content), form.library)}"
+    kind = part.kind.name if not form.component else f"a single {part.kind.name}"
+    return Checkpoint(
+        str(path), form.library, kind, parts, _tokenizer(path, form), conditioner_of(parts), notes=(note,)
+    )
+
+
+def _tokenizer(path: Path, form: FolderFormat) -> Tokenizer | None:
+    """Return the tokenizer in the folder of a text encoder, or where a pipeline has it; None if there is none."""
+    folders = (path, path.parent / "tokenizer") if form.reads_text else ()
+    found = next((each for each in folders if has_tokenizer(each)), None)
+    return read_tokenizer(found) if found else None
+
+
+def _with_statistics(part: Part, values: Values, where: Path) -> Part:
+    """Set the statistics of the latents: z = normalized * std / scaling_factor + mean."""
+    try:
+        part = with_scale(part, scale_from(values.get("scaling_factor", SCALE)))
+        state = dict(part.state)
+        if values.get("latents_std") is not None:
+            state["latent_std"] = state["latent_std"] * torch.tensor(values["latents_std"], dtype=torch.float32)
+        mean = values.get("latents_mean") or [values.get("shift_factor") or 0.0] * part.config.latent_channels
+        state["latent_mean"] = torch.tensor(mean, dtype=torch.float32)
+    except Exception as error:  # a file may hold anything
+        raise CheckpointError(f"{where} does not say how latents are normalised: {first_line(error)}.") from None
+    return replace(part, state=state)
+
+
+def write_json(path: Path, values: Values) -> None:
+    """Write JSON, atomically."""
+    write_atomically(path, methodcaller("write_text", json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8"))

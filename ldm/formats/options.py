@@ -1,0 +1,69 @@
+"""The options of loading a model, shared by :func:`ldm.load`, ``Pipeline.from_pretrained`` and the commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+from ldm.config import config_field
+from ldm.errors import unknown
+
+Source = str | PathLike[str]
+"""Name, path or hub id of a model; see :func:`ldm.load`."""
+
+FORMER_NAMES = {"unet": "denoiser"}
+"""Former names of options, which are still accepted."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What to read of a source, and which parts to replace."""
+
+    vae: Source | None = config_field(None, "source of a VAE in place of the model's own")
+    denoiser: Source | None = field(
+        default=None,
+        metadata={
+            "help": "source of a denoiser (U-Net) in place of the model's own",
+            "flags": ("--denoiser", "--unet"),
+        },
+    )
+    text_encoder: Source | None = config_field(None, "source of a text encoder in place of the model's own")
+    text_encoder_2: Source | None = config_field(None, "source of a second text encoder in place of the model's own")
+    revision: str | None = config_field(None, "branch, tag or commit of a hub id")
+    prediction_type: str | None = config_field(
+        None, "epsilon or v_prediction; null = as the source says, else epsilon; weights do not tell"
+    )
+    ema: bool = config_field(True, "use the averaged weights of an LDM file that has both")
+
+    @classmethod
+    def of(cls, options: LoadOptions | None, changes: Mapping[str, Any]) -> LoadOptions:
+        """Return ``options`` (None: the defaults) with some fields changed, by current or former names.
+
+        Raises:
+            TypeError: there is no such option.
+        """
+        named = {}
+        for name, value in changes.items():
+            if name in FORMER_NAMES:
+                warnings.warn(
+                    f"the option {name!r} is now called {FORMER_NAMES[name]!r}; rename it.", FutureWarning, stacklevel=4
+                )
+            named[FORMER_NAMES.get(name, name)] = value
+        fields = [entry.name for entry in dataclasses.fields(cls)]
+        for name in named:
+            if name not in fields:
+                raise TypeError(unknown("option", name, fields))
+        return dataclasses.replace(options or cls(), **named)
+
+    def replacements(self) -> dict[str, Source]:
+        """Return the sources of replaced parts, by component."""
+        given = {name: getattr(self, argument) for name, argument in ARGUMENTS.items()}
+        return {name: source for name, source in given.items() if source is not None}
+
+
+ARGUMENTS = {"first_stage": "vae", **{name: name for name in ("denoiser", "text_encoder", "text_encoder_2")}}
+"""Components of a model that can be replaced, and the option of each."""

@@ -1,0 +1,198 @@
+"""The autoencoder in LDM files and diffusers folders; ``decoder.up`` of LDM files begins with the finest level, ours does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ldm.errors import CheckpointError
+from ldm.nn.network_format import (
+    MATRIX,
+    SAME,
+    FolderFormat,
+    KeyMapping,
+    KeyTable,
+    Layout,
+    NetworkKind,
+    Rules,
+    SingleFileFormat,
+    State,
+    Values,
+    checked,
+    count,
+    inferring,
+    reading,
+    register,
+    renamed,
+)
+from ldm.vae.autoencoder import AutoencoderKLConfig
+
+PREFIX = "first_stage_model."
+
+SD3_LATENTS = (1.5305, 0.0609)
+"""Scaling and shift factor of SD 3. FLUX (0.3611, 0.1159) has an autoencoder of the same names and shapes."""
+
+MATRIX_OR_CONV = Layout(MATRIX.read, SAME.write)
+"""Attention in LDM files: 1 x 1 convolutions, but matrices in files that other tools have converted."""
+
+DIFFUSERS: Rules = (
+    (r"\.down\.", ".down_blocks."),
+    (r"\.up\.", ".up_blocks."),
+    (r"\.block\.", ".resnets."),
+    (r"\bshortcut", "conv_shortcut"),
+    (r"\bnorm_out", "conv_norm_out"),
+    (r"\.mid\.block_1", ".mid_block.resnets.0"),
+    (r"\.mid\.block_2", ".mid_block.resnets.1"),
+    (r"\.mid\.attn_1\.norm", ".mid_block.attentions.0.group_norm"),
+    (r"\.mid\.attn_1\.([qkv])\b", r".mid_block.attentions.0.to_\1"),
+    (r"\.mid\.attn_1\.proj_out", ".mid_block.attentions.0.to_out.0"),
+)
+OLD_ATTENTION: Rules = tuple(
+    (rf"\b{old}\b", new)
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+)
+"""Names of the attention's layers before diffusers 0.15."""
+
+DEFAULTS: Values = {
+    "in_channels": 3,
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}
+FIXED: Values = {"act_fn": ("silu",)}
+
+
+class AutoencoderSingleFile(SingleFileFormat):
+    """The autoencoder in LDM files."""
+
+    prefixes: ClassVar = {PREFIX: "first_stage"}
+    marks = ("encoder.conv_in.",)
+
+    def key_table(self, config: AutoencoderKLConfig, names: Iterable[str], values: Values) -> KeyTable:
+        table = {}
+        for name in names:
+            way = "down" if name.startswith("encoder") else "up"
+            theirs = renamed(name, (("resample", f"{way}sample"), ("shortcut", "nin_shortcut")))
+            level = re.match(r"decoder\.up\.(\d+)", theirs)
+            if level is not None:
+                theirs = f"decoder.up.{len(config.widths) - 1 - int(level[1])}{theirs[level.end() :]}"
+            table[name] = KeyMapping(theirs, MATRIX_OR_CONV if _is_attention(name) else SAME)
+        return table
+
+    def canonical_name(self, name: str) -> str | None:
+        """Files of a training also hold its discriminator, under ``loss.``."""
+        return None if name.startswith("loss.") else name
+
+    def infer_config(self, tensors: State, source: object) -> AutoencoderKLConfig:
+        with inferring("VAE", source):
+            levels = count(tensors, r"encoder\.down\.(\d+)\.block\.")
+            return AutoencoderKLConfig(
+                widths=tuple(tensors[f"encoder.down.{level}.block.0.conv2.weight"].shape[0] for level in range(levels)),
+                blocks=count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+                latent_channels=tensors["decoder.conv_in.weight"].shape[1],
+                image_channels=tensors["encoder.conv_in.weight"].shape[1],
+                middle_attention="encoder.mid.attn_1.q.weight" in tensors,
+                quant_conv="quant_conv.weight" in tensors,
+            )
+
+    def latents(self, config: AutoencoderKLConfig) -> tuple[float, float] | None:
+        return None if config.quant_conv else SD3_LATENTS
+
+
+class AutoencoderFolder(FolderFormat):
+    """diffusers' ``AutoencoderKL``."""
+
+    component = "first_stage"
+    library = "diffusers"
+    folders: ClassVar = {"vae": "first_stage"}
+    classes = ("AutoencoderKL",)
+    weights = ("diffusion_pytorch_model",)
+
+    def key_table(self, config: AutoencoderKLConfig, names: Iterable[str], values: Values) -> KeyTable:
+        table = {}
+        for name in names:
+            way = "down" if name.startswith("encoder") else "up"
+            theirs = renamed(name, (("resample", f"{way}samplers.0"), *DIFFUSERS))
+            table[name] = KeyMapping(theirs, MATRIX if _is_attention(name) else SAME)
+        return table
+
+    def canonical_name(self, name: str) -> str:
+        return renamed(name, OLD_ATTENTION)
+
+    def read_config(self, values: Values, names: Collection[str], where: object) -> AutoencoderKLConfig:
+        given = checked(values, DEFAULTS, FIXED, where)
+        with reading(where):
+            kinds = {*given.get("down_block_types", ()), *given.get("up_block_types", ())}
+            if kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
+                raise CheckpointError(
+                    f"{where}: ldm's autoencoder has no {', '.join(sorted(kinds))}; use another model."
+                )
+            if given["use_quant_conv"] != given["use_post_quant_conv"]:
+                raise CheckpointError(
+                    f"{where}: use_quant_conv is {given['use_quant_conv']}, but use_post_quant_conv is "
+                    f"{given['use_post_quant_conv']}; ldm's autoencoder has both convolutions or none."
+                )
+            return AutoencoderKLConfig(
+                widths=tuple(given["block_out_channels"]),
+                blocks=given["layers_per_block"],
+                latent_channels=given["latent_channels"],
+                image_channels=given["in_channels"],
+                groups=given["norm_num_groups"],
+                middle_attention=given["mid_block_add_attention"],
+                quant_conv=given["use_quant_conv"],
+            )
+
+    def write_config(self, config: AutoencoderKLConfig, size: tuple[int, int], extra: Values) -> dict[str, Any]:
+        levels = len(config.widths)
+        return {
+            "_class_name": self.classes[0],
+            "in_channels": config.image_channels,
+            "out_channels": config.image_channels,
+            "block_out_channels": list(config.widths),
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "layers_per_block": config.blocks,
+            "latent_channels": config.latent_channels,
+            "norm_num_groups": config.groups,
+            "mid_block_add_attention": config.middle_attention,
+            "act_fn": "silu",
+            "sample_size": max(size),
+            **({} if config.quant_conv else {"use_quant_conv": False, "use_post_quant_conv": False}),
+            **extra,
+        }
+
+
+def fold(config: AutoencoderKLConfig, state: State, mean: Tensor, factor: Tensor) -> State | None:
+    """Return weights that encode to ``(z - mean) / factor`` and decode that, with ``mean`` and ``factor [c]`` in fp64.
+
+    Of the last convolution of the encoder, the rows of the mean get bias - mean and are divided by the factor; the biases of
+    the log-variance get - 2 ln(factor). The first convolution of the decoder gets W diag(factor) and b + W mean. Without quant
+    convolutions it is padded by zeros, which would have to be -mean / factor: then only a mean of 0 can be folded.
+    """
+    if not config.quant_conv and mean.any():
+        return None
+    last, first = ("quant_conv", "post_quant_conv") if config.quant_conv else ("encoder.conv_out", "decoder.conv_in")
+    folded = dict(state)
+    weight, bias = (state[f"{last}.{name}"].double() for name in ("weight", "bias"))
+    (weight_mean, weight_var), (bias_mean, bias_var) = weight.chunk(2), bias.chunk(2)
+    folded[f"{last}.weight"] = torch.cat([weight_mean / factor[:, None, None, None], weight_var])
+    folded[f"{last}.bias"] = torch.cat([(bias_mean - mean) / factor, bias_var - 2 * factor.log()])
+    weight, bias = (state[f"{first}.{name}"].double() for name in ("weight", "bias"))
+    folded[f"{first}.weight"] = weight * factor[:, None, None]
+    folded[f"{first}.bias"] = bias + weight.sum((2, 3)) @ mean
+    return {name: tensor.to(state[name].dtype) for name, tensor in folded.items()}
+
+
+def _is_attention(name: str) -> bool:
+    return re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name) is not None
+
+
+register(NetworkKind(AutoencoderKLConfig, "VAE", (AutoencoderSingleFile(),), (AutoencoderFolder(),), fold=fold))
