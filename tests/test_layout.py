@@ -15,6 +15,7 @@ SOURCES = sorted(ROOT.glob("ldm/**/*.py"))
 ROWS = [
     {"errors"},
     {"devices", "config", "image_io", "prompts"},
+    {"load_options"},
     {"nn"},
     {"diffusion"},
     {"modalities"},

@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from ldm.cli.common import DTYPES, Debug, new_app, options_from, run
 from ldm.errors import CheckpointError, LdmError, unknown
-from ldm.formats.options import LoadOptions
+from ldm.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from ldm.formats.checkpoint import Checkpoint, Part

@@ -10,6 +10,7 @@ from typer import Argument, Option
 
 from ldm.cli.common import DTYPES, Debug, new_app, options_from, run
 from ldm.errors import SamplingError, unknown
+from ldm.load_options import LoadOptions
 from ldm.sampling_settings import SamplingSettings
 
 if TYPE_CHECKING:
@@ -34,17 +35,13 @@ app = new_app()
 
 
 @app.command()
+@options_from(LoadOptions, into="load")
 @options_from(SamplingSettings, into="settings")
 def sample(
     prompts: Annotated[list[str] | None, Argument(help="One or several prompts; each gives an image.")] = None,
     model: Annotated[
         str, Option(help="Run, file, diffusers folder, hub id, or the name of the shipped model.")
     ] = "emoji",
-    vae: Annotated[str | None, Option(help="Source of a VAE to use instead of the model's.")] = None,
-    prediction_type: Annotated[
-        str | None, Option(help="epsilon or v_prediction, for an SD file that does not contain it.")
-    ] = None,
-    revision: Annotated[str | None, Option(help="Branch, tag or commit of a hub id.")] = None,
     lora: Annotated[list[str] | None, Option(help="LoRA file to load, or FILE:0.8 to scale it; repeatable.")] = None,
     out: Annotated[
         Path | None,
@@ -75,6 +72,7 @@ def sample(
     debug: Debug = False,
     *,
     settings: dict[str, Any],
+    load: dict[str, Any],
 ) -> None:
     """Generate images from PROMPTS and print the names of the files written."""
     if list_samplers:
@@ -98,9 +96,7 @@ def sample(
     if animate:
         check_animation(animate)
     precision = getattr(torch, DTYPES[dtype]) if dtype else None
-    pipe = Pipeline.from_pretrained(
-        model, device, precision, vae=vae, prediction_type=prediction_type, revision=revision
-    )
+    pipe = Pipeline.from_pretrained(model, device, precision, **load)
     for given in lora or []:
         pipe.load_lora(*_scaled(given))
     frames = Animation(pipe)

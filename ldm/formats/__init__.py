@@ -15,9 +15,9 @@ from ldm.formats.clip import is_clip, is_open_clip, read_clip
 from ldm.formats.diffusers_folder import INDEX, folders, is_folder, read_folder, write_folder
 from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.native import CONFIG_BY_FORMAT, save_model
-from ldm.formats.options import LoadOptions, Source
 from ldm.formats.single_file import SINGLE_FILE, read_single_file, write_single_file
 from ldm.formats.tensors import CONFIG, PICKLES, SAFETENSORS, STEMS, read_file, read_metadata
+from ldm.load_options import LoadOptions, Source
 from ldm.model import LatentDiffusion
 
 SHIPPED = "emoji"

@@ -33,8 +33,8 @@ from ldm.formats.native import (
     header_of,
     metadata_of,
 )
-from ldm.formats.options import ARGUMENTS
 from ldm.formats.tensors import to_dtype
+from ldm.load_options import ARGUMENTS
 from ldm.model import Component, LatentDiffusion, ModelConfig, SamplingConfig, components
 from ldm.nn.network_format import NetworkFormat, NetworkKind, Values, import_weights, kind_of
 
