@@ -1,9 +1,10 @@
-"""How good a run is, in numbers: ``tools/evaluate.py`` and ``ldm-evaluate``. The only reader of the test split."""
+"""Evaluation of a run: ``tools/evaluate.py`` and ``ldm-evaluate``. The only reader of the test split."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,13 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.data.samples import Samples
-    from ldm.model import LatentDiffusion
     from ldm.pipeline import Pipeline
     from ldm.training.experiment import Experiment
 
 BATCH = 32
 SHOWN, COLUMNS = 24, 8
-"""Samples on the sheet, and in a row of it."""
+"""Number of generated images on the sheet, and in a row of it."""
 
 HELD_OUT = ("val", "test")
 
@@ -36,15 +36,15 @@ def evaluate(
     split: Annotated[str, Option(help="val, or in the end test.")] = "val",
     overrides: Annotated[list[str] | None, Argument(help="key=value, such as run_dir=runs/mine.")] = None,
     model: Annotated[
-        str | None, Option(help="A model in place of the run's, such as emoji; it has no CLIP to measure.")
+        str | None, Option(help="A model to evaluate instead of the run's, such as emoji; it has no CLIP.")
     ] = None,
-    train_every: Annotated[int, Option(help="Also sample for every so many-th training caption.")] = 28,
-    steps: Annotated[int | None, Option(help="Steps of the sampler. As the model says.")] = None,
-    guidance: Annotated[float | None, Option(help="Guidance scale. As the model says.")] = None,
-    sampler: Annotated[str | None, Option(help="As the model says.")] = None,
+    train_every: Annotated[int, Option(help="Also generate images for every n-th training caption.")] = 28,
+    steps: Annotated[int | None, Option(help="Steps of the sampler; default: that of the model.")] = None,
+    guidance: Annotated[float | None, Option(help="Guidance scale; default: that of the model.")] = None,
+    sampler: Annotated[str | None, Option(help="Name of the sampler; default: that of the model.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure reconstruction, retrieval, and how well samples show what their captions say."""
+    """Measure reconstruction, retrieval, and how well generated images match their captions."""
     from ldm.pipeline import Pipeline
     from ldm.training.experiment import load_config
     from ldm.training.handoff import result_file
@@ -53,40 +53,55 @@ def evaluate(
         raise DataError(unknown("split", split, HELD_OUT))
     keep_freed_memory()
     experiment = load_config(config, overrides or [])
-    out = experiment.folder if model is None else Path()
     pipe = Pipeline.from_pretrained(model or result_file(experiment, "denoiser"))
-    sets = {name: experiment.data.open(name) for name in ("train", *HELD_OUT)}  # a sample is compared with all images
+    run = Run(
+        experiment=experiment if model is None else None,
+        folder=experiment.folder if model is None else Path(),
+        pipe=pipe,
+        sets={
+            name: experiment.data.open(name) for name in ("train", *HELD_OUT)
+        },  # samples are compared with all images
+        split=split,
+        train_every=train_every,
+        settings={"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler},
+    )
     results: dict[str, Any] = {"model": pipe.model.fingerprint, "split": split}
-    results |= {"psnr": reconstruction(pipe.model, sets[split])}
-    if experiment.clip is not None and model is None:
-        results["clip"] = retrieval(experiment, sets, HELD_OUT if split == "test" else (split,))
-    if pipe.model.config.conditioner.input_keys == ("text",):
-        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
-        results["samples"], pictures = listening(pipe, sets, split, train_every, settings)
-        picture = out / f"evaluation-{split}.png"
-        pictures.save(picture)
-        print(f"samples above the true images: {picture}")
+    for measure in MEASUREMENTS:
+        results |= measure(run)
     print(json.dumps(results, indent=2))
-    (out / f"evaluation-{split}.json").write_text(json.dumps(results, indent=2) + "\n")
+    (run.folder / f"evaluation-{split}.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
-def reconstruction(model: LatentDiffusion, samples: Samples) -> float:
-    """Mean PSNR in dB over a split, of the posterior's mean decoded."""
+@dataclass(frozen=True)
+class Run:
+    """Subject of the measurements; ``experiment`` is None for a model that is not of a run."""
+
+    experiment: Experiment | None
+    folder: Path
+    pipe: Pipeline
+    sets: Mapping[str, Samples]
+    split: str
+    train_every: int
+    settings: Mapping[str, Any]
+
+
+def reconstruction(run: Run) -> dict[str, Any]:
+    """Measure the mean PSNR in dB over the split, of the decoded mode of the posterior."""
     import torch
 
     from ldm.data.stream import EvaluationLoader
     from ldm.vae.metrics import psnr
 
-    values = []
+    model, values = run.pipe.model, []
     with torch.inference_mode():
-        for batch in EvaluationLoader(samples, BATCH):
+        for batch in EvaluationLoader(run.sets[run.split], BATCH):
             image = batch["image"].to(next(model.parameters()).device)
             values.append(psnr(image, model.decode(model.encode(image))))
-    return float(torch.cat(values).mean())
+    return {"psnr": float(torch.cat(values).mean())}
 
 
-def retrieval(experiment: Experiment, sets: Mapping[str, Samples], splits: tuple[str, ...]) -> dict[str, float]:
-    """Recall of the run's CLIP among the images and captions of ``splits`` together."""
+def retrieval(run: Run) -> dict[str, Any]:
+    """Measure the recall of the run's CLIP, if it has one, among the images and captions of the split; for test, with val."""
     import torch
 
     from ldm.clip.model import CLIPConfig
@@ -96,27 +111,28 @@ def retrieval(experiment: Experiment, sets: Mapping[str, Samples], splits: tuple
     from ldm.formats.tensors import read_tensors
     from ldm.training.handoff import result_file
 
-    assert experiment.clip is not None
-    path = Path(experiment.clip.checkpoint or result_file(experiment, "clip"))
+    if run.experiment is None or run.experiment.clip is None:
+        return {}
+    path = Path(run.experiment.clip.checkpoint or result_file(run.experiment, "clip"))
     header = read_header(path, CLIP, CLIPConfig)
     assert header.tokenizer is not None
     clip = header.config.build().eval()
     load_strictly(clip, read_tensors(path), path)
     texts, images = [], []
     with torch.inference_mode():
-        for split in splits:
-            for batch in EvaluationLoader(sets[split], BATCH):
+        for split in HELD_OUT if run.split == "test" else (run.split,):
+            for batch in EvaluationLoader(run.sets[split], BATCH):
                 texts.append(clip.encode_text(header.tokenizer(batch["text"])))
                 images.append(clip.encode_image(batch["image"]))
-    return {"pictures": sum(map(len, texts)), **recall_at_k(torch.cat(texts), torch.cat(images))}
+    recalls = recall_at_k(torch.cat(texts), torch.cat(images))
+    return {"clip": {"pictures": sum(map(len, texts)), **recalls}}
 
 
-def listening(
-    pipe: Pipeline, sets: Mapping[str, Samples], split: str, train_every: int, settings: Mapping[str, Any]
-) -> tuple[dict[str, Any], Image]:
-    """How often a sample for a caption looks most like the caption's own image, among those of all splits.
+def caption_match(run: Run) -> dict[str, Any]:
+    """Measure how often the generated image of a caption looks most like the caption's own image, among those of all splits.
 
-    Also returns a sheet of samples above the true images, for captions of ``split`` at even distances: unpicked.
+    Only for models whose one condition is the caption. Also writes a sheet of generated images above the true ones, for captions
+    of the split at even distances.
     """
     import numpy as np
     import torch
@@ -124,28 +140,34 @@ def listening(
     from ldm.clip.retrieval import sample_recall
     from ldm.data.stream import EvaluationLoader
 
-    # Where images of all splits stand, one after the other.
+    if run.pipe.model.config.conditioner.input_keys != ("text",):
+        return {}
+    sets, split = run.sets, run.split
+    # The images of all splits, and the row at which each split begins.
     truths = torch.cat([batch["image"] for samples in sets.values() for batch in EvaluationLoader(samples, BATCH)])
     first = dict(zip(sets, np.cumsum([0, *map(len, sets.values())]), strict=False))
     results: dict[str, Any] = {"among": len(truths)}
-    asked = {
+    selected = {
         split: np.arange(len(sets[split])),
-        f"train[::{train_every}]": np.arange(0, len(sets["train"]), train_every),
+        f"train[::{run.train_every}]": np.arange(0, len(sets["train"]), run.train_every),
     }
-    for name, rows in asked.items():
+    for name, rows in selected.items():
         of = name.partition("[")[0]
         captions = sets[of].annotations(rows)["text"]
-        made = pipe(captions, seed=0, output_type="pt", batch_size=BATCH, **settings).cpu() * 2 - 1
+        made = run.pipe(captions, seed=0, output_type="pt", batch_size=BATCH, **run.settings).cpu() * 2 - 1
         own = torch.from_numpy(rows + first[of])
         results[name] = {"captions": len(rows), **sample_recall(made, truths, own)}
         if name == split:
             shown = np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)
             sheet = side_by_side(made[shown], truths[own[shown]], [captions[i] for i in shown])
-    return results, sheet
+    path = run.folder / f"evaluation-{split}.png"
+    sheet.save(path)
+    print(f"generated images above the true images: {path}")
+    return {"samples": results}
 
 
 def side_by_side(made: Tensor, truths: Tensor, captions: Sequence[str]) -> Image:
-    """Samples above true images, both ``[n 3 h w]`` in [-1, 1], with a caption under each pair."""
+    """Arrange generated above true images, both ``[n 3 h w]`` in [-1, 1], with a caption under each pair."""
     import torch
 
     from ldm.image_output import Images
@@ -154,6 +176,10 @@ def side_by_side(made: Tensor, truths: Tensor, captions: Sequence[str]) -> Image
     return Images.of(pairs).grid(columns=COLUMNS, captions=captions)
 
 
+MEASUREMENTS: tuple[Callable[[Run], dict[str, Any]], ...] = (reconstruction, retrieval, caption_match)
+"""Measurements in the order of their results; one that does not apply to a run returns none."""
+
+
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run(app)

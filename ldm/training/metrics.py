@@ -1,4 +1,4 @@
-"""``metrics.csv``: one file for the whole training of a stage, however often it is resumed."""
+"""``metrics.csv``: one file for the complete training of a stage, however often it is resumed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 class MetricsFile:
-    """Rows of ``step`` and named numbers, appended; a new name adds a column.
+    """File of rows with ``step`` and named numbers; a new name adds a column.
 
     Args:
-        path: of the file; its rows up to ``step`` are kept.
-        step: at which training goes on. Rows beyond it belong to steps that will be taken anew, and are dropped.
+        path: path of the file; its rows up to ``step`` are kept.
+        step: step at which training resumes. Later rows belong to steps that will be repeated, and are dropped.
     """
 
     def __init__(self, path: Path, step: int):
@@ -23,11 +23,12 @@ class MetricsFile:
             with path.open(newline="") as file:
                 reader = csv.DictReader(file)
                 self.columns = list(reader.fieldnames or self.columns)
-                # A process that was killed while writing leaves a last row that may be cut.
+                # A process killed while writing may leave an incomplete last row.
                 self.rows = [row for row in reader if (row["step"] or "").isdigit() and int(row["step"]) <= step]
         self._rewrite()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append a row."""
         row = {"step": str(step)} | {name: f"{value:.6g}" for name, value in values.items()}
         self.rows.append(row)
         new = [name for name in row if name not in self.columns]

@@ -88,6 +88,22 @@ def test_stopped_and_killed_it_goes_on_and_ends_as_if_nothing_had_been(
         ]
 
 
+@pytest.mark.slow
+def test_two_processes_train_the_clip_of_one_with_the_batches_of_both(tmp_path: Path) -> None:
+    """To rounding, which Adam amplifies; the files are written once, and gradients are accumulated on each process."""
+    config, states = write_experiment(tmp_path), []
+    both = ["clip.train.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp"]
+    for name, overrides in (("one", ["clip.train.batch_size=4"]), ("two", both)):
+        settings = [*overrides, "clip.train.accumulate=2", "clip.train.max_steps=3", f"run_dir={tmp_path / name}"]
+        command = [sys.executable, "tools/train.py", "--stage", "clip", "--config", str(config), *settings]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        states.append(load_file(tmp_path / name / "clip" / "final.safetensors"))
+        with (tmp_path / name / "clip" / "metrics.csv").open(newline="") as file:
+            assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3", "3"]
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=1e-3)
+
+
 def test_a_finished_stage_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -39,7 +39,7 @@ from ldm.training.tasks.task import (
     TrainLoss,
     on_device,
 )
-from ldm.training.toy_plots import process_pictures, require_matplotlib
+from ldm.training.toy_plots import process_plots, require_matplotlib
 from ldm.vae import FirstStage
 
 if TYPE_CHECKING:
@@ -128,9 +128,9 @@ class DenoiserTask(Task):
             with torch.device("cpu"):
                 images = {"image": torch.zeros(b, config.first_stage.image_channels, *config.size)}
                 made = conditioner.prepare_batch(images, lambda _: torch.zeros(latent.shape), torch.Generator())
-                told: dict[str, Any] = dict.fromkeys(config.conditioner.input_keys, [None] * b)
-                told |= {name: [pair] * b for name, pair in config.conditioner.defaults(*config.size).items()}
-                cond = conditioner(told | {name: made[name] for name in made.keys() - images.keys()})
+                raw: dict[str, Any] = dict.fromkeys(config.conditioner.input_keys, [None] * b)
+                raw |= {name: [pair] * b for name, pair in config.conditioner.defaults(*config.size).items()}
+                cond = conditioner(raw | {name: made[name] for name in made.keys() - images.keys()})
             return denoiser(latent, torch.empty(b), cond)
 
         return Outline(networks, forward)
@@ -149,8 +149,7 @@ class DenoiserTask(Task):
 
     @property
     def frozen_first_stage(self) -> FirstStage | None:
-        first_stage = self.model.first_stage
-        return None if next(first_stage.parameters(), None) is None else first_stage
+        return self.model.first_stage if self.model.config.first_stage.has_weights else None
 
     def optimizers(self) -> Sequence[OptimizerSpec]:
         return [OptimizerSpec("loss", (self.model, self.loss))]
@@ -167,7 +166,7 @@ class DenoiserTask(Task):
         yield TrainLoss(loss.mean())
 
     def _conditions(self, batch: Mapping[str, Any], generator: torch.Generator) -> Mapping[str, Any]:
-        """The batch with the raw conditions that it lacks, and with those that are made from its images."""
+        """Return the batch with default values of missing raw conditions, and with those that are made from its images."""
         defaults = self.model.config.conditioner.defaults(*self.model.config.size)
         batch = {**{name: [pair] * len(batch["key"]) for name, pair in defaults.items()}, **batch}
         with torch.no_grad():
@@ -218,18 +217,18 @@ class DenoiserTask(Task):
         """
         if self.of_points:
             points = next(iter(EvaluationLoader(splits("val"), POINTS)))["image"]
-            return process_pictures(self.model, points.to(self.device), step.generator)
-        reads = self.config.conditioner.input_keys
-        wanted: dict[str, Any] = {"num_images_per_prompt": PREVIEW}
-        if reads and reads not in (("text",), ("label",)):
-            return {"samples": self._with_originals(reads, splits, step)}
-        if reads:
-            wanted = {"prompt": self.config.prompts} if reads == ("text",) else {"label": self.config.classes}
-        if not all(wanted.values()):
+            return process_plots(self.model, points.to(self.device), step.generator)
+        keys = self.config.conditioner.input_keys
+        arguments: dict[str, Any] = {"num_images_per_prompt": PREVIEW}
+        if keys and keys not in (("text",), ("label",)):
+            return {"samples": self._with_originals(keys, splits, step)}
+        if keys:
+            arguments = {"prompt": self.config.prompts} if keys == ("text",) else {"label": self.config.classes}
+        if not all(arguments.values()):
             return {}
-        samples = Pipeline(self.model)(**wanted, seed=step.seed, progress=False)
+        samples = Pipeline(self.model)(**arguments, seed=step.seed, progress=False)
         scale = max(1, LEAST_SIDE // samples[0].height)
-        return {"samples": samples.grid(captions=bool(reads), scale=scale)}
+        return {"samples": samples.grid(captions=bool(keys), scale=scale)}
 
     def _with_originals(self, keys: tuple[str, ...], splits: Splits, step: Step) -> Preview:
         """Generate images for the conditions of validation images; rows: the conditions, the results, the originals."""

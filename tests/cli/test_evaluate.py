@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm.cli import evaluate as command
+from ldm.training.stages import train_stage
+from tests.experiments import CAPTIONS, tiny_experiment, write_experiment
+
+
+def evaluated(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command in this process and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    return int(stopped.value.code or 0)
+
+
+def test_a_run_is_measured_by_each_of_its_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = write_experiment(tmp_path)
+    one_step = [f"{stage}.train.max_steps=1" for stage in ("vae", "clip", "denoiser")]
+    experiment = tiny_experiment(tmp_path, *one_step)
+    for stage in experiment.stages:
+        train_stage(experiment, stage)
+    settings = ["--train-every", 4, "--steps", 2, f"data.test={tmp_path / 'train.tar'}", *one_step]
+    for split in ("val", "test"):
+        assert evaluated(monkeypatch, "--config", config, "--split", split, *settings) == 0
+        results = json.loads((tmp_path / "run" / f"evaluation-{split}.json").read_text())
+        assert list(results) == ["model", "split", "psnr", "clip", "samples"]
+        assert 0 < results["psnr"] < 60
+        splits = 2 if split == "test" else 1
+        assert results["clip"]["pictures"] == splits * len(CAPTIONS)
+        samples = results["samples"]
+        assert samples["among"] == 3 * len(CAPTIONS)
+        assert samples[split]["captions"] == len(CAPTIONS)
+        assert samples["train[::4]"]["captions"] == 2
+        with Image.open(tmp_path / "run" / f"evaluation-{split}.png") as sheet:
+            assert sheet.width > sheet.height
+
+
+def test_an_unknown_split_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert evaluated(monkeypatch, "--config", write_experiment(tmp_path), "--split", "trial") == 2
+    assert "unknown split 'trial'" in capsys.readouterr().err
