@@ -50,7 +50,7 @@ class LoadOptions:
         for name, value in changes.items():
             if name in FORMER_NAMES:
                 warnings.warn(
-                    f"the option {name!r} is now called {FORMER_NAMES[name]!r}; rename it.", FutureWarning, stacklevel=4
+                    f"the option {name!r} is now called {FORMER_NAMES[name]!r}; rename it.", FutureWarning, stacklevel=3
                 )
             named[FORMER_NAMES.get(name, name)] = value
         fields = [entry.name for entry in dataclasses.fields(cls)]

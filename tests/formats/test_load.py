@@ -9,6 +9,7 @@ from ldm import load
 from ldm.errors import CheckpointError
 from ldm.formats import MODEL_FILE
 from ldm.formats.native import save_model
+from ldm.load_options import LoadOptions
 from tests.tiny import tiny_model
 
 
@@ -56,3 +57,25 @@ def test_what_cannot_be_read_is_told_in_a_sentence(run: Path, tmp_path: Path) ->
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is a folder of no pipeline, of which ldm reads no part"):
         load(tmp_path)
+
+
+def test_options_may_be_given_as_a_record_or_by_name(run: Path) -> None:
+    other = tiny_model(seed=4)
+    save_model(run / "other.safetensors", other, {})
+    record = load(run, LoadOptions(denoiser=run / "other.safetensors"))
+    named = load(run, denoiser=run / "other.safetensors")
+    assert record.fingerprint == named.fingerprint != load(run).fingerprint
+    assert torch.equal(named.denoiser.conv_in.weight, other.denoiser.conv_in.weight)
+    both = LoadOptions(vae=run / "other.safetensors")
+    assert torch.equal(load(run, both, denoiser=run).first_stage.decoder.conv_in.weight,
+                       other.first_stage.decoder.conv_in.weight)  # fmt: skip
+
+
+def test_the_former_name_of_an_option_is_read_with_a_warning(run: Path) -> None:
+    save_model(run / "other.safetensors", tiny_model(seed=4), {})
+    with pytest.warns(FutureWarning, match=r"^the option 'unet' is now called 'denoiser'; rename it\.$") as warned:
+        former = load(run, unet=run / "other.safetensors")
+    assert warned[0].filename == __file__
+    assert former.fingerprint == load(run, denoiser=run / "other.safetensors").fingerprint
+    with pytest.raises(TypeError, match="unknown option 'denoisr'; did you mean 'denoiser'"):
+        load(run, denoisr=run)
