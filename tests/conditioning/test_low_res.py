@@ -223,7 +223,7 @@ def test_the_small_picture_steers_the_sample(tmp_path: Path, patchwork: list[np.
 def test_training_shows_small_pictures_samples_and_the_truth(tmp_path: Path, patchwork: list[np.ndarray]) -> None:
     large = [picture.repeat(4, axis=0).repeat(4, axis=1) for picture in patchwork[:8]]
     train_stage(experiment_on(tmp_path, large, config(), max_steps=1), "denoiser")
-    grid = np.asarray(Image.open(tmp_path / "run" / "denoiser" / "pictures" / "samples_0000001.png"))
+    grid = np.asarray(Image.open(tmp_path / "run" / "denoiser" / "images" / "samples_0000001.png"))
     assert grid.shape == (4 + 3 * 68, 4 + 8 * 68, 3)
     small, _, truth = grid[4:, 4:].reshape(3, 68, 8, 68, 3)[:, :64, :, :64].swapaxes(1, 2)
     assert np.array_equal(truth, np.stack(large))

@@ -409,5 +409,5 @@ def test_the_original_size_steers_the_sample(tmp_path: Path) -> None:
     ).mean((1, 2, 3))
     assert made[0::2].max() < 0.3
     assert made[1::2].min() > 0.7
-    grid = Image.open(tmp_path / "run" / "denoiser" / "pictures" / f"samples_{STEPS:07d}.png")
+    grid = Image.open(tmp_path / "run" / "denoiser" / "images" / f"samples_{STEPS:07d}.png")
     assert grid.width > 64, "made of the config's prompts"

@@ -92,7 +92,7 @@ def test_an_edge_map_says_what_is_drawn_where(tmp_path: Path) -> None:
     pictures = sampled(pipe, condition={"edges": detect_edges(batch["image"])})
     assert contrast(pictures, batch["semantic"] > 0, batch["label"].tolist()).min() > 0.4
 
-    shown = Image.open(tmp_path / "denoiser" / "pictures" / "samples_0000160.png").convert("L")
+    shown = Image.open(tmp_path / "denoiser" / "images" / "samples_0000160.png").convert("L")
     assert shown.height == 3 * (64 + GAP) + GAP, "edges above samples above true images"
     validated = next(iter(EvaluationLoader(Shapes(samples=4, shapes=1, seed=1).open("val"), 4)))["image"]
     for column, edges in enumerate(detect_edges(validated)):

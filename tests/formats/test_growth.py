@@ -46,6 +46,9 @@ class ToyConfig(DenoiserConfig, kind="toy_denoiser"):
         return ToyDenoiser(self)
 
 
+del DenoiserConfig.kinds["toy_denoiser"]  # known while a test of this file runs
+
+
 class ToyDenoiser(nn.Module):
     def __init__(self, config: ToyConfig):
         super().__init__()
@@ -93,6 +96,7 @@ class ToyFolder(FolderFormat):
 @pytest.fixture
 def toy() -> Iterator[Any]:
     register(NetworkKind(ToyConfig, "toy denoiser", (ToyFile(),), (ToyFolder(),)))
+    DenoiserConfig.kinds["toy_denoiser"] = ToyConfig
     vae = {"kind": "autoencoder_kl", "widths": [32, 32], "blocks": 1}
     tower = {"vocab_size": 300, "context_length": 12, "width": 64, "layers": 1, "heads": 1}
     conditioner = {"kind": "text", "tower": tower}
@@ -101,7 +105,7 @@ def toy() -> Iterator[Any]:
     model.first_stage.latent_mean.zero_()
     model.first_stage.latent_std.fill_(1 / 0.18215)
     yield model
-    del KINDS[ToyConfig]
+    del KINDS[ToyConfig], DenoiserConfig.kinds["toy_denoiser"]
 
 
 def assert_same(model: nn.Module, other: nn.Module) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ldm.stages import train_stage
 from ldm.vae.statistics import measure_latents
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,6 +20,7 @@ from ldm.data.latents import cache_latents
 from ldm.data.samples import BatchIndices
 from ldm.errors import ConfigError
 from ldm.formats import load
+from ldm.training.stages import train_stage
 from ldm.vae import VQ, FirstStageConfig, Tiling
 from ldm.vae.vq import Codebook, QuantizedLatent
 from tests.data.pictures import write_shards
