@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ldm.vae.statistics import measure_latents
+from ldm.vae.metrics import measure_latents
 from safetensors.torch import load_file
 from torch import Tensor
 
