@@ -130,7 +130,7 @@ def test_what_cannot_be_alone_is_told(
     two = {name: tensor for name, tensor in one.items() if not name.startswith("cond_stage_model.")}
     save_file(two, tmp_path / "two.safetensors")
     assert convert(tmp_path / "two.safetensors", tmp_path / "x.safetensors") == 2
-    assert "neither a whole model nor a single network; name what is missing (text_encoder)" in capsys.readouterr().err
+    assert "neither a complete model nor a single network; name what is missing (text_encoder)" in capsys.readouterr().err
 
 
 def test_a_text_encoder_goes_to_a_folder_with_its_tokenizer(convert: Command, file: Path, tmp_path: Path) -> None:
