@@ -250,8 +250,8 @@ def test_keys_of_other_classes_are_ignored() -> None:
         ("DPMSolverMultistepScheduler", "use_lu_lambdas", True, "timestep_spacing"),
         ("UniPCMultistepScheduler", "disable_corrector", [0], "corrector"),
         ("EulerDiscreteScheduler", "use_beta_sigmas", True, "noise levels"),
-        ("FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting", True, "size of the image"),
-        ("EDMEulerScheduler", "rho", 5.0, "has 7"),
+        ("FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting", True, "the image size"),
+        ("EDMEulerScheduler", "rho", 5.0, "uses 7"),
     ],
 )
 def test_what_we_do_otherwise_is_told(name: str, setting: str, value: Any, what: str) -> None:
@@ -264,7 +264,7 @@ def test_an_unknown_class_is_told_and_gives_way() -> None:
     diffusion, sampling, told = read("TCDScheduler", **SD, prediction_type="v_prediction")
     assert diffusion == Diffusion(ScaledLinear(), V())
     assert (sampling.sampler, sampling.spacing) == ("dpmpp_2m", "trailing")
-    assert told == {"_class_name": "TCDScheduler is not known here; dpmpp_2m takes its place."}
+    assert told == {"_class_name": "TCDScheduler is unknown; dpmpp_2m is used instead."}
 
 
 @pytest.mark.parametrize(

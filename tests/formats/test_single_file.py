@@ -122,7 +122,7 @@ def test_averaged_weights_are_taken_unless_asked_not_to(files: dict[str, Path], 
     for name, tensor in emaonly.denoiser.state_dict().items():
         assert torch.equal(with_ema.denoiser.state_dict()[name], tensor + 1)
         assert torch.equal(without.denoiser.state_dict()[name], tensor)
-    assert any("averaged" in note for note in read(path).notes)
+    assert any("EMA weights" in note for note in read(path).notes)
 
 
 def test_what_no_network_needs_is_ignored_by_name_and_told(files: dict[str, Path], tmp_path: Path) -> None:
