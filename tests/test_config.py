@@ -94,7 +94,7 @@ def test_numbers_are_read_as_yaml_writes_them() -> None:
         ({"name": "a", "spare": {"shape": {"radius": 1}}}, r"spare\.shape: give a kind, one of box, circle"),
         ({"name": "a", "spare": {"shape": None}}, r"spare\.shape: give a kind"),
         ({"name": "a", "spare": 3}, "spare: expected a section with the keys of Part, found 3"),
-        ({"name": 3}, "name: expected a text, found 3"),
+        ({"name": 3}, "name: expected a string, found 3"),
         ({"name": "a", "on": 1}, "on: expected true or false, found 1"),
         ({"name": "a", "parts": [{"shape": "circle", "count": 1.5}]}, r"parts\[0\]\.count: expected a whole number, found 1\.5"),
         ({"name": "a", "parts": [{"shape": "circle", "count": True}]}, r"parts\[0\]\.count: expected a whole number, found True"),
@@ -213,12 +213,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         read_yaml(child)
     with pytest.raises(ConfigError, match=r"broken\.yaml is not valid YAML"):
         read_yaml(write(tmp_path / "broken.yaml", "a: [1"))
-    with pytest.raises(ConfigError, match=r"list\.yaml holds no section"):
+    with pytest.raises(ConfigError, match=r"list\.yaml contains no section"):
         read_yaml(write(tmp_path / "list.yaml", "[1, 2]"))
 
 
 def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", "base: b.yaml")
     write(tmp_path / "b.yaml", "base: a.yaml")
-    with pytest.raises(ConfigError, match="leads back to itself"):
+    with pytest.raises(ConfigError, match="its bases are circular"):
         read_yaml(tmp_path / "a.yaml")

@@ -1,4 +1,4 @@
-"""How good a run is, in numbers: ``tools/evaluate.py`` and ``ldm-evaluate``. The only reader of the test split."""
+"""Evaluation of a run: ``tools/evaluate.py`` and ``ldm-evaluate``. Only this command reads the test split."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BATCH = 32
 SHOWN, COLUMNS = 24, 8
-"""Samples on the sheet, and in a row of it."""
+"""Number of samples on the sheet, and in each of its rows."""
 
 HELD_OUT = ("val", "test")
 
@@ -32,19 +32,23 @@ app = new_app()
 
 @app.command()
 def evaluate(
-    config: Annotated[Path, Option(help="YAML of the experiment.")],
-    split: Annotated[str, Option(help="val, or in the end test.")] = "val",
-    overrides: Annotated[list[str] | None, Argument(help="key=value, such as run_dir=runs/mine.")] = None,
-    model: Annotated[
-        str | None, Option(help="A model in place of the run's, such as emoji; it has no CLIP to measure.")
+    config: Annotated[Path, Option(help="YAML file of the experiment.")],
+    split: Annotated[str, Option(help="Split to evaluate: val, or test for final results. Default: val.")] = "val",
+    overrides: Annotated[
+        list[str] | None, Argument(help="Overrides of the config as key=value, such as run_dir=runs/mine.")
     ] = None,
-    train_every: Annotated[int, Option(help="Also sample for every so many-th training caption.")] = 28,
-    steps: Annotated[int | None, Option(help="Steps of the sampler. As the model says.")] = None,
-    guidance: Annotated[float | None, Option(help="Guidance scale. As the model says.")] = None,
-    sampler: Annotated[str | None, Option(help="As the model says.")] = None,
+    model: Annotated[
+        str | None, Option(help="Model to evaluate without its CLIP, such as emoji. Default: the model of the run.")
+    ] = None,
+    train_every: Annotated[
+        int, Option(help="Interval N: every N-th training caption is sampled too. Default: 28.")
+    ] = 28,
+    steps: Annotated[int | None, Option(help="Number of sampling steps. Default: from the model's config.")] = None,
+    guidance: Annotated[float | None, Option(help="Guidance scale. Default: from the model's config.")] = None,
+    sampler: Annotated[str | None, Option(help="Name of the sampler. Default: from the model's config.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure reconstruction, retrieval, and how well samples show what their captions say."""
+    """Measure reconstruction, retrieval, and how well samples match their captions."""
     from ldm.pipeline import Pipeline
     from ldm.training.experiment import load_config
     from ldm.training.handoff import result_file
@@ -62,16 +66,16 @@ def evaluate(
         results["clip"] = retrieval(experiment, sets, HELD_OUT if split == "test" else (split,))
     if pipe.model.config.conditioner.input_keys == ("text",):
         settings = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
-        results["samples"], pictures = listening(pipe, sets, split, train_every, settings)
-        picture = out / f"evaluation-{split}.png"
-        pictures.save(picture)
-        print(f"samples above the true images: {picture}")
+        results["samples"], sheet = caption_recall(pipe, sets, split, train_every, settings)
+        path = out / f"evaluation-{split}.png"
+        sheet.save(path)
+        print(f"samples above the true images: {path}")
     print(json.dumps(results, indent=2))
     (out / f"evaluation-{split}.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 def reconstruction(model: LatentDiffusion, samples: Samples) -> float:
-    """Mean PSNR in dB over a split, of the posterior's mean decoded."""
+    """Return the mean PSNR in dB over a split of reconstructions from the posterior's mean."""
     import torch
 
     from ldm.data.stream import EvaluationLoader
@@ -86,7 +90,7 @@ def reconstruction(model: LatentDiffusion, samples: Samples) -> float:
 
 
 def retrieval(experiment: Experiment, sets: Mapping[str, Samples], splits: tuple[str, ...]) -> dict[str, float]:
-    """Recall of the run's CLIP among the images and captions of ``splits`` together."""
+    """Return the retrieval recall of the run's CLIP over the images and captions of ``splits`` together."""
     import torch
 
     from ldm.clip.model import CLIPConfig
@@ -111,12 +115,12 @@ def retrieval(experiment: Experiment, sets: Mapping[str, Samples], splits: tuple
     return {"pictures": sum(map(len, texts)), **recall_at_k(torch.cat(texts), torch.cat(images))}
 
 
-def listening(
+def caption_recall(
     pipe: Pipeline, sets: Mapping[str, Samples], split: str, train_every: int, settings: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Image]:
-    """How often a sample for a caption looks most like the caption's own image, among those of all splits.
+    """Return how often the nearest image to a caption's sample, among the images of all splits, is the caption's own.
 
-    Also returns a sheet of samples above the true images, for captions of ``split`` at even distances: unpicked.
+    The second result is a sheet of samples above the true images, for evenly spaced captions of ``split``.
     """
     import numpy as np
     import torch
@@ -124,15 +128,15 @@ def listening(
     from ldm.clip.retrieval import sample_recall
     from ldm.data.stream import EvaluationLoader
 
-    # Where images of all splits stand, one after the other.
+    # Images of all splits, concatenated; ``first`` is the offset of each split.
     truths = torch.cat([batch["image"] for samples in sets.values() for batch in EvaluationLoader(samples, BATCH)])
     first = dict(zip(sets, np.cumsum([0, *map(len, sets.values())]), strict=False))
     results: dict[str, Any] = {"among": len(truths)}
-    asked = {
+    rows_by_name = {
         split: np.arange(len(sets[split])),
         f"train[::{train_every}]": np.arange(0, len(sets["train"]), train_every),
     }
-    for name, rows in asked.items():
+    for name, rows in rows_by_name.items():
         of = name.partition("[")[0]
         captions = sets[of].annotations(rows)["text"]
         made = pipe(captions, seed=0, output_type="pt", batch_size=BATCH, **settings).cpu() * 2 - 1
@@ -145,7 +149,7 @@ def listening(
 
 
 def side_by_side(made: Tensor, truths: Tensor, captions: Sequence[str]) -> Image:
-    """Samples above true images, both ``[n 3 h w]`` in [-1, 1], with a caption under each pair."""
+    """Return a grid of samples above true images, both ``[n 3 h w]`` in [-1, 1], with a caption under each pair."""
     import torch
 
     from ldm.image_output import Images
@@ -155,5 +159,5 @@ def side_by_side(made: Tensor, truths: Tensor, captions: Sequence[str]) -> Image
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run(app)

@@ -11,8 +11,8 @@ class MetricsFile:
     """Rows of ``step`` and named numbers, appended; a new name adds a column.
 
     Args:
-        path: of the file; its rows up to ``step`` are kept.
-        step: at which training goes on. Rows beyond it belong to steps that will be taken anew, and are dropped.
+        path: path of the file; its rows up to ``step`` are kept.
+        step: step from which training continues. Later rows are dropped, since their steps will be repeated.
     """
 
     def __init__(self, path: Path, step: int):

@@ -1,4 +1,4 @@
-"""What the two-dimensional toys show while they train: the forward and the reverse process as scatter plots."""
+"""Previews of two-dimensional toy models: the forward and the reverse process as scatter plots."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = 10
-"""States of a process that are shown side by side, in two rows."""
+"""Number of states of a process that are shown side by side, in two rows."""
 
 FRAMES = 50
-"""States of a process in the animation, about."""
+"""Approximate number of states of a process in the animation."""
 
 MARGIN = 0.4
-"""Inches for the title over a panel and the numbers under it."""
+"""Space in inches for the title above a panel and the numbers below it."""
 
 
 def require_matplotlib() -> None:
-    """Fail before the training, not after it.
+    """Check before the training that matplotlib is installed.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -41,29 +41,29 @@ def require_matplotlib() -> None:
         raise missing_extra("matplotlib", "the plots of two-dimensional data", "toy") from None
 
 
-def process_pictures(
+def process_images(
     model: LatentDiffusion, x0: Tensor, generator: torch.Generator
 ) -> dict[str, Image.Image | list[Image.Image]]:
-    """Both processes, ``PANELS`` states each, as ``forward`` and ``reverse``; one after the other as ``diffusion``.
+    """Plot both processes, ``PANELS`` states each, as ``forward`` and ``reverse``; and animate them in sequence as ``diffusion``.
 
     Args:
-        model: of two-dimensional points.
-        x0: points of the data, ``[n 2 1 1]``; as many are sampled.
-        generator: of the noise of both.
+        model: model of two-dimensional points.
+        x0: points of the data, ``[n 2 1 1]``; the same number is sampled.
+        generator: generator of the noise of both processes.
     """
     processes = {"forward": forward_process(model, x0, generator), "reverse": reverse_process(model, x0, generator)}
-    pictures: dict[str, Image.Image | list[Image.Image]] = {}
+    images: dict[str, Image.Image | list[Image.Image]] = {}
     frames: list[Image.Image] = []
     for name, states in processes.items():
         steps = len(states) - 1
         titled = [(f"{name}, {step} of {steps}", state) for step, state in enumerate(states)]
-        pictures[name] = draw_panels([titled[i] for i in np.linspace(0, steps, min(PANELS, steps + 1)).astype(int)])
+        images[name] = draw_panels([titled[i] for i in np.linspace(0, steps, min(PANELS, steps + 1)).astype(int)])
         frames += draw_frames(titled[:: max(1, steps // FRAMES)])
-    return pictures | {"diffusion": frames}
+    return images | {"diffusion": frames}
 
 
 def forward_process(model: LatentDiffusion, x0: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """From the data to noise along the levels that are sampled: ``[n 2]`` at the start and after each step.
+    """Return the states ``[n 2]`` from data to noise along the sampler's noise levels, at the start and after each step.
 
     x_i = x_{i-1} + sqrt(s_i^2 - s_{i-1}^2) n, drawn divided by sqrt(1 + s_i^2): the x_t of Ho et al. 2006.11239, equation 2.
     """
@@ -77,7 +77,7 @@ def forward_process(model: LatentDiffusion, x0: Tensor, generator: torch.Generat
 
 
 def reverse_process(model: LatentDiffusion, x0: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """From unit noise, as many points as ``x0``, to samples: ``[n 2]`` at the start and after each step of the sampler."""
+    """Return the states ``[n 2]`` from unit noise to samples, as many as ``x0``, at the start and after each sampler step."""
     unit, seed = torch.randn(x0.shape, generator=generator), int(torch.randint(2**31, (), generator=generator))
     pipe = Pipeline(model)
     start = float(pipe.noise_levels()[0])
@@ -94,7 +94,7 @@ def reverse_process(model: LatentDiffusion, x0: Tensor, generator: torch.Generat
 
 
 def draw_panels(states: Sequence[tuple[str, Tensor]]) -> Image.Image:
-    """Titled points ``[n 2]``, a panel each, in two rows."""
+    """Draw titled points ``[n 2]`` in one panel each, in two rows."""
     from matplotlib.figure import Figure
 
     columns = (len(states) + 1) // 2
@@ -108,7 +108,7 @@ def draw_panels(states: Sequence[tuple[str, Tensor]]) -> Image.Image:
 
 
 def draw_frames(states: Sequence[tuple[str, Tensor]]) -> list[Image.Image]:
-    """Titled points ``[n 2]``, an image each, all of one size."""
+    """Draw titled points ``[n 2]`` as one image each, all of the same size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2, 3.2 + MARGIN), dpi=100)
@@ -122,7 +122,7 @@ def draw_frames(states: Sequence[tuple[str, Tensor]]) -> list[Image.Image]:
 
 
 def _scatter(panel: Axes, title: str, points: Tensor) -> None:
-    """Points in a square around 0 that holds nearly all of them: the cloud is seen, its scale is read from the axes."""
+    """Draw points in a square around 0 that contains nearly all of them; the axes show the scale."""
     half = 1.2 * float(points.abs().amax(dim=1).quantile(0.98))
     panel.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=4, alpha=0.4, linewidths=0, color="tab:red")
     panel.set(xlim=(-half, half), ylim=(-half, half), aspect="equal")

@@ -39,7 +39,7 @@ from ldm.training.tasks.task import (
     TrainLoss,
     on_device,
 )
-from ldm.training.toy_plots import process_pictures, require_matplotlib
+from ldm.training.toy_plots import process_images, require_matplotlib
 from ldm.vae import FirstStage
 
 if TYPE_CHECKING:
@@ -50,10 +50,10 @@ BINS = 5
 """Number of equal parts of the schedule for which the validation loss is reported."""
 
 PREVIEW = 8
-"""Number of generated images that are shown of an unconditional model, and of one that is conditioned on images."""
+"""Number of generated images in the previews of an unconditional model, and of one that is conditioned on images."""
 
 POINTS = 2000
-"""Number of points that are shown of a two-dimensional model."""
+"""Number of points in the previews of a two-dimensional model."""
 
 LEAST_SIDE = 64
 """Height in pixels to which smaller generated images are enlarged."""
@@ -63,11 +63,11 @@ LEAST_SIDE = 64
 class DenoiserStage:
     """Stage 3: network, conditioner and diffusion, and how they are trained."""
 
-    model: DenoiserConfig = config_field(help="the network")
+    model: DenoiserConfig = config_field(help="denoising network")
     conditioner: ConditionerConfig = config_field(help="what the denoiser is conditioned on")
-    train: TrainConfig = config_field(help="its training")
+    train: TrainConfig = config_field(help="training of the stage")
     diffusion: Diffusion = config_field(Diffusion(), "schedule and parametrization")
-    loss: DenoisingLossConfig = config_field(WeightedLossConfig(), "the denoising loss")
+    loss: DenoisingLossConfig = config_field(WeightedLossConfig(), "denoising loss")
     sampling: SamplingConfig = config_field(SamplingConfig(), "default sampling of the trained model")
     prompts: tuple[str, ...] = config_field((), "prompts of the image grids made during training")
     classes: tuple[int, ...] = config_field((), "class labels of the image grids made during training")
@@ -94,7 +94,7 @@ class DenoiserTask(Task):
 
     @classmethod
     def build(cls, experiment: Experiment, handoff: Handoff) -> DenoiserTask:
-        """Build the model with the first stage and the encoders of conditions that the preceding stages have left."""
+        """Build the model with the first stage and the encoders of conditions of the preceding stages."""
         clip = None if experiment.clip is None else handoff.predecessor("clip")
         config = experiment.model_config
         conditioner = config.conditioner.with_tokenizer(handoff.tokenizer)
@@ -115,7 +115,7 @@ class DenoiserTask(Task):
         networks: dict[str, nn.Module] = {"denoiser": denoiser, "first stage": first_stage}
         factor = config.first_stage.factor
         latent = torch.empty(b, config.first_stage.latent_channels, *(side // factor for side in config.size))
-        # The tokenizers of the run may not exist yet; any that makes as many tokens of a text will do.
+        # The tokenizers of the run may not exist yet; any tokenizer with the same number of tokens suffices.
         clip = None if experiment.clip is None else _any_tokenizer(experiment.clip.tokenizer)
         with native.WithoutInit():
             described = config.conditioner.with_tokenizer(lambda tokenizer, _: _any_tokenizer(tokenizer))
@@ -128,9 +128,9 @@ class DenoiserTask(Task):
             with torch.device("cpu"):
                 images = {"image": torch.zeros(b, config.first_stage.image_channels, *config.size)}
                 made = conditioner.prepare_batch(images, lambda _: torch.zeros(latent.shape), torch.Generator())
-                told: dict[str, Any] = dict.fromkeys(config.conditioner.input_keys, [None] * b)
-                told |= {name: [pair] * b for name, pair in config.conditioner.defaults(*config.size).items()}
-                cond = conditioner(told | {name: made[name] for name in made.keys() - images.keys()})
+                raw: dict[str, Any] = dict.fromkeys(config.conditioner.input_keys, [None] * b)
+                raw |= {name: [pair] * b for name, pair in config.conditioner.defaults(*config.size).items()}
+                cond = conditioner(raw | {name: made[name] for name in made.keys() - images.keys()})
             return denoiser(latent, torch.empty(b), cond)
 
         return Outline(networks, forward)
@@ -167,7 +167,7 @@ class DenoiserTask(Task):
         yield TrainLoss(loss.mean())
 
     def _conditions(self, batch: Mapping[str, Any], generator: torch.Generator) -> Mapping[str, Any]:
-        """The batch with the raw conditions that it lacks, and with those that are made from its images."""
+        """Return the batch with defaults for missing raw conditions, and with conditions that are made from its images."""
         defaults = self.model.config.conditioner.defaults(*self.model.config.size)
         batch = {**{name: [pair] * len(batch["key"]) for name, pair in defaults.items()}, **batch}
         with torch.no_grad():
@@ -218,18 +218,18 @@ class DenoiserTask(Task):
         """
         if self.of_points:
             points = next(iter(EvaluationLoader(splits("val"), POINTS)))["image"]
-            return process_pictures(self.model, points.to(self.device), step.generator)
-        reads = self.config.conditioner.input_keys
-        wanted: dict[str, Any] = {"num_images_per_prompt": PREVIEW}
-        if reads and reads not in (("text",), ("label",)):
-            return {"samples": self._with_originals(reads, splits, step)}
-        if reads:
-            wanted = {"prompt": self.config.prompts} if reads == ("text",) else {"label": self.config.classes}
-        if not all(wanted.values()):
+            return process_images(self.model, points.to(self.device), step.generator)
+        keys = self.config.conditioner.input_keys
+        arguments: dict[str, Any] = {"num_images_per_prompt": PREVIEW}
+        if keys and keys not in (("text",), ("label",)):
+            return {"samples": self._with_originals(keys, splits, step)}
+        if keys:
+            arguments = {"prompt": self.config.prompts} if keys == ("text",) else {"label": self.config.classes}
+        if not all(arguments.values()):
             return {}
-        samples = Pipeline(self.model)(**wanted, seed=step.seed, progress=False)
+        samples = Pipeline(self.model)(**arguments, seed=step.seed, progress=False)
         scale = max(1, LEAST_SIDE // samples[0].height)
-        return {"samples": samples.grid(captions=bool(reads), scale=scale)}
+        return {"samples": samples.grid(captions=bool(keys), scale=scale)}
 
     def _with_originals(self, keys: tuple[str, ...], splits: Splits, step: Step) -> Preview:
         """Generate images for the conditions of validation images; rows: the conditions, the results, the originals."""
@@ -254,5 +254,5 @@ def _entries(values: Any) -> list[Any]:
 
 
 def _any_tokenizer(kind: TokenizerConfig) -> Tokenizer:
-    """Return a tokenizer that makes as many tokens of a text as the one that ``kind`` describes."""
+    """Return a tokenizer with the vocabulary size and context length of ``kind``."""
     return train_byte_bpe([""], kind.vocab_size, kind.context_length)
