@@ -36,7 +36,7 @@ class ConditionerConfig(Kind):
         return ()
 
     def defaults(self, height: int, width: int) -> Mapping[str, Pair]:
-        """Return the raw conditions that a caller may omit, each with its default value for images of ``height`` × ``width`` pixels."""
+        """Return the raw conditions that a caller may omit, with defaults for images of ``height`` × ``width`` pixels."""
         return {}
 
     @property

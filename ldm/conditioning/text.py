@@ -65,7 +65,7 @@ class TextConditionerConfig(ConditionerConfig, kind="text"):
 
 
 class TextConditioner(Conditioner):
-    """Tokenizer and text tower. A string is truncated to the tower's length unless it is a :class:`ldm.prompts.WeightedPrompt`."""
+    """Tokenizer and text tower. Strings are truncated to the tower's length, except a :class:`ldm.prompts.WeightedPrompt`."""
 
     def __init__(self, config: TextConditionerConfig, tower: TextTowerConfig, tokenizer: Tokenizer):
         super().__init__()

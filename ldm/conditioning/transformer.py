@@ -205,7 +205,7 @@ def _encoder_config(architecture: Mapping[str, Any]) -> Any:
         return AutoConfig.for_model(architecture["model_type"], **values)
     except Exception as error:  # each config class raises its own errors
         raise CheckpointError(
-            f"the encoder's architecture cannot be built ({first_line(error)}); install the version of transformers that wrote it."
+            f"the encoder's architecture cannot be built ({first_line(error)}); install the transformers version that wrote it."
         ) from None
 
 

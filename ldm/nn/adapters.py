@@ -211,8 +211,8 @@ class Adapted:
 def attach(layer: nn.Module, *adapters: AdapterLayer) -> None:
     """Make ``layer`` add what ``adapters``, and no others, return; without adapters, its original class is restored.
 
-    This changes the class of the layer. A network that was compiled checks classes and attributes of its layers, and is recompiled
-    where they have changed; forward hooks that are added after compiling would be ignored.
+    This changes the class of the layer. A network that was compiled checks classes and attributes of its layers, and is
+    recompiled where they have changed; forward hooks that are added after compiling would be ignored.
     """
     plain: Any = layer.plain if isinstance(layer, Adapted) else type(layer)
     layer.__class__ = _adapted(plain) if adapters else plain
@@ -232,7 +232,7 @@ def _new(plain: Any) -> Any:
 
 
 def unwrapped(module: M) -> M:
-    """Return a view of ``module`` without the wrappers of ``torch.compile``, whose ``_orig_mod`` would be part of the parameter names."""
+    """Return a view of ``module`` without the wrappers of ``torch.compile``, which put ``_orig_mod`` into parameter names."""
     module = cast(M, getattr(module, "_orig_mod", module))
     children = {name: child if child is None else unwrapped(child) for name, child in module._modules.items()}
     if all(child is module._modules[name] for name, child in children.items()):

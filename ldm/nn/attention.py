@@ -24,7 +24,7 @@ class AttentionOptions:
 
 
 class Attention(nn.Module):
-    """Multi-head attention softmax(q k^T / sqrt(d)) v with queries from ``x`` and keys and values from ``context`` (default: ``x`` itself).
+    """Multi-head attention softmax(q k^T / sqrt(d)) v: queries from ``x``, keys and values from ``context`` (default: ``x``).
 
     Args:
         width: channels of ``x`` and of the result.

@@ -52,7 +52,7 @@ def new_lora(
     name: str = "lora",
     generator: torch.Generator | None = None,
 ) -> Adapter:
-    """Create a LoRA for training: A is initialized like the weight of ``nn.Linear``, B with zeros, so that it has no effect at first.
+    """Create a LoRA for training: A is initialized like the weight of ``nn.Linear``, B with zeros (no effect at first).
 
     ``model.adapters.add(model, new_lora(model))`` adds it to the model; ``model.adapters.parameters()`` are its fp32 weights.
 
