@@ -1,4 +1,7 @@
-"""Conditioner for boxes with classes, each one context token (cf. Li et al. 2023, GLIGEN, arXiv 2301.07093)."""
+"""Conditioner for boxes with their classes, each encoded as one token of the context.
+
+Cf. Li et al. 2023 (GLIGEN, arXiv 2301.07093).
+"""
 
 from __future__ import annotations
 

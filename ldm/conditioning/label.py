@@ -1,4 +1,7 @@
-"""Conditioner for class labels: a learned vector, added to the noise embedding (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+"""Conditioner for class labels, each a learned vector that is added to the embedding of the noise level.
+
+Dhariwal & Nichol 2021 (arXiv 2105.05233).
+"""
 
 from __future__ import annotations
 

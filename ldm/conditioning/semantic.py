@@ -1,4 +1,7 @@
-"""Conditioner for semantic maps, concatenated to the latent (Rombach et al. 2022, arXiv 2112.10752, section 4.3.2)."""
+"""Conditioner for semantic maps, one-hot or embedded, which are concatenated to the latent.
+
+Rombach et al. 2022 (arXiv 2112.10752), section 4.3.2.
+"""
 
 from __future__ import annotations
 
