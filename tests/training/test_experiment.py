@@ -62,7 +62,7 @@ def test_one_tower_serves_clip_and_denoiser(tmp_path: Path) -> None:
         ("denoiser.model.vector_width=null", "the denoiser's vector_width is None, but the conditioner gives 16"),
         ("clip.model.text.heads=3", r"clip\.model\.text: 3 heads do not divide"),
         ("clip.model.text.vocab_size=290", r"clip\.tokenizer makes up to 12 tokens below 300, but .* vocab_size 290"),
-        ("clip=null", "denoiser.conditioner reads text, but there is no clip section"),
+        ("clip=null", "denoiser.conditioner takes text, but there is no clip section"),
         ("data.size=17", "the size 17 x 17 is not divisible by the first stage's factor 2"),
         ("vae.model.image_channels=1", r"vae\.model\.image_channels is 1, but the data's images have 3"),
         ("denoiser.sampling.sampler=eular", r"denoiser\.sampling: unknown sampler 'eular'; did you mean 'euler'\?"),
