@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["LatentDiffusion", "Pipeline", "__version__", "load", "load_config"]
 
-_HOMES = {
+_MODULES = {
     "LatentDiffusion": "ldm.model",
     "Pipeline": "ldm.pipeline",
     "load": "ldm.formats",
@@ -27,9 +27,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first asked for (PEP 562): a command's --help does not wait for torch, and a pipeline does
-    # not load what only training needs.
-    if name not in _HOMES:
+    # Imported at first access (PEP 562), so that a command's --help does not import torch, and a pipeline does not
+    # import what only training needs.
+    if name not in _MODULES:
         raise AttributeError(f"module 'ldm' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
     return value

@@ -1,10 +1,10 @@
-"""From YAML and overrides to typed, frozen dataclasses, strictly.
+"""Strict conversion of YAML and overrides to typed, frozen dataclasses.
 
-Three ideas. A *config* is a frozen dataclass; its fields say type, default and one sentence of help (:func:`config_field`). A
+Three ideas. A *config* is a frozen dataclass; each field has a type, a default and a help sentence (:func:`config_field`). A
 *kind* is an entry of a registry: ``class Schedule(Kind)`` opens a family, ``class Cosine(Schedule, kind="cosine")`` adds an
 entry, and a field of type ``Schedule`` is written ``{kind: cosine, ...}`` (or just ``cosine``) in YAML; ``class Loss(Kind,
 default="l2")`` opens a family whose sections may leave ``kind`` out. :func:`from_dict`
-turns plain values into configs and refuses whatever it does not know, naming the place and the near miss.
+turns plain values into configs and rejects unknown keys and values; its errors name the place and the closest valid name.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def config_field(
     """Declare a field of a config.
 
     Args:
-        default: its default; without one the field is required.
-        help: the sentence that the config reference prints for it.
-        factory: makes the default, for mutable values.
+        default: default value; without one the field is required.
+        help: sentence for the config reference.
+        factory: function that makes the default, for mutable values.
         formerly: an older name of the field; it is still read, with a warning that names the new one.
         omit_default: leave the field out of :func:`to_dict` while it has its default. For fields that are added to a
             config whose dictionary is part of fingerprints, so that those of existing files do not change.
@@ -48,7 +48,7 @@ def config_field(
 class Kind:
     """Base of the registries: a direct subclass opens a family, a subclass with ``kind=`` adds an entry to its family.
 
-    A family with ``default=`` takes that kind for a section that names none.
+    In a family with ``default=``, a section without ``kind`` is of that kind.
     """
 
     kinds: ClassVar[dict[str, type]]
@@ -66,7 +66,7 @@ class Kind:
 
 
 def from_dict(cls: type[T], node: Any, where: str = "") -> T:
-    """Plain values (of YAML or JSON) as an instance of the config ``cls``.
+    """Convert plain values (of YAML or JSON) to an instance of the config ``cls``.
 
     Args:
         cls: a dataclass, or a family of kinds.
@@ -74,7 +74,7 @@ def from_dict(cls: type[T], node: Any, where: str = "") -> T:
         where: dotted place of the node in the file, for the error messages.
 
     Raises:
-        ConfigError: unknown or missing key, wrong type, or a combination that the config itself refuses.
+        ConfigError: unknown or missing key, wrong type, or a combination that the config itself rejects.
     """
     if issubclass(cls, Kind) and not hasattr(cls, "kind"):
         node = {"kind": node} if isinstance(node, str) else node
@@ -106,7 +106,7 @@ def from_dict(cls: type[T], node: Any, where: str = "") -> T:
 
 
 def to_dict(config: Any) -> Any:
-    """The inverse of :func:`from_dict`: dicts, lists and plain values, with ``kind`` where there is one."""
+    """Convert a config to dicts, lists and plain values, with the ``kind`` of each; the inverse of :func:`from_dict`."""
     if dataclasses.is_dataclass(config):
         kind: dict[str, Any] = {"kind": config.kind} if isinstance(config, Kind) else {}
         fields = [f for f in dataclasses.fields(config) if f.init and not _is_omitted(f, getattr(config, f.name))]
@@ -123,7 +123,7 @@ def _is_omitted(field: dataclasses.Field[Any], value: Any) -> bool:
 
 
 def _with_current_names(node: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The section with the former names of fields replaced by the current ones; a warning names each."""
+    """Return the section with former names of fields replaced by the current ones, with a warning for each."""
     former = {field.metadata.get("formerly"): name for name, field in fields.items()}
     renamed = {}
     for key, value in node.items():
@@ -137,17 +137,17 @@ def _with_current_names(node: Mapping[str, Any], fields: Mapping[str, Any], wher
 
 
 def to_yaml(config: Any) -> str:
-    """A config as the text of a YAML file, its keys in the order of the fields."""
+    """Return a config as the text of a YAML file, with its keys in the order of the fields."""
     import yaml  # not needed to sample
 
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A YAML file over the files that its ``base:`` names (relative to it), with ``key.sub=value`` overrides on top.
+    """Read a YAML file, merged over the files that its ``base:`` names (relative to it), and apply ``key.sub=value`` overrides.
 
     Raises:
-        ConfigError: missing or malformed file, ``base`` in a circle, or an override that is not ``key=value``.
+        ConfigError: missing or malformed file, circular ``base``, or an override that is not ``key=value``.
     """
     from omegaconf import OmegaConf  # not needed to sample
 
@@ -172,16 +172,18 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
     from omegaconf import DictConfig, OmegaConf
 
     if path.resolve() in seen:
-        raise ConfigError(f"{path}: its base leads back to itself; take one base: out of the circle.")
+        raise ConfigError(f"{path}: its bases are circular; remove one base: from the circle.")
     if not path.is_file():
         named = f", named as base in {seen[-1]}" if seen else ""
-        raise ConfigError(f"the config {path}{named} does not exist; configs/ holds the ones that come along.")
+        raise ConfigError(f"the config {path}{named} does not exist; configs/ contains the shipped ones.")
     try:
         config = OmegaConf.load(path)
     except Exception as error:
         raise ConfigError(f"{path} is not valid YAML: {first_line(error)}.") from None
     if not isinstance(config, DictConfig):
-        raise ConfigError(f"{path} holds no section; it needs the keys of an experiment, as configs/emoji_64.yaml has.")
+        raise ConfigError(
+            f"{path} contains no section; it needs the keys of an experiment, as in configs/emoji_64.yaml."
+        )
     base = config.pop("base", None)
     bases = [base] if isinstance(base, str) else list(base or [])
     layers = [_with_bases(path.parent / name, (*seen, path.resolve())) for name in bases]
@@ -192,7 +194,7 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
 
 
 def _override(config: Any, key: str, value: Any) -> None:
-    """Set a dotted key; sections go on top of each other as in :func:`_merge`."""
+    """Set a dotted key; sections are merged as in :func:`_merge`."""
     from omegaconf import OmegaConf
 
     section, _, last = key.rpartition(".")
@@ -205,7 +207,7 @@ def _override(config: Any, key: str, value: Any) -> None:
 
 
 def _merge(under: Any, over: Any) -> Any:
-    """``over`` on top of ``under``; a section of another ``kind`` replaces, since its settings mean something else."""
+    """Merge ``over`` into ``under``; a section of another ``kind`` replaces the old one, since its fields have other meanings."""
     from omegaconf import OmegaConf
 
     under, over = OmegaConf.to_container(under), OmegaConf.to_container(over)
@@ -221,7 +223,7 @@ def _merge(under: Any, over: Any) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """``value`` as the annotated type, or a ConfigError that names the place."""
+    """Convert ``value`` to the annotated type, or raise a ConfigError that names the place."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -271,7 +273,7 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
-        names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
         raise ConfigError(f"{_at(where)}: expected {names.get(hint, hint.__name__)}, found {value!r}.")
     return value
 

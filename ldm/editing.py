@@ -27,7 +27,7 @@ from torch import Tensor
 from ldm.conditioning import LowResConditioner
 from ldm.diffusion import Denoiser
 from ldm.errors import SamplingError
-from ldm.image_io import read_picture, to_tensor
+from ldm.image_io import read_image, to_tensor
 from ldm.inputs import one_seed
 from ldm.modalities.arguments import entries
 from ldm.modalities.base import listed
@@ -170,7 +170,7 @@ def outpaint(
     left, top, right, bottom = (whole_number(side, margin, 0) for side, margin in margins.items())
     if not any((left, top, right, bottom)):
         raise SamplingError("outpaint needs a side to continue; give left, top, right or bottom in pixels.")
-    known = read_picture(image)
+    known = read_image(image)
     canvas = np.pad(np.asarray(known), ((top, bottom), (left, right), (0, 0)), mode="edge")
     mask = Image.new("L", (canvas.shape[1], canvas.shape[0]), "white")
     mask.paste(0, (left, top, left + known.width, top + known.height))
@@ -344,7 +344,7 @@ def _stacked(image: Any, settings: SamplingSettings) -> Tensor:
     """Read the images as ``[m 3 h w]`` in [0, 1]."""
     if (settings.height, settings.width) != (None, None):
         raise SamplingError("the size goes by the image; resize it, and leave height and width out.")
-    images = [read_picture(each) for each in listed(image)]
+    images = [read_image(each) for each in listed(image)]
     sizes = dict.fromkeys(each.size for each in images)
     if len(sizes) != 1:
         given = ", ".join(f"{width} x {height}" for width, height in sizes) or "none"
@@ -366,7 +366,7 @@ def _is_file(name: str) -> bool:
 def _masks(mask_image: Any, images: Tensor, blur: float) -> tuple[Tensor, Tensor]:
     """Read the masks, as they are and with a soft edge, ``[m 1 h w]`` in [0, 1]."""
     height, width = images.shape[-2:]
-    masks = [read_picture(mask).convert("L") for mask in listed(mask_image)]
+    masks = [read_image(mask).convert("L") for mask in listed(mask_image)]
     for mask in masks:
         if mask.size != (width, height):
             raise SamplingError(

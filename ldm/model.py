@@ -1,4 +1,4 @@
-"""LatentDiffusion: first stage, conditioner, denoiser and diffusion as one module; what is trained, saved and sampled."""
+"""LatentDiffusion: first stage, conditioner, denoiser and diffusion as one module that is trained, saved and sampled."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from ldm.vae.preview import preview
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a model is sampled unless the caller says otherwise."""
+    """Default sampling settings of a model."""
 
     sampler: str = config_field("dpmpp_2m", "name of the solver")
-    num_inference_steps: int = config_field(30, "steps of the solver")
-    guidance_scale: float = config_field(5.0, "classifier-free guidance; 1 = none")
-    spacing: str = config_field("trailing", "how the noise levels are spaced: " + ", ".join(SPACINGS))
-    offset: int = config_field(0, "added to the timesteps of the spacing leading; 1 for Stable Diffusion")
+    num_inference_steps: int = config_field(30, "number of solver steps")
+    guidance_scale: float = config_field(5.0, "scale of classifier-free guidance; 1 = none")
+    spacing: str = config_field("trailing", "spacing of the noise levels: " + ", ".join(SPACINGS))
+    offset: int = config_field(0, "offset added to the timesteps of the spacing leading; 1 for Stable Diffusion")
     final: Final = config_field(
         "zero",
-        "the last noise level: zero, or sigma_min as Stable Diffusion's ddim and plms have it; counts for this sampler, "
-        "ddim and plms, while others end at zero",
+        "last noise level: zero, or sigma_min as in Stable Diffusion's ddim and plms; applies to this sampler, "
+        "ddim and plms, while other samplers end at zero",
     )
-    shift: float = config_field(1.0, "factor on the noise levels of a flow schedule, beside the schedule's own")
+    shift: float = config_field(1.0, "factor on the noise levels of a flow schedule, in addition to the schedule's own")
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -47,35 +47,35 @@ class SamplingConfig:
             raise ConfigError(unknown("spacing", self.spacing, SPACINGS))
 
     def final_of(self, sampler: str) -> Final:
-        """Where ``sampler`` ends: ``final`` is of the model's own one, and of the two whose images it changes in SD."""
+        """Return the last noise level of ``sampler``: ``final`` for the default sampler, ddim and plms, else zero."""
         return self.final if sampler in (self.sampler, "ddim", "plms") else "zero"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: what stands in the metadata of its file."""
+    """Config of a complete model, stored in the metadata of its file."""
 
-    first_stage: FirstStageConfig = config_field(help="pictures to latents")
-    conditioner: ConditionerConfig = config_field(help="what the denoiser listens to")
-    denoiser: DenoiserConfig = config_field(help="the network")
+    first_stage: FirstStageConfig = config_field(help="images to latents")
+    conditioner: ConditionerConfig = config_field(help="what the denoiser is conditioned on")
+    denoiser: DenoiserConfig = config_field(help="denoising network")
     diffusion: Diffusion = config_field(help="schedule and parametrization")
-    size: tuple[int, int] = config_field(help="height and width of the images that it was trained on, in pixels")
-    sampling: SamplingConfig = config_field(SamplingConfig(), "defaults of the pipeline")
+    size: tuple[int, int] = config_field(help="height and width of the training images, in pixels")
+    sampling: SamplingConfig = config_field(SamplingConfig(), "default sampling settings of the pipeline")
 
     def __post_init__(self) -> None:
         channels, denoiser = self.first_stage.latent_channels, self.denoiser
         for name, found in (("latent_channels", channels), ("latent_factor", self.first_stage.factor)):
-            counted_on = getattr(self.conditioner, name)
-            if counted_on not in (None, found):
+            expected = getattr(self.conditioner, name)
+            if expected not in (None, found):
                 raise ConfigError(
-                    f"the conditioner's {name} is {counted_on}, but that of the first stage is {found}; set it to {found}."
+                    f"the conditioner's {name} is {expected}, but the first stage's is {found}; set it to {found}."
                 )
-        seen = channels + self.conditioner.concat_channels
-        if denoiser.in_channels != seen or denoiser.out_channels != channels:
-            concatenated = f" and the conditioner adds {seen - channels}" if seen > channels else ""
+        in_channels = channels + self.conditioner.concat_channels
+        if denoiser.in_channels != in_channels or denoiser.out_channels != channels:
+            concatenated = f" and the conditioner adds {in_channels - channels}" if in_channels > channels else ""
             raise ConfigError(
                 f"the denoiser has in_channels {denoiser.in_channels} and out_channels {denoiser.out_channels}, but the "
-                f"first stage's latents have {channels} channels{concatenated}; set them to {seen} and {channels}."
+                f"first stage's latents have {channels} channels{concatenated}; set them to {in_channels} and {channels}."
             )
         for width in ("context_width", "vector_width"):
             if getattr(denoiser, width) != getattr(self.conditioner, width):
@@ -114,13 +114,13 @@ class LatentDiffusion(nn.Module):
     """A text-to-image (or unconditional, or two-dimensional) diffusion model.
 
     Args:
-        config: what it is made of.
-        tokenizer: of the text conditioner; None where nothing reads text.
+        config: configs of its parts.
+        tokenizer: tokenizer of the text conditioner; None if the model is not conditioned on text.
 
-    ``fingerprint`` and ``provenance`` are those of the file that it was loaded from; None and empty for one that was built.
-    ``tiling`` bounds what the first stage works on at once, and may be set to another :class:`ldm.vae.Tiling`.
+    ``fingerprint`` and ``provenance`` are those of the file that the model was loaded from; None and empty if it was not loaded.
+    ``tiling`` bounds how much the first stage processes at once, and may be set to another :class:`ldm.vae.Tiling`.
     ``adapters`` are the LoRAs in use; see :meth:`ldm.pipeline.Pipeline.load_lora` and :func:`ldm.nn.lora.new_lora`.
-    Parameters may be in low precision: what goes into a network is cast to it, and what comes out is cast back.
+    Parameters may be in low precision: the inputs of a network are cast to its precision, and its outputs are cast back.
     """
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None):
@@ -156,24 +156,24 @@ class LatentDiffusion(nn.Module):
         return self.denoiser(*inputs) if options is None else self.denoiser(*inputs, options)
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images ``[b 3 h w]`` in [-1, 1] to normalised latents: a sample of the posterior, or without ``noise`` its mode."""
+        """Encode images ``[b 3 h w]`` in [-1, 1] to normalised latents: a posterior sample, or its mode without ``noise``."""
         posterior = self.tiling.encode(self.first_stage, image.to(_precision(self.first_stage, image.dtype)))
         return self.first_stage.normalize(
             (posterior.mode if noise is None else posterior.sample(noise)).to(image.dtype)
         )
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Normalised latents ``[b c h w]`` to images ``[b 3 fh fw]`` in [-1, 1]."""
+        """Decode normalised latents ``[b c h w]`` to images ``[b 3 fh fw]`` in [-1, 1]."""
         z = self.first_stage.denormalize(latent)
         image = self.tiling.decode(self.first_stage, z.to(_precision(self.first_stage, z.dtype)))
         return image.to(latent.dtype).clamp(-1, 1)
 
     def preview(self, latent: Tensor) -> Tensor:
-        """A cheap estimate of :meth:`decode` without the decoder, a pixel for each position: ``[b c h w] -> [b 3 h w]``."""
+        """Estimate :meth:`decode` cheaply, without the decoder, one pixel per position: ``[b c h w] -> [b 3 h w]``."""
         return preview(self.first_stage, latent).clamp(-1, 1)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """Shape ``(c, h, w)`` of the latent of an image; default: the size that the model was trained on."""
+        """Return the shape ``(c, h, w)`` of the latent of an image, by default of the size that the model was trained on."""
         factor = self.config.first_stage.factor
         return (
             self.config.first_stage.latent_channels,
@@ -183,5 +183,5 @@ class LatentDiffusion(nn.Module):
 
 
 def _precision(module: nn.Module, default: torch.dtype) -> torch.dtype:
-    """Of a module's parameters; ``default`` where it has none."""
+    """Return the dtype of a module's parameters; ``default`` if it has none."""
     return next((parameter.dtype for parameter in module.parameters()), default)

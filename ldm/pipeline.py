@@ -122,26 +122,35 @@ class Pipeline:
         return save(self.model, path, to, dtype)
 
     def load_lora(self, source: Source, scale: float = 1.0, name: str | None = None, merge: bool = False) -> str:
-        """Add the LoRA of a file to those that are loaded, and return its name.
+        """Load a LoRA in addition to those that are already loaded, and return its name.
 
         Args:
-            source: a file of kohya's or of diffusers' naming, a folder that diffusers wrote, or a hub id of either.
-            scale: of what it adds.
-            name: default: that of the file.
-            merge: into the weights, which :meth:`save_pretrained` then writes so; else it acts beside them, and is not written.
+            source: a file with the key names of kohya or of diffusers, a folder written by diffusers, or a hub id of either.
+            scale: factor of its change.
+            name: name of the LoRA; default: that of the file.
+            merge: True to merge it into the weights that :meth:`save_pretrained` writes; False to compute it separately in
+                each layer, without saving it.
 
         Raises:
             CheckpointError: the file cannot be read, or is for another model.
-            SamplingError: the name is taken, or the scale is no finite number.
+            SamplingError: the name is taken, or the scale is not a finite number.
         """
         return self.model.adapters.add(self.model, read_lora(source, self.model, scale, name, merge))
 
     def set_lora_scale(self, name: str, scale: float) -> None:
-        """Change the scale of a loaded LoRA, at once; a SamplingError if there is none of this name."""
+        """Set the scale of a loaded LoRA.
+
+        Raises:
+            SamplingError: no LoRA has this name, or the scale is not a finite number.
+        """
         self.model.adapters.set_scale(self.model, name, scale)
 
     def unload_lora(self, name: str | None = None) -> None:
-        """Take a LoRA away, or all; every weight is bit for bit what it is without. A SamplingError as above."""
+        """Unload one LoRA, or all; the weights are restored bit for bit.
+
+        Raises:
+            SamplingError: no LoRA has this name.
+        """
         self.model.adapters.remove(self.model, name)
 
     @takes_settings(SamplingSettings)

@@ -75,7 +75,7 @@ def test_the_bare_name_of_a_kind_stands_for_its_defaults() -> None:
 
 
 def test_numbers_are_read_as_yaml_writes_them() -> None:
-    assert from_dict(Circle, {"radius": "1e-4"}).radius == 1e-4  # YAML 1.1 takes it for a text
+    assert from_dict(Circle, {"radius": "1e-4"}).radius == 1e-4  # YAML 1.1 reads it as a string
     assert isinstance(from_dict(Circle, {"radius": 2}).radius, float)
     assert from_dict(Part, {"shape": "circle", "count": 1e3}).count == 1000
 
@@ -94,7 +94,7 @@ def test_numbers_are_read_as_yaml_writes_them() -> None:
         ({"name": "a", "spare": {"shape": {"radius": 1}}}, r"spare\.shape: give a kind, one of box, circle"),
         ({"name": "a", "spare": {"shape": None}}, r"spare\.shape: give a kind"),
         ({"name": "a", "spare": 3}, "spare: expected a section with the keys of Part, found 3"),
-        ({"name": 3}, "name: expected a text, found 3"),
+        ({"name": 3}, "name: expected a string, found 3"),
         ({"name": "a", "on": 1}, "on: expected true or false, found 1"),
         ({"name": "a", "parts": [{"shape": "circle", "count": 1.5}]}, r"parts\[0\]\.count: expected a whole number, found 1\.5"),
         ({"name": "a", "parts": [{"shape": "circle", "count": True}]}, r"parts\[0\]\.count: expected a whole number, found True"),
@@ -107,7 +107,7 @@ def test_numbers_are_read_as_yaml_writes_them() -> None:
         ({"name": "a", "size": "big"}, "size: expected"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_told_with_its_place(node: dict[Any, Any], message: str) -> None:
+def test_an_error_names_the_place(node: dict[Any, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
         from_dict(Whole, node)
 
@@ -199,10 +199,10 @@ def test_a_kind_given_by_its_name_alone_is_overridden(tmp_path: Path) -> None:
 @pytest.mark.parametrize("override", ["max_steps", "=3", "", "a.b=[1", "a.c.9.d=1", "a={x: ${nowhere}}"])
 def test_an_override_that_does_not_fit_is_named(tmp_path: Path, override: str) -> None:
     path = write(tmp_path / "a.yaml", "a: {b: 1, c: [{d: 1}]}\ne: text")
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as raised:
         read_yaml(path, [override])
-    assert "\n" not in str(told.value)
-    assert override in str(told.value) or "nowhere" in str(told.value)
+    assert "\n" not in str(raised.value)
+    assert override in str(raised.value) or "nowhere" in str(raised.value)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -213,12 +213,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         read_yaml(child)
     with pytest.raises(ConfigError, match=r"broken\.yaml is not valid YAML"):
         read_yaml(write(tmp_path / "broken.yaml", "a: [1"))
-    with pytest.raises(ConfigError, match=r"list\.yaml holds no section"):
+    with pytest.raises(ConfigError, match=r"list\.yaml contains no section"):
         read_yaml(write(tmp_path / "list.yaml", "[1, 2]"))
 
 
-def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
+def test_circular_bases_are_rejected(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", "base: b.yaml")
     write(tmp_path / "b.yaml", "base: a.yaml")
-    with pytest.raises(ConfigError, match="leads back to itself"):
+    with pytest.raises(ConfigError, match="its bases are circular"):
         read_yaml(tmp_path / "a.yaml")

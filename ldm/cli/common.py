@@ -1,4 +1,4 @@
-"""Shared parts of the commands: options made from dataclasses, and how errors are reported."""
+"""Shared parts of the commands: options made from dataclasses, and error reporting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 
 from ldm.errors import LdmError, SamplingError
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Traceback of an error instead of its message alone.")]
 """An option of every command, which :func:`run` looks for."""
 
 
@@ -27,8 +27,8 @@ OPTION_TYPES: dict[str, Any] = {
     "bool": bool,
     "Sequence[int]": list[int],
 }
-"""Types of options by the first type in a field's annotation, others being text. Integers of a list are given one by one in
-repeated options, floats of a list in one option with commas between them."""
+"""Types of options by the first type in a field's annotation; all others are strings. Integers of a list are given one by one in
+repeated options, floats of a list in one option, separated by commas."""
 
 
 def options_from(record: type, into: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -80,18 +80,18 @@ def _numbers(flag: str, given: str) -> list[float]:
     try:
         return [float(item) for item in given.split(",")]
     except ValueError:
-        raise SamplingError(f"{flag} is {given!r}; write falling numbers with commas between them.") from None
+        raise SamplingError(f"{flag} is {given!r}; write decreasing numbers separated by commas.") from None
 
 
 def new_app() -> typer.Typer:
-    """Create a typer application that reports wrong usage in plain sentences."""
+    """Create a typer application that reports usage errors in one sentence."""
     return typer.Typer(
         add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
     )
 
 
 def run(app: typer.Typer) -> None:
-    """Run a command on ``sys.argv`` and leave the process.
+    """Run a command on ``sys.argv`` and exit the process.
 
     Exit codes: 2 for a user's mistake, reported in one sentence on stderr; 130 for Ctrl-C; 1 with a traceback for
     a defect of ldm, and with ``--debug`` for any mistake.

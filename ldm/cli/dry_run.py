@@ -26,16 +26,16 @@ def describe(experiment: Experiment, stages: Sequence[str]) -> str:
         counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
         trained = sum(p.numel() for network in networks.values() for p in network.parameters() if p.requires_grad)
         batch = train.batch_size * train.accumulate
-        # all weights; gradients, two Adam moments and the average of the trained ones
+        # all weights; gradients, two Adam moments and the EMA of the trained ones
         state = 4 * sum(counts.values()) + (16 if train.ema_decay else 12) * trained
         activations = saved // (1 if precision == "fp32" else 2)
         lines += [
             f"stage {stage}",
             *(f"  {name}: {count:,} parameters" for name, count in counts.items()),
             f"  trained: {trained:,} parameters, for {train.max_steps:,} steps",
-            f"  batch: {train.batch_size} x {train.accumulate} accumulated = {batch} a device",
+            f"  batch: {train.batch_size} x {train.accumulate} accumulated = {batch} per device",
             f"  learning rate: {train.learning_rate:g} after {train.warmup_steps} steps, then {train.decay}",
-            f"  memory: about {(state + activations) / GIB:.2f} GiB a device in {precision} "
+            f"  memory: about {(state + activations) / GIB:.2f} GiB per device in {precision} "
             f"({state / GIB:.2f} weights and optimizer, {activations / GIB:.2f} activations)",
         ]
     factor = experiment.vae.model.factor

@@ -17,20 +17,22 @@ app = new_app()
 
 @app.command()
 def train(
-    config: Annotated[Path, Option(help="YAML of the experiment.")],
-    stage: Annotated[str, Option(help="vae, clip, denoiser, or all three in turn.")],
-    overrides: Annotated[list[str] | None, Argument(help="key=value, such as denoiser.train.max_steps=2000.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be trained and leave.")] = False,
+    config: Annotated[Path, Option(help="YAML file of the experiment.")],
+    stage: Annotated[str, Option(help="Stage to train: vae, clip, denoiser, or all for each in turn.")],
+    overrides: Annotated[
+        list[str] | None, Argument(help="Overrides of the config as key=value, such as denoiser.train.max_steps=2000.")
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Summary of what would be trained, without training.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Train a stage; the same command again goes on where it stopped."""
+    """Train a stage; repeating the command resumes it."""
     if stage not in STAGES:
         raise TrainingError(unknown("stage", stage, STAGES))
     from ldm.training.experiment import load_config
 
     experiment = load_config(config, overrides or [])
     if stage not in ("all", *experiment.stages):
-        raise TrainingError(f"{config} trains no stage {stage}; it trains {', '.join(experiment.stages)}.")
+        raise TrainingError(f"{config} does not train stage {stage}; choose one of {', '.join(experiment.stages)}.")
     stages = experiment.stages if stage == "all" else (stage,)
     if dry_run:
         from ldm.cli.dry_run import describe
@@ -45,5 +47,5 @@ def train(
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run(app)

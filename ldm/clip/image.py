@@ -1,4 +1,4 @@
-"""Image towers: the kinds of network that turn an image into CLIP's embedding."""
+"""Image towers: networks that encode an image into CLIP's embedding space."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ldm.config import Kind, config_field
 from ldm.errors import ConfigError
 
 HALF = (0.5, 0.5, 0.5)
-"""Mean and standard deviation that bring [0, 1] to [-1, 1]."""
+"""Mean and standard deviation that normalize [0, 1] to [-1, 1]."""
 
 
 class ImageTower(nn.Module):
-    """An image to the states of its parts, and these to one embedding."""
+    """Encoder of an image into hidden states, and of these into one embedding."""
 
     def states(self, image: Tensor) -> Tensor:
-        """``image [b 3 h w]`` of the config's size in [-1, 1] ``-> [b 1+n width]``, the first that of the whole image."""
+        """``image [b 3 h w]`` of the config's size in [-1, 1] ``-> [b 1+n width]``, the first of the entire image."""
         raise NotImplementedError
 
     def embed(self, states: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class ImageTower(nn.Module):
 
 
 class ImageTowerConfig(Kind):
-    """The family of image towers; ``build(embed_dim)`` gives a module ``[b 3 h w] -> [b embed_dim]``."""
+    """Base class of image tower configs; ``build(embed_dim)`` returns a module ``[b 3 h w] -> [b embed_dim]``."""
 
     image_size: int
     width: int
@@ -45,7 +45,7 @@ class ImageTowerConfig(Kind):
 
 
 def to_size(image: Tensor, size: int) -> Tensor:
-    """Pictures ``[b 3 h w]`` in [-1, 1] as ``[b 3 size size]``, all of them, squeezed if they are no squares."""
+    """Resize images ``[b 3 h w]`` in [-1, 1] to ``[b 3 size size]``, without cropping or keeping the aspect ratio."""
     if image.shape[2:] == (size, size):
         return image
     return F.interpolate(image, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
@@ -62,9 +62,13 @@ class ViTConfig(ImageTowerConfig, kind="vit"):
     heads: int = config_field(16, "attention heads; must divide width")
     mlp_ratio: float = config_field(4.0, "hidden width of a block's feed-forward layer over width")
     activation: Activation = config_field("gelu", "quick_gelu for OpenAI's weights, gelu for all others")
-    pool: Literal["class", "mean"] = config_field("class", "state to embed: the class token's, or the patches' mean")
-    mean: tuple[float, float, float] = config_field(HALF, "of red, green and blue in [0, 1], taken off the pixels")
-    std: tuple[float, float, float] = config_field(HALF, "likewise, what the rest is divided by; 0.5 keeps our [-1, 1]")
+    pool: Literal["class", "mean"] = config_field(
+        "class", "hidden state to project: that of the class token, or the mean over the patches"
+    )
+    mean: tuple[float, float, float] = config_field(HALF, "mean of the RGB channels, for pixels in [0, 1]; subtracted")
+    std: tuple[float, float, float] = config_field(
+        HALF, "standard deviation of the RGB channels; mean = std = 0.5 keeps [-1, 1]"
+    )
 
     def __post_init__(self) -> None:
         check_shape(self.width, self.layers, self.heads)
@@ -78,7 +82,7 @@ class ViTConfig(ImageTowerConfig, kind="vit"):
 
 
 class VisionTransformer(ImageTower):
-    """Patches, a class token and learnt positions through a transformer (Dosovitskiy et al. 2021, arXiv
+    """Patches, a class token and learned positions through a transformer (Dosovitskiy et al. 2021, arXiv
     2010.11929), with CLIP's layer norm before it (Radford et al. 2021, section 2.4)."""
 
     def __init__(self, config: ViTConfig, embed_dim: int):
@@ -108,7 +112,7 @@ class VisionTransformer(ImageTower):
         return self.final_norm(x)
 
     def _normalized(self, image: Tensor) -> Tensor:
-        """From [-1, 1] to what the weights were trained with."""
+        """Normalize images in [-1, 1] by the mean and std that the weights were trained with."""
         mean, std = self.config.mean, self.config.std
         if mean == std == HALF:
             return image

@@ -1,4 +1,4 @@
-"""The image encoder in folders of transformers, by itself or in a CLIP."""
+"""The image encoder in transformers folders, alone or in a CLIP."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ldm.nn.network_format import (
 )
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Mean and standard deviation of pixels in [0, 1] that OpenAI's CLIP was trained with; the default of both libraries."""
+"""Mean and standard deviation of pixels in [0, 1] of OpenAI's CLIP; the default of both libraries."""
 
 TRANSFORMERS: Rules = (
     (r"^(class_embedding|patch_embedding)", r"embeddings.\1"),
@@ -50,13 +50,13 @@ DEFAULTS: Values = {
     "patch_size": 32,
     "hidden_act": "quick_gelu",
 }
-"""Defaults of transformers' ``CLIPVisionConfig``, for keys that a file leaves out."""
+"""Defaults of transformers' ``CLIPVisionConfig``, for keys that a file omits."""
 
 FIXED: Values = {**text_formats.FIXED, "num_channels": (3,)}
 
 
 class ImageFolder(FolderFormat):
-    """transformers' ``CLIPVisionModelWithProjection``."""
+    """Format of transformers' ``CLIPVisionModelWithProjection``."""
 
     component = "image_encoder"
     library = "transformers"
@@ -83,7 +83,7 @@ class ImageFolder(FolderFormat):
         return with_pixels(config, values.get("preprocessor", {}), where)
 
     def write_config(self, config: ViTConfig, size: tuple[int, int], extra: Values) -> dict[str, Any]:
-        """``extra`` has the ``projection_dim``, the width of the projection."""
+        """Convert a config to JSON; ``extra`` has ``projection_dim``, the width of the projection."""
         if config.pool != "class":
             raise CheckpointError(
                 f"transformers' image encoder embeds the class token's state, not the {config.pool} of the patches; "
@@ -119,7 +119,7 @@ def with_pixels(config: ViTConfig, preprocessor: Any, where: object) -> ViTConfi
     """Set mean and standard deviation of the pixels to those of transformers' image processor.
 
     Raises:
-        CheckpointError: the processor does not scale pixels to [0, 1] before.
+        CheckpointError: the processor does not scale pixels to [0, 1] first.
     """
     values = preprocessor.get("image_processor", preprocessor)
     if not isinstance(values, dict) or not values.get("do_rescale", True):

@@ -12,13 +12,13 @@ from ldm.config import Kind, config_field
 
 
 class CLIPLossConfig(Kind, default="cross_entropy"):
-    """Family of the losses of stage 2.
+    """Base class of the configs of stage 2 losses.
 
-    ``build()`` makes a module that is called with
+    ``build()`` returns a module that is called with
 
     - ``image_features, text_features [b embed_dim]`` of unit length, row i of both being a pair,
     - ``scale``, the factor on the cosines (the exponential of ``CLIP.logit_scale``),
-    - ``rank`` and ``world_size`` of the process: with several, the batches of all are contrasted together,
+    - ``rank`` and ``world_size`` of the process: with several, the loss contrasts the batches of all processes,
 
     and returns the mean loss of a pair. Its parameters are trained with the CLIP.
     """

@@ -1,4 +1,4 @@
-"""CLIP, its two encoders together, in folders of transformers and in folders and files of open_clip."""
+"""CLIP with both encoders in transformers folders, and in open_clip folders and files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ldm.nn.network_format import (
 
 HEAD_WIDTH = 64
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
-"""Channels of a head in open_clip's image encoders by width (ViT-H, g, bigG, e), where it is not 64."""
+"""Channels of a head in open_clip's image encoders by width (ViT-H, g, bigG, e), if it is not 64."""
 
 OPEN_CLIP_FIXED: Values = {
     **dict.fromkeys(("ls_init_value", "timm_model_name", "hf_model_name"), (None,)),
@@ -58,14 +58,14 @@ OPEN_CLIP_FIXED: Values = {
     "pos_embed_type": ("learnable",),
     "proj_type": ("linear",),
 }
-"""Values of both sections of an open_clip config that our encoders have by construction."""
+"""Values in both sections of an open_clip config that ldm's encoders assume."""
 
 POOLS: dict[str, Literal["class", "mean"]] = {"tok": "class", "avg": "mean"}
-"""open_clip's ``pool_type`` of an image encoder, and our ``pool``."""
+"""Values of ``pool`` by open_clip's ``pool_type`` of an image encoder."""
 
 
 class CLIPTransformers(FolderFormat):
-    """transformers' ``CLIPModel``."""
+    """Format of transformers' ``CLIPModel``."""
 
     component = ""
     reads_text = True
@@ -107,7 +107,7 @@ class CLIPTransformers(FolderFormat):
 
 
 class CLIPOpenCLIP(FolderFormat):
-    """open_clip's ``CLIP`` and ``CustomTextCLIP``, whose text encoder is a module of its own."""
+    """Format of open_clip's ``CLIP`` and ``CustomTextCLIP``, whose text encoder is a separate module."""
 
     component = ""
     reads_text = True
@@ -122,7 +122,7 @@ class CLIPOpenCLIP(FolderFormat):
         )
 
     def canonical_name(self, name: str) -> str:
-        """Drop the prefixes of a module of its own and of training on several devices."""
+        """Remove the prefixes of a separate text module and of DistributedDataParallel."""
         return name.removeprefix("module.").removeprefix("text.")
 
     def read_config(self, values: Values, names: Collection[str], where: object) -> CLIPConfig:
@@ -138,7 +138,7 @@ class CLIPOpenCLIP(FolderFormat):
         if isinstance(size, list):
             if len(set(size)) > 1:
                 raise CheckpointError(
-                    f"{where}: the image encoder takes images of {size}; ldm reads those of squares alone."
+                    f"{where}: the image encoder takes images of {size}; ldm reads only encoders for square images."
                 )
             size = size[0]
         activation: Literal["gelu", "quick_gelu"] = "quick_gelu" if values.get("quick_gelu") else "gelu"
@@ -167,7 +167,7 @@ class CLIPOpenCLIP(FolderFormat):
         return CLIPConfig(encoder, image, values["embed_dim"])
 
     def write_config(self, config: CLIPConfig, size: tuple[int, int], extra: Values) -> dict[str, Any]:
-        """``extra`` are further values of the section ``text_cfg``."""
+        """Convert a config to JSON; ``extra`` has further values of the section ``text_cfg``."""
         text, image = config.text, _vit(config)
         if text.activation != image.activation:
             raise CheckpointError(
@@ -211,7 +211,7 @@ class CLIPOpenCLIP(FolderFormat):
         return clip_bpe(clip_merges(), config.text.context_length, pad_id=0, pad_in_text=False)
 
     def infer_values(self, tensors: State, quick_gelu: bool, source: object) -> dict[str, Any]:
-        """Infer the JSON config from names and shapes, by the rules of the published models for what these do not say.
+        """Infer the JSON config from names and shapes, and from the conventions of published models for the rest.
 
         Args:
             tensors: by canonical names.
@@ -219,7 +219,7 @@ class CLIPOpenCLIP(FolderFormat):
             source: file, for error messages.
 
         Raises:
-            CheckpointError: it is no CLIP of open_clip with a vision transformer.
+            CheckpointError: it is not an open_clip CLIP with a vision transformer.
         """
         block, image = "transformer.resblocks.0.mlp.c_fc.weight", "visual."
         needed = {"token_embedding.weight", "positional_embedding", "text_projection", block}
@@ -227,7 +227,7 @@ class CLIPOpenCLIP(FolderFormat):
         lacking = sorted(name for name in needed if name not in tensors or not tensors[name].numel())
         if lacking:
             raise CheckpointError(
-                f"{source} holds no CLIP of open_clip with a vision transformer: it lacks {some(lacking)}; "
+                f"{source} holds no open_clip CLIP with a vision transformer: it lacks {some(lacking)}; "
                 "if it is one of transformers, name the folder with its config."
             )
 
@@ -268,17 +268,17 @@ def _vit(config: CLIPConfig) -> ViTConfig:
 
 
 def _section(values: Values, encoder: str, where: object) -> dict[str, Any]:
-    """Return the config of an encoder; files of older versions have it twice, and the second counts."""
+    """Return the config of an encoder; files of older versions have it twice, and the second takes precedence."""
     sections = [values.get(f"{encoder}_config") or {}, values.get(f"{encoder}_config_dict") or {}]
     if not all(isinstance(section, dict) for section in sections):
-        raise CheckpointError(f"{where}: {encoder}_config is no section; get the folder anew.")
+        raise CheckpointError(f"{where}: {encoder}_config is not a JSON object; download the folder again.")
     return {**sections[0], **sections[1]}
 
 
 def _encoders(
     names: Iterable[str], text: Callable[[list[str]], KeyTable], image: Callable[[list[str]], KeyTable]
 ) -> KeyTable:
-    """Join the tables of both encoders, whose names have ``text.`` and ``image.`` before them in our CLIP."""
+    """Join the tables of both encoders, whose names have the prefixes ``text.`` and ``image.`` in our CLIP."""
     listed, table = [*names], {"logit_scale": KeyMapping("logit_scale")}
     for prefix, of_encoder in (("text.", text), ("image.", image)):
         own = [name.removeprefix(prefix) for name in listed if name.startswith(prefix)]

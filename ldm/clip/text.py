@@ -1,6 +1,6 @@
 """The text tower: one causal transformer for stage 2 and for the text encoders of SD 1, SD 2 and SDXL.
 
-They differ in numbers, in the activation and in the context that they hand to a denoiser:
+They differ in their dimensions, in the activation and in the hidden state that is the context of a denoiser:
 
 |                       | activation | hidden_state | context_norm | embed_dim |
 |-----------------------|------------|--------------|--------------|-----------|
@@ -28,23 +28,23 @@ class TextTowerConfig:
     """A causal pre-norm transformer over tokens; the defaults are those of OpenAI's ViT-L/14."""
 
     vocab_size: int = config_field(49408, "rows of the token embedding; at least the tokenizer's vocabulary")
-    context_length: int = config_field(77, "most tokens of a caption, start and end among them")
+    context_length: int = config_field(77, "maximum number of tokens of a caption, including start and end")
     width: int = config_field(768, "channels of a token, and of the context")
     layers: int = config_field(12, "transformer blocks")
     heads: int = config_field(12, "attention heads; must divide width")
     mlp_ratio: float = config_field(4.0, "hidden width of a block's feed-forward layer over width")
     activation: Activation = config_field("gelu", "quick_gelu for OpenAI's weights, gelu for all others")
-    embed_dim: int | None = config_field(None, "width of the projected pooled state; null: it is not projected")
-    hidden_state: Literal["last", "penultimate"] = config_field("last", "the block's output that is the context")
-    context_norm: bool = config_field(True, "whether the context goes through the final layer norm")
+    embed_dim: int | None = config_field(None, "width of the projected pooled state; null = no projection")
+    hidden_state: Literal["last", "penultimate"] = config_field("last", "block whose output is the context")
+    context_norm: bool = config_field(True, "apply the final layer norm to the context")
     eos_id: int | None = config_field(
-        None, "end-of-text token, the first of which is pooled; null: the highest token of the caption"
+        None, "end-of-text token, whose first occurrence is pooled; null = the highest token id of the caption"
     )
 
     def __post_init__(self) -> None:
         check_shape(self.width, self.layers, self.heads)
         if self.context_length < 3:
-            raise ConfigError(f"context_length {self.context_length} has no room for text; use at least 3.")
+            raise ConfigError(f"context_length {self.context_length} leaves no room for text; use at least 3.")
         if self.eos_id is not None and not 0 <= self.eos_id < self.vocab_size:
             raise ConfigError(f"the eos_id {self.eos_id} is not below the vocab_size {self.vocab_size}.")
 
@@ -53,10 +53,10 @@ class TextTowerConfig:
 
 
 class TextOutput(NamedTuple):
-    """What a caption becomes.
+    """Output of a text tower.
 
     Attributes:
-        context: ``[b n width]``, one state for each token; what a denoiser attends to.
+        context: ``[b n width]``, the hidden state of each token, which a denoiser attends to.
         pooled: ``[b embed_dim]`` (or ``[b width]`` without projection), the state of the end-of-text token.
     """
 
@@ -65,7 +65,7 @@ class TextOutput(NamedTuple):
 
 
 class TextTower(nn.Module):
-    """Tokens to a context and a pooled state (Radford et al. 2021, arXiv 2103.00020)."""
+    """Encoder of tokens into a context and a pooled state (Radford et al. 2021, arXiv 2103.00020)."""
 
     def __init__(self, config: TextTowerConfig):
         super().__init__()
@@ -94,7 +94,7 @@ class TextTower(nn.Module):
         return TextOutput(context, pooled if self.projection is None else self.projection(pooled))
 
     def _end_of_text(self, tokens: Tensor) -> Tensor:
-        """Position of the first end-of-text token, ``[b]``; argmax gives the first of equals."""
+        """Return the position of the first end-of-text token, ``[b]``; argmax returns the first of equal values."""
         if self.config.eos_id is None:
             return tokens.argmax(dim=1)
         return (tokens == self.config.eos_id).int().argmax(dim=1)

@@ -1,4 +1,4 @@
-"""The text encoder in folders of transformers, LDM files (in transformers' and in open_clip's names) and LoRA files."""
+"""The text encoder in transformers folders, LDM files (with names of transformers or open_clip) and LoRA files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HEAD_WIDTH = 64
 """Channels of an attention head in all published text encoders of Stable Diffusion."""
 
 LEGACY_EOS = 2
-"""The ``eos_token_id`` that older versions of transformers wrote; it stands for the highest token."""
+"""The ``eos_token_id`` that older versions of transformers wrote; it means the highest token id."""
 
 TRANSFORMERS: Rules = (
     (r"^token_embedding", "embeddings.token_embedding"),
@@ -73,16 +73,16 @@ DEFAULTS: Values = {
     "hidden_act": "quick_gelu",
     "eos_token_id": 49407,
 }
-"""Defaults of transformers' ``CLIPTextConfig``, for keys that a file leaves out."""
+"""Defaults of transformers' ``CLIPTextConfig``, for keys that a file omits."""
 
 FIXED: Values = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)}
-"""Values that both encoders of our CLIP have by construction."""
+"""Values that both encoders of ldm's CLIP assume."""
 
 
 def transformers_table(
     names: Iterable[str], rules: Rules = TRANSFORMERS, model: str = "text_model.", projection: str = "text_projection"
 ) -> KeyTable:
-    """Key table of an encoder in transformers' CLIP: ``model`` before all names but that of the projection."""
+    """Return the key table of an encoder in transformers' CLIP, with the prefix ``model`` except for the projection."""
     return {
         name: KeyMapping(f"{projection}.weight" if name == "projection.weight" else model + renamed(name, rules))
         for name in names
@@ -90,7 +90,7 @@ def transformers_table(
 
 
 def open_clip_table(names: Iterable[str], rules: Rules = OPEN_CLIP) -> KeyTable:
-    """Key table of an encoder in open_clip's CLIP: queries, keys and values are one tensor, the projection is transposed."""
+    """Return the key table of an encoder in open_clip's CLIP: q, k and v are one tensor, the projection is transposed."""
     table = {}
     for name in names:
         part = re.search(r"\battn\.to_([qkv])\.", name)
@@ -100,7 +100,7 @@ def open_clip_table(names: Iterable[str], rules: Rules = OPEN_CLIP) -> KeyTable:
 
 
 def canonical_transformers_name(name: str, model: str) -> str | None:
-    """Put ``model`` (``text_model.``) before a name that lacks it; None for buffers that are no weights."""
+    """Add the prefix ``model`` (``text_model.``) to a name that lacks it; None for buffers that are not weights."""
     if name.endswith(("position_ids", "logit_scale")):
         return None
     return name if name.startswith((model, "text_projection.", "visual_projection.")) else model + name
@@ -130,7 +130,7 @@ def write_transformer(config: Any) -> dict[str, Any]:
 
 
 class TextFolder(FolderFormat):
-    """transformers' ``CLIPTextModel``; the context is the last hidden state after the final norm."""
+    """Format of transformers' ``CLIPTextModel``; the context is the last hidden state after the final norm."""
 
     component = "text_encoder"
     reads_text = True
@@ -158,10 +158,10 @@ class TextFolder(FolderFormat):
             )
 
     def write_config(self, config: TextTowerConfig, size: tuple[int, int], extra: Values) -> dict[str, Any]:
-        """Which hidden state is the context is set by the pipeline, not by this JSON."""
+        """Convert a config to JSON; the pipeline, not this JSON, sets which hidden state is the context."""
         return {
             "architectures": [self.class_name(config)],
-            "dtype": "float32",  # that diffusers' parts are loaded in by default; else transformers 5 takes the stored one
+            "dtype": "float32",  # diffusers' default; without it, transformers 5 uses the stored dtype
             "model_type": "clip_text_model",
             "vocab_size": config.vocab_size,
             "max_position_embeddings": config.context_length,
@@ -176,11 +176,11 @@ class TextFolder(FolderFormat):
         return "CLIPTextModelWithProjection" if config.embed_dim else "CLIPTextModel"
 
     def fitted(self, config: TextTowerConfig, state: State, assumed: Values) -> Network:
-        """Where the last hidden state is assumed, and the last but one is the context, the last block is left out."""
+        """Omit the last block if the pipeline assumes the last hidden state but the context is the penultimate one."""
         norm, hidden_state = assumed["context_norm"], assumed["hidden_state"]
         if norm != config.context_norm or (hidden_state == "penultimate" and config.hidden_state == "last"):
             raise CheckpointError(
-                f"pipelines of diffusers with this number of text encoders cannot read the {config.hidden_state} hidden "
+                f"diffusers pipelines with this number of text encoders cannot read the {config.hidden_state} hidden "
                 f"state {'with' if config.context_norm else 'without'} the final norm; write a native or an LDM file."
             )
         if hidden_state == config.hidden_state:
@@ -196,7 +196,7 @@ class TextFolder(FolderFormat):
 
 
 class OpenAITextSingleFile(SingleFileFormat):
-    """A text encoder of OpenAI's CLIP in LDM files, by transformers' names."""
+    """Format of OpenAI's text encoder in LDM files, with names of transformers."""
 
     prefixes: ClassVar = {
         "cond_stage_model.transformer.": "text_encoder",
@@ -223,7 +223,7 @@ class OpenAITextSingleFile(SingleFileFormat):
         )
 
     def prefix(self, config: TextTowerConfig, component: str, components: Collection[str]) -> str | None:
-        """One of two text encoders has its prefix by its place, a single one by its activation."""
+        """Return the prefix: of two text encoders by position, of a single one by its activation."""
         single, first_of_two = self.prefixes
         if component != "text_encoder":
             return None
@@ -231,7 +231,7 @@ class OpenAITextSingleFile(SingleFileFormat):
 
 
 class OpenCLIPTextSingleFile(SingleFileFormat):
-    """A text encoder of open_clip in LDM files."""
+    """Format of open_clip's text encoder in LDM files."""
 
     prefixes: ClassVar = {"cond_stage_model.model.": "text_encoder", "conditioner.embedders.1.model.": "text_encoder_2"}
     marks = ("transformer.resblocks.",)
@@ -260,7 +260,7 @@ class OpenCLIPTextSingleFile(SingleFileFormat):
         return super().prefix(config, component, components)
 
     def export(self, config: TextTowerConfig, state: State, prefix: str) -> dict[str, Tensor]:
-        """Readers take the last state but one of a single text encoder: if the last is the context, a block is added."""
+        """Add a block if the last state of a single text encoder is the context, since readers use the penultimate one."""
         tensors = super().export(config, state, prefix)
         if prefix == next(iter(self.prefixes)) and config.hidden_state == "last":
             last, added = (f"transformer.resblocks.{config.layers - i}." for i in (1, 0))
@@ -274,7 +274,7 @@ class OpenCLIPTextSingleFile(SingleFileFormat):
 def lora_names(
     config: TextTowerConfig, names: Sequence[str], component: str, components: Collection[str]
 ) -> Mapping[str, str]:
-    """Layers by the names of LoRA files: kohya numbers the text encoders if there are two."""
+    """Return layers by their names in LoRA files; kohya numbers the text encoders if there are two."""
     weights = [f"{name}.weight" for name in names]
     number = {"text_encoder": "1" if "text_encoder_2" in components else "", "text_encoder_2": "2"}.get(component)
     if number is None:

@@ -16,7 +16,7 @@ Activation = Literal["gelu", "quick_gelu"]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), the approximation of gelu that OpenAI's weights were trained with."""
+    """Compute x sigmoid(1.702 x), the approximation of gelu that OpenAI's weights were trained with."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -30,7 +30,7 @@ class Block(nn.Module):
         width: channels of a token.
         heads: attention heads; must divide ``width``.
         mlp_ratio: width of the hidden layer over ``width``.
-        activation: of the hidden layer.
+        activation: activation of the hidden layer.
         causal: whether a token attends only to itself and to those before it.
     """
 
@@ -51,7 +51,7 @@ class Block(nn.Module):
 
 
 def stack(layers: int, width: int, heads: int, mlp_ratio: float, activation: Activation, causal: bool) -> nn.ModuleList:
-    """``layers`` blocks as CLIP initialises them: the more there are, the less each adds to the stream."""
+    """Build ``layers`` blocks with CLIP's initialization: residual branches are scaled down with the number of layers."""
     blocks = nn.ModuleList(Block(width, heads, mlp_ratio, activation, causal) for _ in range(layers))
     into, out_of, hidden = width**-0.5, (2 * layers * width) ** -0.5, (2 * width) ** -0.5
     for name, parameter in blocks.named_parameters():
@@ -67,7 +67,7 @@ def stack(layers: int, width: int, heads: int, mlp_ratio: float, activation: Act
 
 
 def check_shape(width: int, layers: int, heads: int) -> None:
-    """What both towers' configs demand of their numbers."""
+    """Raise a ConfigError unless width, layers and heads are at least 1 and heads divide the width."""
     if min(width, layers, heads) < 1:
         raise ConfigError("width, layers and heads must be at least 1.")
     if width % heads:

@@ -1,6 +1,6 @@
 """Conditioners: encoders of raw conditions (text, labels, images, boxes, maps) into the record that the denoiser takes.
 
-All modules of this package are imported, so that a new conditioner needs no entry to be a kind of the config.
+All modules of this package are imported, so that a new conditioner registers its config kind without an entry here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Boxes with their classes, each a token of the context (cf. Li et al. 2023, GLIGEN, arXiv 2301.07093)."""
+"""Conditioner for boxes with their classes, each encoded as one token of the context.
+
+Cf. Li et al. 2023 (GLIGEN, arXiv 2301.07093).
+"""
 
 from __future__ import annotations
 
@@ -52,8 +55,8 @@ class BoxesConditionerConfig(ConditionerConfig, kind="boxes"):
 class BoxesConditioner(Conditioner):
     """Perceptron that makes a token of a box from a class embedding and Fourier features of the coordinates.
 
-    The context ``[b 1+max_boxes width]`` begins with a learned token for places without a box, so that every position has
-    something to attend to; unused tokens at the end are masked.
+    The context ``[b 1+max_boxes width]`` begins with a learned token that does not depend on the boxes, so that the
+    attention always has an unmasked key; unused tokens at the end are masked.
     """
 
     def __init__(self, config: BoxesConditionerConfig):
@@ -86,7 +89,7 @@ class BoxesConditioner(Conditioner):
         )
 
     def _checked(self, number: int, boxes: Any) -> list[Box]:
-        """Boxes of image ``number`` of the batch; none for None."""
+        """Return the validated boxes of image ``number`` of the batch; an empty list for None."""
         if boxes is None:
             return []
         try:
@@ -95,7 +98,7 @@ class BoxesConditioner(Conditioner):
             raise SamplingError(f"the boxes of image {number} {error}; correct them.") from None
         if len(layout) > self.config.max_boxes:
             raise SamplingError(
-                f"image {number} has {len(layout)} boxes, but the model takes {self.config.max_boxes} (max_boxes)."
+                f"image {number} has {len(layout)} boxes, but the model takes at most {self.config.max_boxes} (max_boxes)."
             )
         for label, *_ in layout:
             if label >= self.config.classes:
@@ -106,7 +109,7 @@ class BoxesConditioner(Conditioner):
 
 
 def fourier_features(x: Tensor) -> Tensor:
-    """Computes sin and cos of x at frequencies 100^(k/8), k = 0 .. 7: ``[... d] -> [... 16 d]``."""
+    """Compute sin and cos of x at frequencies 100^(k/8), k = 0 .. 7: ``[... d] -> [... 16 d]``."""
     frequencies = 100.0 ** (torch.arange(FREQUENCIES, device=x.device) / FREQUENCIES)
     angles = (x[..., None] * frequencies).flatten(-2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

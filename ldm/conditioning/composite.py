@@ -1,4 +1,4 @@
-"""Several conditioners at once, with their outputs concatenated."""
+"""Conditioner that combines several conditioners and concatenates their outputs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from ldm.nn.conditioning import Conditioning
 
 @dataclass(frozen=True)
 class CompositeConditionerConfig(ConditionerConfig, kind="several"):
-    """Several conditions at once, each dropped by itself: contexts one after the other, vectors and channels side by side."""
+    """Several conditions, dropped independently; their contexts (along n), vectors and channels are concatenated."""
 
-    parts: Mapping[str, ConditionerConfig] = config_field(help="conditioners by a name that the weights go by")
+    parts: Mapping[str, ConditionerConfig] = config_field(
+        help="conditioners by name; the names are part of the parameter names"
+    )
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise ConfigError("parts is empty; name one conditioner or several.")
+            raise ConfigError("parts is empty; give at least one conditioner.")
         for name in self.parts:
             if not name.isidentifier() or hasattr(nn.ModuleDict, name):
                 raise ConfigError(f"a part cannot be named {name!r}; choose another name of letters and underscores.")
@@ -54,7 +56,7 @@ class CompositeConditionerConfig(ConditionerConfig, kind="several"):
         return sum(part.vector_width or 0 for part in self.parts.values()) or None
 
     @property
-    def latent_channels(self) -> int | None:  # type: ignore[override]  # a value in a kind that is none of several
+    def latent_channels(self) -> int | None:  # type: ignore[override]  # a plain field in the other kinds
         return next((part.latent_channels for part in self.parts.values() if part.latent_channels is not None), None)
 
     @property
@@ -121,19 +123,19 @@ class CompositeConditioner(Conditioner):
 
 
 def side_by_side(records: list[Conditioning]) -> Conditioning:
-    """Concatenates several records of the same batch: contexts along n, vectors along d, concats along c.
+    """Concatenate several records of the same batch: contexts along n, vectors along d, concats along c.
 
-    Those of conditioners without weights may still be on the CPU.
+    Records of conditioners without weights may still be on the CPU; all are moved to the device of the others.
     """
     parts = [part for record in records for part in (record.context, record.vector, record.concat) if part is not None]
     device = next((part.device for part in parts if part.device.type != "cpu"), torch.device("cpu"))
     records = [record.to(device) for record in records]
-    heard = [record for record in records if record.context is not None]
+    with_context = [record for record in records if record.context is not None]
     mask = None
-    if any(record.mask is not None for record in heard):
-        mask = torch.cat([record.whole_mask() for record in heard], dim=1)
+    if any(record.mask is not None for record in with_context):
+        mask = torch.cat([record.whole_mask() for record in with_context], dim=1)
     return Conditioning(
-        context=_joined([record.context for record in heard]),
+        context=_joined([record.context for record in with_context]),
         mask=mask,
         vector=_joined([record.vector for record in records]),
         concat=_joined([record.concat for record in records]),
@@ -141,6 +143,6 @@ def side_by_side(records: list[Conditioning]) -> Conditioning:
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    """Along the second dimension, those that are there."""
-    there = [part for part in parts if part is not None]
-    return torch.cat(there, dim=1) if there else None
+    """Concatenate the parts that are not None along the second dimension; None if all are."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present, dim=1) if present else None

@@ -36,7 +36,7 @@ class ConditionerConfig(Kind):
         return ()
 
     def defaults(self, height: int, width: int) -> Mapping[str, Pair]:
-        """Raw conditions that a caller may omit, each with its value for images of ``height`` × ``width`` pixels."""
+        """Return the raw conditions that a caller may omit, with defaults for images of ``height`` × ``width`` pixels."""
         return {}
 
     @property
@@ -52,12 +52,12 @@ class ConditionerConfig(Kind):
         return 0
 
     def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> ConditionerConfig:
-        """Returns a copy with the fields filled in that follow from the rest of an experiment.
+        """Return a copy with the fields filled in that follow from the rest of an experiment.
 
         Args:
             clip: the model of the clip section, if there is one.
             latent_size: height and width of the latents.
-            factor: factor by which the first stage makes images smaller.
+            factor: downsampling factor of the first stage.
 
         Raises:
             ConfigError: the experiment lacks something that the conditioner needs.
@@ -65,7 +65,7 @@ class ConditionerConfig(Kind):
         return self
 
     def with_tokenizer(self, make: Callable[[TokenizerConfig, str], Tokenizer], name: str = "") -> ConditionerConfig:
-        """Returns a copy with the tokenizer filled in, for conditioners that have one of their own.
+        """Return a copy with the tokenizer filled in, for conditioners that have their own.
 
         Args:
             make: makes the tokenizer that a config describes, for the conditioner ``name``.
@@ -78,10 +78,10 @@ class ConditionerConfig(Kind):
         return self
 
     def build(self, tokenizer: Tokenizer | None = None) -> Conditioner:
-        """Makes the module, with frozen parameters where it is not trained with the denoiser.
+        """Build the module; parameters that are not trained with the denoiser are frozen.
 
         Args:
-            tokenizer: that of the clip section.
+            tokenizer: the tokenizer of the clip section.
         """
         raise NotImplementedError
 
@@ -96,12 +96,12 @@ class Conditioner(nn.Module):
     unaffected_by_cfg: ClassVar[bool] = False
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        """Computes the conditioning of a batch.
+        """Compute the conditioning of a batch.
 
         Args:
             inputs: raw conditions by key, a tensor or sequence of ``b`` entries each, as the modality of that key in
-                :mod:`ldm.modalities` describes them. An entry of None is absent, like one that was dropped; sizes are
-                never absent.
+                :mod:`ldm.modalities` describes them. An entry of None is absent and treated like a dropped one;
+                sizes are never absent.
             generator: if given (training), each example's condition is dropped at the conditioner's rate, drawn from it.
 
         Raises:
@@ -111,10 +111,10 @@ class Conditioner(nn.Module):
         raise NotImplementedError
 
     def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
-        """Computes the conditioning of the unconditional pass of classifier-free guidance.
+        """Compute the conditioning of the unconditional pass of classifier-free guidance.
 
         Args:
-            inputs: as of :meth:`forward`; all are dropped unless the conditioner is ``unaffected_by_cfg``.
+            inputs: as in :meth:`forward`; all are dropped unless the conditioner is ``unaffected_by_cfg``.
             negative: texts in place of the dropped ones.
         """
         if self.unaffected_by_cfg:
@@ -125,11 +125,11 @@ class Conditioner(nn.Module):
     def prepare_batch(
         self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
     ) -> Mapping[str, Any]:
-        """Adds the raw conditions that are made from the training images to a batch; the default adds none.
+        """Add the raw conditions that are computed from the training images to a batch; by default none.
 
         Args:
             batch: ``image [b 3 h w]`` in [-1, 1], unless latents are cached, and its annotations.
-            encode: encodes images into normalised latents ``[b c h/f w/f]``.
+            encode: encodes images into normalized latents ``[b c h/f w/f]``.
             generator: random generator of the conditions.
 
         Raises:
@@ -142,14 +142,14 @@ class Conditioner(nn.Module):
         return iter(())
 
     def load_pretrained(self) -> None:
-        """Loads the weights of the checkpoint that the config names; called as a training starts."""
+        """Load the weights of the checkpoint that the config names; called when training starts."""
 
 
 def input_of(inputs: Mapping[str, Any], key: str) -> Any:
-    """Returns the entries of a raw condition.
+    """Return the entries of a raw condition.
 
     Raises:
-        DataError: there is none; the message names the files that the data needs.
+        DataError: the inputs do not have it; the message names the files that the data needs.
     """
     if key not in inputs:
         raise DataError(of_key(key).missing)
@@ -157,14 +157,14 @@ def input_of(inputs: Mapping[str, Any], key: str) -> Any:
 
 
 def training_images(batch: Mapping[str, Any], kind: str) -> Tensor:
-    """Returns the images of a batch, ``[b 3 h w]`` in [-1, 1], from which the conditioner ``kind`` makes its input.
+    """Return the images of a batch, ``[b 3 h w]`` in [-1, 1], from which the conditioner ``kind`` computes its input.
 
     Raises:
-        DataError: the batch has latents instead.
+        DataError: the batch has cached latents instead.
     """
     if "image" not in batch:
         raise DataError(
-            f"the conditioner {kind} is made from the training images, which cached latents do not carry; "
+            f"the conditioner {kind} is computed from the training images, which cached latents do not contain; "
             "set data.cache_latents to false."
         )
     images: Tensor = batch["image"]
@@ -172,7 +172,7 @@ def training_images(batch: Mapping[str, Any], kind: str) -> Tensor:
 
 
 def stacked_maps(maps: Sequence[Tensor | None], size: tuple[int, int], absent: float, noun: str) -> Tensor:
-    """Stacks maps ``[h w]`` to ``[b h w]``; None becomes ``absent`` everywhere, in the size of the others or ``size``.
+    """Stack maps ``[h w]`` to ``[b h w]``; None becomes ``absent`` everywhere, in the size of the others or ``size``.
 
     Raises:
         SamplingError: the maps differ in size.
@@ -187,33 +187,33 @@ def stacked_maps(maps: Sequence[Tensor | None], size: tuple[int, int], absent: f
 
 
 def check_dropout(dropout: float) -> None:
-    """Raises a ConfigError unless the rate is in [0, 1)."""
+    """Raise a ConfigError unless the rate is in [0, 1)."""
     if not 0 <= dropout < 1:
         raise ConfigError(f"dropout must be in [0, 1), not {dropout}.")
 
 
 def dropped(n: int, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Draws which of ``n`` examples lose their condition, ``[n]`` of bool; none without a generator."""
+    """Return ``[n]`` of bool, True where an example's condition is dropped; all False without a generator."""
     if generator is None:
         return torch.zeros(n, dtype=torch.bool)
     return torch.rand(n, generator=generator) < rate
 
 
 def captions(inputs: Mapping[str, Any], rate: float, generator: torch.Generator | None) -> list[str | None]:
-    """Returns the captions of a batch; None for those that are absent or, at this rate, dropped."""
+    """Return the captions of a batch; None for those that are absent or, at this rate, dropped."""
     given = list(inputs["text"])
     drop = dropped(len(given), rate, generator).tolist()
-    return [None if gone else caption for caption, gone in zip(given, drop, strict=True)]
+    return [None if is_dropped else caption for caption, is_dropped in zip(given, drop, strict=True)]
 
 
 def texts(inputs: Mapping[str, Any], rate: float, generator: torch.Generator | None) -> list[str]:
-    """Returns :func:`captions` with the empty text in place of None."""
+    """Return :func:`captions` with the empty text in place of None."""
     return ["" if caption is None else caption for caption in captions(inputs, rate, generator)]
 
 
 @dataclass(frozen=True)
 class NoConditionerConfig(ConditionerConfig, kind="none"):
-    """An unconditional model."""
+    """Config of an unconditional model."""
 
     def build(self, tokenizer: Tokenizer | None = None) -> NoConditioner:
         return NoConditioner()

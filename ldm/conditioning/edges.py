@@ -1,4 +1,4 @@
-"""Edge maps, concatenated to the latent: outlines that the image follows."""
+"""Conditioner for edge maps, concatenated to the latent: outlines that the image follows."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from ldm.nn.conditioning import Conditioning
 
 @dataclass(frozen=True)
 class EdgesConditionerConfig(ConditionerConfig, kind="edges"):
-    """A map of the edges; in training, those of the data's .edges.png, or else detected in the training image."""
+    """An edge map; in training read from the data's .edges.png, or else detected in the training image."""
 
     dropout: float = config_field(0.1, "fraction of the training maps that are dropped, for classifier-free guidance")
-    size: tuple[int, int] | None = config_field(None, "height and width of an absent map; null = that of the latents")
+    size: tuple[int, int] | None = config_field(None, "height and width of an absent map; null = size of the latents")
     latent_factor: int | None = config_field(
-        None, "factor of the first stage, by which maps are made smaller; null = that of the experiment"
+        None, "downsampling factor of the maps, that of the first stage; null = taken from the experiment"
     )
 
     def __post_init__(self) -> None:
@@ -71,19 +71,19 @@ class EdgesConditioner(Conditioner):
         return Conditioning(concat=(maps * kept[:, None, None])[:, None])
 
     def unconditional(self, inputs: Mapping[str, Any], negative: Sequence[str] | None = None) -> Conditioning:
-        """Computes the conditioning of absent maps, of the size of those that are given."""
+        """Compute the conditioning of absent maps, in the size of the given ones."""
         return Conditioning(concat=torch.zeros_like(self(inputs).concat))
 
     def prepare_batch(
         self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
     ) -> Mapping[str, Any]:
-        """Adds ``edges [b h w]``, detected in the images, unless the data has edge maps."""
+        """Add ``edges [b h w]``, detected in the images, unless the data has edge maps."""
         if EDGES.key in batch:
             return batch
         return {**batch, EDGES.key: detect_edges(training_images(batch, "edges"))}
 
     def _shrunk(self, maps: Tensor | Sequence[Any]) -> Tensor:
-        """Edge maps ``[b h w]`` in [0, 1] ``-> [b h/f w/f]`` in [-1, 1], by the maximum in each cell."""
+        """Downsample edge maps ``[b h w]`` in [0, 1] ``-> [b h/f w/f]`` in [-1, 1], by the maximum in each cell."""
         if isinstance(maps, Tensor):
             return 2 * F.max_pool2d(maps[:, None], self.factor)[:, 0] - 1
         shrunk = [None if each is None else self._shrunk(EDGES.entry(each)[None])[0] for each in maps]

@@ -1,4 +1,4 @@
-"""Images through the image tower: the content of an image, as the context of another one."""
+"""Conditioner for image prompts: an image's content, encoded by the image tower, as the context."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from ldm.nn.conditioning import Conditioning
 
 @dataclass(frozen=True)
 class ImageConditionerConfig(ConditionerConfig, kind="image"):
-    """The content of an image, encoded by the image tower of stage 2 or by its own; in training, of the training image itself."""
+    """An image prompt, encoded by the image tower of stage 2 or by its own; in training, the training image itself."""
 
     dropout: float = config_field(0.1, "fraction of the training images that are dropped, for classifier-free guidance")
-    trainable: bool = config_field(False, "train the tower along with the denoiser; one of its own has to be")
+    trainable: bool = config_field(False, "train the tower with the denoiser; required for a tower of its own")
     tokens: bool = config_field(
-        False, "the context is the states of all patches, instead of the embedding as one token"
+        False, "use the hidden states of all patches as context, instead of the embedding as one token"
     )
     pooled: bool = config_field(False, "also give the embedding to the denoiser, as its conditioning vector")
-    tower: ImageTowerConfig | None = config_field(None, "the image tower; null = that of the experiment's clip section")
-    embed_dim: int | None = config_field(None, "width of the embedding; null = that of the clip section")
+    tower: ImageTowerConfig | None = config_field(
+        None, "the image tower; null = taken from the experiment's clip section"
+    )
+    embed_dim: int | None = config_field(None, "width of the embedding; null = taken from the clip section")
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
@@ -51,13 +53,13 @@ class ImageConditionerConfig(ConditionerConfig, kind="image"):
         if clip is None or clip.image is None:
             if self.tower is None or self.embed_dim is None or not self.trainable:
                 raise ConfigError(
-                    "denoiser.conditioner reads images, but there is no clip section to give its tower; "
+                    "denoiser.conditioner takes images, but there is no clip section that defines its tower; "
                     "add one, or set tower, embed_dim and trainable: true for one of its own."
                 )
             return self
         if self.tower not in (None, clip.image) or self.embed_dim not in (None, clip.embed_dim):
             raise ConfigError(
-                "denoiser.conditioner has another image tower than clip.model; leave tower and embed_dim out."
+                "denoiser.conditioner has an image tower that differs from that of clip.model; remove tower and embed_dim."
             )
         return replace(self, tower=clip.image, embed_dim=clip.embed_dim)
 
@@ -78,11 +80,11 @@ class ImageConditioner(Conditioner):
         self.tower = tower.build(embed_dim).requires_grad_(config.trainable)
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        """Computes the conditioning; the embedding has unit variance a channel on average, as other contexts have."""
+        """Compute the conditioning; the embedding has unit variance per channel on average, like other contexts."""
         given = inputs["image"]
         weight = next(self.tower.parameters())
-        nothing = torch.zeros(1, 3, self.size, self.size)
-        images = [given] if isinstance(given, Tensor) else [nothing if each is None else each[None] for each in given]
+        blank = torch.zeros(1, 3, self.size, self.size)
+        images = [given] if isinstance(given, Tensor) else [blank if each is None else each[None] for each in given]
         stacked = torch.cat([to_size(each.to(weight.device), self.size) for each in images])
         absent = torch.tensor([each is None for each in given])
         kept = ~(absent | dropped(len(absent), self.config.dropout, generator)).to(weight.device)

@@ -1,9 +1,9 @@
-"""The known part of an image, to be painted on: the input of nine-channel U-Nets, as Stable Diffusion's inpainting has it.
+"""Conditioner for inpainting: the additional input channels of nine-channel U-Nets, as in Stable Diffusion inpainting.
 
-To the noisy latent are concatenated a mask (1 where the image is to be made) and the latents of the image with its
-hole greyed out (Rombach et al. 2112.10752, section 4.5). Training draws the masks: rectangles, free strokes (as of LaMa,
-Suvorov et al. 2109.07161), and in a fraction of the examples the entire image, so that the model can still
-start from nothing.
+A mask (1 where the image is generated) and the latents of the masked image, grey under the mask, are concatenated to the
+noisy latent (Rombach et al. 2112.10752, section 4.5). Training samples random masks: rectangles, free-form strokes (as in
+LaMa, Suvorov et al. 2109.07161), and in a fraction of the examples the entire image, so that the model can also
+generate without a known part.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from ldm.errors import ConfigError, SamplingError
 from ldm.nn.conditioning import Conditioning
 
 MOST_RECTANGLES, MOST_STROKES, MOST_BENDS = 3, 3, 5
-"""Of a mask, and bends of a stroke."""
+"""Maximum numbers of rectangles and of strokes in a mask, and of bends in a stroke."""
 
 SIDES = (0.2, 0.8)
-"""Shortest and longest side of a rectangle, as shares of the image's."""
+"""Shortest and longest side of a rectangle, as fractions of the image's side."""
 
 BRUSHES = (0.08, 0.3)
-"""Thinnest and widest stroke, as shares of the image's shorter side."""
+"""Thinnest and widest stroke, as fractions of the image's shorter side."""
 
 LENGTHS = (0.1, 0.5)
-"""Shortest and longest way from a bend of a stroke to the next, likewise."""
+"""Shortest and longest segment between two bends of a stroke, as fractions of the image's shorter side."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class InpaintConditionerConfig(ConditionerConfig, kind="inpaint"):
 
 
 class InpaintConditioner(Conditioner):
-    """``inpaint``, of ``[1 + c h w]`` each (mask and latents, as :func:`ldm.editing.inpaint` makes them), as the concat."""
+    """Conditioner whose concat is ``inpaint``: ``[1 + c h w]`` each, mask and latents as made by :func:`ldm.editing.inpaint`."""
 
     unaffected_by_cfg = True
 
@@ -73,16 +73,16 @@ class InpaintConditioner(Conditioner):
         self.config = config
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        """The conditioning of a batch; see :class:`Conditioner`.
+        """Compute the conditioning of a batch; see :class:`Conditioner`.
 
         Raises:
-            SamplingError: a known part is missing, or is none.
+            SamplingError: an entry is missing, or not a tensor of that shape.
         """
         known, channels = list(inputs["inpaint"]), self.config.concat_channels
         for part in known:
             if not isinstance(part, Tensor) or part.ndim != 3 or len(part) != channels:
                 raise SamplingError(
-                    f"this model continues images; use editing.inpaint, or give condition={{'inpaint': [...]}} with a mask "
+                    f"this model inpaints images; use editing.inpaint, or give condition={{'inpaint': [...]}} with a mask "
                     f"and latents of shape [{channels}, h, w] for each."
                 )
         return Conditioning(concat=torch.stack(known))
@@ -90,7 +90,7 @@ class InpaintConditioner(Conditioner):
     def prepare_batch(
         self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
     ) -> Mapping[str, Any]:
-        """The batch with ``inpaint [b 1 + c h/f w/f]``, of its images under masks drawn from ``generator``.
+        """Add ``inpaint [b 1 + c h/f w/f]`` to the batch, from its images under masks drawn from ``generator``.
 
         Raises:
             DataError: latents are cached.
@@ -103,7 +103,7 @@ class InpaintConditioner(Conditioner):
 
 
 def draw_mask(height: int, width: int, whole: float, generator: torch.Generator) -> Tensor:
-    """``[1 height width]``, 1 where the image is masked: everywhere by chance ``whole``, else rectangles or strokes."""
+    """Draw a mask ``[1 height width]``, 1 where masked: all ones with probability ``whole``, else rectangles or strokes."""
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))

@@ -1,4 +1,7 @@
-"""Class labels as a learned vector, added to the embedding of the noise level (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+"""Conditioner for class labels, each a learned vector that is added to the embedding of the noise level.
+
+Dhariwal & Nichol 2021 (arXiv 2105.05233).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from ldm.nn.conditioning import Conditioning
 
 @dataclass(frozen=True)
 class ClassConditionerConfig(ConditionerConfig, kind="class"):
-    """One of a fixed number of classes, as a vector."""
+    """A class label, encoded as a vector."""
 
     classes: int = config_field(help="number of classes; labels are 0 .. classes - 1")
     width: int = config_field(128, "width of the vector")

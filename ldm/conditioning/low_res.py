@@ -1,16 +1,16 @@
-"""A small image to enlarge: super-resolution as a diffusion that is conditioned on the small image.
+"""Conditioner for super-resolution: diffusion conditioned on a low-resolution image.
 
 The small image is concatenated to the noisy latent (Saharia et al. 2104.07636; Rombach et al. 2112.10752, section 4.4).
-It is noised in training, and the network is given the noise level, so that it does not lean on details of the small image that
-another source of small images lacks (conditioning augmentation, Ho et al. 2106.15282, section 3):
+In training it is noised, and the network is conditioned on the noise level, so that it does not rely on details that small
+images from other sources lack (conditioning augmentation, Ho et al. 2106.15282, section 3):
 
     z = sqrt(1 - s^2) y + s n,    s uniform in [0, noise_max]
 
-which keeps the variance where y has unit variance. In sampling s is ``noise``, and n depends on the size of the small
-image alone: neither on the batch, nor on whether it is the conditional pass or the other.
+which preserves the variance if y has unit variance. In sampling s is ``noise``, and n depends only on the size of the
+small image: it is the same for every image of a batch, in the conditional and the unconditional pass.
 
-The concat leaves here in the latents' size, so that other conditions can be concatenated beside it; hence ``latent_factor``,
-which the model checks against its first stage.
+The concat has the size of the latents, so that other conditions can be concatenated with it; this requires
+``latent_factor``, which the model checks against its first stage.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import sinusoidal
 
 LEVELS = 1000
-"""The noise level 1 in the units of the sinusoids, which are made for timesteps."""
+"""Factor from noise levels to the inputs of the sinusoidal embedding, which is designed for timesteps."""
 
 
 @dataclass(frozen=True)
 class LowResConditionerConfig(ConditionerConfig, kind="low_res"):
-    """A small image, to be enlarged; without dropout, so that guidance has no effect on it."""
+    """A low-resolution image; without dropout, so that guidance has no effect on it."""
 
-    factor: int = config_field(4, "how many times the result is larger than the small image, along each side")
+    factor: int = config_field(4, "upscaling factor of each side, from the small image to the result")
     latent_factor: int | None = config_field(
-        None, "factor of the first stage, to whose latents' size the small image is brought; null = the experiment's"
+        None, "factor of the first stage, to resize the small image to the latents; null = taken from the experiment"
     )
     noise_max: float = config_field(
-        0.5, "greatest noise level of the small image in training, 0 to 1; they are uniform from 0"
+        0.5, "maximum noise level of the small image in training, 0 to 1; levels are uniform in [0, noise_max]"
     )
     noise: float = config_field(0.0, "noise level of the small image in validation and sampling, up to noise_max")
-    width: int = config_field(64, "sinusoids that embed the noise level: the width of the vector")
+    width: int = config_field(64, "width of the sinusoidal embedding of the noise level, and of the vector")
 
     def __post_init__(self) -> None:
         if self.factor < 2 or (self.latent_factor is not None and self.latent_factor < 1):
@@ -83,9 +83,9 @@ class LowResConditionerConfig(ConditionerConfig, kind="low_res"):
 
 
 class LowResConditioner(Conditioner):
-    """``low_res``, images ``[3 h w]`` in [-1, 1] (or PIL, or files), to a ``concat [b 3 h' w']`` of the latents' size.
+    """Conditioner from ``low_res``, images ``[3 h w]`` in [-1, 1] (or PIL, or files), to ``concat [b 3 h' w']`` in latent size.
 
-    The vector is the sinusoids of the noise level; the U-Net has the perceptron that embeds a vector.
+    The vector is the sinusoidal embedding of the noise level; the MLP that embeds it is part of the U-Net.
     """
 
     unaffected_by_cfg = True
@@ -96,10 +96,10 @@ class LowResConditioner(Conditioner):
         self.latent_factor = latent_factor
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        """The conditioning of a batch; see :class:`Conditioner`.
+        """Compute the conditioning of a batch; see :class:`Conditioner`.
 
         Raises:
-            SamplingError: a small image is missing or none, or they are of several sizes.
+            SamplingError: a small image is missing or not an image, or the images differ in size.
         """
         small, config = _stacked(inputs["low_res"]), self.config
         if generator is None:
@@ -119,7 +119,7 @@ class LowResConditioner(Conditioner):
     def prepare_batch(
         self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
     ) -> Mapping[str, Any]:
-        """The batch with ``low_res [b 3 h/factor w/factor]``: its images, averaged over squares of ``factor`` pixels.
+        """Add ``low_res [b 3 h/factor w/factor]`` to the batch: its images, averaged over squares of ``factor`` pixels.
 
         Raises:
             DataError: latents are cached, or the images' sides are not divisible by the factor.
@@ -135,7 +135,7 @@ class LowResConditioner(Conditioner):
 
 
 def _stacked(images: Sequence[Any]) -> Tensor:
-    """``[b 3 h w]`` fp32 in [-1, 1]"""
+    """Stack images to ``[b 3 h w]`` fp32 in [-1, 1]."""
     if any(image is None for image in images):
         raise SamplingError("this model enlarges images; give condition={'low_res': [...]}, or use editing.upscale.")
     tensors = [signed_tensor(image) for image in images]

@@ -1,4 +1,4 @@
-"""Conditionings that change with the noise level, for prompts that differ from step to step."""
+"""Conditionings that change with the noise level, for prompts that change between steps."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class ConditioningSchedule:
     """Conditionings of the successive phases of a sampling.
 
     Attributes:
-        records: one for each phase, each of the whole batch.
-        ends: noise levels, falling: the phase after ``records[i]`` begins at ``ends[i]``; the last has no end.
+        records: one for each phase, each for all rows of the batch.
+        ends: decreasing noise levels: the phase after ``records[i]`` begins at ``ends[i]``; the last has no end.
     """
 
     records: tuple[Conditioning, ...]
     ends: tuple[float, ...] = ()
 
     def at(self, sigma: Tensor) -> Conditioning:
-        """The record at noise levels ``sigma [b]``; each row of the batch is in the phase of its own level."""
+        """Return the record at noise levels ``sigma [b]``; each row of the batch is in the phase of its own level."""
         if not self.ends:
             return self.records[0]
         phase = sum((sigma <= end).long() for end in self.ends)
@@ -36,16 +36,16 @@ class ConditioningSchedule:
 
     @cached_property
     def _joined(self) -> Conditioning:
-        """Phase after phase, ``len(records) * b`` rows."""
+        """The records of all phases concatenated, ``len(records) * b`` rows."""
         return Conditioning.cat(self.records)
 
     def map(self, function: Callable[[Conditioning], Conditioning]) -> ConditioningSchedule:
-        """The same phases, with ``function`` applied to each record."""
+        """Return the same phases with ``function`` applied to each record."""
         return ConditioningSchedule(tuple(map(function, self.records)), self.ends)
 
     @staticmethod
     def cat(parts: Sequence[ConditioningSchedule]) -> ConditioningSchedule:
-        """Batches with the same ends as one batch, in order."""
+        """Concatenate schedules with the same ends along the batch, in order."""
         assert len({part.ends for part in parts}) == 1, "the phases end at different levels"
         return ConditioningSchedule(
             tuple(Conditioning.cat(records) for records in zip(*(part.records for part in parts), strict=True)),
@@ -55,36 +55,36 @@ class ConditioningSchedule:
 
 def conditioning_schedules(
     conditioner: Conditioner,
-    wanted: Mapping[str, Sequence[Any]],
-    unwanted: Sequence[Prompt] | None,
+    conditions: Mapping[str, Sequence[Any]],
+    negative_prompts: Sequence[Prompt] | None,
     reading: PromptOptions,
     levels: Tensor,
 ) -> tuple[ConditioningSchedule, ConditioningSchedule]:
-    """Computes the conditional and the unconditional schedule of a sampling along ``levels [steps + 1]``.
+    """Compute the conditional and the unconditional schedule of a sampling along ``levels [steps + 1]``.
 
     Args:
-        wanted: raw conditions by name, an entry for each image; prompts are under ``text``.
-        unwanted: negative prompts, one for each image; None for none.
+        conditions: raw conditions by name, an entry for each image; prompts are under ``text``.
+        negative_prompts: negative prompts, one for each image; None if there are none.
 
     Raises:
         SamplingError: a prompt is not in the syntax of ``reading``.
     """
-    steps, prompts = len(levels) - 1, wanted.get("text", ())
-    changes = set[int]().union(*(reading.changes(prompt, steps) for prompt in (*prompts, *(unwanted or ()))))
+    steps, prompts = len(levels) - 1, conditions.get("text", ())
+    changes = set[int]().union(*(reading.changes(prompt, steps) for prompt in (*prompts, *(negative_prompts or ()))))
     starts = [0, *sorted(step for step in changes if 0 < step < steps)]
 
-    def shown(step: int) -> Conditioning:
-        return _mixed(conditioner, wanted, [reading.at(prompt, step, steps) for prompt in prompts])
+    def conditional(step: int) -> Conditioning:
+        return _mixed(conditioner, conditions, [reading.at(prompt, step, steps) for prompt in prompts])
 
-    def avoided(step: int) -> Conditioning:
-        if unwanted is None:
-            return conditioner.unconditional(wanted)
-        negatives = [reading.at(prompt, step, steps) for prompt in unwanted]
-        return _mixed(lambda inputs: conditioner.unconditional(inputs, inputs["text"]), wanted, negatives)
+    def unconditional(step: int) -> Conditioning:
+        if negative_prompts is None:
+            return conditioner.unconditional(conditions)
+        negatives = [reading.at(prompt, step, steps) for prompt in negative_prompts]
+        return _mixed(lambda inputs: conditioner.unconditional(inputs, inputs["text"]), conditions, negatives)
 
     ends = tuple(levels[starts[1:]].tolist())
-    return ConditioningSchedule(tuple(map(shown, starts)), ends), ConditioningSchedule(
-        tuple(map(avoided, starts)), ends
+    return ConditioningSchedule(tuple(map(conditional, starts)), ends), ConditioningSchedule(
+        tuple(map(unconditional, starts)), ends
     )
 
 
@@ -93,7 +93,7 @@ def _mixed(
     inputs: Mapping[str, Sequence[Any]],
     mixtures: Sequence[Sequence[tuple[float, str | None]]],
 ) -> Conditioning:
-    """The conditioning of ``inputs`` with a mixture of texts, and their shares, for each row; none: as they are."""
+    """Encode ``inputs`` with a weighted mixture of texts for each row; without mixtures, encode them unchanged."""
     if not mixtures:
         return encode(inputs)
     rows = [row for row, mixture in enumerate(mixtures) for _ in mixture]

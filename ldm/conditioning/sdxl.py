@@ -1,9 +1,9 @@
-"""Captions through two text towers, and the sizes of the image, as SDXL takes them.
+"""Conditioner of SDXL: captions encoded by two text towers, and the sizes of the image.
 
-(Podell et al. 2023, arXiv 2307.01952.) The contexts of the towers lie side by side along their width; the vector is the
-pooled state of the second, followed by the sinusoids of six numbers (section 2.2): from how large an original a training
-image was made, where it was cropped, and how large it became. With these, training need not leave out small originals and
-cropped heads, and samples do not imitate them: they are conditioned on a large original, cropped at (0, 0).
+(Podell et al. 2023, arXiv 2307.01952.) The contexts of the towers are concatenated along their width; the vector is the
+pooled state of the second tower, followed by the sinusoidal embeddings of six numbers (section 2.2): the original size of
+a training image, its crop position, and its target size. With these, training can use small originals and crops without
+generated images imitating them: sampling is conditioned on a large original, cropped at (0, 0).
 """
 
 from __future__ import annotations
@@ -31,21 +31,19 @@ from ldm.nn.embeddings import sinusoidal
 
 @dataclass(frozen=True)
 class SDXLConditionerConfig(ConditionerConfig, kind="sdxl"):
-    """A caption, read by two text towers, and the original size, the cut and the size of the image."""
+    """A caption, encoded by two text towers, and the original size, crop position and target size of the image."""
 
     second: TextTowerConfig = config_field(help="the second text tower, whose pooled state is part of the vector")
     first: TextTowerConfig | None = config_field(
-        None, "the first text tower; null = that of the experiment's clip section"
+        None, "the first text tower; null = taken from the experiment's clip section"
     )
-    pad_id: int = config_field(
-        0, "token after the end in what the second tower reads; the vocabulary is that of the first"
-    )
-    size_embedding_width: int = config_field(256, "sinusoids of each of the six numbers about the image's size")
+    pad_id: int = config_field(0, "padding token of the second tower; both towers use the vocabulary of the first")
+    size_embedding_width: int = config_field(256, "width of the sinusoidal embedding of each of the six size numbers")
     dropout: float = config_field(
         0.1, "fraction of the training captions (never sizes) that are dropped, for classifier-free guidance"
     )
     zeros_for_empty: bool = config_field(
-        True, "a caption that is dropped or not there is zeros; false = the encoded empty string"
+        True, "encode a dropped or absent caption as zeros; false = as the empty string"
     )
     trainable: bool = config_field(False, "train both towers along with the denoiser")
 
@@ -80,7 +78,9 @@ class SDXLConditionerConfig(ConditionerConfig, kind="sdxl"):
 
     def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> SDXLConditionerConfig:
         if clip is None:
-            raise ConfigError("denoiser.conditioner reads text, but there is no clip section to give its first tower.")
+            raise ConfigError(
+                "denoiser.conditioner takes text, but there is no clip section that defines its first tower."
+            )
         return replace(self, first=self.first or replace(clip.text, embed_dim=clip.embed_dim))
 
     def with_encoder(self, name: str, config: Any) -> SDXLConditionerConfig:
@@ -94,7 +94,7 @@ class SDXLConditionerConfig(ConditionerConfig, kind="sdxl"):
 
 
 class SDXLConditioner(Conditioner):
-    """Two text towers with a tokenizer each; texts are cut or go on in windows as :class:`TextConditioner` has it.
+    """Two text towers with a tokenizer each; texts are truncated or split into windows as in :class:`TextConditioner`.
 
     In addition to ``text`` it takes ``original_size``, ``crops_coords_top_left`` and ``target_size``: a pair for each image,
     (height, width) or (top, left) in pixels.
@@ -108,24 +108,24 @@ class SDXLConditioner(Conditioner):
         self.second = config.second.build().requires_grad_(config.trainable)
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        said = captions(inputs, self.config.dropout, generator)
-        texts = ["" if caption is None else caption for caption in said]
+        given = captions(inputs, self.config.dropout, generator)
+        texts = ["" if caption is None else caption for caption in given]
         with nullcontext() if self.config.trainable else torch.no_grad():
             (first, _), mask = long_prompts.read(texts, self.tokenizers[0], self.first)
             (second, pooled), second_mask = long_prompts.read(texts, self.tokenizers[1], self.second)
         context, mask = _side_by_side([first, second], [mask, second_mask])
         if self.config.zeros_for_empty:
-            silent = torch.tensor([caption is None for caption in said]).to(context.device)
-            context, pooled = context.masked_fill(silent[:, None, None], 0), pooled.masked_fill(silent[:, None], 0)
+            absent = torch.tensor([caption is None for caption in given]).to(context.device)
+            context, pooled = context.masked_fill(absent[:, None, None], 0), pooled.masked_fill(absent[:, None], 0)
         return Conditioning(context, mask, vector=torch.cat([pooled, self._sizes(inputs).to(pooled)], dim=1))
 
     def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
-        """Computes the conditioning of no text, or of the ``negative`` one, for an image of the same sizes."""
+        """Compute the conditioning of no text, or of the ``negative`` one, for images of the same sizes."""
         absent = [None] * len(inputs["text"])
         return self({**inputs, "text": absent if negative is None else negative})
 
     def _sizes(self, inputs: Mapping[str, Any]) -> Tensor:
-        """``[b 6 size_embedding_width]``, flattened."""
+        """Return the embeddings of the sizes, ``[b 6 size_embedding_width]`` flattened to two dimensions."""
         numbers = torch.cat([torch.as_tensor(inputs[name]) for name in SIZES], dim=1)
         return sinusoidal(numbers.flatten(), self.config.size_embedding_width).reshape(len(numbers), -1)
 
@@ -135,15 +135,16 @@ class SDXLConditioner(Conditioner):
 
 
 def _side_by_side(contexts: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Contexts ``[b n d]`` as one, along d; of a tower that needs fewer windows for a text, zeros.
+    """Concatenate contexts ``[b n d]`` along d; the context of a tower that needs fewer windows is padded with zeros.
 
-    The padding token is one of its own within a text, so that "!!" may be two tokens for one tower and one for the other.
+    The towers can need different numbers of windows: the padding token is not merged with its neighbours within a text, so
+    that "!!" may be two tokens for one tower and one for the other.
     """
     length = max(context.shape[1] for context in contexts)
     if all(mask is None for mask in masks) and all(context.shape[1] == length for context in contexts):
         return torch.cat(list(contexts), dim=2), None
-    there = torch.zeros(len(contexts[0]), length, dtype=torch.bool, device=contexts[0].device)
+    present = torch.zeros(len(contexts[0]), length, dtype=torch.bool, device=contexts[0].device)
     for context, mask in zip(contexts, masks, strict=True):
-        there[:, : context.shape[1]] |= True if mask is None else mask
+        present[:, : context.shape[1]] |= True if mask is None else mask
     padded = [F.pad(context, (0, 0, 0, length - context.shape[1])) for context in contexts]
-    return torch.cat(padded, dim=2), there
+    return torch.cat(padded, dim=2), present

@@ -1,4 +1,7 @@
-"""Semantic maps, one-hot or embedded and concatenated to the latent (Rombach et al. 2022, arXiv 2112.10752, section 4.3.2)."""
+"""Conditioner for semantic maps, one-hot or embedded, which are concatenated to the latent.
+
+Rombach et al. 2022 (arXiv 2112.10752), section 4.3.2.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +35,12 @@ class SemanticConditionerConfig(ConditionerConfig, kind="semantic"):
 
     classes: int = config_field(help="number of classes; a map holds numbers 0 .. classes - 1")
     embedding: int | None = config_field(
-        None, "channels of a learned embedding of a class; null = one-hot, a channel each"
+        None, "channels of a learned class embedding; null = one-hot, one channel per class"
     )
     dropout: float = config_field(0.1, "fraction of the training maps that are dropped, for classifier-free guidance")
-    size: tuple[int, int] | None = config_field(None, "height and width of an absent map; null = that of the latents")
+    size: tuple[int, int] | None = config_field(None, "height and width of an absent map; null = size of the latents")
     latent_factor: int | None = config_field(
-        None, "factor of the first stage, by which maps are made smaller; null = that of the experiment"
+        None, "downsampling factor of the maps, that of the first stage; null = taken from the experiment"
     )
 
     def __post_init__(self) -> None:
@@ -81,18 +84,18 @@ class SemanticConditioner(Conditioner):
         return Conditioning(concat=rows.permute(0, 3, 1, 2))
 
     def unconditional(self, inputs: Mapping[str, Any], negative: Sequence[str] | None = None) -> Conditioning:
-        """Computes the conditioning of absent maps, of the size of those that are given."""
+        """Compute the conditioning of absent maps, in the size of the given ones."""
         return Conditioning(concat=torch.zeros_like(self(inputs).concat))
 
     def _labels(self, maps: Tensor | Sequence[Any]) -> Tensor:
-        """Class numbers ``[b h/f w/f]``; those of absent maps are one past the last class."""
+        """Return class numbers ``[b h/f w/f]``; absent maps have the number after the last class."""
         if isinstance(maps, Tensor):
             return self._shrunk(maps)
         labels = [None if each is None else self._shrunk(SEMANTIC.entry(each)[None])[0] for each in maps]
         return stacked_maps(labels, self.size, self.config.classes, SEMANTIC.noun)
 
     def _shrunk(self, maps: Tensor) -> Tensor:
-        """Class numbers ``[b h w] -> [b h/f w/f]``, each the one nearest to the middle of its cell.
+        """Downsample class numbers ``[b h w] -> [b h/f w/f]``, taking the pixel nearest to the centre of each cell.
 
         Raises:
             SamplingError: a number is not one of the classes.

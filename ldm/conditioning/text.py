@@ -1,4 +1,4 @@
-"""Captions through the text tower: its states as the context, its pooled state as the vector if configured."""
+"""Conditioner for captions: the text tower's hidden states as context, optionally its pooled state as the vector."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ldm.nn.conditioning import Conditioning
 
 @dataclass(frozen=True)
 class TextConditionerConfig(ConditionerConfig, kind="text"):
-    """A caption, read by the text tower of stage 2; a dropped caption is the encoded empty string."""
+    """A caption, encoded by the text tower of stage 2; a dropped caption is the encoded empty string."""
 
     dropout: float = config_field(
         0.1, "fraction of the training captions that are dropped, for classifier-free guidance"
@@ -31,7 +31,9 @@ class TextConditionerConfig(ConditionerConfig, kind="text"):
         False, "train the tower together with the denoiser (as in the LDM paper), from stage 2's weights"
     )
     pooled: bool = config_field(False, "also give the pooled state to the denoiser, as its conditioning vector")
-    tower: TextTowerConfig | None = config_field(None, "the text tower; null = that of the experiment's clip section")
+    tower: TextTowerConfig | None = config_field(
+        None, "the text tower; null = taken from the experiment's clip section"
+    )
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
@@ -50,7 +52,7 @@ class TextConditionerConfig(ConditionerConfig, kind="text"):
 
     def resolved(self, clip: CLIPConfig | None, latent_size: tuple[int, int], factor: int) -> TextConditionerConfig:
         if clip is None:
-            raise ConfigError("denoiser.conditioner reads text, but there is no clip section to give its tower.")
+            raise ConfigError("denoiser.conditioner takes text, but there is no clip section that defines its tower.")
         return replace(self, tower=self.tower or replace(clip.text, embed_dim=clip.embed_dim))
 
     def with_encoder(self, name: str, config: Any) -> TextConditionerConfig:
@@ -63,7 +65,7 @@ class TextConditionerConfig(ConditionerConfig, kind="text"):
 
 
 class TextConditioner(Conditioner):
-    """Tokenizer and text tower. A string is cut to the tower's length, unless it is a :class:`ldm.prompts.WeightedPrompt`."""
+    """Tokenizer and text tower. Strings are truncated to the tower's length, except a :class:`ldm.prompts.WeightedPrompt`."""
 
     def __init__(self, config: TextConditionerConfig, tower: TextTowerConfig, tokenizer: Tokenizer):
         super().__init__()

@@ -1,8 +1,8 @@
-"""Captions through an encoder of the ``transformers`` library: a BERT that is trained along, or any that was pretrained.
+"""Conditioner for captions with a ``transformers`` encoder: a BERT trained from scratch, or any pretrained encoder.
 
-The first is the way of Rombach et al. 2022 (arXiv 2112.10752, section 4.3.1); the second brings what others have taught
-an encoder, other languages among it. A model file carries the encoder's config and its tokenizer, so that it needs
-the checkpoint no more.
+The first is the method of Rombach et al. 2022 (arXiv 2112.10752, section 4.3.1); the second makes use of pretraining, for
+example on other languages. A model file contains the encoder's config and its tokenizer, so that loading it does not
+need the checkpoint.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from ldm.nn.conditioning import Conditioning
 from ldm.prompts import WeightedPrompt
 
 PROVENANCE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
-"""Keys of an encoder's config that say where it comes from, and not what it is."""
+"""Keys of an encoder's config that record its origin and do not affect its architecture."""
 
 UNSAFE = {
     "auto_map", "attn_implementation", "experts_implementation", "quantization_config", "backbone", "backbone_config",
     "use_pretrained_backbone", "use_timm_backbone", "model_args", "num_labels", "id2label", "label2id",
 }  # fmt: skip
-"""Keys of an encoder's config that name code, other checkpoints, or labels without end."""
+"""Keys of an encoder's config that name code, other checkpoints, or lists of labels of unbounded length."""
 
 
 @dataclass(frozen=True)
 class TransformerConditionerConfig(ConditionerConfig, kind="transformer"):
-    """A caption, read by an encoder of transformers; padding is masked, and a dropped caption is the encoded empty string."""
+    """A caption, encoded by an encoder of transformers; padding is masked, and a dropped caption is the encoded empty string."""
 
     checkpoint: str | None = config_field(
         None, "folder or hub id of an encoder with its tokenizer; null = a BERT from scratch"
     )
     context_length: int = config_field(
-        77, "tokens of a caption for a checkpoint; one from scratch goes by its tokenizer"
+        77, "tokens of a caption, for a checkpoint; a BERT from scratch uses its tokenizer's context_length"
     )
     trainable: bool | None = config_field(
-        None, "train the encoder along with the denoiser; null = if it is from scratch and not from a checkpoint"
+        None, "train the encoder with the denoiser; null = true from scratch, false for a checkpoint"
     )
     dropout: float = config_field(
         0.1, "fraction of the training captions that are dropped, for classifier-free guidance"
@@ -55,10 +55,10 @@ class TransformerConditionerConfig(ConditionerConfig, kind="transformer"):
     heads: int = config_field(12, "attention heads of a BERT from scratch; must divide width")
     tokenizer: TokenizerConfig = config_field(ByteBPEConfig(), "tokenizer of a BERT from scratch")
     architecture: Mapping[str, Any] | None = config_field(
-        None, "config of the checkpoint's encoder; null = read from there"
+        None, "config of the checkpoint's encoder; null = read from the checkpoint"
     )
     tokenizer_json: str | None = config_field(
-        None, "the tokenizer as tokenizer.json; null = made or read as training begins"
+        None, "contents of tokenizer.json; null = trained or read from the checkpoint when training starts"
     )
 
     def __post_init__(self) -> None:
@@ -66,7 +66,9 @@ class TransformerConditionerConfig(ConditionerConfig, kind="transformer"):
         if min(self.width, self.layers, self.heads) < 1 or self.width % self.heads:
             raise ConfigError(f"{self.heads} heads do not divide the width {self.width}, or layers is below 1.")
         if self.checkpoint is None and self.trainable is False:
-            raise ConfigError("a BERT from scratch is trained along; leave trainable out, or name a checkpoint.")
+            raise ConfigError(
+                "trainable is false, but a BERT from scratch must be trained; remove trainable, or set checkpoint."
+            )
 
     @property
     def input_keys(self) -> tuple[str, ...]:
@@ -110,21 +112,21 @@ class TransformerConditionerConfig(ConditionerConfig, kind="transformer"):
         return replace(self, tokenizer_json=_pretrained_tokenizer(self.checkpoint, self.context_length))
 
     def build(self, tokenizer: Tokenizer | None = None) -> TransformerConditioner:
-        assert self.tokenizer_json is not None, "the tokenizer is made as training begins"
+        assert self.tokenizer_json is not None, "the tokenizer is made when training starts"
         backend = backend_from_json(self.tokenizer_json)
-        # Not on the meta device of a model that is about to be loaded: encoders have buffers that no file holds.
+        # Not on the meta device, which loading a model uses: encoders have buffers that are not in its file.
         with torch.device("cpu"):
             encoder = self._encoder()
         rows = encoder.get_input_embeddings().num_embeddings
         if backend.get_vocab_size() > rows:
             raise CheckpointError(
                 f"the tokenizer has {backend.get_vocab_size()} tokens, but the encoder embeds {rows}; "
-                "take the tokenizer that belongs to it, or set tokenizer.vocab_size to at least that."
+                "use the encoder's own tokenizer, or set tokenizer.vocab_size to at least that."
             )
         return TransformerConditioner(self, encoder, backend)
 
     def _encoder(self) -> Any:
-        """The encoder of transformers, with random weights."""
+        """Build the encoder of transformers, with random weights."""
         if self.checkpoint is not None:
             assert self.architecture is not None, "the architecture comes from the checkpoint"
             config = _encoder_config(self.architecture)
@@ -140,7 +142,7 @@ class TransformerConditionerConfig(ConditionerConfig, kind="transformer"):
             max_position_embeddings=self.tokenizer.context_length,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
-            pad_token_id=None,  # else its embedding stays zero, and ours is that of the end token
+            pad_token_id=None,  # else its embedding stays zero; we pad with the end token
         )
         return _without_head(BertModel(config))
 
@@ -156,7 +158,7 @@ class TransformerConditioner(Conditioner):
         self.encoder = encoder.requires_grad_(self.trained)
 
     def train(self, mode: bool = True) -> TransformerConditioner:
-        """Sets the training mode; a frozen encoder stays in evaluation mode."""
+        """Set the training mode; a frozen encoder stays in evaluation mode."""
         super().train(mode)
         self.encoder.train(mode and self.trained)
         return self
@@ -164,13 +166,15 @@ class TransformerConditioner(Conditioner):
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         captions = texts(inputs, self.config.dropout, generator)
         if any(isinstance(caption, WeightedPrompt) and caption.weights for caption in captions):
-            raise SamplingError("this model's encoder knows no weights of words; set prompt_syntax to 'plain'.")
+            raise SamplingError("this model's encoder does not support word weights; set prompt_syntax to 'plain'.")
         encodings = self.tokenizer.encode_batch(captions)
         device = next(self.encoder.parameters()).device
         tokens = torch.tensor([encoding.ids for encoding in encodings], device=device)
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool, device=device)
-        mask[:, 0] = True  # an empty text may have no token of its own, and attention to nothing is not defined
-        attended = None if mask.is_meta else mask.long()  # transformers looks into it, where --dry-run has no values
+        mask[:, 0] = True  # an empty text may have no tokens, and attention with all keys masked is undefined
+        attended = (
+            None if mask.is_meta else mask.long()
+        )  # transformers reads its values; meta tensors of --dry-run have none
         states = self.encoder(input_ids=tokens, attention_mask=attended).last_hidden_state
         return Conditioning(context=states, mask=mask)
 
@@ -189,24 +193,24 @@ class TransformerConditioner(Conditioner):
 
 
 def _encoder_config(architecture: Mapping[str, Any]) -> Any:
-    """The config object of transformers that ``architecture`` describes, which comes from a file and is not trusted.
+    """Return the transformers config object of ``architecture``, which is read from a file and not trusted.
 
     Raises:
-        CheckpointError: transformers knows no such encoder.
+        CheckpointError: transformers does not support such an encoder.
     """
     from transformers import AutoConfig
 
     values = _harmless({key: value for key, value in architecture.items() if key != "model_type"})
     try:
         return AutoConfig.for_model(architecture["model_type"], **values)
-    except Exception as error:  # each class has its own way of saying what it does not take
+    except Exception as error:  # each config class raises its own errors
         raise CheckpointError(
-            f"the encoder's architecture cannot be made ({first_line(error)}); install the transformers that wrote it."
+            f"the encoder's architecture cannot be built ({first_line(error)}); install the transformers version that wrote it."
         ) from None
 
 
 def _harmless(value: Any) -> Any:
-    """A part of an encoder's config without what could make the library fetch or run something."""
+    """Return a part of an encoder's config without the entries that could make transformers download or run something."""
     if isinstance(value, Mapping):
         return {
             key: _harmless(item) for key, item in value.items() if key not in UNSAFE and not str(key).startswith("_")
@@ -217,14 +221,14 @@ def _harmless(value: Any) -> Any:
 
 
 def _loader(config: Any) -> Any:
-    """The class of transformers that makes an encoder: of those with a decoder the one without it, where there is one."""
+    """Return the auto class of an encoder; for encoder-decoder models, the encoder-only one if there is one."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
     return AutoModelForTextEncoding if type(config) in AutoModelForTextEncoding._model_mapping else AutoModel
 
 
 def _without_head(model: Any) -> Any:
-    """What gives the hidden states alone: no decoder that shares the embedding, and no pooling after the last layer."""
+    """Return the part of a model that computes the hidden states, without decoder and pooler."""
     if hasattr(model, "shared"):
         return model.encoder
     if getattr(model, "pooler", None) is not None:
@@ -233,22 +237,22 @@ def _without_head(model: Any) -> Any:
 
 
 def _pretrained_tokenizer(checkpoint: str, context_length: int) -> str:
-    """tokenizer.json of a checkpoint, cut and padded to ``context_length``.
+    """Return the tokenizer.json of a checkpoint, set to truncate and pad to ``context_length``.
 
     Raises:
-        CheckpointError: it has no tokenizer, one that cannot be written so, or one without a padding token.
-        ConfigError: it takes no captions of that length.
+        CheckpointError: it has no tokenizer, one without a fast (JSON) form, or one without a padding token.
+        ConfigError: ``context_length`` exceeds the tokenizer's maximum.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
         backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    except Exception as error:  # the library raises all sorts of errors over a broken file
+    except Exception as error:  # the library raises many types of errors for a broken file
         raise CheckpointError(
             f"the tokenizer of {checkpoint} cannot be read ({first_line(error)}); put its tokenizer.json there."
         ) from None
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without one
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers returns this for a folder without one
         raise CheckpointError(f"{checkpoint} holds no tokenizer; put its tokenizer.json there.")
     if tokenizer.pad_token is None:
         raise CheckpointError(f"the tokenizer of {checkpoint} has no padding token; take another encoder.")

@@ -1,4 +1,4 @@
-"""Pictures and captions: shards in and out, and batches in an order that can be resumed anywhere."""
+"""Images and captions: reading and writing of shards, and batches in an order that can be resumed anywhere."""
 
 from __future__ import annotations
 

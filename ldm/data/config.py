@@ -1,4 +1,4 @@
-"""The config section ``data``: where images come from and how they are brought to size."""
+"""The config section ``data``: where images come from and how they are resized."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.modalities.crop import Fit
 
 
 class DataConfig(Kind):
-    """The family of data sets; ``open(split)`` gives the :class:`~ldm.data.samples.Samples` of a split."""
+    """Family of data sets; ``open(split)`` gives the :class:`~ldm.data.samples.Samples` of a split."""
 
     cache_latents: bool = False
     shuffle_buffer: int | None = None
@@ -24,7 +24,11 @@ class DataConfig(Kind):
         raise NotImplementedError
 
     def open(self, split: str) -> Samples:
-        """The samples of ``train``, ``val`` or ``test``; DataError if they are missing or cannot be read."""
+        """Open the samples of ``train``, ``val`` or ``test``.
+
+        Raises:
+            DataError: they are missing or cannot be read.
+        """
         raise NotImplementedError
 
 
@@ -36,28 +40,32 @@ class ShardsData(DataConfig, kind="shards"):
         help="Shards to train on: a .tar, a folder of them, a pattern (a/{000..012}.tar), a list, or emoji."
     )
     val: str | tuple[str, ...] | None = config_field(None, "Shards to validate on while training.")
-    test: str | tuple[str, ...] | None = config_field(None, "Shards that tools/evaluate.py alone reads.")
-    size: int | tuple[int, int] = config_field(64, "Pixels of an image: its side, or [height, width].")
+    test: str | tuple[str, ...] | None = config_field(None, "Shards to test on; only tools/evaluate.py reads them.")
+    size: int | tuple[int, int] = config_field(64, "Size of an image in pixels: its side, or [height, width].")
     crop: Literal["center", "random"] = config_field(
-        "center", "Which part of an image of another shape is kept in training."
+        "center", "Part of an image of another aspect ratio that is kept in training."
     )
-    flip: bool = config_field(False, "Mirror half of the training images; captions that say left or right forbid it.")
+    flip: bool = config_field(
+        False, "Horizontal flip of half of the training images; unsuitable if captions mention left or right."
+    )
     sizes: bool = config_field(
         False,
-        "Give the conditioner sdxl the true original size and crop of each image; false: data.size, and a crop at (0, 0).",
+        "True original size and crop of each image for the conditioner sdxl; false: data.size, and a crop at (0, 0).",
     )
     cache: Literal["none", "ram"] = config_field(
         "none",
-        "ram decodes the set once and keeps it (3 bytes a pixel); none decodes whenever an image is drawn.",
+        "Cache of decoded images: ram decodes the set once (3 bytes per pixel); none decodes an image at each use.",
     )
     cache_latents: bool = config_field(
         False,
-        "Encode images once for the denoiser and keep the posteriors; needs crop center and flip false.",
+        "Cache of the posteriors of images, encoded once for the denoiser; needs crop center and flip false.",
     )
-    workers: int = config_field(2, "Processes that decode images ahead (threads, while cache ram fills).")
+    workers: int = config_field(
+        2, "Number of processes that decode images in advance (threads, while cache ram is filled)."
+    )
     shuffle_buffer: int | None = config_field(
         None,
-        "For slow disks: read shards in sequence and mix so many samples at a time; null mixes all.",
+        "Number of samples that are shuffled at a time, for slow disks: shards are read in sequence; null shuffles all.",
     )
 
     def __post_init__(self) -> None:
@@ -68,7 +76,7 @@ class ShardsData(DataConfig, kind="shards"):
         if self.shuffle_buffer is not None and self.shuffle_buffer < 1:
             raise ConfigError(f"shuffle_buffer must be at least 1 or null, not {self.shuffle_buffer}.")
         if self.cache == "ram" and self.crop == "random":
-            raise ConfigError("cache: ram keeps one cut of each image; use crop: center with it, or cache: none.")
+            raise ConfigError("cache: ram keeps one crop of each image; use crop: center with it, or cache: none.")
         if self.cache_latents and (self.crop == "random" or self.flip):
             raise ConfigError("cache_latents keeps one latent of each image; use crop: center and flip: false with it.")
 
@@ -94,7 +102,7 @@ class ShardsData(DataConfig, kind="shards"):
 
 
 def require_split(split: str, sources: dict[str, str | tuple[str, ...] | None]) -> str | tuple[str, ...]:
-    """The source of a split, or a DataError if the config gives none."""
+    """Return the source of a split; raise a DataError if the config has none."""
     if split not in SPLITS:
         raise DataError(unknown("split", split, SPLITS))
     source = sources[split]

@@ -1,4 +1,4 @@
-"""Lightning's view of the data: which loader for which split, on which rank."""
+"""LightningDataModule: the loader of each split, on each rank."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ldm.vae import FirstStage
 
 @dataclass(frozen=True)
 class LatentSource:
-    """What encodes the images, once, when the config asks for ``cache_latents``.
+    """Source of cached latents: the first stage that encodes the images once if ``cache_latents`` is true.
 
     Args:
         first_stage: frozen, in evaluation mode.
-        fingerprint: of its weights.
-        folder: where the latents are kept, a file a split.
+        fingerprint: fingerprint of its weights.
+        folder: folder of the latents, one file per split.
     """
 
     first_stage: FirstStage
@@ -35,15 +35,15 @@ class DataModule(L.LightningDataModule):
     """Batches of one stage.
 
     The training loader is one Lightning epoch that spans the whole run (``Trainer(max_epochs=1)``); Lightning
-    keeps its position in the checkpoint and goes on there.
+    keeps its position in the checkpoint and continues from there.
 
     Args:
         data: the config section.
-        batch_size: samples a batch, on each rank.
-        seed: of order and augmentation.
-        total_batches: training batches of the whole run, on each rank.
-        start_batch: the first one, when a run goes on without Lightning's own resume.
-        latents: given: batches hold ``mean`` and ``std`` of latents instead of ``image``.
+        batch_size: samples per batch, on each rank.
+        seed: seed of order and augmentation.
+        total_batches: training batches of the complete run, on each rank.
+        start_batch: first batch, if a run is resumed without Lightning's own resume.
+        latents: if given, batches contain ``mean`` and ``std`` of latents instead of ``image``.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class DataModule(L.LightningDataModule):
         self._opened: dict[str, Samples] = {}
 
     def prepare_data(self) -> None:
-        """Encodes on one rank while the others wait; they then find the file."""
+        """Encode on one rank while the others wait; they then read the file."""
         if self.latents is not None:
             for split in ("train", "val"):
                 self.samples(split)
@@ -85,11 +85,11 @@ class DataModule(L.LightningDataModule):
         return EvaluationLoader(self.samples("test"), self.batch_size, **self._place())
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Tensors go, lists of captions and keys stay: Lightning would look at each of their entries."""
+        """Move the tensors, but not lists of captions and keys, each entry of which Lightning would inspect."""
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     def samples(self, split: str) -> Samples:
-        """The samples of a split, opened once; as latents if those are given."""
+        """Return the samples of a split, opened once; as latents if a source of latents is given."""
         if split not in self._opened:
             samples = self.data.open(split)
             if self.latents is not None:

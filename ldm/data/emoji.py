@@ -1,6 +1,6 @@
-"""The emoji data set: rendered Noto Color Emoji with their names, and a split that holds out skin tones by rule.
+"""The emoji data set: rendered Noto Color Emoji with their names, and a rule that holds out skin tones.
 
-Every sequence of the package ``emoji`` that the font draws as one glyph becomes an image. Its key is the
+Every sequence of the package ``emoji`` that the font renders as one glyph is an image. Its key is the
 hexadecimal code points (``1f469-200d-1f692``), from which the sequence can be recovered.
 """
 
@@ -20,7 +20,7 @@ from ldm.errors import DataError, missing_extra
 
 EMOJI_VERSION = "2.16.0"
 FONT_VERSION = "2.042"
-FONT_PATH = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # where Debian's fonts-noto-color-emoji puts it
+FONT_PATH = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # path of Debian's fonts-noto-color-emoji
 GLYPH = 136  # pixels: the font's only bitmap size, reached at a font size of 109
 SIZE = 128  # pixels, as stored
 
@@ -69,11 +69,11 @@ def _drawn(names: dict[str, str], font: ImageFont.FreeTypeFont) -> Iterator[tupl
         left, _, right, _ = font.getbbox(sequence)
         if right - left != GLYPH:  # no glyph of its own: drawn as several, or as an empty box
             continue
-        picture = Image.new("RGB", (GLYPH, GLYPH), "white")
-        ImageDraw.Draw(picture).text((0, 4), sequence, font=font, embedded_color=True)
+        image = Image.new("RGB", (GLYPH, GLYPH), "white")
+        ImageDraw.Draw(image).text((0, 4), sequence, font=font, embedded_color=True)
         file = io.BytesIO()
         # Flat colours with sharp edges: AVIF with full chroma is 8 dB better here than WebP of the same size.
-        picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS).save(
+        image.resize((SIZE, SIZE), Image.Resampling.LANCZOS).save(
             file, "AVIF", quality=76, subsampling="4:4:4", speed=6, max_threads=1
         )
         caption = name.strip(":").replace("_", " ")
@@ -105,7 +105,9 @@ def _names() -> dict[str, str]:
 
 def _font(path: Path) -> ImageFont.FreeTypeFont:
     if not features.check("raqm"):
-        raise DataError("this Pillow has no raqm, which joins emoji sequences; install Pillow from its wheel on PyPI.")
+        raise DataError(
+            "this build of Pillow has no raqm, which joins emoji sequences; install Pillow from its wheel on PyPI."
+        )
     if not features.check("avif"):
         raise DataError("this build of Pillow cannot write AVIF; install Pillow 11.3 or newer from its wheel on PyPI.")
     try:

@@ -1,9 +1,9 @@
-"""From a folder of images with captions to shards of train, val and test.
+"""Conversion of a folder of images with captions to shards of train, val and test.
 
 A caption is in ``x.txt`` next to ``x.jpg``, or in a ``metadata.csv`` or ``metadata.jsonl`` (columns ``file_name`` and
 ``text``, as Hugging Face's imagefolder has them) in the same folder or above. Files of further modalities, such as
-``x.cls`` or ``x.boxes.json``, have the image's name too; once one image has such a file, all need it. What cannot be used
-is left out and named in ``report.json``.
+``x.cls`` or ``x.boxes.json``, have the image's name too; if one image has such a file, all need one. Images that cannot be
+used are left out and listed in ``report.json``.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Report:
     ignored: Counter[str] = field(default_factory=Counter)
 
     def leave_out(self, reason: str, name: str, detail: str = "") -> None:
-        """Records that ``name`` is not used."""
+        """Record that ``name`` is not used."""
         self.left_out[reason][name] = detail
 
     def as_json(self) -> str:
-        """Text of ``report.json``."""
+        """Return the text of ``report.json``."""
         content = {
             "pictures": self.images,
             "left_out": self.left_out,
@@ -62,7 +62,7 @@ class Report:
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     def summary(self) -> str:
-        """Lines for the terminal: the splits, and each reason to leave images out with the first three names."""
+        """Return lines for the terminal: the splits, and each reason to leave images out with the first three names."""
         lines = [", ".join(f"{count} {split}" for split, count in self.images.items())]
         for reason, names in self.left_out.items():
             first = ", ".join(itertools.islice(names, 3)) + (", ..." if len(names) > 3 else "")
@@ -84,12 +84,12 @@ class _Candidate:
 
     @property
     def place(self) -> int:
-        """64 bits of the key's hash: they choose the split, and their order is that of the shards."""
+        """64 bits of the key's hash, which determine the split and the order in the shards."""
         return int.from_bytes(hashlib.blake2b(self.key.encode(), digest_size=8).digest(), "big")
 
 
 def split_of(place: int, shares: Sequence[float]) -> str:
-    """Chooses the split into whose share of the 64-bit numbers ``place`` falls; it stays when the folder grows."""
+    """Return the split into whose share of the 64-bit numbers ``place`` falls; it does not change when the folder grows."""
     bounds = itertools.accumulate(shares)
     return next((split for split, bound in zip(SPLITS, bounds, strict=True) if place < bound * 2**64), SPLITS[0])
 
@@ -104,25 +104,26 @@ def prepare_folder(
     shares: Sequence[float] = (0.98, 0.01, 0.01),
     workers: int = 4,
 ) -> Report:
-    """Writes ``<split>/000000.tar``, ... and ``report.json`` under ``destination``; a second run writes the same bytes.
+    """Write ``<split>/000000.tar``, ... and ``report.json`` under ``destination``; a second run writes the same bytes.
 
     Args:
-        source: folder of images and captions, with folders within.
-        destination: where the shards go; those of an earlier run are replaced.
-        shard_size: images a shard.
+        source: folder of images and captions, searched recursively.
+        destination: folder of the shards; those of an earlier run are replaced.
+        shard_size: images per shard.
         min_size: shorter side, in pixels, under which an image is left out.
         max_size: longer side, in pixels, above which an image is scaled down and encoded again (JPEG as JPEG
-            of quality 95, others as PNG). None copies the files' bytes; formats that shards do not have
-            become PNG in any case.
+            of quality 95, others as PNG). None copies the files' bytes; formats that shards do not
+            support are always converted to PNG.
         shares: fractions of train, val and test; they add up to 1.
-        workers: threads that decode.
+        workers: number of decoding threads.
 
     Raises:
-        DataError: an invalid setting, a missing folder, unreadable metadata, or no usable image at
-            all.
+        DataError: an invalid setting, a missing folder, unreadable metadata, or no usable image.
     """
     if len(shares) != len(SPLITS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise DataError(f"the shares {', '.join(map(str, shares))} are not three numbers from 0 that add up to 1.")
+        raise DataError(
+            f"the shares {', '.join(map(str, shares))} are not three non-negative numbers that add up to 1."
+        )
     if shard_size < 1:
         raise DataError(f"the shard size is {shard_size}; a shard needs at least one image.")
     if not source.is_dir():
@@ -130,7 +131,7 @@ def prepare_folder(
     try:
         destination.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"cannot make the folder {destination}: {error.strerror}; give another.") from None
+        raise DataError(f"cannot create the folder {destination}: {error.strerror}; give another.") from None
     report = Report()
     splits: dict[str, list[_Candidate]] = {split: [] for split in SPLITS}
     candidates = _candidates(source, destination, report)
@@ -141,12 +142,12 @@ def prepare_folder(
         _write_split(destination / split, usable, shard_size, max_size)
     write_atomically(destination / REPORT, lambda path: path.write_text(report.as_json(), encoding="utf-8"))
     if not splits["train"]:
-        raise DataError(f"no image of {source} is left to train on; {destination / REPORT} says why.")
+        raise DataError(f"no image of {source} is left to train on; see the reasons in {destination / REPORT}.")
     return report
 
 
 def _candidates(source: Path, destination: Path, report: Report) -> list[_Candidate]:
-    """Lists the images that have a caption, a unique key and all files, in the order of their names."""
+    """List the images that have a caption, a unique key and all files, in the order of their names."""
     source, destination = source.resolve(), destination.resolve()
     files = sorted(path for path in source.rglob("*") if path.is_file() and destination not in path.parents)
     annotations = {
@@ -194,7 +195,7 @@ def _caption_file(image: Path) -> str | None:
 
 
 def _metadata_captions(source: Path, files: list[Path], images: set[Path], report: Report) -> dict[Path, str]:
-    """Reads the captions of metadata files by image; rows without an image, or with one that had a row, go to the report."""
+    """Read the captions of metadata files by image; rows without an image, or with one that had a row, go to the report."""
     captions: dict[Path, str] = {}
     for file in files:
         for line, row in _rows(file):
@@ -214,7 +215,7 @@ def _metadata_captions(source: Path, files: list[Path], images: set[Path], repor
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields line number and content of each row of a metadata file; a row that cannot be read is empty."""
+    """Yield line number and content of each row of a metadata file; a row that cannot be read is empty."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             if file.suffix == ".csv":
@@ -241,7 +242,7 @@ def _json_object(line: str) -> dict[str, Any]:
 
 
 def _examined(candidates: list[_Candidate], min_size: int, workers: int, report: Report) -> Iterator[_Candidate]:
-    """Yields those whose files can be read and whose image is large enough, in the order of their places."""
+    """Yield the candidates whose files can be read and whose image is large enough, in the order of their places."""
     from tqdm import tqdm
 
     candidates = sorted(candidates, key=lambda candidate: candidate.place)
@@ -273,7 +274,7 @@ def _size(candidate: _Candidate) -> tuple[int, int] | DataError:
 
 
 def _problem_of_files(candidate: _Candidate, size: tuple[int, int]) -> str | None:
-    """Describes what is wrong with the first unusable file next to an image of that width and height, if there is one."""
+    """Return what is wrong with the first unusable file of an image of that width and height; None if all are usable."""
     try:
         _members(candidate, size)
     except (DataError, OSError) as error:
@@ -282,7 +283,7 @@ def _problem_of_files(candidate: _Candidate, size: tuple[int, int]) -> str | Non
 
 
 def _members(candidate: _Candidate, size: tuple[int, int]) -> dict[str, bytes]:
-    """Members of a shard for the files next to an image of that width and height, by the key of their modality."""
+    """Return the members of a shard for the files of an image of that width and height, by the key of their modality."""
     return {
         _FILES[suffix].key: _FILES[suffix].to_member(path.read_bytes(), size)
         for suffix, path in candidate.files.items()
@@ -290,7 +291,7 @@ def _members(candidate: _Candidate, size: tuple[int, int]) -> dict[str, bytes]:
 
 
 def _write_split(folder: Path, candidates: list[_Candidate], shard_size: int, max_size: int | None) -> None:
-    """Writes the shards of a split, and removes those of an earlier run that are not written again."""
+    """Write the shards of a split, and remove those of an earlier run that are not overwritten."""
     from tqdm import tqdm
 
     stale = set(folder.glob("[0-9]*.tar"))

@@ -3,7 +3,7 @@
 The file is safetensors with one tensor ``posterior``, fp16 ``[n k z h w]``: the k tensors by which the first stage's class of
 posteriors is cached (:attr:`ldm.vae.Posterior.cached`; of a Gaussian mean and standard deviation). It can be written and read
 one image at a time whatever its size. Its metadata hold the fingerprints of the first stage and of the samples; if one of them
-differs, the file is made again.
+differs, the file is rewritten.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class CachedLatents(Samples):
     """Samples with the tensors ``names`` of their posteriors, fp32 ``[b z h w]`` channels_last, instead of ``image``.
 
     Args:
-        samples: the set, which still gives captions, keys and class numbers.
-        path: the file that :func:`cache_latents` made of it.
-        names: of the tensors in the file, in order: ``cached`` of the class of posteriors.
+        samples: source of captions, keys and class numbers.
+        path: file that :func:`cache_latents` wrote for it.
+        names: names of the tensors in the file, in order: ``cached`` of the class of posteriors.
     """
 
     def __init__(self, samples: Samples, path: Path, names: Sequence[str]):
@@ -60,7 +60,7 @@ def cache_latents(
 
     Args:
         first_stage: frozen, in evaluation mode; it is moved to ``device`` if it has to encode.
-        fingerprint: of its weights.
+        fingerprint: fingerprint of its weights.
         samples: the images.
         path: ``run_dir/latents/<split>.safetensors``; written atomically.
         device: where to encode.
@@ -73,7 +73,7 @@ def cache_latents(
 
 
 def _metadata(path: Path) -> dict[str, str] | None:
-    """The metadata of a file of latents; None if there is no such file, or an incomplete one."""
+    """Return the metadata of a file of latents; None if it does not exist or is incomplete."""
     if not path.is_file():
         return None
     try:
@@ -108,7 +108,7 @@ def _encode(
 
 
 def _header(shape: Sequence[int], metadata: dict[str, str]) -> bytes:
-    """The bytes before the data of a safetensors file with one fp16 tensor: the length of a JSON header, and the header.
+    """Return the bytes before the data of a safetensors file with one fp16 tensor: the length of a JSON header, and the header.
 
     Written here because the library writes only tensors that are in memory.
     """

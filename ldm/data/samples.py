@@ -1,8 +1,8 @@
-"""Sets of samples from which batches are taken by number: on disk, or in memory.
+"""Sets of samples, on disk or in memory, from which batches are taken by index.
 
 ``samples[draw]`` is one batch, a dict of ``image`` (fp32 ``[b c h w]`` in [-1, 1], channels_last), ``text``
 and ``key`` (lists of ``b``) and, for sets that have them, the values of further modalities by key, such as ``label``
-(int64 ``[b]``) or ``semantic`` (int64 ``[b h w]``); see :mod:`ldm.modalities`. It depends on the draw alone.
+(int64 ``[b]``) or ``semantic`` (int64 ``[b h w]``); see :mod:`ldm.modalities`. It depends on ``draw`` alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class BatchIndices:
 
     Args:
         index: int64 ``[b]``, sample numbers.
-        jitter: ``[b 3]`` uniform in [0, 1): place of the cut (y, x) and flip, of each sample. None: no
+        jitter: ``[b 3]`` uniform in [0, 1): position of the crop (y, x) and flip, of each sample. None: no
             augmentation.
     """
 
@@ -47,7 +47,7 @@ class Samples(Dataset[Batch]):
 
     Attributes:
         lengths: number of samples of each file that is best read in sequence; they add up to ``len``.
-        workers: processes that should make batches ahead; 0 where that costs more than it saves.
+        workers: number of processes that prefetch batches; 0 if prefetching costs more than it saves.
         fingerprint: text that depends on the images before augmentation.
     """
 
@@ -59,11 +59,11 @@ class Samples(Dataset[Batch]):
         return sum(self.lengths)
 
     def annotations(self, index: np.ndarray) -> Batch:
-        """``text``, ``key`` and all else that does not depend on how the images are cropped."""
+        """Return ``text``, ``key`` and all other values that do not depend on how the images are cropped."""
         raise NotImplementedError
 
     def spatial_annotations(self, draw: BatchIndices) -> Batch:
-        """Annotations that refer to places in the images, such as boxes, as they are for the crops of this draw."""
+        """Return annotations that refer to positions in the images, such as boxes, for the crops of this draw."""
         return {}
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
@@ -74,12 +74,12 @@ class StoredImages(Samples):
     """Images in shards, decoded when drawn.
 
     Args:
-        shards: where they are.
-        fit: size to which they are brought.
-        random_crop: place the cut by the draw's jitter instead of in the middle.
+        shards: source of the images.
+        fit: resize and crop to the target size.
+        random_crop: position the crop by the draw's jitter instead of in the centre.
         flip: mirror half of the draws, left to right.
-        sizes: add the modalities that follow from the crop; this reads the header of each image's file.
-        workers: processes that decode.
+        sizes: add the modalities that are computed from the crop; this reads the header of each image's file.
+        workers: number of processes that decode.
     """
 
     def __init__(
@@ -131,30 +131,30 @@ class StoredImages(Samples):
         }
 
     def image(self, i: int, y: float = 0.5, x: float = 0.5) -> np.ndarray:
-        """Image ``i`` as uint8 ``[h w 3]``, cut at (y, x)."""
+        """Return image ``i`` as uint8 ``[h w 3]``, cropped at (y, x)."""
         try:
-            # Twice the needed size leaves Lanczos enough to average over.
+            # Twice the target size leaves enough pixels for Lanczos to average.
             image = decode(self.shards.image(i), enough=(2 * self.fit.height, 2 * self.fit.width))
         except DataError as error:
-            raise DataError(f"the image {self.shards.where(i)} {error}; take it out of the shard.") from None
+            raise DataError(f"the image {self.shards.where(i)} {error}; remove it from the shard.") from None
         return self.fit(image, y, x)
 
     def mirrored(self, images: np.ndarray, draw: BatchIndices) -> np.ndarray:
-        """Images ``[b h w ...]`` of a draw, those mirrored that it says."""
+        """Return the images ``[b h w ...]`` of a draw, mirrored where the draw requires it."""
         flips = self._flips(draw)
         return (
             np.where(flips.reshape(-1, *[1] * (images.ndim - 1)), images[:, :, ::-1], images) if self.flip else images
         )
 
     def _crops(self, draw: BatchIndices) -> Iterator[Crop]:
-        """The crop of each sample of a draw."""
+        """Yield the crop of each sample of a draw."""
         centre = np.full((len(draw.index), 2), 0.5)
         places = draw.jitter[:, :2] if draw.jitter is not None and self.random_crop else centre
         for i, (y, x), flip in zip(draw.index, places, self._flips(draw), strict=True):
             yield Crop(self.fit, y, x, flip, functools.partial(self._size, i))
 
     def _flips(self, draw: BatchIndices) -> np.ndarray:
-        """``[b]`` of bool: which images are mirrored."""
+        """Return ``[b]`` of bool: True for each mirrored image."""
         if draw.jitter is None or not self.flip:
             return np.zeros(len(draw.index), bool)
         return draw.jitter[:, 2] < 0.5
@@ -164,10 +164,10 @@ class StoredImages(Samples):
 
 
 class ImagesInMemory(Samples):
-    """All images of a stored set as uint8, decoded once, at the first draw: a batch is then a gather.
+    """All images of a stored set as uint8, decoded once, at the first draw; each batch is then a gather.
 
     Args:
-        stored: the set; its place of the cut must not be random, since an image is cut once.
+        stored: the set; its crop must not be random, since an image is cropped once.
     """
 
     def __init__(self, stored: StoredImages):
@@ -206,7 +206,7 @@ class ImagesInMemory(Samples):
 
 
 class TensorsInMemory(Samples):
-    """Samples that were never files: toy sets.
+    """Samples given as tensors, for toy sets.
 
     Args:
         image: fp32 ``[n c h w]``.
@@ -235,7 +235,7 @@ class TensorsInMemory(Samples):
 
 
 def take(batch: Batch, index: np.ndarray) -> Batch:
-    """The entries ``index`` of every tensor and list of a batch."""
+    """Return the entries ``index`` of every tensor and list of a batch."""
     return {
         name: value[torch.from_numpy(index)] if isinstance(value, Tensor) else [value[i] for i in index]
         for name, value in batch.items()

@@ -26,11 +26,13 @@ GROUND = 128
 class Shapes(DataConfig, kind="shapes"):
     """Rectangles of different colours on grey that do not overlap; captions such as "a red and a blue rectangle"."""
 
-    samples: int = config_field(2000, "Images of each split; the splits are drawn independently.")
-    size: int = config_field(16, "Pixels of an image's side.")
-    shapes: int = config_field(2, "Largest number of rectangles in an image, each of another of the four colours.")
+    samples: int = config_field(2000, "Number of images in each split; the splits are drawn independently.")
+    size: int = config_field(16, "Side of an image in pixels.")
+    shapes: int = config_field(
+        2, "Largest number of rectangles in an image, each of a different one of the four colours."
+    )
     seed: int = config_field(0, "Seed of the images; image i of a split depends on it, the split and i alone.")
-    cache_latents: bool = config_field(False, "Encode images once for the denoiser and keep the posteriors.")
+    cache_latents: bool = config_field(False, "Cache of the posteriors of images, encoded once for the denoiser.")
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.size < 8 or not 1 <= self.shapes <= len(COLOURS):
@@ -41,7 +43,7 @@ class Shapes(DataConfig, kind="shapes"):
         return (3, self.size, self.size)
 
     def open(self, split: str) -> Samples:
-        """Draws a split; ``label`` is the first rectangle's class, ``semantic`` 0 in the background and c + 1 in class c."""
+        """Draw a split; ``label`` is the first rectangle's class, ``semantic`` 0 in the background and c + 1 in class c."""
         if split not in SPLITS:
             raise DataError(unknown("split", split, SPLITS))
         size = self.size
@@ -73,7 +75,7 @@ Rectangle = tuple[int, int, int, int, int]
 
 
 def _rectangles(generator: np.random.Generator, size: int, most: int) -> list[Rectangle]:
-    """1 to ``most`` rectangles with sides of a quarter to half of the image, drawn until they do not overlap."""
+    """Draw 1 to ``most`` rectangles with sides of a quarter to half of the image, repeated until they do not overlap."""
     colours = generator.permutation(len(COLOURS))[: generator.integers(1, most, endpoint=True)].tolist()
     while True:
         sides = generator.integers(size // 4, size // 2, (len(colours), 2), endpoint=True)
@@ -87,6 +89,6 @@ def _rectangles(generator: np.random.Generator, size: int, most: int) -> list[Re
 
 
 def _caption(names: list[str]) -> str:
-    """Caption such as "a red, a green and a blue rectangle"."""
+    """Return a caption such as "a red, a green and a blue rectangle"."""
     *others, last = (f"a {name}" for name in names)
     return f"{', '.join(others)} and {last} rectangle" if others else f"{last} rectangle"

@@ -3,8 +3,8 @@
 A sample is an image with members of the modalities that have a suffix, such as ``key.cls`` (a class number) or
 ``key.boxes.json``; see :mod:`ldm.modalities`.
 
-A shard on disk needs no streaming: its index, one pass over the headers, gives every sample by number. Order,
-resume, ranks and workers are then arithmetic on sample numbers (see :mod:`ldm.data.stream`).
+A shard on disk needs no streaming: its index, made in one pass over the headers, gives access to every sample by number.
+Order, resume, ranks and workers are then arithmetic on sample numbers (see :mod:`ldm.data.stream`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ldm.modalities.caption import CAPTION
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif")
-EMOJI = "emoji"  # as a source: the shards that come with the package
+EMOJI = "emoji"  # as a source: the shards shipped with the package
 
 _FIRST = ("txt", "cls", "boxes.json", "semantic.png")
 """Suffixes that precede others in shards and fingerprints; fingerprints have always covered them, present or not."""
@@ -46,14 +46,14 @@ _BLOCK = 512  # bytes: tar's unit
 
 @dataclass(frozen=True)
 class Sample:
-    """An image as stored, with what is known about it.
+    """An image as stored, with its annotations.
 
     Attributes:
         key: unique name.
         text: caption.
         image: encoded bytes.
-        suffix: of the image's file.
-        annotations: values of further modalities by key: as :meth:`Modality.encode` takes them, or encoded already.
+        suffix: suffix of the image's file.
+        annotations: values of further modalities by key: as :meth:`Modality.encode` takes them, or already encoded.
     """
 
     key: str
@@ -64,7 +64,7 @@ class Sample:
 
 
 def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
-    """Writes a shard atomically and returns the number of samples; equal samples give equal bytes."""
+    """Write a shard atomically and return the number of samples; equal samples give equal bytes."""
     count = 0
 
     def write(temporary: Path) -> None:
@@ -88,7 +88,7 @@ def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
 
 
 def find_shards(source: str | Sequence[str], split: str) -> list[Path]:
-    """The shards that a source names, in order.
+    """Return the paths of the shards that a source names, in order.
 
     Args:
         source: a ``.tar`` file, a folder of them, a pattern with ``*``, ``?``, ``[...]`` or ``{000..012}``, a
@@ -107,7 +107,7 @@ def find_shards(source: str | Sequence[str], split: str) -> list[Path]:
 
 
 def _expanded(source: str) -> list[str]:
-    """``{000..002}`` and ``{a,b}`` written out, by webdataset."""
+    """Expand ``{000..002}`` and ``{a,b}`` by webdataset."""
     if "{" not in source:
         return [source]
     from webdataset.shardlists import expand_urls  # slow to import
@@ -125,7 +125,7 @@ def _matches(pattern: str) -> list[Path]:
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
         if not found:
-            raise DataError(f"the data folder {path} holds no .tar shards; make some with tools/prepare.py folder.")
+            raise DataError(f"the data folder {path} contains no .tar shards; make them with tools/prepare.py folder.")
         return found
     if path.is_file():
         return [path]
@@ -149,8 +149,8 @@ class Shards:
         modalities: those that the samples have, by key.
 
     Raises:
-        DataError: a shard that is missing, ends early or is no tar; a sample without an image, or without
-            both caption and class number; a key that comes twice; a set with no sample; a modality that some
+        DataError: a shard that is missing, truncated or not a tar file; a sample without an image, or without
+            both caption and class number; a duplicate key; a set without samples; a modality that some
             samples have and some lack.
     """
 
@@ -164,7 +164,7 @@ class Shards:
             self.keys += found
             self.lengths.append(len(found))
             spans.append(np.array(list(found.values()), np.int64).reshape(-1, 1 + len(MEMBERS), 2))
-        # [n 1+m 2]: offset and size, in bytes, of the image and of each kind of member; size -1 where there is none.
+        # [n 1+m 2]: offset and size, in bytes, of the image and of each kind of member; size -1 if it is missing.
         self._spans = np.concatenate(spans) if spans else np.zeros((0, 1 + len(MEMBERS), 2), np.int64)
         self._shard = np.repeat(np.arange(len(self.paths)), self.lengths)
         if not self.keys:
@@ -173,28 +173,30 @@ class Shards:
             )
         twice, times = Counter(self.keys).most_common(1)[0]
         if times > 1:
-            raise DataError(f"the key {twice!r} comes twice in the shards of {self.paths[0].parent}; list each once.")
+            raise DataError(
+                f"the key {twice!r} occurs twice in the shards of {self.paths[0].parent}; list each shard once."
+            )
         self.modalities = {modality.key: modality for modality in MEMBERS.values() if self._has(modality)}
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def image(self, i: int) -> bytes:
-        """The encoded image of sample ``i``."""
+        """Return the encoded image of sample ``i``."""
         return self._read(i, _IMAGE)
 
     def text(self, i: int) -> str:
-        """The caption of sample ``i``; empty for one without."""
+        """Return the caption of sample ``i``; empty if it has none."""
         caption: str = self.value(i, CAPTION)
         return caption
 
     def encoded(self, i: int, modality: Modality) -> bytes:
-        """The member of sample ``i`` with its value of a modality, as stored; empty if it has none."""
+        """Return the member of sample ``i`` with its value of a modality, as stored; empty if it has none."""
         assert modality.suffix is not None, f"{modality.noun} is not stored"
         return self._read(i, _COLUMNS[modality.suffix])
 
     def value(self, i: int, modality: Modality) -> Any:
-        """The decoded value of a modality for sample ``i``.
+        """Return the decoded value of a modality for sample ``i``.
 
         Raises:
             DataError: the member is malformed.
@@ -205,12 +207,12 @@ class Shards:
             raise DataError(f"the {modality.noun} of {self.where(i)} {error}; write the shard again.") from None
 
     def where(self, i: int) -> str:
-        """Shard and key of sample ``i``, for messages."""
+        """Return the shard and key of sample ``i``, for messages."""
         return f"{self.keys[i]!r} in {self.paths[self._shard[i]]}"
 
     @property
     def fingerprint(self) -> str:
-        """Text that depends on the keys, their order and where the members lie, but not on the shards' folder."""
+        """Text that depends on the keys, their order and the offsets of members, but not on the shards' folder."""
         digest = hashlib.blake2b("\n".join(self.keys).encode(), digest_size=16)
         always = 1 + len(_FIRST)
         digest.update(self._spans[:, :always].tobytes())
@@ -220,10 +222,10 @@ class Shards:
         return digest.hexdigest()
 
     def _has(self, modality: Modality) -> bool:
-        """Whether samples have a modality.
+        """Return True if the samples have a modality.
 
         Raises:
-            DataError: only some of them have one that all need.
+            DataError: only some of them have one that is required for all.
         """
         assert modality.suffix is not None
         has = self._spans[:, _COLUMNS[modality.suffix], 1] >= 0
@@ -246,12 +248,12 @@ class Shards:
         except OSError as error:
             raise DataError(f"cannot read the shard {path}: {error.strerror}.") from None
         if len(data) < size:
-            raise DataError(f"the shard {path} has become shorter since it was opened; do not change shards in use.")
+            raise DataError(f"the shard {path} has become shorter since it was opened; do not modify shards in use.")
         return data
 
 
 def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
-    """Where the members of each sample of a shard lie, by key and in the shard's order."""
+    """Return the offset and size of the members of each sample of a shard, by key and in the shard's order."""
     samples: dict[str, list[tuple[int, int]]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -259,25 +261,27 @@ def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
             for info in tar:
                 end = info.offset_data + -(-info.size // _BLOCK) * _BLOCK
                 folder, slash, name = info.name.rpartition("/")
-                stem, _, suffix = name.partition(".")  # webdataset's rule: a key ends at the name's first dot
+                stem, _, suffix = name.partition(".")  # as in webdataset, a key ends at the name's first dot
                 column = _COLUMNS.get(suffix.lower())
                 if info.isreg() and column is not None:
                     spans = samples.setdefault(folder + slash + stem, [(0, -1)] * (1 + len(MEMBERS)))
                     spans[column] = (info.offset_data, info.size)
         with path.open("rb") as file:
             file.seek(end)
-            whole = file.read(_BLOCK) == bytes(_BLOCK)
+            complete = file.read(_BLOCK) == bytes(_BLOCK)
     except FileNotFoundError:
         raise DataError(f"the shard {path} does not exist; check the sources given under data.") from None
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"the shard {path} ends early or is no tar file ({error}); copy or make it again.") from None
-    if not whole:  # cut between two members, where the headers alone cannot tell
-        raise DataError(f"the shard {path} ends early, after {len(samples)} samples; copy or make it again.")
+        raise DataError(
+            f"the shard {path} is truncated or not a tar file ({error}); copy or create it again."
+        ) from None
+    if not complete:  # truncated between two members, which the headers alone do not show
+        raise DataError(f"the shard {path} is truncated after {len(samples)} samples; copy or create it again.")
     describing = {suffix: modality for suffix, modality in MEMBERS.items() if modality.describes}
     for key, spans in samples.items():
         if spans[_IMAGE][1] < 0:
-            raise DataError(f"{key!r} in {path} has no image ({', '.join(IMAGE_SUFFIXES)}); make the shard again.")
+            raise DataError(f"{key!r} in {path} has no image ({', '.join(IMAGE_SUFFIXES)}); create the shard again.")
         if all(spans[_COLUMNS[suffix]][1] < 0 for suffix in describing):
             lacking = " nor ".join(f"{modality.noun} (.{suffix})" for suffix, modality in describing.items())
-            raise DataError(f"{key!r} in {path} has neither {lacking}; make the shard again.")
+            raise DataError(f"{key!r} in {path} has neither {lacking}; create the shard again.")
     return samples

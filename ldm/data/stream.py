@@ -2,7 +2,7 @@
 
 A training run reads one endless sequence of samples, epoch after epoch, each a permutation of the set. Step
 ``k`` of a run on ``w`` ranks with ``b`` samples a rank takes positions ``k w b`` to ``(k + 1) w b`` of it,
-rank ``r`` the ``r``-th run of ``b``. A batch may span two epochs; nothing is dropped. The order does not depend on
+rank ``r`` the ``r``-th block of ``b``. A batch may span two epochs; nothing is dropped. The order does not depend on
 the number of workers.
 """
 
@@ -26,14 +26,14 @@ class Order:
 
     Args:
         lengths: number of samples of each shard.
-        seed: of the shuffling and the jitter.
-        shuffle_buffer: None shuffles the whole set. A number keeps reading nearly sequential: shards come in
+        seed: seed of the shuffling and the jitter.
+        shuffle_buffer: None shuffles the complete set. A number keeps reading nearly sequential: shards come in
             random order, and samples are shuffled within blocks of that size.
     """
 
     def __init__(self, lengths: Sequence[int], seed: int, shuffle_buffer: int | None = None):
         self.lengths, self.seed, self.shuffle_buffer = tuple(lengths), seed, shuffle_buffer
-        self.epoch = functools.lru_cache(maxsize=2)(self._epoch)  # two: a batch may span a border
+        self.epoch = functools.lru_cache(maxsize=2)(self._epoch)  # two, since a batch may span two epochs
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Permutation ``[n]`` and jitter ``[n 3]`` of an epoch."""
@@ -70,9 +70,9 @@ class TrainStream:
     Args:
         samples: the training set.
         batch_size: samples per batch on this rank.
-        seed: of order and augmentation.
-        total_batches: batches of the whole run.
-        start_batch: the first one to yield.
+        seed: seed of order and augmentation.
+        total_batches: batches of the complete run.
+        start_batch: first batch to yield.
         shuffle_buffer: see :class:`Order`.
         rank: index of this process.
         world_size: number of processes that share the sequence.
@@ -118,7 +118,7 @@ class TrainStream:
 
 
 class EvaluationLoader:
-    """Iterates over every sample once and in order, without augmentation; the last batch may be smaller.
+    """Loader of every sample once and in order, without augmentation; the last batch may be smaller.
 
     With several ranks, rank ``r`` reads samples ``r``, ``r + world_size``, ...; none is repeated to equalise the ranks.
     """
@@ -156,7 +156,7 @@ def _batches(samples: Samples, draws: Iterator[BatchIndices]) -> Iterator[Batch]
 
 
 class _Guarded(Dataset[Batch | DataError]):
-    """Returns errors as values, since one raised in a worker would arrive as the text of its traceback."""
+    """Dataset that returns errors as values, since one raised in a worker would arrive as the text of its traceback."""
 
     def __init__(self, samples: Samples):
         self._samples = samples

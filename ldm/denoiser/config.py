@@ -10,7 +10,7 @@ from ldm.config import Kind
 class DenoiserConfig(Kind):
     """Config of F(x, noise level, conditioning), the network that a parametrization turns into a denoiser.
 
-    ``build()`` gives a module ``forward(x [b c h w], noise_level [b], cond: Conditioning) -> [b out_channels h w]``; if
+    ``build()`` returns a module ``forward(x [b c h w], noise_level [b], cond: Conditioning) -> [b out_channels h w]``; if
     ``has_perturbed_attention``, it also takes ``options``, a :class:`ldm.nn.attention.AttentionOptions`.
     """
 
@@ -19,7 +19,7 @@ class DenoiserConfig(Kind):
     context_width: int | None
     vector_width: int | None
     num_timesteps: int | None = None
-    """Number of timesteps that the network has embeddings of; None = it embeds any real number."""
+    """Number of timesteps that the network has embeddings for; None = it embeds any real number."""
 
     @property
     def has_perturbed_attention(self) -> bool:

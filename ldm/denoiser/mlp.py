@@ -1,4 +1,4 @@
-"""The denoiser of the two-dimensional toys: a perceptron with an embedding of the step at each layer."""
+"""MLP denoiser for the two-dimensional toy data, with a timestep embedding at each layer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class StepEmbedding(nn.Module):
     def __init__(self, num_timesteps: int, width: int):
         super().__init__()
         self.table = nn.Embedding(num_timesteps, width)
-        nn.init.normal_(self.table.weight, std=0.1)  # the scale of the points; 1 would drown them for long
+        nn.init.normal_(self.table.weight, std=0.1)  # the scale of the points; 1 would dominate them early in training
 
     def forward(self, t: Tensor) -> Tensor:
         t = t.clamp(0, self.table.num_embeddings - 1)

@@ -19,7 +19,7 @@ class SpatialTransformer(nn.Module):
         context_width: channels of ``Conditioning.context``; None = no cross-attention.
         linear: True for projections as linear layers on the positions (SD 2, SDXL), False for 1 x 1 convolutions (SD 1).
         groups: groups of the group norm.
-        dropout: share of the activations in the feed-forward layers that training drops.
+        dropout: dropout rate in the feed-forward layers.
     """
 
     def __init__(

@@ -37,12 +37,12 @@ class UNetConfig(DenoiserConfig, kind="unet"):
     in_channels: int = config_field(4, "channels of the latent, plus those of Conditioning.concat")
     out_channels: int = config_field(4, "channels of the latent")
     context_width: int | None = config_field(None, "width of the context; null = no cross-attention")
-    vector_width: int | None = config_field(None, "width of the conditioning vector; null = there is none")
+    vector_width: int | None = config_field(None, "width of the conditioning vector; null = no vector")
     middle_depth: int = config_field(1, "transformer blocks in the middle; 0 = no attention there")
     heads: int | None = config_field(None, "attention heads at each level; give this or head_width")
     head_width: int | None = config_field(None, "channels of a head; give this or heads")
     projection: Literal["conv", "linear"] = config_field(
-        "linear", "of the spatial transformers: conv as in SD 1, linear as in SD 2"
+        "linear", "projections of the spatial transformers: conv as in SD 1, linear as in SD 2"
     )
     groups: int = config_field(32, "groups of the group norms")
     dropout: float = config_field(0.0, "dropout in residual blocks and feed-forwards")
@@ -116,12 +116,12 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor, embedding: Tensor, cond: Conditioning) -> Tensor:
-        """``[b c h w] -> [b c ceil(h/2) ceil(w/2)]``; the arguments of a block, of which it uses ``x`` alone."""
+        """``[b c h w] -> [b c ceil(h/2) ceil(w/2)]``; takes the arguments of a block, but uses only ``x``."""
         return self.conv(x)
 
 
 class Features(NamedTuple):
-    """What the encoder of a U-Net returns.
+    """Output of the encoder of a U-Net.
 
     Attributes:
         skips: ``[b skip_widths[i] h_i w_i]``, the outputs of ``conv_in`` and of each block of ``down``.
@@ -226,7 +226,7 @@ class UNet(UNetEncoder):
             noise_level: ``[b]``, as the parametrization embeds it (the timestep in SD).
             cond: the conditions: ``context [b n context_width]``, ``vector [b vector_width]``, ``concat [b c h w]``.
             options: changes to the attention of the middle blocks.
-            residuals: what is added to each skip, and last to the middle; nothing if empty. A ControlNet gives them
+            residuals: tensors that are added to each skip and, the last, to the middle; empty = none. The output of a ControlNet
                 (Zhang et al. 2023, arXiv 2302.05543).
 
         Returns:
@@ -245,7 +245,7 @@ class UNet(UNetEncoder):
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def copy_encoder(self) -> UNetEncoder:
-        """Return a copy of the encoder that shares nothing with this network, to be trained as a ControlNet."""
+        """Return a copy of the encoder that shares no parameters with this network, to be trained as a ControlNet."""
         with torch.device("meta"):
             encoder = UNetEncoder(self.config)
         weights = self.state_dict()

@@ -39,10 +39,10 @@ from ldm.nn.network_format import (
 PREFIX = "model.diffusion_model."
 
 HEADS = 8
-"""Attention heads at every level where the projections are convolutions: the rule of all published models."""
+"""Attention heads at every level of published models whose projections are convolutions."""
 
 HEAD_WIDTH = 64
-"""Channels of a head in all other published models."""
+"""Channels of an attention head in all other published models."""
 
 TRANSFORMER: Rules = ((r"\bblocks\.", "transformer_blocks."), (r"\bto_out", "to_out.0"), (r"\bff\.", "ff.net."))
 RESIDUAL_LDM: Rules = (
@@ -85,7 +85,7 @@ DEFAULTS: Values = {
     "addition_embed_type": None,
     "projection_class_embeddings_input_dim": None,
 }
-"""Defaults of diffusers' ``UNet2DConditionModel``, for keys that a file leaves out."""
+"""Defaults of diffusers' ``UNet2DConditionModel``, for keys that a file omits."""
 
 FIXED: Values = {
     "act_fn": ("silu",),
@@ -123,11 +123,11 @@ FIXED: Values = {
         (None,),
     ),
 }
-"""Values that our U-Net has by construction."""
+"""Values that ldm's U-Net assumes."""
 
 
 class UNetSingleFile(SingleFileFormat):
-    """The U-Net in LDM files."""
+    """Format of the U-Net in LDM files."""
 
     prefixes: ClassVar = {PREFIX: "denoiser"}
     marks = ("input_blocks.",)
@@ -164,7 +164,9 @@ class UNetSingleFile(SingleFileFormat):
                 depth = count(tensors, rf"input_blocks\.{number}\.1\.transformer_blocks\.(\d+)\.")
                 levels[-1].append((tensors[f"{block}.0.out_layers.3.weight"].shape[0], depth))
             if any(len(set(level)) != 1 for level in levels):
-                raise CheckpointError(f"{source}: the blocks of a level of its U-Net differ, which ldm's cannot.")
+                raise CheckpointError(
+                    f"{source}: the blocks of a level of its U-Net differ, which ldm does not support; use another model."
+                )
             keys = [name for name in tensors if name.endswith("attn2.to_k.weight")]
             projections = {tensors[name].ndim for name in tensors if name.endswith(".proj_in.weight")}
             conv = 4 in projections
@@ -190,7 +192,7 @@ class UNetSingleFile(SingleFileFormat):
 
 
 class UNetFolder(FolderFormat):
-    """diffusers' ``UNet2DConditionModel``."""
+    """Format of diffusers' ``UNet2DConditionModel``."""
 
     component = "denoiser"
     library = "diffusers"
@@ -200,7 +202,7 @@ class UNetFolder(FolderFormat):
     sized_in_latents = True
 
     def key_table(self, config: UNetConfig, names: Iterable[str], values: Values) -> KeyTable:
-        """The embedding of the conditioning vector is ``add_embedding`` (SDXL) or ``class_embedding``, by the JSON config."""
+        """Map the names; the JSON config selects ``add_embedding`` (SDXL) or ``class_embedding`` for the vector embedding."""
         vector = "class_embedding" if values.get("class_embed_type") else "add_embedding"
         blocks = {
             "middle.0.residual": "mid_block.resnets.0",
@@ -247,7 +249,7 @@ class UNetFolder(FolderFormat):
             heads = {counts[i] for i in attending}
             if len(heads) > 1 and len(head_widths) > 1:
                 raise CheckpointError(
-                    f"{where}: attention_head_dim {counts} is neither one number of heads nor one width of heads; "
+                    f"{where}: attention_head_dim {counts} is neither a fixed number nor a fixed width of heads; "
                     "ldm's U-Net has the one or the other at all levels."
                 )
             has_vector = given["class_embed_type"] or given["addition_embed_type"]
@@ -268,13 +270,13 @@ class UNetFolder(FolderFormat):
             )
 
     def write_config(self, config: UNetConfig, size: tuple[int, int], extra: Values) -> dict[str, Any]:
-        """A conditioning vector is given as class labels unless ``extra`` says otherwise."""
+        """Convert a config to JSON; the conditioning vector is passed as class labels unless ``extra`` overrides that."""
         levels = config.levels
         depths = [level.depth or config.middle_depth for level in levels]
         if config.middle_depth == 0 or levels[-1].depth not in (0, config.middle_depth):
             raise CheckpointError(
-                f"diffusers' U-Net attends in the middle as often as at its last level, not {config.middle_depth} and "
-                f"{levels[-1].depth} times; write an LDM file instead."
+                f"diffusers' U-Net has as many transformer blocks in the middle as at its last level, not "
+                f"{config.middle_depth} and {levels[-1].depth}; write an LDM file instead."
             )
         if config.context_width is None:
             raise CheckpointError("diffusers' U-Net attends to a context, but this one has none; write a native file.")
@@ -302,7 +304,7 @@ class UNetFolder(FolderFormat):
 
 
 def lora_names(config: UNetConfig, names: Sequence[str], component: str, components: Collection[str]) -> dict[str, str]:
-    """Layers by the names of LoRA files, which follow a diffusers folder or an LDM file."""
+    """Return layers by their names in LoRA files, which follow a diffusers folder or an LDM file."""
     weights = [f"{name}.weight" for name in names]
     folders = [UNetFolder().key_table(config, weights, {"class_embed_type": kind}) for kind in (None, "projection")]
     file = UNetSingleFile().key_table(config, weights, {})
@@ -323,7 +325,7 @@ def _key_table(names: Iterable[str], blocks: Mapping[str, str], residual: Rules,
 
 
 def _for_each_level(value: Any, widths: list[int]) -> list[int]:
-    """Return one integer for each level, of one integer or a list."""
+    """Return one integer for each level, from one integer or a list."""
     values = [value] * len(widths) if isinstance(value, int) else list(value)
     if len(values) != len(widths) or not all(isinstance(each, int) for each in values):
         raise ValueError(f"{value!r} is not one integer for each of {len(widths)} levels")

@@ -1,7 +1,7 @@
-"""One denoiser out of a network, conditionings and what is to be made of their answers.
+"""Guidance: one denoiser from a network, conditionings and a rule that combines their estimates.
 
 Guidance acts on estimates of x0. All parametrizations are affine in F, so classifier-free guidance of D is the same
-as that of F; what is not linear (rescaling, projection, thresholding) says on what it acts.
+as that of F; for the nonlinear operations (rescaling, projection, thresholding) it is documented on which quantity they act.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ldm.errors import SamplingError
 
 
 class Batched(Protocol):
-    """What guidance needs of a conditioning: batches of it can be laid end to end."""
+    """Interface of a conditioning under guidance: batches of it can be concatenated."""
 
     @staticmethod
     def cat(batches: Sequence[Any], /) -> Any: ...
@@ -30,11 +30,11 @@ C = TypeVar("C", bound=Batched)
 
 @dataclass(frozen=True)
 class Projection:
-    """Adaptive projected guidance (Sadat et al. 2410.02416): less of what only saturates.
+    """Adaptive projected guidance (Sadat et al. 2410.02416), which reduces oversaturation.
 
     Of the difference between conditional and unconditional estimate, the part along the conditional one mostly raises
     contrast; ``eta`` of it is kept. Differences longer than ``norm_threshold`` are shortened to it, and each evaluation
-    adds ``momentum`` times the sum so far, where a negative number damps what all of them agree on.
+    adds ``momentum`` times the sum so far, where a negative number damps the direction that evaluations have in common.
     """
 
     eta: float = 0.0
@@ -44,21 +44,21 @@ class Projection:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far a sample is pushed towards its conditioning, in which way, and at which noise levels.
+    """Settings of guidance: its scale, its variants, and the noise levels at which it acts.
 
     Args:
-        scale: of classifier-free guidance, one for all images or one for each; 0 is the unconditional model, 1 the
-            conditional one, above 1 exaggerates. None is 1, or to a pipeline what its model asks for.
-        rescale: share, 0 to 1, to which the result gets back the contrast of the conditional answer, measured on the
-            velocity v (Lin et al. 2305.08891, section 3.4); the cure of overexposed images.
+        scale: scale of classifier-free guidance, one for all images or one for each; 0 is the unconditional model, 1
+            the conditional one, above 1 extrapolates. None is 1, or in a pipeline the default of its model.
+        rescale: share, 0 to 1, to which the contrast of the conditional estimate is restored, measured on the
+            velocity v (Lin et al. 2305.08891, section 3.4); reduces overexposure.
         interval: (least, greatest) noise level at which guidance acts; outside it the conditional model runs alone, in
             half the time (Kynkäänniemi et al. 2404.07724).
-        threshold: share of values, as 0.995, that are not extreme: what lies beyond in the guided estimate is
-            clipped and all of it shrunk to the range of the conditional one (dynamic thresholding, Saharia et al.
+        threshold: quantile of magnitudes, such as 0.995: larger values of the guided estimate are clipped and the
+            estimate is scaled to the range of the conditional one (dynamic thresholding, Saharia et al.
             2205.11487, section 2.3, with that range in place of [-1, 1]).
-        perturbed: scale of perturbed-attention guidance (Ahn et al. 2403.17377): away from what the network says
-            when its self-attention is replaced by the identity; works without any prompt.
-        projection: replaces plain classifier-free guidance by the adaptive projected one.
+        perturbed: scale of perturbed-attention guidance (Ahn et al. 2403.17377): away from the estimate of
+            the network with its self-attention replaced by the identity; works without a prompt.
+        projection: settings of adaptive projected guidance, which then replaces plain classifier-free guidance.
     """
 
     scale: float | Sequence[float] | None = None
@@ -77,12 +77,14 @@ class Guidance:
             raise SamplingError(f"the guidance threshold is {self.threshold}; it must be above 0 and at most 1.")
 
     def record(self) -> dict[str, Any]:
-        """What of it is not as usual, and the scale, for the record of an image."""
-        told = {field.name: getattr(self, field.name) for field in fields(self)}
-        usual = {field.name: field.default for field in fields(self)}
-        named = {name: asdict(value) if isinstance(value, Projection) else value for name, value in told.items()}
+        """Return the scale and all settings that differ from their defaults, for the metadata of an image."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
+        named = {name: asdict(value) if isinstance(value, Projection) else value for name, value in values.items()}
         return {"guidance_scale": self.scale} | {
-            f"guidance_{name}": value for name, value in named.items() if name != "scale" and told[name] != usual[name]
+            f"guidance_{name}": value
+            for name, value in named.items()
+            if name != "scale" and values[name] != defaults[name]
         }
 
 
@@ -91,7 +93,7 @@ class Perturbable(Generic[C]):
     """Conditionings of a batch, and which of its rows the network evaluates with perturbed attention.
 
     Attributes:
-        conditioning: of b rows.
+        conditioning: conditioning with b rows.
         rows: ``[b]`` of bool, True where the attention is perturbed.
     """
 
@@ -100,7 +102,7 @@ class Perturbable(Generic[C]):
 
     @staticmethod
     def cat(batches: Sequence[Perturbable[C]]) -> Perturbable[C]:
-        """Join along the batch, in order."""
+        """Concatenate along the batch dimension, in order."""
         conditionings = [batch.conditioning for batch in batches]
         return Perturbable(conditionings[0].cat(conditionings), torch.cat([batch.rows for batch in batches]))
 
@@ -112,20 +114,20 @@ def guided(
     guidance: Guidance | float,
     perturbed: C | None = None,
 ) -> Denoiser:
-    """Classifier-free guidance (Ho & Salimans 2207.12598, equation 6, whose w is ``scale - 1``), and its kin:
+    """Return a denoiser with classifier-free guidance (Ho & Salimans 2207.12598, equation 6, whose w is ``scale - 1``):
 
     D = D(x | unconditional) + scale (D(x | conditional) - D(x | unconditional))
 
     Args:
         network: (x [b ...], sigma [b], conditioning of b) -> x0 [b ...].
-        conditional: what the images are to show.
-        unconditional: what they are to keep away from (the empty or a negative prompt); None for no guidance.
-        guidance: what is made of the answers; a number is a scale.
-        perturbed: the conditional one with the perturbation, if ``guidance.perturbed`` is not 0; see :class:`Perturbable`.
+        conditional: positive conditioning.
+        unconditional: negative conditioning (of the empty or a negative prompt); None for no guidance.
+        guidance: how the estimates are combined; a number is a scale.
+        perturbed: the positive conditioning with the perturbation, if ``guidance.perturbed`` is not 0; see :class:`Perturbable`.
 
     Returns:
-        A denoiser that calls the network once, with a batch of b for each answer that it needs: one at noise levels
-        where nothing guides. It may remember (momentum), so each sample takes a new one.
+        A denoiser that calls the network once, with a batch of b for each estimate that it needs: only one at noise levels
+        without guidance. It may have state (momentum), so each sampling run needs a new one.
     """
     how = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     scale = torch.as_tensor(1.0 if how.scale is None else how.scale, dtype=torch.float32)
@@ -137,14 +139,14 @@ def guided(
     if len(parts) == 1:
         return lambda x, sigma: network(x, sigma, conditional)
     joined = conditional.cat(parts)
-    guides = (scale != 1) | (perturbed is not None and how.perturbed != 0)  # which images anything is made of
-    all_guided = bool(guides.all())
+    is_guided = (scale != 1) | (perturbed is not None and how.perturbed != 0)  # images to which any guidance applies
+    all_guided = bool(is_guided.all())
     momentum = torch.zeros(())
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         nonlocal momentum
         scales = scale.to(x).expand(len(x))
-        acts = None if all_guided else guides.to(x.device).expand(len(x))
+        acts = None if all_guided else is_guided.to(x.device).expand(len(x))
         if how.interval is not None:
             inside = (how.interval[0] <= sigma) & (sigma <= how.interval[1])
             acts = inside if acts is None else inside & acts
@@ -172,7 +174,7 @@ def guided(
 
 
 def _projected(difference: Tensor, towards: Tensor, projection: Projection) -> Tensor:
-    """``difference [b ...]`` shortened, with ``eta`` of its part along ``towards [b ...]``."""
+    """Return ``difference [b ...]``, shortened, with its part along ``towards [b ...]`` scaled by ``eta``."""
     flat, along = difference.flatten(1), torch.nn.functional.normalize(towards.flatten(1), dim=1)
     if projection.norm_threshold is not None:
         flat = flat * (projection.norm_threshold / flat.norm(dim=1, keepdim=True)).clamp(max=1)
@@ -181,18 +183,18 @@ def _projected(difference: Tensor, towards: Tensor, projection: Projection) -> T
 
 
 def _rescaled(result: Tensor, towards: Tensor, x: Tensor, sigma: Tensor, share: float) -> Tensor:
-    """The estimate whose v has the standard deviation, over an image, of the conditional v; ``share`` of the way."""
+    """Interpolate by ``share`` towards the estimate whose v has the per-image standard deviation of the conditional v."""
     skip, out = 1 / (1 + sigma**2), -sigma * (1 + sigma**2).rsqrt()
     v, v_towards = ((estimate - skip * x) / out for estimate in (result, towards))
-    deviation, wanted = (per_item(values.flatten(1).std(1), x) for values in (v, v_towards))
-    return skip * x + out * v * (share * wanted / deviation + 1 - share)
+    deviation, target = (per_item(values.flatten(1).std(1), x) for values in (v, v_towards))
+    return skip * x + out * v * (share * target / deviation + 1 - share)
 
 
 def _thresholded(result: Tensor, towards: Tensor, share: float) -> Tensor:
-    """``result`` clipped at the quantile ``share`` of its magnitudes and shrunk to that of ``towards``."""
-    limit, wanted = (
+    """Clip ``result`` at the quantile ``share`` of its magnitudes and scale it to that of ``towards``."""
+    limit, target = (
         per_item(torch.quantile(estimate.flatten(1).abs().float(), share, dim=1), result)
         for estimate in (result, towards)
     )
-    limit = torch.maximum(limit, wanted)
-    return result.clamp(-limit, limit) * (wanted / limit)
+    limit = torch.maximum(limit, target)
+    return result.clamp(-limit, limit) * (target / limit)

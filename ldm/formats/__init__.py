@@ -24,7 +24,7 @@ SHIPPED = "emoji"
 """Name of the shipped model."""
 
 MODEL_FILE = "model.safetensors"
-"""File of the whole model in a run folder, written after the last stage."""
+"""File of the complete model in a run folder, written after the last stage."""
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -32,7 +32,7 @@ FORMATS = ("native", "ldm", "diffusers")
 """Formats that :func:`save` writes."""
 
 FILES = ("native", "ldm")
-"""Formats that are one file; others are folders."""
+"""Formats that are a single file; the others are folders."""
 
 
 def load(
@@ -42,27 +42,27 @@ def load(
     dtype: torch.dtype | None = torch.float32,
     **changes: Any,
 ) -> LatentDiffusion:
-    """Load a whole model on the CPU, in evaluation mode, its parameters frozen.
+    """Load a complete model on the CPU, in evaluation mode, its parameters frozen.
 
     Args:
         source: ``"emoji"`` for the shipped model (a folder of that name is ``"./emoji"``); a run folder or another with a
-            ``model.safetensors`` of ours in it, or such a file; an LDM single file of SD 1.x, 2.x or SDXL
+            native ``model.safetensors`` in it, or such a file; an LDM single file of SD 1.x, 2.x or SDXL
             (``.safetensors`` or ``.ckpt``); a folder of a diffusers pipeline; or the id of either on the hub.
         options: parts to replace, revision, prediction type; default: :class:`LoadOptions`.
         dtype: dtype of the networks; None: as stored. The statistics of the latents stay fp32.
         changes: fields of ``options`` to change: ``vae="vae-ft-mse.safetensors"``.
 
     Raises:
-        CheckpointError: there is nothing that can be read, or its parts do not fit each other.
+        CheckpointError: there is nothing that can be read, or the parts do not fit each other.
     """
     return read(source, LoadOptions.of(options, changes)).build(dtype)
 
 
 def read(source: Source, options: LoadOptions | None = None, **changes: Any) -> Checkpoint:
-    """Read what a source holds, a whole model or a single network; values of weights are read only when they are used.
+    """Read a source, a complete model or a single network; values of weights are read only when they are used.
 
-    Arguments and errors are those of :func:`load`. A folder or file of one network is a source too: of diffusers or
-    transformers, or with its names in an LDM file; so is a CLIP of transformers or open_clip.
+    Arguments and errors are those of :func:`load`. A source may also be one network (a diffusers or transformers folder,
+    or an LDM file with its weights), or a CLIP of transformers or open_clip.
     """
     options = LoadOptions.of(options, changes)
     path = find(source, options.revision)
@@ -83,7 +83,7 @@ def _read_file(path: Path, options: LoadOptions) -> Checkpoint:
         return read_native(path, tensors, metadata)
     if held.startswith("ldm.") and held != SINGLE_FILE:
         raise CheckpointError(
-            f"{path}: its metadata says {held!r}, which this version does not know; install a newer ldm."
+            f"{path}: its metadata has the format {held!r}, which this version does not know; install a newer ldm."
         )
     if is_open_clip(tensors):
         return read_clip(path)
@@ -94,10 +94,10 @@ def save(model: LatentDiffusion, path: Source, to: str = "native", dtype: torch.
     """Write a model and return the file or folder.
 
     Args:
-        model: of whatever source.
-        path: a folder, or a file name that ends in .safetensors; of diffusers a folder.
+        model: model from any source.
+        path: a folder, or a file name that ends in .safetensors; for diffusers a folder.
         to: ``"native"``, ``"ldm"`` (single file) or ``"diffusers"`` (folder).
-        dtype: of the stored weights; default: as they are.
+        dtype: dtype of the stored weights; default: unchanged.
 
     Raises:
         CheckpointError: the model has parts that the format has no place for, or the path cannot be written to.
@@ -119,17 +119,19 @@ def target(path: Source, to: str) -> Path:
     """Return the file that a model or network is written to, or the folder of a format that is one.
 
     Raises:
-        CheckpointError: it would not be read again from there, or is no folder where one is needed.
+        CheckpointError: it could not be read again from there, or it is a file where a folder is needed.
     """
     path = Path(path)
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path} would be a pickle, which ldm does not write; let its name end in {SAFETENSORS}.")
     if to not in FILES:
         if path.suffix == SAFETENSORS or path.is_file():
-            raise CheckpointError(f"{path} is no folder, which {to} needs; name one.")
+            raise CheckpointError(f"{path} is not a folder, which {to} needs; name a folder.")
         return path
     if (path / INDEX).is_file():
-        raise CheckpointError(f"{path} is a folder of diffusers, which would hide what is written there; name another.")
+        raise CheckpointError(
+            f"{path} is a diffusers folder, which would hide a file written there; name another path."
+        )
     return path if path.suffix == SAFETENSORS else path / MODEL_FILE
 
 
@@ -139,28 +141,30 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written to ({error.strerror}); name another place.") from None
+        raise CheckpointError(f"{path} cannot be written to ({error.strerror}); name another path.") from None
 
 
 def find(source: Source, revision: str | None = None) -> Path:
     """Return the file or folder that :func:`load` reads for ``source``; it is fetched from the hub if necessary.
 
     Raises:
-        CheckpointError: saying what is there instead.
+        CheckpointError: there is no model; the message says what was found instead.
     """
     if source == SHIPPED and revision is None:
-        return _existing(ASSETS / MODEL_FILE, "this installation lacks the shipped model; install ldm anew.")
+        return _existing(ASSETS / MODEL_FILE, "this installation lacks the shipped model; reinstall ldm.")
     if isinstance(source, str) and is_hub_id(source):
         source = fetch(source, revision)
     elif revision is not None:
-        raise CheckpointError(f"{source} is no model on the hub, so it has no revision {revision!r}; leave that out.")
+        raise CheckpointError(
+            f"{source} is not a model on the hub, so it has no revision {revision!r}; omit the revision."
+        )
     path = Path(source)
     if path.is_dir():
         if is_folder(path) or is_clip(path):
             return path
         return _existing(
             path / MODEL_FILE,
-            f"{path} holds no {INDEX}, which makes its folders a pipeline of diffusers; get it anew."
+            f"{path} holds no {INDEX}, which a diffusers pipeline needs; download the folder again."
             if any((path / folder).is_dir() for folder in folders())
             else f"{path} holds no {MODEL_FILE}; a run has one after its last stage (tools/train.py --stage all).",
         )
@@ -168,7 +172,7 @@ def find(source: Source, revision: str | None = None) -> Path:
         path, f"there is no model {path}; name a run folder, a file, a diffusers folder, a hub id, or {SHIPPED!r}."
     )
     if path.suffix not in (SAFETENSORS, *PICKLES):
-        raise CheckpointError(f"{path} is no file of weights; those end in {', '.join((SAFETENSORS, *PICKLES))}.")
+        raise CheckpointError(f"{path} is not a weight file; their names end in {', '.join((SAFETENSORS, *PICKLES))}.")
     of_a_folder = path.name.startswith(STEMS) and (path.parent / CONFIG).is_file() and not _is_native(path)
     return path.parent if of_a_folder else path
 

@@ -1,4 +1,4 @@
-"""What a file or folder of any format holds, under our names: parts, and what they are together.
+"""Content of a file or folder of any format under native names: the parts of a model, and its settings.
 
 Readers of a format make a :class:`Checkpoint`, writers take one; between them lies :class:`LatentDiffusion`.
 """
@@ -39,10 +39,10 @@ from ldm.model import Component, LatentDiffusion, ModelConfig, SamplingConfig, c
 from ldm.nn.network_format import NetworkFormat, NetworkKind, Values, import_weights, kind_of
 
 NETWORKS = ("first_stage", "denoiser")
-"""Parts that every whole model has; others are encoders of its conditioner."""
+"""Parts that every complete model has; the others are encoders of its conditioner."""
 
 OTHERS = "others"
-"""Part with the weights that are in no other part, under the names of the whole model or CLIP."""
+"""Part with the weights that are in no other part, under the names of the complete model or CLIP."""
 
 CLIP_COMPONENTS = {"text_encoder": "text", "image_encoder": "image"}
 """Parts of a CLIP, and their prefixes in its state dict."""
@@ -58,7 +58,7 @@ class Part:
     Attributes:
         config, state: of the network.
         inferred: whether the source does not say how the latents are scaled, for a first stage.
-        diffusion: the schedule and parametrization of a denoiser, if its source says them.
+        diffusion: the schedule and parametrization of a denoiser, if its source has them.
     """
 
     config: Any
@@ -113,7 +113,7 @@ class Part:
         return replace(self, diffusion=diffusion)
 
     def to(self, dtype: torch.dtype | None) -> Part:
-        """Convert the weights to ``dtype``; the statistics of the latents stay as they are."""
+        """Convert the weights to ``dtype``; the statistics of the latents are unchanged."""
         return replace(
             self, state={**self.state, **{name: to_dtype(each, dtype) for name, each in self.weights.items()}}
         )
@@ -135,7 +135,7 @@ class Checkpoint:
         parts: networks by the names of :func:`ldm.model.components`; of a model or CLIP also :data:`OTHERS`.
         tokenizer: tokenizer of the text encoders.
         conditioner: config of the conditioner that the encoders are part of.
-        diffusion, sampling, size: settings of the whole model, where the source says them.
+        diffusion, sampling, size: settings of the complete model, if the source has them.
         provenance: where the source comes from, as JSON values.
         fingerprint: fingerprint that the source was written with; empty for none.
         fingerprinted: metadata that the fingerprint covers; empty for none.
@@ -159,7 +159,7 @@ class Checkpoint:
     unused: tuple[str, ...] = ()
 
     def config(self) -> ModelConfig:
-        """Return the config of the whole model.
+        """Return the config of the complete model.
 
         Raises:
             CheckpointError: a part is missing, or the parts do not fit each other.
@@ -167,7 +167,7 @@ class Checkpoint:
         absent = self.missing()
         if absent or self.conditioner is None:
             raise CheckpointError(
-                f"{self.source} is no whole model: it lacks {' and '.join(absent)}; name one that has "
+                f"{self.source} is not a complete model: it lacks {' and '.join(absent)}; name one that has "
                 f"{'it' if len(absent) == 1 else 'them'} ({', '.join(f'{name}=...' for name in absent)})."
             )
         try:
@@ -186,7 +186,7 @@ class Checkpoint:
         """Return a part by its name.
 
         Raises:
-            CheckpointError: there is none of this name.
+            CheckpointError: there is no part of this name.
         """
         if name not in self.parts:
             held = " and ".join(each for each in self.parts if each != OTHERS)
@@ -200,7 +200,7 @@ class Checkpoint:
         return [name for name in self.parts if name not in (*NETWORKS, OTHERS)]
 
     def missing(self) -> list[str]:
-        """Return what a whole model has and this lacks, by the arguments of :func:`ldm.load`."""
+        """Return the parts that a complete model has and this one lacks, by the arguments of :func:`ldm.load`."""
         return [ARGUMENTS[name] for name in NETWORKS if name not in self.parts] + ["text_encoder"] * (
             self.conditioner is None
         )
@@ -215,7 +215,7 @@ class Checkpoint:
         single = len(encoders) == 1 and own is not None and type(own.config) is type(other.parts[encoders[0]].config)
         if own is None and name not in NETWORKS and "text_encoder" in encoders and name != encoders[0]:
             raise CheckpointError(
-                f"{self.source} has no second text encoder; name a whole model of SDXL as the text_encoder."
+                f"{self.source} has no second text encoder; name a complete SDXL model as the text_encoder."
             )
         part = other.part(encoders[0] if single and name not in NETWORKS else name)
         source = f"{self.source} with the {name} of {other.source}"
@@ -242,7 +242,7 @@ class Checkpoint:
         """Build the model in evaluation mode, its parameters frozen, in ``dtype`` (None: as stored), if possible by views.
 
         Raises:
-            CheckpointError: the parts are no whole model, or a weight is NaN.
+            CheckpointError: the parts are not a complete model, or a weight is NaN.
         """
         config = self.config()
         if self.tokenizer is None and "text_encoder" in self.parts:
@@ -252,7 +252,7 @@ class Checkpoint:
         prefixes = part_prefixes(model)
         absent = [name for name in prefixes if name not in self.parts]
         if absent:
-            raise CheckpointError(f"{self.source} is no whole model: it lacks {' and '.join(absent)}.")
+            raise CheckpointError(f"{self.source} is not a complete model: it lacks {' and '.join(absent)}.")
         state = joined(self.parts, prefixes)
         fingerprinted = dict(self.fingerprinted) or fingerprinted_metadata(metadata_of(config, self.tokenizer))
         header = Header(config, self.tokenizer, fingerprinted, self.fingerprint, dict(self.provenance))
@@ -265,7 +265,7 @@ def part_prefixes(model: LatentDiffusion) -> dict[str, str]:
 
 
 def joined(parts: Mapping[str, Part], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the state dict of a whole from its parts, each under its prefix, and from ``OTHERS``."""
+    """Return the state dict of a complete model or CLIP from its parts, each under its prefix, and from ``OTHERS``."""
     state = {f"{prefix}.{key}": each for name, prefix in prefixes.items() for key, each in parts[name].state.items()}
     return state | dict(parts[OTHERS].state) if OTHERS in parts else state
 
@@ -309,8 +309,8 @@ def conditioner_of(parts: Mapping[str, Part], pooled: bool = False, **sdxl: Any)
     """Return the conditioner that the text encoders of SD and SDXL are part of; None if there are none.
 
     Args:
-        parts: by name; the denoiser's channels tell whether it is one for inpainting.
-        pooled: of the conditioner ``text``.
+        parts: by name; the denoiser's channels show whether it is an inpainting model.
+        pooled: field of the conditioner ``text``.
         sdxl: fields of the conditioner ``sdxl``, if there are two text encoders.
     """
     if "text_encoder" not in parts:
@@ -326,7 +326,7 @@ def conditioner_of(parts: Mapping[str, Part], pooled: bool = False, **sdxl: Any)
 
 
 def read_native(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
-    """Read a file of our own format: a whole model, a first stage or a CLIP.
+    """Read a native file: a complete model, a first stage or a CLIP.
 
     Raises:
         CheckpointError: the file is broken.

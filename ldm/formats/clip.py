@@ -1,4 +1,4 @@
-"""CLIP as transformers and open_clip store it, read into our encoders and written from them.
+"""CLIP in the formats of transformers and open_clip: reading and writing.
 
 |            | transformers                             | open_clip                                        |
 |------------|------------------------------------------|--------------------------------------------------|
@@ -39,14 +39,14 @@ def load_clip(
 
     Args:
         source, quick_gelu: see :func:`read_clip`.
-        dtype: dtype of the weights; None: as they are stored.
+        dtype: dtype of the weights; None: as stored.
 
     Raises:
-        CheckpointError: as of :func:`read_clip`, or the source holds only one encoder, or a weight is NaN.
+        CheckpointError: as :func:`read_clip`, or the source holds only one encoder, or a weight is NaN.
     """
     found = read_clip(Path(source), quick_gelu)
     if OTHERS not in found.parts:
-        raise CheckpointError(f"{source} holds {found.kind}, and no whole CLIP; name one with both encoders.")
+        raise CheckpointError(f"{source} holds {found.kind}, not a complete CLIP; name one with both encoders.")
     clip = clip_of(found)
     load_strictly(clip, joined(found.parts, CLIP_COMPONENTS), source, dtype)
     return clip.eval().requires_grad_(False), found.tokenizer
@@ -65,15 +65,15 @@ def read_clip(source: Path, quick_gelu: bool = False) -> Checkpoint:
     Args:
         source: folder of transformers (``CLIPModel``, ``CLIPTextModel``, ``CLIPVisionModel``) or open_clip, or a file of
             weights that open_clip's training wrote.
-        quick_gelu: activation of such a file, which does not say it: OpenAI's. The default is open_clip's own.
+        quick_gelu: whether such a file, which does not store the activation, uses OpenAI's QuickGELU; default: open_clip's GELU.
 
     Raises:
-        CheckpointError: there is none, it is broken, or it is one that our encoders cannot be.
+        CheckpointError: there is no CLIP, it is broken, or ldm's encoders do not support it.
     """
     if source.is_dir():
         if not is_clip(source):
             raise CheckpointError(
-                f"{source} is no CLIP; it needs a {CONFIG} of transformers' CLIP, or open_clip's {OPEN_CLIP.config_file}."
+                f"{source} is not a CLIP; it needs a {CONFIG} of transformers' CLIP, or open_clip's {OPEN_CLIP.config_file}."
             )
         found = read_network_folder(source)
         if found.layout != OPEN_CLIP.library:
@@ -90,13 +90,13 @@ def read_clip(source: Path, quick_gelu: bool = False) -> Checkpoint:
 
 
 def is_clip(path: Path) -> bool:
-    """Return whether a folder is one that :func:`read_clip` reads; that of a pipeline is not."""
+    """Return whether a folder is one that :func:`read_clip` reads; a pipeline folder is not."""
     form = format_of(path)
     return form is not None and form.library != "diffusers"
 
 
 def is_open_clip(tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether these are the state of an open_clip model; an LDM file is none."""
+    """Return whether these are the state of an open_clip model (not an LDM file)."""
     return any(name.removeprefix("module.").startswith("visual.") for name in tensors)
 
 

@@ -30,7 +30,7 @@ OWN, OWN_SETTINGS = "_ldm", ("num_inference_steps", "guidance_scale")
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether a folder is a pipeline's, or that of one network."""
+    """Return whether a folder holds a pipeline or one network."""
     return (path / INDEX).is_file() or (path / CONFIG).is_file()
 
 
@@ -44,14 +44,14 @@ def folders() -> dict[str, list[FolderFormat]]:
 
 
 def read_folder(path: Path, prediction_type: str | None = None) -> Checkpoint:
-    """Read a folder: a whole pipeline, or one network.
+    """Read a folder: a complete pipeline, or one network.
 
     Args:
         path: the folder.
-        prediction_type: in place of that of the scheduler's config.
+        prediction_type: overrides that of the scheduler's config.
 
     Raises:
-        CheckpointError: a component is missing or broken, or is one that ldm's cannot be.
+        CheckpointError: a component is missing, broken, or not supported by ldm.
     """
     if not (path / INDEX).is_file():
         return read_network_folder(path)
@@ -63,13 +63,15 @@ def read_folder(path: Path, prediction_type: str | None = None) -> Checkpoint:
         entry = index.get(folder)
         if isinstance(entry, list) and entry and entry[0] is not None:
             if not (path / folder / CONFIG).is_file():
-                raise CheckpointError(f"{path} lacks {folder}/{CONFIG}, which its {INDEX} names; get the folder anew.")
+                raise CheckpointError(
+                    f"{path} lacks {folder}/{CONFIG}, which its {INDEX} names; download the folder again."
+                )
             form = next((form for form in forms if entry[-1] in form.classes), forms[0])
             parts[form.folders[folder]], values[form.folders[folder]] = read_network(path / folder, form)
     if not parts:
         raise CheckpointError(
-            f"{path} is a folder of {index.get('_class_name', 'no pipeline')}, of which ldm reads no part; it reads "
-            "pipelines of Stable Diffusion 1.x, 2.x and XL."
+            f"{path} is a folder of {index.get('_class_name', 'no pipeline')}, of which ldm reads no part; use one of the "
+            "pipelines Stable Diffusion 1.x, 2.x and XL."
         )
     pipeline = next((each for each in PIPELINES if parts.keys() >= each.encoders.keys()), PIPELINES[-1])
     for name in pipeline.encoders.keys() & parts.keys():
@@ -100,9 +102,9 @@ def read_folder(path: Path, prediction_type: str | None = None) -> Checkpoint:
 def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None = None) -> None:
     """Write a model as the folder of a ``StableDiffusionPipeline``, or of SDXL's.
 
-    Latents whose statistics are per channel are folded into the first stage. A text encoder of which the last state but one
-    is the context is written without its last block, as diffusers has that of SD 2. A model whose denoiser also takes the
-    pooled state opens by its components: diffusers has no pipeline that passes that state on.
+    Latents whose statistics are per channel are folded into the first stage. A text encoder whose penultimate hidden state
+    is the context is written without its last block, as diffusers does for SD 2. A model whose denoiser also takes the
+    pooled state can only be loaded by component: diffusers has no pipeline that passes that state on.
 
     Raises:
         CheckpointError: the model has parts that such a folder has no place for.
@@ -142,7 +144,7 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
 
 
 def _placed(name: str, part: Part) -> tuple[str, FolderFormat]:
-    """Return the folder of a component, and the description by which it is written.
+    """Return the folder of a component, and the format description by which it is written.
 
     Raises:
         CheckpointError: diffusers has no place for it.
@@ -159,25 +161,25 @@ def _read_scheduler(path: Path, pipeline: StableDiffusion, prediction_type: str 
     file = path / "scheduler" / SCHEDULER
     if not file.is_file():
         raise CheckpointError(
-            f"{path} lacks scheduler/{SCHEDULER}, which says what the denoiser predicts; get it anew."
+            f"{path} lacks scheduler/{SCHEDULER}, which holds the prediction type; download the folder again."
         )
     values = pipeline.scheduler_values(read_json(file))
-    reason = f"by scheduler/{SCHEDULER}" if "prediction_type" in values else f"by default, {SCHEDULER} says nothing"
+    reason = f"by scheduler/{SCHEDULER}" if "prediction_type" in values else f"by default, {SCHEDULER} has none"
     if prediction_type is not None:
-        values, reason = {**values, "prediction_type": prediction_type}, "as asked for"
+        values, reason = {**values, "prediction_type": prediction_type}, "as requested"
     diffusion, sampling, differing = read_scheduler(values, str(file))
     notes = [f"the prediction type is {diffusion.parametrization.kind}, {reason}"]
     return diffusion, sampling, notes + [f"{SCHEDULER}: {sentence}" for sentence in differing.values()]
 
 
 def _with_own(path: Path, index: Mapping[str, Any], sampling: SamplingConfig) -> SamplingConfig:
-    """Return the defaults of sampling with the settings that ldm has put into the index."""
+    """Return the defaults of sampling with the settings that ldm wrote into the index."""
     own = index.get(OWN, {})
     try:
         return from_dict(SamplingConfig, to_dict(sampling) | {name: own[name] for name in OWN_SETTINGS if name in own})
     except (ConfigError, TypeError) as error:
         raise CheckpointError(
-            f"{path / INDEX}: {OWN} does not say how to sample ({first_line(error)}); remove it."
+            f"{path / INDEX}: {OWN} has invalid sampling settings ({first_line(error)}); remove it."
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: from an id to a path that the rest of :mod:`ldm.formats` opens.
+"""Models on the Hugging Face hub: download of an id to a path that :mod:`ldm.formats` reads.
 
 The cache, the progress bars and the environment variables (``HF_ENDPOINT``, ``HF_HOME``, ``HF_HUB_OFFLINE``,
 ``HF_TOKEN``) are those of ``huggingface_hub``.
@@ -16,7 +16,7 @@ from ldm.formats.tensors import PICKLES, SAFETENSORS, STEMS
 from ldm.nn.network_format import KINDS
 
 SETTINGS = ("scheduler", "tokenizer", "tokenizer_2")
-"""Folders of a diffusers pipeline that are read besides those of its networks."""
+"""Folders of a diffusers pipeline that are read in addition to those of its networks."""
 
 STEM, SHARD = f"({'|'.join(STEMS)})", r"-\d+-of-\d+"
 WEIGHTS = (
@@ -27,15 +27,15 @@ WEIGHTS = (
     rf"{STEM}\.bin",
     rf"{STEM}({SHARD}\.bin|\.bin\.index\.json)",
 )
-"""The names of one set of weights in a folder that may hold several, in order of preference."""
+"""File name patterns of one set of weights, in order of preference; a folder may hold several sets."""
 
 NAME = r"(?![\w.-]*(?:--|\.\.))\w(?:[\w.-]*\w)?"
 ID = re.compile(rf"{NAME}/({NAME})((?:/(?!\.\.?/)[^/\\]+)*)", re.ASCII)
-"""Owner, model, and perhaps the path of a file inside of it."""
+"""Owner, model, and optionally the path of a file in it."""
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether ``source`` reads as ``"owner/name"``, or ``"owner/name/path/to/file.safetensors"``, and is no local path."""
+    """Return whether ``source`` is ``"owner/name"`` or ``"owner/name/path/to/file.safetensors"``, and not a local path."""
     match = ID.fullmatch(source)
     if match is None or Path(source).exists():
         return False
@@ -45,17 +45,17 @@ def is_hub_id(source: str) -> bool:
 
 
 def fetch(source: str, revision: str | None = None) -> Path:
-    """The folder or file in the cache of what ``source`` names; only the files that are read of it are fetched.
+    """Return the cached folder or file of ``source``, downloading the files that ldm reads.
 
-    Where the hub does not answer, or no longer lets the model be read, what was fetched before serves.
+    If the hub is unreachable or denies access, files that were downloaded before are used.
 
     Args:
-        source: see :func:`is_hub_id`. Without the name of a file it is the model in diffusers' layout, else the weights
-            with the usual name, else the only file of weights at the root.
+        source: see :func:`is_hub_id`. Without a file name, it is the model in diffusers' layout, else the weights with the
+            usual name, else the only weight file at the root.
         revision: a branch, tag or commit; default: the main branch.
 
     Raises:
-        CheckpointError: it is neither on the hub nor in the cache, it needs a token, or what is meant is not clear.
+        CheckpointError: it is neither on the hub nor in the cache, it needs a token, or it is ambiguous.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -63,29 +63,29 @@ def fetch(source: str, revision: str | None = None) -> Path:
     model = f"{owner}/{name}"
     try:
         siblings = HfApi().model_info(model, revision=revision).siblings or []
-    except Exception as error:  # the library's own, or one of the library that it speaks HTTP with
-        try:  # what cannot be chosen of the cache is absent there
+    except Exception as error:  # of huggingface_hub, or of its HTTP library
+        try:  # _choose also fails if the files are not in the cache
             folder = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=[]))
             chosen = _choose(source, inside, [path.relative_to(folder).as_posix() for path in folder.rglob("*")])
         except Exception:
-            raise CheckpointError(_refusal(error, source, revision)) from None
+            raise CheckpointError(_error_message(error, source, revision)) from None
     else:
         chosen = _choose(source, inside, [sibling.rfilename for sibling in siblings])
         try:
             patterns = [glob.escape(file) for file in chosen]
             folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
         except Exception as error:
-            raise CheckpointError(_refusal(error, source, revision)) from None
+            raise CheckpointError(_error_message(error, source, revision)) from None
     return folder / chosen[0] if len(chosen) == 1 else folder
 
 
 def _choose(source: str, inside: Sequence[str], files: Sequence[str]) -> list[str]:
-    """The files to read, of those of a repository."""
+    """Return those files of a repository that are read."""
     singles = [file for file in files if "/" not in file and file.endswith((".safetensors", ".ckpt"))]
     if inside:
         if inside[0] not in files:
             raise CheckpointError(
-                f"there is no file {source}, neither here nor on the hub; that model has "
+                f"there is no file {source}, neither locally nor on the hub; that model has "
                 f"{', '.join(singles) or 'no weights'} at its root."
             )
         return [inside[0]]
@@ -104,18 +104,17 @@ def _choose(source: str, inside: Sequence[str], files: Sequence[str]) -> list[st
     if not singles:
         raise CheckpointError(
             f"{source} on the hub has neither a model_index.json nor a .safetensors or .ckpt file at its root; "
-            f'name one inside of it: "{source}/path/to/file.safetensors".'
+            f'name a file in it: "{source}/path/to/file.safetensors".'
         )
     if len(singles) > 1:
         raise CheckpointError(
-            f"{source} on the hub has several models, {', '.join(singles)}; "
-            f'name the one that you mean: "{source}/{singles[0]}".'
+            f'{source} on the hub has several models, {", ".join(singles)}; name one of them: "{source}/{singles[0]}".'
         )
     return singles
 
 
 def _part(files: Sequence[str], folder: str) -> tuple[list[str], list[str]]:
-    """What ``folder`` itself holds of configs and tokenizers, and the one set of weights to read."""
+    """Return the config and tokenizer files directly in ``folder``, and the one set of weights to read."""
     names = [file[len(folder) :] for file in files if file.startswith(folder)]
     texts = [n for n in names if "/" not in n and n.endswith((".json", "merges.txt")) and ".index." not in n]
     sets = ([n for n in names if re.fullmatch(pattern, n)] for pattern in WEIGHTS)
@@ -123,25 +122,25 @@ def _part(files: Sequence[str], folder: str) -> tuple[list[str], list[str]]:
     return [folder + n for n in texts], [folder + n for n in weights]
 
 
-def _refusal(error: Exception, source: str, revision: str | None) -> str:
-    """Why ``source`` cannot be had, in a sentence."""
+def _error_message(error: Exception, source: str, revision: str | None) -> str:
+    """Return the error message for a ``source`` that cannot be downloaded."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     hub, login = f"the hub ({constants.ENDPOINT})", "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
-        return f"{source} is gated on {hub}; ask for access on its page there, then {login}."
+        return f"{source} is gated on {hub}; request access on its page there, then {login}."
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{source} has no revision {revision or 'main'!r} on {hub}; name a branch, a tag or a commit of it."
+        return f"{source} has no revision {revision or 'main'!r} on {hub}; name a branch, a tag or a commit."
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"there is no folder or file {source} here, and no such model on {hub}; "
+            f"there is no local folder or file {source}, and no such model on {hub}; "
             f"check the name, or {login} if it is private."
         )
     if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-        return f"{hub} does not let you read {source}; {login} with a token that may."
+        return f"{hub} denies access to {source}; {login} with a token that has access."
     return (
-        f"there is no folder or file {source} here, and it cannot be fetched from {hub}: {first_line(error)}; "
+        f"there is no local folder or file {source}, and it cannot be downloaded from {hub}: {first_line(error)}; "
         "check the name and the connection, and try again."
     )

@@ -33,7 +33,7 @@ from ldm.nn.lora import LoRALayer
 from ldm.nn.network_format import Rules, kind_of, renamed
 
 FILE = "pytorch_lora_weights.safetensors"
-"""The LoRA in a folder that diffusers wrote."""
+"""Name of the LoRA file in a folder that diffusers wrote."""
 
 METADATA = "lora_adapter_metadata"
 """Metadata entry of diffusers: the configs of PEFT in JSON, each key after the name of its component."""
@@ -44,7 +44,7 @@ TENSORS = {
     "mid": r"\.lora_mid\.weight",
     "alpha": r"\.alpha",
 }
-"""Endings of the names of a layer's tensors, as regular expressions; the name of the layer is what stands before."""
+"""Endings of the names of a layer's tensors, as regular expressions; the name of the layer precedes them."""
 
 ENDINGS = {"diffusers": ("lora_A.weight", "lora_B.weight"), "kohya": ("lora_down.weight", "lora_up.weight")}
 """Endings of the names that :func:`write_lora` gives to A and B, by naming."""
@@ -64,13 +64,13 @@ OTHERS = {
     r"\.oft_": "OFT",
     r"\.diff(_b)?$|\.(w|b)_norm$": "full differences of weights",
 }
-"""Marks, in the names of tensors, of adapters that are not LoRA."""
+"""Patterns of tensor names by which adapters other than LoRA are recognized."""
 
 KINDS = {
     r"double_blocks|single_blocks|single_transformer_blocks|joint_blocks|^(lora_)?transformer[._]": "FLUX or SD 3",
     r"^lora_te[12]_|^text_encoder_2\.|label_emb|add_embedding|transformer_blocks[._][1-9]": "SDXL",
 }
-"""Marks, in the names of tensors, of the kind of model that a LoRA is for."""
+"""Patterns of tensor names by which the kind of model that a LoRA is for is recognized."""
 
 CONTEXT_WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 
@@ -100,7 +100,7 @@ def read_lora(
     for key in tensors:
         for mark, what in OTHERS.items():
             if re.search(mark, key):
-                raise CheckpointError(f"{path} holds {what} ({key}), which ldm does not read; take a plain LoRA.")
+                raise CheckpointError(f"{path} holds {what} ({key}), which ldm does not read; use a plain LoRA.")
     check_finite(tensors, path)
     looks = _looks(tensors, model)
     layers: dict[str, AdapterLayer] = {}
@@ -186,17 +186,17 @@ def layer_names(model: LatentDiffusion) -> dict[str, str]:
 def _by_layer(
     path: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, str], looks: str
 ) -> dict[str, dict[str, Found]]:
-    """Group the tensors by the names of layers in the model, then by what they are of :data:`TENSORS`."""
+    """Group the tensors by the names of layers in the model, then by the keys of :data:`TENSORS`."""
     updates: dict[str, dict[str, Found]] = defaultdict(dict)
     for key, tensor in tensors.items():
         ends = ((what, re.search(f"{end}$", key)) for what, end in TENSORS.items())
         what, match = next(((what, match) for what, match in ends if match), ("", None))
         if match is None:
-            raise CheckpointError(f"{path} holds {key}, which is no tensor of a LoRA{looks}; name a file of LoRA.")
+            raise CheckpointError(f"{path} holds {key}, which is not a LoRA tensor{looks}; name a LoRA file.")
         layer = renamed(key[: match.start()], OLD)
         if layer not in layers:
             raise CheckpointError(
-                f"{path} holds {key}, which fits no layer of this model{looks}; take one that was trained on its kind."
+                f"{path} holds {key}, which fits no layer of this model{looks}; use one that was trained on this kind of model."
             )
         found = updates[layers[layer]].setdefault(what, Found(key, layer, tensor))
         if found.key != key:
@@ -211,19 +211,21 @@ def _update(
     for what in ("down", "up"):
         if what not in found:
             key = next(iter(found.values())).key
-            raise CheckpointError(f"{path} holds {key}, but no {what} of the same layer; get the file anew.")
+            raise CheckpointError(f"{path} holds {key}, but no {what} of the same layer; download the file again.")
     for each in found.values():
         if not each.tensor.is_floating_point() and each is not found.get("alpha"):
-            raise CheckpointError(f"{path}: {each.key} holds {each.tensor.dtype}, but weights are floats; get it anew.")
+            raise CheckpointError(
+                f"{path}: {each.key} holds {each.tensor.dtype}, but weights are floats; download it again."
+            )
     down, up = found["down"].tensor, found["up"].tensor
     if "mid" in found:
         down = _with_mid(path, found["mid"], down)
     r = down.shape[0] if down.ndim else 0
-    for each, tensor, wanted in ((found["down"], down, (r, *shape[1:])), (found["up"], up, (shape[0], r))):
-        if not r or _plain(tensor.shape) != _plain(wanted):
+    for each, tensor, expected in ((found["down"], down, (r, *shape[1:])), (found["up"], up, (shape[0], r))):
+        if not r or _plain(tensor.shape) != _plain(expected):
             raise CheckpointError(
                 f"{path}: {each.key} has the shape {list(each.tensor.shape)}, which does not fit the layer, of shape "
-                f"{list(shape)}{looks}; take one that was trained on this kind of model."
+                f"{list(shape)}{looks}; use one that was trained on this kind of model."
             )
     alpha = _alpha(path, found, config, r)
     return LoRALayer(down.reshape(r, *shape[1:]).clone(), up.reshape(shape[0], r).clone(), alpha)
@@ -237,7 +239,7 @@ def _with_mid(path: Path, mid: Found, down: Tensor) -> Tensor:
 
 
 def _plain(shape: Sequence[int]) -> list[int]:
-    """Remove the ones at the end of a shape: linear layers and 1 x 1 convolutions stand for each other."""
+    """Remove the ones at the end of a shape: linear layers and 1 x 1 convolutions are interchangeable."""
     sides = list(shape)
     while sides and sides[-1] == 1:
         sides.pop()
@@ -261,7 +263,7 @@ def _alpha(path: Path, found: Mapping[str, Found], config: Mapping[str, Any], r:
         if f".{layer}".endswith(f".{pattern}"):
             value = own
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CheckpointError(f"{path} says in its {METADATA} that an alpha is {value!r}; get the file anew.")
+        raise CheckpointError(f"{path} has an alpha of {value!r} in its {METADATA}; download the file again.")
     return value * math.sqrt(r) if config.get(f"{start}use_rslora") else float(value)
 
 
@@ -270,9 +272,11 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(read_metadata(path).get(METADATA, "{}"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the {METADATA} of {path} cannot be read ({first_line(error)}); get it anew.") from None
+        raise CheckpointError(
+            f"the {METADATA} of {path} cannot be read ({first_line(error)}); download it again."
+        ) from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"the {METADATA} of {path} is no section; get it anew.")
+        raise CheckpointError(f"the {METADATA} of {path} is not a JSON object; download it again.")
     return config
 
 

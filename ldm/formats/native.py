@@ -1,8 +1,8 @@
-"""Our own files: one safetensors file that holds weights and all that they mean.
+"""The native format: one safetensors file with weights, config and tokenizer.
 
-The metadata of a file says ``format`` (what it holds), ``config`` (JSON of the typed config), ``tokenizer`` (JSON, where text
-is read), ``fingerprint`` and ``provenance``. A first stage and a CLIP are what a stage leaves for the next; a model is the
-whole LatentDiffusion that a pipeline opens.
+The metadata of a file has the keys ``format`` (what it holds), ``config`` (JSON of the typed config), ``tokenizer`` (JSON, if
+the model reads text), ``fingerprint`` and ``provenance``. A first stage and a CLIP are outputs of a training stage for the
+next one; a model is the complete LatentDiffusion that a pipeline loads.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from ldm.model import LatentDiffusion, ModelConfig
 from ldm.vae import FirstStage, FirstStageConfig
 
 FIRST_STAGE, CLIP, MODEL = "ldm.first_stage.1", "ldm.clip.1", "ldm.model.1"
-"""What a file of ours can hold."""
+"""Values of ``format``: what a native file can hold."""
 
 CONFIG_BY_FORMAT: dict[str, type[Any]] = {FIRST_STAGE: FirstStageConfig, CLIP: CLIPConfig, MODEL: ModelConfig}
-"""The config of each."""
+"""Config class of each format."""
 
 LARGE = 1 << 30
-"""Bytes of weights beyond which to look at all of them takes longer than to load them."""
+"""Size of the weights in bytes above which checking all values takes longer than loading them."""
 
 M = TypeVar("M", bound=nn.Module)
 
 LARGEST = 10**7
-"""No number in a model's config is above it."""
+"""Largest absolute value of a number in a model's config."""
 
 
 def load_strictly(
@@ -50,17 +50,17 @@ def load_strictly(
     source: str | Path,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Weights into a module; every name and shape must match, but a first stage may come with a preview or without.
+    """Load weights into a module; every name and shape must match, except that the preview of a first stage is optional.
 
     Args:
-        module: whose parameters and buffers become the tensors.
-        tensors: by name.
-        source: where they are from, for the error.
-        dtype: of those of floating point; None = as they are.
+        module: module whose parameters and buffers become the tensors.
+        tensors: tensors by name.
+        source: where they are from, for error messages.
+        dtype: dtype of floating-point tensors; None: unchanged.
 
     Raises:
-        CheckpointError: listing the first of the names that are missing, unexpected, or of another shape or kind of
-            number; or the first that holds NaN or infinite values.
+        CheckpointError: names are missing or unexpected, shapes or kinds of number differ (the first of each are listed),
+            or a weight holds NaN or infinite values (the first is named).
     """
     check_names(module, tensors, source)
     check_finite(tensors, source)
@@ -68,19 +68,21 @@ def load_strictly(
 
 
 def check_names(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Raises the CheckpointError of :func:`load_strictly` over names, shapes and kinds of number, loading nothing."""
-    wanted = module.state_dict()
+    """Check names, shapes and kinds of number as :func:`load_strictly` does (same CheckpointError), loading nothing."""
+    expected = module.state_dict()
     optional = {
         f"{path}.latent_preview".lstrip(".") for path, part in module.named_modules() if isinstance(part, FirstStage)
     }
     problems = {
-        "missing": [name for name in wanted if name not in tensors],
-        "unexpected": [name for name in tensors if name not in wanted and name not in optional],
-        "of another shape": [name for name in wanted if name in tensors and wanted[name].shape != tensors[name].shape],
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected and name not in optional],
+        "of another shape": [
+            name for name in expected if name in tensors and expected[name].shape != tensors[name].shape
+        ],
         "of another kind of number": [
             name
-            for name in wanted
-            if name in tensors and wanted[name].is_floating_point() != tensors[name].is_floating_point()
+            for name in expected
+            if name in tensors and expected[name].is_floating_point() != tensors[name].is_floating_point()
         ],
     }
     if any(problems.values()):
@@ -96,16 +98,16 @@ def save_module(
     provenance: Mapping[str, Any] = MappingProxyType({}),
     dtype: torch.dtype | None = None,
 ) -> str:
-    """Write weights with all that they mean, and return their fingerprint.
+    """Write the weights of a module with its config and tokenizer, and return their fingerprint.
 
     Args:
-        path: of the file.
+        path: path of the file.
         format: ``FIRST_STAGE``, ``CLIP`` or ``MODEL``.
-        module: whose state is written.
-        config: what it was built from.
-        tokenizer: of what reads text.
-        provenance: JSON values that say where it comes from (stages' fingerprints, steps, versions).
-        dtype: of the stored weights; the statistics of the latents stay fp32. None = as they are.
+        module: module whose state is written.
+        config: config that it was built from.
+        tokenizer: tokenizer of its text encoders, if any.
+        provenance: origin of the weights as JSON values (fingerprints of stages, steps, versions).
+        dtype: dtype of the stored weights; the statistics of the latents stay fp32. None: unchanged.
     """
     tensors = {
         name: tensor.to(dtype) if dtype and tensor.is_floating_point() and "latent_" not in name else tensor
@@ -122,7 +124,7 @@ def save_state(
     tokenizer: Tokenizer | None,
     provenance: Mapping[str, Any],
 ) -> str:
-    """Write tensors under our names as they are, as :func:`save_module` does, and return their fingerprint."""
+    """Write tensors with native names unchanged, as :func:`save_module` does, and return their fingerprint."""
     metadata = metadata_of(config, tokenizer, format) | {"provenance": json.dumps(dict(provenance))}
     metadata["fingerprint"] = fingerprint(tensors, fingerprinted_metadata(metadata))
     write_tensors(path, tensors, metadata)
@@ -130,7 +132,7 @@ def save_state(
 
 
 def metadata_of(config: Any, tokenizer: Tokenizer | None, format: str = MODEL) -> dict[str, str]:
-    """The metadata that :func:`fingerprinted_metadata` reads."""
+    """Return the metadata that :func:`fingerprinted_metadata` reads."""
     return {
         "format": format,
         "config": json.dumps(to_dict(config)),
@@ -139,20 +141,20 @@ def metadata_of(config: Any, tokenizer: Tokenizer | None, format: str = MODEL) -
 
 
 def fingerprinted_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What of the metadata the fingerprint covers beside the weights."""
+    """Return the metadata that the fingerprint covers in addition to the weights."""
     return {name: metadata[name] for name in ("format", "config", "tokenizer")}
 
 
 def save_model(
     path: str | Path, model: LatentDiffusion, provenance: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> str:
-    """Write a whole model, as :func:`save_module` does, and return its fingerprint."""
+    """Write a complete model, as :func:`save_module` does, and return its fingerprint."""
     return save_module(path, MODEL, model, model.config, model.tokenizer, provenance, dtype)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file of ours says about its weights."""
+    """Metadata of a native file."""
 
     config: Any
     tokenizer: Tokenizer | None
@@ -162,24 +164,24 @@ class Header:
 
 
 def read_header(path: str | Path, format: str, config: type[Any]) -> Header:
-    """The header of a file of this format, its config as an instance of ``config``.
+    """Read the header of a file of this format, with its config as an instance of ``config``.
 
     Raises:
-        CheckpointError: the file is missing, broken, of another format, or of a config that this version does not know.
+        CheckpointError: the file is missing, broken, of another format, or has a config that this version does not know.
     """
     metadata = read_metadata(path)
     if metadata.get("format") != format:
         raise CheckpointError(
-            f"{path} does not hold what is wanted, {format}; its metadata says {str(metadata.get('format'))[:100]!r}."
+            f"{path} does not hold the format {format}; its metadata says {str(metadata.get('format'))[:100]!r}."
         )
     return header_of(metadata, path, config)
 
 
 def header_of(metadata: Mapping[str, str], path: str | Path, config: type[Any]) -> Header:
-    """The header in the metadata of a file, its config as an instance of ``config``.
+    """Parse the header from the metadata of a file, with its config as an instance of ``config``.
 
     Raises:
-        CheckpointError: it is broken, or of a config that this version does not know.
+        CheckpointError: it is broken, or has a config that this version does not know.
     """
     try:
         return Header(
@@ -189,13 +191,13 @@ def header_of(metadata: Mapping[str, str], path: str | Path, config: type[Any]) 
             metadata["fingerprint"],
             dict(json.loads(metadata["provenance"])),
         )
-    except Exception as error:  # a config of a file may hold anything, and goes through the constructors of all kinds
-        told = first_line(error) if isinstance(error, LdmError) else f"{type(error).__name__} {first_line(error)}"
-        raise CheckpointError(f"the header of {path} cannot be read: {told}.") from None
+    except Exception as error:  # the config may hold any value, and any config class may reject it
+        detail = first_line(error) if isinstance(error, LdmError) else f"{type(error).__name__} {first_line(error)}"
+        raise CheckpointError(f"the header of {path} cannot be read: {detail}.") from None
 
 
 def _bounded(digits: str) -> int | float:
-    """A number of a config, which may become the length of a list before any weight is made."""
+    """Parse a number of a config, bounded since it may become the length of a list before any weight is made."""
     number = float(digits)
     if abs(number) > LARGEST:
         raise ValueError(f"the number {digits[:20]} is beyond that of any model")
@@ -209,20 +211,20 @@ def assemble(
     source: str | Path,
     dtype: torch.dtype | None = None,
 ) -> LatentDiffusion:
-    """Put weights into a model that was built without (:func:`build_on_meta`), and return it in evaluation mode, frozen.
+    """Load weights into a model that :func:`build_on_meta` built, and return it in evaluation mode with frozen parameters.
 
-    Its ``fingerprint`` is computed from the weights; a warning says if the model was written with another one. If there are
-    more than ``LARGE`` bytes, no values are read before they are needed, and the fingerprint is the one in the header.
+    Its ``fingerprint`` is computed from the weights; a warning is issued if the header has another one. If there are more
+    than ``LARGE`` bytes, no values are read before they are needed, and the fingerprint is the one in the header.
 
     Args:
-        model: on the meta device.
-        tensors: under our names.
-        header: of the file.
-        source: named in errors.
+        model: model on the meta device.
+        tensors: tensors by native names.
+        header: header of the file.
+        source: where they are from, for error messages.
         dtype: dtype of the parameters; None: as stored.
 
     Raises:
-        CheckpointError: they do not fit each other, or a weight is NaN.
+        CheckpointError: model and tensors do not match, or a weight holds NaN.
     """
     check_names(model, tensors, source)
     model.fingerprint, model.provenance = header.fingerprint or None, header.provenance
@@ -232,22 +234,22 @@ def assemble(
         if header.fingerprint and model.fingerprint != header.fingerprint:
             warnings.warn(
                 f"{source}: its weights are not those that it was written with (fingerprint {model.fingerprint}, "
-                f"written as {header.fingerprint!r}); get it anew if you did not change it.",
+                f"written as {header.fingerprint!r}); download it again unless you changed it on purpose.",
                 stacklevel=4,
             )
-    wanted = dict.fromkeys((name for name, _ in model.named_parameters()), dtype)
-    state = {name: to_dtype(tensor, wanted.get(name, torch.float32)) for name, tensor in tensors.items()}
+    dtypes = dict.fromkeys((name for name, _ in model.named_parameters()), dtype)
+    state = {name: to_dtype(tensor, dtypes.get(name, torch.float32)) for name, tensor in tensors.items()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 
 def build_on_meta(build: Callable[[], M], tensors: Mapping[str, Tensor], source: object) -> M:
-    """What ``build`` makes, without weights; it must not be larger by far than what the file holds.
+    """Build a module on the meta device; it must not be far larger than the content of the file.
 
     Raises:
-        CheckpointError: it is, or it cannot be built.
+        CheckpointError: it is far larger, or it cannot be built.
     """
-    # Parts of an encoder that are cut off once it is built are in no file.
+    # Allow for parts of an encoder that are removed after it is built, which no file holds.
     left, largest = 4 * len(tensors) + 64, max((tensor.numel() for tensor in tensors.values()), default=0)
     thread = threading.get_ident()
 
@@ -257,7 +259,9 @@ def build_on_meta(build: Callable[[], M], tensors: Mapping[str, Tensor], source:
             return
         left -= 1
         if left < 0 or parameter.numel() > 4 * largest:
-            raise CheckpointError(f"{source} does not fit its config, which asks for far more weights than it holds.")
+            raise CheckpointError(
+                f"{source} does not fit its config, which needs far more weights than the file holds."
+            )
 
     hook = register_module_parameter_registration_hook(count)
     try:
@@ -265,14 +269,16 @@ def build_on_meta(build: Callable[[], M], tensors: Mapping[str, Tensor], source:
             return build()
     except LdmError:
         raise
-    except Exception as error:  # whatever a network's constructor makes of numbers that no network has
-        raise CheckpointError(f"the config in {source} cannot be built ({first_line(error)}); get it anew.") from None
+    except Exception as error:  # a constructor may raise anything for invalid numbers
+        raise CheckpointError(
+            f"the config in {source} cannot be built ({first_line(error)}); download it again."
+        ) from None
     finally:
         hook.remove()
 
 
 class WithoutInit(TorchFunctionMode):
-    """Modules built under it skip ``torch.nn.init``, which on the meta device imports torch._dynamo, for 1.5 s."""
+    """Mode that skips ``torch.nn.init``, which on the meta device imports torch._dynamo and takes 1.5 s."""
 
     def __torch_function__(
         self,

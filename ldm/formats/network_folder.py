@@ -1,4 +1,4 @@
-"""The folder of one network: a JSON config and a file of weights, as diffusers, transformers and open_clip write it."""
+"""The folder of one network: a JSON config and a file of weights, as diffusers, transformers and open_clip write them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ldm.formats.tokenizer import has_tokenizer, read_tokenizer
 from ldm.nn.network_format import KINDS, FolderFormat, NetworkFormat, Values
 
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
-"""Files of the image processor; the first is the one that is written."""
+"""Files of the image processor; the first is written."""
 
 CLASS_KEYS = ("_class_name", "model_type")
 """Keys of ``config.json`` that name the class of the network, in diffusers and in transformers."""
@@ -44,7 +44,7 @@ def read_network(folder: Path, form: FolderFormat) -> tuple[Part, Values]:
     """Read a network and its JSON config.
 
     Raises:
-        CheckpointError: it is broken, or is one that ours cannot be.
+        CheckpointError: it is broken, or not supported by ldm.
     """
     where = folder / form.config_file
     values = read_json(where)
@@ -67,17 +67,17 @@ def canonical(tensors: Mapping[str, Tensor], form: NetworkFormat) -> tuple[dict[
 def write_network(
     folder: Path, form: FolderFormat, part: Part, size: tuple[int, int], extra: Values | None = None
 ) -> None:
-    """Write a part as a folder that the foreign software opens.
+    """Write a part as a folder that the foreign library opens.
 
     Args:
-        folder: for this part only.
+        folder: folder for this part only.
         form: description of the network.
         part: the network; a first stage is folded if necessary.
         size: height and width of the images or, as the form says, of the latents.
         extra: JSON values that follow from other parts of the model.
 
     Raises:
-        CheckpointError: the foreign software has no such network.
+        CheckpointError: the foreign library has no such network.
     """
     extra = dict(extra or {})
     if has_statistics(part):
@@ -105,7 +105,7 @@ def read_network_folder(path: Path) -> Checkpoint:
         found = next((values[key] for key in CLASS_KEYS if key in values), "no class")
         known = [name for each in folder_formats() for name in each.classes]
         raise CheckpointError(
-            f"{path / CONFIG} is of {found}; ldm reads folders of {', '.join(known)}, of open_clip, and of pipelines."
+            f"{path / CONFIG} is for {found}; ldm reads folders of {', '.join(known)}, of open_clip, and of pipelines."
         )
     part, content = read_network(path, form)
     parts = {form.component: part} if form.component else of_clip(part.config, part.state)
@@ -117,7 +117,7 @@ def read_network_folder(path: Path) -> Checkpoint:
 
 
 def _tokenizer(path: Path, form: FolderFormat) -> Tokenizer | None:
-    """Return the tokenizer in the folder of a text encoder, or where a pipeline has it; None if there is none."""
+    """Return the tokenizer in the folder of a text encoder or in its pipeline; None if there is none."""
     folders = (path, path.parent / "tokenizer") if form.reads_text else ()
     found = next((each for each in folders if has_tokenizer(each)), None)
     return read_tokenizer(found) if found else None
@@ -132,7 +132,7 @@ def _with_statistics(part: Part, values: Values, where: Path) -> Part:
             state["latent_std"] = state["latent_std"] * torch.tensor(values["latents_std"], dtype=torch.float32)
         mean = values.get("latents_mean") or [values.get("shift_factor") or 0.0] * part.config.latent_channels
         state["latent_mean"] = torch.tensor(mean, dtype=torch.float32)
-    except Exception as error:  # a file may hold anything
+    except Exception as error:  # the values may have any type
         raise CheckpointError(f"{where} does not say how latents are normalised: {first_line(error)}.") from None
     return replace(part, state=state)
 

@@ -1,4 +1,4 @@
-"""The pipelines of diffusers that a folder can be of, each for one conditioner: what it assumes and what its files say."""
+"""Supported diffusers pipelines, each for one conditioner: the settings that it assumes and those in its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StableDiffusion:
         conditioner: class of the conditioner's config.
         encoders: for each text encoder, the values of its config that the pipeline assumes.
         unread: weights of the text encoders that the pipeline does not use, by the field of the config.
-        latent_size: height and width of the latents where a folder does not say them.
+        latent_size: height and width of the latents if a folder does not give them.
     """
 
     name = "StableDiffusion"
@@ -39,11 +39,11 @@ class StableDiffusion:
         return "SD 2" if denoiser.get("use_linear_projection") else "SD 1"
 
     def scheduler_values(self, values: Values) -> dict[str, Any]:
-        """Return the JSON of a scheduler as the pipeline changes any that it is given."""
+        """Return the JSON of a scheduler with the changes that the pipeline makes to any scheduler."""
         return {**values, "steps_offset": 1, "clip_sample": False}
 
     def sampling(self, sampling: SamplingConfig) -> SamplingConfig:
-        """Return the defaults of sampling, with the pipeline's own."""
+        """Return the sampling defaults, with the pipeline's own changes."""
         return sampling
 
     def conditioner_fields(self, path: Path, index: Values, denoiser: Values) -> dict[str, Any]:
@@ -103,4 +103,4 @@ class StableDiffusionXL(StableDiffusion):
 
 
 PIPELINES = (StableDiffusionXL(), StableDiffusion())
-"""Known pipelines; of a folder it is the first whose text encoders are all there."""
+"""Known pipelines; a folder is read as the first whose text encoders it has."""

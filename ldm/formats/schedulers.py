@@ -1,8 +1,8 @@
-"""``scheduler_config.json`` of diffusers' folders: noise levels, what the network estimates, and how it is sampled.
+"""Conversion of diffusers' ``scheduler_config.json``: noise schedule, prediction type and sampling settings.
 
-The file names a class of diffusers and what departs from the defaults of that class. The classes are a table here: the
-solver that each stands for, and what it takes for granted where the file is silent. What a file asks for and our solvers
-do otherwise is told, not refused: the images differ a little. What a network cannot be asked rightly without is refused.
+The file names a diffusers scheduler class and the settings that differ from the defaults of that class. :data:`CLASSES` maps
+each class to a solver of ldm and to its defaults. A setting that ldm's solvers do not implement is reported in a note (the
+images differ slightly); a setting without which the network would get wrong inputs is an error.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ldm.errors import CheckpointError, ConfigError, unknown
 from ldm.model import SamplingConfig
 
 STEPS, GUIDANCE, GUIDANCE_SDXL = 50, 7.5, 5.0
-"""What diffusers' pipelines sample with unless told otherwise; no scheduler says it."""
+"""Default steps and guidance scales of diffusers' pipelines; scheduler configs do not hold them."""
 
 MOST_TIMESTEPS = 1_000_000
-"""Of a table of noise levels that is worth the memory."""
+"""Largest accepted ``num_train_timesteps``, which bounds the memory of the table of noise levels."""
 
 SCHEDULES: dict[str, type[BetaSchedule]] = {
     "linear": Linear,
@@ -31,7 +31,7 @@ SCHEDULES: dict[str, type[BetaSchedule]] = {
     "squaredcos_cap_v2": Cosine,
     "sigmoid": Sigmoid,
 }
-"""``beta_schedule`` to ours."""
+"""Schedule class for each ``beta_schedule``."""
 
 PREDICTIONS: dict[str, type[Parametrization]] = {
     "epsilon": Eps,
@@ -39,23 +39,23 @@ PREDICTIONS: dict[str, type[Parametrization]] = {
     "sample": X0,
     "flow_prediction": Flow,
 }
-"""``prediction_type`` to ours."""
+"""Parametrization class for each ``prediction_type``."""
 
 FLAGS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
-"""Each to the spacing that it puts in the place of ``timestep_spacing``."""
+"""Spacing that each flag selects instead of ``timestep_spacing``."""
 
 PLAIN = ("leading", "trailing", "linspace")
-"""The values of ``timestep_spacing``, by the same names as ours."""
+"""Values of ``timestep_spacing``, which are also names of ldm's spacings."""
 
 
 @dataclass(frozen=True)
 class SchedulerClass:
-    """A class of diffusers."""
+    """Solver and defaults of a diffusers scheduler class."""
 
     sampler: str
-    """Our solver for it."""
+    """Corresponding solver of ldm."""
     defaults: Mapping[str, Any]
-    """What it takes for granted, of all that is read or told here."""
+    """Default values of the settings that are read or reported here."""
 
 
 def _class(sampler: str, *groups: Mapping[str, Any], **more: Any) -> SchedulerClass:
@@ -132,10 +132,10 @@ CLASSES = {
     "EDMEulerScheduler": _class("euler", _EDM, _FINAL),
     "EDMDPMSolverMultistepScheduler": _class("dpmpp_2m", _EDM, _FINAL, _ORDER, _DPM),
 }
-"""Name to class. Where a solver has several, or none that can say what is to be written, the first that can is taken."""
+"""Scheduler classes by name. Of several that can represent a diffusion, the first is written."""
 
 UNKNOWN = _class("dpmpp_2m", _BETAS, _LINSPACE, _FLAGS, _ZERO_SNR, timestep_spacing="trailing")
-"""Stands for a class that is not in the table."""
+"""Fallback for a class that is not in :data:`CLASSES`."""
 
 NEAREST = {
     "dpmpp_2m_sde": "dpmpp_2m",  # the same class, by its algorithm_type
@@ -143,7 +143,7 @@ NEAREST = {
     "dpmpp_2s_ancestral": "dpm2_ancestral",
     "dpm_adaptive": "dpmpp_2m",
 }
-"""Solvers that no class is for, to the one that takes their place in a file."""
+"""Solvers without a diffusers class, mapped to the solver that is written instead."""
 
 SDE = ("dpmpp_2m_sde", "dpmpp_3m_sde")
 
@@ -161,57 +161,57 @@ IMPLEMENTED_BY = {
         "LCMScheduler",
     },
 }
-"""Values that only some of the classes with that setting know."""
+"""Values of settings that only some of the classes implement."""
 
 OURS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "clip_sample": ((False,), "estimates of the image are not clipped here"),
+    "clip_sample": ((False,), "predicted images are not clipped here"),
     "thresholding": (
         (False,),
-        "estimates of the image are not thresholded here; guidance has a threshold of its own",
+        "predicted images are not thresholded here; guidance has its own threshold",
     ),
-    "skip_prk_steps": ((True,), "the first steps are Heun's and Adams-Bashforth's here, not Runge-Kutta's"),
+    "skip_prk_steps": ((True,), "the first steps use Heun and Adams-Bashforth here, not Runge-Kutta"),
     "variance_type": (
         (None, "fixed_small", "fixed_small_log"),
-        "the noise has the small variance here; ddpm takes the option variance=large",
+        "the noise has the small (posterior) variance here; ddpm takes the option variance=large",
     ),
     "solver_order": ((2,), "the order is 2 here; unipc and deis take the option order"),
-    "solver_type": (("midpoint", "bh2", "logrho"), "the other variant of the solver is sampled with here"),
-    "algorithm_type": (("dpmsolver++", "sde-dpmsolver++", "deis"), "DPM-Solver++ is sampled with here"),
-    "lower_order_final": ((True,), "the last steps are of lower order here"),
-    "euler_at_final": ((False,), "the last step is Euler's here only if it ends at 0"),
-    "use_lu_lambdas": ((False,), "the spacing is that of timestep_spacing here"),
-    "lambda_min_clipped": ((-math.inf,), "no timestep is clipped off here"),
-    "predict_x0": ((True,), "UniPC works on the image here, not on the noise"),
+    "solver_type": (("midpoint", "bh2", "logrho"), "only the default variant of the solver is implemented here"),
+    "algorithm_type": (("dpmsolver++", "sde-dpmsolver++", "deis"), "DPM-Solver++ is used here"),
+    "lower_order_final": ((True,), "the last steps have lower order here"),
+    "euler_at_final": ((False,), "the last step is an Euler step here only if it ends at 0"),
+    "use_lu_lambdas": ((False,), "the spacing follows timestep_spacing here"),
+    "lambda_min_clipped": ((-math.inf,), "no timesteps are clipped here"),
+    "predict_x0": ((True,), "UniPC predicts the image here, not the noise"),
     "disable_corrector": (([],), "the corrector is always on here"),
-    "solver_p": ((None,), "UniPC predicts by itself here"),
-    "interpolation_type": (("linear",), "the levels are those of the timesteps here"),
-    "timestep_type": (("discrete",), "the network is told timesteps here"),
-    "sigma_min": ((None,), "the levels end at those of the schedule here"),
-    "sigma_max": ((None,), "the levels begin at those of the schedule here"),
-    "use_flow_sigmas": ((False,), "the levels of flow are those of sgm_uniform here, from pure noise on"),
-    "use_dynamic_shifting": ((False,), "the shift does not follow the size of the image here"),
-    "invert_sigmas": ((False,), "the levels fall here"),
-    "shift_terminal": ((None,), "the levels are not stretched here"),
+    "solver_p": ((None,), "UniPC uses its own predictor here"),
+    "interpolation_type": (("linear",), "the noise levels are those of the timesteps here"),
+    "timestep_type": (("discrete",), "the network gets timesteps as input here"),
+    "sigma_min": ((None,), "the noise levels end at the minimum of the schedule here"),
+    "sigma_max": ((None,), "the noise levels begin at the maximum of the schedule here"),
+    "use_flow_sigmas": ((False,), "flow models use the spacing sgm_uniform here, starting from pure noise"),
+    "use_dynamic_shifting": ((False,), "the shift does not depend on the image size here"),
+    "invert_sigmas": ((False,), "the noise levels decrease here"),
+    "shift_terminal": ((None,), "the noise levels are not stretched here"),
     "stochastic_sampling": ((False,), "no noise is added here"),
-    "timestep_scaling": ((10.0,), "the answer at low noise is taken as it is here"),
+    "timestep_scaling": ((10.0,), "the network output at low noise is used unscaled here"),
 }
-"""Setting to the values that come to what our solvers do (the first is written), and what they do."""
+"""For each setting, the values that match ldm's solvers (the first is written), and what the solvers do otherwise."""
 
 
 def read_scheduler(values: Mapping[str, Any], where: str) -> tuple[Diffusion, SamplingConfig, dict[str, str]]:
-    """What a scheduler's config says, in our terms.
+    """Convert a scheduler config to a diffusion and sampling settings.
 
     Args:
-        values: the JSON of ``scheduler_config.json``; keys of other classes, which diffusers leaves in, are ignored.
-        where: the file, for the error messages.
+        values: the JSON of ``scheduler_config.json``; keys of other classes, which diffusers keeps, are ignored.
+        where: the file, for error messages.
 
     Returns:
-        Schedule and parametrization of the training; how to sample (steps and guidance are those of diffusers'
-        pipelines); and by name of the setting a sentence for each that we do otherwise than diffusers.
+        Schedule and parametrization of the training; sampling settings (steps and guidance are those of diffusers'
+        pipelines); and by setting a sentence on how ldm differs from diffusers.
 
     Raises:
-        CheckpointError: a setting of the wrong type, an unknown schedule, prediction or spacing, or ones that do not go
-            together.
+        CheckpointError: a setting has the wrong type, a schedule, prediction type or spacing is unknown, or settings are
+            incompatible.
     """
     name = values.get("_class_name")
     if not isinstance(name, str):
@@ -234,19 +234,19 @@ def read_scheduler(values: Mapping[str, Any], where: str) -> tuple[Diffusion, Sa
 
 
 def write_scheduler(diffusion: Diffusion, sampling: SamplingConfig) -> dict[str, Any]:
-    """The JSON that a class of diffusers reads: the inverse of :func:`read_scheduler`, as far as there are words.
+    """Return the JSON of a diffusers scheduler: the inverse of :func:`read_scheduler`, as far as diffusers allows.
 
-    The diffusion is always said exactly. Steps and guidance have no place there; a solver, spacing or final level that
-    diffusers lacks, or lacks together with this diffusion, gives way to the nearest.
+    The diffusion is always represented exactly. Steps and guidance are not stored; a solver, spacing or final noise level
+    that diffusers lacks, or lacks for this diffusion, is replaced by the nearest.
 
     Raises:
         CheckpointError: diffusers has no scheduler for the schedule and the parametrization.
     """
-    wanted = NEAREST.get(sampling.sampler, sampling.sampler)
-    stated = _stated(diffusion)
+    solver = NEAREST.get(sampling.sampler, sampling.sampler)
+    stated = _diffusion_values(diffusion)
     name = next(
         name
-        for name in sorted(CLASSES, key=lambda name: CLASSES[name].sampler != wanted)
+        for name in sorted(CLASSES, key=lambda name: CLASSES[name].sampler != solver)
         if stated.keys() <= CLASSES[name].defaults.keys()
         and all(name in IMPLEMENTED_BY.get(str(value), {name}) for value in stated.values())
     )
@@ -269,22 +269,22 @@ def write_scheduler(diffusion: Diffusion, sampling: SamplingConfig) -> dict[str,
 
 
 def _given(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """All settings of the class, each of the type of its default; where that is None, of any."""
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
+    """Return all settings of the class, checked against the type of their default (None: any type)."""
+    type_names = {bool: "true or false", int: "an integer", float: "a number", str: "a string", list: "a list"}
     given = dict(defaults)
     for name, default in defaults.items():
         value = values.get(name, default)
         kind = type(default)
-        if kind is float:  # of a size that it can be reckoned with
+        if kind is float:  # finite, and small enough not to overflow
             fits = isinstance(value, int | float) and (value == default or abs(value) < 1e30)
         else:
             fits = default is None or isinstance(value, kind)
         if not fits or (isinstance(value, bool) and kind in (int, float)):
-            raise CheckpointError(f"{where}: {name} is {value!r}; it must be {words[kind]}.")
+            raise CheckpointError(f"{where}: {name} is {value!r}; it must be {type_names[kind]}.")
         given[name] = float(value) if kind is float else value
     timesteps, offset = given["num_train_timesteps"], given.get("steps_offset", 0)
     if timesteps > MOST_TIMESTEPS:
-        raise CheckpointError(f"{where}: num_train_timesteps is {timesteps}; at most {MOST_TIMESTEPS} can be had.")
+        raise CheckpointError(f"{where}: num_train_timesteps is {timesteps}; it must be at most {MOST_TIMESTEPS}.")
     if not 0 <= offset < max(timesteps, 1):
         raise CheckpointError(f"{where}: steps_offset is {offset}; it must be from 0 to below {timesteps}.")
     return given
@@ -297,15 +297,15 @@ def _diffusion(given: Mapping[str, Any], where: str) -> Diffusion:
     if "rho" in given:
         if prediction != "epsilon":
             raise CheckpointError(
-                f"{where}: prediction_type is {prediction}; of EDM's networks only epsilon can be read."
+                f"{where}: prediction_type is {prediction}; for EDM networks, ldm reads only epsilon."
             )
         levels = Karras(timesteps, given["sigma_min"], given["sigma_max"], given["rho"])
         return Diffusion(levels, Edm(given["sigma_data"]))
     schedule = _schedule(given, where)
     if isinstance(schedule, FlowSchedule) != (prediction == "flow_prediction"):
         raise CheckpointError(
-            f"{where}: prediction_type is {prediction}, which does not go with the schedule {schedule.kind}; "
-            "flow_prediction goes with use_flow_sigmas, and only with it."
+            f"{where}: prediction_type is {prediction}, which does not fit the schedule {schedule.kind}; "
+            "flow_prediction requires use_flow_sigmas, and use_flow_sigmas requires flow_prediction."
         )
     return Diffusion(schedule, PREDICTIONS[prediction]())
 
@@ -314,12 +314,10 @@ def _schedule(given: Mapping[str, Any], where: str) -> Schedule:
     timesteps = given["num_train_timesteps"]
     if "shift" in given or given.get("use_flow_sigmas"):
         if timesteps != 1000:
-            raise CheckpointError(f"{where}: num_train_timesteps is {timesteps}; networks of flow are read with 1000.")
+            raise CheckpointError(f"{where}: num_train_timesteps is {timesteps}; for flow models it must be 1000.")
         return FlowSchedule(timesteps, given.get("shift", given.get("flow_shift")))
     if given["trained_betas"] is not None:
-        raise CheckpointError(
-            f"{where}: trained_betas lists a schedule of its own, which cannot be read; make it null."
-        )
+        raise CheckpointError(f"{where}: trained_betas is a custom schedule, which ldm does not read; set it to null.")
     if given["beta_schedule"] not in SCHEDULES:
         raise CheckpointError(f"{where}: {unknown('beta_schedule', given['beta_schedule'], SCHEDULES)}")
     kind = SCHEDULES[given["beta_schedule"]]
@@ -342,7 +340,7 @@ def _spacing(name: str, given: Mapping[str, Any], where: str) -> str:
 
 
 def _ends_above_zero(name: str, given: Mapping[str, Any], where: str) -> bool:
-    """diffusers' DEIS, which cannot step to 0, never does."""
+    """Return whether the last noise level is above 0, as it always is for diffusers' DEIS, which cannot step to 0."""
     final = given.get("final_sigmas_type", "zero")
     if final not in ("zero", "sigma_min"):
         raise CheckpointError(f"{where}: {unknown('final_sigmas_type', final, ('zero', 'sigma_min'))}")
@@ -350,15 +348,15 @@ def _ends_above_zero(name: str, given: Mapping[str, Any], where: str) -> bool:
 
 
 def _differences(name: str, given: Mapping[str, Any], sampling: SamplingConfig) -> Iterator[tuple[str, str]]:
-    """What diffusers would do and we do not, by setting."""
+    """Yield the settings for which ldm differs from diffusers, each with a sentence on the difference."""
     if name not in CLASSES:
-        yield "_class_name", f"{name} is not known here; {sampling.sampler} takes its place."
-    edm = {"sigma_min", "sigma_max"} if "rho" in given else set()  # there they are the ends of the schedule
+        yield "_class_name", f"{name} is unknown; {sampling.sampler} is used instead."
+    edm = {"sigma_min", "sigma_max"} if "rho" in given else set()  # for EDM, they are the ends of the schedule
     for setting, (values, what) in OURS.items():
         if setting in given.keys() - edm and given[setting] not in values:
             yield setting, f"{setting} is {given[setting]!r}; {what}."
     if given.get("rho", 7.0) != 7.0:
-        yield "rho", f"rho is {given['rho']:g}; the spacing karras has 7 here."
+        yield "rho", f"rho is {given['rho']:g}; the spacing karras uses 7 here."
     if name == "LCMScheduler":
         yield (
             "original_inference_steps",
@@ -366,29 +364,32 @@ def _differences(name: str, given: Mapping[str, Any], sampling: SamplingConfig) 
             "divide it, those of the spacing trailing differ a little.",
         )
     if name == "PNDMScheduler" and given["prediction_type"] != "epsilon":
-        yield "prediction_type", "PNDM extrapolates what the network answers, plms here the noise in it."
+        yield "prediction_type", "PNDM extrapolates the network output, plms here the predicted noise."
     if name in ("DDIMScheduler", "PNDMScheduler") and given["timestep_spacing"] != "leading":
         yield (
             "timestep_spacing",
-            f"{name} steps down by T // n whatever the spacing, here it is to the next timestep; they agree for leading.",
+            f"{name} always steps by T // n, here to the next timestep; they agree for leading.",
         )
     if given.get("shift", 1.0) != 1.0:
-        yield "shift", f"shift is {given['shift']:g}; diffusers shifts the last level twice, here it is once."
+        yield "shift", f"shift is {given['shift']:g}; diffusers shifts the last noise level twice, ldm once."
     if name == "DPMSolverMultistepScheduler" and sampling.final == "sigma_min":
-        yield "final_sigmas_type", "with less than 15 steps, the last is of order 1 in diffusers, here of order 2."
+        yield "final_sigmas_type", "with fewer than 15 steps, the last step has order 1 in diffusers, order 2 here."
     for flag in (flag for flag in FLAGS if given.get(flag)):
         if "shift" in given:
-            yield flag, "the levels of flow are spaced by linspace here."
+            yield flag, "flow models use the spacing linspace here."
         elif flag == "use_beta_sigmas":
-            yield flag, "beta spaces the timesteps here, in diffusers the noise levels."
+            yield flag, "the beta spacing applies to timesteps here, to noise levels in diffusers."
         elif SPECS[sampling.sampler].grid == "inner":
-            yield flag, "the network is told fractional timesteps here, in diffusers whole ones."
+            yield flag, "the network gets fractional timesteps here, integer timesteps in diffusers."
         elif given["timestep_spacing"] != "linspace":
-            yield flag, f"the levels span the schedule here, in diffusers the timesteps of {given['timestep_spacing']}."
+            yield (
+                flag,
+                f"the noise levels span the schedule here, in diffusers the timesteps of {given['timestep_spacing']}.",
+            )
 
 
-def _stated(diffusion: Diffusion) -> dict[str, Any]:
-    """The diffusion in diffusers' words, for the classes that have these words among their settings."""
+def _diffusion_values(diffusion: Diffusion) -> dict[str, Any]:
+    """Return the diffusion as diffusers settings; only classes that have all of these settings can represent it."""
     schedule, parametrization = diffusion.schedule, diffusion.parametrization
     timesteps = {"num_train_timesteps": schedule.num_timesteps}
     prediction = next((key for key, kind in PREDICTIONS.items() if isinstance(parametrization, kind)), None)
@@ -401,7 +402,7 @@ def _stated(diffusion: Diffusion) -> dict[str, Any]:
     if betas is None or prediction in (None, "flow_prediction") or not isinstance(schedule, BetaSchedule):
         raise CheckpointError(
             f"diffusers has no scheduler for the schedule {schedule.kind} of {schedule.num_timesteps} timesteps with the "
-            f"parametrization {parametrization.kind}; keep the model in a file of our own."
+            f"parametrization {parametrization.kind}; write a native file."
         )
     ends = {end: getattr(schedule, end) for end in ("beta_start", "beta_end") if hasattr(schedule, end)}
     zero_snr = {"rescale_betas_zero_snr": True} if schedule.zero_terminal_snr else {}

@@ -1,6 +1,6 @@
 """The single file of latent diffusion: all networks under prefixes, as SD 1.x, SD 2.x and SDXL are distributed.
 
-A file that ldm wrote has the whole config in its metadata. For any other, networks are recognized by names and shapes; what
+A file that ldm wrote has the complete config in its metadata. For any other, networks are recognized by names and shapes; what
 these do not determine is taken, in this order, from an argument, from the metadata that some tools write, and from the
 family of models:
 
@@ -50,32 +50,32 @@ SINGLE_FILE = "ldm.single_file.1"
 """``format`` in the metadata of the files that ldm writes."""
 
 EMA_OF, EMA = "model.", "model_ema."
-"""Prefix of the networks of which files may have averaged weights, and of these; dots are left out of their names."""
+"""Prefixes of the networks that may have EMA weights, and of the EMA weights, whose names omit the dots."""
 
 SCALE_FACTOR = "scale_factor"
-"""Name of the scaling factor of the latents, where a file has it."""
+"""Name of the tensor with the scaling factor of the latents, if a file has it."""
 
 REFINER = "conditioner.embedders.0.model."
-"""Prefix of the one text encoder of SDXL's refiner."""
+"""Prefix of the only text encoder of the SDXL refiner."""
 
 TRAINING = ("model.denoiser.", "first_stage.", "clip.")
-"""Prefixes in the checkpoints of a training with ldm."""
+"""Prefixes in training checkpoints of ldm."""
 
 LORA = r"[._]lora[._]"
 """Pattern of names in LoRA files."""
 
 PREDICTION_TYPES: Mapping[str, type[Parametrization]] = {"epsilon": Eps, "eps": Eps, "v_prediction": V, "v": V}
-BY_DEFAULT = "by default; if images come out brown and blurred, say prediction_type='v_prediction'"
+BY_DEFAULT = "by default; if images are brown and blurred, pass prediction_type='v_prediction'"
 SAMPLED = SamplingConfig("ddim", 50, 7.5, "leading", 1, "sigma_min")
 SAMPLED_SDXL = SamplingConfig("euler", 50, 5.0, "leading", 1)
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the files of a family of published models do not say.
+    """Settings of a family of published models that its files do not hold.
 
     Attributes:
-        name: of the family.
+        name: name of the family.
         hidden_state, context_norm: fields of the config of its text encoders.
         scale: scaling factor of the latents.
         sampling: defaults of sampling.
@@ -101,11 +101,11 @@ FAMILIES = {
     "conditioner.embedders.0.transformer.": SINGLE,
     "model.diffusion_model.label_emb.0.0.weight": SDXL,
 }
-"""Beginnings of names by which a family is recognized; the first that occurs counts."""
+"""Prefixes of names by which a family is recognized; the first that occurs decides."""
 
 
 class Found(NamedTuple):
-    """The tensors under a prefix, without it, and the description of the network that they are."""
+    """Tensors under a prefix (removed from their names), and the format description of their network."""
 
     prefix: str
     form: SingleFileFormat
@@ -119,13 +119,13 @@ def read_single_file(
     prediction_type: str | None = None,
     ema: bool = True,
 ) -> Checkpoint:
-    """Read an LDM file: a whole model, or a single network with or without its prefix.
+    """Read an LDM file: a complete model, or a single network with or without its prefix.
 
     Args:
-        path: of the file, for error messages.
+        path: path of the file, for error messages.
         tensors, metadata: content of the file.
-        prediction_type: ``"epsilon"`` or ``"v_prediction"``; None = as the file says, else epsilon.
-        ema: use averaged weights of the denoiser where the file has both.
+        prediction_type: ``"epsilon"`` or ``"v_prediction"``; None: as in the file, else epsilon.
+        ema: use the EMA weights of the denoiser if the file has both.
 
     Raises:
         CheckpointError: the file is broken, or holds no known network.
@@ -133,10 +133,10 @@ def read_single_file(
     if metadata.get("format") == SINGLE_FILE:
         return _read_own(path, tensors, metadata)
     found, unused = _sorted(tensors)
-    _refuse_others(path, tensors, found)
+    _reject_other_files(path, tensors, found)
     notes = []
     if ema and _average(found, tensors):
-        notes.append("the weights of the denoiser are the averaged ones (model_ema)")
+        notes.append("the weights of the denoiser are the EMA weights (model_ema)")
     family = _family(found)
     notes.append(f"{family.name}, since there is " + ", ".join(each.prefix + "*" for each in found.values()))
     parametrization, reason = _prediction(prediction_type, tensors, metadata)
@@ -147,7 +147,7 @@ def read_single_file(
         config = form.infer_config(own, path)
         part = Part.imported(config, own, form, path)
         if name not in NETWORKS:
-            part, surplus = _with_fields(part, form, _assumed(name, family, whole=len(found) > 1))
+            part, surplus = _with_fields(part, form, _assumed(name, family, complete=len(found) > 1))
             unused += [prefix + key for key in surplus]
         if has_statistics(part):
             scale, shift = (stored, 0.0) if stored else form.latents(config) or (family.scale, 0.0)
@@ -181,30 +181,30 @@ def read_single_file(
     )
 
 
-def _refuse_others(path: Path, tensors: Mapping[str, Tensor], found: Mapping[str, Found]) -> None:
-    """Raises a CheckpointError for what may be taken for a model by mistake, saying what it is."""
+def _reject_other_files(path: Path, tensors: Mapping[str, Tensor], found: Mapping[str, Found]) -> None:
+    """Raise a CheckpointError for files that are easily mistaken for a model; the message says what they are."""
     if any(name.startswith(REFINER) for name in tensors):
         raise CheckpointError(f"{path} is the refiner of SDXL, which ldm does not read; name the base model.")
     if any(re.search(LORA, name) for name in tensors):
         raise CheckpointError(
-            f"{path} is a LoRA, an addition to a model; name a model, and add this to it by Pipeline.load_lora or --lora."
+            f"{path} is a LoRA, not a model; name a model and load the LoRA into it with Pipeline.load_lora or --lora."
         )
     if path.suffix == ".ckpt" and any(name.startswith(TRAINING) for name in tensors):
         raise CheckpointError(
-            f"{path} is a checkpoint of a training, to be resumed; name its run folder, which holds a model after its last stage."
+            f"{path} is a training checkpoint for resuming; name its run folder, which holds a model after its last stage."
         )
     if not found:
         raise CheckpointError(
             f"{path} holds no network that ldm knows (its first name is {next(iter(tensors), 'none')!r}); "
-            "name an SD 1.x, SD 2.x or SDXL checkpoint, or one of ldm."
+            "name an SD 1.x, SD 2.x or SDXL checkpoint, or a file that ldm wrote."
         )
 
 
 def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | None = None) -> str:
-    """Write a model as an LDM file with its config in the metadata, and return the fingerprint that it then has.
+    """Write a model as an LDM file with its config in the metadata, and return the fingerprint of the file.
 
     Latents whose statistics are per channel are folded into the first stage, so that a reader that knows only one scaling
-    factor makes the same images.
+    factor generates the same images.
 
     Raises:
         CheckpointError: the model has parts that such a file has no place for.
@@ -245,7 +245,7 @@ def _read_own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     parts = {}
     for name, own_config in described.items():
         if name not in found:
-            raise CheckpointError(f"{path} lacks the {name} that its config describes; get or write it again.")
+            raise CheckpointError(f"{path} lacks the {name} that its config describes; download or write it again.")
         prefix, form, own = found[name]
         surplus = [key for key in own if form.is_surplus(own_config, key)]
         unused += [prefix + key for key in surplus]
@@ -254,9 +254,9 @@ def _read_own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     try:
         latents = json.loads(metadata["latents"])
         known = {f"latent_{key}": torch.tensor(latents[key]) for key in ("mean", "std", "preview") if latents[key]}
-    except Exception as error:  # a file may hold anything
+    except Exception as error:  # the values may have any type
         raise CheckpointError(
-            f"the statistics of the latents in {path} cannot be read ({error!r}); get it anew."
+            f"the statistics of the latents in {path} cannot be read ({error!r}); download it again."
         ) from None
     parts["first_stage"] = replace(parts["first_stage"], state={**parts["first_stage"].state, **known})
     parts["denoiser"] = parts["denoiser"].trained_for(config.diffusion)
@@ -272,7 +272,7 @@ def _read_own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
         size=config.size,
         provenance=header.provenance,
         fingerprint=header.fingerprint,
-        fingerprinted={**header.fingerprinted, "format": MODEL},  # it is that of the model
+        fingerprinted={**header.fingerprinted, "format": MODEL},  # the fingerprint is that of the model
         notes=(
             f"written by ldm, all settings are from its metadata; the prediction type is "
             f"{config.diffusion.parametrization.kind}",
@@ -282,9 +282,9 @@ def _read_own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 
 
 def _metadata(model: LatentDiffusion, first_stage: Part) -> dict[str, str]:
-    """Return the metadata of a file: our own header, and the keys of Stability's model metadata standard."""
+    """Return the metadata of a file: the native header, and the keys of Stability's model metadata standard."""
     own, (height, width) = model.first_stage, model.config.size
-    preview = first_stage.state.get("latent_preview")  # one that was only fitted in passing is not saved
+    preview = first_stage.state.get("latent_preview")  # a preview fitted on the fly is not saved
     latents = {
         "mean": first_stage.state["latent_mean"].tolist(),
         "std": first_stage.state["latent_std"].tolist(),
@@ -315,11 +315,11 @@ def _sorted(
 ) -> tuple[dict[str, Found], list[str]]:
     """Sort tensors by component; also return the names of those that no network needs.
 
-    ``described`` are the configs of the components, where they are known.
+    ``described`` are the configs of the components, if known.
     """
     forms, described = _forms(), described or {}
-    whole = any(name.startswith(tuple(forms)) for name in tensors)
-    added = "" if whole else _missing_prefix(tensors, forms)
+    has_prefix = any(name.startswith(tuple(forms)) for name in tensors)
+    added = "" if has_prefix else _missing_prefix(tensors, forms)
     by_prefix: dict[str, dict[str, Tensor]] = {}
     unused = []
     for name, tensor in tensors.items():
@@ -352,15 +352,15 @@ def _missing_prefix(tensors: Mapping[str, Tensor], forms: Mapping[str, list[Sing
 
 
 def _average(found: dict[str, Found], tensors: Mapping[str, Tensor]) -> bool:
-    """Replace weights by the averaged ones where a file has these, and return whether it has."""
+    """Replace weights by their EMA weights if a file has them, and return whether it has any."""
     replaced = False
     for prefix, _, own in found.values():
         if prefix.startswith(EMA_OF):
             start = EMA + prefix.removeprefix(EMA_OF).replace(".", "")
             averaged = {name: start + name.replace(".", "") for name in own}
-            there = {name: tensors[key] for name, key in averaged.items() if key in tensors}
-            own.update(there)
-            replaced |= bool(there)
+            averages = {name: tensors[key] for name, key in averaged.items() if key in tensors}
+            own.update(averages)
+            replaced |= bool(averages)
     return replaced
 
 
@@ -369,11 +369,11 @@ def _family(found: Mapping[str, Found]) -> Family:
     return next((FAMILIES[mark] for mark in FAMILIES for name in names if name.startswith(mark)), SINGLE)
 
 
-def _assumed(name: str, family: Family, whole: bool) -> dict[str, Any]:
+def _assumed(name: str, family: Family, complete: bool) -> dict[str, Any]:
     """Return the fields of a text encoder's config that its weights do not determine."""
     fields = {"hidden_state": family.hidden_state, "context_norm": family.context_norm}
-    # Of a model's first text encoder, the pooled state is not used.
-    return fields | ({"embed_dim": None} if whole and name == "text_encoder" else {})
+    # The pooled state of a model's first text encoder is not used.
+    return fields | ({"embed_dim": None} if complete and name == "text_encoder" else {})
 
 
 def _with_fields(part: Part, form: SingleFileFormat, fields: Values) -> tuple[Part, list[str]]:
@@ -408,10 +408,10 @@ def _folded(part: Part, form: SingleFileFormat, scale: float) -> tuple[Part, dic
 
 
 def _stored_scale(tensors: Mapping[str, Tensor], path: Path) -> float | None:
-    """The scale of the latents that a file says, if it does.
+    """Return the scaling factor of the latents that a file stores, or None.
 
     Raises:
-        CheckpointError: what it says is no scale.
+        CheckpointError: it is not one finite number above 0.
     """
     stored = tensors.get(SCALE_FACTOR)
     if stored is None:
@@ -419,23 +419,25 @@ def _stored_scale(tensors: Mapping[str, Tensor], path: Path) -> float | None:
     try:
         return scale_from(stored)
     except ValueError:
-        told = stored.flatten()[:3].tolist()
-        raise CheckpointError(f"{path}: {SCALE_FACTOR} is {told}, not one number above 0; get the file anew.") from None
+        values = stored.flatten()[:3].tolist()
+        raise CheckpointError(
+            f"{path}: {SCALE_FACTOR} is {values}, not one number above 0; download the file again."
+        ) from None
 
 
 def _prediction(
-    asked: str | None, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    requested: str | None, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[Parametrization, str | None]:
-    """What the U-Net estimates, and how that is known: its weights do not tell. None: it is not, and taken for epsilon."""
-    told = metadata.get("modelspec.prediction_type", "").lower()
-    if asked is not None:
-        if asked not in PREDICTION_TYPES:
-            raise CheckpointError(unknown("prediction_type", asked, PREDICTION_TYPES))
-        return PREDICTION_TYPES[asked](), "as asked for"
-    if told in PREDICTION_TYPES:
-        return PREDICTION_TYPES[told](), "by the metadata modelspec.prediction_type"
+    """Return the parametrization, which weights do not determine, and how it is known (None: unknown, assumed epsilon)."""
+    stored = metadata.get("modelspec.prediction_type", "").lower()
+    if requested is not None:
+        if requested not in PREDICTION_TYPES:
+            raise CheckpointError(unknown("prediction_type", requested, PREDICTION_TYPES))
+        return PREDICTION_TYPES[requested](), "as requested"
+    if stored in PREDICTION_TYPES:
+        return PREDICTION_TYPES[stored](), "by the metadata modelspec.prediction_type"
     if "v_pred" in tensors:
-        return V(), "by the mark v_pred among the tensors"
+        return V(), "by the tensor v_pred"
     return Eps(), None
 
 

@@ -1,4 +1,4 @@
-"""Single networks, written: a first stage, a denoiser, a text or image encoder, a CLIP."""
+"""Writing of single networks: a first stage, a denoiser, a text or image encoder, a CLIP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.formats.tensors import check_finite
 from ldm.formats.tokenizer import write_tokenizer
 
 LATENT_SIZE, IMAGE_SIZE = (64, 64), (512, 512)
-"""Sizes in the configs of networks that are written without a model."""
+"""Sizes written to the configs of networks without a model."""
 
 
 def formats_of(part: Part) -> list[str]:
@@ -34,41 +34,41 @@ def save_single_network(found: Checkpoint, path: Path, to: str, dtype: torch.dty
         found: result of :func:`ldm.formats.read`.
         path: a file name that ends in .safetensors for native and ldm, else a folder.
         to: a format of the network, see :func:`formats_of`.
-        dtype: dtype of the weights; None: as they are.
+        dtype: dtype of the weights; None: unchanged.
 
     Raises:
-        CheckpointError: the source holds several networks that are no whole, or the network has no such format.
+        CheckpointError: the source holds several networks but not a complete model, or the network has no such format.
     """
     parts = {name: part if name == OTHERS else part.to(dtype) for name, part in found.parts.items()}
     if len(parts) > 1 and OTHERS not in parts:
         held, missing = " and ".join(parts), ", ".join(found.missing())
         raise CheckpointError(
-            f"{found.source} holds {held}, which is neither a whole model nor a single network; name what is missing "
+            f"{found.source} holds {held}, which is neither a complete model nor a single network; name what is missing "
             f"({missing})."
         )
-    whole = parts[OTHERS] if OTHERS in parts else next(iter(parts.values()))
-    formats = formats_of(whole)
+    network = parts[OTHERS] if OTHERS in parts else next(iter(parts.values()))
+    formats = formats_of(network)
     if to not in formats:
         raise CheckpointError(
-            f"a single {whole.kind.name} is written as {', '.join(formats) or 'no format'}, not as {to}; choose one of them."
+            f"a single {network.kind.name} is written as {', '.join(formats) or 'no format'}, not as {to}; choose one of them."
         )
     for part in parts.values():
         check_finite(part.state, found.source)
     path = target(path, to)
     with writing(path):
         if to == "native":
-            held = next(held for held, config in CONFIG_BY_FORMAT.items() if issubclass(type(whole.config), config))
-            state = joined(parts, CLIP_COMPONENTS) if OTHERS in parts else whole.state
-            save_state(path, held, state, whole.config, found.tokenizer, found.provenance)
+            held = next(held for held, config in CONFIG_BY_FORMAT.items() if issubclass(type(network.config), config))
+            state = joined(parts, CLIP_COMPONENTS) if OTHERS in parts else network.state
+            save_state(path, held, state, network.config, found.tokenizer, found.provenance)
         elif to == "ldm":
-            write_single_network(path, next(iter(parts)), whole)
+            write_single_network(path, next(iter(parts)), network)
         elif OTHERS in parts:
             clip = clip_of(found)
             load_strictly(clip, joined(parts, CLIP_COMPONENTS), found.source)
             save_clip(clip, found.tokenizer, path, "transformers" if to == "transformers" else "open_clip")
         else:
-            form = next(form for form in whole.kind.folders if form.library == to)
-            write_network(path, form, whole, LATENT_SIZE if form.sized_in_latents else IMAGE_SIZE)
+            form = next(form for form in network.kind.folders if form.library == to)
+            write_network(path, form, network, LATENT_SIZE if form.sized_in_latents else IMAGE_SIZE)
             if found.tokenizer is not None and form.reads_text:
                 write_tokenizer(found.tokenizer, path)
     return path

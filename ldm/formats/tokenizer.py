@@ -1,7 +1,7 @@
-"""Tokenizers in the folders of transformers and diffusers: read as ours, and written so that they are read there.
+"""Tokenizers in transformers and diffusers folders: read as :class:`Tokenizer`, and written for transformers.
 
 A folder holds ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``; ``tokenizer_config.json``, ``special_tokens_map.json``
-and ``added_tokens.json`` say the rest, where there are any.
+and ``added_tokens.json`` hold further settings and are optional.
 """
 
 from __future__ import annotations
@@ -20,41 +20,43 @@ from ldm.errors import CheckpointError, first_line
 from ldm.formats.tensors import read_json, write_atomically
 
 CONTEXT_LENGTH = 77
-"""CLIP's, where a folder does not say; transformers then writes a length that is larger than any text."""
+"""CLIP's context length, used if a folder does not give one (transformers then writes a huge number)."""
 
 LONGEST = 1 << 20
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""What is said of an added token beside its text."""
+"""Attributes of an added token in addition to its text."""
 
 
 def read_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder that transformers or diffusers reads, with the same tokens for any text.
+    """Read the tokenizer of a transformers or diffusers folder; it gives the same tokens for any text.
 
     Args:
-        folder: of the tokenizer's own files (diffusers' ``tokenizer/``), or of a transformers model that brings them.
+        folder: folder of a tokenizer (diffusers' ``tokenizer/``), or of a transformers model that includes one.
 
     Raises:
-        CheckpointError: the folder holds no tokenizer, a file of it is broken, or it is not of CLIP's kind.
+        CheckpointError: the folder holds no tokenizer, one of its files is broken, or it is not a CLIP tokenizer.
     """
     folder = Path(folder)
     settings = _optional(folder / "special_tokens_map.json") | _optional(folder / "tokenizer_config.json")
-    whole = folder / "tokenizer.json"
+    single = folder / "tokenizer.json"
     if not has_tokenizer(folder):
         raise CheckpointError(f"{folder} holds no tokenizer; it needs tokenizer.json, or vocab.json and merges.txt.")
     try:
-        return _from_whole(whole, settings) if whole.is_file() else _from_parts(folder, settings)
+        return _from_json(single, settings) if single.is_file() else _from_parts(folder, settings)
     except CheckpointError:
         raise
-    except Exception as error:  # tokenizers raises nothing narrower, and a value of another type may stand anywhere
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read ({first_line(error)}); get it anew.") from None
+    except Exception as error:  # tokenizers raises plain Exception, and any value may have the wrong type
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read ({first_line(error)}); download it again."
+        ) from None
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a folder holds what :func:`read_tokenizer` reads."""
+    """Return whether a folder holds files that :func:`read_tokenizer` reads."""
     return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
-def _from_whole(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
+def _from_json(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
     values = read_json(path)
     model, padding, truncation = values["model"], values.get("padding") or {}, values.get("truncation") or {}
     settings = {"pad_token": padding.get("pad_token"), "model_max_length": truncation.get("max_length"), **settings}
@@ -68,7 +70,7 @@ def _from_whole(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
 def _from_parts(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
     path = folder / "merges.txt"
     if not path.is_file():
-        raise CheckpointError(f"there is no file {path}; get the folder anew.")
+        raise CheckpointError(f"there is no file {path}; download the folder again.")
     lines = path.read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
     added = [{"content": token, "id": index} for token, index in _optional(folder / "added_tokens.json").items()]
@@ -90,7 +92,7 @@ def _clip(
 
 
 def _added(entries: list[Any], settings: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """Added tokens by id, of ``tokenizer.json`` or ``added_tokens.json`` and of ``tokenizer_config.json``, which wins."""
+    """Return added tokens by id; ``tokenizer_config.json`` overrides ``tokenizer.json`` and ``added_tokens.json``."""
     tokens = {entry["id"]: entry for entry in entries}
     tokens |= {int(index): entry for index, entry in (settings.get("added_tokens_decoder") or {}).items()}
     return {
@@ -105,7 +107,7 @@ def _pad_id(vocab: Mapping[str, int], settings: Mapping[str, Any], source: Path)
     pad = pad["content"] if isinstance(pad, dict) else pad
     for token in (BOS, EOS, pad):
         if token not in vocab:
-            raise CheckpointError(f"{source} lacks the token {token!r}; only tokenizers of CLIP's kind can be read.")
+            raise CheckpointError(f"{source} lacks the token {token!r}; only CLIP tokenizers can be read.")
     return vocab[pad]
 
 
@@ -115,10 +117,10 @@ def _context_length(settings: Mapping[str, Any]) -> int:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Files of which transformers' ``AutoTokenizer`` makes the same tokens.
+    """Write a tokenizer for transformers' ``AutoTokenizer``, which then gives the same tokens.
 
-    CLIP's byte-pair encoding becomes ``vocab.json`` and ``merges.txt``, which ``CLIPTokenizer`` of any version reads; one
-    that was trained here becomes ``tokenizer.json``, of the class ``PreTrainedTokenizerFast``.
+    CLIP's byte-pair encoding is written as ``vocab.json`` and ``merges.txt``, which ``CLIPTokenizer`` of any version reads; a
+    tokenizer trained by ldm is written as ``tokenizer.json``, of the class ``PreTrainedTokenizerFast``.
     """
     folder = Path(folder)
     values = json.loads(tokenizer.to_json())
@@ -150,12 +152,12 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def is_clip_bpe(tokenizer: Tokenizer) -> bool:
-    """Whether it is CLIP's byte-pair encoding, of whatever vocabulary."""
+    """Return whether a tokenizer is CLIP's byte-pair encoding, with any vocabulary."""
     return getattr(tokenizer.backend.model, "end_of_word_suffix", None) == END_OF_WORD
 
 
 def tokenizer_class(tokenizer: Tokenizer) -> str:
-    """The class of transformers that reads what :func:`write_tokenizer` writes; diffusers' ``model_index.json`` names it."""
+    """Return the transformers class that reads what :func:`write_tokenizer` writes; diffusers' ``model_index.json`` names it."""
     return "CLIPTokenizer" if is_clip_bpe(tokenizer) else "PreTrainedTokenizerFast"
 
 

@@ -10,38 +10,38 @@ from ldm.modalities.base import MODALITIES, Modality
 
 
 def of_key(key: str) -> Modality:
-    """The modality with this key; one that neither checks nor converts if none is registered."""
+    """Return the modality with this key, or one without checks and conversion if none is registered."""
     return MODALITIES.get(key) or Modality(key, key, key)
 
 
 def argument_of(key: str) -> str:
-    """The argument, or the entry of ``condition``, that gives the raw condition ``key``."""
+    """Return the name of the pipeline argument, or of the entry of ``condition``, for the raw condition ``key``."""
     return of_key(key).argument or key
 
 
 def entries(argument: str, value: Any) -> list[Any]:
-    """The entries of one argument of a pipeline, or of one entry of ``condition``; see :meth:`Modality.entries`.
+    """Return the entries of one argument of a pipeline, or of one entry of ``condition``; see :meth:`Modality.entries`.
 
     Raises:
-        SamplingError: there is none, or one of the wrong type.
+        SamplingError: the value is empty, or an entry has the wrong type.
     """
     key = next((key for key in MODALITIES if argument_of(key) == argument), argument)
     return of_key(key).entries(value)
 
 
 def condition_lists(keys: Sequence[str], defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The entries of each raw condition that a model takes.
+    """Return the entries of each raw condition that a model takes.
 
     Args:
         keys: the input keys of its conditioner.
-        defaults: further raw conditions, with the entry that each has where it is not given.
-        given: what a caller gives, by argument; no value is None.
+        defaults: further raw conditions, with the default entry of each.
+        given: the values of the caller by argument; no value is None.
 
     Returns:
-        A list for each key: ``[None]`` for one that is not given although another is.
+        A list for each key; ``[None]`` for a key that is not given while another one is.
 
     Raises:
-        SamplingError: nothing of ``keys`` is given, something that the model does not read, or a wrong type.
+        SamplingError: none of ``keys`` is given, an argument that the model does not take is, or a type is wrong.
     """
     by_argument = {argument_of(key): key for key in keys}
     for argument in given:
@@ -62,7 +62,7 @@ def condition_lists(keys: Sequence[str], defaults: Mapping[str, Any], given: Map
 
 
 def pipeline_arguments(conditions: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Raw conditions by key as keyword arguments of a pipeline."""
+    """Return raw conditions by key as keyword arguments of a pipeline."""
     arguments: dict[str, Any] = {"condition": {}}
     for key, values in conditions.items():
         argument = of_key(key).argument

@@ -1,4 +1,4 @@
-"""The record of a raw condition, and the registry of all of them."""
+"""Base class of modalities (raw conditions), and their registry."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ M = TypeVar("M", bound="Modality")
 class Modality:
     """A raw condition, such as a caption or an edge map: how it is stored, batched, given to a pipeline and shown.
 
-    What this class does fits a condition that is only computed or only given to a pipeline; subclasses override what
-    differs. A modality with a ``suffix`` overrides ``decode`` and ``encode``; one whose values refer to places in
+    The defaults of this class fit a condition that is only computed or only passed to a pipeline; subclasses override what
+    differs. A modality with a ``suffix`` overrides ``decode`` and ``encode``; one whose values refer to positions in
     the image sets ``spatial`` and overrides ``crop``.
 
     Attributes:
         key: its name in batches, and among the inputs of conditioners.
         noun: its name in messages, such as ``semantic map``.
-        plural: the same of several; an article and ``noun`` make one, unless both are equal.
-        argument: argument of :class:`ldm.Pipeline` that gives it; None: an entry ``key`` of ``condition``.
-        suffix: what follows the first dot in the names of its files, in shards and in folders of images; None: it has none.
-        optional: whether samples of one set may lack its file where others have it.
-        describes: whether a sample with an image and this alone is complete; a sample needs one such modality.
-        spatial: whether its values refer to places in the image, so that they change when it is cropped or mirrored.
-        ndim: dimensions of a tensor or array that is one entry, as opposed to a batch of entries; None: it is never one.
-        from_crop: derives its value from the crop of a training image, for modalities that are stored nowhere.
+        plural: plural of ``noun``; equal to it for nouns that are used without an article.
+        argument: its argument of :class:`ldm.Pipeline`; None: it is the entry ``key`` of ``condition``.
+        suffix: what follows the first dot in the names of its files, in shards and in image folders; None: it has no files.
+        optional: whether some samples of a dataset may lack its file.
+        describes: whether an image with only this modality is a complete sample; each sample needs one such modality.
+        spatial: whether its values refer to positions in the image, so that they change when it is cropped or mirrored.
+        ndim: dimensions of a tensor or array that is one entry, as opposed to a batch; None: an entry is never one.
+        from_crop: derives its value from the crop of a training image, for modalities that are not stored.
     """
 
     key: str
@@ -55,12 +55,12 @@ class Modality:
 
     @property
     def file(self) -> str:
-        """What a file of it is, for messages: ``a semantic map (.semantic.png)``."""
+        """Description of a file of this modality, for messages: ``a semantic map (.semantic.png)``."""
         return f"{self.indefinite} (.{self.suffix})"
 
     @property
     def missing(self) -> str:
-        """The message for data that lack what the denoiser is conditioned on."""
+        """Error message for data without this modality, which the denoiser is conditioned on."""
         return (
             f"the denoiser is conditioned on {self.plural}, but the data has none; give each sample a .{self.suffix}."
         )
@@ -68,7 +68,7 @@ class Modality:
     # Stored
 
     def decode(self, data: bytes) -> Any:
-        """The value that a stored file holds.
+        """Return the value of a stored file.
 
         Raises:
             DataError: the file is malformed; the message is a clause that follows the noun, such as "is not UTF-8".
@@ -76,11 +76,11 @@ class Modality:
         raise NotImplementedError
 
     def encode(self, value: Any) -> bytes:
-        """The inverse of :meth:`decode`."""
+        """Return the contents of a file; the inverse of :meth:`decode`."""
         raise NotImplementedError
 
     def to_member(self, data: bytes, size: tuple[int, int]) -> bytes:
-        """The member of a shard for a file next to an image of ``size`` (width, height) in a folder.
+        """Return the shard member for a file next to an image of ``size`` (width, height) in a folder.
 
         Raises:
             DataError: the file is malformed or does not fit the image.
@@ -90,25 +90,25 @@ class Modality:
     # Batched
 
     def crop(self, value: Any, crop: Crop) -> Any:
-        """The value for a cropped and perhaps mirrored image, for modalities that are ``spatial``."""
+        """Return the value for a cropped and possibly mirrored image, for modalities that are ``spatial``."""
         return value
 
     def collate(self, values: Sequence[Any]) -> Any:
-        """The values of ``b`` samples as a batch has them: a tensor ``[b ...]`` or a list."""
+        """Collate the values of ``b`` samples: a tensor ``[b ...]`` or a list."""
         return list(values)
 
-    # Given to a pipeline
+    # Passed to a pipeline
 
     @property
     def request(self) -> str:
-        """How a message names what to pass to a pipeline."""
+        """Description of the argument to pass to a pipeline, for messages."""
         return f"a {self.argument}" if self.argument else f"condition={{{self.key!r}: [...]}}"
 
     def entries(self, value: Any) -> list[Any]:
-        """A list of what a caller of :class:`ldm.Pipeline` gives: an entry for each image, or one for all.
+        """Return the entries of an argument of :class:`ldm.Pipeline`: one for each image, or one for all.
 
         Raises:
-            SamplingError: it is empty, or an entry is of the wrong type.
+            SamplingError: the value is empty, or an entry has the wrong type.
         """
         values = self.split(value)
         if not values:
@@ -116,28 +116,28 @@ class Modality:
         return [None if each is None else self.entry(each) for each in values]
 
     def split(self, value: Any) -> list[Any]:
-        """The entries of a value that is a collection of them, or a list of one."""
+        """Return the entries of a collection, or a list of the value if it is a single entry."""
         return [value] if self.ndim is not None and getattr(value, "ndim", None) == self.ndim else listed(value)
 
     def entry(self, value: Any) -> Any:
-        """One entry as conditioners read it, checked and converted.
+        """Check one entry and convert it to the form that conditioners take.
 
         Raises:
-            SamplingError: it is of the wrong type.
+            SamplingError: it has the wrong type.
         """
         return value
 
     # Shown
 
     def preview(self, values: Any, images: Tensor) -> Tensor | None:
-        """Images of the conditions, to be shown with what a model makes of them.
+        """Return images of the conditions, to be shown with the generated images.
 
         Args:
-            values: of a batch.
+            values: the values of a batch.
             images: ``[b 3 h w]`` in [-1, 1], the images that the conditions belong to.
 
         Returns:
-            ``[b 3 h w]`` in [-1, 1], or None for what is not shown as an image.
+            ``[b 3 h w]`` in [-1, 1], or None if the modality is not shown as an image.
         """
         return None
 
@@ -147,12 +147,12 @@ MODALITIES: dict[str, Modality] = {}
 
 
 def register(modality: M) -> M:
-    """Adds a modality to the registry and returns it."""
+    """Add a modality to the registry and return it."""
     assert modality.key not in MODALITIES, f"two modalities have the key {modality.key}"
     MODALITIES[modality.key] = modality
     return modality
 
 
 def listed(value: Any) -> list[Any]:
-    """A list of the items of a collection, or of the value itself if it is a string or not a collection."""
+    """Return the items of a collection as a list; a string or any other value becomes a list of one."""
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]

@@ -1,4 +1,4 @@
-"""Boxes: rectangles with a class each, that say what is where in an image."""
+"""Boxes: rectangles with a class each, which locate the objects of an image."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Boxes(Modality):
         except DataError:
             raise
         except ValueError as error:
-            raise DataError(f"are no JSON ({error})") from None
+            raise DataError(f"are not valid JSON ({error})") from None
 
     def encode(self, value: Sequence[Box]) -> bytes:
         return json.dumps(value).encode()
 
     def crop(self, value: Sequence[Box], crop: Crop) -> list[Box]:
-        """The boxes relative to the cropped image; those outside of it are left out."""
+        """Return the boxes relative to the cropped image, without those outside of it."""
         width, height = crop.original_size
         left, top, right, bottom = crop.window
 
@@ -45,7 +45,7 @@ class Boxes(Modality):
 
 
 def read_boxes(values: Any) -> list[Box]:
-    """Boxes from any sequence of sequences of five numbers.
+    """Convert any sequence of sequences of five numbers to boxes.
 
     Raises:
         DataError: an item is not a box; the message is a clause without a subject.
@@ -58,9 +58,9 @@ def read_boxes(values: Any) -> list[Box]:
                 raise ValueError
             boxes.append((int(label), x0, y0, x1, y1))
     except (TypeError, ValueError):
-        wanted = "a list of (class, x0, y0, x1, y1) with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1"
+        expected = "a list of (class, x0, y0, x1, y1) with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1"
         place = f" at number {len(boxes)}" if boxes else ""
-        raise DataError(f"are not {wanted}{place}") from None
+        raise DataError(f"are not {expected}{place}") from None
     return boxes
 
 

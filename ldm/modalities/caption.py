@@ -26,15 +26,15 @@ class Caption(Modality):
 
 
 def prompts(argument: str, value: Any) -> list[Prompt]:
-    """One or several prompts as a list; ``argument`` names them in messages.
+    """Return one or several prompts as a list; ``argument`` names them in messages.
 
     Raises:
-        SamplingError: there is none, or one is neither a string nor an object of :mod:`ldm.prompts`.
+        SamplingError: the list is empty, or an item is neither a string nor an object of :mod:`ldm.prompts`.
     """
     given = listed(value)
     for index, item in enumerate(given):
         if not isinstance(item, Prompt):
-            raise SamplingError(f"{argument} {index} is {item!r}, which is no string.")
+            raise SamplingError(f"{argument} {index} is {item!r}; it must be a string.")
     if not given:
         raise SamplingError(f"the list of {argument}s is empty; give one or several.")
     return given

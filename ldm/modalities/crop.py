@@ -1,4 +1,4 @@
-"""Crops: which part of a stored image becomes a training image, and where its annotations then lie."""
+"""Crops: the part of a stored image that becomes a training image, and the positions of its annotations in it."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ Window = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Fit:
-    """Scaling of an image so that it covers ``height`` × ``width``, with what sticks out cut off.
+    """Resizing of an image to cover ``height`` × ``width``, with the excess cropped.
 
-    Cutting and scaling are one resampling of the kept part, so neither side is rounded; Lanczos, which averages
-    over the source pixels when scaling down.
+    Cropping and resizing are one resampling of the kept part, so neither side is rounded; with the Lanczos filter, which
+    averages over the source pixels when downsampling.
     """
 
     height: int
     width: int
 
     def __call__(self, image: Image.Image, y: float = 0.5, x: float = 0.5) -> np.ndarray:
-        """RGB image to uint8 ``[height width 3]``; ``y``, ``x`` in [0, 1] place the cut, 0.5 being the centre."""
+        """Convert an RGB image to uint8 ``[height width 3]``; ``y``, ``x`` in [0, 1] position the crop, 0.5 is the centre."""
         return self.resample(image, Image.Resampling.LANCZOS, y, x)
 
     def resample(self, image: Image.Image, resampling: Image.Resampling, y: float, x: float) -> np.ndarray:
-        """``[height width ...]`` of the kept part of an image of any mode."""
+        """Resample the kept part of an image of any mode to ``[height width ...]``."""
         box = self.window(image.width, image.height, y, x)
         return np.array(image.resize((self.width, self.height), resampling, box))
 
     def window(self, width: int, height: int, y: float = 0.5, x: float = 0.5) -> Window:
-        """The kept part of an image of ``width`` × ``height`` pixels."""
+        """Return the kept part of an image of ``width`` × ``height`` pixels."""
         scale = min(height / self.height, width / self.width)
         kept_height, kept_width = scale * self.height, scale * self.width
         top, left = y * (height - kept_height), x * (width - kept_width)
@@ -47,9 +47,9 @@ class Crop:
 
     Attributes:
         fit: size of the training image.
-        y, x: place of the cut, from 0 (top, left) to 1.
+        y, x: position of the crop, from 0 (top, left) to 1.
         flip: whether the result is mirrored, left to right.
-        read_size: gives width and height of the stored image in pixels; called when they are needed.
+        read_size: returns width and height of the stored image in pixels; called only when they are needed.
     """
 
     fit: Fit
@@ -70,11 +70,11 @@ class Crop:
 
     @property
     def top_left(self) -> tuple[int, int]:
-        """Top and left of the cut in the resized original, mirrored where the result is, in pixels of the result."""
+        """Top and left of the crop in the resized original (mirrored if ``flip``), in pixels of the result."""
         left, top, right, bottom = self.fit.window(*self.original_size, self.y, 1 - self.x if self.flip else self.x)
         return round(top * self.fit.height / (bottom - top)), round(left * self.fit.width / (right - left))
 
     def __call__(self, image: Image.Image, resampling: Image.Resampling) -> np.ndarray:
-        """Applies the crop to an image that shows the same as the stored one, such as a map: ``[height width ...]``."""
+        """Apply the crop to an image aligned with the stored one, such as a map; return ``[height width ...]``."""
         pixels = self.fit.resample(image, resampling, self.y, self.x)
         return pixels[:, ::-1] if self.flip else pixels

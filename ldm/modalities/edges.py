@@ -1,4 +1,4 @@
-"""Edge maps: where the outlines of an image are, detected in training images and given to a pipeline as images."""
+"""Edge maps: the outlines of an image, detected in training images or passed to a pipeline as images."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from ldm.modalities.base import register
 from ldm.modalities.pixel_map import PixelMap
 
 LOW, HIGH = 0.1, 0.2
-"""Thresholds of the gradient as fractions of that of a step from black to white; about 100 and 200 in OpenCV's units."""
+"""Gradient thresholds as fractions of the gradient of a black-white step; about 100 and 200 in OpenCV's units."""
 
 
 class EdgeMap(PixelMap):
-    """An edge map: 0 (no edge) to 1 (edge) for each pixel, stored in grey, in batches fp32 ``[b h w]``."""
+    """An edge map: 0 (no edge) to 1 (edge) for each pixel, stored as a greyscale image, in batches fp32 ``[b h w]``."""
 
     def decode(self, data: bytes) -> Image.Image:
-        """An 8-bit greyscale image, white on the edges."""
+        """Return an 8-bit greyscale image, white on the edges."""
         try:
             return rgb(Image.open(io.BytesIO(data))).convert("L")
-        except Exception as error:  # Pillow's plugins raise all sorts of errors for a broken file
+        except Exception as error:  # Pillow's plugins raise many types of errors for a broken file
             raise DataError(f"cannot be read as an image ({error})") from None
 
     def values(self, pixels: np.ndarray) -> Tensor:
         return torch.from_numpy(pixels.astype(np.float32) / 255)
 
     def entry(self, value: Any) -> Tensor:
-        """``[h w]`` fp32 in [0, 1] of an image, a file, or an array or tensor of that shape and range."""
+        """Return ``[h w]`` fp32 in [0, 1] from an image, a file, or an array or tensor of that shape and range."""
         value = self.decode_file(value) if isinstance(value, str | Path) else value
         if isinstance(value, Image.Image):
             return self.values(np.asarray(rgb(value).convert("L")))
@@ -43,17 +43,17 @@ class EdgeMap(PixelMap):
         if values.ndim != 2 or not values.is_floating_point() or values.min() < 0 or values.max() > 1:
             raise SamplingError(
                 f"an edge map is an image, or a tensor [h, w] in [0, 1], not {list(values.shape)} of {values.dtype} from "
-                f"{values.min().item()} to {values.max().item()}; detect_edges makes one of an image."
+                f"{values.min().item()} to {values.max().item()}; use detect_edges to make one from an image."
             )
         return values.float()
 
     def preview(self, values: Tensor, images: Tensor) -> Tensor:
-        """The edges in white on black."""
+        """Return the edges in white on black."""
         return (2 * values - 1)[:, None].expand_as(images)
 
 
 def detect_edges(images: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
-    """Detects edges as Canny 1986 ("A Computational Approach to Edge Detection") does, without blurring first.
+    """Detect edges as Canny 1986 ("A Computational Approach to Edge Detection") does, without blurring first.
 
     Sobel gradients, of the channel where they are largest; non-maximum suppression along the nearest of four
     directions; and hysteresis: pixels above ``low`` are edges where they connect to one above ``high``.

@@ -1,4 +1,4 @@
-"""Images whose content another image takes up."""
+"""Image prompts: images whose content conditions the generated image."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ldm.modalities.base import Modality, register
 
 
 class ImagePrompt(Modality):
-    """An image to take the content from: in training the image itself, given to a pipeline as an image, file or tensor."""
+    """An image prompt: in training the image itself; passed to a pipeline as an image, file or tensor."""
 
     def entry(self, value: Any) -> Tensor:
-        """``[3 h w]`` fp32 in [-1, 1]."""
+        """Return ``[3 h w]`` fp32 in [-1, 1]."""
         return signed_tensor(value)
 
 

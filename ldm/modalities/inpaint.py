@@ -1,4 +1,4 @@
-"""Masks with the known part of an image, to be filled in."""
+"""Masked images for inpainting: a mask and the known part of an image."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ldm.modalities.base import Modality, register
 
 
 class MaskedImage(Modality):
-    """A mask (1 where the image is to be made) and the latents of the known part, ``[1 + c h w]``, made by the conditioner."""
+    """A mask (1 where the image is generated) and the latents of the known part, ``[1 + c h w]``, made by the conditioner."""
 
     def preview(self, values: Tensor, images: Tensor) -> Tensor:
-        """The images with what is masked in grey."""
+        """Return the images with the masked area in grey."""
         return images * (1 - F.interpolate(values[:, :1], images.shape[-2:]))
 
 

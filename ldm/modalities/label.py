@@ -1,4 +1,4 @@
-"""Class labels: one whole number an image."""
+"""Class labels: one integer for each image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Label(Modality):
         try:
             return int(data)
         except ValueError:
-            raise DataError(f"is {data!r}, not a whole number") from None
+            raise DataError(f"is {data!r}, not an integer") from None
 
     def encode(self, value: int) -> bytes:
         return str(value).encode()
@@ -31,7 +31,7 @@ class Label(Modality):
     def entries(self, value: Any) -> list[Any]:
         labels = listed(value)
         if not labels or not all(isinstance(label, Integral) for label in labels):
-            raise SamplingError(f"label is {value!r}; give a whole number or several.")
+            raise SamplingError(f"label is {value!r}; give one or several integers.")
         return [int(label) for label in labels]
 
 

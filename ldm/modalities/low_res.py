@@ -1,4 +1,4 @@
-"""Small images that a model enlarges."""
+"""Low-resolution images, the input of super-resolution."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ldm.modalities.base import Modality, register
 
 
 class SmallImage(Modality):
-    """A small image: in training made from the training image by its conditioner, as fp32 ``[b 3 h w]`` in [-1, 1]."""
+    """A small image: in training computed from the training image by its conditioner, as fp32 ``[b 3 h w]`` in [-1, 1]."""
 
     def entry(self, value: Any) -> Tensor:
-        """``[3 h w]`` fp32 in [-1, 1]."""
+        """Return ``[3 h w]`` fp32 in [-1, 1]."""
         return signed_tensor(value)
 
     def preview(self, values: Tensor, images: Tensor) -> Tensor:
-        """The small images, enlarged by repeating their pixels."""
+        """Return the small images, enlarged by nearest-neighbour interpolation."""
         return F.interpolate(values, images.shape[-2:])
 
 

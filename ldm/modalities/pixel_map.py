@@ -19,10 +19,10 @@ from ldm.modalities.crop import Crop
 
 @dataclass(frozen=True)
 class PixelMap(Modality):
-    """A map ``[h w]``: in batches a tensor ``[b h w]``; a subclass says by ``decode`` and ``values`` what a pixel holds.
+    """A map ``[h w]``: in batches a tensor ``[b h w]``; subclasses define the meaning of a pixel by ``decode`` and ``values``.
 
     Attributes:
-        resampling: filter by which a stored map is brought to the size of its training image.
+        resampling: filter that resizes a stored map to the size of its training image.
     """
 
     spatial: bool = True
@@ -30,11 +30,11 @@ class PixelMap(Modality):
     resampling: Image.Resampling = Image.Resampling.NEAREST
 
     def decode(self, data: bytes) -> Image.Image:
-        """An image of one channel."""
+        """Return an image of one channel."""
         raise NotImplementedError
 
     def values(self, pixels: np.ndarray) -> Tensor:
-        """Map of the pixels ``[h w]`` of a decoded file."""
+        """Convert the pixels ``[h w]`` of a decoded file to a map."""
         raise NotImplementedError
 
     def encode(self, value: Image.Image) -> bytes:
@@ -43,7 +43,7 @@ class PixelMap(Modality):
         return file.getvalue()
 
     def to_member(self, data: bytes, size: tuple[int, int]) -> bytes:
-        """The file as it is, if it has the image's size."""
+        """Return the file unchanged if it has the image's size, else raise a DataError."""
         image = self.decode(data)
         if image.size != size:
             raise DataError(f"the map is {image.width} x {image.height}, the image {size[0]} x {size[1]}")
@@ -56,7 +56,7 @@ class PixelMap(Modality):
         return torch.stack(list(values))
 
     def decode_file(self, path: str | Path) -> Image.Image:
-        """The image of a file that a caller of a pipeline names.
+        """Decode the image of a file that a caller of a pipeline names.
 
         Raises:
             SamplingError: it cannot be read.

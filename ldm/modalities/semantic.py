@@ -17,30 +17,30 @@ from ldm.modalities.pixel_map import PixelMap
 
 
 class SemanticMap(PixelMap):
-    """A semantic map: stored as an image in grey or with a palette, in batches int64 ``[b h w]``."""
+    """A semantic map: stored as a greyscale or palette image, in batches int64 ``[b h w]``."""
 
     def decode(self, data: bytes) -> Image.Image:
-        """An image of one channel whose values are class numbers; its palette is not applied."""
+        """Return an image of one channel whose values are class numbers; its palette is not applied."""
         try:
             labels: Image.Image = Image.open(io.BytesIO(data))
             labels.load()
-        except Exception as error:  # Pillow's plugins raise all sorts of errors for a broken file
+        except Exception as error:  # Pillow's plugins raise many types of errors for a broken file
             raise DataError(f"cannot be read as a map ({error})") from None
         if len(labels.getbands()) != 1:
-            raise DataError("is no map: it has several channels, so save it in grey or with a palette")
+            raise DataError("is not a semantic map: it has several channels; save it in greyscale or with a palette")
         return labels
 
     def values(self, pixels: np.ndarray) -> Tensor:
         return torch.from_numpy(pixels.astype(np.int64))
 
     def entry(self, value: Any) -> Tensor:
-        """``[h w]`` int64 of a file, an image of one channel, an array, a tensor or a list of rows."""
+        """Return ``[h w]`` int64 from a file, an image of one channel, an array, a tensor or a list of rows."""
         value = self.decode_file(value) if isinstance(value, str | Path) else value
         values = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
         if values.ndim != 2 or values.dtype.kind not in "iub":
             raise SamplingError(
-                f"a semantic map is [h w] of whole numbers, not {list(values.shape)} of {values.dtype}; "
-                "give a class a pixel."
+                f"a semantic map is [h w] of integers, not {list(values.shape)} of {values.dtype}; "
+                "give one class number for each pixel."
             )
         return self.values(values)
 

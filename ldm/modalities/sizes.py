@@ -29,7 +29,7 @@ class Size(Modality):
                 raise ValueError
         except (TypeError, ValueError):
             raise SamplingError(
-                f"{self.key} has {value!r}, which is no pair of whole numbers, 0 or more; give such as (512, 512)."
+                f"{self.key} has {value!r}; give a pair of non-negative integers, such as (512, 512)."
             ) from None
         return first, second
 
@@ -46,4 +46,4 @@ SIZES = tuple(
         _size("target_size", "target size"),
     )
 )
-"""Keys, by the names that diffusers gives them, in the order in which SDXL embeds them."""
+"""Keys of the sizes, named as in diffusers, in the order in which SDXL embeds them."""

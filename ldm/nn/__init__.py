@@ -1,1 +1,1 @@
-"""What the networks of all stages are built from: attention, residual block, embeddings, and the Conditioning record."""
+"""Building blocks of the networks of all stages: attention, residual block, embeddings, and the Conditioning record."""

@@ -49,14 +49,14 @@ class AdapterLayer(nn.Module):
 
 
 class Adapter(nn.Module):
-    """What one file, or one training, adds to a model.
+    """The layers that one file, or one training run, adds to a model.
 
     Its parameters keep the precision of the file and are cast to that of the layer's input where they are used.
 
     Args:
-        name: by which it is scaled and unloaded.
-        layers: changes by the names of the layers in the model.
-        fingerprint: hash of the file's contents; None if it comes from no file.
+        name: name by which it is scaled and unloaded.
+        layers: adapter layers by the names of the model's layers that they change.
+        fingerprint: hash of the file's contents; None if it was not read from a file.
         scale: factor of all changes.
         merged: True to merge it into the weights, False to keep it live.
 
@@ -114,7 +114,7 @@ class Adapters(nn.ModuleList):
         return {each.name: each for each in sorted(cast(Any, self), key=lambda adapter: adapter.name)}
 
     def add(self, model: nn.Module, adapter: Adapter) -> str:
-        """Let an adapter take effect, and return its name.
+        """Add an adapter to the model, and return its name.
 
         Raises:
             SamplingError: its name is taken.
@@ -129,7 +129,7 @@ class Adapters(nn.ModuleList):
         """Change the scale of an adapter.
 
         Raises:
-            SamplingError: there is none of this name, or the scale is not a finite number.
+            SamplingError: no adapter has this name, or the scale is not a finite number.
         """
         adapter = self._get(name)
         adapter.scale = scale
@@ -140,19 +140,19 @@ class Adapters(nn.ModuleList):
         """Remove an adapter, or all; weights without merged adapters are bit for bit what they were.
 
         Raises:
-            SamplingError: there is none of this name.
+            SamplingError: no adapter has this name.
         """
         for adapter in list(self.loaded.values()) if name is None else [self._get(name)]:
             del self[[each is adapter for each in self].index(True)]
             self._update(model, adapter)
 
     def merge(self, model: nn.Module) -> None:
-        """Merge again, into original weights of the model's dtype, after that dtype has changed."""
+        """Merge all merged adapters again, into original weights of the model's dtype, after that dtype has changed."""
         for path in list(self.originals):
             self._merge(unwrapped(model).get_submodule(path), path)
 
     def record(self) -> dict[str, Any]:
-        """Return what the record of an image says of the adapters."""
+        """Return the adapters' entry in the record of a generated image."""
         entries = [{"name": each.name, "file": each.fingerprint, "scale": each.scale} for each in self.loaded.values()]
         return {"loras": entries} if entries else {}
 
@@ -173,7 +173,7 @@ class Adapters(nn.ModuleList):
                 attach(layer, *(changes for each, changes in self._changes(path) if not each.merged))
 
     def _changes(self, path: str) -> list[tuple[Adapter, AdapterLayer]]:
-        """The adapters that change a layer, and how, in the order of their names."""
+        """Return the adapters that change a layer, each with its adapter layer, in the order of their names."""
         return [(each, each.layers[path]) for each in self.loaded.values() if path in each.layers]
 
     def _merge(self, layer: nn.Module, path: str) -> None:
@@ -188,7 +188,7 @@ class Adapters(nn.ModuleList):
             value = base = original.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
             for change in changes:
                 value = value + change.scale * change.delta(base).detach()
-        # never in place: the weight may be the original itself, or pages of a file
+        # never in place: the weight may be the original tensor, or memory-mapped from a file
         weight.data = torch.empty_like(weight).copy_(value)
 
 
@@ -209,14 +209,14 @@ class Adapted:
 
 
 def attach(layer: nn.Module, *adapters: AdapterLayer) -> None:
-    """Make ``layer`` add what ``adapters``, and no others, return; with none it is again what it was.
+    """Make ``layer`` add what ``adapters``, and no others, return; without adapters, its original class is restored.
 
-    This changes the class of the layer. A network that was compiled checks classes and attributes of its layers, and is compiled
-    again where they have changed; forward hooks that are added after compiling would be ignored.
+    This changes the class of the layer. A network that was compiled checks classes and attributes of its layers, and is
+    recompiled where they have changed; forward hooks that are added after compiling would be ignored.
     """
     plain: Any = layer.plain if isinstance(layer, Adapted) else type(layer)
     layer.__class__ = _adapted(plain) if adapters else plain
-    layer.__dict__["adapters"] = adapters  # a tuple is no submodule: the names of the state dict stay
+    layer.__dict__["adapters"] = adapters  # a tuple is not a submodule: the keys of the state dict do not change
     if not adapters:
         del layer.__dict__["adapters"]
 
@@ -232,7 +232,7 @@ def _new(plain: Any) -> Any:
 
 
 def unwrapped(module: M) -> M:
-    """Return a view of ``module`` without the wrappers of ``torch.compile``, whose ``_orig_mod`` would be part of the names."""
+    """Return a view of ``module`` without the wrappers of ``torch.compile``, which put ``_orig_mod`` into parameter names."""
     module = cast(M, getattr(module, "_orig_mod", module))
     children = {name: child if child is None else unwrapped(child) for name, child in module._modules.items()}
     if all(child is module._modules[name] for name, child in children.items()):

@@ -13,7 +13,7 @@ from ldm.nn.conditioning import Conditioning
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """Changes to the attention of a network in one call of it, which guidance asks for.
+    """Changes to the attention of a network for one forward pass, used by guidance.
 
     Attributes:
         identity: ``[b]`` of bool, True where the self-attention in the middle of the network is replaced by the identity
@@ -24,7 +24,7 @@ class AttentionOptions:
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v with queries from ``x`` and keys and values from ``context`` (default: ``x`` itself).
+    """Multi-head attention softmax(q k^T / sqrt(d)) v: queries from ``x``, keys and values from ``context`` (default: ``x``).
 
     Args:
         width: channels of ``x`` and of the result.
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
     def identity(self, x: Tensor) -> Tensor:
-        """Return what :meth:`forward` would if each position attended to itself alone: ``[b n d] -> [b n d]``"""
+        """Return what :meth:`forward` would if each position attended only to itself: ``[b n d] -> [b n d]``"""
         return self.to_out(self.to_v(x))
 
 

@@ -1,4 +1,4 @@
-"""The record by which conditions reach a denoiser."""
+"""Conditioning: the encoded conditions that a denoiser takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Context:
     """A sequence that a denoiser attends to.
 
     Attributes:
-        states: ``[b n d]``, what keys and values are made from.
+        states: ``[b n d]``, the input of the key and value projections.
         mask: ``[b n]`` of bool, True where the states may be attended to; None = everywhere.
     """
 
@@ -31,7 +31,7 @@ class Context:
 
     @staticmethod
     def cat(contexts: Sequence[Context]) -> Context:
-        """Join along the batch, in order; shorter ones are padded to the longest, and the padding masked."""
+        """Concatenate along the batch, in order; shorter ones are padded to the longest, and the padding masked."""
         lengths = {context.states.shape[1] for context in contexts}
         if len(lengths) > 1 or len({context.mask is None for context in contexts}) > 1:
             contexts = [context._padded(max(lengths)) for context in contexts]
@@ -46,7 +46,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a denoiser is conditioned on; any part may be absent.
+    """Encoded conditions of a denoiser; any part may be absent.
 
     Attributes:
         context: ``[b n d]``, a sequence that the denoiser attends to (cross-attention); usually the text.
@@ -81,12 +81,12 @@ class Conditioning:
 
     def whole_mask(self) -> Tensor:
         """Return ``mask``, or if it is None a mask that is True everywhere."""
-        assert self.context is not None, "there is no context to be masked"
+        assert self.context is not None, "the record has no context"
         return Context(self.context, self.mask).full_mask()
 
     @staticmethod
     def cat(records: Sequence[Conditioning]) -> Conditioning:
-        """Join records along the batch, in order; shorter contexts are padded to the longest, and the padding masked."""
+        """Concatenate records along the batch, in order; shorter contexts are padded to the longest, and the padding masked."""
 
         def joined(name: str, parts: Sequence[P | None], cat: Callable[[list[P]], P]) -> P | None:
             present = [part for part in parts if part is not None]

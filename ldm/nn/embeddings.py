@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 def sinusoidal(noise_level: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """cos and sin of ``noise_level`` at ``width / 2`` geometrically spaced frequencies (arXiv 1706.03762, section 3.5).
+    """Compute cos and sin of ``noise_level`` at ``width / 2`` geometrically spaced frequencies (arXiv 1706.03762, section 3.5).
 
     Args:
         noise_level: ``[b]``, any real numbers (the timestep of SD, fractional ones too).
-        width: of the embedding; even.
+        width: width of the embedding; even.
 
     Returns:
         ``[b width]`` fp32, the cosines first.
@@ -25,7 +25,7 @@ def sinusoidal(noise_level: Tensor, width: int, max_period: float = 10_000.0) ->
 
 
 class NoiseEmbedding(nn.Module):
-    """Sinusoids of the noise level through a two-layer perceptron: ``[b] -> [b embedding_width]``."""
+    """Sinusoidal embedding of the noise level, followed by a two-layer MLP: ``[b] -> [b embedding_width]``."""
 
     def __init__(self, width: int, embedding_width: int):
         super().__init__()
@@ -38,5 +38,5 @@ class NoiseEmbedding(nn.Module):
 
 
 def mlp(in_width: int, width: int) -> nn.Sequential:
-    """The two-layer perceptron that embeds a noise level or a conditioning vector: ``[b in_width] -> [b width]``."""
+    """Build the two-layer MLP that embeds a noise level or a conditioning vector: ``[b in_width] -> [b width]``."""
     return nn.Sequential(nn.Linear(in_width, width), nn.SiLU(), nn.Linear(width, width))

@@ -12,7 +12,7 @@ from ldm.errors import ConfigError
 from ldm.nn.adapters import Adapter, AdapterLayer, unwrapped
 
 ATTENTION = r"denoiser\..*\.attn\d\.to_(q|k|v|out)"
-"""The layers that LoRAs of a denoiser usually change: the projections of its attention."""
+"""Pattern of the layers that LoRAs of a denoiser usually change: the projections of its attention."""
 
 
 class LoRALayer(AdapterLayer):
@@ -52,17 +52,17 @@ def new_lora(
     name: str = "lora",
     generator: torch.Generator | None = None,
 ) -> Adapter:
-    """Make a LoRA to be trained: A as ``nn.Linear`` draws its weight, B zero, so that at first it changes nothing.
+    """Create a LoRA for training: A is initialized like the weight of ``nn.Linear``, B with zeros (no effect at first).
 
-    ``model.adapters.add(model, new_lora(model))`` lets it take effect; ``model.adapters.parameters()`` are its fp32 weights.
+    ``model.adapters.add(model, new_lora(model))`` adds it to the model; ``model.adapters.parameters()`` are its fp32 weights.
 
     Args:
         model: a LatentDiffusion.
         rank: r, 1 or more.
         alpha: default: r.
         layers: regular expression that fully matches the names of the layers to change, linear or convolutions without groups.
-        name: by which it is scaled and unloaded.
-        generator: of A, on the CPU; default: the global one.
+        name: name by which it is scaled and unloaded.
+        generator: CPU generator that A is drawn from; default: the global one.
 
     Raises:
         ConfigError: ``layers`` matches no layer.

@@ -1,8 +1,8 @@
-"""The interface by which a kind of network describes itself to files of other software.
+"""Interface by which a kind of network describes how other libraries store it.
 
-A kind (:class:`NetworkKind`) is registered under the class of its config. It owns all that foreign files know of it: which
-of its tensors has which name there, its config as their JSON has it or as names and shapes imply it, and the names of its
-layers in LoRA files. :mod:`ldm.formats` holds the containers (single files, folders) and knows no kind by name.
+A kind (:class:`NetworkKind`) is registered under the class of its config. It defines everything about its foreign formats:
+the foreign names of its tensors, the conversion of its config from JSON or from names and shapes, and the names of its
+layers in LoRA files. :mod:`ldm.formats` contains the container formats (single files, folders) and is independent of kinds.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ TRANSPOSED = Layout(lambda theirs: theirs.T, lambda ours: ours[0].T)
 MATRIX = Layout(
     lambda theirs: theirs[:, :, None, None] if theirs.ndim == 2 else theirs, lambda ours: ours[0].flatten(1)
 )
-"""A 1 x 1 convolution in our networks, and a linear layer in theirs (a convolution is accepted too)."""
+"""Layout of a 1 x 1 convolution that foreign files store as a linear layer (a convolution is accepted too)."""
 
 THIRDS = tuple(Layout(lambda theirs, i=i: theirs.tensor_split(3)[i], torch.cat) for i in range(3))  # type: ignore[misc]
-"""Queries, keys and values: three tensors in our networks, one in theirs."""
+"""Layouts of queries, keys and values: three tensors in our networks, one in foreign files."""
 
 
 class KeyMapping(NamedTuple):
-    """Foreign name and layout of one tensor of ours."""
+    """Foreign name and layout of one tensor of our state dict."""
 
     name: str
     layout: Layout = SAME
@@ -94,7 +94,7 @@ def import_weights(tensors: State, table: KeyTable, expected: State, source: obj
     }
     if any(problems.values()):
         details = (f"{what:<30} {name}" for what, listed in problems.items() for name in listed)
-        raise CheckpointError(f"{source} does not hold what its config says: {counted(problems)}.", details)
+        raise CheckpointError(f"{source} does not match its config: {counted(problems)}.", details)
     return state
 
 
@@ -251,7 +251,7 @@ class FolderFormat(NetworkFormat):
         for name, value in assumed.items():
             if getattr(config, name, value) != value:
                 raise CheckpointError(
-                    f"{name} is {getattr(config, name)!r}, but pipelines of {self.library} assume {value!r}; "
+                    f"{name} is {getattr(config, name)!r}, but {self.library} pipelines assume {value!r}; "
                     "write a native file."
                 )
         return config, state
@@ -259,7 +259,7 @@ class FolderFormat(NetworkFormat):
 
 @dataclass(frozen=True)
 class NetworkKind:
-    """All that foreign files know of one kind of network.
+    """Format descriptions of one kind of network in foreign files.
 
     Attributes:
         config: class of its config.
@@ -288,7 +288,7 @@ KINDS: dict[type, NetworkKind] = {}
 
 
 def register(kind: NetworkKind) -> None:
-    """Make a kind known to all containers."""
+    """Register a kind of network for all container formats."""
     KINDS[kind.config] = kind
 
 
@@ -360,7 +360,7 @@ def reading(where: object) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error).rstrip(".") if isinstance(error, LdmError) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{where} does not describe a network that ldm can be: {reason}.") from None
+        raise CheckpointError(f"{where} does not describe a network that ldm supports: {reason}.") from None
 
 
 @contextmanager
@@ -374,7 +374,7 @@ def inferring(network: str, source: object) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # names and shapes may be anything
+    except Exception as error:  # names and shapes may be invalid in any way
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise CheckpointError(
             f"the config of the {network} in {source} cannot be inferred from names and shapes: {reason}."

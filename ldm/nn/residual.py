@@ -1,4 +1,4 @@
-"""Residual block and the two resamplings, shared by the autoencoder and the U-Net."""
+"""Residual block and upsampling, shared by the autoencoder and the U-Net."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class ResidualBlock(nn.Module):
     Args:
         in_width: channels of the input.
         width: channels of the result; where it differs, the input passes a 1 x 1 convolution.
-        embedding_width: of an embedding (noise level) added between the convolutions; None = there is none.
-        groups: of the group norms.
-        eps: of the group norms; 1e-5 in the U-Net, 1e-6 in the autoencoder.
+        embedding_width: width of an embedding (noise level) added between the convolutions; None = no embedding.
+        groups: groups of the group norms.
+        eps: eps of the group norms; 1e-5 in the U-Net, 1e-6 in the autoencoder.
     """
 
     def __init__(
@@ -52,6 +52,6 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """``[b c h w] -> [b c 2h 2w]``, or to ``size`` where the way down has rounded."""
+        """``[b c h w] -> [b c 2h 2w]``, or to ``size`` where downsampling has rounded an odd size up."""
         size = size or (2 * x.shape[-2], 2 * x.shape[-1])
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

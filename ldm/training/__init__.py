@@ -1,1 +1,1 @@
-"""What the three stages share: EMA, optimizers, metrics, images, checkpoints and resume."""
+"""Training of the three stages: tasks, EMA, optimizers, metrics, images, checkpoints and resume."""

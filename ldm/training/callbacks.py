@@ -99,7 +99,7 @@ class Metrics(L.Callback):
 class Previews(L.Callback):
     """Writer of the previews of the task, every ``images_every`` steps and at the end.
 
-    Images become PNG files with the step in their name; of an animation only the newest is kept, as a GIF.
+    Images become PNG files with the step in their name; only the newest animation is kept, as a GIF.
     """
 
     def on_train_batch_end(
@@ -130,7 +130,7 @@ class Checkpoints(L.Callback):
     def __init__(self) -> None:
         self.best: float | None = None
         self.stopping = False
-        self.handlers: dict[int, Any] = {}  # those that were in place before the training
+        self.handlers: dict[int, Any] = {}  # handlers from before the training
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -158,7 +158,7 @@ class Checkpoints(L.Callback):
         if stopping and step < config.max_steps:  # raised: Lightning's own stop would first validate
             raise TrainingError(
                 f"stage {module.stage} was stopped after step {step} of {config.max_steps}; "
-                "the same command goes on from there."
+                "run the same command to resume it."
             )
 
     def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:

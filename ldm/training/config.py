@@ -86,8 +86,8 @@ class TrainerConfig:
 
     def precision_of(self, train: TrainConfig) -> str:
         """Return fp32, bf16 or fp16 for a stage; ``auto`` is resolved for this machine."""
-        wanted = train.precision or self.precision
-        if wanted != "auto":
-            return wanted
+        precision = train.precision or self.precision
+        if precision != "auto":
+            return precision
         device = torch.device("cpu") if self.accelerator == "cpu" else default_device()
         return "bf16" if default_dtype(device) == torch.bfloat16 else "fp32"

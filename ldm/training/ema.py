@@ -37,7 +37,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the module has the averaged weights; afterwards its own again."""
+        """Swap the averaged weights into the module within the block."""
         self._swap()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Engine: the LightningModule that optimizes, averages, validates, shows and checkpoints a task."""
+"""Engine: the LightningModule that optimizes, averages, validates, previews and checkpoints a task."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class StageModule(L.LightningModule):
         self.ema: EMA | None = None
         self.latest: dict[str, Tensor | float] = {}  # metrics of the newest training batch
         self.validation: dict[str, float] = {}  # metrics of the newest validation
-        self.results: list[Mapping[str, Tensor]] = []  # of the batches of the current validation
+        self.results: list[Mapping[str, Tensor]] = []  # results of the batches of the current validation
 
     # Randomness
 
@@ -108,7 +108,7 @@ class StageModule(L.LightningModule):
 
     @contextmanager
     def _only_trainable(self, index: int) -> Iterator[None]:
-        """Within the block the parameters of all optimizers but number ``index`` require no gradients."""
+        """Disable gradients, within the block, of the parameters of all optimizers but number ``index``."""
         others = [each for i, each in enumerate(self.trainer.optimizers) if i != index]
         parameters = [p for each in others for group in each.param_groups for p in group["params"]]
         for parameter in parameters:
@@ -155,7 +155,7 @@ class StageModule(L.LightningModule):
             )
         return value
 
-    # Averaged weights: training uses the module's own, everything else the average
+    # Averaged weights: training uses the current weights, everything else the averaged ones
 
     def on_fit_start(self) -> None:
         if self.train_config.ema_decay and self.ema is None:
@@ -164,7 +164,7 @@ class StageModule(L.LightningModule):
             self.ema.to(self.device)
 
     def ema_weights(self) -> AbstractContextManager[None]:
-        """Within the block the networks have their averaged weights."""
+        """Swap the averaged weights into the networks within the block."""
         return self.ema.applied() if self.ema is not None else nullcontext()
 
     def on_validation_epoch_start(self) -> None:
@@ -182,7 +182,7 @@ class StageModule(L.LightningModule):
         self.averaged.__exit__(None, None, None)
 
     def _gathered(self, results: list[Tensor]) -> Tensor:
-        """Return the results of all batches of all ranks; a rank may have a row more than another."""
+        """Return the results of all batches of all ranks; ranks may have different numbers of rows."""
         rows = torch.cat(results)
         if self.trainer.world_size == 1:
             return rows
@@ -198,7 +198,7 @@ class StageModule(L.LightningModule):
 
     @torch.no_grad()
     def export(self, splits: Splits) -> tuple[Export, dict[str, Tensor]]:
-        """Return what a finished stage leaves, and the state of the exported module with averaged weights, gathered."""
+        """Return the export of a finished stage, and the state of the exported module with averaged weights, gathered."""
         with self.ema_weights(), evaluation_mode(self.task):
             export = self.task.export(splits)
             state = {name: full_tensor(tensor).cpu() for name, tensor in export.module.state_dict().items()}
@@ -223,14 +223,14 @@ class StageModule(L.LightningModule):
         if "ema" in checkpoint:
             self.ema = EMA(self.task.trainable_module, self.train_config.ema_decay)
             self.ema.load_state_dict(checkpoint["ema"])
-        # A finished run continues if max_steps was raised; Lightning would take the end of the run for that of the data.
+        # A finished run continues if max_steps was raised; Lightning would mistake the end of the run for the end of the data.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         progress["is_last_batch"] = self.completed_steps >= self.train_config.max_steps
 
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Within the block the module is in evaluation mode; afterwards each submodule is in its own again."""
+    """Put the module into evaluation mode within the block, then restore the mode of each submodule."""
     modes = {each: each.training for each in module.modules()}
     module.eval()
     try:

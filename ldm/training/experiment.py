@@ -39,7 +39,9 @@ class Experiment:
                     f"clip.model.text has context_length {text.context_length} and vocab_size {text.vocab_size}."
                 )
             if self.clip.train is not None and self.data.image_shape[0] != 3:
-                raise ConfigError(f"clip reads images of 3 channels, but the data's have {self.data.image_shape[0]}.")
+                raise ConfigError(
+                    f"clip needs images with 3 channels, but those of the data have {self.data.image_shape[0]}."
+                )
         if "image" in self.denoiser.conditioner.input_keys:
             if self.data.cache_latents:
                 raise ConfigError(
@@ -47,7 +49,7 @@ class Experiment:
                 )
             if self.data.image_shape[0] != 3:
                 raise ConfigError(
-                    f"denoiser.conditioner reads images of 3 channels, but the data's have {self.data.image_shape[0]}."
+                    f"denoiser.conditioner needs images with 3 channels, but those of the data have {self.data.image_shape[0]}."
                 )
         _ = self.model_config  # raises if the stages do not fit
 
@@ -63,7 +65,7 @@ class Experiment:
 
     @property
     def model_config(self) -> ModelConfig:
-        """Config of the model that the stages make together.
+        """Config of the model that consists of the results of the stages.
 
         Raises:
             ConfigError: they do not fit each other.
@@ -90,7 +92,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read and check the experiment of a YAML file and ``key=value`` overrides.
 
     Raises:
-        ConfigError: it is invalid; the sentence names the file and the place.
+        ConfigError: it is invalid; the message names the file and the place.
     """
     try:
         return from_dict(Experiment, read_yaml(path, overrides))

@@ -1,4 +1,4 @@
-"""Lightning's trainer, set up so that the same call resumes a stage where the last one stopped."""
+"""Lightning's trainer, configured so that the same call resumes a stage where the last one stopped."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def completed_steps(module: StageModule) -> int:
         checkpoint = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = first_line(error)
-        raise CheckpointError(f"{last} cannot be read ({reason}); delete it to begin the stage anew.") from None
+        raise CheckpointError(f"{last} cannot be read ({reason}); delete it to restart the stage.") from None
     for name, mark in module.handoff.items():
         if checkpoint["handoff"].get(name) != mark:
             raise CheckpointError(
                 f"{last} was trained on the {name} with fingerprint {checkpoint['handoff'].get(name)}, but the current one has "
-                f"{mark}; delete {module.folder} to train the stage on it, or bring the old one back."
+                f"{mark}; delete {module.folder} to train the stage on it, or restore the old one."
             )
     check_names(module.task, checkpoint["state_dict"], last)
     groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
     before, now = sum(len(group["params"]) for group in groups), sum(p.requires_grad for p in module.parameters())
     if before != now:
         raise CheckpointError(
-            f"{last} trains {before} tensors of the networks, but the config asks to train {now}; undo the change "
-            f"(conditioner.trainable?), or delete {module.folder} to begin the stage anew."
+            f"{last} trains {before} tensors of the networks, but the config has {now} trainable tensors; undo the change "
+            f"(conditioner.trainable?), or delete {module.folder} to restart the stage."
         )
     return int(checkpoint["completed_steps"])
 
@@ -64,7 +64,7 @@ def fit(module: StageModule, data: L.LightningDataModule, config: TrainerConfig)
 
     Args:
         module: the stage, with its initial weights.
-        data: its training loader holds the batches of the complete run and can begin anywhere.
+        data: its training loader holds the batches of the complete run and can start at any of them.
         config: machine settings.
 
     Raises:

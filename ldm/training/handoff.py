@@ -1,4 +1,4 @@
-"""Hand-off between the stages: what a stage takes from the ones before it, and the check that it fits the config."""
+"""Hand-off between the stages: what a stage uses from the preceding ones, and the check that it fits the config."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ FINGERPRINT_NAMES = {
 
 
 class Handoff:
-    """Access to what a stage of an experiment builds on.
+    """Access to the results of preceding stages that a stage of an experiment uses.
 
-    ``fingerprints`` holds that of each preceding stage whose result was taken.
+    ``fingerprints`` has the fingerprint of each preceding stage whose result was read.
     """
 
     def __init__(self, experiment: Experiment, stage: str):
@@ -52,7 +52,7 @@ class Handoff:
         path, source = result_file(self.experiment, stage), getattr(self.experiment, stage).checkpoint
         if source is None and not path.is_file():
             raise TrainingError(
-                f"stage {self.stage} needs what stage {stage} leaves, but there is no {path}; "
+                f"stage {self.stage} needs the result of stage {stage}, but {path} does not exist; "
                 f"train it first (--stage {stage}, or --stage all) or name a source as {stage}.checkpoint."
             )
         found = read(source or path)
@@ -80,7 +80,7 @@ class Handoff:
 
 
 def result_file(experiment: Experiment, stage: str) -> Path:
-    """Return the path of the file that a finished stage leaves in the run folder."""
+    """Return the path of the result of a finished stage in the run folder."""
     return experiment.folder / TASKS[stage].result
 
 
@@ -88,7 +88,7 @@ def is_finished(result: Path, stage: str, steps: int, handoff: Mapping[str, str]
     """Return True if the file of a stage was trained for at least ``steps`` on predecessors with these fingerprints.
 
     Raises:
-        CheckpointError: it was trained on others.
+        CheckpointError: it was trained on other predecessors.
     """
     if not result.is_file():
         return False
@@ -96,7 +96,7 @@ def is_finished(result: Path, stage: str, steps: int, handoff: Mapping[str, str]
     if provenance.get("handoff") != handoff:
         raise CheckpointError(
             f"{result} was made from predecessors with the fingerprints {provenance.get('handoff')}, but the current ones have "
-            f"{handoff}; move it and the folder of stage {stage} away to train the stage again."
+            f"{handoff}; move it and the folder of stage {stage} to train the stage again."
         )
     return provenance.get("steps", 0) >= steps
 
@@ -125,21 +125,21 @@ def check_fit(source: Checkpoint, name: str, config: Any) -> None:
     """Check that a part of a source was built from ``config``, apart from dropout.
 
     Raises:
-        CheckpointError: it was not, naming each field that differs; or the source has no such part.
+        CheckpointError: it was not (the message names each field that differs), or the source has no such part.
     """
     section = PART_SECTIONS.get(name, f"clip.model.{name}")
     there, here = _flat(to_dict(source.part(name).config)), _flat(to_dict(config))
     differing = [
         f"{section}.{field} is {here.get(field)!r} here and {there.get(field)!r} there"
         for field in sorted(there.keys() | here.keys())
-        if there.get(field) != here.get(field) and field != "dropout"  # no property of the weights
+        if there.get(field) != here.get(field) and field != "dropout"  # not a property of the weights
     ]
     if differing:
         raise CheckpointError(f"{source.source} does not fit the config: {'; '.join(differing)}.")
 
 
 def _fingerprint(source: Checkpoint, task: type[Task]) -> str:
-    """Return the fingerprint of a source that a stage left, or of the parts that the stage would have left."""
+    """Return the fingerprint of the result of a stage, or of the parts of another source that the stage would have produced."""
     if source.kind in (CLIP, FIRST_STAGE):
         return source.fingerprint
     parts = {FINGERPRINT_NAMES.get(name, name): source.part(name) for name in task.parts_of(source)}

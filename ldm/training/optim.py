@@ -30,7 +30,7 @@ def adamw(modules: Iterable[nn.Module], config: TrainConfig) -> torch.optim.Adam
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients in place so that their total L2 norm is at most ``max_norm``; return the norm before scaling.
 
-    As ``torch.nn.utils.clip_grad_norm_``, but the norm of sharded gradients is reduced over all ranks first.
+    Like ``torch.nn.utils.clip_grad_norm_``, but the norm of sharded gradients is reduced over all ranks first.
     """
     parameters = list(parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

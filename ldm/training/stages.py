@@ -1,4 +1,4 @@
-"""Training of one stage from what precedes it to the file that it leaves."""
+"""Training of one stage, from the results of the preceding ones to its own result file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ldm.training.tasks import TASKS, VAETask
 
 
 def train_stage(experiment: Experiment, stage: str) -> Path:
-    """Train a stage, or resume it, and return the file that it leaves; a finished stage is left as it is.
+    """Train or resume a stage and return the path of its result; a finished stage is not changed.
 
     Raises:
         TrainingError: a predecessor is missing, training was stopped, or the loss is not finite.

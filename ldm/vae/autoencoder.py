@@ -178,10 +178,10 @@ class Decoder(nn.Module):
 
 
 class ConvolutionalAutoencoder(FirstStage):
-    """Encoder and decoder with a 1 x 1 convolution on each side of the latents; a subclass makes the posterior.
+    """Encoder and decoder with a 1 x 1 convolution on each side of the latents; a subclass implements the posterior.
 
     Args:
-        config: of the networks.
+        config: config of the networks.
         parameters: channels of the encoder's output, the parameters of the posterior.
     """
 
@@ -195,7 +195,7 @@ class ConvolutionalAutoencoder(FirstStage):
         self.decoder = Decoder(config)
 
     def make_posterior(self, parameters: Tensor) -> Posterior:
-        """The posterior, given its parameters ``[b parameters h w]``, the output of the encoder in fp32."""
+        """Return the posterior, given its parameters ``[b parameters h w]``, the output of the encoder in fp32."""
         raise NotImplementedError
 
     def encode(self, image: Tensor) -> Posterior:

@@ -1,4 +1,7 @@
-"""The autoencoder in LDM files and diffusers folders; ``decoder.up`` of LDM files begins with the finest level, ours does not."""
+"""The autoencoder in LDM files and diffusers folders.
+
+``decoder.up`` begins with the finest level in LDM files, and with the coarsest in ldm's network.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ SD3_LATENTS = (1.5305, 0.0609)
 """Scaling and shift factor of SD 3. FLUX (0.3611, 0.1159) has an autoencoder of the same names and shapes."""
 
 MATRIX_OR_CONV = Layout(MATRIX.read, SAME.write)
-"""Attention in LDM files: 1 x 1 convolutions, but matrices in files that other tools have converted."""
+"""Layout of attention weights in LDM files: 1 x 1 convolutions, but matrices in files converted by other tools."""
 
 DIFFUSERS: Rules = (
     (r"\.down\.", ".down_blocks."),
@@ -55,7 +58,7 @@ OLD_ATTENTION: Rules = tuple(
     (rf"\b{old}\b", new)
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
 )
-"""Names of the attention's layers before diffusers 0.15."""
+"""Names of attention layers before diffusers 0.15."""
 
 DEFAULTS: Values = {
     "in_channels": 3,
@@ -71,7 +74,7 @@ FIXED: Values = {"act_fn": ("silu",)}
 
 
 class AutoencoderSingleFile(SingleFileFormat):
-    """The autoencoder in LDM files."""
+    """Format of the autoencoder in LDM files."""
 
     prefixes: ClassVar = {PREFIX: "first_stage"}
     marks = ("encoder.conv_in.",)
@@ -88,7 +91,7 @@ class AutoencoderSingleFile(SingleFileFormat):
         return table
 
     def canonical_name(self, name: str) -> str | None:
-        """Files of a training also hold its discriminator, under ``loss.``."""
+        """Return the canonical name; training checkpoints also hold the discriminator, under ``loss.``, which is not used."""
         return None if name.startswith("loss.") else name
 
     def infer_config(self, tensors: State, source: object) -> AutoencoderKLConfig:
@@ -108,7 +111,7 @@ class AutoencoderSingleFile(SingleFileFormat):
 
 
 class AutoencoderFolder(FolderFormat):
-    """diffusers' ``AutoencoderKL``."""
+    """Format of diffusers' ``AutoencoderKL``."""
 
     component = "first_stage"
     library = "diffusers"
@@ -138,7 +141,7 @@ class AutoencoderFolder(FolderFormat):
             if given["use_quant_conv"] != given["use_post_quant_conv"]:
                 raise CheckpointError(
                     f"{where}: use_quant_conv is {given['use_quant_conv']}, but use_post_quant_conv is "
-                    f"{given['use_post_quant_conv']}; ldm's autoencoder has both convolutions or none."
+                    f"{given['use_post_quant_conv']}; ldm's autoencoder has both convolutions or none; use another model."
                 )
             return AutoencoderKLConfig(
                 widths=tuple(given["block_out_channels"]),

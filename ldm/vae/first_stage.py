@@ -1,4 +1,4 @@
-"""The interface of a first stage: images to latents and back, and the statistics that normalise latents for the denoiser."""
+"""Interface of a first stage: images to latents and back, and the statistics that normalise latents for the denoiser."""
 
 from __future__ import annotations
 
@@ -53,36 +53,36 @@ class FirstStage(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
         self.register_buffer("latent_preview", None)
-        self.fitted_preview: Tensor | None = None  # stands in for latent_preview where a file lacks it; not saved
+        self.fitted_preview: Tensor | None = None  # used if a file lacks latent_preview; not saved
         self.register_load_state_dict_pre_hook(_prepare_preview)
 
     def encode(self, image: Tensor) -> Posterior:
-        """``image [b c h w]`` in [-1, 1], sides divisible by the factor, to the posterior over ``[b z h/f w/f]``."""
+        """Return the posterior over ``[b z h/f w/f]`` of ``image [b c h w]`` in [-1, 1], with sides divisible by the factor."""
         raise NotImplementedError
 
     def decode(self, latent: Tensor) -> Tensor:
-        """``latent [b z h w]`` (not normalised) to images ``[b c fh fw]``, about in [-1, 1] (not clamped)."""
+        """Decode ``latent [b z h w]`` (not normalised) to images ``[b c fh fw]``, approximately in [-1, 1] (not clamped)."""
         raise NotImplementedError
 
     def update(self, posterior: Posterior) -> None:
-        """Update what is learned without gradients, given the posterior of a training batch, after its losses are computed."""
+        """Update state learned without gradients from the posterior of a training batch, after its losses are computed."""
 
     def compile_networks(self) -> None:
         """Compile, in place, the networks that a training step calls."""
 
     def posterior(self, batch: Mapping[str, Any]) -> Posterior:
-        """The posterior of a batch: read from its cached latents if it has them, else of its ``image``."""
+        """Return the posterior of a batch, from its cached latents if it has them, else by encoding its ``image``."""
         names = self.posterior_type.cached
         if all(name in batch for name in names):
             return self.posterior_type.from_cache({name: batch[name] for name in names})
         return self.encode(batch["image"])
 
     def normalize(self, latent: Tensor) -> Tensor:
-        """Latents with zero mean and unit variance in each channel, as the denoiser sees them."""
+        """Normalize latents to zero mean and unit variance in each channel, as the denoiser expects them."""
         return (latent - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
     def denormalize(self, latent: Tensor) -> Tensor:
-        """The inverse of :meth:`normalize`."""
+        """Invert :meth:`normalize`."""
         return latent * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
 
 
@@ -97,10 +97,10 @@ class HasLastLayer(Protocol):
 
 @runtime_checkable
 class HasPreview(Protocol):
-    """A first stage whose latents are shown by a method of its own instead of a fitted map."""
+    """A first stage that has its own preview method instead of a fitted map."""
 
     def preview(self, latent: Tensor) -> Tensor:
-        """A cheap estimate ``[b c h w]`` of the image of normalised latents ``[b z h w]``, about in [-1, 1]."""
+        """Return a cheap estimate ``[b c h w]`` of the images of normalised latents ``[b z h w]``, approximately in [-1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Identity(FirstStage):
 
 
 def _prepare_preview(stage: FirstStage, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-    """Register ``latent_preview`` if the state that is about to be loaded has it, else remove it."""
+    """Register ``latent_preview`` if the state to be loaded has it, else remove it."""
     preview = state.get(f"{prefix}latent_preview")
     empty = None if preview is None else torch.empty_like(preview, device=stage.latent_mean.device)
     stage.register_buffer("latent_preview", empty)

@@ -29,9 +29,9 @@ def measure_latents(
     to the images.
 
     Args:
-        first_stage: in evaluation mode, on ``device``.
-        batches: with ``image [b c h w]`` in [-1, 1].
-        device: where the images are encoded.
+        first_stage: first stage in evaluation mode, on ``device``.
+        batches: batches with ``image [b c h w]`` in [-1, 1].
+        device: device on which images are encoded.
     """
     channels = first_stage.latent_channels
     count, total, squares = (

@@ -1,4 +1,4 @@
-"""The distribution of latents that a first stage gives for an image: the interface, and the Gaussian of a VAE."""
+"""Posterior: the distribution of latents of an image; the interface, and the Gaussian of a VAE."""
 
 from __future__ import annotations
 
@@ -35,36 +35,36 @@ class Posterior(ABC):
 
     @abstractmethod
     def sample(self, noise: Tensor) -> Tensor:
-        """A sample ``[b z h w]``, given standard normal ``noise`` of the same shape."""
+        """Return a sample ``[b z h w]``, given standard normal ``noise`` of the same shape."""
 
     @abstractmethod
     def regularization(self) -> Tensor:
-        """The loss term ``[b]`` by which training keeps the latents in a bounded range, summed over each latent."""
+        """Return the loss term ``[b]`` that keeps the latents in a bounded range, summed over each latent."""
 
     @abstractmethod
     def sums(self) -> dict[str, Tensor]:
-        """Statistics for :meth:`metrics`, each the sum over the images of this batch; those of several batches are added."""
+        """Return statistics for :meth:`metrics`, each summed over the images of this batch; the caller adds those of batches."""
 
     @classmethod
     @abstractmethod
     def metrics(cls, sums: Mapping[str, Tensor], images: int) -> dict[str, Tensor]:
-        """Scalars to log, given the added :meth:`sums` of ``images`` images."""
+        """Return scalars to log, given the added :meth:`sums` of ``images`` images."""
 
     @classmethod
     @abstractmethod
     def cat(cls, posteriors: Sequence[Self]) -> Self:
-        """The posterior of the concatenated batches."""
+        """Return the posterior of the concatenated batches."""
 
     @classmethod
     @abstractmethod
     def from_cache(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The posterior of a batch that was read from a latent cache, fp32; ``tensors`` has the names in ``cached``.
+        """Return the posterior of a batch that was read from a latent cache, fp32; ``tensors`` has the names in ``cached``.
 
-        It gives the mode, the variance and samples; :meth:`regularization` and :meth:`sums` need not work.
+        It supports the mode, the variance and samples; :meth:`regularization` and :meth:`sums` need not work.
         """
 
     def to_cache(self) -> Tensor:
-        """What a latent cache stores of each image: the tensors named in ``cached``, stacked to ``[b n z h w]``."""
+        """Return what a latent cache stores: the tensors named in ``cached``, stacked to ``[b n z h w]``."""
         return torch.stack([getattr(self, name) for name in self.cached], dim=1)
 
 
@@ -95,15 +95,15 @@ class DiagonalGaussian(Posterior):
         return self.logvar.exp()
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + std * noise."""
+        """Return mean + std * noise."""
         return self.mean + self.std * noise
 
     def kl(self) -> Tensor:
-        """KL(self || N(0, 1)) in nats, summed over each latent: ``[b]`` (Kingma & Welling 2013, appendix B)."""
+        """Return KL(self || N(0, 1)) in nats, summed over each latent: ``[b]`` (Kingma & Welling 2013, appendix B)."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
 
     def regularization(self) -> Tensor:
-        """:meth:`kl`"""
+        """Return :meth:`kl`."""
         return self.kl()
 
     def sums(self) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ class DiagonalGaussian(Posterior):
 
     @classmethod
     def metrics(cls, sums: Mapping[str, Tensor], images: int) -> dict[str, Tensor]:
-        """``kl``: mean KL divergence of an image's latent, in nats."""
+        """Return ``kl``, the mean KL divergence of an image's latent, in nats."""
         return {"kl": sums["kl"] / images}
 
     @classmethod

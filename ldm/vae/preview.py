@@ -14,9 +14,9 @@ _FITTING = threading.Lock()
 
 
 def preview(first_stage: FirstStage, latent: Tensor) -> Tensor:
-    """A cheap estimate ``[b c h w]``, one pixel for each position, of the images of normalised latents ``[b z h w]``.
+    """Return a cheap estimate ``[b c h w]``, one pixel per position, of the images of normalised latents ``[b z h w]``.
 
-    It is about in [-1, 1], in fp32. The map is ``first_stage.latent_preview``; if that is None, the map is fitted to the decoder
+    It is fp32, approximately in [-1, 1]. The map is ``first_stage.latent_preview``; if that is None, it is fitted to the decoder
     at the first call and kept as ``first_stage.fitted_preview``. Threads may call this at the same time.
     """
     if isinstance(first_stage, HasPreview):
@@ -34,7 +34,7 @@ def preview(first_stage: FirstStage, latent: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _fit_to_decoder(first_stage: FirstStage) -> Tensor:
-    """The map ``[c z + 1]`` for decoded random latents, which are smooth: nearer to images than the decoding of white noise."""
+    """Fit the map ``[c z + 1]`` to decoded random latents, which are smooth: closer to images than decoded white noise."""
     fit, generator = LeastSquares(), torch.Generator().manual_seed(0)
     for _ in range(4):
         noise = torch.randn(16, first_stage.latent_channels, 2, 2, generator=generator).to(first_stage.latent_mean)
@@ -59,7 +59,7 @@ class LeastSquares:
         self.gram, self.products = self.gram + z @ z.T, self.products + y @ z.T
 
     def solve(self) -> tuple[Tensor, Tensor]:
-        """Weight ``[c z]`` and bias ``[c]`` in fp64; the smallest solution if channels of the latents are dependent."""
+        """Return weight ``[c z]`` and bias ``[c]`` in fp64; the smallest solution if channels of the latents are dependent."""
         means, products = self.gram[-1] / self.gram[-1, -1], self.products / self.gram[-1, -1]
         mean, colour = means[:-1], products[:, -1]
         # centred: the sums of a latent far from 0 are nearly singular

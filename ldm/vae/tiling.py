@@ -1,8 +1,8 @@
-"""Large images through an autoencoder in bounded memory: tile by tile, and a batch a few images at a time.
+"""Tiling: large images through an autoencoder in bounded memory, tile by tile, and a batch a few images at a time.
 
-What works at the resolution of the latents, self-attention above all, takes little memory and is done at once; what works at
-finer ones goes tile by tile. Convolutions see across a tile's border by the overlap, over which tiles are blended. Group
-norms are what tiles would disagree on: over a tile they have other statistics than over the image, so that its contrast and
+Layers at the resolution of the latents, above all self-attention, need little memory and process the image at once; layers at
+finer resolutions process it tile by tile. Convolutions see across a tile's border by the overlap, over which tiles are blended.
+Group norms would differ between tiles: the statistics of a tile are not those of the image, so that its contrast and
 colours would differ from its neighbours'. All tiles are therefore normalised with the same statistics, by :class:`SharedNorms`.
 """
 
@@ -30,12 +30,12 @@ decoder agrees with decoding at once to 35, 47, 55, 55 dB on a sheet of emoji wh
 32)."""
 
 BLOCK = 8
-"""Side of the blocks, in latent positions, of which the sample of an image consists."""
+"""Side, in latent positions, of the blocks that the sample of an image consists of."""
 
 
 @runtime_checkable
 class Tileable(Protocol):
-    """A first stage that can be tiled; the others work on each image at once.
+    """A first stage that can be tiled; others process each image at once.
 
     ``encode`` and ``decode`` each have a coarse part, which works at the resolution of the latents, and a fine part.
     """
@@ -55,7 +55,7 @@ class Tileable(Protocol):
 
 @dataclass(frozen=True)
 class Span:
-    """A tile along one axis, in latent positions; its core, counted from its start, overlaps no other tile's."""
+    """A tile along one axis, in latent positions; its core, counted from its start, does not overlap that of another tile."""
 
     start: int
     stop: int
@@ -110,7 +110,7 @@ class Tiling:
         return first_stage.posterior_type.cat(parts)
 
     def spans(self, length: int) -> list[Span]:
-        """The fewest tiles that cover ``length`` positions, of equal size and evenly spaced."""
+        """Return the fewest tiles that cover ``length`` positions, of equal size and evenly spaced."""
         count = max(1, -(-(length - self.overlap) // (self.tile - self.overlap)))
         size = -(-(length + (count - 1) * self.overlap) // count)
         starts = [round(i * (length - size) / max(1, count - 1)) for i in range(count)]
@@ -118,7 +118,7 @@ class Tiling:
         return [Span(s, s + size, a - s, b - s) for s, (a, b) in zip(starts, pairwise(cuts), strict=True)]
 
     def weights(self, length: int, scale: int) -> list[Tensor]:
-        """Blending weights of each span, ``scale`` pixels for each position: linear ramps that add up to 1 at every pixel."""
+        """Return blending weights of each span, ``scale`` pixels per position: linear ramps that add up to 1 at every pixel."""
         spans, total, ramps = self.spans(length), torch.zeros(length * scale), []
         for span in spans:
             inside = (torch.arange((span.stop - span.start) * scale) + 0.5) / max(1, self.overlap * scale)
@@ -163,7 +163,7 @@ class Tiling:
         return out
 
     def _sampled(self, length: int, scale: int) -> Tensor:
-        """Indices of pixels, ``scale`` for each position: all of them, or if these are too many, evenly spaced blocks."""
+        """Return indices of pixels, ``scale`` per position: all of them, or if these are too many, evenly spaced blocks."""
         if length <= self.tile:
             return torch.arange(length * scale)
         block = min(BLOCK, self.tile)
@@ -174,12 +174,12 @@ class Tiling:
 class SharedNorms(TorchFunctionMode):
     """Context in which group norms use the statistics of an image, while the network is called with one tile after the other.
 
-    The statistics of a norm depend on how the norms before it have normalised, so those that are measured while tiles are
-    normalised in one way do not fit each other in another. Those of a sample that goes through the network at once do;
-    what is measured over the tiles is by how much the image differs from its sample, which hardly depends on the way.
+    The statistics of a norm depend on how the preceding norms normalise, so statistics measured over tiles under one
+    normalisation are inconsistent under another. The statistics of a sample that passes through the network at once are
+    consistent; over the tiles only the difference of the image from its sample is measured, which hardly depends on it.
 
     A context acts on the calls of its own thread alone and changes nothing in the network, so that threads can share one.
-    Norms are told apart by their weights.
+    Norms are identified by their weights.
     """
 
     def __init__(self) -> None:
@@ -192,7 +192,7 @@ class SharedNorms(TorchFunctionMode):
         self.sums: dict[int, tuple[Tensor, float]] = {}  # of 1, x and x^2 over the cores of the tiles, [3 b g]; and eps
 
     def compare(self) -> None:
-        """Use from the next sample on what was measured over the tiles; to be called after all of them."""
+        """Apply the measurements over the tiles from the next sample on; called after all tiles."""
         for norm, (sums, eps) in self.sums.items():
             (mean, deviation), (of_sample, its_deviation) = _statistics(sums, eps), self.sample[norm]
             self.differences[norm] = (mean - of_sample) / its_deviation, deviation / its_deviation
@@ -227,19 +227,19 @@ class SharedNorms(TorchFunctionMode):
 
 
 def _sums(x: Tensor, groups: int) -> Tensor:
-    """Sums of 1, x and x^2 over each group of ``x [b c h w]``, in fp32: ``[3 b g]``."""
+    """Return the sums of 1, x and x^2 over each group of ``x [b c h w]``, in fp32: ``[3 b g]``."""
     x = x.float()
     means = [each.mean((2, 3)).unflatten(1, (groups, -1)).mean(2) for each in (x, x.square())]
     return x[0].numel() / groups * torch.stack([torch.ones_like(means[0]), *means])
 
 
 def _statistics(sums: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, ``[b g]``, given such sums."""
+    """Return mean and standard deviation, ``[b g]``, given the result of :func:`_sums`."""
     mean, squares = sums[1] / sums[0], sums[2] / sums[0]
     return mean, ((squares - mean.square()).clamp(min=0) + eps).sqrt()
 
 
 def _part(x: Tensor, tile: Tile, scale: int) -> Tensor:
-    """The view of ``x [b c h w]``, ``scale`` pixels for each position, that lies in a tile."""
+    """Return the view of ``x [b c h w]``, ``scale`` pixels per position, that lies in a tile."""
     rows, columns = (slice(scale * span.start, scale * span.stop) for span in tile)
     return x[..., rows, columns]

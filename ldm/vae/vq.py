@@ -1,6 +1,6 @@
 """First stage with a codebook: each latent position is replaced by the nearest of k vectors (VQ-VAE, arXiv 1711.00937).
 
-The latents are those before quantisation, and the decoder quantises what it is given, as in latent diffusion's VQ models: the
+The latents are those before quantisation, and the decoder quantises its input, as in latent diffusion's VQ models: the
 denoiser then works on continuous latents, and its small errors disappear at the nearest code.
 """
 
@@ -21,7 +21,7 @@ from ldm.vae.autoencoder import ConvolutionalAutoencoder, ConvolutionalConfig
 from ldm.vae.posterior import Posterior
 
 DISTANCES = 1 << 24
-"""Distances between latents and codes that are in memory at once."""
+"""Largest number of distances between latents and codes in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Codebook(nn.Module):
 
     A code with ``N_i`` at or below ``restart`` times n / k (its share if all were used equally) is replaced by a vector of the
     batch, as in Jukebox (arXiv 2005.00341, section 3.1), with n / k as its new ``N_i``. The vector is drawn with a probability
-    proportional to its squared distance to the nearest code, as in k-means++: a frequent vector has a code already. Since ``N``
+    proportional to its squared distance to the nearest code, as in k-means++: a frequent vector already has a code. Since ``N``
     begins at 0, the first batch initialises the codebook.
     """
 
@@ -75,7 +75,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def nearest(self, x: Tensor) -> Tensor:
-        """Index of the nearest code by Euclidean distance, in fp32: ``[n d] -> [n]``."""
+        """Return the index of the nearest code by Euclidean distance, in fp32: ``[n d] -> [n]``."""
         codes = self.codes.float()
         # cdist, since it stays in fp32 under autocast, as a matrix product would not
         parts = x.float().split(max(1, DISTANCES // len(codes)))
@@ -115,7 +115,7 @@ class QuantizedLatent(Posterior):
 
     Args:
         latent: ``[b z h w]``, fp32.
-        codebook: of the first stage; None for latents from a cache, which are only decoded.
+        codebook: codebook of the first stage; None for latents from a cache, which are only decoded.
     """
 
     cached = ("latent",)
@@ -133,7 +133,7 @@ class QuantizedLatent(Posterior):
         return torch.zeros_like(self.latent)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """The latent; the noise is not used."""
+        """Return the latent; the noise is not used."""
         return self.latent
 
     @property
@@ -143,12 +143,12 @@ class QuantizedLatent(Posterior):
 
     @cached_property
     def index(self) -> Tensor:
-        """The nearest code of each of :attr:`vectors`, ``[b*h*w]``; of the codebook when this is first read."""
+        """The nearest code of each of :attr:`vectors`, ``[b*h*w]``, in the codebook's state at first access."""
         assert self.codebook is not None
         return self.codebook.nearest(self.vectors)
 
     def regularization(self) -> Tensor:
-        """Commitment loss (arXiv 1711.00937, eq. 3): squared distance to the nearest codes, summed over each latent, ``[b]``."""
+        """Return the commitment loss ``[b]`` (arXiv 1711.00937, eq. 3): squared distance to codes, summed over each latent."""
         assert self.codebook is not None
         quantized = _latent(self.codebook.codes[self.index], self.latent)
         return (self.latent - quantized).square().flatten(1).sum(1)
@@ -160,7 +160,7 @@ class QuantizedLatent(Posterior):
 
     @classmethod
     def metrics(cls, sums: Mapping[str, Tensor], images: int) -> dict[str, Tensor]:
-        """``commitment`` (mean loss), ``usage`` (share of codes that occur), ``perplexity`` (exponential of the codes' entropy).
+        """Return ``commitment`` (mean loss), ``usage`` (share of codes that occur), ``perplexity`` (exp of the codes' entropy).
 
         The perplexity is k if all k codes occur equally often, and 1 if only one occurs.
         """
@@ -196,7 +196,7 @@ class VQ(ConvolutionalAutoencoder):
         return QuantizedLatent(parameters, self.codebook)
 
     def quantize(self, latent: Tensor) -> Tensor:
-        """The nearest code at each position of ``latent [b z h w]``; its gradient is that of the identity."""
+        """Return the nearest code at each position of ``latent [b z h w]``; its gradient is that of the identity."""
         index = self.codebook.nearest(_vectors(latent.detach()))
         quantized = _latent(self.codebook.codes[index], latent).to(latent.dtype)
         return quantized + (latent - latent.detach())
@@ -215,6 +215,6 @@ def _vectors(latent: Tensor) -> Tensor:
 
 
 def _latent(vectors: Tensor, like: Tensor) -> Tensor:
-    """The inverse of :func:`_vectors` for a latent of the shape of ``like``."""
+    """Invert :func:`_vectors` for a latent of the shape of ``like``."""
     b, z, h, w = like.shape
     return vectors.view(b, h, w, z).movedim(3, 1)

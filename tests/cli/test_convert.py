@@ -130,7 +130,9 @@ def test_what_cannot_be_alone_is_told(
     two = {name: tensor for name, tensor in one.items() if not name.startswith("cond_stage_model.")}
     save_file(two, tmp_path / "two.safetensors")
     assert convert(tmp_path / "two.safetensors", tmp_path / "x.safetensors") == 2
-    assert "neither a whole model nor a single network; name what is missing (text_encoder)" in capsys.readouterr().err
+    assert (
+        "neither a complete model nor a single network; name what is missing (text_encoder)" in capsys.readouterr().err
+    )
 
 
 def test_a_text_encoder_goes_to_a_folder_with_its_tokenizer(convert: Command, file: Path, tmp_path: Path) -> None:
@@ -151,8 +153,8 @@ def test_a_lone_network_goes_where_a_whole_model_may(
     vae = save(load(file), tmp_path / "folder", "diffusers") / "vae"
     for target, to, told in (
         (tmp_path / "x.ckpt", "ldm", "would be a pickle"),
-        (tmp_path / "x.safetensors", "diffusers", "is no folder, which diffusers needs"),
-        (tmp_path / "folder", "native", "would hide what is written there"),
+        (tmp_path / "x.safetensors", "diffusers", "is not a folder, which diffusers needs"),
+        (tmp_path / "folder", "native", "would hide a file written there"),
     ):
         assert convert(vae, target, "--to", to) == 2
         assert told in capsys.readouterr().err

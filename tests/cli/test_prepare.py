@@ -61,7 +61,7 @@ def test_tokenizer_reads_the_captions_of_the_shards(monkeypatch: pytest.MonkeyPa
     [
         (["folder", "{tmp}/none", "{tmp}/shards"], "none does not exist"),
         (["folder", "{tmp}", "{tmp}/shards", "--shares", "most,few"], "'most,few' are not numbers"),
-        (["tokenizer", "--data", "{tmp}"], r"holds no .tar shards"),
+        (["tokenizer", "--data", "{tmp}"], r"contains no .tar shards"),
         (["tokenizer", "--data", "{tmp}/a.tar"], r"a.tar does not exist"),
         (["emoji", "{tmp}", "--font", "{tmp}/none.ttf"], "none.ttf is missing"),
     ],

@@ -64,7 +64,7 @@ def test_stopped_and_killed_it_goes_on_and_ends_as_if_nothing_had_been(
     after_stop = completed(last)
     assert stopped.returncode == 2
     assert stopped.stderr.splitlines()[-1] == (
-        f"error: stage vae was stopped after step {after_stop} of 40; the same command goes on from there."
+        f"error: stage vae was stopped after step {after_stop} of 40; run the same command to resume it."
     )
     assert "Traceback" not in stopped.stderr
     assert 4 <= after_stop < 40
@@ -124,7 +124,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(
     told = capsys.readouterr().out
     model = tiny_experiment(tmp_path).denoiser.model.build()
     assert f"  denoiser: {sum(p.numel() for p in model.parameters()):,} parameters" in told
-    assert "  batch: 4 x 3 accumulated = 12 a device" in told
+    assert "  batch: 4 x 3 accumulated = 12 per device" in told
     assert "  learning rate: 0.002 after 0 steps, then constant" in told
     assert "the stages fit each other: latents 4 x 8 x 8" in told
     assert not (tmp_path / "run").exists()
@@ -136,7 +136,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(
         (["--stage", "vea"], "unknown stage 'vea'; did you mean 'vae'?"),
         (["--stage", "vae", "vae.train.max_stesp=3"], "unknown key 'max_stesp'; did you mean 'max_steps'?"),
         (["--stage", "vae", "max_steps"], "the override 'max_steps' is not of the form key=value"),
-        (["--stage", "vae", "vae.train=null"], "trains no stage vae; it trains clip, denoiser."),
+        (["--stage", "vae", "vae.train=null"], "does not train stage vae; choose one of clip, denoiser."),
         (["--stage", "denoiser"], "stage denoiser needs what stage clip leaves"),
         (["--stage", "vae", "data.train=/nowhere"], "/nowhere does not exist"),
         (["--stage", "vae", "data.val=null"], "there is no val data"),

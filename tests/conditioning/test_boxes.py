@@ -73,7 +73,7 @@ def test_fourier_features_are_sines_and_cosines_of_rising_frequencies() -> None:
     ("layout", "message"),
     [
         ([(3, 0, 0, 1, 1)], "image 1 has a box of class 3, but the classes are 0 to 2"),
-        ([RED] * 5, r"image 1 has 5 boxes, but the model takes 4 \(max_boxes\)"),
+        ([RED] * 5, r"image 1 has 5 boxes, but the model takes at most 4 \(max_boxes\)"),
         (
             [RED, (0, 0.5, 0, 0.4, 1)],
             r"the boxes of image 1 are not a list of \(class, x0, .* at number 1; correct them",

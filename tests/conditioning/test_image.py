@@ -145,8 +145,11 @@ def test_the_tower_is_that_of_stage_2(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["data.cache_latents=true"], r"reads images, which cached latents lack; set data\.cache_latents to false"),
-        (["clip=null"], "reads images, but there is no clip section to give its tower"),
-        (["denoiser.conditioner.embed_dim=8"], r"another image tower than clip\.model; leave tower and embed_dim out"),
+        (["clip=null"], "takes images, but there is no clip section that defines its tower"),
+        (
+            ["denoiser.conditioner.embed_dim=8"],
+            r"image tower that differs from that of clip\.model; remove tower and embed_dim",
+        ),
         (["denoiser.conditioner.tokens=true", "denoiser.model.context_width=8"], "but the conditioner gives 64"),
     ],
 )

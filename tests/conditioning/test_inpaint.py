@@ -123,7 +123,9 @@ def test_training_greys_the_hole_before_it_is_encoded() -> None:
 
 
 def test_cached_latents_are_refused() -> None:
-    with pytest.raises(DataError, match=r"conditioner inpaint .* cached latents do not carry; set data\.cache_latents"):
+    with pytest.raises(
+        DataError, match=r"conditioner inpaint .* cached latents do not contain; set data\.cache_latents"
+    ):
         inpaint().prepare_batch({"mean": torch.zeros(1), "std": torch.zeros(1)}, lambda x: x, drawn())
 
 

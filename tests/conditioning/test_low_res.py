@@ -133,7 +133,7 @@ def test_what_is_no_small_picture_is_told_in_a_sentence(given: list[Any], messag
 
 
 def test_training_needs_pictures_that_can_be_divided() -> None:
-    with pytest.raises(DataError, match=r"cached latents do not carry; set data\.cache_latents to false"):
+    with pytest.raises(DataError, match=r"cached latents do not contain; set data\.cache_latents to false"):
         low_res().prepare_batch({"mean": torch.zeros(1), "std": torch.zeros(1)}, lambda x: x, drawn())
     with pytest.raises(DataError, match=r"10 x 10 are not divisible by the factor 4 .*; set data\.size"):
         low_res().prepare_batch({"image": pictures(1, 10)}, lambda x: x, drawn())

@@ -68,7 +68,7 @@ def test_a_learnt_embedding_is_trained_and_stays_zero_without_a_map() -> None:
     [
         ([[0, 3]], "a semantic map holds 3, but its classes are 0 to 2"),
         ([[-1, 0]], "a semantic map holds -1"),
-        ([[0.5, 1.0]], r"a semantic map is \[h w\] of whole numbers, not \[1, 2\] of float64"),
+        ([[0.5, 1.0]], r"a semantic map is \[h w\] of integers, not \[1, 2\] of float64"),
         (np.zeros((3, 4, 4), int), r"not \[3, 4, 4\]"),
     ],
 )

@@ -226,7 +226,7 @@ def test_a_dry_run_counts_the_encoder_where_it_is_trained(checkpoint: tuple[Path
     ("settings", "message"),
     [
         ({"width": 16, "heads": 3}, "3 heads do not divide the width 16"),
-        ({"trainable": False}, "a BERT from scratch is trained along"),
+        ({"trainable": False}, "a BERT from scratch must be trained"),
         ({"dropout": 1.0}, "dropout must be in"),
     ],
 )

@@ -204,7 +204,7 @@ def test_splits_divide_the_hashes_by_the_shares(weights: list[int], place: int) 
         ({"shares": (0.5, 0.5)}, "add up to 1"),
         ({"shares": (1.5, -0.5, 0.0)}, "add up to 1"),
         ({"shard_size": 0}, "at least one image"),
-        ({"min_size": 9}, r"no image of .* is left to train on; .*report\.json says why"),
+        ({"min_size": 9}, r"no image of .* is left to train on; see the reasons in .*report\.json"),
     ],
 )
 def test_settings_that_leave_nothing(tmp_path: Path, settings: dict[str, object], message: str) -> None:
@@ -216,7 +216,7 @@ def test_settings_that_leave_nothing(tmp_path: Path, settings: dict[str, object]
 def test_a_destination_that_cannot_be(tmp_path: Path) -> None:
     put(tmp_path / "source", "a.png")
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"cannot make the folder .*file"):
+    with pytest.raises(DataError, match=r"cannot create the folder .*file"):
         prepare_folder(tmp_path / "source", tmp_path / "file" / "shards")
 
 

@@ -142,8 +142,12 @@ def test_all_samples_have_them_or_none(tmp_path: Path, changes: dict[str, Any], 
     ("boxes", "semantic", "message"),
     [
         (b"[[0, 2, 0, 3, 1]]", encoded(Image.new("L", (4, 4))), r"the boxes of '0' in .*a\.tar are not a list of"),
-        (b"[[0", encoded(Image.new("L", (4, 4))), r"the boxes of '0' in .*a\.tar are no JSON"),
-        (b"[]", encoded(Image.new("RGB", (4, 4))), r"the semantic map of '0' in .*a\.tar is no map: it has several"),
+        (b"[[0", encoded(Image.new("L", (4, 4))), r"the boxes of '0' in .*a\.tar are not valid JSON"),
+        (
+            b"[]",
+            encoded(Image.new("RGB", (4, 4))),
+            r"the semantic map of '0' in .*a\.tar is not a semantic map: it has several",
+        ),
         (b"[]", b"no image", r"the semantic map of '0' in .*a\.tar cannot be read as a map"),
     ],
 )

@@ -90,7 +90,7 @@ def test_a_shard_cut_anywhere_is_noticed(tmp_path_factory: pytest.TempPathFactor
     with tarfile.open(path) as tar:
         end = max(info.offset_data + -(-info.size // 512) * 512 for info in tar)
     path.write_bytes(whole[: cut % end])
-    with pytest.raises(DataError, match=r"000\.tar ends early"):
+    with pytest.raises(DataError, match=r"000\.tar is truncated"):
         Shards([path])
 
 
@@ -162,13 +162,13 @@ def test_samples_that_say_nothing(
 
 def test_a_file_that_is_no_tar(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(DataError, match="ends early or is no tar"):
+    with pytest.raises(DataError, match="is truncated or not a tar file"):
         Shards([tmp_path / "a.tar"])
 
 
 def test_a_shard_listed_twice(tmp_path: Path) -> None:
     (path,) = write_shards(tmp_path, [2])
-    with pytest.raises(DataError, match="comes twice"):
+    with pytest.raises(DataError, match="occurs twice"):
         Shards([path, path])
 
 

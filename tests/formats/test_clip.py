@@ -186,7 +186,7 @@ def test_an_image_tower_alone_is_read(tmp_path: Path) -> None:
     config = transformers.CLIPVisionConfig(**TRANSFORMERS["vision_config"], projection_dim=EMBED)
     peer = randomize(transformers.CLIPVisionModelWithProjection(config))
     peer.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="holds a single image encoder, and no whole CLIP"):
+    with pytest.raises(CheckpointError, match="holds a single image encoder, not a complete CLIP"):
         load_clip(tmp_path)
     part = read_clip(tmp_path).part("image_encoder")
     tower = part.config.build(EMBED)
@@ -281,11 +281,11 @@ def test_older_configs_say_a_section_twice(theirs: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "part"),
     [
-        ("model_type", "siglip", "is no CLIP"),
+        ("model_type", "siglip", "is not a CLIP"),
         ("text_config.hidden_act", "gelu_new", "hidden_act is 'gelu_new'"),
         ("text_config.num_attention_heads", 5, "5 heads do not divide"),
-        ("text_config", [], "far more weights than it holds"),
-        ("text_config", [1], "is no section"),
+        ("text_config", [], "far more weights than the file holds"),
+        ("text_config", [1], "is not a JSON object"),
         ("text_config.num_hidden_layers", 3, "missing"),
         ("vision_config.layer_norm_eps", 1e-6, "layer_norm_eps"),
         ("vision_config.num_channels", 1, "num_channels"),
@@ -315,7 +315,7 @@ def test_what_is_no_clip_of_ours_is_told_with_its_file(place: str, value: Any, p
         ("vision_cfg", "attentional_pool", True, "attentional_pool"),
         ("vision_cfg", "final_ln_after_pool", True, "final_ln_after_pool"),
         ("vision_cfg", "pool_type", "none", "pool_type"),
-        ("vision_cfg", "image_size", [24, 32], "squares alone"),
+        ("vision_cfg", "image_size", [24, 32], "only encoders for square images"),
         ("vision_cfg", "norm_kwargs", {"eps": 1e-6}, "norm_kwargs"),
         ("vision_cfg", "head_width", 0, "ZeroDivisionError"),
         ("text_cfg", "proj_type", "none", "proj_type"),
@@ -351,9 +351,9 @@ def test_what_a_library_cannot_be_is_not_written(tmp_path: Path) -> None:
 
 def test_files_that_are_no_clip_are_told(tmp_path: Path) -> None:
     save_file({"visual.layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match="holds no CLIP of open_clip"):
+    with pytest.raises(CheckpointError, match="holds no open_clip CLIP"):
         load_clip(tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match="is no CLIP"):
+    with pytest.raises(CheckpointError, match="is not a CLIP"):
         load_clip(tmp_path)
     state = {name: tensor * torch.nan for name, tensor in open_clip.CLIP(**OPEN_CLIP).state_dict().items()}
     save_file(state, tmp_path / "a.safetensors")

@@ -111,7 +111,7 @@ def test_a_newer_commit_replaces_the_older(hub: Hub, runs: list[Path]) -> None:
 
 
 def test_a_revision_of_what_is_here_is_refused(runs: list[Path]) -> None:
-    with pytest.raises(CheckpointError, match="is no model on the hub, so it has no revision 'v2'"):
+    with pytest.raises(CheckpointError, match="is not a model on the hub, so it has no revision 'v2'"):
         load(runs[0], revision="v2")
 
 
@@ -191,7 +191,7 @@ def test_what_is_not_clear_is_asked(hub: Hub, tmp_path: Path) -> None:
     hub.commit("owner/several", repository(tmp_path / "several", "a.ckpt", "b.safetensors", "c/d.ckpt"))
     with pytest.raises(CheckpointError, match=r'several models, .*\bb\.safetensors.*"owner/several/(a|b)\.'):
         fetch("owner/several")
-    with pytest.raises(CheckpointError, match=r"no file owner/several/e\.ckpt, neither here nor .* at its root"):
+    with pytest.raises(CheckpointError, match=r"no file owner/several/e\.ckpt, neither locally nor .* at its root"):
         fetch("owner/several/e.ckpt")
     hub.commit("owner/inside", repository(tmp_path / "inside", "c/d.ckpt"))
     with pytest.raises(CheckpointError, match=r"neither a model_index\.json nor"):
@@ -215,9 +215,11 @@ def test_without_the_hub_the_cache_serves(
     again = [fetch(source, revision) for source in sources for revision in (None, old if "run" in source else "main")]
     assert again == fetched
     for absent in ("owner/other", "owner/run/other.ckpt"):
-        with pytest.raises(CheckpointError, match=f"no folder or file {absent} here, and it cannot be fetched from"):
+        with pytest.raises(
+            CheckpointError, match=f"no local folder or file {absent}, and it cannot be downloaded from"
+        ):
             fetch(absent)
-    with pytest.raises(CheckpointError, match=r"cannot be fetched from the hub .*: .*(refused|offline)"):
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded from the hub .*: .*(refused|offline)"):
         fetch("owner/run", "v2")
 
 
@@ -230,7 +232,7 @@ def test_what_the_hub_no_longer_has_is_read_from_the_cache(hub: Hub, runs: list[
 
 def test_an_id_that_the_hub_lacks_may_be_a_path_that_was_meant(hub: Hub) -> None:
     with pytest.raises(
-        CheckpointError, match=r"^there is no folder or file runs/emoji_64 here, and no such model on the hub \("
+        CheckpointError, match=r"^there is no local folder or file runs/emoji_64, and no such model on the hub \("
     ):
         load("runs/emoji_64")
 
@@ -259,7 +261,7 @@ def test_a_model_that_needs_a_token_says_so(hub: Hub, runs: list[Path], monkeypa
 def test_a_truncated_download_is_no_file(hub: Hub, runs: list[Path], tmp_path: Path) -> None:
     hub.commit("owner/run", runs[0])
     hub.cut = 1000
-    with pytest.raises(CheckpointError, match=r"cannot be fetched from the hub \(.*\): [^\n]*size[^\n]*$"):
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded from the hub \(.*\): [^\n]*size[^\n]*$"):
         fetch("owner/run")
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
     hub.cut = 0

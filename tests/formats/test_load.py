@@ -49,10 +49,10 @@ def test_what_cannot_be_read_is_told_in_a_sentence(run: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=r"part holds no model_index\.json"):
         load(tmp_path / "part")
     (tmp_path / "sd.ckpt").write_bytes(b"pickle")
-    with pytest.raises(CheckpointError, match=r"sd\.ckpt is not a whole file of torch\.save"):
+    with pytest.raises(CheckpointError, match=r"sd\.ckpt is not a complete file of torch\.save"):
         load(tmp_path / "sd.ckpt")
     (tmp_path / "half.safetensors").write_bytes((run / MODEL_FILE).read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match=r"half\.safetensors is not a whole"):
+    with pytest.raises(CheckpointError, match=r"half\.safetensors is not a complete"):
         load(tmp_path / "half.safetensors")
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is a folder of no pipeline, of which ldm reads no part"):

@@ -363,9 +363,9 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     "LoKr": ({f"{KEY}.lokr_w1": torch.ones(2, 2)}, "holds LoKr"),
     "DoRA": (GOOD | {f"{KEY}.dora_scale": torch.ones(2, 2)}, "holds DoRA"),
     "DoRA of diffusers": (GOOD | {"unet.conv_in.lora_magnitude_vector": torch.ones(2)}, "holds DoRA"),
-    "a model": ({"model.diffusion_model.out.2.weight": torch.ones(2)}, r"out\.2\.weight, which is no tensor of a LoRA"),
+    "a model": ({"model.diffusion_model.out.2.weight": torch.ones(2)}, r"out\.2\.weight, which is not a LoRA tensor"),
     "nothing": ({}, "holds no LoRA"),
-    "bias": (GOOD | {"unet.conv_in.lora_B.bias": torch.ones(2)}, r"lora_B\.bias, which is no tensor of a LoRA"),
+    "bias": (GOOD | {"unet.conv_in.lora_B.bias": torch.ones(2)}, r"lora_B\.bias, which is not a LoRA tensor"),
     "no such layer": ({"lora_unet_nowhere.lora_up.weight": torch.ones(2, 2)}, "nowhere.* fits no layer of this model;"),
     "SDXL": ({"lora_te2_text_projection.alpha": torch.ones(1)}, r"\(it looks like a LoRA of SDXL\)"),
     "FLUX": ({"transformer.single_transformer_blocks.0.proj.lora_A.weight": torch.ones(1)}, "LoRA of FLUX or SD 3"),
@@ -408,13 +408,13 @@ def test_metadata_that_say_nothing_are_told(said: str, tmp_path: Path) -> None:
     key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     tensors = {f"{key}.lora_A.weight": torch.ones(2, 16), f"{key}.lora_B.weight": torch.ones(16, 2)}
     file = write(tmp_path / "bad.safetensors", tensors, {"lora_adapter_metadata": said})
-    with pytest.raises(CheckpointError, match=r"bad\.safetensors.*get (it|the file) anew"):
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors.*download (it|the file) again"):
         read_lora(file, tiny_model())
 
 
 def test_a_lora_of_sdxl_is_told_from_one_of_sd1(pipelines: Any, tmp_path: Path) -> None:
     file = write(tmp_path / "xl.safetensors", kohya(updates_of(pipelines("sdxl")[0]), two=True, rename=ldm_name))
-    with pytest.raises(CheckpointError, match=r"it looks like a LoRA of SDXL\); take one"):
+    with pytest.raises(CheckpointError, match=r"it looks like a LoRA of SDXL\); use one"):
         pipelines("sd1")[1].load_lora(file)
 
 

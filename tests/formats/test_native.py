@@ -61,7 +61,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
         read_metadata(path)
     save_model(path, tiny_model(), {})
     with pytest.raises(
-        CheckpointError, match=r"does not hold what is wanted, ldm\.clip\.1; its metadata says 'ldm\.model\.1'"
+        CheckpointError, match=r"does not hold the format ldm\.clip\.1; its metadata says 'ldm\.model\.1'"
     ):
         read_header(path, CLIP, ModelConfig)
     tensors, metadata = load_file(path), read_metadata(path)
@@ -69,7 +69,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     for wrong, message in [
         ({"config": "{"}, "cannot be read"),
         ({"config": json.dumps(config | {"sizes": 1})}, r"cannot be read: .*unknown key 'sizes'; did you mean 'size'"),
-        ({"format": "ldm.model.9"}, "its metadata says 'ldm.model.9'"),
+        ({"format": "ldm.model.9"}, "its metadata has the format 'ldm.model.9'"),
         ({"tokenizer": "{}"}, "cannot be read: the tokenizer is not in the format"),
     ]:
         save_file(tensors, path, metadata | wrong)
@@ -80,5 +80,5 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_header(path, MODEL, ModelConfig)
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
         load(path)

@@ -137,7 +137,7 @@ def test_what_a_format_has_no_place_for_is_said(tmp_path: Path) -> None:
             save(tiny_model("class"), tmp_path / to, to)
     with pytest.raises(CheckpointError, match="no format 'onnx'; choose one of native, ldm, diffusers"):
         save(tiny_model(), tmp_path / "x", "onnx")
-    with pytest.raises(CheckpointError, match="is no folder, which diffusers needs"):
+    with pytest.raises(CheckpointError, match="is not a folder, which diffusers needs"):
         save(tiny_model(), tmp_path / "x.safetensors", "diffusers")
 
 
@@ -145,7 +145,7 @@ def test_where_nothing_can_be_read_again_nothing_is_written(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"x\.ckpt would be a pickle"):
         save(tiny_model(), tmp_path / "x.ckpt", "ldm")
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is a folder of diffusers, which would hide"):
+    with pytest.raises(CheckpointError, match="is a diffusers folder, which would hide"):
         save(tiny_model(), tmp_path)
     with pytest.raises(CheckpointError, match=r"cannot be written to \("):
         save(tiny_model(), tmp_path / "model_index.json" / "x.safetensors")

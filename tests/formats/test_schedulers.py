@@ -230,9 +230,7 @@ def test_a_diffusion_that_diffusers_lacks_is_not_written() -> None:
         Diffusion(ScaledLinear(), Edm()),
         Diffusion(Flow(50), FlowPrediction()),
     ):
-        with pytest.raises(
-            CheckpointError, match=r"no scheduler for the schedule .* keep the model in a file of our own"
-        ):
+        with pytest.raises(CheckpointError, match=r"no scheduler for the schedule .* write a native file"):
             write_scheduler(diffusion, SamplingConfig())
 
 
@@ -252,8 +250,8 @@ def test_keys_of_other_classes_are_ignored() -> None:
         ("DPMSolverMultistepScheduler", "use_lu_lambdas", True, "timestep_spacing"),
         ("UniPCMultistepScheduler", "disable_corrector", [0], "corrector"),
         ("EulerDiscreteScheduler", "use_beta_sigmas", True, "noise levels"),
-        ("FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting", True, "size of the image"),
-        ("EDMEulerScheduler", "rho", 5.0, "has 7"),
+        ("FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting", True, "the image size"),
+        ("EDMEulerScheduler", "rho", 5.0, "uses 7"),
     ],
 )
 def test_what_we_do_otherwise_is_told(name: str, setting: str, value: Any, what: str) -> None:
@@ -266,15 +264,15 @@ def test_an_unknown_class_is_told_and_gives_way() -> None:
     diffusion, sampling, told = read("TCDScheduler", **SD, prediction_type="v_prediction")
     assert diffusion == Diffusion(ScaledLinear(), V())
     assert (sampling.sampler, sampling.spacing) == ("dpmpp_2m", "trailing")
-    assert told == {"_class_name": "TCDScheduler is not known here; dpmpp_2m takes its place."}
+    assert told == {"_class_name": "TCDScheduler is unknown; dpmpp_2m is used instead."}
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"_class_name": None}, "must name the scheduler's class"),
-        ({"num_train_timesteps": "many"}, "num_train_timesteps is 'many'; it must be a whole number"),
-        ({"num_train_timesteps": True}, "must be a whole number"),
+        ({"num_train_timesteps": "many"}, "num_train_timesteps is 'many'; it must be an integer"),
+        ({"num_train_timesteps": True}, "must be an integer"),
         ({"num_train_timesteps": 1}, "at least 2"),
         ({"num_train_timesteps": 10**12}, "at most 1000000"),
         ({"beta_start": [1]}, "must be a number"),
@@ -286,14 +284,14 @@ def test_an_unknown_class_is_told_and_gives_way() -> None:
         ({"beta_schedule": "squaredcos_cap"}, "did you mean 'squaredcos_cap_v2'"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"prediction_type": "v"}, "unknown prediction_type 'v'"),
-        ({"prediction_type": "flow_prediction"}, "goes with use_flow_sigmas"),
+        ({"prediction_type": "flow_prediction"}, "flow_prediction requires use_flow_sigmas"),
         ({"timestep_spacing": "trialing"}, "did you mean 'trailing'"),
         ({"final_sigmas_type": "one"}, "unknown final_sigmas_type"),
         ({"use_karras_sigmas": "yes"}, "must be true or false"),
         ({"rescale_betas_zero_snr": True}, "choose v"),
         ({"_class_name": "EDMEulerScheduler", "sigma_max": 0.0}, "sigma_max 0.0"),
         ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "only epsilon"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 50}, "read with 1000"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 50}, "must be 1000"),
     ],
 )
 def test_a_file_that_cannot_be_is_refused_by_its_name(settings: dict[str, Any], message: str) -> None:

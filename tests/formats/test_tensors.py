@@ -156,7 +156,7 @@ def test_weights_that_are_no_numbers_are_named(dtype: torch.dtype) -> None:
         if broken.float().isfinite().all():  # fp8 has no infinity, and takes its largest number for it
             continue
         with pytest.raises(
-            CheckpointError, match=r"^f: the weight b holds NaN or infinite values; get the file anew\.$"
+            CheckpointError, match=r"^f: the weight b holds NaN or infinite values; download the file again\.$"
         ):
             check_finite({"a": torch.ones(2, dtype=dtype), "b": broken}, "f")
 

@@ -118,7 +118,7 @@ def test_older_folders_say_less(folders: dict[str, Path], tmp_path: Path) -> Non
         ("vocab.json", None, "holds no tokenizer"),
         ("merges.txt", None, "there is no file"),
         ("vocab.json", b"{", "cannot be read as JSON"),
-        ("vocab.json", b"[]", "holds no section of JSON"),
+        ("vocab.json", b"[]", "holds a JSON list, not an object"),
         ("vocab.json", b"\xff\xfe", "cannot be read as JSON"),
         ("vocab.json", b'{"a": 0}', "lacks the token '<|startoftext|>'"),
         ("vocab.json", b'{"<|startoftext|>": "x", "<|endoftext|>": 1}', "cannot be read"),

@@ -15,19 +15,19 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("**/*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_configs_that_come_along_are_valid(path: Path) -> None:
+def test_shipped_configs_are_valid(path: Path) -> None:
     """Each goes through the parser and back, and can be described without its weights."""
     experiment = load_config(path)
     assert from_dict(Experiment, to_dict(experiment)) == experiment
-    told = describe(experiment, experiment.stages)
-    assert [stage for stage in ("vae", "clip", "denoiser") if f"stage {stage}\n" in told] == list(experiment.stages)
-    assert "the stages fit each other" in told
+    summary = describe(experiment, experiment.stages)
+    assert [stage for stage in ("vae", "clip", "denoiser") if f"stage {stage}\n" in summary] == list(experiment.stages)
+    assert "the stages fit each other" in summary
 
 
 def test_stable_diffusion_has_its_published_sizes() -> None:
-    told = describe(load_config(next(path for path in CONFIGS if path.stem == "sd1")), ("vae", "clip", "denoiser"))
+    summary = describe(load_config(next(path for path in CONFIGS if path.stem == "sd1")), ("vae", "clip", "denoiser"))
     for count in ("denoiser: 859,520,964", "first stage: 83,653,863", "image tower: 303,966,208"):
-        assert count in told
+        assert count in summary
 
 
 def test_the_run_folder_goes_by_the_name(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_one_tower_serves_clip_and_denoiser(tmp_path: Path) -> None:
         ("denoiser.model.vector_width=null", "the denoiser's vector_width is None, but the conditioner gives 16"),
         ("clip.model.text.heads=3", r"clip\.model\.text: 3 heads do not divide"),
         ("clip.model.text.vocab_size=290", r"clip\.tokenizer makes up to 12 tokens below 300, but .* vocab_size 290"),
-        ("clip=null", "denoiser.conditioner reads text, but there is no clip section"),
+        ("clip=null", "denoiser.conditioner takes text, but there is no clip section"),
         ("data.size=17", "the size 17 x 17 is not divisible by the first stage's factor 2"),
         ("vae.model.image_channels=1", r"vae\.model\.image_channels is 1, but the data's images have 3"),
         ("denoiser.sampling.sampler=eular", r"denoiser\.sampling: unknown sampler 'eular'; did you mean 'euler'\?"),
@@ -70,11 +70,11 @@ def test_one_tower_serves_clip_and_denoiser(tmp_path: Path) -> None:
         ("trainer.precision=fp8", r"trainer\.precision: unknown value 'fp8'"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(tmp_path: Path, override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as told:
+def test_an_invalid_config_is_reported_in_one_sentence(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
         tiny_experiment(tmp_path, override)
-    assert str(tmp_path / "tiny.yaml") in str(told.value)
-    assert "\n" not in str(told.value)
+    assert str(tmp_path / "tiny.yaml") in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_child_config_says_only_what_differs(tmp_path: Path) -> None:

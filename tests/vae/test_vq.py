@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ldm.vae.statistics import measure_latents
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from ldm.errors import ConfigError
 from ldm.formats import load
 from ldm.training.stages import train_stage
 from ldm.vae import VQ, FirstStageConfig, Tiling
+from ldm.vae.metrics import measure_latents
 from ldm.vae.vq import Codebook, QuantizedLatent
 from tests.data.pictures import write_shards
 from tests.experiments import TRAIN, tiny_experiment, write_experiment

@@ -46,14 +46,15 @@ PREVIEW = 8
 
 @dataclass(frozen=True)
 class CLIPStage:
-    """Stage 2: tokenizer and CLIP, and their training or the file that they come from."""
+    """Stage 2: tokenizer and CLIP, and their training or the source that they are loaded from."""
 
-    tokenizer: TokenizerConfig = config_field(help="captions to tokens")
-    model: CLIPConfig = config_field(help="text and image tower")
-    loss: CLIPLossConfig = config_field(CrossEntropyConfig(), "the contrastive loss")
-    train: TrainConfig | None = config_field(None, "its training; null = it is not trained")
+    tokenizer: TokenizerConfig = config_field(help="tokenizer of the captions")
+    model: CLIPConfig = config_field(help="text and image towers of the CLIP")
+    loss: CLIPLossConfig = config_field(CrossEntropyConfig(), "contrastive loss")
+    train: TrainConfig | None = config_field(None, "training of the stage; null = it is not trained")
     checkpoint: str | None = config_field(
-        None, "source of a CLIP or a text encoder that is used as it is: a file, folder or hub id, of SD or of CLIP"
+        None,
+        "source of a CLIP or a text encoder that is used without training: a file, folder or hub id, of SD or of CLIP",
     )
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class CLIPStage:
 
 
 class CLIPTask(Task):
-    """Contrast between the images and captions of a batch; the batches of all devices count as one."""
+    """Contrastive training on the images and captions of a batch; the batches of all devices count as one."""
 
     stage = "clip"
     result = Path("clip/final.safetensors")

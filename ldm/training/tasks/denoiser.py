@@ -50,10 +50,10 @@ BINS = 5
 """Number of equal parts of the schedule for which the validation loss is reported."""
 
 PREVIEW = 8
-"""Number of generated images that are shown of an unconditional model, and of one that is conditioned on images."""
+"""Number of generated images in the previews of an unconditional model, and of one that is conditioned on images."""
 
 POINTS = 2000
-"""Number of points that are shown of a two-dimensional model."""
+"""Number of points in the previews of a two-dimensional model."""
 
 LEAST_SIDE = 64
 """Height in pixels to which smaller generated images are enlarged."""
@@ -63,11 +63,11 @@ LEAST_SIDE = 64
 class DenoiserStage:
     """Stage 3: network, conditioner and diffusion, and how they are trained."""
 
-    model: DenoiserConfig = config_field(help="the network")
+    model: DenoiserConfig = config_field(help="denoising network")
     conditioner: ConditionerConfig = config_field(help="what the denoiser is conditioned on")
-    train: TrainConfig = config_field(help="its training")
+    train: TrainConfig = config_field(help="training of the stage")
     diffusion: Diffusion = config_field(Diffusion(), "schedule and parametrization")
-    loss: DenoisingLossConfig = config_field(WeightedLossConfig(), "the denoising loss")
+    loss: DenoisingLossConfig = config_field(WeightedLossConfig(), "denoising loss")
     sampling: SamplingConfig = config_field(SamplingConfig(), "default sampling of the trained model")
     prompts: tuple[str, ...] = config_field((), "prompts of the image grids made during training")
     classes: tuple[int, ...] = config_field((), "class labels of the image grids made during training")
@@ -94,7 +94,7 @@ class DenoiserTask(Task):
 
     @classmethod
     def build(cls, experiment: Experiment, handoff: Handoff) -> DenoiserTask:
-        """Build the model with the first stage and the encoders of conditions that the preceding stages have left."""
+        """Build the model with the first stage and the encoders of conditions of the preceding stages."""
         clip = None if experiment.clip is None else handoff.predecessor("clip")
         config = experiment.model_config
         conditioner = config.conditioner.with_tokenizer(handoff.tokenizer)
@@ -115,7 +115,7 @@ class DenoiserTask(Task):
         networks: dict[str, nn.Module] = {"denoiser": denoiser, "first stage": first_stage}
         factor = config.first_stage.factor
         latent = torch.empty(b, config.first_stage.latent_channels, *(side // factor for side in config.size))
-        # The tokenizers of the run may not exist yet; any that makes as many tokens of a text will do.
+        # The tokenizers of the run may not exist yet; any tokenizer with the same number of tokens suffices.
         clip = None if experiment.clip is None else _any_tokenizer(experiment.clip.tokenizer)
         with native.WithoutInit():
             described = config.conditioner.with_tokenizer(lambda tokenizer, _: _any_tokenizer(tokenizer))
@@ -253,5 +253,5 @@ def _entries(values: Any) -> list[Any]:
 
 
 def _any_tokenizer(kind: TokenizerConfig) -> Tokenizer:
-    """Return a tokenizer that makes as many tokens of a text as the one that ``kind`` describes."""
+    """Return a tokenizer with the vocabulary size and context length of ``kind``."""
     return train_byte_bpe([""], kind.vocab_size, kind.context_length)

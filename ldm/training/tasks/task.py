@@ -27,7 +27,7 @@ Preview = Image.Image | list[Image.Image]
 """An image, or the frames of an animation."""
 
 Splits = Callable[[str], Samples]
-"""Opens a split of the data by its name."""
+"""Function that opens a split of the data by its name."""
 
 FIRST_STAGE, TEXT_ENCODER, IMAGE_ENCODER, DENOISER = "first_stage", "text_encoder", "image_encoder", "denoiser"
 """Names of the parts of a :class:`ldm.formats.checkpoint.Checkpoint`."""
@@ -49,7 +49,7 @@ class Step:
         number: optimizer steps completed so far.
         seed: seed of the experiment.
         generator: CPU generator of this step; a resumed run draws the same numbers.
-        rank, world_size: of this process.
+        rank, world_size: rank of this process, and number of processes.
     """
 
     number: int
@@ -71,8 +71,8 @@ class OptimizerSpec:
     """Declaration of an optimizer.
 
     Args:
-        name: of its loss in the metrics.
-        modules: whose trainable parameters it optimizes.
+        name: name of its loss in the metrics.
+        modules: modules whose trainable parameters it optimizes.
         start: first step at which it is active.
     """
 
@@ -83,7 +83,7 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class Export:
-    """Contents of the file of a finished stage: weights, the config that builds them, and the tokenizer of what reads text."""
+    """Contents of the file of a finished stage: weights, the config that builds them, and the tokenizer of its text encoder."""
 
     format: str
     module: nn.Module
@@ -101,7 +101,7 @@ class Outline(NamedTuple):
 class Task(nn.Module):
     """Training task of one stage.
 
-    Class attributes: ``stage``, its name and config section; ``result``, the file that it leaves in the run folder; ``monitor``,
+    Class attributes: ``stage``, its name and config section; ``result``, its result file in the run folder; ``monitor``,
     the validation metric that selects the best checkpoint; ``higher_is_better``.
     """
 
@@ -122,7 +122,7 @@ class Task(nn.Module):
 
     @classmethod
     def parts_of(cls, source: Checkpoint) -> Sequence[str]:
-        """Return the names of the parts of ``source`` that the stage would have left."""
+        """Return the names of the parts of ``source`` that are results of this stage."""
         raise NotImplementedError
 
     @property
@@ -181,7 +181,7 @@ class Task(nn.Module):
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on ``device``; lists of captions and keys stay."""
+    """Return the batch with its tensors on ``device``; lists of captions and keys are unchanged."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 

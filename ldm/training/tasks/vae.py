@@ -44,13 +44,13 @@ PREVIEW = 8
 
 @dataclass(frozen=True)
 class VAEStage:
-    """Stage 1: the first stage, and its training or the file that it comes from."""
+    """Stage 1: the first stage, and its training or the source that it is loaded from."""
 
-    model: FirstStageConfig = config_field(help="the first stage")
-    loss: VAELossConfig = config_field(AutoencoderLossConfig(), "its losses")
-    train: TrainConfig | None = config_field(None, "its training; null = it is not trained")
+    model: FirstStageConfig = config_field(help="first stage")
+    loss: VAELossConfig = config_field(AutoencoderLossConfig(), "losses of the first stage")
+    train: TrainConfig | None = config_field(None, "training of the stage; null = it is not trained")
     checkpoint: str | None = config_field(
-        None, "source of a first stage that is used as it is: a file, folder or hub id, also of SD"
+        None, "source of a first stage that is used without training: a file, folder or hub id, also of SD"
     )
 
 
