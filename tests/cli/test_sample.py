@@ -133,7 +133,7 @@ def test_an_image_can_be_edited(model: Path, tmp_path: Path, monkeypatch: pytest
         (["--guide=rescale=2"], "the guidance rescale is 2.0; it must be from 0 to 1"),
         (["--guide=rescale"], "'rescale' is no setting; write name=value"),
         (["--option=order=3"], "the sampler dpmpp_2m takes no order"),
-        (["--sigmas=1;2"], "--sigmas is '1;2'; write falling numbers"),
+        (["--sigmas=1;2"], "--sigmas is '1;2'; write decreasing numbers"),
         (["--strength=0.5"], "give --image too"),
         (["--shift=3"], "the shift 3.0 needs a flow schedule"),
     ],

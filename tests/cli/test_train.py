@@ -137,7 +137,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(
         (["--stage", "vae", "vae.train.max_stesp=3"], "unknown key 'max_stesp'; did you mean 'max_steps'?"),
         (["--stage", "vae", "max_steps"], "the override 'max_steps' is not of the form key=value"),
         (["--stage", "vae", "vae.train=null"], "does not train stage vae; choose one of clip, denoiser."),
-        (["--stage", "denoiser"], "stage denoiser needs what stage clip leaves"),
+        (["--stage", "denoiser"], "stage denoiser needs the result of stage clip"),
         (["--stage", "vae", "data.train=/nowhere"], "/nowhere does not exist"),
         (["--stage", "vae", "data.val=null"], "there is no val data"),
         (["--stage", "vae", "--config", "none.yaml"], "the config none.yaml does not exist"),

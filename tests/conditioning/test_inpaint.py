@@ -60,9 +60,7 @@ def test_impossible_conditioners_are_refused(changes: dict[str, Any]) -> None:
 
 
 def test_the_channels_of_the_first_stage_must_be_as_counted_on() -> None:
-    with pytest.raises(
-        ConfigError, match="conditioner's latent_channels is 3, but that of the first stage is 4; set it"
-    ):
+    with pytest.raises(ConfigError, match="conditioner's latent_channels is 3, but the first stage's is 4; set it"):
         tiny_model("none", conditioner=PIXELS)
 
 

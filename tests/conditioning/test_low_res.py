@@ -158,7 +158,7 @@ def tiny_upscaler(**changes: Any) -> Pipeline:
 
 
 def test_the_factor_of_the_first_stage_must_be_as_counted_on() -> None:
-    with pytest.raises(ConfigError, match="conditioner's latent_factor is 4, but that of the first stage is 2; set it"):
+    with pytest.raises(ConfigError, match="conditioner's latent_factor is 4, but the first stage's is 2; set it"):
         tiny_upscaler(latent_factor=4)
 
 

@@ -35,7 +35,7 @@ def test_a_section_survives_the_round_trip(node: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cache": "ram", "crop": "random"}, "cache: ram keeps one cut"),
+        ({"cache": "ram", "crop": "random"}, "cache: ram keeps one crop"),
         ({"cache_latents": True, "flip": True}, "cache_latents keeps one latent"),
         ({"cache_latents": True, "crop": "random"}, "cache_latents keeps one latent"),
         ({"size": [64, 0]}, "size must be positive"),

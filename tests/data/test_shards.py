@@ -109,7 +109,7 @@ def test_sources(tmp_path: Path) -> None:
         ("missing.tar", r"missing\.tar does not exist"),
         ("{000..002}.tar", r"001\.tar does not exist"),
         ("none-*.tar", r"no shard matches .*none-\*\.tar"),
-        ("empty", r"empty holds no \.tar shards"),
+        ("empty", r"empty contains no \.tar shards"),
         ("{000..002.tar", "close each brace"),
     ],
 )

@@ -224,7 +224,7 @@ def test_a_missing_predecessor_is_named(tmp_path: Path, copy_of: Callable[..., P
     ):
         train(tmp_path, "denoiser")
     folder = copy_of("vae", "denoiser")
-    with pytest.raises(TrainingError, match=r"needs what stage vae leaves"):
+    with pytest.raises(TrainingError, match=r"needs the result of stage vae"):
         train(folder, "denoiser")
     assert not (folder / "run" / "denoiser").exists()
 
