@@ -29,7 +29,6 @@ from ldm.diffusion import (
 from ldm.diffusion import sigmas as spaced_sigmas
 from ldm.errors import SamplingError
 from ldm.formats import SHIPPED, Source, load, save
-from ldm.formats.lora import read_lora
 from ldm.formats.tensors import channels_last, check_finite, to_dtype
 from ldm.image_output import Images
 from ldm.model import LatentDiffusion
@@ -135,6 +134,8 @@ class Pipeline:
             CheckpointError: the file cannot be read, or is for another model.
             SamplingError: the name is taken, or the scale is not a finite number.
         """
+        from ldm.formats.lora import read_lora
+
         return self.model.adapters.add(self.model, read_lora(source, self.model, scale, name, merge))
 
     def set_lora_scale(self, name: str, scale: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ldm.denoiser import unet_formats as unet_formats
 from ldm.denoiser.config import DenoiserConfig
 from ldm.denoiser.mlp import MLP, MLPConfig
 from ldm.denoiser.unet import LevelSpec, UNet, UNetConfig, UNetEncoder

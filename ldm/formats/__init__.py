@@ -1,4 +1,7 @@
-"""Load, read and save models in any of the supported formats."""
+"""Load, read and save models in any of the supported formats.
+
+Foreign formats are imported where they are used, so that native models load without them.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,8 @@ import torch
 
 from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import Checkpoint, read_native
-from ldm.formats.clip import is_clip, is_open_clip, read_clip
-from ldm.formats.diffusers_folder import INDEX, folders, is_folder, read_folder, write_folder
-from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.native import CONFIG_BY_FORMAT, save_model
-from ldm.formats.single_file import SINGLE_FILE, read_single_file, write_single_file
-from ldm.formats.tensors import CONFIG, PICKLES, SAFETENSORS, STEMS, read_file, read_metadata
+from ldm.formats.tensors import CONFIG, INDEX, PICKLES, SAFETENSORS, STEMS, read_file, read_metadata
 from ldm.load_options import LoadOptions, Source
 from ldm.model import LatentDiffusion
 
@@ -66,14 +65,18 @@ def read(source: Source, options: LoadOptions | None = None, **changes: Any) -> 
     """
     options = LoadOptions.of(options, changes)
     path = find(source, options.revision)
-    if path.is_dir():
-        found = read_clip(path) if is_clip(path) else read_folder(path, options.prediction_type)
-    else:
-        found = _read_file(path, options)
+    found = _read_folder(path, options) if path.is_dir() else _read_file(path, options)
     of_part = LoadOptions(prediction_type=options.prediction_type, ema=options.ema)
     for name, given in options.replacements().items():
         found = found.with_part(name, read(given, of_part))
     return found
+
+
+def _read_folder(path: Path, options: LoadOptions) -> Checkpoint:
+    from ldm.formats.clip import is_clip, read_clip
+    from ldm.formats.diffusers_folder import read_folder
+
+    return read_clip(path) if is_clip(path) else read_folder(path, options.prediction_type)
 
 
 def _read_file(path: Path, options: LoadOptions) -> Checkpoint:
@@ -81,6 +84,10 @@ def _read_file(path: Path, options: LoadOptions) -> Checkpoint:
     held = metadata.get("format", "")
     if held in CONFIG_BY_FORMAT:
         return read_native(path, tensors, metadata)
+
+    from ldm.formats.clip import is_open_clip, read_clip
+    from ldm.formats.single_file import SINGLE_FILE, read_single_file
+
     if held.startswith("ldm.") and held != SINGLE_FILE:
         raise CheckpointError(
             f"{path}: its metadata has the format {held!r}, which this version does not know; install a newer ldm."
@@ -107,10 +114,14 @@ def save(model: LatentDiffusion, path: Source, to: str = "native", dtype: torch.
     path = target(path, to)
     with writing(path):
         if to == "diffusers":
+            from ldm.formats.diffusers_folder import write_folder
+
             write_folder(path, model, dtype)
         elif to == "native":
             save_model(path, model, model.provenance, dtype)
         else:
+            from ldm.formats.single_file import write_single_file
+
             write_single_file(path, model, dtype)
     return path
 
@@ -152,6 +163,11 @@ def find(source: Source, revision: str | None = None) -> Path:
     """
     if source == SHIPPED and revision is None:
         return _existing(ASSETS / MODEL_FILE, "this installation lacks the shipped model; reinstall ldm.")
+
+    from ldm.formats.clip import is_clip
+    from ldm.formats.diffusers_folder import folders, is_folder
+    from ldm.formats.hub import fetch, is_hub_id
+
     if isinstance(source, str) and is_hub_id(source):
         source = fetch(source, revision)
     elif revision is not None:

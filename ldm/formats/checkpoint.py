@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,9 @@ from ldm.formats.native import (
 from ldm.formats.tensors import to_dtype
 from ldm.load_options import ARGUMENTS
 from ldm.model import Component, LatentDiffusion, ModelConfig, SamplingConfig, components
-from ldm.nn.network_format import NetworkFormat, NetworkKind, Values, import_weights, kind_of
+
+if TYPE_CHECKING:
+    from ldm.nn.network_format import NetworkFormat, NetworkKind, Values
 
 NETWORKS = ("first_stage", "denoiser")
 """Parts that every complete model has; the others are encoders of its conditioner."""
@@ -84,6 +86,8 @@ class Part:
             source: file, for error messages.
             values: JSON config of the network in the foreign format, if it has one.
         """
+        from ldm.nn.network_format import import_weights
+
         values = values or {}
         network = build_on_meta(lambda: form.build(config, values), tensors, source)
         expected = cls(config, network.state_dict()).weights
@@ -95,6 +99,8 @@ class Part:
     @property
     def kind(self) -> NetworkKind:
         """Description of this kind of network in foreign formats."""
+        from ldm.formats.kinds import kind_of
+
         return kind_of(self.config)
 
     @property

@@ -23,11 +23,11 @@ from ldm.clip.model_formats import CLIPOpenCLIP
 from ldm.clip.tokenizer import CLIP_VOCAB_SIZE, Tokenizer
 from ldm.errors import CheckpointError, unknown
 from ldm.formats.checkpoint import CLIP_COMPONENTS, OTHERS, Checkpoint, Part, conditioner_of, joined, of_clip
+from ldm.formats.kinds import KINDS
 from ldm.formats.native import build_on_meta, load_strictly
 from ldm.formats.network_folder import canonical, format_of, read_network_folder, write_network
 from ldm.formats.tensors import CONFIG, read_json, read_tensors
 from ldm.formats.tokenizer import write_tokenizer
-from ldm.nn.network_format import KINDS
 
 OPEN_CLIP = CLIPOpenCLIP()
 

@@ -18,12 +18,13 @@ from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, no_place, p
 from ldm.formats.network_folder import folder_formats, read_network, read_network_folder, write_json, write_network
 from ldm.formats.pipelines import PIPELINES, StableDiffusion
 from ldm.formats.schedulers import read_scheduler, write_scheduler
-from ldm.formats.tensors import CONFIG, read_json
+from ldm.formats.tensors import CONFIG, INDEX, read_json
 from ldm.formats.tokenizer import read_tokenizer, tokenizer_class, write_tokenizer
 from ldm.model import LatentDiffusion, SamplingConfig
 from ldm.nn.network_format import FolderFormat, Values
 
-INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
+SCHEDULER = "scheduler_config.json"
+"""Config file of the scheduler, in the folder ``scheduler``."""
 
 OWN, OWN_SETTINGS = "_ldm", ("num_inference_steps", "guidance_scale")
 """Entry of the index for settings that diffusers' files have no place for; diffusers ignores it."""

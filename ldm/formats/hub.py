@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.errors import CheckpointError, first_line
+from ldm.formats.kinds import KINDS
 from ldm.formats.tensors import PICKLES, SAFETENSORS, STEMS
-from ldm.nn.network_format import KINDS
 
 SETTINGS = ("scheduler", "tokenizer", "tokenizer_2")
 """Folders of a diffusers pipeline that are read in addition to those of its networks."""

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from ldm.errors import CheckpointError, first_line, unknown
 from ldm.formats.hub import fetch, is_hub_id
+from ldm.formats.kinds import kind_of
 from ldm.formats.tensors import SAFETENSORS, check_finite, fingerprint, read_metadata, read_tensors, write_tensors
 from ldm.model import LatentDiffusion
 from ldm.nn.adapters import Adapter, AdapterLayer, unwrapped
 from ldm.nn.lora import LoRALayer
-from ldm.nn.network_format import Rules, kind_of, renamed
+from ldm.nn.network_format import Rules, renamed
 
 FILE = "pytorch_lora_weights.safetensors"
 """Name of the LoRA file in a folder that diffusers wrote."""
@@ -66,7 +67,7 @@ OTHERS = {
 }
 """Patterns of tensor names by which adapters other than LoRA are recognized."""
 
-KINDS = {
+FAMILY_MARKS = {
     r"double_blocks|single_blocks|single_transformer_blocks|joint_blocks|^(lora_)?transformer[._]": "FLUX or SD 3",
     r"^lora_te[12]_|^text_encoder_2\.|label_emb|add_embedding|transformer_blocks[._][1-9]": "SDXL",
 }
@@ -285,7 +286,7 @@ def _looks(tensors: Mapping[str, Tensor], model: LatentDiffusion) -> str:
     own = (
         "SDXL" if "text_encoder_2" in model.components else CONTEXT_WIDTHS.get(model.config.denoiser.context_width or 0)
     )
-    kind = next((kind for mark, kind in KINDS.items() if any(re.search(mark, key) for key in tensors)), None)
+    kind = next((kind for mark, kind in FAMILY_MARKS.items() if any(re.search(mark, key) for key in tensors)), None)
     for key, tensor in tensors.items():
         if kind is None and re.search(r"attn2[._].*to_k.*(down|A)\b", key) and tensor.ndim > 1:
             kind = CONTEXT_WIDTHS.get(tensor.shape[1])

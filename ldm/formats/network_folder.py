@@ -15,9 +15,10 @@ from ldm.clip.tokenizer import Tokenizer
 from ldm.errors import CheckpointError, first_line
 from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, of_clip
 from ldm.formats.folding import SCALE, folded, has_statistics, scale_and_shift_of, scale_from, with_scale
+from ldm.formats.kinds import KINDS
 from ldm.formats.tensors import CONFIG, read_json, read_weights, write_atomically, write_tensors
 from ldm.formats.tokenizer import has_tokenizer, read_tokenizer
-from ldm.nn.network_format import KINDS, FolderFormat, NetworkFormat, Values
+from ldm.nn.network_format import FolderFormat, NetworkFormat, Values
 
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Files of the image processor; the first is written."""

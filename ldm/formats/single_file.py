@@ -40,11 +40,12 @@ from ldm.formats.checkpoint import (
     parts_of,
 )
 from ldm.formats.folding import SCALE, SCALE_SDXL, folded, has_statistics, scale_and_shift_of, scale_from, with_scale
+from ldm.formats.kinds import KINDS, kind_of
 from ldm.formats.native import MODEL, build_on_meta, fingerprinted_metadata, header_of, metadata_of
 from ldm.formats.network_folder import canonical
 from ldm.formats.tensors import fingerprint, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig, components
-from ldm.nn.network_format import KINDS, SingleFileFormat, Values, kind_of
+from ldm.nn.network_format import SingleFileFormat, Values
 
 SINGLE_FILE = "ldm.single_file.1"
 """``format`` in the metadata of the files that ldm writes."""

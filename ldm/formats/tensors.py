@@ -37,8 +37,8 @@ CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 
 T = TypeVar("T")
 
-CONFIG = "config.json"
-"""Config file of one network in a diffusers or transformers folder."""
+INDEX, CONFIG = "model_index.json", "config.json"
+"""Index of a diffusers pipeline, and config file of one network in a diffusers or transformers folder."""
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", ("model", "pytorch_model")
 STEMS = (DIFFUSERS, *TRANSFORMERS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ldm.vae import autoencoder_formats as autoencoder_formats
 from ldm.vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from ldm.vae.first_stage import FirstStage, FirstStageConfig, Identity, IdentityConfig
 from ldm.vae.posterior import DiagonalGaussian, Posterior
