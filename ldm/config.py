@@ -89,7 +89,7 @@ def from_dict(cls: type[T], node: Any, where: str = "") -> T:
         raise ConfigError(f"{_at(where)}: expected a section with the keys of {cls.__name__}, found {node!r}.")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls)) if field.init}
-    node = _with_current_names(node, fields, where)
+    node = _with_current_names(node, cls, where)
     for key in node:
         if key not in fields:
             raise ConfigError(f"{_at(where)}: {unknown('key', key, fields)}")
@@ -122,12 +122,18 @@ def _is_omitted(field: dataclasses.Field[Any], value: Any) -> bool:
     return bool(field.metadata.get("omit_default")) and value == field.default
 
 
-def _with_current_names(node: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+def former_names(config: Any) -> dict[str, str]:
+    """Return the names of the fields of a dataclass by their former names."""
+    formerly = {field.metadata.get("formerly"): field.name for field in dataclasses.fields(config)}
+    return {former: name for former, name in formerly.items() if former is not None}
+
+
+def _with_current_names(node: Mapping[str, Any], config: type, where: str) -> dict[str, Any]:
     """Return the section with former names of fields replaced by the current ones, with a warning for each."""
-    former = {field.metadata.get("formerly"): name for name, field in fields.items()}
+    former = former_names(config)
     renamed = {}
     for key, value in node.items():
-        name = former.get(key, key) if key not in fields else key
+        name = former.get(key, key)
         if name != key:
             if name in node:
                 raise ConfigError(f"{_at(where)}: {key!r} is the former name of {name!r}; give only the latter.")

@@ -5,31 +5,24 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from ldm.config import config_field
+from ldm.config import config_field, former_names
 from ldm.errors import unknown
 
 Source = str | PathLike[str]
 """Name, path or hub id of a model; see :func:`ldm.load`."""
 
-FORMER_NAMES = {"unet": "denoiser"}
-"""Former names of options, which are still accepted."""
-
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What to read of a source, and which parts to replace."""
+    """Options of reading a source, and sources of parts that replace its own."""
 
     vae: Source | None = config_field(None, "source of a VAE in place of the model's own")
-    denoiser: Source | None = field(
-        default=None,
-        metadata={
-            "help": "source of a denoiser (U-Net) in place of the model's own",
-            "flags": ("--denoiser", "--unet"),
-        },
+    denoiser: Source | None = config_field(
+        None, "source of a denoiser (U-Net) in place of the model's own", formerly="unet"
     )
     text_encoder: Source | None = config_field(None, "source of a text encoder in place of the model's own")
     text_encoder_2: Source | None = config_field(None, "source of a second text encoder in place of the model's own")
@@ -46,13 +39,13 @@ class LoadOptions:
         Raises:
             TypeError: there is no such option.
         """
-        named = {}
+        named, former = {}, former_names(cls)
         for name, value in changes.items():
-            if name in FORMER_NAMES:
+            if name in former:
                 warnings.warn(
-                    f"the option {name!r} is now called {FORMER_NAMES[name]!r}; rename it.", FutureWarning, stacklevel=3
+                    f"the option {name!r} is now called {former[name]!r}; rename it.", FutureWarning, stacklevel=3
                 )
-            named[FORMER_NAMES.get(name, name)] = value
+            named[former.get(name, name)] = value
         fields = [entry.name for entry in dataclasses.fields(cls)]
         for name in named:
             if name not in fields:

@@ -35,14 +35,15 @@ def options_from(record: type, into: str) -> Callable[[Callable[..., None]], Cal
     """Decorate a command to give it an option for each field of the dataclass ``record`` that has a help sentence.
 
     The command gets them in its parameter ``into``, a dict from the names of fields to values. In a field's metadata,
-    ``flags`` names the option differently from the field, and an empty one leaves it out.
+    ``flags`` names the option differently from the field, and an empty one leaves it out; ``formerly`` adds an older name.
     """
     entries = {entry.name: entry for entry in dataclasses.fields(record)}
     types = {name: str(entry.type).split(" | ")[0] for name, entry in entries.items()}
     flags = {}
     for name, entry in entries.items():
         dashed = name.replace("_", "-")
-        derived = (f"--{dashed}/--no-{dashed}" if types[name] == "bool" else f"--{dashed}",)
+        former = [f"--{each.replace('_', '-')}" for each in (entry.metadata.get("formerly"),) if each]
+        derived = (f"--{dashed}/--no-{dashed}" if types[name] == "bool" else f"--{dashed}", *former)
         names = entry.metadata.get("flags")
         names = derived if names is None else names
         if names and entry.metadata.get("help"):
