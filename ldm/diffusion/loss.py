@@ -106,9 +106,13 @@ class WeightedLoss(nn.Module):
         output = diffusion.model_output(network, x0 + level * noise, sigma, conditioning)
         target = diffusion.parametrization.target(x0, noise, level)
         loss = NORMS[self.config.norm](output, target).flatten(1).mean(1)
+        return self.weighted(loss, diffusion, sigma), sigma
+
+    def weighted(self, loss: Tensor, diffusion: Diffusion, sigma: Tensor) -> Tensor:
+        """Weight the losses of a batch, ``[b]``, by their noise levels, ``[b]``."""
         if self.config.weighting == "min_snr":
             loss = min_snr_weight(diffusion.parametrization, sigma, self.config.gamma) * loss
-        return loss, sigma
+        return loss
 
 
 def min_snr_weight(parametrization: Parametrization, sigma: Tensor, gamma: float) -> Tensor:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +12,6 @@ from ldm.config import config_field
 from ldm.diffusion.loss import WeightedLoss, WeightedLossConfig
 from ldm.diffusion.parametrization import Diffusion
 from ldm.errors import ConfigError
-
-C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -53,20 +49,10 @@ class UncertaintyLoss(WeightedLoss):
         angles = (sigma.float().log() / 4)[:, None] * self.frequencies + self.phases
         return (math.sqrt(2) * angles.cos() * self.weight).sum(1) / math.sqrt(len(self.weight))
 
-    def forward(
-        self,
-        network: Callable[[Tensor, Tensor, C], Tensor],
-        diffusion: Diffusion,
-        x0: Tensor,
-        conditioning: C,
-        generator: torch.Generator | None = None,
-        *,
-        sigma: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return loss and noise levels, ``[b]`` each, as :class:`WeightedLoss`; in evaluation mode L without the weighting."""
-        loss, sigma = super().forward(network, diffusion, x0, conditioning, generator, sigma=sigma, noise=noise)
+    def weighted(self, loss: Tensor, diffusion: Diffusion, sigma: Tensor) -> Tensor:
+        """Weight the losses of a batch as :class:`WeightedLoss`, and in training also by the uncertainty."""
+        loss = super().weighted(loss, diffusion, sigma)
         if not self.training:
-            return loss, sigma
+            return loss
         u = self.uncertainty(sigma)
-        return loss * torch.exp(-u) + u, sigma
+        return loss * torch.exp(-u) + u
