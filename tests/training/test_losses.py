@@ -193,3 +193,11 @@ def test_the_losses_of_the_vae_train_their_own_network_alone(tmp_path: Path) -> 
         assert all(parameter.grad is not None for parameter in own.parameters())
         assert all(parameter.grad is None for parameter in other.parameters())
         assert all(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_an_adversarial_loss_needs_a_first_stage_with_a_last_layer(tmp_path: Path) -> None:
+    experiment = tiny_experiment(tmp_path, "vae.model.kind=identity", "clip=null", *PIXELS[1:], *UNCONDITIONAL)
+    with pytest.raises(
+        ConfigError, match=r"vae.loss.adversarial is 0.5, but the first stage identity has no last layer"
+    ):
+        VAETask(experiment.vae)

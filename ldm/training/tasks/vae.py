@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 from ldm.config import config_field
 from ldm.data.stream import EvaluationLoader
+from ldm.errors import ConfigError
 from ldm.formats import native
 from ldm.formats.checkpoint import Checkpoint
 from ldm.image_output import Images
@@ -69,6 +70,11 @@ class VAETask(Task):
         self.reconstruction_loss = config.loss.build()
         self.discriminator = config.loss.build_discriminator(config.model.image_channels)
         self.features = Features(self.first_stage, config.loss.features)
+        if self.discriminator is not None and not isinstance(self.first_stage, HasLastLayer):
+            raise ConfigError(
+                f"vae.loss.adversarial is {config.loss.adversarial}, but the first stage {config.model.kind} has no last layer "
+                "to balance the adversarial loss by; set it to 0."
+            )
 
     @classmethod
     def build(cls, experiment: Experiment, handoff: Handoff) -> VAETask:
@@ -115,10 +121,9 @@ class VAETask(Task):
         discriminator = self.discriminator if step.number >= config.disc_start else None
         if discriminator is not None:
             g_loss = -discriminator(reconstruction).mean()
-            assert isinstance(self.first_stage, HasLastLayer), (
-                "the adversarial loss needs a first stage with a last layer"
+            weight = config.adversarial * adaptive_weight(
+                rec_loss, g_loss, cast(HasLastLayer, self.first_stage).last_layer
             )
-            weight = config.adversarial * adaptive_weight(rec_loss, g_loss, self.first_stage.last_layer)
             loss = loss + weight * g_loss
             metrics["generator"] = g_loss.detach()
         self.first_stage.update(posterior)
