@@ -125,6 +125,8 @@ class CompositeConditioner(Conditioner):
 def side_by_side(records: list[Conditioning]) -> Conditioning:
     """Concatenate several records of the same batch: contexts along n, vectors along d, concats along c.
 
+    Further contexts keep their names, of which each belongs to one record.
+
     Records of conditioners without weights may still be on the CPU; all are moved to the device of the others.
     """
     parts = [part for record in records for part in (record.context, record.vector, record.concat) if part is not None]
@@ -139,6 +141,7 @@ def side_by_side(records: list[Conditioning]) -> Conditioning:
         mask=mask,
         vector=_joined([record.vector for record in records]),
         concat=_joined([record.concat for record in records]),
+        contexts={name: context for record in records for name, context in record.contexts.items()},
     )
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from ldm.conditioning import CompositeConditioner, ConditionerConfig
+from ldm.conditioning.composite import side_by_side
 from ldm.config import from_dict, to_dict
 from ldm.denoiser import LevelSpec, UNetConfig
 from ldm.errors import ConfigError
 from ldm.formats.native import save_model
 from ldm.model import LatentDiffusion, ModelConfig
-from ldm.nn.conditioning import Conditioning
+from ldm.nn.conditioning import Conditioning, Context
 from ldm.pipeline import Pipeline
 from tests.tiny import TOKENIZER, TOWER, tiny_model
 
@@ -149,3 +150,12 @@ def test_impossible_parts_are_refused(parts: dict[str, Any], message: str) -> No
 def test_the_config_survives_the_round_trip() -> None:
     config = several().config
     assert from_dict(ConditionerConfig, to_dict(config)) == config
+
+
+def test_further_contexts_keep_their_names() -> None:
+    image, depth = Context(torch.ones(2, 3, 4)), Context(torch.zeros(2, 5, 6), torch.ones(2, 5, dtype=torch.bool))
+    joined = side_by_side([Conditioning(contexts={"image": image}), Conditioning(contexts={"depth": depth})])
+    assert joined.context is None
+    assert list(joined.contexts) == ["image", "depth"]
+    assert torch.equal(joined.contexts["image"].states, image.states)
+    assert torch.equal(joined.contexts["depth"].full_mask(), depth.full_mask())
