@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
 from ldm.config import Kind
-from ldm.errors import ConfigError, DataError, SamplingError
+from ldm.errors import ConfigError, DataError
 from ldm.modalities.arguments import of_key
 from ldm.modalities.sizes import Pair
 from ldm.nn.conditioning import Conditioning
@@ -169,21 +169,6 @@ def training_images(batch: Mapping[str, Any], kind: str) -> Tensor:
         )
     images: Tensor = batch["image"]
     return images
-
-
-def stacked_maps(maps: Sequence[Tensor | None], size: tuple[int, int], absent: float, noun: str) -> Tensor:
-    """Stack maps ``[h w]`` to ``[b h w]``; None becomes ``absent`` everywhere, in the size of the others or ``size``.
-
-    Raises:
-        SamplingError: the maps differ in size.
-    """
-    given = [each for each in maps if each is not None]
-    if len({each.shape for each in given}) > 1:
-        raise SamplingError(
-            f"the {noun}s differ in size ({len({each.shape for each in given})} sizes); give maps of one size at a time."
-        )
-    filler = torch.full_like(given[0], absent) if given else torch.full(size, absent)
-    return torch.stack([filler if each is None else each for each in maps])
 
 
 def check_dropout(dropout: float) -> None:

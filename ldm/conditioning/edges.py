@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,15 +12,8 @@ from torch import Tensor
 
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning.conditioner import (
-    Conditioner,
-    ConditionerConfig,
-    check_dropout,
-    dropped,
-    input_of,
-    stacked_maps,
-    training_images,
-)
+from ldm.conditioning.conditioner import ConditionerConfig, check_dropout, dropped, training_images
+from ldm.conditioning.pixel_map import PixelMapConditioner
 from ldm.config import config_field
 from ldm.modalities.edges import EDGES, detect_edges
 from ldm.nn.conditioning import Conditioning
@@ -51,28 +44,22 @@ class EdgesConditionerConfig(ConditionerConfig, kind="edges"):
         return replace(self, size=self.size or latent_size, latent_factor=self.latent_factor or factor)
 
     def build(self, tokenizer: Tokenizer | None = None) -> EdgesConditioner:
-        assert self.size is not None, "the size comes from the experiment's latents"
-        assert self.latent_factor is not None, "the factor comes from the experiment's first stage"
-        return EdgesConditioner(self, self.size, self.latent_factor)
+        return EdgesConditioner(self)
 
 
-class EdgesConditioner(Conditioner):
+class EdgesConditioner(PixelMapConditioner):
     """Conditioner with one channel ``[b 1 h/f w/f]``: 1 where a latent's pixels contain an edge, -1 elsewhere, 0 for no map."""
 
-    def __init__(self, config: EdgesConditionerConfig, size: tuple[int, int], factor: int):
-        super().__init__()
+    modality = EDGES
+
+    def __init__(self, config: EdgesConditionerConfig):
+        super().__init__(config.size, config.latent_factor, absent=0.0)
         self.config = config
-        self.size = size
-        self.factor = factor
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        maps = self._shrunk(input_of(inputs, EDGES.key))
+        maps = self.maps(inputs)
         kept = ~dropped(len(maps), self.config.dropout, generator).to(maps.device)
         return Conditioning(concat=(maps * kept[:, None, None])[:, None])
-
-    def unconditional(self, inputs: Mapping[str, Any], negative: Sequence[str] | None = None) -> Conditioning:
-        """Compute the conditioning of absent maps, in the size of the given ones."""
-        return Conditioning(concat=torch.zeros_like(self(inputs).concat))
 
     def prepare_batch(
         self, batch: Mapping[str, Any], encode: Callable[[Tensor], Tensor], generator: torch.Generator
@@ -82,9 +69,6 @@ class EdgesConditioner(Conditioner):
             return batch
         return {**batch, EDGES.key: detect_edges(training_images(batch, "edges"))}
 
-    def _shrunk(self, maps: Tensor | Sequence[Any]) -> Tensor:
+    def shrunk(self, maps: Tensor) -> Tensor:
         """Downsample edge maps ``[b h w]`` in [0, 1] ``-> [b h/f w/f]`` in [-1, 1], by the maximum in each cell."""
-        if isinstance(maps, Tensor):
-            return 2 * F.max_pool2d(maps[:, None], self.factor)[:, 0] - 1
-        shrunk = [None if each is None else self._shrunk(EDGES.entry(each)[None])[0] for each in maps]
-        return stacked_maps(shrunk, self.size, 0.0, EDGES.noun)
+        return 2 * F.max_pool2d(maps[:, None], self.factor)[:, 0] - 1

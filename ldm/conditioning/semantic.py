@@ -5,7 +5,7 @@ Rombach et al. 2022 (arXiv 2112.10752), section 4.3.2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,14 +15,8 @@ from torch import Tensor, nn
 
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer
-from ldm.conditioning.conditioner import (
-    Conditioner,
-    ConditionerConfig,
-    check_dropout,
-    dropped,
-    input_of,
-    stacked_maps,
-)
+from ldm.conditioning.conditioner import ConditionerConfig, check_dropout, dropped
+from ldm.conditioning.pixel_map import PixelMapConditioner
 from ldm.config import config_field
 from ldm.errors import ConfigError, SamplingError
 from ldm.modalities.semantic import SEMANTIC
@@ -50,7 +44,7 @@ class SemanticConditionerConfig(ConditionerConfig, kind="semantic"):
 
     @property
     def input_keys(self) -> tuple[str, ...]:
-        return ("semantic",)
+        return (SEMANTIC.key,)
 
     @property
     def concat_channels(self) -> int:
@@ -60,41 +54,28 @@ class SemanticConditionerConfig(ConditionerConfig, kind="semantic"):
         return replace(self, size=self.size or latent_size, latent_factor=self.latent_factor or factor)
 
     def build(self, tokenizer: Tokenizer | None = None) -> SemanticConditioner:
-        assert self.size is not None, "the size comes from the experiment's latents"
-        assert self.latent_factor is not None, "the factor comes from the experiment's first stage"
-        return SemanticConditioner(self, self.size, self.latent_factor)
+        return SemanticConditioner(self)
 
 
-class SemanticConditioner(Conditioner):
+class SemanticConditioner(PixelMapConditioner):
     """Embedding table with one row more than there are classes: the last, all zeros, is for an absent map."""
 
-    def __init__(self, config: SemanticConditionerConfig, size: tuple[int, int], factor: int):
-        super().__init__()
+    modality = SEMANTIC
+
+    def __init__(self, config: SemanticConditionerConfig):
+        super().__init__(config.size, config.latent_factor, absent=config.classes)
         self.config = config
-        self.size = size
-        self.factor = factor
         self.table = nn.Embedding(config.classes + 1, config.concat_channels, padding_idx=config.classes)
         if config.embedding is None:
             self.table.weight.requires_grad_(False).copy_(torch.eye(config.classes + 1, config.classes))
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        labels = self._labels(input_of(inputs, "semantic")).to(self.table.weight.device)
+        labels = self.maps(inputs).to(self.table.weight.device)
         drop = dropped(len(labels), self.config.dropout, generator).to(labels.device)
         rows = self.table(torch.where(drop[:, None, None], self.config.classes, labels))
         return Conditioning(concat=rows.permute(0, 3, 1, 2))
 
-    def unconditional(self, inputs: Mapping[str, Any], negative: Sequence[str] | None = None) -> Conditioning:
-        """Compute the conditioning of absent maps, in the size of the given ones."""
-        return Conditioning(concat=torch.zeros_like(self(inputs).concat))
-
-    def _labels(self, maps: Tensor | Sequence[Any]) -> Tensor:
-        """Return class numbers ``[b h/f w/f]``; absent maps have the number after the last class."""
-        if isinstance(maps, Tensor):
-            return self._shrunk(maps)
-        labels = [None if each is None else self._shrunk(SEMANTIC.entry(each)[None])[0] for each in maps]
-        return stacked_maps(labels, self.size, self.config.classes, SEMANTIC.noun)
-
-    def _shrunk(self, maps: Tensor) -> Tensor:
+    def shrunk(self, maps: Tensor) -> Tensor:
         """Downsample class numbers ``[b h w] -> [b h/f w/f]``, taking the pixel nearest to the centre of each cell.
 
         Raises:
