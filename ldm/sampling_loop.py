@@ -16,7 +16,7 @@ from ldm.image_output import Images
 
 
 class Edit:
-    """What an editing task changes about a sampling; this base class changes nothing.
+    """Changes that an editing task makes to a sampling; this base class makes none.
 
     ``rows`` are the images of the current batch, among all that the call makes.
     """

@@ -107,6 +107,14 @@ def test_the_pipeline_imports_no_training_package() -> None:
     assert not loaded
 
 
+def test_a_native_model_is_loaded_without_the_foreign_formats() -> None:
+    script = "import sys; from ldm import Pipeline; Pipeline.from_pretrained(); print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    foreign = {"kinds", "clip", "single_file", "diffusers_folder", "hub", "lora"}
+    assert not {f"ldm.formats.{name}" for name in foreign} & set(run.stdout.split())
+
+
 def test_no_file_outgrows_its_idea() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
     assert not {name: lines for name, lines in lengths.items() if lines > 450}

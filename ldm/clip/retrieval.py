@@ -43,7 +43,7 @@ def sample_recall(samples: Tensor, truths: Tensor, own_index: Tensor, ks: Sequen
     """Compute the fraction of samples for which the true image of their caption is among the k nearest true images.
 
     Both are reduced to 16 x 16 and compared by Euclidean distance. True images that equal the own one do not count against
-    a sample, because captions that share an image cannot be told apart by it.
+    a sample, because captions that share an image cannot be distinguished by it.
 
     Args:
         samples: ``[n 3 h w]``, one for each caption.

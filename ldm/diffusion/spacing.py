@@ -17,7 +17,7 @@ Final = Literal["zero", "sigma_min"]
 
 
 Grid = Literal["fractional", "rounded", "inner"]
-"""How a family of solvers interprets the spacings ``leading`` and ``linspace``.
+"""Interpretation of the spacings ``leading`` and ``linspace`` by a family of solvers.
 
 ``fractional``: as they are (k-diffusion); ``rounded``: rounded to whole timesteps (DDIM, DDPM, PLMS); ``inner``: computed
 with one additional step, whose last timestep is dropped, and rounded (DPM-Solver++, UniPC, DEIS).

@@ -43,7 +43,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Crop:
-    """How one stored image became a training image.
+    """Crop, scale and flip by which a stored image became a training image.
 
     Attributes:
         fit: size of the training image.

@@ -79,7 +79,7 @@ def detect_edges(images: Tensor, low: float = LOW, high: float = HIGH) -> Tensor
     height, width = images.shape[-2:]
 
     def is_peak(y: int, x: int) -> Tensor:
-        """Whether the gradient is at least that of the neighbour at (y, x), and above that of the opposite one."""
+        """Return where the gradient is at least that of the neighbour at (y, x), and above that of the opposite one."""
         ahead, behind = (around[..., 1 + s * y :, 1 + s * x :][..., :height, :width] for s in (1, -1))
         return (strength >= ahead) & (strength > behind)
 

@@ -33,7 +33,7 @@ class Serving:
 
 
 def given(*arguments: str) -> Any:
-    """What a command with the options of both records gets, or the error."""
+    """Return what a command with the options of both records receives, or the error."""
     app, received = new_app(), []
 
     @app.command()

@@ -110,9 +110,9 @@ def test_a_finished_stage_says_so(
     arguments = ["--stage", "clip", "--config", write_experiment(tmp_path), "clip.train.max_steps=1"]
     for _ in range(2):
         assert run(monkeypatch, *arguments) == 0
-        told = capsys.readouterr()
-        assert told.out == f"stage clip is finished: {tmp_path / 'run' / 'clip' / 'final.safetensors'}\n"
-    assert "step/s" not in told.err  # the second time, nothing is trained
+        described = capsys.readouterr()
+        assert described.out == f"stage clip is finished: {tmp_path / 'run' / 'clip' / 'final.safetensors'}\n"
+    assert "step/s" not in described.err  # the second time, nothing is trained
 
 
 def test_a_dry_run_tells_all_and_writes_nothing(
@@ -121,12 +121,12 @@ def test_a_dry_run_tells_all_and_writes_nothing(
     config = write_experiment(tmp_path)
     arguments = ["--dry-run", "--stage", "all", "--config", config, "denoiser.train.accumulate=3"]
     assert run(monkeypatch, *arguments) == 0
-    told = capsys.readouterr().out
+    described = capsys.readouterr().out
     model = tiny_experiment(tmp_path).denoiser.model.build()
-    assert f"  denoiser: {sum(p.numel() for p in model.parameters()):,} parameters" in told
-    assert "  batch: 4 x 3 accumulated = 12 per device" in told
-    assert "  learning rate: 0.002 after 0 steps, then constant" in told
-    assert "the stages fit each other: latents 4 x 8 x 8" in told
+    assert f"  denoiser: {sum(p.numel() for p in model.parameters()):,} parameters" in described
+    assert "  batch: 4 x 3 accumulated = 12 per device" in described
+    assert "  learning rate: 0.002 after 0 steps, then constant" in described
+    assert "the stages fit each other: latents 4 x 8 x 8" in described
     assert not (tmp_path / "run").exists()
 
 
@@ -152,9 +152,9 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 ) -> None:
     given = arguments if "--config" in arguments else ["--config", write_experiment(tmp_path), *arguments]
     assert run(monkeypatch, *given) == 2
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1
-    assert message in told[0]
+    described = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(described) == 1
+    assert message in described[0]
     assert not (tmp_path / "run" / "denoiser").exists()
 
 

@@ -39,7 +39,7 @@ def test_class_and_each_coordinate_count(changed: tuple[float, ...]) -> None:
 
 
 def test_groundes_are_one_token_and_no_nan() -> None:
-    """Of an image without boxes, of an absent list and of a dropped one alike; attention to it is defined."""
+    """The same for an image without boxes, an absent list and a dropped one; attention to it is defined."""
     conditioner = boxes(dropout=0.999999)
     absent = conditioner({"boxes": [None, []]})
     dropped = conditioner({"boxes": [[RED], [BLUE]]}, torch.Generator().manual_seed(0))

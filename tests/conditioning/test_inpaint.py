@@ -106,18 +106,18 @@ def test_training_greys_the_hole_before_it_is_encoded() -> None:
         seen.append(pictures)
         return F.avg_pool2d(pictures, 4)
 
-    told = inpaint(latent_channels=3).prepare_batch({"image": image}, encode, drawn())
-    mask, known = told["inpaint"][:, :1], told["inpaint"][:, 1:]
-    assert told["image"] is image
-    assert told["inpaint"].shape == (8, 4, 4, 6)
+    batch = inpaint(latent_channels=3).prepare_batch({"image": image}, encode, drawn())
+    mask, known = batch["inpaint"][:, :1], batch["inpaint"][:, 1:]
+    assert batch["image"] is image
+    assert batch["inpaint"].shape == (8, 4, 4, 6)
     assert torch.equal(known, F.avg_pool2d(seen[0], 4))
     hole = (seen[0] == 0).all(1, keepdim=True)
     assert torch.equal(seen[0], torch.where(hole, 0.0, image))
     assert torch.equal(mask.bool(), F.max_pool2d(hole.float(), 4).bool())
     assert 0 < hole.float().mean() < 1
     again, other = (inpaint(latent_channels=3).prepare_batch({"image": image}, encode, drawn(seed)) for seed in (0, 1))
-    assert torch.equal(told["inpaint"], again["inpaint"])
-    assert not torch.equal(told["inpaint"], other["inpaint"])
+    assert torch.equal(batch["inpaint"], again["inpaint"])
+    assert not torch.equal(batch["inpaint"], other["inpaint"])
 
 
 def test_cached_latents_are_refused() -> None:
@@ -161,7 +161,7 @@ def flat() -> list[np.ndarray]:
 
 
 def test_the_sample_continues_the_known_part(tmp_path: Path, flat: list[np.ndarray]) -> None:
-    """Of flat images with a hole, the hole gets the colour of the rest: by the condition alone, without an edit."""
+    """In flat images with a hole, the hole gets the colour of the rest, by the condition alone, without an edit."""
     pipe = trained_on(tmp_path, flat[:64], PIXELS | {"whole": 0.0}, max_steps=150)
     truth = torch.from_numpy(np.stack(flat[64:])).permute(0, 3, 1, 2) / 127.5 - 1
     mask = torch.zeros(1, 1, 16, 16)
@@ -171,7 +171,7 @@ def test_the_sample_continues_the_known_part(tmp_path: Path, flat: list[np.ndarr
     made = 2 * pipe(condition={"inpaint": known}, seed=0, output_type="pt", **QUIET) - 1
     hole = made[:, :, 4:12, 8:].mean((2, 3))
     colours = truth[:, :, 0, 0]
-    error, by_chance = ((hole - told).abs().mean() for told in (colours, colours.roll(1, 0)))
+    error, by_chance = ((hole - batch).abs().mean() for batch in (colours, colours.roll(1, 0)))
     assert error < 0.2 * by_chance
 
 

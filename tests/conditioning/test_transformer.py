@@ -214,11 +214,11 @@ def test_a_dry_run_counts_the_encoder_where_it_is_trained(checkpoint: tuple[Path
         settings = f"{{kind: transformer, checkpoint: {checkpoint[0]}, context_length: 8, trainable: {trainable}}}"
         overrides = [f"denoiser.conditioner={settings}", "denoiser.model.context_width=16"]
         experiment = load_config(ROOT / "configs" / "conditioning" / "boxes.yaml", overrides)
-        told = describe(experiment, ["denoiser"])
+        described = describe(experiment, ["denoiser"])
         built = conditioner(checkpoint=str(checkpoint[0]), context_length=8)
         count = sum(parameter.numel() for parameter in built.parameters())
-        assert f"conditioner: {count:,} parameters" in told
-        trained.append(re.search(r"trained: ([\d,]+)", told)[1].replace(",", ""))
+        assert f"conditioner: {count:,} parameters" in described
+        trained.append(re.search(r"trained: ([\d,]+)", described)[1].replace(",", ""))
     assert int(trained[1]) - int(trained[0]) == count
 
 

@@ -24,10 +24,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 FILE = "scheduler/scheduler_config.json"
 WITHOUT_EFFECT = {
-    "clip_sample_range",  # of clipping and thresholding, which are told
+    "clip_sample_range",  # of clipping and thresholding, which are described
     "dynamic_thresholding_ratio",
     "sample_max_value",
-    "time_shift_type",  # of dynamic shifting, which is told
+    "time_shift_type",  # of dynamic shifting, which is described
     "base_shift",
     "max_shift",
     "base_image_seq_len",
@@ -106,7 +106,7 @@ def steps_that_agree(name: str, settings: dict[str, Any]) -> list[int]:
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
 def test_samples_of_a_folder_equal_diffusers(name: str, settings: dict[str, Any]) -> None:
     settings = OURS.get(name, {}) | settings
-    diffusion, sampling, told = read(name, **settings)
+    diffusion, sampling, described = read(name, **settings)
     spec = SPECS[sampling.sampler]
     for n in steps_that_agree(name, settings):
         scheduler = getattr(diffusers, name).from_config(settings)
@@ -120,7 +120,7 @@ def test_samples_of_a_folder_equal_diffusers(name: str, settings: dict[str, Any]
         ours = our_sample(sampling.sampler, diffusion, grid, network, x)
         theirs = peers_sample(scheduler, spec.stochastic)
         if spec.grid == "inner" and settings.get("use_karras_sigmas"):  # it tells the network whole timesteps
-            assert "use_karras_sigmas" in told
+            assert "use_karras_sigmas" in described
             assert (ours - theirs).abs().max() < 5e-2 * theirs.abs().max()
         else:
             assert_alike(ours, theirs)
@@ -142,13 +142,13 @@ def peers_sample(scheduler: Any, stochastic: bool) -> Tensor:
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
 def test_what_differs_is_told_and_nothing_else(name: str, settings: dict[str, Any]) -> None:
-    sampling, told = read(name, **OURS.get(name, {}) | settings)[1:]
+    sampling, described = read(name, **OURS.get(name, {}) | settings)[1:]
     expected = {"original_inference_steps"} if name == "LCMScheduler" else set()
     if name in ("DDIMScheduler", "PNDMScheduler") and sampling.spacing != "leading":
         expected = {"timestep_spacing"}
     if settings.get("use_karras_sigmas") and SPECS[sampling.sampler].grid == "inner":
         expected = {"use_karras_sigmas"}
-    assert told.keys() == expected
+    assert described.keys() == expected
 
 
 SAMPLING = [
@@ -180,9 +180,9 @@ def test_what_is_written_is_read_again(diffusion: Diffusion) -> None:
     for sampling in SAMPLING:
         written = write_scheduler(diffusion, sampling)
         name = written["_class_name"]
-        read_diffusion, read_sampling, told = read_scheduler(written, FILE)
+        read_diffusion, read_sampling, described = read_scheduler(written, FILE)
         assert read_diffusion == diffusion
-        assert told.keys() <= {
+        assert described.keys() <= {
             *FLAGS,
             "timestep_spacing",
             "prediction_type",
@@ -255,16 +255,16 @@ def test_keys_of_other_classes_are_ignored() -> None:
     ],
 )
 def test_what_we_do_otherwise_is_told(name: str, setting: str, value: Any, what: str) -> None:
-    told = read(name, **OURS.get(name, {}) | {setting: value})[2]
-    assert told.keys() == {setting}
-    assert what.replace("\\", "") in told[setting]
+    described = read(name, **OURS.get(name, {}) | {setting: value})[2]
+    assert described.keys() == {setting}
+    assert what.replace("\\", "") in described[setting]
 
 
 def test_an_unknown_class_is_told_and_gives_way() -> None:
-    diffusion, sampling, told = read("TCDScheduler", **SD, prediction_type="v_prediction")
+    diffusion, sampling, described = read("TCDScheduler", **SD, prediction_type="v_prediction")
     assert diffusion == Diffusion(ScaledLinear(), V())
     assert (sampling.sampler, sampling.spacing) == ("dpmpp_2m", "trailing")
-    assert told == {"_class_name": "TCDScheduler is unknown; dpmpp_2m is used instead."}
+    assert described == {"_class_name": "TCDScheduler is unknown; dpmpp_2m is used instead."}
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ class SamplerSpec:
     options: tuple[str, ...]
     """Names of further parameters; keys of ``OPTIONS``."""
     grid: Grid
-    """How the spacings ``leading`` and ``linspace`` are interpreted for it."""
+    """Interpretation of the spacings ``leading`` and ``linspace`` by its family of solvers."""
 
     @property
     def noise(self) -> str:
