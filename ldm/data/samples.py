@@ -108,18 +108,17 @@ class StoredImages(Samples):
         return batch
 
     def spatial_annotations(self, draw: BatchIndices) -> Batch:
-        crops = list(self._crops(draw))
+        stored = [modality for modality in self.shards.modalities.values() if modality.spatial]
+        derived = [modality for modality in MODALITIES.values() if modality.from_crop is not None] if self.sizes else []
+        crops = list(self._crops(draw)) if stored or derived else []
         batch: Batch = {}
-        for key, modality in self.shards.modalities.items():
-            if modality.spatial:
-                values = (self.shards.value(i, modality) for i in draw.index)
-                batch[key] = modality.collate(
-                    [modality.crop(value, crop) for value, crop in zip(values, crops, strict=True)]
-                )
-        if self.sizes:
-            for key, modality in MODALITIES.items():
-                if modality.from_crop is not None:
-                    batch[key] = modality.collate([modality.from_crop(crop) for crop in crops])
+        for modality in stored:
+            values = (self.shards.value(i, modality) for i in draw.index)
+            cropped = [modality.crop(value, crop) for value, crop in zip(values, crops, strict=True)]
+            batch[modality.key] = modality.collate(cropped)
+        for modality in derived:
+            assert modality.from_crop is not None
+            batch[modality.key] = modality.collate([modality.from_crop(crop) for crop in crops])
         return batch
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
