@@ -8,19 +8,23 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format train install clean
+.PHONY: help demo test test-long lint format train install clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.run  ## sample eight prompts from the shipped model; prints the path of the image
 	@$(BIN)/python tools/sample.py --demo
 
 test: $(VENV)/.dev  ## run the tests (JOBS=2 processes; ARGS="tests/vae -k parity" for a part)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-long: $(VENV)/.dev  ## run the tests that make test leaves out: trainings, several processes, kills, large images
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(VENV)/.dev  ## check style, formatting and types
 	$(BIN)/ruff check

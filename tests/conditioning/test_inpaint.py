@@ -160,6 +160,7 @@ def flat() -> list[np.ndarray]:
     )
 
 
+@pytest.mark.slow
 def test_the_sample_continues_the_known_part(tmp_path: Path, flat: list[np.ndarray]) -> None:
     """In flat images with a hole, the hole gets the colour of the rest, by the condition alone, without an edit."""
     pipe = trained_on(tmp_path, flat[:64], PIXELS | {"whole": 0.0}, max_steps=150)

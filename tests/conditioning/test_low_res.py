@@ -208,6 +208,7 @@ def patchwork() -> list[np.ndarray]:
     return list(whole + 50 * np.outer(middle, middle).astype(np.uint8)[..., None])
 
 
+@pytest.mark.slow
 def test_the_small_picture_steers_the_sample(tmp_path: Path, patchwork: list[np.ndarray]) -> None:
     """A sample for new small images shrinks to them, in all places and colours, and has details that they lack."""
     pipe = trained_on(tmp_path, patchwork[:64], config(noise_max=0.2), max_steps=200)

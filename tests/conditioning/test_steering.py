@@ -86,6 +86,7 @@ def test_a_semantic_map_says_what_is_drawn_where(tmp_path: Path) -> None:
     assert sampled(pipe, condition=larger, height=32, width=24).shape == (4, 3, 32, 24)
 
 
+@pytest.mark.slow
 def test_an_edge_map_says_what_is_drawn_where(tmp_path: Path) -> None:
     """Of four outlines that it has learnt by heart, whose images have no other condition."""
     pipe, batch = trained(tmp_path, "edges", 160, "data.samples=4", "data.seed=1")
@@ -101,6 +102,7 @@ def test_an_edge_map_says_what_is_drawn_where(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(small) > 127, edges > 0.5)
 
 
+@pytest.mark.slow
 def test_a_sample_has_the_colour_of_the_picture_that_is_given(tmp_path: Path) -> None:
     """Of images that it has never seen."""
     pipe, _ = trained(tmp_path, "image", 140, "data.samples=12")
@@ -109,12 +111,14 @@ def test_a_sample_has_the_colour_of_the_picture_that_is_given(tmp_path: Path) ->
     assert colours_of(sampled(pipe, condition={"image": pictures}, num_images_per_prompt=4)) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_sample_has_the_colour_that_a_word_of_the_caption_says(tmp_path: Path) -> None:
     pipe, batch = trained(tmp_path, "transformer", 140, "data.samples=4")
     assert colours_of(sampled(pipe, batch["text"], num_images_per_prompt=4)) == batch["label"].tolist()
     assert sorted(batch["label"].tolist()) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_several_conditions_are_followed_together_and_each_alone(tmp_path: Path) -> None:
     dropouts = [f"denoiser.conditioner.parts.{part}.dropout=0.25" for part in ("caption", "places")]
     pipe, batch = trained(tmp_path, "several", 140, "data.samples=4", "data.seed=1", *dropouts)

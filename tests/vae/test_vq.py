@@ -181,6 +181,7 @@ def _process(rank: int, folder: str, x: Tensor) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_one_codebook(tmp_path: Path) -> None:
     """The same on both, and from there on that of one process with both batches."""
     x = torch.randn(12, 20, 3)
