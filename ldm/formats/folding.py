@@ -15,6 +15,9 @@ from ldm.formats.checkpoint import Part
 SCALE, SCALE_SDXL = 0.18215, 0.13025
 """Scaling factors of published models (SD and SDXL); some readers assume the first."""
 
+SCALE_FACTOR = "scale_factor"
+"""Name of the tensor with the scaling factor of the latents, if an LDM file has it."""
+
 
 def scale_from(value: Any) -> float:
     """Return a scaling factor from a file; raise ValueError or TypeError if it is not a finite number above 0."""

@@ -2,30 +2,19 @@
 
 A file that ldm wrote has the complete config in its metadata. For any other, networks are recognized by names and shapes; what
 these do not determine is taken, in this order, from an argument, from the metadata that some tools write, and from the
-family of models:
-
-|                 | SD 1                        | SD 2                | SDXL                            |
-|-----------------|-----------------------------|---------------------|---------------------------------|
-| recognized by   | transformers' text encoder  | open_clip's         | both                            |
-| context         | last state, normed          | penultimate, normed | penultimate of both, not normed |
-| latent scale    | 0.18215                     | 0.18215             | 0.13025                         |
-| prediction type | eps                         | eps (or v)          | eps (or v)                      |
-| sampled by      | ddim, 50 steps, scale 7.5   | the same            | euler, 50 steps, scale 5        |
+family of models (:mod:`ldm.formats.families`).
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldm.clip.tokenizer import CLIP_VOCAB_SIZE, CLIPBPEConfig, Tokenizer
 from ldm.diffusion import Diffusion
 from ldm.diffusion.parametrization import Eps, Parametrization, V
 from ldm.errors import CheckpointError, unknown
@@ -39,78 +28,28 @@ from ldm.formats.checkpoint import (
     part_prefixes,
     parts_of,
 )
-from ldm.formats.folding import SCALE, SCALE_SDXL, folded, has_statistics, scale_and_shift_of, scale_from, with_scale
-from ldm.formats.kinds import KINDS, kind_of
+from ldm.formats.families import assumed, family_of, tokenizer_of
+from ldm.formats.folding import (
+    SCALE,
+    SCALE_FACTOR,
+    SCALE_SDXL,
+    folded,
+    has_statistics,
+    scale_and_shift_of,
+    scale_from,
+    with_scale,
+)
 from ldm.formats.native import MODEL, build_on_meta, fingerprinted_metadata, header_of, metadata_of
-from ldm.formats.network_folder import canonical
+from ldm.formats.single_file_networks import EMA, full_names, networks_in, reject_other_files, use_ema
 from ldm.formats.tensors import fingerprint, write_tensors
-from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig, components
+from ldm.model import LatentDiffusion, ModelConfig, components
 from ldm.nn.network_format import SingleFileFormat, Values
 
 SINGLE_FILE = "ldm.single_file.1"
 """``format`` in the metadata of the files that ldm writes."""
 
-EMA_OF, EMA = "model.", "model_ema."
-"""Prefixes of the networks that may have EMA weights, and of the EMA weights, whose names omit the dots."""
-
-SCALE_FACTOR = "scale_factor"
-"""Name of the tensor with the scaling factor of the latents, if a file has it."""
-
-REFINER = "conditioner.embedders.0.model."
-"""Prefix of the only text encoder of the SDXL refiner."""
-
-TRAINING = ("model.denoiser.", "first_stage.", "clip.")
-"""Prefixes in training checkpoints of ldm."""
-
-LORA = r"[._]lora[._]"
-"""Pattern of names in LoRA files."""
-
 PREDICTION_TYPES: Mapping[str, type[Parametrization]] = {"epsilon": Eps, "eps": Eps, "v_prediction": V, "v": V}
 BY_DEFAULT = "by default; if images are brown and blurred, pass prediction_type='v_prediction'"
-SAMPLED = SamplingConfig("ddim", 50, 7.5, "leading", 1, "sigma_min")
-SAMPLED_SDXL = SamplingConfig("euler", 50, 5.0, "leading", 1)
-
-
-@dataclass(frozen=True)
-class Family:
-    """Settings of a family of published models that its files do not hold.
-
-    Attributes:
-        name: name of the family.
-        hidden_state, context_norm: fields of the config of its text encoders.
-        scale: scaling factor of the latents.
-        sampling: defaults of sampling.
-        sizes: height and width of the images, of the models that predict eps and v.
-    """
-
-    name: str
-    hidden_state: str = "penultimate"
-    context_norm: bool = True
-    scale: float = SCALE
-    sampling: SamplingConfig = field(default=SAMPLED)
-    sizes: tuple[int, int] = (512, 512)
-
-
-SD_1 = Family("SD 1", hidden_state="last")
-SD_2 = Family("SD 2", sizes=(512, 768))
-SDXL = Family("SDXL", context_norm=False, scale=SCALE_SDXL, sampling=SAMPLED_SDXL, sizes=(1024, 1024))
-SINGLE = Family("a single network")
-FAMILIES = {
-    "conditioner.embedders.1.model.": SDXL,
-    "cond_stage_model.model.": SD_2,
-    "cond_stage_model.transformer.": SD_1,
-    "conditioner.embedders.0.transformer.": SINGLE,
-    "model.diffusion_model.label_emb.0.0.weight": SDXL,
-}
-"""Prefixes of names by which a family is recognized; the first that occurs decides."""
-
-
-class Found(NamedTuple):
-    """Tensors under a prefix (removed from their names), and the format description of their network."""
-
-    prefix: str
-    form: SingleFileFormat
-    tensors: dict[str, Tensor]
 
 
 def read_single_file(
@@ -133,12 +72,12 @@ def read_single_file(
     """
     if metadata.get("format") == SINGLE_FILE:
         return _read_own(path, tensors, metadata)
-    found, unused = _sorted(tensors)
-    _reject_other_files(path, tensors, found)
+    found, unused = networks_in(tensors)
+    reject_other_files(path, tensors, found)
     notes = []
-    if ema and _average(found, tensors):
-        notes.append("the weights of the denoiser are the EMA weights (model_ema)")
-    family = _family(found)
+    if ema and use_ema(found, tensors):
+        notes.append(f"the weights of the denoiser are the EMA weights ({EMA}*)")
+    family = family_of(full_names(found))
     notes.append(f"{family.name}, since there is " + ", ".join(each.prefix + "*" for each in found.values()))
     parametrization, reason = _prediction(prediction_type, tensors, metadata)
     diffusion = Diffusion(parametrization=parametrization)
@@ -148,7 +87,7 @@ def read_single_file(
         config = form.infer_config(own, path)
         part = Part.imported(config, own, form, path)
         if name not in NETWORKS:
-            part, surplus = _with_fields(part, form, _assumed(name, family, complete=len(found) > 1))
+            part, surplus = _with_fields(part, form, assumed(name, family, complete=len(found) > 1))
             unused += [prefix + key for key in surplus]
         if has_statistics(part):
             scale, shift = (stored, 0.0) if stored else form.latents(config) or (family.scale, 0.0)
@@ -171,7 +110,7 @@ def read_single_file(
         layout="ldm",
         kind=family.name,
         parts=parts,
-        tokenizer=_tokenizer(parts, family),
+        tokenizer=tokenizer_of(parts, family),
         conditioner=conditioner_of(parts),
         diffusion=diffusion,
         sampling=family.sampling,
@@ -180,25 +119,6 @@ def read_single_file(
         notes=tuple(notes),
         unused=tuple(unused),
     )
-
-
-def _reject_other_files(path: Path, tensors: Mapping[str, Tensor], found: Mapping[str, Found]) -> None:
-    """Raise a CheckpointError for files that are easily mistaken for a model; the message says what they are."""
-    if any(name.startswith(REFINER) for name in tensors):
-        raise CheckpointError(f"{path} is the refiner of SDXL, which ldm does not read; name the base model.")
-    if any(re.search(LORA, name) for name in tensors):
-        raise CheckpointError(
-            f"{path} is a LoRA, not a model; name a model and load the LoRA into it with Pipeline.load_lora or --lora."
-        )
-    if path.suffix == ".ckpt" and any(name.startswith(TRAINING) for name in tensors):
-        raise CheckpointError(
-            f"{path} is a training checkpoint for resuming; name its run folder, which holds a model after its last stage."
-        )
-    if not found:
-        raise CheckpointError(
-            f"{path} holds no network that ldm knows (its first name is {next(iter(tensors), 'none')!r}); "
-            "name an SD 1.x, SD 2.x or SDXL checkpoint, or a file that ldm wrote."
-        )
 
 
 def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | None = None) -> str:
@@ -242,7 +162,7 @@ def _read_own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     config: ModelConfig = header.config
     conditioner = build_on_meta(lambda: config.conditioner.build(header.tokenizer), tensors, path)
     described = {name: component.config for name, component in components(config, conditioner).items()}
-    found, unused = _sorted(tensors, described)
+    found, unused = networks_in(tensors, described)
     parts = {}
     for name, own_config in described.items():
         if name not in found:
@@ -264,7 +184,7 @@ def _read_own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     return Checkpoint(
         source=str(path),
         layout="ldm",
-        kind=_family(found).name,
+        kind=family_of(full_names(found)).name,
         parts=parts,
         tokenizer=header.tokenizer,
         conditioner=config.conditioner,
@@ -299,82 +219,6 @@ def _metadata(model: LatentDiffusion, first_stage: Part) -> dict[str, str]:
         "modelspec.prediction_type": "v" if isinstance(model.diffusion.parametrization, V) else "epsilon",
         "modelspec.resolution": f"{width}x{height}",
     }
-
-
-def _forms() -> dict[str, list[SingleFileFormat]]:
-    """Return the descriptions of all registered kinds in LDM files, by prefix."""
-    forms: dict[str, list[SingleFileFormat]] = {}
-    for kind in KINDS.values():
-        for form in kind.single_file:
-            for prefix in form.prefixes:
-                forms.setdefault(prefix, []).append(form)
-    return forms
-
-
-def _sorted(
-    tensors: Mapping[str, Tensor], described: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Found], list[str]]:
-    """Sort tensors by component; also return the names of those that no network needs.
-
-    ``described`` are the configs of the components, if known.
-    """
-    forms, described = _forms(), described or {}
-    has_prefix = any(name.startswith(tuple(forms)) for name in tensors)
-    added = "" if has_prefix else _missing_prefix(tensors, forms)
-    by_prefix: dict[str, dict[str, Tensor]] = {}
-    unused = []
-    for name, tensor in tensors.items():
-        if name == SCALE_FACTOR:
-            continue
-        prefix = next((prefix for prefix in forms if (added + name).startswith(prefix)), None)
-        if prefix is not None:
-            by_prefix.setdefault(prefix, {})[(added + name).removeprefix(prefix)] = tensor
-        else:
-            unused.append(name)
-    found = {}
-    for prefix, own in by_prefix.items():
-        marked = [form for form in forms[prefix] if any(key.startswith(form.marks) for key in own)]
-        form = next(iter([*marked, *forms[prefix]]))
-        component = form.prefixes[prefix]
-        if component in described:
-            form = next((each for each in kind_of(described[component]).single_file if prefix in each.prefixes), form)
-        used, ignored = canonical(own, form)
-        unused += [(prefix + key).removeprefix(added) for key in ignored]
-        if used:
-            found[component] = Found(prefix, form, used)
-    return found, unused
-
-
-def _missing_prefix(tensors: Mapping[str, Tensor], forms: Mapping[str, list[SingleFileFormat]]) -> str:
-    """Return the prefix that the names of a single network lack; empty if it is not recognized."""
-    marks = {mark: prefix for prefix, each in reversed([*forms.items()]) for form in each for mark in form.marks}
-    marks |= {prefix.removeprefix(EMA_OF): EMA_OF for prefix in forms if prefix.startswith(EMA_OF)}
-    return next((marks[mark] for mark in marks for name in tensors if name.startswith(mark)), "")
-
-
-def _average(found: dict[str, Found], tensors: Mapping[str, Tensor]) -> bool:
-    """Replace weights by their EMA weights if a file has them, and return whether it has any."""
-    replaced = False
-    for prefix, _, own in found.values():
-        if prefix.startswith(EMA_OF):
-            start = EMA + prefix.removeprefix(EMA_OF).replace(".", "")
-            averaged = {name: start + name.replace(".", "") for name in own}
-            averages = {name: tensors[key] for name, key in averaged.items() if key in tensors}
-            own.update(averages)
-            replaced |= bool(averages)
-    return replaced
-
-
-def _family(found: Mapping[str, Found]) -> Family:
-    names = [prefix + name for prefix, _, tensors in found.values() for name in tensors]
-    return next((FAMILIES[mark] for mark in FAMILIES for name in names if name.startswith(mark)), SINGLE)
-
-
-def _assumed(name: str, family: Family, complete: bool) -> dict[str, Any]:
-    """Return the fields of a text encoder's config that its weights do not determine."""
-    fields = {"hidden_state": family.hidden_state, "context_norm": family.context_norm}
-    # The pooled state of a model's first text encoder is not used.
-    return fields | ({"embed_dim": None} if complete and name == "text_encoder" else {})
 
 
 def _with_fields(part: Part, form: SingleFileFormat, fields: Values) -> tuple[Part, list[str]]:
@@ -440,10 +284,3 @@ def _prediction(
     if "v_pred" in tensors:
         return V(), "by the tensor v_pred"
     return Eps(), None
-
-
-def _tokenizer(parts: Mapping[str, Part], family: Family) -> Tokenizer | None:
-    if "text_encoder" not in parts or parts["text_encoder"].config.vocab_size != CLIP_VOCAB_SIZE:
-        return None
-    length = parts["text_encoder"].config.context_length
-    return CLIPBPEConfig(length, pad_id=0 if family is SD_2 else None).build()
