@@ -64,9 +64,16 @@ def family_of(names: Iterable[str]) -> Family:
     return next((FAMILIES[mark] for mark in FAMILIES for name in listed if name.startswith(mark)), SINGLE)
 
 
-def assumed(name: str, family: Family, complete: bool) -> dict[str, Any]:
-    """Return the fields of a text encoder's config that its weights do not determine."""
-    fields = {"hidden_state": family.hidden_state, "context_norm": family.context_norm}
+def assumed(name: str, family: Family, complete: bool, hidden_state: str | None = None) -> dict[str, Any]:
+    """Return the fields of a text encoder's config that its weights do not determine.
+
+    Args:
+        name, family: of the text encoder.
+        complete: whether the file holds further networks.
+        hidden_state: hidden state that the file states; all models of the other families have the same.
+    """
+    hidden_state = hidden_state if family is SD_1 and hidden_state else family.hidden_state
+    fields = {"hidden_state": hidden_state, "context_norm": family.context_norm}
     # The pooled state of a model's first text encoder is not used.
     return fields | ({"embed_dim": None} if complete and name == "text_encoder" else {})
 

@@ -47,7 +47,7 @@ def scale_and_shift_of(part: Part) -> tuple[float, float] | None:
     # The shortest decimal that gives this deviation again: 0.18215, not 0.18214999.
     candidates = (float(f"{1 / float(std[0]):.{digits}g}") for digits in range(1, 18))
     scale = next(k for k in candidates if bool(torch.tensor(1 / k, dtype=std.dtype) == std[0]))
-    return scale, _shortest(mean[0])
+    return scale, shortest(mean[0])
 
 
 def folded(part: Part, scale: float = SCALE, shifts: bool = False) -> Part:
@@ -79,7 +79,7 @@ def folded(part: Part, scale: float = SCALE, shifts: bool = False) -> Part:
     )
 
 
-def _shortest(value: Tensor) -> float:
+def shortest(value: Tensor) -> float:
     """Return the shortest decimal that equals this number in its precision."""
     candidates = (float(f"{float(value):.{digits}g}") for digits in range(1, 18))
     return next(each for each in candidates if bool(torch.tensor(each, dtype=value.dtype) == value))

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.diffusion import Diffusion
-from ldm.diffusion.parametrization import Eps, Parametrization, V
-from ldm.errors import CheckpointError, unknown
+from ldm.diffusion.parametrization import V
+from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import (
     NETWORKS,
     Checkpoint,
@@ -28,7 +27,7 @@ from ldm.formats.checkpoint import (
     part_prefixes,
     parts_of,
 )
-from ldm.formats.families import assumed, family_of, tokenizer_of
+from ldm.formats.families import SD_1, Family, assumed, family_of, tokenizer_of
 from ldm.formats.folding import (
     SCALE,
     SCALE_FACTOR,
@@ -36,9 +35,9 @@ from ldm.formats.folding import (
     folded,
     has_statistics,
     scale_and_shift_of,
-    scale_from,
     with_scale,
 )
+from ldm.formats.marks import Marks, metadata_for, read_marks, statistics_for, tensors_for, without_marks
 from ldm.formats.native import MODEL, build_on_meta, fingerprinted_metadata, header_of, metadata_of
 from ldm.formats.single_file_networks import EMA, full_names, networks_in, reject_other_files, use_ema
 from ldm.formats.tensors import fingerprint, write_tensors
@@ -47,9 +46,6 @@ from ldm.nn.network_format import SingleFileFormat, Values
 
 SINGLE_FILE = "ldm.single_file.1"
 """``format`` in the metadata of the files that ldm writes."""
-
-PREDICTION_TYPES: Mapping[str, type[Parametrization]] = {"epsilon": Eps, "eps": Eps, "v_prediction": V, "v": V}
-BY_DEFAULT = "by default; if images are brown and blurred, pass prediction_type='v_prediction'"
 
 
 def read_single_file(
@@ -72,39 +68,30 @@ def read_single_file(
     """
     if metadata.get("format") == SINGLE_FILE:
         return _read_own(path, tensors, metadata)
+    marked, tensors = without_marks(tensors, path)
     found, unused = networks_in(tensors)
     reject_other_files(path, tensors, found)
+    marks = read_marks(path, marked, metadata, prediction_type)
     notes = []
     if ema and use_ema(found, tensors):
         notes.append(f"the weights of the denoiser are the EMA weights ({EMA}*)")
     family = family_of(full_names(found))
     notes.append(f"{family.name}, since there is " + ", ".join(each.prefix + "*" for each in found.values()))
-    parametrization, reason = _prediction(prediction_type, tensors, metadata)
-    diffusion = Diffusion(parametrization=parametrization)
-    stored = _stored_scale(tensors, path)
     parts = {}
     for name, (prefix, form, own) in found.items():
-        config = form.infer_config(own, path)
-        part = Part.imported(config, own, form, path)
+        part = Part.imported(form.infer_config(own, path), own, form, path)
         if name not in NETWORKS:
-            part, surplus = _with_fields(part, form, assumed(name, family, complete=len(found) > 1))
+            fields = assumed(name, family, len(found) > 1, marks.hidden_state)
+            part, surplus = _with_fields(part, form, fields)
             unused += [prefix + key for key in surplus]
         if has_statistics(part):
-            scale, shift = (stored, 0.0) if stored else form.latents(config) or (family.scale, 0.0)
-            part = replace(with_scale(part, scale, shift), inferred=stored is None)
-            origin = (
-                "the file says"
-                if stored is not None
-                else f"of {family.name if form.latents(config) is None else 'SD 3'}"
-            )
-            notes.append(
-                f"the scale of the latents is {scale:g}{f', their shift {shift:g}' if shift else ''}, as {origin}"
-            )
+            part, note = _with_statistics(part, form, marks, family, path)
+            notes.append(note)
         parts[name] = part
     if "denoiser" in parts:
-        parts["denoiser"] = parts["denoiser"].trained_for(diffusion) if reason else parts["denoiser"]
-        notes.append(f"the prediction type is {parametrization.kind}, {reason or BY_DEFAULT}")
-    side = family.sizes[parametrization == V()]
+        parts["denoiser"] = parts["denoiser"].trained_for(marks.diffusion) if marks.stated else parts["denoiser"]
+    notes += marks.notes
+    side = family.sizes[marks.diffusion.parametrization == V()]
     return Checkpoint(
         source=str(path),
         layout="ldm",
@@ -112,11 +99,12 @@ def read_single_file(
         parts=parts,
         tokenizer=tokenizer_of(parts, family),
         conditioner=conditioner_of(parts),
-        diffusion=diffusion,
-        sampling=family.sampling,
+        diffusion=marks.diffusion,
+        sampling=marks.sampling(family.sampling),
         size=(side, side),
         provenance={"source": path.name},
         notes=tuple(notes),
+        marks=marks.names,
         unused=tuple(unused),
     )
 
@@ -136,11 +124,14 @@ def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | N
     tensors: dict[str, Tensor] = {}
     for name, (form, prefix) in forms.items():
         if has_statistics(parts[name]):
-            parts[name], stored = _folded(parts[name], form, scale)
+            stored = statistics_for(model.diffusion, parts[name].state)
+            if not stored:
+                parts[name], stored = _folded(parts[name], form, scale)
             tensors |= stored
         exported = form.export(parts[name].config, parts[name].weights, prefix)
         tensors |= {prefix + key: tensor for key, tensor in exported.items()}
-    metadata = _metadata(model, parts["first_stage"])
+    tensors |= tensors_for(model.diffusion)
+    metadata = _metadata(model, parts)
     metadata["fingerprint"] = fingerprint(
         joined(parts, part_prefixes(model)), fingerprinted_metadata(metadata_of(model.config, model.tokenizer))
     )
@@ -151,9 +142,13 @@ def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | N
 def write_single_network(path: Path, name: str, part: Part) -> None:
     """Write a network without a prefix, as such files are distributed; a scaling factor that readers do not assume is stored."""
     (form, prefix), stored = _placed(name, part, (name,)), dict[str, Tensor]()
+    metadata = {"format": "pt"}
     if has_statistics(part):
         part, stored = _folded(part, form, SCALE)
-    write_tensors(path, form.export(part.config, part.weights, prefix) | stored, {"format": "pt"})
+    if part.diffusion is not None:
+        stored |= tensors_for(part.diffusion)
+        metadata |= metadata_for(part.diffusion)
+    write_tensors(path, form.export(part.config, part.weights, prefix) | stored, metadata)
 
 
 def _read_own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
@@ -162,7 +157,7 @@ def _read_own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     config: ModelConfig = header.config
     conditioner = build_on_meta(lambda: config.conditioner.build(header.tokenizer), tensors, path)
     described = {name: component.config for name, component in components(config, conditioner).items()}
-    found, unused = networks_in(tensors, described)
+    found, unused = networks_in(without_marks(tensors, path)[1], described)
     parts = {}
     for name, own_config in described.items():
         if name not in found:
@@ -202,13 +197,13 @@ def _read_own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     )
 
 
-def _metadata(model: LatentDiffusion, first_stage: Part) -> dict[str, str]:
+def _metadata(model: LatentDiffusion, parts: Mapping[str, Part]) -> dict[str, str]:
     """Return the metadata of a file: the native header, and the keys of Stability's model metadata standard."""
-    own, (height, width) = model.first_stage, model.config.size
-    preview = first_stage.state.get("latent_preview")  # a preview fitted on the fly is not saved
+    own, written, (height, width) = model.first_stage, parts["first_stage"].state, model.config.size
+    preview = written.get("latent_preview")  # a preview fitted on the fly is not saved
     latents = {
-        "mean": first_stage.state["latent_mean"].tolist(),
-        "std": first_stage.state["latent_std"].tolist(),
+        "mean": written["latent_mean"].tolist(),
+        "std": written["latent_std"].tolist(),
         "preview": None if preview is None else preview.tolist(),
         "before_folding": {"mean": own.latent_mean.tolist(), "std": own.latent_std.tolist()},
     }
@@ -216,9 +211,30 @@ def _metadata(model: LatentDiffusion, first_stage: Part) -> dict[str, str]:
         "latents": json.dumps(latents),
         "provenance": json.dumps(dict(model.provenance)),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.prediction_type": "v" if isinstance(model.diffusion.parametrization, V) else "epsilon",
         "modelspec.resolution": f"{width}x{height}",
+        **metadata_for(model.diffusion, _hidden_state(parts)),
     }
+
+
+def _hidden_state(parts: Mapping[str, Part]) -> str | None:
+    """Return the hidden state of a text encoder of SD 1, for which readers assume the last; None for any other."""
+    form, prefix = _placed("text_encoder", parts["text_encoder"], parts) if "text_encoder" in parts else (None, "")
+    return parts["text_encoder"].config.hidden_state if form and family_of([prefix]) is SD_1 else None
+
+
+def _with_statistics(part: Part, form: SingleFileFormat, marks: Marks, family: Family, path: Path) -> tuple[Part, str]:
+    """Set the statistics of a first stage's latents, and return a note on them."""
+    scale, shift = (marks.scale, 0.0) if marks.scale else form.latents(part.config) or (family.scale, 0.0)
+    part = replace(with_scale(part, scale, shift), inferred=marks.scale is None)
+    if marks.mean is not None and marks.std is not None:
+        if len(marks.mean) != part.config.latent_channels:
+            raise CheckpointError(
+                f"{path}: edm_mean and edm_std are of {len(marks.mean)} channels, but the latents have "
+                f"{part.config.latent_channels}; download the file again."
+            )
+        part = replace(part, state={**part.state, "latent_mean": marks.mean, "latent_std": marks.std / scale})
+    origin = "the file says" if marks.scale else f"of {'SD 3' if form.latents(part.config) else family.name}"
+    return part, f"the scale of the latents is {scale:g}{f', their shift {shift:g}' if shift else ''}, as {origin}"
 
 
 def _with_fields(part: Part, form: SingleFileFormat, fields: Values) -> tuple[Part, list[str]]:
@@ -250,37 +266,3 @@ def _folded(part: Part, form: SingleFileFormat, scale: float) -> tuple[Part, dic
     normalization = scale_and_shift_of(part)
     assert normalization is not None, "folded statistics are one factor"
     return part, {} if normalization == assumed else {SCALE_FACTOR: torch.tensor(normalization[0])}
-
-
-def _stored_scale(tensors: Mapping[str, Tensor], path: Path) -> float | None:
-    """Return the scaling factor of the latents that a file stores, or None.
-
-    Raises:
-        CheckpointError: it is not one finite number above 0.
-    """
-    stored = tensors.get(SCALE_FACTOR)
-    if stored is None:
-        return None
-    try:
-        return scale_from(stored)
-    except ValueError:
-        values = stored.flatten()[:3].tolist()
-        raise CheckpointError(
-            f"{path}: {SCALE_FACTOR} is {values}, not one number above 0; download the file again."
-        ) from None
-
-
-def _prediction(
-    requested: str | None, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> tuple[Parametrization, str | None]:
-    """Return the parametrization, which weights do not determine, and how it is known (None: unknown, assumed epsilon)."""
-    stored = metadata.get("modelspec.prediction_type", "").lower()
-    if requested is not None:
-        if requested not in PREDICTION_TYPES:
-            raise CheckpointError(unknown("prediction_type", requested, PREDICTION_TYPES))
-        return PREDICTION_TYPES[requested](), "as requested"
-    if stored in PREDICTION_TYPES:
-        return PREDICTION_TYPES[stored](), "by the metadata modelspec.prediction_type"
-    if "v_pred" in tensors:
-        return V(), "by the tensor v_pred"
-    return Eps(), None
