@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import Checkpoint, read_native
-from ldm.formats.native import CONFIG_BY_FORMAT, save_model
+from ldm.formats.native import CONFIG_BY_FORMAT, plain_model, save_model
 from ldm.formats.tensors import CONFIG, INDEX, PICKLES, SAFETENSORS, STEMS, read_file, read_metadata
 from ldm.load_options import LoadOptions, Source
 from ldm.model import LatentDiffusion
@@ -97,21 +98,23 @@ def _read_file(path: Path, options: LoadOptions) -> Checkpoint:
     return read_single_file(path, tensors, metadata, options.prediction_type, options.ema)
 
 
-def save(model: LatentDiffusion, path: Source, to: str = "native", dtype: torch.dtype | None = None) -> Path:
+def save(model: nn.Module, path: Source, to: str = "native", dtype: torch.dtype | None = None) -> Path:
     """Write a model and return the file or folder.
 
     Args:
-        model: model from any source.
+        model: a :class:`LatentDiffusion` from any source; it and its parts may be wrapped by ``torch.compile`` and others.
         path: a folder, or a file name that ends in .safetensors; for diffusers a folder.
         to: ``"native"``, ``"ldm"`` (single file) or ``"diffusers"`` (folder).
         dtype: dtype of the stored weights; default: unchanged.
 
     Raises:
-        CheckpointError: the model has parts that the format has no place for, or the path cannot be written to.
+        CheckpointError: the model has parts that the format has no place for or that could not be read again, or the path cannot
+            be written to. In all cases but the last nothing is written.
     """
     if to not in FORMATS:
         raise CheckpointError(f"there is no format {to!r}; choose one of {', '.join(FORMATS)}.")
     path = target(path, to)
+    model = plain_model(model, path)
     with writing(path):
         if to == "diffusers":
             from ldm.formats.diffusers_folder import write_folder

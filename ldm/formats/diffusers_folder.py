@@ -15,10 +15,17 @@ import torch
 from ldm.config import from_dict, to_dict
 from ldm.errors import CheckpointError, ConfigError, first_line
 from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, no_place, parts_of
-from ldm.formats.network_folder import folder_formats, read_network, read_network_folder, write_json, write_network
+from ldm.formats.network_folder import (
+    NetworkFiles,
+    folder_formats,
+    network_files,
+    read_network,
+    read_network_folder,
+    write_json,
+)
 from ldm.formats.pipelines import PIPELINES, StableDiffusion
 from ldm.formats.schedulers import read_scheduler, write_scheduler
-from ldm.formats.tensors import CONFIG, INDEX, read_json
+from ldm.formats.tensors import CONFIG, INDEX, check_writable, read_json
 from ldm.formats.tokenizer import read_tokenizer, tokenizer_class, write_tokenizer
 from ldm.model import LatentDiffusion, SamplingConfig
 from ldm.nn.network_format import FolderFormat, Values
@@ -108,7 +115,8 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
     pooled state can only be loaded by component: diffusers has no pipeline that passes that state on.
 
     Raises:
-        CheckpointError: the model has parts that such a folder has no place for.
+        CheckpointError: the model has parts that such a folder has no place for, or values that could not be read again. Then
+            nothing is written.
     """
     parts = parts_of(model, "a diffusers folder")
     conditioner = model.config.conditioner
@@ -123,16 +131,14 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
         form, part = forms[name][1], parts[name]
         parts[name] = Part(*form.fitted(part.config, part.state, assumed))
     extra = pipeline.component_values(inner)
+    networks: dict[str, NetworkFiles] = {}
     for name, part in parts.items():
         folder, form = forms[name]
         size = model.latent_shape()[1:] if form.sized_in_latents else model.config.size
-        write_network(path / folder, form, part.to(dtype), size, extra.get(name))
+        networks[folder] = network_files(form, part.to(dtype), size, extra.get(name))
     scheduler = write_scheduler(model.diffusion, model.config.sampling)
-    write_json(path / "scheduler" / SCHEDULER, scheduler)
     assert model.tokenizer is not None, "a conditioner that reads text has a tokenizer"
     tokenizers = pipeline.tokenizers(model.tokenizer, inner)
-    for folder, tokenizer in tokenizers.items():
-        write_tokenizer(tokenizer, path / folder)
     index = {
         "_class_name": f"{pipeline.name}{'Inpaint' if conditioner.concat_channels else ''}Pipeline",
         "scheduler": ["diffusers", scheduler["_class_name"]],
@@ -141,6 +147,13 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
         **{folder: ["transformers", tokenizer_class(model.tokenizer)] for folder in tokenizers},
         **pipeline.index_values(inner),
     }
+    for folder, files in networks.items():  # before any is written
+        check_writable(files.tensors, path / folder)
+    for folder, files in networks.items():
+        files.write(path / folder)
+    write_json(path / "scheduler" / SCHEDULER, scheduler)
+    for folder, tokenizer in tokenizers.items():
+        write_tokenizer(tokenizer, path / folder)
     write_json(path / INDEX, index)  # the last file, since it makes the folder a pipeline
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import methodcaller
 from pathlib import Path
 
@@ -65,13 +65,25 @@ def canonical(tensors: Mapping[str, Tensor], form: NetworkFormat) -> tuple[dict[
     return used, [name for name, theirs in names.items() if theirs is None]
 
 
-def write_network(
-    folder: Path, form: FolderFormat, part: Part, size: tuple[int, int], extra: Values | None = None
-) -> None:
-    """Write a part as a folder that the foreign library opens.
+@dataclass(frozen=True)
+class NetworkFiles:
+    """The files of one network: JSON values by file name, tensors, and the name of their file."""
+
+    values: Mapping[str, Values]
+    tensors: Mapping[str, Tensor]
+    weights: str
+
+    def write(self, folder: Path) -> None:
+        """Write the files to a folder for this network only; the config, which makes it one, is the last."""
+        write_tensors(folder / self.weights, self.tensors, {"format": "pt"})
+        for name, values in self.values.items():
+            write_json(folder / name, values)
+
+
+def network_files(form: FolderFormat, part: Part, size: tuple[int, int], extra: Values | None = None) -> NetworkFiles:
+    """Return a part as the files of a folder that the foreign library opens.
 
     Args:
-        folder: folder for this part only.
         form: description of the network.
         part: the network; a first stage is folded if necessary.
         size: height and width of the images or, as the form says, of the latents.
@@ -85,13 +97,10 @@ def write_network(
         part = folded(part, shifts=True)
         scale, shift = scale_and_shift_of(part) or (1.0, 0.0)
         extra |= {"scaling_factor": scale} | ({"shift_factor": shift} if shift else {})
-    values = form.write_config(part.config, size, extra)
-    tensors = form.export(part.config, part.weights, values)
-    write_tensors(folder / f"{form.weights[0]}.safetensors", tensors, {"format": "pt"})
+    config = form.write_config(part.config, size, extra)
     processor = form.write_preprocessor(part.config)
-    if processor is not None:
-        write_json(folder / PREPROCESSORS[0], processor)
-    write_json(folder / form.config_file, values)
+    values = ({} if processor is None else {PREPROCESSORS[0]: processor}) | {form.config_file: config}
+    return NetworkFiles(values, form.export(part.config, part.weights, config), f"{form.weights[0]}.safetensors")
 
 
 def read_network_folder(path: Path) -> Checkpoint:
