@@ -100,8 +100,8 @@ def open_clip_table(names: Iterable[str], rules: Rules = OPEN_CLIP) -> KeyTable:
 
 
 def canonical_transformers_name(name: str, model: str) -> str | None:
-    """Add the prefix ``model`` (``text_model.``) to a name that lacks it; None for buffers that are not weights."""
-    if name.endswith(("position_ids", "logit_scale")):
+    """Add the prefix ``model`` (``text_model.``) to a name that lacks it; None for the temperature of a CLIP."""
+    if name.endswith("logit_scale"):
         return None
     return name if name.startswith((model, "text_projection.", "visual_projection.")) else model + name
 
@@ -137,6 +137,7 @@ class TextFolder(FolderFormat):
     library = "transformers"
     folders: ClassVar = {"text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
     classes = ("clip_text_model",)
+    marks = ("text_model.", "embeddings.token_embedding.")
     weights = ("model", "pytorch_model")
 
     def key_table(self, config: TextTowerConfig, names: Iterable[str], values: Values) -> KeyTable:
@@ -240,7 +241,7 @@ class OpenCLIPTextSingleFile(SingleFileFormat):
         return open_clip_table(names)
 
     def canonical_name(self, name: str) -> str | None:
-        return None if name.endswith(("logit_scale", "attn_mask", "position_ids")) else name
+        return None if name.endswith("logit_scale") else name
 
     def infer_config(self, tensors: State, source: object) -> TextTowerConfig:
         return _inferred(

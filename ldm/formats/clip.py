@@ -28,6 +28,7 @@ from ldm.formats.native import build_on_meta, innermost, load_strictly, written_
 from ldm.formats.network_folder import canonical, format_of, network_files, read_network_folder
 from ldm.formats.tensors import CONFIG, read_json, read_tensors
 from ldm.formats.tokenizer import write_tokenizer
+from ldm.nn.network_format import outer_prefix
 
 OPEN_CLIP = CLIPOpenCLIP()
 
@@ -97,7 +98,8 @@ def is_clip(path: Path) -> bool:
 
 def is_open_clip(tensors: Mapping[str, Tensor]) -> bool:
     """Return whether these are the state of an open_clip model (not an LDM file)."""
-    return any(name.removeprefix("module.").startswith("visual.") for name in tensors)
+    outer = outer_prefix(tensors, OPEN_CLIP.marks)
+    return any(name.removeprefix(outer).startswith(OPEN_CLIP.marks) for name in tensors)
 
 
 def save_clip(

@@ -18,7 +18,7 @@ from ldm.formats.folding import SCALE, folded, has_statistics, scale_and_shift_o
 from ldm.formats.kinds import KINDS
 from ldm.formats.tensors import CONFIG, read_json, read_weights, write_atomically, write_tensors
 from ldm.formats.tokenizer import has_tokenizer, read_tokenizer
-from ldm.nn.network_format import FolderFormat, NetworkFormat, Values
+from ldm.nn.network_format import NOT_WEIGHTS, FolderFormat, NetworkFormat, Values, outer_prefix
 
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Files of the image processor; the first is written."""
@@ -59,10 +59,23 @@ def read_network(folder: Path, form: FolderFormat) -> tuple[Part, Values]:
 
 
 def canonical(tensors: Mapping[str, Tensor], form: NetworkFormat) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors by the names of the format's key table, and the names of those that it does not use."""
-    names = {name: form.canonical_name(name) for name in tensors}
-    used = {theirs: tensors[name] for name, theirs in names.items() if theirs is not None}
-    return used, [name for name, theirs in names.items() if theirs is None]
+    """Return the tensors by the names of the format's key table, and the names of those that it does not use.
+
+    Raises:
+        CheckpointError: two tensors have the same name there.
+    """
+    outer = outer_prefix(tensors, form.marks)
+    used: dict[str, Tensor] = {}
+    unused = []
+    for name, tensor in tensors.items():
+        theirs = None if NOT_WEIGHTS.fullmatch(name) else form.canonical_name(name.removeprefix(outer))
+        if theirs is None:
+            unused.append(name)
+        elif theirs in used:
+            raise CheckpointError(f"the weights of {theirs} occur twice, once as {name}; remove one of them.")
+        else:
+            used[theirs] = tensor
+    return used, unused
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from ldm.formats.folding import (
 )
 from ldm.formats.marks import Marks, metadata_for, read_marks, statistics_for, tensors_for, without_marks
 from ldm.formats.native import MODEL, build_on_meta, fingerprinted_metadata, header_of, metadata_of
-from ldm.formats.single_file_networks import EMA, full_names, networks_in, reject_other_files, use_ema
+from ldm.formats.single_file_networks import EMA, full_names, networks_in, reject_other_files, with_ema
 from ldm.formats.tensors import fingerprint, write_tensors
 from ldm.model import LatentDiffusion, ModelConfig, components
 from ldm.nn.network_format import SingleFileFormat, Values
@@ -69,12 +69,11 @@ def read_single_file(
     if metadata.get("format") == SINGLE_FILE:
         return _read_own(path, tensors, metadata)
     marked, tensors = without_marks(tensors, path)
-    found, unused = networks_in(tensors)
+    weights, averaged = with_ema(tensors, ema)
+    found, unused = networks_in(weights)
     reject_other_files(path, tensors, found)
     marks = read_marks(path, marked, metadata, prediction_type)
-    notes = []
-    if ema and use_ema(found, tensors):
-        notes.append(f"the weights of the denoiser are the EMA weights ({EMA}*)")
+    notes = [f"the weights are EMA weights ({EMA}*)"] if averaged else []
     family = family_of(full_names(found))
     notes.append(f"{family.name}, since there is " + ", ".join(each.prefix + "*" for each in found.values()))
     parts = {}

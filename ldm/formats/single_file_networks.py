@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ldm.errors import CheckpointError
-from ldm.formats.folding import SCALE_FACTOR
 from ldm.formats.kinds import KINDS, kind_of
 from ldm.formats.network_folder import canonical
-from ldm.nn.network_format import SingleFileFormat
+from ldm.nn.network_format import NOT_WEIGHTS, SingleFileFormat, outer_prefix
 
 EMA_OF, EMA = "model.", "model_ema."
-"""Prefixes of the networks that may have EMA weights, and of the EMA weights, whose names omit the dots."""
+"""Prefix of the networks that a model averages, which the names of EMA weights omit, and prefix of these names."""
+
+EMA_NAME = re.compile(r"((?:.+\.)?)(?:model_ema|ema_model|ema)\.(.+)")
+"""Name of an EMA weight: where the averaged module is in the file, and the name there, mostly without its dots."""
 
 REFINER = "conditioner.embedders.0.model."
 """Prefix of the only text encoder of the SDXL refiner."""
@@ -54,13 +56,13 @@ def networks_in(
     ``described`` are the configs of the components, if known.
     """
     forms, described = _forms(), described or {}
+    outer = outer_prefix(tensors, tuple(forms))
+    tensors = {name.removeprefix(outer): tensor for name, tensor in tensors.items()}
     has_prefix = any(name.startswith(tuple(forms)) for name in tensors)
     added = "" if has_prefix else _missing_prefix(tensors, forms)
     by_prefix: dict[str, dict[str, Tensor]] = {}
     unused = []
     for name, tensor in tensors.items():
-        if name == SCALE_FACTOR:
-            continue
         prefix = next((prefix for prefix in forms if (added + name).startswith(prefix)), None)
         if prefix is not None:
             by_prefix.setdefault(prefix, {})[(added + name).removeprefix(prefix)] = tensor
@@ -84,7 +86,13 @@ def _missing_prefix(tensors: Mapping[str, Tensor], forms: Mapping[str, list[Sing
     """Return the prefix that the names of a single network lack; empty if it is not recognized."""
     marks = {mark: prefix for prefix, each in reversed([*forms.items()]) for form in each for mark in form.marks}
     marks |= {prefix.removeprefix(EMA_OF): EMA_OF for prefix in forms if prefix.startswith(EMA_OF)}
-    return next((marks[mark] for mark in marks for name in tensors if name.startswith(mark)), "")
+    outer = outer_prefix(tensors, tuple(marks))
+    for mark, prefix in marks.items():
+        for name in tensors:
+            short = name.removeprefix(outer)
+            if short.startswith(mark if "." in short else mark.replace(".", "")):  # EMA weights have no dots
+                return prefix
+    return ""
 
 
 def full_names(found: Mapping[str, Found]) -> list[str]:
@@ -92,17 +100,38 @@ def full_names(found: Mapping[str, Found]) -> list[str]:
     return [prefix + name for prefix, _, tensors in found.values() for name in tensors]
 
 
-def use_ema(found: dict[str, Found], tensors: Mapping[str, Tensor]) -> bool:
-    """Replace weights by their EMA weights if a file has them, and return whether it has any."""
-    replaced = False
-    for prefix, _, own in found.values():
-        if prefix.startswith(EMA_OF):
-            start = EMA + prefix.removeprefix(EMA_OF).replace(".", "")
-            averaged = {name: start + name.replace(".", "") for name in own}
-            averages = {name: tensors[key] for name, key in averaged.items() if key in tensors}
-            own.update(averages)
-            replaced |= bool(averages)
-    return replaced
+def with_ema(tensors: Mapping[str, Tensor], ema: bool) -> tuple[dict[str, Tensor], bool]:
+    """Return the weights of a file, EMA weights in place of those that they are averages of, and whether there are any.
+
+    Args:
+        tensors: tensors of the file.
+        ema: use the EMA weights if the file has both; if it has EMA weights alone, these are used.
+    """
+    plain, averages = dict[str, Tensor](), dict[tuple[str, str], Tensor]()
+    for name, tensor in tensors.items():
+        found = None if NOT_WEIGHTS.fullmatch(name) else EMA_NAME.fullmatch(name)
+        if found is None:
+            plain[name] = tensor
+        else:
+            averages[found[1], found[2].replace(".", "")] = tensor
+    places = {place for place, _ in averages}
+    names = {}
+    for name in plain:
+        for place in (place for place in places if name.startswith(place)):
+            within = name.removeprefix(place)
+            names |= {(place, each.replace(".", "")): name for each in (within, within.removeprefix(EMA_OF))}
+    both = {names[key]: tensor for key, tensor in averages.items() if key in names}
+    if both:
+        return (plain | both if ema else plain), ema
+    return plain | {place + _with_prefix(name): tensor for (place, name), tensor in averages.items()}, bool(averages)
+
+
+def _with_prefix(name: str) -> str:
+    """Return the name of an EMA weight with the prefix of its network; the other dots are restored by its format."""
+    averaged = {
+        prefix.removeprefix(EMA_OF).replace(".", ""): prefix for prefix in _forms() if prefix.startswith(EMA_OF)
+    }
+    return next((full + name.removeprefix(each) for each, full in averaged.items() if name.startswith(each)), name)
 
 
 def reject_other_files(path: Path, tensors: Mapping[str, Tensor], found: Mapping[str, Found]) -> None:

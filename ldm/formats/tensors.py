@@ -37,6 +37,9 @@ CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 
 T = TypeVar("T")
 
+NESTED = ("state_dict", "model_state_dict", "module", "ema_state_dict", "ema")
+"""Keys under which a pickle may hold its weights, in order of preference; each may be nested in another."""
+
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that torch.compile, (Distributed)DataParallel, FSDP and activation checkpointing add."""
 
@@ -99,11 +102,7 @@ def check_plain(tensors: Mapping[str, Tensor], path: object) -> None:
     for name, tensor in tensors.items():
         dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_quantized
         if not dense or tensor.is_meta:  # quantized layers have entries of other types in their state
-            kind = (
-                "on the meta device"
-                if dense
-                else f"a {type(tensor).__name__} of {getattr(tensor, 'dtype', 'no dtype')}"
-            )
+            kind = "on the meta device" if dense else f"of type {type(tensor).__name__}"
             raise CheckpointError(
                 f"nothing is written to {path}, because {name} is {kind}, not a plain dense tensor with values; "
                 "write the model before it is quantized, sharded or emptied."
@@ -158,8 +157,8 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     The tensors are on the CPU, in the stored dtype; no values are read yet. Names are without :data:`WRAPPERS`.
 
     Args:
-        path: a .safetensors file, or a pickle (.ckpt, .pt, .pth, .bin) of a state dict, bare or as the value of
-            ``state_dict``; entries of a pickle that are not tensors are ignored.
+        path: a .safetensors file, or a pickle (.ckpt, .pt, .pth, .bin) of a state dict, bare or under a key of
+            :data:`NESTED`; entries of a pickle that are not tensors are ignored.
 
     Raises:
         CheckpointError: the file is missing, broken or not a tensor file, is a pickle that would run code, or holds quantized
@@ -352,8 +351,11 @@ def _pickled(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is not a complete file of torch.save ({type(error).__name__}: {detail}); download it again."
         ) from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    while isinstance(content, dict):
+        nested = next((content[key] for key in NESTED if isinstance(content.get(key), Mapping)), None)
+        if nested is None:
+            break
+        content = dict(nested)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of weights; save a state_dict.")
     tensors = {}

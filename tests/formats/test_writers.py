@@ -130,7 +130,7 @@ UNREADABLE: list[tuple[Callable[[LatentDiffusion], None], str]] = [
     (with_another_layer, "2 unexpected"),
     (without_values, "on the meta device"),
     (with_integers, "of another kind of number"),
-    (quantized, "is dtype, not a plain dense tensor"),
+    (quantized, "is of type dtype, not a plain dense tensor"),
     (sparse, "not a plain dense tensor"),
     (not_finite, "holds NaN or infinite values in float32"),
 ]
