@@ -87,7 +87,7 @@ def make(folder: Path) -> None:
     from ldm.diffusion import Diffusion
     from ldm.formats import save
     from ldm.formats.native import WithoutInit
-    from ldm.formats.single_file import SAMPLED
+    from ldm.formats.families import SAMPLED
     from ldm.model import LatentDiffusion, ModelConfig
     from ldm.vae import AutoencoderKLConfig
 

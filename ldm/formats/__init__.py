@@ -48,7 +48,7 @@ def load(
         source: ``"emoji"`` for the shipped model (a folder of that name is ``"./emoji"``); a run folder or another with a
             native ``model.safetensors`` in it, or such a file; an LDM single file of SD 1.x, 2.x or SDXL
             (``.safetensors`` or ``.ckpt``); a folder of a diffusers pipeline; or the id of either on the hub.
-        options: parts to replace, revision, prediction type; default: :class:`LoadOptions`.
+        options: parts to replace, revision, subfolder, variant, prediction type; default: :class:`LoadOptions`.
         dtype: dtype of the networks; None: as stored. The statistics of the latents stay fp32.
         changes: fields of ``options`` to change: ``vae="vae-ft-mse.safetensors"``.
 
@@ -65,7 +65,7 @@ def read(source: Source, options: LoadOptions | None = None, **changes: Any) -> 
     or an LDM file with its weights), or a CLIP of transformers or open_clip.
     """
     options = LoadOptions.of(options, changes)
-    path = find(source, options.revision)
+    path = find(source, options.revision, options.subfolder, options.variant)
     found = _read_folder(path, options) if path.is_dir() else _read_file(path, options)
     of_part = LoadOptions(prediction_type=options.prediction_type, ema=options.ema)
     for name, given in options.replacements().items():
@@ -77,7 +77,9 @@ def _read_folder(path: Path, options: LoadOptions) -> Checkpoint:
     from ldm.formats.clip import is_clip, read_clip
     from ldm.formats.diffusers_folder import read_folder
 
-    return read_clip(path) if is_clip(path) else read_folder(path, options.prediction_type)
+    if is_clip(path):
+        return read_clip(path, variant=options.variant)
+    return read_folder(path, options.prediction_type, options.variant)
 
 
 def _read_file(path: Path, options: LoadOptions) -> Checkpoint:
@@ -158,13 +160,30 @@ def writing(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be written to ({error.strerror}); name another path.") from None
 
 
-def find(source: Source, revision: str | None = None) -> Path:
+def find(source: Source, revision: str | None = None, subfolder: str | None = None, variant: str | None = None) -> Path:
     """Return the file or folder that :func:`load` reads for ``source``; it is fetched from the hub if necessary.
+
+    Args:
+        source, revision, subfolder, variant: see :func:`load` and :class:`LoadOptions`.
 
     Raises:
         CheckpointError: there is no model; the message says what was found instead.
     """
-    if source == SHIPPED and revision is None:
+    if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise CheckpointError(f"the subfolder {subfolder!r} is not within {source}; name a folder in it.")
+    path = _find(source, revision, subfolder, variant)
+    if variant is not None and not (path.is_dir() and _has_variant(path, variant)):
+        raise CheckpointError(f"{path} has no weights of the variant {variant!r}; omit the variant.")
+    return path
+
+
+def _has_variant(folder: Path, variant: str) -> bool:
+    files = [each.name for pattern in ("*", "*/*") for each in folder.glob(pattern)]
+    return any(f".{variant}{end}" in name for name in files for end in (".", "-"))
+
+
+def _find(source: Source, revision: str | None, subfolder: str | None, variant: str | None) -> Path:
+    if source == SHIPPED and revision is None and subfolder is None:
         return _existing(ASSETS / MODEL_FILE, "this installation lacks the shipped model; reinstall ldm.")
 
     from ldm.formats.clip import is_clip
@@ -172,11 +191,15 @@ def find(source: Source, revision: str | None = None) -> Path:
     from ldm.formats.hub import fetch, is_hub_id
 
     if isinstance(source, str) and is_hub_id(source):
-        source = fetch(source, revision)
+        source = fetch(source, revision, subfolder, variant)
     elif revision is not None:
         raise CheckpointError(
             f"{source} is not a model on the hub, so it has no revision {revision!r}; omit the revision."
         )
+    elif subfolder is not None:
+        if not (Path(source) / subfolder).is_dir():
+            raise CheckpointError(f"{source} has no folder {subfolder!r}; name one that it has, or omit the subfolder.")
+        source = Path(source) / subfolder
     path = Path(source)
     if path.is_dir():
         if is_folder(path) or is_clip(path):

@@ -60,13 +60,14 @@ def clip_of(found: Checkpoint) -> CLIP:
     return clip
 
 
-def read_clip(source: Path, quick_gelu: bool = False) -> Checkpoint:
+def read_clip(source: Path, quick_gelu: bool = False, variant: str | None = None) -> Checkpoint:
     """Read a CLIP, or one encoder of transformers' CLIP; values of weights are read only when they are used.
 
     Args:
         source: folder of transformers (``CLIPModel``, ``CLIPTextModel``, ``CLIPVisionModel``) or open_clip, or a file of
             weights that open_clip's training wrote.
         quick_gelu: whether such a file, which does not store the activation, uses OpenAI's QuickGELU; default: open_clip's GELU.
+        variant: preferred variant of the weights in a folder, such as ``fp16``.
 
     Raises:
         CheckpointError: there is no CLIP, it is broken, or ldm's encoders do not support it.
@@ -76,7 +77,7 @@ def read_clip(source: Path, quick_gelu: bool = False) -> Checkpoint:
             raise CheckpointError(
                 f"{source} is not a CLIP; it needs a {CONFIG} of transformers' CLIP, or open_clip's {OPEN_CLIP.config_file}."
             )
-        found = read_network_folder(source)
+        found = read_network_folder(source, variant)
         if found.layout != OPEN_CLIP.library:
             return found
         values = read_json(source / OPEN_CLIP.config_file)

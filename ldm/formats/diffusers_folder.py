@@ -51,18 +51,19 @@ def folders() -> dict[str, list[FolderFormat]]:
     return found
 
 
-def read_folder(path: Path, prediction_type: str | None = None) -> Checkpoint:
+def read_folder(path: Path, prediction_type: str | None = None, variant: str | None = None) -> Checkpoint:
     """Read a folder: a complete pipeline, or one network.
 
     Args:
         path: the folder.
         prediction_type: overrides that of the scheduler's config.
+        variant: variant of the weights that is read where a component has it, such as ``fp16``.
 
     Raises:
         CheckpointError: a component is missing, broken, or not supported by ldm.
     """
     if not (path / INDEX).is_file():
-        return read_network_folder(path)
+        return read_network_folder(path, variant)
     index = read_json(path / INDEX)
     parts: dict[str, Part] = {}
     values: dict[str, Values] = {}
@@ -75,7 +76,7 @@ def read_folder(path: Path, prediction_type: str | None = None) -> Checkpoint:
                     f"{path} lacks {folder}/{CONFIG}, which its {INDEX} names; download the folder again."
                 )
             form = next((form for form in forms if entry[-1] in form.classes), forms[0])
-            parts[form.folders[folder]], values[form.folders[folder]] = read_network(path / folder, form)
+            parts[form.folders[folder]], values[form.folders[folder]] = read_network(path / folder, form, variant)
     if not parts:
         raise CheckpointError(
             f"{path} is a folder of {index.get('_class_name', 'no pipeline')}, of which ldm reads no part; use one of the "

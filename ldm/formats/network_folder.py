@@ -41,8 +41,8 @@ def format_of(folder: Path) -> FolderFormat | None:
     return next(iter([*fitting, *others]), None)
 
 
-def read_network(folder: Path, form: FolderFormat) -> tuple[Part, Values]:
-    """Read a network and its JSON config.
+def read_network(folder: Path, form: FolderFormat, variant: str | None = None) -> tuple[Part, Values]:
+    """Read a network and its JSON config; ``variant`` as in :func:`ldm.formats.tensors.read_weights`.
 
     Raises:
         CheckpointError: it is broken, or not supported by ldm.
@@ -52,7 +52,7 @@ def read_network(folder: Path, form: FolderFormat) -> tuple[Part, Values]:
     processor = next((folder / name for name in PREPROCESSORS if (folder / name).is_file()), None)
     if processor is not None:
         values["preprocessor"] = read_json(processor)
-    tensors, files = read_weights(folder, form.weights)
+    tensors, files = read_weights(folder, form.weights, variant)
     tensors, _ = canonical(tensors, form)
     part = Part.imported(form.read_config(values, tensors, where), tensors, form, files[0], values)
     return (_with_statistics(part, values, where) if has_statistics(part) else part), values
@@ -116,8 +116,8 @@ def network_files(form: FolderFormat, part: Part, size: tuple[int, int], extra: 
     return NetworkFiles(values, form.export(part.config, part.weights, config), f"{form.weights[0]}.safetensors")
 
 
-def read_network_folder(path: Path) -> Checkpoint:
-    """Read a folder of one network, or of a CLIP.
+def read_network_folder(path: Path, variant: str | None = None) -> Checkpoint:
+    """Read a folder of one network, or of a CLIP; ``variant`` as in :func:`ldm.formats.tensors.read_weights`.
 
     Raises:
         CheckpointError: it is broken, or of a kind that ldm does not read.
@@ -130,7 +130,7 @@ def read_network_folder(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path / CONFIG} is for {found}; ldm reads folders of {', '.join(known)}, of open_clip, and of pipelines."
         )
-    part, content = read_network(path, form)
+    part, content = read_network(path, form, variant)
     parts = {form.component: part} if form.component else of_clip(part.config, part.state)
     note = f"by {form.config_file}: {next((content[key] for key in CLASS_KEYS if key in content), form.library)}"
     kind = part.kind.name if not form.component else f"a single {part.kind.name}"

@@ -115,7 +115,7 @@ def with_ema(tensors: Mapping[str, Tensor], ema: bool) -> tuple[dict[str, Tensor
         else:
             averages[found[1], found[2].replace(".", "")] = tensor
     places = {place for place, _ in averages}
-    names = {}
+    names: dict[tuple[str, str], str] = {}
     for name in plain:
         for place in (place for place in places if name.startswith(place)):
             within = name.removeprefix(place)

@@ -32,8 +32,13 @@ from ldm.errors import CheckpointError, first_line
 SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
 """File name suffixes of tensor files."""
 
-CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-"""Class that checkpoints of the original latent-diffusion code name, as the key of its saved callback state."""
+IGNORED = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",  # the key of its state in files of latent-diffusion
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+)
+"""Names in pickles of what is no weight: metrics and states of random generators. Nothing is imported or called for them."""
 
 T = TypeVar("T")
 
@@ -184,7 +189,9 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def read_weights(folder: str | Path, stem: str | tuple[str, ...] = DIFFUSERS) -> tuple[dict[str, Tensor], list[Path]]:
+def read_weights(
+    folder: str | Path, stem: str | tuple[str, ...] = DIFFUSERS, variant: str | None = None
+) -> tuple[dict[str, Tensor], list[Path]]:
     """Read the weights in a diffusers or transformers folder, as :func:`read_tensors` does, and return also their files.
 
     A .safetensors file is preferred to a pickle, the default variant to the fp16 variant; each may be one file or an index
@@ -193,20 +200,22 @@ def read_weights(folder: str | Path, stem: str | tuple[str, ...] = DIFFUSERS) ->
     Args:
         folder: folder of one part of a model.
         stem: name of its files without suffix (:data:`STEMS`); of several, the first that exists.
+        variant: variant that is preferred to all others, if the folder has it.
 
     Raises:
         CheckpointError: there are no weights, or the index does not match its shards.
     """
     folder = Path(folder)
     stems = (stem,) if isinstance(stem, str) else stem
-    for ending in (SAFETENSORS[1:], "bin"):
-        for variant in ("", "fp16."):
-            for name in stems:
-                single, index = folder / f"{name}.{variant}{ending}", folder / f"{name}.{ending}.index.{variant}json"
-                if single.is_file():
-                    return read_tensors(single), [single]
-                if index.is_file():
-                    return _sharded(index)
+    endings = (SAFETENSORS[1:], "bin")
+    usual = [(ending, each) for ending in endings for each in ("", "fp16.")]
+    for ending, part in [(ending, f"{variant}.") for ending in endings if variant] + usual:
+        for name in stems:
+            single, index = folder / f"{name}.{part}{ending}", folder / f"{name}.{ending}.index.{part}json"
+            if single.is_file():
+                return read_tensors(single), [single]
+            if index.is_file():
+                return _sharded(index)
     raise CheckpointError(f"{folder} holds no weights, such as {stems[0]}{SAFETENSORS}; download the folder again.")
 
 
@@ -328,15 +337,21 @@ def _all(file: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, file.metadata() or {}
 
 
-class _Callback:
-    """Placeholder for :data:`CALLBACK`; does nothing."""
+class _Ignored:
+    """Placeholder for :data:`IGNORED`; takes any arguments and state, and does nothing."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 def _pickled(path: str | Path) -> dict[str, Tensor]:
     with Path(path).open("rb") as file:
         zipped = file.read(2) == b"PK"  # else from torch before 1.6, which cannot be memory-mapped
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Callback, CALLBACK)]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Ignored, name) for name in IGNORED]):
             warnings.simplefilter("ignore")  # about pickle protocols and typed storages
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a broken pickle may raise any exception
