@@ -227,10 +227,13 @@ def statistics_for(diffusion: Diffusion, state: Mapping[str, Tensor]) -> dict[st
 def metadata_for(diffusion: Diffusion, hidden_state: str | None = None) -> dict[str, str]:
     """Return the metadata that states a diffusion, and the hidden state of a text encoder of SD 1.
 
-    Parametrizations other than eps, v and x0 have names there that only ldm knows.
+    A parametrization that no mark states has a name there that only ldm knows.
     """
     kind = type(diffusion.parametrization)
-    stated = {PREDICTION_KEYS[0]: {Eps: "epsilon", V: "v", X0: "sample"}.get(kind, kind.kind)}
+    names: dict[type[Parametrization], str] = {Eps: "epsilon", V: "v", X0: "sample"}
+    if diffusion == PLAYGROUND or "edm_vpred.sigma_max" in tensors_for(diffusion):
+        names |= {Edm: "epsilon", EdmV: "v"}
+    stated = {PREDICTION_KEYS[0]: names.get(kind, kind.kind)}
     layers = {state: layer for layer, state in HIDDEN_STATES.items()}
     return stated | ({ENCODER_LAYER: layers[hidden_state]} if hidden_state else {})
 
@@ -271,7 +274,10 @@ def _edm(path: object, tensors: Mapping[str, Tensor], kind: type[Parametrization
         return replace(PLAYGROUND, parametrization=edm(0.5))
     try:
         usual = Karras()
-        ends = [scale_from(usual.sigma_min if tensor is None else tensor) for tensor in levels.values()]
+        ends = [
+            shortest(tensor.flatten()[0]) if tensor is not None and scale_from(tensor) else usual.sigma_min
+            for tensor in levels.values()
+        ]
         return Diffusion(Karras(usual.num_timesteps, *ends), edm(1.0))
     except ValueError as error:
         raise CheckpointError(f"{path}: edm_vpred does not give two noise levels: {error}.") from None

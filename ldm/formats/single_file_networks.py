@@ -56,12 +56,12 @@ def networks_in(
     ``described`` are the configs of the components, if known.
     """
     forms, described = _forms(), described or {}
+    unused = [name for name in tensors if NOT_WEIGHTS.fullmatch(name)]
     outer = outer_prefix(tensors, tuple(forms))
-    tensors = {name.removeprefix(outer): tensor for name, tensor in tensors.items()}
+    tensors = {name.removeprefix(outer): tensor for name, tensor in tensors.items() if name not in unused}
     has_prefix = any(name.startswith(tuple(forms)) for name in tensors)
     added = "" if has_prefix else _missing_prefix(tensors, forms)
     by_prefix: dict[str, dict[str, Tensor]] = {}
-    unused = []
     for name, tensor in tensors.items():
         prefix = next((prefix for prefix in forms if (added + name).startswith(prefix)), None)
         if prefix is not None:

@@ -34,11 +34,11 @@ SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
 
 IGNORED = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",  # the key of its state in files of latent-diffusion
-    "numpy.dtype",
-    "numpy.ndarray",
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.dtype",  # metrics and learning rates
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
 )
-"""Names in pickles of what is no weight: metrics and states of random generators. Nothing is imported or called for them."""
+"""Names in pickles of what is no weight. Nothing is imported or called for them."""
 
 T = TypeVar("T")
 

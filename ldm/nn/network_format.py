@@ -118,9 +118,7 @@ def prefixed(prefix: str, table: KeyTable) -> dict[str, KeyMapping]:
     return {ours: mapping._replace(name=prefix + mapping.name) for ours, mapping in table.items()}
 
 
-OUTER = re.compile(
-    r"(?:(?:model|net|network|state_dict|unet|vae|autoencoder|text_encoder(?:_2)?|transformer|clip_[lg])\.)+"
-)
+OUTER = r"(?:(?:model|net|network|state_dict|unet|vae|autoencoder|text_encoder(?:_2)?|transformer|clip_[lg])\.)+"
 """Prefixes that other software puts before all names of a network."""
 
 NOT_WEIGHTS = re.compile(r"(?:.*\.)?(?:decay|num_updates|position_ids|attn_mask)")
@@ -130,10 +128,10 @@ NOT_WEIGHTS = re.compile(r"(?:.*\.)?(?:decay|num_updates|position_ids|attn_mask)
 def outer_prefix(names: Iterable[str], marks: tuple[str, ...]) -> str:
     """Return the prefix (:data:`OUTER`) that names have before any of ``marks``; empty if one begins with a mark."""
     listed = [*names]
-    if any(name.startswith(marks) for name in listed):
+    if not marks or any(name.startswith(marks) for name in listed):
         return ""
-    found = (match for name in listed if (match := OUTER.match(name)))
-    return next((match[0] for match in found if match.string.startswith(marks, match.end())), "")
+    before_mark = re.compile(rf"{OUTER}(?={'|'.join(map(re.escape, marks))})")
+    return next((match[0] for name in listed if (match := before_mark.match(name))), "")
 
 
 def attention_names(layer: str, query: str, key: str, value: str, out: str) -> Rules:
