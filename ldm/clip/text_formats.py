@@ -37,6 +37,9 @@ from ldm.nn.network_format import (
 HEAD_WIDTH = 64
 """Channels of an attention head in all published text encoders of Stable Diffusion."""
 
+OPEN_CLIP_WIDTH = 1024
+"""Least width of open_clip's text encoders in Stable Diffusion, which use GELU also where they have transformers' names."""
+
 LEGACY_EOS = 2
 """The ``eos_token_id`` that older versions of transformers wrote; it means the highest token id."""
 
@@ -319,7 +322,7 @@ def _inferred(
             layers=count(tensors, rf"{re.escape(blocks)}\.(\d+)\."),
             heads=width // HEAD_WIDTH,
             mlp_ratio=tensors[f"{blocks}.0.{hidden}"].shape[0] / width,
-            activation=activation,
+            activation="gelu" if width >= OPEN_CLIP_WIDTH else activation,
             embed_dim=embed_dim,
         )
 

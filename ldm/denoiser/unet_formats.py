@@ -71,6 +71,9 @@ OTHERS_DIFFUSERS: Rules = (
 NAMES: Rules = attention_names(r"attn\d", "to_q", "to_k", "to_v", "to_out.0")
 """Names of attention layers as other tools have them."""
 
+USUAL = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight", ".to_out.0.bias")
+"""Ends of the names of attention layers in most files, which the rules would leave as they are."""
+
 UNDOTTED: Rules = (
     (r"^(input_blocks|output_blocks)(\d+)(\d)(?=[a-z])", r"\1.\2.\3."),
     (r"^(middle_block|time_embed|out)(\d)", r"\1.\2."),
@@ -172,7 +175,7 @@ class UNetSingleFile(SingleFileFormat):
         return _key_table(names, blocks, RESIDUAL_LDM, OTHERS_LDM)
 
     def canonical_name(self, name: str) -> str:
-        return renamed(name if "." in name else renamed(name, UNDOTTED), NAMES)
+        return _with_usual_names(name if "." in name else renamed(name, UNDOTTED))
 
     def infer_config(self, tensors: State, source: object) -> UNetConfig:
         with inferring("U-Net", source):
@@ -251,7 +254,7 @@ class UNetFolder(FolderFormat):
         return _key_table(names, blocks, RESIDUAL_DIFFUSERS, (*OTHERS_DIFFUSERS, *embedding))
 
     def canonical_name(self, name: str) -> str:
-        return renamed(name, NAMES)
+        return _with_usual_names(name)
 
     def read_config(self, values: Values, names: Collection[str], where: object) -> UNetConfig:
         given = checked(values, DEFAULTS, FIXED, where)
@@ -334,6 +337,10 @@ def lora_names(config: UNetConfig, names: Sequence[str], component: str, compone
     folders = [UNetFolder().key_table(config, weights, {"class_embed_type": kind}) for kind in (None, "projection")]
     file = UNetSingleFile().key_table(config, weights, {})
     return lora_spellings([*folders, file], ("unet.", ""), "lora_unet_")
+
+
+def _with_usual_names(name: str) -> str:
+    return name if ".attn" not in name or name.endswith(USUAL) else renamed(name, NAMES)
 
 
 def _key_table(names: Iterable[str], blocks: Mapping[str, str], residual: Rules, others: Rules) -> KeyTable:

@@ -123,7 +123,7 @@ def without_marks(tensors: Mapping[str, Tensor], path: object) -> tuple[dict[str
     """
     marks, others = {}, {}
     for name, tensor in tensors.items():
-        found = NAMES.fullmatch(name)
+        found = NAMES.fullmatch(name) if name.endswith(TENSORS) else None
         if found and (found[1] not in TABLES or bool(tensor.any())):  # else a buffer that was never filled
             marks[found[1]] = tensor
             continue
@@ -198,20 +198,31 @@ def read_marks(
         mean,
         std,
         HIDDEN_STATES.get(layer or ""),
-        (*tensors, *(key for key in METADATA if key in metadata)),
+        names_of(tensors, metadata),
     )
 
 
-def tensors_for(diffusion: Diffusion) -> dict[str, Tensor]:
-    """Return the tensors that state a diffusion, as far as there are any; the inverse of :func:`read_marks`."""
+def names_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names of all marks of a file: of the tensors that are marks, and of metadata."""
+    return (*tensors, *(key for key in METADATA if key in metadata))
+
+
+def tensors_for(diffusion: Diffusion, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Return the tensors that state a diffusion, as far as there are any; the inverse of :func:`read_marks`.
+
+    Those that have no values are of ``dtype``, that of the weights.
+    """
     schedule, parametrization = diffusion.schedule, diffusion.parametrization
-    marks = {"v_pred": torch.empty(0)} if parametrization == V() else {}
+    empty = torch.empty(0, dtype=dtype, device="cpu")
+    marks = {"v_pred": empty} if parametrization == V() else {}
     if isinstance(schedule, Karras) and parametrization == EdmV(1.0):
         ends = {"sigma_max": schedule.sigma_max, "sigma_min": schedule.sigma_min}
-        return {f"edm_vpred.{name}": torch.tensor(value) for name, value in ends.items()}
+        return {
+            f"edm_vpred.{name}": torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in ends.items()
+        }
     if isinstance(schedule, BetaSchedule):
         if schedule.zero_terminal_snr:
-            marks["ztsnr"] = torch.empty(0)
+            marks["ztsnr"] = empty
         if replace(schedule, zero_terminal_snr=False) != ScaledLinear():
             marks["betas"] = schedule.betas.float()
     return marks

@@ -18,7 +18,7 @@ from ldm.formats.folding import SCALE, folded, has_statistics, scale_and_shift_o
 from ldm.formats.kinds import KINDS
 from ldm.formats.tensors import CONFIG, read_json, read_weights, write_atomically, write_tensors
 from ldm.formats.tokenizer import has_tokenizer, read_tokenizer
-from ldm.nn.network_format import NOT_WEIGHTS, FolderFormat, NetworkFormat, Values, outer_prefix
+from ldm.nn.network_format import FolderFormat, NetworkFormat, Values, is_weight, outer_prefix
 
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Files of the image processor; the first is written."""
@@ -68,7 +68,7 @@ def canonical(tensors: Mapping[str, Tensor], form: NetworkFormat) -> tuple[dict[
     used: dict[str, Tensor] = {}
     unused = []
     for name, tensor in tensors.items():
-        theirs = None if NOT_WEIGHTS.fullmatch(name) else form.canonical_name(name.removeprefix(outer))
+        theirs = form.canonical_name(name.removeprefix(outer)) if is_weight(name) else None
         if theirs is None:
             unused.append(name)
         elif theirs in used:

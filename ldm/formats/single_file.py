@@ -37,7 +37,7 @@ from ldm.formats.folding import (
     scale_and_shift_of,
     with_scale,
 )
-from ldm.formats.marks import Marks, metadata_for, read_marks, statistics_for, tensors_for, without_marks
+from ldm.formats.marks import Marks, metadata_for, names_of, read_marks, statistics_for, tensors_for, without_marks
 from ldm.formats.native import MODEL, build_on_meta, fingerprinted_metadata, header_of, metadata_of
 from ldm.formats.single_file_networks import EMA, full_names, networks_in, reject_other_files, with_ema
 from ldm.formats.tensors import fingerprint, write_tensors
@@ -129,7 +129,7 @@ def write_single_file(path: Path, model: LatentDiffusion, dtype: torch.dtype | N
             tensors |= stored
         exported = form.export(parts[name].config, parts[name].weights, prefix)
         tensors |= {prefix + key: tensor for key, tensor in exported.items()}
-    tensors |= tensors_for(model.diffusion)
+    tensors |= tensors_for(model.diffusion, next(iter(parts["denoiser"].weights.values())).dtype)
     metadata = _metadata(model, parts)
     metadata["fingerprint"] = fingerprint(
         joined(parts, part_prefixes(model)), fingerprinted_metadata(metadata_of(model.config, model.tokenizer))
@@ -145,7 +145,7 @@ def write_single_network(path: Path, name: str, part: Part) -> None:
     if has_statistics(part):
         part, stored = _folded(part, form, SCALE)
     if part.diffusion is not None:
-        stored |= tensors_for(part.diffusion)
+        stored |= tensors_for(part.diffusion, next(iter(part.weights.values())).dtype)
         metadata |= metadata_for(part.diffusion)
     write_tensors(path, form.export(part.config, part.weights, prefix) | stored, metadata)
 
@@ -156,7 +156,8 @@ def _read_own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     config: ModelConfig = header.config
     conditioner = build_on_meta(lambda: config.conditioner.build(header.tokenizer), tensors, path)
     described = {name: component.config for name, component in components(config, conditioner).items()}
-    found, unused = networks_in(without_marks(tensors, path)[1], described)
+    marks, tensors = without_marks(tensors, path)
+    found, unused = networks_in(tensors, described)
     parts = {}
     for name, own_config in described.items():
         if name not in found:
@@ -192,6 +193,7 @@ def _read_own(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
             f"written by ldm, all settings are from its metadata; the prediction type is "
             f"{config.diffusion.parametrization.kind}",
         ),
+        marks=names_of(marks, metadata),
         unused=tuple(unused),
     )
 

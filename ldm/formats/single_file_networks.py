@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.errors import CheckpointError
 from ldm.formats.kinds import KINDS, kind_of
 from ldm.formats.network_folder import canonical
-from ldm.nn.network_format import NOT_WEIGHTS, SingleFileFormat, outer_prefix
+from ldm.nn.network_format import SingleFileFormat, is_weight, outer_prefix
 
 EMA_OF, EMA = "model.", "model_ema."
 """Prefix of the networks that a model averages, which the names of EMA weights omit, and prefix of these names."""
@@ -56,9 +56,9 @@ def networks_in(
     ``described`` are the configs of the components, if known.
     """
     forms, described = _forms(), described or {}
-    unused = [name for name in tensors if NOT_WEIGHTS.fullmatch(name)]
+    unused = [name for name in tensors if not is_weight(name)]
     outer = outer_prefix(tensors, tuple(forms))
-    tensors = {name.removeprefix(outer): tensor for name, tensor in tensors.items() if name not in unused}
+    tensors = {name.removeprefix(outer): tensor for name, tensor in tensors.items() if is_weight(name)}
     has_prefix = any(name.startswith(tuple(forms)) for name in tensors)
     added = "" if has_prefix else _missing_prefix(tensors, forms)
     by_prefix: dict[str, dict[str, Tensor]] = {}
@@ -109,8 +109,8 @@ def with_ema(tensors: Mapping[str, Tensor], ema: bool) -> tuple[dict[str, Tensor
     """
     plain, averages = dict[str, Tensor](), dict[tuple[str, str], Tensor]()
     for name, tensor in tensors.items():
-        found = None if NOT_WEIGHTS.fullmatch(name) else EMA_NAME.fullmatch(name)
-        if found is None:
+        found = EMA_NAME.fullmatch(name) if "ema" in name else None
+        if found is None or not is_weight(name):
             plain[name] = tensor
         else:
             averages[found[1], found[2].replace(".", "")] = tensor

@@ -50,11 +50,26 @@ WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 WRAPPED = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(WRAPPERS)})\.")
 
-QUANTIZED = re.compile(
-    r"(?:^|.*\.)(?:scaled_fp8|scale_weight|scale_input|weight_scale|input_scale|comfy_quant|(?:nested_)?(?:absmax|quant_map)"
-    r"|quant_state\..*|qweight|qzeros|SCB)"
-)
-"""Names of tensors by which quantized weights, which mean nothing without these, are recognized."""
+QUANTIZED = {
+    "scaled_fp8",
+    "scale_weight",
+    "scale_input",
+    "weight_scale",
+    "input_scale",
+    "comfy_quant",
+    "qweight",
+    "qzeros",
+}
+QUANTIZED |= {
+    "SCB",
+    "absmax",
+    "nested_absmax",
+    "quant_map",
+    "nested_quant_map",
+    "bitsandbytes__nf4",
+    "bitsandbytes__fp4",
+}
+"""Last parts of the names of tensors without which quantized weights mean nothing."""
 
 INDEX, CONFIG = "model_index.json", "config.json"
 """Index of a diffusers pipeline, and config file of one network in a diffusers or transformers folder."""
@@ -174,7 +189,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if tensors.keys() != stored.keys() and "fingerprint" in metadata:
         metadata["fingerprint"] = ""  # it is that of the names in the file
     for name, tensor in tensors.items():
-        if QUANTIZED.fullmatch(name):
+        if name.rpartition(".")[2] in QUANTIZED:
             raise CheckpointError(
                 f"{path} holds quantized weights ({name}), which ldm does not read; use a file in fp16, bf16 or fp32."
             )

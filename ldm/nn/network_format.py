@@ -121,8 +121,13 @@ def prefixed(prefix: str, table: KeyTable) -> dict[str, KeyMapping]:
 OUTER = r"(?:(?:model|net|network|state_dict|unet|vae|autoencoder|text_encoder(?:_2)?|transformer|clip_[lg])\.)+"
 """Prefixes that other software puts before all names of a network."""
 
-NOT_WEIGHTS = re.compile(r"(?:.*\.)?(?:decay|num_updates|position_ids|attn_mask)")
-"""Names of tensors that no network needs: counters of an average, and constants that are computed."""
+NOT_WEIGHTS = frozenset({"decay", "num_updates", "position_ids", "attn_mask"})
+"""Last parts of names of tensors that no network needs: counters of an average, and constants that are computed."""
+
+
+def is_weight(name: str) -> bool:
+    """Return whether a tensor of this name may be a weight of a network."""
+    return name.rpartition(".")[2] not in NOT_WEIGHTS
 
 
 def outer_prefix(names: Iterable[str], marks: tuple[str, ...]) -> str:
