@@ -50,25 +50,9 @@ WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 WRAPPED = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(WRAPPERS)})\.")
 
-QUANTIZED = {
-    "scaled_fp8",
-    "scale_weight",
-    "scale_input",
-    "weight_scale",
-    "input_scale",
-    "comfy_quant",
-    "qweight",
-    "qzeros",
-}
-QUANTIZED |= {
-    "SCB",
-    "absmax",
-    "nested_absmax",
-    "quant_map",
-    "nested_quant_map",
-    "bitsandbytes__nf4",
-    "bitsandbytes__fp4",
-}
+QUANTIZED = re.compile(
+    r"scaled_fp8|scale_(weight|input)|(weight|input)_scale|comfy_quant|(nested_)?(absmax|quant_map)|qweight|qzeros|SCB|bitsandbytes__\w+"
+)
 """Last parts of the names of tensors without which quantized weights mean nothing."""
 
 INDEX, CONFIG = "model_index.json", "config.json"
@@ -189,7 +173,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if tensors.keys() != stored.keys() and "fingerprint" in metadata:
         metadata["fingerprint"] = ""  # it is that of the names in the file
     for name, tensor in tensors.items():
-        if name.rpartition(".")[2] in QUANTIZED:
+        if QUANTIZED.fullmatch(name.rpartition(".")[2]):
             raise CheckpointError(
                 f"{path} holds quantized weights ({name}), which ldm does not read; use a file in fp16, bf16 or fp32."
             )
