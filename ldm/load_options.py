@@ -27,6 +27,10 @@ class LoadOptions:
     text_encoder: Source | None = config_field(None, "source of a text encoder in place of the model's own")
     text_encoder_2: Source | None = config_field(None, "source of a second text encoder in place of the model's own")
     revision: str | None = config_field(None, "branch, tag or commit of a hub id")
+    subfolder: str | None = config_field(None, "folder of the model within the source, such as unet")
+    variant: str | None = config_field(
+        None, "variant of the weights in a folder or on the hub, such as fp16, where it exists"
+    )
     prediction_type: str | None = config_field(
         None, "epsilon or v_prediction; null = as the source says, else epsilon; weights do not tell"
     )

@@ -86,8 +86,8 @@ def make(folder: Path) -> None:
     from ldm.denoiser import LevelSpec, UNetConfig
     from ldm.diffusion import Diffusion
     from ldm.formats import save
+    from ldm.formats.families import SAMPLED
     from ldm.formats.native import WithoutInit
-    from ldm.formats.single_file import SAMPLED
     from ldm.model import LatentDiffusion, ModelConfig
     from ldm.vae import AutoencoderKLConfig
 

@@ -90,6 +90,7 @@ def description(found: Checkpoint) -> list[str]:
             f"tokenizer        {found.tokenizer.vocab_size:,} tokens, at most {found.tokenizer.context_length} in a caption"
         )
     lines += [f"evidence         {note}" for note in found.notes]
+    lines += [f"mark             {name}" for name in found.marks]
     lines += [f"missing          {name}" for name in found.missing()]
     lines += [f"unused           {name}" for name in found.unused]
     return lines

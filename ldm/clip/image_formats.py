@@ -61,6 +61,7 @@ class ImageFolder(FolderFormat):
     component = "image_encoder"
     library = "transformers"
     classes = ("clip_vision_model",)
+    marks = ("vision_model.", "embeddings.patch_embedding.")
     weights = ("model", "pytorch_model")
 
     def build(self, config: ViTConfig, values: Values) -> nn.Module:

@@ -71,6 +71,7 @@ class CLIPTransformers(FolderFormat):
     reads_text = True
     library = "transformers"
     classes = ("clip",)
+    marks = ("text_model.", "vision_model.")
     weights = ("model", "pytorch_model")
     text, image = TextFolder(), ImageFolder()
 
@@ -80,9 +81,6 @@ class CLIPTransformers(FolderFormat):
             lambda text: self.text.key_table(config.text, text, values),
             lambda image: self.image.key_table(config.image, image, values),  # type: ignore[arg-type]
         )
-
-    def canonical_name(self, name: str) -> str | None:
-        return None if name.endswith("position_ids") else name
 
     def read_config(self, values: Values, names: Collection[str], where: object) -> CLIPConfig:
         embed_dim = values.get("projection_dim", 512)
@@ -115,6 +113,7 @@ class CLIPOpenCLIP(FolderFormat):
     classes = ()
     weights = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
     config_file = "open_clip_config.json"
+    marks = ("visual.",)
 
     def key_table(self, config: CLIPConfig, names: Iterable[str], values: Values) -> KeyTable:
         return _encoders(
@@ -122,8 +121,8 @@ class CLIPOpenCLIP(FolderFormat):
         )
 
     def canonical_name(self, name: str) -> str:
-        """Remove the prefixes of a separate text module and of DistributedDataParallel."""
-        return name.removeprefix("module.").removeprefix("text.")
+        """Remove the prefix of a separate text module."""
+        return name.removeprefix("text.")
 
     def read_config(self, values: Values, names: Collection[str], where: object) -> CLIPConfig:
         with reading(where):

@@ -37,6 +37,9 @@ from ldm.nn.network_format import (
 HEAD_WIDTH = 64
 """Channels of an attention head in all published text encoders of Stable Diffusion."""
 
+OPEN_CLIP_WIDTH = 1024
+"""Least width of open_clip's text encoders in Stable Diffusion, which use GELU also where they have transformers' names."""
+
 LEGACY_EOS = 2
 """The ``eos_token_id`` that older versions of transformers wrote; it means the highest token id."""
 
@@ -100,8 +103,8 @@ def open_clip_table(names: Iterable[str], rules: Rules = OPEN_CLIP) -> KeyTable:
 
 
 def canonical_transformers_name(name: str, model: str) -> str | None:
-    """Add the prefix ``model`` (``text_model.``) to a name that lacks it; None for buffers that are not weights."""
-    if name.endswith(("position_ids", "logit_scale")):
+    """Add the prefix ``model`` (``text_model.``) to a name that lacks it; None for the temperature of a CLIP."""
+    if name.endswith("logit_scale"):
         return None
     return name if name.startswith((model, "text_projection.", "visual_projection.")) else model + name
 
@@ -137,6 +140,7 @@ class TextFolder(FolderFormat):
     library = "transformers"
     folders: ClassVar = {"text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
     classes = ("clip_text_model",)
+    marks = ("text_model.", "embeddings.token_embedding.")
     weights = ("model", "pytorch_model")
 
     def key_table(self, config: TextTowerConfig, names: Iterable[str], values: Values) -> KeyTable:
@@ -240,7 +244,7 @@ class OpenCLIPTextSingleFile(SingleFileFormat):
         return open_clip_table(names)
 
     def canonical_name(self, name: str) -> str | None:
-        return None if name.endswith(("logit_scale", "attn_mask", "position_ids")) else name
+        return None if name.endswith("logit_scale") else name
 
     def infer_config(self, tensors: State, source: object) -> TextTowerConfig:
         return _inferred(
@@ -318,7 +322,7 @@ def _inferred(
             layers=count(tensors, rf"{re.escape(blocks)}\.(\d+)\."),
             heads=width // HEAD_WIDTH,
             mlp_ratio=tensors[f"{blocks}.0.{hidden}"].shape[0] / width,
-            activation=activation,
+            activation="gelu" if width >= OPEN_CLIP_WIDTH else activation,
             embed_dim=embed_dim,
         )
 

@@ -27,6 +27,7 @@ from ldm.nn.network_format import (
     SingleFileFormat,
     State,
     Values,
+    attention_names,
     checked,
     count,
     inferring,
@@ -66,6 +67,26 @@ OTHERS_DIFFUSERS: Rules = (
     (r"^noise_embedding\.mlp\.2", "time_embedding.linear_2"),
     (r"^norm_out", "conv_norm_out"),
 )
+
+NAMES: Rules = attention_names(r"attn\d", "to_q", "to_k", "to_v", "to_out.0")
+"""Names of attention layers as other tools have them."""
+
+USUAL = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight", ".to_out.0.bias")
+"""Ends of the names of attention layers in most files, which the rules would leave as they are."""
+
+UNDOTTED: Rules = (
+    (r"^(input_blocks|output_blocks)(\d+)(\d)(?=[a-z])", r"\1.\2.\3."),
+    (r"^(middle_block|time_embed|out)(\d)", r"\1.\2."),
+    (r"^label_emb(\d)(\d)", r"label_emb.\1.\2."),
+    (r"(transformer_blocks)(\d+)", r"\1.\2."),
+    (r"((?:in|emb|out)_layers)(\d)", r"\1.\2."),
+    (r"(attn\d)to_", r"\1.to_"),
+    (r"to_out(\d)", r"to_out.\1."),
+    (r"ffnet(\d)(proj)?", r"ff.net.\1.\2."),
+    (r"(weight|bias)$", r".\1"),
+    (r"\.+", "."),
+)
+"""Rules that restore the dots of a name in an LDM file; the names of EMA weights omit them."""
 
 DEFAULTS: Values = {
     "in_channels": 4,
@@ -153,6 +174,9 @@ class UNetSingleFile(SingleFileFormat):
                 blocks[f"up.{j}.upsample"] = f"output_blocks.{j - 1}.{2 if up[j - 1] else 1}"
         return _key_table(names, blocks, RESIDUAL_LDM, OTHERS_LDM)
 
+    def canonical_name(self, name: str) -> str:
+        return _with_usual_names(name if "." in name else renamed(name, UNDOTTED))
+
     def infer_config(self, tensors: State, source: object) -> UNetConfig:
         with inferring("U-Net", source):
             levels: list[list[tuple[int, int]]] = [[]]
@@ -197,6 +221,7 @@ class UNetFolder(FolderFormat):
     component = "denoiser"
     library = "diffusers"
     folders: ClassVar = {"unet": "denoiser"}
+    marks = ("conv_in.", "down_blocks.")
     classes = ("UNet2DConditionModel",)
     weights = ("diffusion_pytorch_model",)
     sized_in_latents = True
@@ -227,6 +252,9 @@ class UNetFolder(FolderFormat):
                 j += 1
         embedding = ((r"^vector_embedding\.0", f"{vector}.linear_1"), (r"^vector_embedding\.2", f"{vector}.linear_2"))
         return _key_table(names, blocks, RESIDUAL_DIFFUSERS, (*OTHERS_DIFFUSERS, *embedding))
+
+    def canonical_name(self, name: str) -> str:
+        return _with_usual_names(name)
 
     def read_config(self, values: Values, names: Collection[str], where: object) -> UNetConfig:
         given = checked(values, DEFAULTS, FIXED, where)
@@ -309,6 +337,10 @@ def lora_names(config: UNetConfig, names: Sequence[str], component: str, compone
     folders = [UNetFolder().key_table(config, weights, {"class_embed_type": kind}) for kind in (None, "projection")]
     file = UNetSingleFile().key_table(config, weights, {})
     return lora_spellings([*folders, file], ("unet.", ""), "lora_unet_")
+
+
+def _with_usual_names(name: str) -> str:
+    return name if ".attn" not in name or name.endswith(USUAL) else renamed(name, NAMES)
 
 
 def _key_table(names: Iterable[str], blocks: Mapping[str, str], residual: Rules, others: Rules) -> KeyTable:

@@ -14,6 +14,7 @@ v       1/(1+s^2)       -s/sqrt(1+s^2)     1/sqrt(1+s^2)    t(s)            (n -
 x0      0               1                  1/sqrt(1+s^2)    t(s)            x0
 flow    1/(1+s)         -s/(1+s)           1/(1+s)          1000 s/(1+s)    n - x0
 edm     d^2/(s^2+d^2)   s d/sqrt(s^2+d^2)  1/sqrt(s^2+d^2)  ln(s)/4         (s x0 - d^2 n)/(d sqrt(s^2+d^2))
+edm_v   d^2/(s^2+d^2)  -s d/sqrt(s^2+d^2)  1/sqrt(s^2+d^2)  ln(s)/4         (d^2 n - s x0)/(d sqrt(s^2+d^2))
 """
 
 from __future__ import annotations
@@ -131,6 +132,18 @@ class Edm(Parametrization, kind="edm"):
     def noise_level(self, sigma: Tensor, schedule: Schedule) -> Tensor:
         """ln(s) / 4"""
         return sigma.log() / 4
+
+
+@dataclass(frozen=True)
+class EdmV(Edm, kind="edm_v"):
+    """F predicts the velocity, edm with the opposite sign (CosXL); v with another noise level if sigma_data is 1."""
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        edm = super().scalings(sigma)
+        return edm._replace(out=-edm.out)
+
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return -super().target(x0, noise, sigma)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import Checkpoint, read_native
-from ldm.formats.native import CONFIG_BY_FORMAT, save_model
+from ldm.formats.native import CONFIG_BY_FORMAT, plain_model, save_model
 from ldm.formats.tensors import CONFIG, INDEX, PICKLES, SAFETENSORS, STEMS, read_file, read_metadata
 from ldm.load_options import LoadOptions, Source
 from ldm.model import LatentDiffusion
@@ -47,7 +48,7 @@ def load(
         source: ``"emoji"`` for the shipped model (a folder of that name is ``"./emoji"``); a run folder or another with a
             native ``model.safetensors`` in it, or such a file; an LDM single file of SD 1.x, 2.x or SDXL
             (``.safetensors`` or ``.ckpt``); a folder of a diffusers pipeline; or the id of either on the hub.
-        options: parts to replace, revision, prediction type; default: :class:`LoadOptions`.
+        options: parts to replace, revision, subfolder, variant, prediction type; default: :class:`LoadOptions`.
         dtype: dtype of the networks; None: as stored. The statistics of the latents stay fp32.
         changes: fields of ``options`` to change: ``vae="vae-ft-mse.safetensors"``.
 
@@ -64,7 +65,7 @@ def read(source: Source, options: LoadOptions | None = None, **changes: Any) -> 
     or an LDM file with its weights), or a CLIP of transformers or open_clip.
     """
     options = LoadOptions.of(options, changes)
-    path = find(source, options.revision)
+    path = find(source, options.revision, options.subfolder, options.variant)
     found = _read_folder(path, options) if path.is_dir() else _read_file(path, options)
     of_part = LoadOptions(prediction_type=options.prediction_type, ema=options.ema)
     for name, given in options.replacements().items():
@@ -76,7 +77,9 @@ def _read_folder(path: Path, options: LoadOptions) -> Checkpoint:
     from ldm.formats.clip import is_clip, read_clip
     from ldm.formats.diffusers_folder import read_folder
 
-    return read_clip(path) if is_clip(path) else read_folder(path, options.prediction_type)
+    if is_clip(path):
+        return read_clip(path, variant=options.variant)
+    return read_folder(path, options.prediction_type, options.variant)
 
 
 def _read_file(path: Path, options: LoadOptions) -> Checkpoint:
@@ -97,21 +100,23 @@ def _read_file(path: Path, options: LoadOptions) -> Checkpoint:
     return read_single_file(path, tensors, metadata, options.prediction_type, options.ema)
 
 
-def save(model: LatentDiffusion, path: Source, to: str = "native", dtype: torch.dtype | None = None) -> Path:
+def save(model: nn.Module, path: Source, to: str = "native", dtype: torch.dtype | None = None) -> Path:
     """Write a model and return the file or folder.
 
     Args:
-        model: model from any source.
+        model: a :class:`LatentDiffusion` from any source; it and its parts may be wrapped by ``torch.compile`` and others.
         path: a folder, or a file name that ends in .safetensors; for diffusers a folder.
         to: ``"native"``, ``"ldm"`` (single file) or ``"diffusers"`` (folder).
         dtype: dtype of the stored weights; default: unchanged.
 
     Raises:
-        CheckpointError: the model has parts that the format has no place for, or the path cannot be written to.
+        CheckpointError: the model has parts that the format has no place for or that could not be read again, or the path cannot
+            be written to. In all cases but the last nothing is written.
     """
     if to not in FORMATS:
         raise CheckpointError(f"there is no format {to!r}; choose one of {', '.join(FORMATS)}.")
     path = target(path, to)
+    model = plain_model(model, path)
     with writing(path):
         if to == "diffusers":
             from ldm.formats.diffusers_folder import write_folder
@@ -155,13 +160,30 @@ def writing(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be written to ({error.strerror}); name another path.") from None
 
 
-def find(source: Source, revision: str | None = None) -> Path:
+def find(source: Source, revision: str | None = None, subfolder: str | None = None, variant: str | None = None) -> Path:
     """Return the file or folder that :func:`load` reads for ``source``; it is fetched from the hub if necessary.
+
+    Args:
+        source, revision, subfolder, variant: see :func:`load` and :class:`LoadOptions`.
 
     Raises:
         CheckpointError: there is no model; the message says what was found instead.
     """
-    if source == SHIPPED and revision is None:
+    if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise CheckpointError(f"the subfolder {subfolder!r} is not within {source}; name a folder in it.")
+    path = _find(source, revision, subfolder, variant)
+    if variant is not None and not (path.is_dir() and _has_variant(path, variant)):
+        raise CheckpointError(f"{path} has no weights of the variant {variant!r}; omit the variant.")
+    return path
+
+
+def _has_variant(folder: Path, variant: str) -> bool:
+    files = [each.name for pattern in ("*", "*/*") for each in folder.glob(pattern)]
+    return any(f".{variant}{end}" in name for name in files for end in (".", "-"))
+
+
+def _find(source: Source, revision: str | None, subfolder: str | None, variant: str | None) -> Path:
+    if source == SHIPPED and revision is None and subfolder is None:
         return _existing(ASSETS / MODEL_FILE, "this installation lacks the shipped model; reinstall ldm.")
 
     from ldm.formats.clip import is_clip
@@ -169,11 +191,15 @@ def find(source: Source, revision: str | None = None) -> Path:
     from ldm.formats.hub import fetch, is_hub_id
 
     if isinstance(source, str) and is_hub_id(source):
-        source = fetch(source, revision)
+        source = fetch(source, revision, subfolder, variant)
     elif revision is not None:
         raise CheckpointError(
             f"{source} is not a model on the hub, so it has no revision {revision!r}; omit the revision."
         )
+    elif subfolder is not None:
+        if not (Path(source) / subfolder).is_dir():
+            raise CheckpointError(f"{source} has no folder {subfolder!r}; name one that it has, or omit the subfolder.")
+        source = Path(source) / subfolder
     path = Path(source)
     if path.is_dir():
         if is_folder(path) or is_clip(path):

@@ -146,6 +146,7 @@ class Checkpoint:
         fingerprint: fingerprint that the source was written with; empty for none.
         fingerprinted: metadata that the fingerprint covers; empty for none.
         notes: evidence for inferred settings, one sentence each.
+        marks: names of tensors and metadata that state settings of the model.
         unused: names of tensors that no network needs.
     """
 
@@ -162,6 +163,7 @@ class Checkpoint:
     fingerprint: str = ""
     fingerprinted: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
     def config(self) -> ModelConfig:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.clip.model import CLIP, CLIPConfig
 from ldm.clip.model_formats import CLIPOpenCLIP
@@ -24,10 +24,11 @@ from ldm.clip.tokenizer import CLIP_VOCAB_SIZE, Tokenizer
 from ldm.errors import CheckpointError, unknown
 from ldm.formats.checkpoint import CLIP_COMPONENTS, OTHERS, Checkpoint, Part, conditioner_of, joined, of_clip
 from ldm.formats.kinds import KINDS
-from ldm.formats.native import build_on_meta, load_strictly
-from ldm.formats.network_folder import canonical, format_of, read_network_folder, write_network
+from ldm.formats.native import build_on_meta, innermost, load_strictly, written_state
+from ldm.formats.network_folder import canonical, format_of, network_files, read_network_folder
 from ldm.formats.tensors import CONFIG, read_json, read_tensors
 from ldm.formats.tokenizer import write_tokenizer
+from ldm.nn.network_format import outer_prefix
 
 OPEN_CLIP = CLIPOpenCLIP()
 
@@ -59,13 +60,14 @@ def clip_of(found: Checkpoint) -> CLIP:
     return clip
 
 
-def read_clip(source: Path, quick_gelu: bool = False) -> Checkpoint:
+def read_clip(source: Path, quick_gelu: bool = False, variant: str | None = None) -> Checkpoint:
     """Read a CLIP, or one encoder of transformers' CLIP; values of weights are read only when they are used.
 
     Args:
         source: folder of transformers (``CLIPModel``, ``CLIPTextModel``, ``CLIPVisionModel``) or open_clip, or a file of
             weights that open_clip's training wrote.
         quick_gelu: whether such a file, which does not store the activation, uses OpenAI's QuickGELU; default: open_clip's GELU.
+        variant: preferred variant of the weights in a folder, such as ``fp16``.
 
     Raises:
         CheckpointError: there is no CLIP, it is broken, or ldm's encoders do not support it.
@@ -75,7 +77,7 @@ def read_clip(source: Path, quick_gelu: bool = False) -> Checkpoint:
             raise CheckpointError(
                 f"{source} is not a CLIP; it needs a {CONFIG} of transformers' CLIP, or open_clip's {OPEN_CLIP.config_file}."
             )
-        found = read_network_folder(source)
+        found = read_network_folder(source, variant)
         if found.layout != OPEN_CLIP.library:
             return found
         values = read_json(source / OPEN_CLIP.config_file)
@@ -97,25 +99,28 @@ def is_clip(path: Path) -> bool:
 
 def is_open_clip(tensors: Mapping[str, Tensor]) -> bool:
     """Return whether these are the state of an open_clip model (not an LDM file)."""
-    return any(name.removeprefix("module.").startswith("visual.") for name in tensors)
+    outer = outer_prefix(tensors, OPEN_CLIP.marks)
+    return any(name.removeprefix(outer).startswith(OPEN_CLIP.marks) for name in tensors)
 
 
 def save_clip(
-    clip: CLIP, tokenizer: Tokenizer | None, folder: str | Path, to: Literal["transformers", "open_clip"]
+    clip: nn.Module, tokenizer: Tokenizer | None, folder: str | Path, to: Literal["transformers", "open_clip"]
 ) -> None:
     """Write a folder that the library ``to`` opens, with the same tensors; the inverse of :func:`load_clip`.
 
     open_clip cleans captions before tokenizing, also where ``get_tokenizer`` finds ``tokenizer`` in the folder.
 
     Raises:
-        CheckpointError: the library has no such CLIP.
+        CheckpointError: the library has no such CLIP, or it could not be read again. Then nothing is written.
     """
     folder, forms = Path(folder), {form.library: form for form in KINDS[CLIPConfig].folders}
     if to not in forms:
         raise CheckpointError(unknown("layout of a CLIP", to, forms))
-    config = replace(clip.config, text=clip.text.config)
+    clip = innermost(clip, CLIP)
+    config: CLIPConfig = replace(clip.config, text=clip.text.config)
+    _, state = written_state(clip.state_dict(), config.build, folder)
     other_tokenizer = tokenizer is not None and tokenizer.vocab_size != CLIP_VOCAB_SIZE
     extra = {"hf_tokenizer_name": "."} if other_tokenizer else {}  # then open_clip looks for it in the folder
-    write_network(folder, forms[to], Part(config, clip.state_dict()), (clip.image_size, clip.image_size), extra)
+    network_files(forms[to], Part(config, state), (clip.image_size, clip.image_size), extra).write(folder)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)

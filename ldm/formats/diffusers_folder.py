@@ -15,10 +15,17 @@ import torch
 from ldm.config import from_dict, to_dict
 from ldm.errors import CheckpointError, ConfigError, first_line
 from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, no_place, parts_of
-from ldm.formats.network_folder import folder_formats, read_network, read_network_folder, write_json, write_network
+from ldm.formats.network_folder import (
+    NetworkFiles,
+    folder_formats,
+    network_files,
+    read_network,
+    read_network_folder,
+    write_json,
+)
 from ldm.formats.pipelines import PIPELINES, StableDiffusion
 from ldm.formats.schedulers import read_scheduler, write_scheduler
-from ldm.formats.tensors import CONFIG, INDEX, read_json
+from ldm.formats.tensors import CONFIG, INDEX, check_writable, read_json
 from ldm.formats.tokenizer import read_tokenizer, tokenizer_class, write_tokenizer
 from ldm.model import LatentDiffusion, SamplingConfig
 from ldm.nn.network_format import FolderFormat, Values
@@ -44,18 +51,19 @@ def folders() -> dict[str, list[FolderFormat]]:
     return found
 
 
-def read_folder(path: Path, prediction_type: str | None = None) -> Checkpoint:
+def read_folder(path: Path, prediction_type: str | None = None, variant: str | None = None) -> Checkpoint:
     """Read a folder: a complete pipeline, or one network.
 
     Args:
         path: the folder.
         prediction_type: overrides that of the scheduler's config.
+        variant: variant of the weights that is read where a component has it, such as ``fp16``.
 
     Raises:
         CheckpointError: a component is missing, broken, or not supported by ldm.
     """
     if not (path / INDEX).is_file():
-        return read_network_folder(path)
+        return read_network_folder(path, variant)
     index = read_json(path / INDEX)
     parts: dict[str, Part] = {}
     values: dict[str, Values] = {}
@@ -68,7 +76,7 @@ def read_folder(path: Path, prediction_type: str | None = None) -> Checkpoint:
                     f"{path} lacks {folder}/{CONFIG}, which its {INDEX} names; download the folder again."
                 )
             form = next((form for form in forms if entry[-1] in form.classes), forms[0])
-            parts[form.folders[folder]], values[form.folders[folder]] = read_network(path / folder, form)
+            parts[form.folders[folder]], values[form.folders[folder]] = read_network(path / folder, form, variant)
     if not parts:
         raise CheckpointError(
             f"{path} is a folder of {index.get('_class_name', 'no pipeline')}, of which ldm reads no part; use one of the "
@@ -108,7 +116,8 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
     pooled state can only be loaded by component: diffusers has no pipeline that passes that state on.
 
     Raises:
-        CheckpointError: the model has parts that such a folder has no place for.
+        CheckpointError: the model has parts that such a folder has no place for, or values that could not be read again. Then
+            nothing is written.
     """
     parts = parts_of(model, "a diffusers folder")
     conditioner = model.config.conditioner
@@ -123,16 +132,14 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
         form, part = forms[name][1], parts[name]
         parts[name] = Part(*form.fitted(part.config, part.state, assumed))
     extra = pipeline.component_values(inner)
+    networks: dict[str, NetworkFiles] = {}
     for name, part in parts.items():
         folder, form = forms[name]
         size = model.latent_shape()[1:] if form.sized_in_latents else model.config.size
-        write_network(path / folder, form, part.to(dtype), size, extra.get(name))
+        networks[folder] = network_files(form, part.to(dtype), size, extra.get(name))
     scheduler = write_scheduler(model.diffusion, model.config.sampling)
-    write_json(path / "scheduler" / SCHEDULER, scheduler)
     assert model.tokenizer is not None, "a conditioner that reads text has a tokenizer"
     tokenizers = pipeline.tokenizers(model.tokenizer, inner)
-    for folder, tokenizer in tokenizers.items():
-        write_tokenizer(tokenizer, path / folder)
     index = {
         "_class_name": f"{pipeline.name}{'Inpaint' if conditioner.concat_channels else ''}Pipeline",
         "scheduler": ["diffusers", scheduler["_class_name"]],
@@ -141,6 +148,13 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
         **{folder: ["transformers", tokenizer_class(model.tokenizer)] for folder in tokenizers},
         **pipeline.index_values(inner),
     }
+    for folder, files in networks.items():  # before any is written
+        check_writable(files.tensors, path / folder)
+    for folder, files in networks.items():
+        files.write(path / folder)
+    write_json(path / "scheduler" / SCHEDULER, scheduler)
+    for folder, tokenizer in tokenizers.items():
+        write_tokenizer(tokenizer, path / folder)
     write_json(path / INDEX, index)  # the last file, since it makes the folder a pipeline
 
 

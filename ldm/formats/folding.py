@@ -15,6 +15,9 @@ from ldm.formats.checkpoint import Part
 SCALE, SCALE_SDXL = 0.18215, 0.13025
 """Scaling factors of published models (SD and SDXL); some readers assume the first."""
 
+SCALE_FACTOR = "scale_factor"
+"""Name of the tensor with the scaling factor of the latents, if an LDM file has it."""
+
 
 def scale_from(value: Any) -> float:
     """Return a scaling factor from a file; raise ValueError or TypeError if it is not a finite number above 0."""
@@ -44,7 +47,7 @@ def scale_and_shift_of(part: Part) -> tuple[float, float] | None:
     # The shortest decimal that gives this deviation again: 0.18215, not 0.18214999.
     candidates = (float(f"{1 / float(std[0]):.{digits}g}") for digits in range(1, 18))
     scale = next(k for k in candidates if bool(torch.tensor(1 / k, dtype=std.dtype) == std[0]))
-    return scale, _shortest(mean[0])
+    return scale, shortest(mean[0])
 
 
 def folded(part: Part, scale: float = SCALE, shifts: bool = False) -> Part:
@@ -76,7 +79,7 @@ def folded(part: Part, scale: float = SCALE, shifts: bool = False) -> Part:
     )
 
 
-def _shortest(value: Tensor) -> float:
+def shortest(value: Tensor) -> float:
     """Return the shortest decimal that equals this number in its precision."""
     candidates = (float(f"{float(value):.{digits}g}") for digits in range(1, 18))
     return next(each for each in candidates if bool(torch.tensor(each, dtype=value.dtype) == value))

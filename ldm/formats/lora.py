@@ -128,8 +128,9 @@ def write_lora(path: str | PathLike[str], adapter: Adapter, model: LatentDiffusi
     path = Path(path)
     if naming not in ENDINGS:
         raise CheckpointError(unknown("naming of LoRA files", naming, ENDINGS))
+    model = unwrapped(model)
     spelled: dict[str, str] = {}  # the first that is listed is that of a diffusers folder, with all its infixes
-    for theirs, ours in layer_names(unwrapped(model)).items():
+    for theirs, ours in layer_names(model).items():
         if theirs.startswith("lora_") if naming == "kohya" else theirs.startswith(("unet.", "text_encoder")):
             spelled.setdefault(ours, theirs)
     tensors, layers = dict[str, Tensor](), dict[str, LoRALayer]()
@@ -137,6 +138,12 @@ def write_lora(path: str | PathLike[str], adapter: Adapter, model: LatentDiffusi
         if not isinstance(change, LoRALayer) or layer not in spelled:
             raise CheckpointError(
                 f"{path}: {naming}'s LoRA files have no name for {layer} with {type(change).__name__}."
+            )
+        shape, (r, *sides) = model.get_submodule(layer).get_parameter("weight").shape, change.down.shape
+        if (change.up.shape, sides) != ((shape[0], r), [*shape[1:]]) or not math.isfinite(change.alpha):
+            raise CheckpointError(
+                f"nothing is written to {path}, because the LoRA of {layer} has the shapes {list(change.down.shape)} and "
+                f"{list(change.up.shape)} and alpha {change.alpha}, which do not fit the layer, of shape {list(shape)}."
             )
         layers[spelled[layer]] = change
         pair = change.down, change.up[:, :, None, None] if change.down.ndim == 4 else change.up

@@ -25,7 +25,16 @@ from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.config import from_dict, to_dict
 from ldm.errors import CheckpointError, LdmError, counted, first_line
-from ldm.formats.tensors import check_finite, fingerprint, read_metadata, to_dtype, write_tensors
+from ldm.formats.tensors import (
+    WRAPPERS,
+    check_finite,
+    check_plain,
+    fingerprint,
+    read_metadata,
+    to_dtype,
+    without_wrappers,
+    write_tensors,
+)
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.vae import FirstStage, FirstStageConfig
 
@@ -124,11 +133,62 @@ def save_state(
     tokenizer: Tokenizer | None,
     provenance: Mapping[str, Any],
 ) -> str:
-    """Write tensors with native names unchanged, as :func:`save_module` does, and return their fingerprint."""
+    """Write tensors with native names, as :func:`save_module` does, and return their fingerprint.
+
+    Raises:
+        CheckpointError: they could not be read again; see :func:`written_state`. Then nothing is written.
+    """
+    build = (lambda: LatentDiffusion(config, tokenizer)) if format == MODEL else config.build
+    tensors = written_state(tensors, build, path)[1]
     metadata = metadata_of(config, tokenizer, format) | {"provenance": json.dumps(dict(provenance))}
     metadata["fingerprint"] = fingerprint(tensors, fingerprinted_metadata(metadata))
     write_tensors(path, tensors, metadata)
     return metadata["fingerprint"]
+
+
+def written_state(tensors: Mapping[str, Tensor], build: Callable[[], M], path: object) -> tuple[M, dict[str, Tensor]]:
+    """Return a module on the meta device, and the tensors for it by the names that readers demand.
+
+    Args:
+        tensors: state of a module, which torch.compile, DistributedDataParallel and others may have wrapped.
+        build: builds the module from the config that is written, as readers do.
+        path: the file or folder to be written, for error messages.
+
+    Raises:
+        CheckpointError: names, shapes or kinds of number are not those that readers demand, or a tensor is not plain.
+    """
+    state = without_wrappers(tensors, path)
+    check_plain(state, path)
+    outline = build_on_meta(build, state, path)
+    check_names(outline, state, f"nothing is written to {path}, because the model")
+    return outline, state
+
+
+def plain_model(model: nn.Module, path: object) -> LatentDiffusion:
+    """Return a model of the same tensors for a writer: without wrappers, and checked as readers do.
+
+    Raises:
+        CheckpointError: it is no LatentDiffusion, or :func:`written_state` rejects it.
+    """
+    inner = innermost(model, LatentDiffusion)
+    plain, state = written_state(model.state_dict(), lambda: LatentDiffusion(inner.config, inner.tokenizer), path)
+    plain.requires_grad_(False).load_state_dict(state, assign=True)
+    plain.provenance = inner.provenance
+    return plain.eval()
+
+
+def innermost(module: nn.Module, kind: type[M]) -> M:
+    """Return the module of this kind within the wrappers around it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    while not isinstance(module, kind):
+        inner = [child for name, child in module.named_children() if name in WRAPPERS]
+        if not inner:
+            raise CheckpointError(f"a {type(module).__name__} cannot be written; pass a {kind.__name__}.")
+        module = inner[0]
+    return module
 
 
 def metadata_of(config: Any, tokenizer: Tokenizer | None, format: str = MODEL) -> dict[str, str]:

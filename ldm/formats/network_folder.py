@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import methodcaller
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ldm.formats.folding import SCALE, folded, has_statistics, scale_and_shift_o
 from ldm.formats.kinds import KINDS
 from ldm.formats.tensors import CONFIG, read_json, read_weights, write_atomically, write_tensors
 from ldm.formats.tokenizer import has_tokenizer, read_tokenizer
-from ldm.nn.network_format import FolderFormat, NetworkFormat, Values
+from ldm.nn.network_format import FolderFormat, NetworkFormat, Values, is_weight, outer_prefix
 
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Files of the image processor; the first is written."""
@@ -41,8 +41,8 @@ def format_of(folder: Path) -> FolderFormat | None:
     return next(iter([*fitting, *others]), None)
 
 
-def read_network(folder: Path, form: FolderFormat) -> tuple[Part, Values]:
-    """Read a network and its JSON config.
+def read_network(folder: Path, form: FolderFormat, variant: str | None = None) -> tuple[Part, Values]:
+    """Read a network and its JSON config; ``variant`` as in :func:`ldm.formats.tensors.read_weights`.
 
     Raises:
         CheckpointError: it is broken, or not supported by ldm.
@@ -52,26 +52,51 @@ def read_network(folder: Path, form: FolderFormat) -> tuple[Part, Values]:
     processor = next((folder / name for name in PREPROCESSORS if (folder / name).is_file()), None)
     if processor is not None:
         values["preprocessor"] = read_json(processor)
-    tensors, files = read_weights(folder, form.weights)
+    tensors, files = read_weights(folder, form.weights, variant)
     tensors, _ = canonical(tensors, form)
     part = Part.imported(form.read_config(values, tensors, where), tensors, form, files[0], values)
     return (_with_statistics(part, values, where) if has_statistics(part) else part), values
 
 
 def canonical(tensors: Mapping[str, Tensor], form: NetworkFormat) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors by the names of the format's key table, and the names of those that it does not use."""
-    names = {name: form.canonical_name(name) for name in tensors}
-    used = {theirs: tensors[name] for name, theirs in names.items() if theirs is not None}
-    return used, [name for name, theirs in names.items() if theirs is None]
+    """Return the tensors by the names of the format's key table, and the names of those that it does not use.
+
+    Raises:
+        CheckpointError: two tensors have the same name there.
+    """
+    outer = outer_prefix(tensors, form.marks)
+    used: dict[str, Tensor] = {}
+    unused = []
+    for name, tensor in tensors.items():
+        theirs = form.canonical_name(name.removeprefix(outer)) if is_weight(name) else None
+        if theirs is None:
+            unused.append(name)
+        elif theirs in used:
+            raise CheckpointError(f"the weights of {theirs} occur twice, once as {name}; remove one of them.")
+        else:
+            used[theirs] = tensor
+    return used, unused
 
 
-def write_network(
-    folder: Path, form: FolderFormat, part: Part, size: tuple[int, int], extra: Values | None = None
-) -> None:
-    """Write a part as a folder that the foreign library opens.
+@dataclass(frozen=True)
+class NetworkFiles:
+    """The files of one network: JSON values by file name, tensors, and the name of their file."""
+
+    values: Mapping[str, Values]
+    tensors: Mapping[str, Tensor]
+    weights: str
+
+    def write(self, folder: Path) -> None:
+        """Write the files to a folder for this network only; the config, which makes it one, is the last."""
+        write_tensors(folder / self.weights, self.tensors, {"format": "pt"})
+        for name, values in self.values.items():
+            write_json(folder / name, values)
+
+
+def network_files(form: FolderFormat, part: Part, size: tuple[int, int], extra: Values | None = None) -> NetworkFiles:
+    """Return a part as the files of a folder that the foreign library opens.
 
     Args:
-        folder: folder for this part only.
         form: description of the network.
         part: the network; a first stage is folded if necessary.
         size: height and width of the images or, as the form says, of the latents.
@@ -85,17 +110,14 @@ def write_network(
         part = folded(part, shifts=True)
         scale, shift = scale_and_shift_of(part) or (1.0, 0.0)
         extra |= {"scaling_factor": scale} | ({"shift_factor": shift} if shift else {})
-    values = form.write_config(part.config, size, extra)
-    tensors = form.export(part.config, part.weights, values)
-    write_tensors(folder / f"{form.weights[0]}.safetensors", tensors, {"format": "pt"})
+    config = form.write_config(part.config, size, extra)
     processor = form.write_preprocessor(part.config)
-    if processor is not None:
-        write_json(folder / PREPROCESSORS[0], processor)
-    write_json(folder / form.config_file, values)
+    values = ({} if processor is None else {PREPROCESSORS[0]: processor}) | {form.config_file: config}
+    return NetworkFiles(values, form.export(part.config, part.weights, config), f"{form.weights[0]}.safetensors")
 
 
-def read_network_folder(path: Path) -> Checkpoint:
-    """Read a folder of one network, or of a CLIP.
+def read_network_folder(path: Path, variant: str | None = None) -> Checkpoint:
+    """Read a folder of one network, or of a CLIP; ``variant`` as in :func:`ldm.formats.tensors.read_weights`.
 
     Raises:
         CheckpointError: it is broken, or of a kind that ldm does not read.
@@ -108,7 +130,7 @@ def read_network_folder(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path / CONFIG} is for {found}; ldm reads folders of {', '.join(known)}, of open_clip, and of pipelines."
         )
-    part, content = read_network(path, form)
+    part, content = read_network(path, form, variant)
     parts = {form.component: part} if form.component else of_clip(part.config, part.state)
     note = f"by {form.config_file}: {next((content[key] for key in CLASS_KEYS if key in content), form.library)}"
     kind = part.kind.name if not form.component else f"a single {part.kind.name}"

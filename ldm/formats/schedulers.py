@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm.diffusion import SPECS, Diffusion
-from ldm.diffusion.parametrization import X0, Edm, Eps, Flow, Parametrization, V
+from ldm.diffusion.parametrization import X0, Edm, EdmV, Eps, Flow, Parametrization, V
 from ldm.diffusion.schedule import BetaSchedule, Cosine, Karras, Linear, ScaledLinear, Schedule, Sigmoid
 from ldm.diffusion.schedule import Flow as FlowSchedule
 from ldm.errors import CheckpointError, ConfigError, unknown
@@ -40,6 +40,12 @@ PREDICTIONS: dict[str, type[Parametrization]] = {
     "flow_prediction": Flow,
 }
 """Parametrization class for each ``prediction_type``."""
+
+EDM_PREDICTIONS: dict[str, type[Edm]] = {"epsilon": Edm, "v_prediction": EdmV}
+"""Parametrization class for each ``prediction_type`` of a network that embeds ln(sigma) / 4."""
+
+FOREIGN = ("sigma_data", "shift", "flow_shift", "use_flow_sigmas")
+"""Settings of networks that the fallback for unknown classes would read as predicting at timesteps of a beta schedule."""
 
 FLAGS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
 """Spacing that each flag selects instead of ``timestep_spacing``."""
@@ -185,7 +191,6 @@ OURS: dict[str, tuple[tuple[Any, ...], str]] = {
     "disable_corrector": (([],), "the corrector is always on here"),
     "solver_p": ((None,), "UniPC uses its own predictor here"),
     "interpolation_type": (("linear",), "the noise levels are those of the timesteps here"),
-    "timestep_type": (("discrete",), "the network gets timesteps as input here"),
     "sigma_min": ((None,), "the noise levels end at the minimum of the schedule here"),
     "sigma_max": ((None,), "the noise levels begin at the maximum of the schedule here"),
     "use_flow_sigmas": ((False,), "flow models use the spacing sgm_uniform here, starting from pure noise"),
@@ -217,6 +222,12 @@ def read_scheduler(values: Mapping[str, Any], where: str) -> tuple[Diffusion, Sa
     if not isinstance(name, str):
         raise CheckpointError(f"{where}: _class_name is {name!r}; it must name the scheduler's class in diffusers.")
     known = CLASSES.get(name, UNKNOWN)
+    foreign = [setting for setting in FOREIGN if values.get(setting) and known is UNKNOWN]
+    if foreign:
+        raise CheckpointError(
+            f"{where}: {name} has the setting {foreign[0]} {values[foreign[0]]!r}, but ldm does not know how this scheduler "
+            f"uses it; name one of {', '.join(each for each in CLASSES if foreign[0] in CLASSES[each].defaults)}."
+        )
     given = _given(values, known.defaults, where)
     try:
         diffusion = _diffusion(given, where)
@@ -295,19 +306,27 @@ def _diffusion(given: Mapping[str, Any], where: str) -> Diffusion:
     if prediction not in PREDICTIONS:
         raise CheckpointError(f"{where}: {unknown('prediction_type', prediction, PREDICTIONS)}")
     if "rho" in given:
-        if prediction != "epsilon":
+        if prediction not in EDM_PREDICTIONS:
             raise CheckpointError(
-                f"{where}: prediction_type is {prediction}; for EDM networks, ldm reads only epsilon."
+                f"{where}: prediction_type is {prediction}; for EDM networks, ldm reads only {' and '.join(EDM_PREDICTIONS)}."
             )
         levels = Karras(timesteps, given["sigma_min"], given["sigma_max"], given["rho"])
-        return Diffusion(levels, Edm(given["sigma_data"]))
+        return Diffusion(levels, EDM_PREDICTIONS[prediction](given["sigma_data"]))
     schedule = _schedule(given, where)
     if isinstance(schedule, FlowSchedule) != (prediction == "flow_prediction"):
         raise CheckpointError(
             f"{where}: prediction_type is {prediction}, which does not fit the schedule {schedule.kind}; "
             "flow_prediction requires use_flow_sigmas, and use_flow_sigmas requires flow_prediction."
         )
+    if _is_continuous(given):
+        ends = [given[name] or getattr(schedule, name) for name in ("sigma_min", "sigma_max")]
+        return Diffusion(Karras(timesteps, *ends) if given["use_karras_sigmas"] else schedule, EdmV(1.0))
     return Diffusion(schedule, PREDICTIONS[prediction]())
+
+
+def _is_continuous(given: Mapping[str, Any]) -> bool:
+    """Return whether the network embeds ln(sigma) / 4 in place of the timestep; diffusers does so only for v_prediction."""
+    return given.get("timestep_type") == "continuous" and given["prediction_type"] == "v_prediction"
 
 
 def _schedule(given: Mapping[str, Any], where: str) -> Schedule:
@@ -351,7 +370,8 @@ def _differences(name: str, given: Mapping[str, Any], sampling: SamplingConfig) 
     """Yield the settings for which ldm differs from diffusers, each with a sentence on the difference."""
     if name not in CLASSES:
         yield "_class_name", f"{name} is unknown; {sampling.sampler} is used instead."
-    edm = {"sigma_min", "sigma_max"} if "rho" in given else set()  # for EDM, they are the ends of the schedule
+    of_schedule = "rho" in given or (_is_continuous(given) and given["use_karras_sigmas"])
+    edm = {"sigma_min", "sigma_max"} if of_schedule else set()  # they are the ends of the schedule
     for setting, (values, what) in OURS.items():
         if setting in given.keys() - edm and given[setting] not in values:
             yield setting, f"{setting} is {given[setting]!r}; {what}."
@@ -395,9 +415,14 @@ def _diffusion_values(diffusion: Diffusion) -> dict[str, Any]:
     prediction = next((key for key, kind in PREDICTIONS.items() if isinstance(parametrization, kind)), None)
     if isinstance(schedule, FlowSchedule) and isinstance(parametrization, Flow) and schedule.num_timesteps == 1000:
         return timesteps | {"shift": schedule.shift}
+    if isinstance(parametrization, Edm):
+        prediction = next(key for key, kind in EDM_PREDICTIONS.items() if type(parametrization) is kind)
     if isinstance(schedule, Karras) and isinstance(parametrization, Edm):
         levels = {name: getattr(schedule, name) for name in ("sigma_min", "sigma_max", "rho")}
-        return timesteps | levels | {"sigma_data": parametrization.sigma_data, "prediction_type": "epsilon"}
+        return timesteps | levels | {"sigma_data": parametrization.sigma_data, "prediction_type": prediction}
+    continuous = {"timestep_type": "continuous"} if parametrization == EdmV(1.0) else {}
+    if isinstance(parametrization, Edm) and not continuous:
+        prediction = None  # with a table of betas, diffusers has no sigma_data
     betas = next((name for name, kind in SCHEDULES.items() if isinstance(schedule, kind)), None)
     if betas is None or prediction in (None, "flow_prediction") or not isinstance(schedule, BetaSchedule):
         raise CheckpointError(
@@ -406,4 +431,4 @@ def _diffusion_values(diffusion: Diffusion) -> dict[str, Any]:
         )
     ends = {end: getattr(schedule, end) for end in ("beta_start", "beta_end") if hasattr(schedule, end)}
     zero_snr = {"rescale_betas_zero_snr": True} if schedule.zero_terminal_snr else {}
-    return timesteps | {"beta_schedule": betas} | ends | {"prediction_type": prediction} | zero_snr
+    return timesteps | {"beta_schedule": betas} | ends | {"prediction_type": prediction} | continuous | zero_snr

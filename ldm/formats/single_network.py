@@ -10,8 +10,8 @@ from ldm.errors import CheckpointError
 from ldm.formats import target, writing
 from ldm.formats.checkpoint import CLIP_COMPONENTS, OTHERS, Checkpoint, Part, joined
 from ldm.formats.clip import clip_of, save_clip
-from ldm.formats.native import CONFIG_BY_FORMAT, load_strictly, save_state
-from ldm.formats.network_folder import write_network
+from ldm.formats.native import CONFIG_BY_FORMAT, load_strictly, save_state, written_state
+from ldm.formats.network_folder import network_files
 from ldm.formats.single_file import write_single_network
 from ldm.formats.tensors import check_finite
 from ldm.formats.tokenizer import write_tokenizer
@@ -55,6 +55,8 @@ def save_single_network(found: Checkpoint, path: Path, to: str, dtype: torch.dty
     for part in parts.values():
         check_finite(part.state, found.source)
     path = target(path, to)
+    if found.layout == "native" and OTHERS not in parts:  # else it was checked while it was read
+        written_state(network.state, network.config.build, path)
     with writing(path):
         if to == "native":
             held = next(held for held, config in CONFIG_BY_FORMAT.items() if issubclass(type(network.config), config))
@@ -68,7 +70,7 @@ def save_single_network(found: Checkpoint, path: Path, to: str, dtype: torch.dty
             save_clip(clip, found.tokenizer, path, "transformers" if to == "transformers" else "open_clip")
         else:
             form = next(form for form in network.kind.folders if form.library == to)
-            write_network(path, form, network, LATENT_SIZE if form.sized_in_latents else IMAGE_SIZE)
+            network_files(form, network, LATENT_SIZE if form.sized_in_latents else IMAGE_SIZE).write(path)
             if found.tokenizer is not None and form.reads_text:
                 write_tokenizer(found.tokenizer, path)
     return path

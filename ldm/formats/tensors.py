@@ -32,10 +32,28 @@ from ldm.errors import CheckpointError, first_line
 SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
 """File name suffixes of tensor files."""
 
-CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-"""Class that checkpoints of the original latent-diffusion code name, as the key of its saved callback state."""
+IGNORED = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",  # the key of its state in files of latent-diffusion
+    "numpy.dtype",  # metrics and learning rates
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+)
+"""Names in pickles of what is no weight. Nothing is imported or called for them."""
 
 T = TypeVar("T")
+
+NESTED = ("state_dict", "model_state_dict", "module", "ema_state_dict", "ema")
+"""Keys under which a pickle may hold its weights, in order of preference; each may be nested in another."""
+
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that torch.compile, (Distributed)DataParallel, FSDP and activation checkpointing add."""
+
+WRAPPED = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(WRAPPERS)})\.")
+
+QUANTIZED = re.compile(
+    r"scaled_fp8|scale_(weight|input)|(weight|input)_scale|comfy_quant|(nested_)?(absmax|quant_map)|qweight|qzeros|SCB|bitsandbytes__\w+"
+)
+"""Last parts of the names of tensors without which quantized weights mean nothing."""
 
 INDEX, CONFIG = "model_index.json", "config.json"
 """Index of a diffusers pipeline, and config file of one network in a diffusers or transformers folder."""
@@ -63,7 +81,12 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically; tensors are stored contiguous, and those that share memory are stored separately."""
+    """Write a safetensors file atomically; tensors are stored contiguous, and those that share memory are stored separately.
+
+    Raises:
+        CheckpointError: a tensor is one that readers reject: not plain, or not finite. Then nothing is written.
+    """
+    check_writable(tensors, path)
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -72,6 +95,48 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         stored[name] = contiguous.clone() if shared else contiguous
         storages.add(stored[name].untyped_storage().data_ptr())
     write_atomically(path, lambda temporary: save_file(stored, temporary, dict(metadata)))
+
+
+def check_plain(tensors: Mapping[str, Tensor], path: object) -> None:
+    """Reject tensors that cannot be written to ``path``: on the meta device, sparse, quantized, distributed.
+
+    Raises:
+        CheckpointError: the first such tensor is named.
+    """
+    for name, tensor in tensors.items():
+        dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_quantized
+        if not dense or tensor.is_meta:  # quantized layers have entries of other types in their state
+            kind = "on the meta device" if dense else f"of type {type(tensor).__name__}"
+            raise CheckpointError(
+                f"nothing is written to {path}, because {name} is {kind}, not a plain dense tensor with values; "
+                "write the model before it is quantized, sharded or emptied."
+            )
+
+
+def check_writable(tensors: Mapping[str, Tensor], path: object) -> None:
+    """Reject tensors that could not be read again from ``path``: as :func:`check_plain`, and those that are not finite."""
+    check_plain(tensors, path)
+    broken = _not_finite(tensors)
+    if broken is not None:
+        raise CheckpointError(
+            f"nothing is written to {path}, because the weight {broken} holds NaN or infinite values in "
+            f"{str(tensors[broken].dtype).removeprefix('torch.')}; use a checkpoint that is finite, or a dtype of larger range."
+        )
+
+
+def without_wrappers(tensors: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+    """Return tensors by the names that they have without :data:`WRAPPERS`.
+
+    Raises:
+        CheckpointError: two tensors then have the same name.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = WRAPPED.sub("", name)
+        if short in plain:
+            raise CheckpointError(f"{source} holds {short} twice, once as {name}; remove one of them.")
+        plain[short] = tensor
+    return plain
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -93,17 +158,25 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read all tensors of a file as views of its memory-mapped pages, and its metadata (empty for a pickle).
 
-    The tensors are on the CPU, in the stored dtype; no values are read yet.
+    The tensors are on the CPU, in the stored dtype; no values are read yet. Names are without :data:`WRAPPERS`.
 
     Args:
-        path: a .safetensors file, or a pickle (.ckpt, .pt, .pth, .bin) of a state dict, bare or as the value of
-            ``state_dict``; entries of a pickle that are not tensors are ignored.
+        path: a .safetensors file, or a pickle (.ckpt, .pt, .pth, .bin) of a state dict, bare or under a key of
+            :data:`NESTED`; entries of a pickle that are not tensors are ignored.
 
     Raises:
-        CheckpointError: the file is missing, broken or not a tensor file, or is a pickle that would run code.
+        CheckpointError: the file is missing, broken or not a tensor file, is a pickle that would run code, or holds quantized
+            weights.
     """
-    tensors, metadata = (_pickled(path), {}) if _ending(path) in PICKLES else _safetensors(path, _all)
+    stored, metadata = (_pickled(path), {}) if _ending(path) in PICKLES else _safetensors(path, _all)
+    tensors = without_wrappers(stored, path)
+    if tensors.keys() != stored.keys() and "fingerprint" in metadata:
+        metadata["fingerprint"] = ""  # it is that of the names in the file
     for name, tensor in tensors.items():
+        if QUANTIZED.fullmatch(name.rpartition(".")[2]):
+            raise CheckpointError(
+                f"{path} holds quantized weights ({name}), which ldm does not read; use a file in fp16, bf16 or fp32."
+            )
         if not name.isprintable() or len(name) > 500:
             raise CheckpointError(
                 f"{path} holds a tensor with the invalid name {name[:100]!r}; download the file again."
@@ -115,7 +188,9 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def read_weights(folder: str | Path, stem: str | tuple[str, ...] = DIFFUSERS) -> tuple[dict[str, Tensor], list[Path]]:
+def read_weights(
+    folder: str | Path, stem: str | tuple[str, ...] = DIFFUSERS, variant: str | None = None
+) -> tuple[dict[str, Tensor], list[Path]]:
     """Read the weights in a diffusers or transformers folder, as :func:`read_tensors` does, and return also their files.
 
     A .safetensors file is preferred to a pickle, the default variant to the fp16 variant; each may be one file or an index
@@ -124,20 +199,22 @@ def read_weights(folder: str | Path, stem: str | tuple[str, ...] = DIFFUSERS) ->
     Args:
         folder: folder of one part of a model.
         stem: name of its files without suffix (:data:`STEMS`); of several, the first that exists.
+        variant: variant that is preferred to all others, if the folder has it.
 
     Raises:
         CheckpointError: there are no weights, or the index does not match its shards.
     """
     folder = Path(folder)
     stems = (stem,) if isinstance(stem, str) else stem
-    for ending in (SAFETENSORS[1:], "bin"):
-        for variant in ("", "fp16."):
-            for name in stems:
-                single, index = folder / f"{name}.{variant}{ending}", folder / f"{name}.{ending}.index.{variant}json"
-                if single.is_file():
-                    return read_tensors(single), [single]
-                if index.is_file():
-                    return _sharded(index)
+    endings = (SAFETENSORS[1:], "bin")
+    usual = [(ending, each) for ending in endings for each in ("", "fp16.")]
+    for ending, part in [(ending, f"{variant}.") for ending in endings if variant] + usual:
+        for name in stems:
+            single, index = folder / f"{name}.{part}{ending}", folder / f"{name}.{ending}.index.{part}json"
+            if single.is_file():
+                return read_tensors(single), [single]
+            if index.is_file():
+                return _sharded(index)
     raise CheckpointError(f"{folder} holds no weights, such as {stems[0]}{SAFETENSORS}; download the folder again.")
 
 
@@ -180,14 +257,22 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
     Raises:
         CheckpointError: a weight holds NaN or infinite values; the first is named.
     """
+    broken = _not_finite(tensors)
+    if broken is not None:
+        raise CheckpointError(f"{source}: the weight {broken} holds NaN or infinite values; download the file again.")
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor with NaN or infinite values; None if there is none."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
         values = tensor.float() if tensor.itemsize == 1 else tensor  # torch can neither sum nor test fp8
         # A sum is the fastest test of all values; since it may overflow, the values are then tested one by one.
         if not values.sum(dtype=torch.float32).isfinite() and not values.isfinite().all():
-            raise CheckpointError(f"{source}: the weight {name} holds NaN or infinite values; download the file again.")
+            return name
         _release_pages(tensor)
+    return None
 
 
 def fingerprint(tensors: Mapping[str, Tensor], meaning: Mapping[str, Any]) -> str:
@@ -251,15 +336,21 @@ def _all(file: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, file.metadata() or {}
 
 
-class _Callback:
-    """Placeholder for :data:`CALLBACK`; does nothing."""
+class _Ignored:
+    """Placeholder for :data:`IGNORED`; takes any arguments and state, and does nothing."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 def _pickled(path: str | Path) -> dict[str, Tensor]:
     with Path(path).open("rb") as file:
         zipped = file.read(2) == b"PK"  # else from torch before 1.6, which cannot be memory-mapped
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Callback, CALLBACK)]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Ignored, name) for name in IGNORED]):
             warnings.simplefilter("ignore")  # about pickle protocols and typed storages
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a broken pickle may raise any exception
@@ -274,8 +365,11 @@ def _pickled(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is not a complete file of torch.save ({type(error).__name__}: {detail}); download it again."
         ) from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    while isinstance(content, dict):
+        nested = next((content[key] for key in NESTED if isinstance(content.get(key), Mapping)), None)
+        if nested is None:
+            break
+        content = dict(nested)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of weights; save a state_dict.")
     tensors = {}

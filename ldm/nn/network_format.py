@@ -118,8 +118,51 @@ def prefixed(prefix: str, table: KeyTable) -> dict[str, KeyMapping]:
     return {ours: mapping._replace(name=prefix + mapping.name) for ours, mapping in table.items()}
 
 
+OUTER = r"(?:(?:model|net|network|state_dict|unet|vae|autoencoder|text_encoder(?:_2)?|transformer|clip_[lg])\.)+"
+"""Prefixes that other software puts before all names of a network."""
+
+NOT_WEIGHTS = frozenset({"decay", "num_updates", "position_ids", "attn_mask"})
+"""Last parts of names of tensors that no network needs: counters of an average, and constants that are computed."""
+
+
+def is_weight(name: str) -> bool:
+    """Return whether a tensor of this name may be a weight of a network."""
+    return name.rpartition(".")[2] not in NOT_WEIGHTS
+
+
+def outer_prefix(names: Iterable[str], marks: tuple[str, ...]) -> str:
+    """Return the prefix (:data:`OUTER`) that names have before any of ``marks``; empty if one begins with a mark."""
+    listed = [*names]
+    if not marks or any(name.startswith(marks) for name in listed):
+        return ""
+    before_mark = re.compile(rf"{OUTER}(?={'|'.join(map(re.escape, marks))})")
+    return next((match[0] for name in listed if (match := before_mark.match(name))), "")
+
+
+def attention_names(layer: str, query: str, key: str, value: str, out: str) -> Rules:
+    """Rename the projections of attention layers, in any of their spellings, to the given ones.
+
+    Args:
+        layer: regular expression of the layer's name.
+        query, key, value, out: names of the projections.
+    """
+    spellings = {
+        query: "query|to_q|q",
+        key: "key|to_k|k",
+        value: "value|to_v|v",
+        out: r"proj_attn|to_out\.0|to_out|proj_out",
+    }
+    return tuple((rf"\b({layer})\.(?:{theirs})\.(?=weight|bias)", rf"\1.{ours}.") for ours, theirs in spellings.items())
+
+
 class NetworkFormat:
-    """Description of a network kind in one foreign format; subclasses say which tensors have which names there."""
+    """Description of a network kind in one foreign format; subclasses say which tensors have which names there.
+
+    Attributes:
+        marks: beginnings of names by which a network of this kind is recognized.
+    """
+
+    marks: tuple[str, ...] = ()
 
     def key_table(self, config: Any, names: Iterable[str], values: Values) -> KeyTable:
         """Map the ``names`` of our weights to foreign ones.
@@ -132,7 +175,10 @@ class NetworkFormat:
         raise NotImplementedError
 
     def canonical_name(self, name: str) -> str | None:
-        """Return the name that the key table has for a variant of it in some files; None for a tensor that is not used."""
+        """Return the name that the key table has for a variant of it in some files; None for a tensor that is not used.
+
+        :data:`OUTER` and :data:`NOT_WEIGHTS` are the variants that all kinds of network have in common.
+        """
         return name
 
     def build(self, config: Any, values: Values) -> nn.Module:
@@ -146,11 +192,10 @@ class SingleFileFormat(NetworkFormat):
 
     Attributes:
         prefixes: prefix of the network's names to the component of the model that it is, such as ``denoiser``.
-        marks: beginnings of names, after the prefix, by which a network of this kind is recognized.
+        marks: beginnings of names, after the prefix.
     """
 
     prefixes: ClassVar[Mapping[str, str]]
-    marks: tuple[str, ...]
 
     def infer_config(self, tensors: State, source: object) -> Any:
         """Infer the config from names (without prefix) and shapes.

@@ -25,6 +25,7 @@ from ldm.nn.network_format import (
     SingleFileFormat,
     State,
     Values,
+    attention_names,
     checked,
     count,
     inferring,
@@ -54,11 +55,25 @@ DIFFUSERS: Rules = (
     (r"\.mid\.attn_1\.([qkv])\b", r".mid_block.attentions.0.to_\1"),
     (r"\.mid\.attn_1\.proj_out", ".mid_block.attentions.0.to_out.0"),
 )
-OLD_ATTENTION: Rules = tuple(
-    (rf"\b{old}\b", new)
-    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+NAMES_LDM: Rules = (
+    *attention_names(r"attn_1", "q", "k", "v", "proj_out"),
+    (r"\battn_1\.group_norm\.", "attn_1.norm."),
 )
-"""Names of attention layers before diffusers 0.15."""
+NAMES_DIFFUSERS: Rules = (
+    *attention_names(r"attentions\.0", "to_q", "to_k", "to_v", "to_out.0"),
+    (r"\battentions\.0\.norm\.", "attentions.0.group_norm."),
+)
+"""Names of the attention layer as other versions of diffusers (before 0.15) and other tools have them."""
+
+UNDOTTED: Rules = (
+    (r"^(encoder|decoder)", r"\1."),
+    (r"\.(down|up)(\d+)(block|attn)(\d+)", r".\1.\2.\3.\4."),
+    (r"\.(down|up)(\d+)((?:down|up)sample)", r".\1.\2.\3."),
+    (r"\.mid(block_\d|attn_\d)", r".mid.\1."),
+    (r"(weight|bias)$", r".\1"),
+    (r"\.+", "."),
+)
+"""Rules that restore the dots of a name in an LDM file; the names of EMA weights omit them."""
 
 DEFAULTS: Values = {
     "in_channels": 3,
@@ -92,7 +107,9 @@ class AutoencoderSingleFile(SingleFileFormat):
 
     def canonical_name(self, name: str) -> str | None:
         """Return the canonical name; training checkpoints also hold the discriminator, under ``loss.``, which is not used."""
-        return None if name.startswith("loss.") else name
+        if name.startswith("loss."):
+            return None
+        return renamed(name if "." in name else renamed(name, UNDOTTED), NAMES_LDM)
 
     def infer_config(self, tensors: State, source: object) -> AutoencoderKLConfig:
         with inferring("VAE", source):
@@ -116,6 +133,7 @@ class AutoencoderFolder(FolderFormat):
     component = "first_stage"
     library = "diffusers"
     folders: ClassVar = {"vae": "first_stage"}
+    marks = ("encoder.conv_in.",)
     classes = ("AutoencoderKL",)
     weights = ("diffusion_pytorch_model",)
 
@@ -128,7 +146,7 @@ class AutoencoderFolder(FolderFormat):
         return table
 
     def canonical_name(self, name: str) -> str:
-        return renamed(name, OLD_ATTENTION)
+        return renamed(name, NAMES_DIFFUSERS)
 
     def read_config(self, values: Values, names: Collection[str], where: object) -> AutoencoderKLConfig:
         given = checked(values, DEFAULTS, FIXED, where)

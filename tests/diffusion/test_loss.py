@@ -12,11 +12,11 @@ from ldm.config import from_dict
 from ldm.diffusion import Diffusion, Parametrization, WeightedLossConfig
 from ldm.diffusion.loss import min_snr_weight
 from ldm.diffusion.noise_level_samplers import Antithetic, Stratified
-from ldm.diffusion.parametrization import X0, Edm, Eps, Flow, V
+from ldm.diffusion.parametrization import X0, Edm, EdmV, Eps, Flow, V
 from ldm.diffusion.schedule import ScaledLinear
 from ldm.errors import ConfigError
 
-ROWS = [Eps(), V(), X0(), Flow(), Edm(), Edm(sigma_data=1.3)]
+ROWS = [Eps(), V(), X0(), Flow(), Edm(), Edm(sigma_data=1.3), EdmV()]
 every_row = pytest.mark.parametrize("row", ROWS, ids=repr)
 SIGMA = torch.tensor([0.03, 0.4, 1.0, 3.0, 14.0])
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ldm.config import from_dict, to_dict
 from ldm.diffusion import Diffusion, Parametrization, Schedule
-from ldm.diffusion.parametrization import X0, Edm, Eps, Flow, V
+from ldm.diffusion.parametrization import X0, Edm, EdmV, Eps, Flow, V
 from ldm.diffusion.schedule import Flow as FlowSchedule
 from ldm.diffusion.schedule import Karras, Linear, ScaledLinear
 from ldm.errors import ConfigError
 
-ROWS = [Eps(), V(), X0(), Flow(), Edm(), Edm(sigma_data=1.3)]
+ROWS = [Eps(), V(), X0(), Flow(), Edm(), Edm(sigma_data=1.3), EdmV()]
 every_row = pytest.mark.parametrize("row", ROWS, ids=repr)
 levels = st.floats(math.log(1e-3), math.log(4096)).map(math.exp)
 values = st.floats(-4, 4)

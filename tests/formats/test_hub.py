@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from ldm import Pipeline, load
 from ldm.errors import CheckpointError
-from ldm.formats import MODEL_FILE
+from ldm.formats import MODEL_FILE, read, save
 from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.native import save_model
 from tests.formats.hub_server import Hub
@@ -301,3 +305,57 @@ def test_the_environment_of_the_library_holds(hub: Hub, runs: list[Path], tmp_pa
     fetched = Path(done.stdout.strip())
     assert fetched.is_relative_to(tmp_path / "home")
     assert fetched.read_bytes() == (runs[0] / MODEL_FILE).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder whose U-Net and VAE also have the variant fp16, and whose VAE has bf16."""
+    folder = tmp_path_factory.mktemp("pipeline") / "sd"
+    save(tiny_model(), folder, "diffusers")
+    for part, variant, dtype in (("unet", "fp16", "float16"), ("vae", "fp16", "float16"), ("vae", "bf16", "bfloat16")):
+        name = f"{part}/diffusion_pytorch_model"
+        tensors = {
+            key: each.to(getattr(torch, dtype)) for key, each in load_file(folder / f"{name}.safetensors").items()
+        }
+        save_file(tensors, folder / f"{name}.{variant}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("on_hub", [False, True])
+def test_a_variant_is_read_where_it_exists(hub: Hub, pipeline: Path, on_hub: bool) -> None:
+    hub.commit("owner/sd", pipeline)
+    source: Any = "owner/sd" if on_hub else pipeline
+    for variant, expected in (("fp16", ("float16", "float16")), ("bf16", ("float32", "bfloat16"))):
+        found = Pipeline.from_pretrained(source, "cpu", torch.float32, variant=variant).model
+        dtypes = {name: part.weights.popitem()[1].dtype for name, part in read(source, variant=variant).parts.items()}
+        assert (str(dtypes["denoiser"]), str(dtypes["first_stage"])) == tuple(f"torch.{each}" for each in expected)
+        assert dtypes["text_encoder"] == torch.float32
+        assert found.config == load(pipeline).config
+    assert "vae/diffusion_pytorch_model.safetensors" not in hub.fetched
+    with pytest.raises(CheckpointError, match=r"has no weights of the variant 'int8'; omit the variant"):
+        read(source, variant="int8")
+
+
+@pytest.mark.parametrize("on_hub", [False, True])
+def test_a_subfolder_is_a_source(hub: Hub, pipeline: Path, tmp_path: Path, on_hub: bool) -> None:
+    shutil.copytree(pipeline, tmp_path / "all" / "models" / "sd")
+    hub.commit("owner/all", tmp_path / "all")
+    source: Any = "owner/all" if on_hub else tmp_path / "all"
+    assert load(source, subfolder="models/sd").fingerprint == load(pipeline).fingerprint
+    hub.fetched.clear()
+    text = read(source, subfolder="models/sd/text_encoder")
+    assert [*text.parts] == ["text_encoder"]
+    assert text.tokenizer is not None
+    assert not any("unet" in file for file in hub.fetched)
+    part = read(source, subfolder="models/sd/vae", variant="bf16").parts["first_stage"]
+    assert part.weights["encoder.conv_in.weight"].dtype == torch.bfloat16
+    for subfolder, message in (("other", "has no folder 'other'"), ("../x", "is not within"), ("/x", "is not within")):
+        with pytest.raises(CheckpointError, match=message):
+            read(source, subfolder=subfolder)
+
+
+def test_a_file_has_no_variants(runs: list[Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has no weights of the variant 'fp16'"):
+        load(runs[0], variant="fp16")
+    with pytest.raises(CheckpointError, match="has no folder 'unet'"):
+        load(runs[0], subfolder="unet")

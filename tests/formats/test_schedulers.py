@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.diffusion import SAMPLERS, SPACINGS, SPECS, Diffusion, sigmas
-from ldm.diffusion.parametrization import X0, Edm, Eps, V
+from ldm.diffusion.parametrization import X0, Edm, EdmV, Eps, V
 from ldm.diffusion.parametrization import Flow as FlowPrediction
 from ldm.diffusion.schedule import Cosine, Flow, Karras, Linear, ScaledLinear, Sigmoid
 from ldm.errors import CheckpointError
@@ -73,6 +73,7 @@ GRIDS: list[dict[str, Any]] = [
     {"timestep_spacing": "trailing"},
     {"timestep_spacing": "linspace"},
 ]
+CONTINUOUS = {"prediction_type": "v_prediction", "timestep_type": "continuous"}
 WITH_BETAS = [name for name in CLASSES if "beta_schedule" in CLASSES[name].defaults]
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in CLASSES),
@@ -88,6 +89,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("UniPCMultistepScheduler", SD | {"final_sigmas_type": "sigma_min", "timestep_spacing": "trailing"}),
     ("DPMSolverMultistepScheduler", SD | {"algorithm_type": "sde-dpmsolver++", "timestep_spacing": "leading"}),
     ("DDPMScheduler", {"beta_schedule": "sigmoid", "timestep_spacing": "trailing"}),
+    ("EDMEulerScheduler", {"prediction_type": "v_prediction", "sigma_data": 1.0, "sigma_schedule": "exponential"}),
+    ("EDMDPMSolverMultistepScheduler", {"prediction_type": "v_prediction", "sigma_data": 1.0, "sigma_max": 120.0}),
+    ("EulerDiscreteScheduler", SD | CONTINUOUS),
+    ("EulerDiscreteScheduler", SD | CONTINUOUS | {"use_karras_sigmas": True, "sigma_min": 0.002, "sigma_max": 700.0}),
 ]
 
 
@@ -211,6 +216,8 @@ def test_flow_and_edm_have_classes_of_their_own(sampler: str) -> None:
     for diffusion, spacing in (
         (Diffusion(Flow(shift=3.0), FlowPrediction()), "linspace"),
         (Diffusion(Karras(sigma_max=70.0), Edm(0.7)), "karras"),
+        (Diffusion(Karras(sigma_max=120.0), EdmV(1.0)), "exponential"),
+        (Diffusion(ScaledLinear(), EdmV(1.0)), "linspace"),
     ):
         written = write_scheduler(diffusion, SamplingConfig(sampler, 50, 7.5, spacing))
         getattr(diffusers, written["_class_name"]).from_config(written)
@@ -290,7 +297,9 @@ def test_an_unknown_class_is_told_and_gives_way() -> None:
         ({"use_karras_sigmas": "yes"}, "must be true or false"),
         ({"rescale_betas_zero_snr": True}, "choose v"),
         ({"_class_name": "EDMEulerScheduler", "sigma_max": 0.0}, "sigma_max 0.0"),
-        ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "only epsilon"),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "sample"}, "only epsilon and v_prediction"),
+        ({"_class_name": "CosineDPMScheduler", "sigma_data": 1.0}, "CosineDPMScheduler has the setting sigma_data 1.0"),
+        ({"_class_name": "OtherScheduler", "shift": 3.0}, "OtherScheduler has the setting shift 3.0"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 50}, "must be 1000"),
     ],
 )

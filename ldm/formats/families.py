@@ -1,0 +1,86 @@
+"""Families of published models, and the settings that their single files do not hold.
+
+|                 | SD 1                        | SD 2                | SDXL                            |
+|-----------------|-----------------------------|---------------------|---------------------------------|
+| recognized by   | transformers' text encoder  | open_clip's         | both                            |
+| context         | last state, normed          | penultimate, normed | penultimate of both, not normed |
+| latent scale    | 0.18215                     | 0.18215             | 0.13025                         |
+| prediction type | eps                         | eps (or v)          | eps (or v)                      |
+| sampled by      | ddim, 50 steps, scale 7.5   | the same            | euler, 50 steps, scale 5        |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldm.clip.tokenizer import CLIP_VOCAB_SIZE, CLIPBPEConfig, Tokenizer
+from ldm.formats.checkpoint import Part
+from ldm.formats.folding import SCALE, SCALE_SDXL
+from ldm.model import SamplingConfig
+
+SAMPLED = SamplingConfig("ddim", 50, 7.5, "leading", 1, "sigma_min")
+SAMPLED_SDXL = SamplingConfig("euler", 50, 5.0, "leading", 1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Settings of a family of published models that its files do not hold.
+
+    Attributes:
+        name: name of the family.
+        hidden_state, context_norm: fields of the config of its text encoders.
+        scale: scaling factor of the latents.
+        sampling: defaults of sampling.
+        sizes: height and width of the images, of the models that predict eps and v.
+    """
+
+    name: str
+    hidden_state: str = "penultimate"
+    context_norm: bool = True
+    scale: float = SCALE
+    sampling: SamplingConfig = field(default=SAMPLED)
+    sizes: tuple[int, int] = (512, 512)
+
+
+SD_1 = Family("SD 1", hidden_state="last")
+SD_2 = Family("SD 2", sizes=(512, 768))
+SDXL = Family("SDXL", context_norm=False, scale=SCALE_SDXL, sampling=SAMPLED_SDXL, sizes=(1024, 1024))
+SINGLE = Family("a single network")
+FAMILIES = {
+    "conditioner.embedders.1.model.": SDXL,
+    "cond_stage_model.model.": SD_2,
+    "cond_stage_model.transformer.": SD_1,
+    "conditioner.embedders.0.transformer.": SINGLE,
+    "model.diffusion_model.label_emb.0.0.weight": SDXL,
+}
+"""Prefixes of names by which a family is recognized; the first that occurs decides."""
+
+
+def family_of(names: Iterable[str]) -> Family:
+    """Return the family that the full names of a file's tensors belong to."""
+    listed = [*names]
+    return next((FAMILIES[mark] for mark in FAMILIES for name in listed if name.startswith(mark)), SINGLE)
+
+
+def assumed(name: str, family: Family, complete: bool, hidden_state: str | None = None) -> dict[str, Any]:
+    """Return the fields of a text encoder's config that its weights do not determine.
+
+    Args:
+        name, family: of the text encoder.
+        complete: whether the file holds further networks.
+        hidden_state: hidden state that the file states; all models of the other families have the same.
+    """
+    hidden_state = hidden_state if family is SD_1 and hidden_state else family.hidden_state
+    fields = {"hidden_state": hidden_state, "context_norm": family.context_norm}
+    # The pooled state of a model's first text encoder is not used.
+    return fields | ({"embed_dim": None} if complete and name == "text_encoder" else {})
+
+
+def tokenizer_of(parts: Mapping[str, Part], family: Family) -> Tokenizer | None:
+    """Return CLIP's tokenizer as the family pads its tokens; None if the text encoder has another vocabulary."""
+    if "text_encoder" not in parts or parts["text_encoder"].config.vocab_size != CLIP_VOCAB_SIZE:
+        return None
+    length = parts["text_encoder"].config.context_length
+    return CLIPBPEConfig(length, pad_id=0 if family is SD_2 else None).build()
