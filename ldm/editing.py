@@ -6,8 +6,9 @@
 >>> editing.inpaint(pipe, "a green apple", "apple.png", "mask.png")
 
 ``settings`` are those of :class:`ldm.sampling_settings.SamplingSettings`: ``seed``, ``guidance_scale``, ``label``, ...
-``image`` is a PIL image, the name of a file, or a list of them, one for each prompt; one image serves several
-prompts and one prompt several images. ``strength``, 0 to 1, is the share of the sampling steps that are taken.
+``image`` is a PIL image, the name of a file, an array ``[h w c]`` or a tensor ``[c h w]`` (uint8 in [0, 255] or floats in
+[0, 1]; see :mod:`ldm.image_arguments`), or several of them, one for each prompt; one image serves several prompts and
+one prompt several images. ``strength``, 0 to 1, is the share of the sampling steps that are taken.
 """
 
 from __future__ import annotations
@@ -18,25 +19,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from ldm.checks import number, plain, whole_number
 from ldm.conditioning import LowResConditioner
-from ldm.diffusion import Denoiser
+from ldm.diffusion import Denoiser, seeded_noise
 from ldm.errors import SamplingError
-from ldm.image_io import read_image, to_tensor
-from ldm.inputs import one_seed
+from ldm.image_arguments import ImageSource, listed_images, read_image, read_mask
+from ldm.image_io import to_tensor
+from ldm.inputs import one_seed, seed_list
 from ldm.modalities.arguments import entries
 from ldm.modalities.base import listed
 from ldm.pipeline import Pipeline
 from ldm.prompts import Blend, Prompt
 from ldm.sampling_loop import Edit
-from ldm.sampling_settings import SamplingSettings, number, whole_number
-
-ImageSource = Image.Image | str | Path
+from ldm.sampling_settings import SamplingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def inpaint(
     Works with any model; one whose conditioner reads ``inpaint`` (a 9-channel U-Net) is also given the known part.
 
     Args:
-        mask_image: of the size of its image; one for all, or one for each.
+        mask_image: of the size of its image; one for all, or one for each. What is transparent is black.
         blur: standard deviation in pixels of the Gaussian that blurs the mask's edge, over which old and new are blended.
 
     Raises:
@@ -171,10 +171,9 @@ def outpaint(
     if not any((left, top, right, bottom)):
         raise SamplingError("outpaint needs a side to continue; give left, top, right or bottom in pixels.")
     known = read_image(image)
-    canvas = np.pad(np.asarray(known), ((top, bottom), (left, right), (0, 0)), mode="edge")
-    mask = Image.new("L", (canvas.shape[1], canvas.shape[0]), "white")
-    mask.paste(0, (left, top, left + known.width, top + known.height))
-    return inpaint(pipe, prompt, Image.fromarray(canvas), mask, **settings)
+    canvas = F.pad(known[None], (left, right, top, bottom), mode="replicate")[0]
+    mask = F.pad(torch.zeros_like(known[0]), (left, right, top, bottom), value=1.0)
+    return inpaint(pipe, prompt, canvas, mask, **settings)
 
 
 def variations(pipe: Pipeline, image: ImageSource | Sequence[ImageSource], **settings: Any) -> Any:
@@ -188,7 +187,12 @@ def variations(pipe: Pipeline, image: ImageSource | Sequence[ImageSource], **set
             "this model reads no image, which variations need; "
             "train one with the conditioner image, or try image_to_image."
         )
-    return _sampled(pipe, _with_condition(SamplingSettings.of(**settings), image=listed(image)))
+    return _sampled(
+        pipe,
+        _with_condition(
+            SamplingSettings.of(**settings), image=[2 * read_image(each) - 1 for each in listed_images(image)]
+        ),
+    )
 
 
 def style_transfer(
@@ -236,12 +240,17 @@ def interpolate(
         raise SamplingError("frames is 1; a row from one image to the other needs 2 or more.")
     if "num_images_per_prompt" in settings:
         raise SamplingError("a row has as many images as frames; leave num_images_per_prompt out.")
-    seeds = (whole_number("seeds", seeds[0], 0), whole_number("seeds", seeds[1], 0))
+    for name in ("seed", "latents", "generator"):
+        if settings.get(name) is not None:
+            raise SamplingError(f"the noise of a row follows from seeds; leave {name} out.")
+    if len(ends := listed(plain(seeds))) != 2:
+        raise SamplingError(f"seeds is {plain(seeds)!r}; a row leads from one seed to another, so give two.")
+    first_seed, last_seed = seed_list(ends, 2)
     shape = pipe.latent_shape(settings.get("height"), settings.get("width"))
-    first, last = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds)
-    shares = torch.linspace(0, 1, frames).tolist()
+    first, last = seeded_noise([first_seed, last_seed], shape)(math.inf, 0.0)
+    shares = torch.linspace(0, 1, frames, dtype=torch.float32, device="cpu").tolist()
     noise = torch.stack([slerp(first, last, share) for share in shares])
-    settings |= {"latents": noise, "seed": [seeds[0]] * frames}
+    settings |= {"latents": noise, "seed": [first_seed] * frames}
     if prompt is None or isinstance(prompt, Prompt):
         return pipe(prompt, num_images_per_prompt=frames, **settings)
     if len(prompt) != 2:
@@ -344,12 +353,12 @@ def _stacked(image: Any, settings: SamplingSettings) -> Tensor:
     """Read the images as ``[m 3 h w]`` in [0, 1]."""
     if (settings.height, settings.width) != (None, None):
         raise SamplingError("the size goes by the image; resize it, and leave height and width out.")
-    images = [read_image(each) for each in listed(image)]
-    sizes = dict.fromkeys(each.size for each in images)
+    images = [read_image(each) for each in listed_images(image)]
+    sizes = dict.fromkeys((each.shape[2], each.shape[1]) for each in images)
     if len(sizes) != 1:
         given = ", ".join(f"{width} x {height}" for width, height in sizes) or "none"
         raise SamplingError(f"the images must be of one size, but they are {given}; edit them one by one.")
-    return torch.stack([to_tensor(each) for each in images])
+    return torch.stack(images)
 
 
 def _with_condition(settings: SamplingSettings, **more: list[Any]) -> SamplingSettings:
@@ -363,18 +372,23 @@ def _is_file(name: str) -> bool:
         return False
 
 
+def _blurred(mask: Tensor, blur: float) -> Tensor:
+    image = Image.fromarray((255 * mask).round().byte().numpy())
+    return to_tensor(image.filter(ImageFilter.GaussianBlur(blur)))[0]
+
+
 def _masks(mask_image: Any, images: Tensor, blur: float) -> tuple[Tensor, Tensor]:
     """Read the masks, as they are and with a soft edge, ``[m 1 h w]`` in [0, 1]."""
     height, width = images.shape[-2:]
-    masks = [read_image(mask).convert("L") for mask in listed(mask_image)]
+    masks = [read_mask(mask) for mask in listed_images(mask_image)]
     for mask in masks:
-        if mask.size != (width, height):
+        if mask.shape != (height, width):
             raise SamplingError(
-                f"the mask is {mask.width} x {mask.height} pixels, but its image {width} x {height}; resize it."
+                f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, but its image {width} x {height}; resize it."
             )
     if len(masks) not in (1, len(images)):
         raise SamplingError(f"{len(masks)} masks do not fit {len(images)} images; give one, or one for each.")
-    soft = [mask.filter(ImageFilter.GaussianBlur(blur)) for mask in masks]
-    sharp, blend = (torch.stack([to_tensor(mask) for mask in each]).to(images) for each in (masks, soft))
+    soft = [_blurred(mask, blur) if blur else mask for mask in masks]
+    sharp, blend = (torch.stack(each)[:, None].to(images) for each in (masks, soft))
     shape = (len(images), 1, height, width)
     return sharp.expand(shape), blend.expand(shape)

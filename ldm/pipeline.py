@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import inputs
+from ldm.checks import whole_number
 from ldm.conditioning import ConditioningSchedule, conditioning_schedules
 from ldm.devices import default_device, default_dtype, usable
 from ldm.diffusion import (
@@ -35,7 +36,7 @@ from ldm.model import LatentDiffusion
 from ldm.nn.attention import AttentionOptions
 from ldm.prompts import Prompt
 from ldm.sampling_loop import Edit, SamplingStep, SamplingStream, solve, starting_point
-from ldm.sampling_settings import SamplingSettings, takes_settings, whole_number
+from ldm.sampling_settings import SamplingSettings, takes_settings
 
 
 class Pipeline:
@@ -326,13 +327,16 @@ class Pipeline:
             SamplingError: a side is not a whole number, or not divisible by the factor f of the first stage.
         """
         factor = self.model.config.first_stage.factor
-        for name, side in (("height", height), ("width", width)):
-            if side is not None and whole_number(name, side) % factor:
+        sides = []
+        for name, given in (("height", height), ("width", width)):
+            side = None if given is None else whole_number(name, given)
+            if side is not None and side % factor:
                 near = max(1, round(side / factor)) * factor
                 raise SamplingError(
                     f"the {name} {side} is not divisible by {factor}, the factor of this model; try {near}."
                 )
-        return self.model.latent_shape(height, width)
+            sides.append(side)
+        return self.model.latent_shape(*sides)
 
     def denoiser(self, request: inputs.Request, levels: Tensor) -> Denoiser:
         """Return the model under its conditions and guidance, as the denoiser of solvers along ``levels [steps + 1]``."""
@@ -365,10 +369,13 @@ class Pipeline:
         """Return ``x`` if it is finite; else raise a CheckpointError that names the weight which is not, or a SamplingError."""
         if not x.isfinite().all():
             check_finite(self.model.state_dict(), "the model")
-            raise SamplingError(
-                f"the {what} is not finite, though all weights are: {self.dtype} cannot hold what the networks compute; "
-                "load the model in float32 or bfloat16."
-            )
+            cause = "the guidance scale, noise or conditions are too large; give smaller ones"
+            if torch.float16 in {parameter.dtype for parameter in self.model.parameters()}:
+                cause = (
+                    "either float16 cannot hold what the networks compute: load the model in float32 or bfloat16; or "
+                    + cause
+                )
+            raise SamplingError(f"the {what} is not finite, though all weights and settings are: {cause}.")
         return x
 
     def _check_output_type(self, output_type: str) -> None:

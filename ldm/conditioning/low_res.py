@@ -28,7 +28,7 @@ from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, training_images
 from ldm.config import config_field
 from ldm.errors import ConfigError, DataError, SamplingError
-from ldm.image_io import signed_tensor
+from ldm.image_arguments import signed_image
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import sinusoidal
 
@@ -134,11 +134,13 @@ class LowResConditioner(Conditioner):
         return {**batch, "low_res": F.avg_pool2d(images, factor)}
 
 
-def _stacked(images: Sequence[Any]) -> Tensor:
+def _stacked(images: Sequence[Any] | Tensor) -> Tensor:
     """Stack images to ``[b 3 h w]`` fp32 in [-1, 1]."""
+    if isinstance(images, Tensor):  # a batch in training
+        return images.float()
     if any(image is None for image in images):
         raise SamplingError("this model enlarges images; give condition={'low_res': [...]}, or use editing.upscale.")
-    tensors = [signed_tensor(image) for image in images]
+    tensors = [signed_image(image) for image in images]
     sizes = dict.fromkeys(f"{tensor.shape[2]} x {tensor.shape[1]}" for tensor in tensors)
     if len(sizes) > 1:
         raise SamplingError(
