@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ldm.checks import number, plain, whole_number
 from ldm.conditioning import LowResConditioner
+from ldm.devices import usual_torch_state
 from ldm.diffusion import Denoiser, seeded_noise
 from ldm.errors import SamplingError
 from ldm.image_arguments import ImageSource, listed_images, read_image, read_mask
@@ -99,6 +100,7 @@ class Inpaint(ImageToImage):
         return torch.lerp(known, super().finish(images, rows), self.blend[rows])
 
 
+@usual_torch_state()
 def image_to_image(
     pipe: Pipeline,
     prompt: Prompt | Sequence[Prompt] | None,
@@ -118,6 +120,7 @@ def image_to_image(
     return _sampled(pipe, paired, edit=ImageToImage(latents=latents, strength=strength, images=images))
 
 
+@usual_torch_state()
 def inpaint(
     pipe: Pipeline,
     prompt: Prompt | Sequence[Prompt] | None,
@@ -151,6 +154,7 @@ def inpaint(
     return _sampled(pipe, paired, edit=edit)
 
 
+@usual_torch_state()
 def outpaint(
     pipe: Pipeline,
     prompt: Prompt | Sequence[Prompt] | None,
@@ -176,6 +180,7 @@ def outpaint(
     return inpaint(pipe, prompt, canvas, mask, **settings)
 
 
+@usual_torch_state()
 def variations(pipe: Pipeline, image: ImageSource | Sequence[ImageSource], **settings: Any) -> Any:
     """Generate images of the same content as ``image``, with a model that is conditioned on image embeddings.
 
@@ -195,6 +200,7 @@ def variations(pipe: Pipeline, image: ImageSource | Sequence[ImageSource], **set
     )
 
 
+@usual_torch_state()
 def style_transfer(
     pipe: Pipeline,
     image: ImageSource | Sequence[ImageSource],
@@ -217,6 +223,7 @@ def style_transfer(
     return image_to_image(pipe, settings.pop("prompt", None), image, strength, condition=condition, **settings)
 
 
+@usual_torch_state()
 def interpolate(
     pipe: Pipeline,
     prompt: Prompt | tuple[Prompt, Prompt] | None = None,
@@ -258,6 +265,7 @@ def interpolate(
     return pipe([Blend(*prompt, share) for share in shares], **settings)
 
 
+@usual_torch_state()
 def high_resolution(
     pipe: Pipeline,
     prompt: Prompt | Sequence[Prompt] | None,
@@ -288,6 +296,7 @@ def high_resolution(
     return _sampled(pipe, large, edit=ImageToImage(latents=enlarged, strength=strength))
 
 
+@usual_torch_state()
 def upscale(pipe: Pipeline, image: ImageSource | Sequence[ImageSource], **settings: Any) -> Any:
     """Enlarge images by the factor of a model that was trained for super-resolution (its conditioner is low_res).
 

@@ -26,7 +26,7 @@ def rgb(image: Image.Image) -> Image.Image:
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert an 8-bit image to ``[c h w]`` fp32 in [0, 1], ``c`` 3 or 1; :meth:`ldm.image_output.Images.of` is its inverse."""
     array = np.array(image)
-    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1) / 255
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).float() / 255
 
 
 def open_argument(image: Image.Image | str | Path) -> Image.Image:

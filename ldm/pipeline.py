@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ldm import inputs
 from ldm.checks import whole_number
 from ldm.conditioning import ConditioningSchedule, conditioning_schedules
-from ldm.devices import default_device, default_dtype, usable
+from ldm.devices import default_device, default_dtype, usable, usual_torch_state
 from ldm.diffusion import (
     SPECS,
     Denoiser,
@@ -68,6 +68,7 @@ class Pipeline:
         return pipe
 
     @classmethod
+    @usual_torch_state()
     def from_pretrained(
         cls,
         source: Source = SHIPPED,
@@ -93,6 +94,7 @@ class Pipeline:
         pipe: Pipeline = cls(load(source, dtype=dtype, **options))
         return pipe.to(device, dtype)
 
+    @usual_torch_state()
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Move the model, in place. The networks go into ``dtype``; the statistics of the latents stay fp32.
 
@@ -117,10 +119,12 @@ class Pipeline:
         """Dtype of the networks; everything else is fp32."""
         return next(self.model.denoiser.parameters()).dtype
 
+    @usual_torch_state()
     def save_pretrained(self, path: Source, dtype: torch.dtype | None = None, to: str = "native") -> Path:
         """Write the model as a source of :meth:`from_pretrained`, and return the file; see :func:`ldm.formats.save`."""
         return save(self.model, path, to, dtype)
 
+    @usual_torch_state()
     def load_lora(self, source: Source, scale: float = 1.0, name: str | None = None, merge: bool = False) -> str:
         """Load a LoRA in addition to those that are already loaded, and return its name.
 
@@ -139,6 +143,7 @@ class Pipeline:
 
         return self.model.adapters.add(self.model, read_lora(source, self.model, scale, name, merge))
 
+    @usual_torch_state()
     def set_lora_scale(self, name: str, scale: float) -> None:
         """Set the scale of a loaded LoRA.
 
@@ -147,6 +152,7 @@ class Pipeline:
         """
         self.model.adapters.set_scale(self.model, name, scale)
 
+    @usual_torch_state()
     def unload_lora(self, name: str | None = None) -> None:
         """Unload one LoRA, or all; the weights are restored bit for bit.
 
@@ -183,6 +189,7 @@ class Pipeline:
         """
         return self.sample(settings)
 
+    @usual_torch_state()
     def sample(self, settings: SamplingSettings) -> SamplingStream:
         """:meth:`stream` for settings that are a record already."""
         settings, conditioner = settings.resolved(self.model.config.sampling), self.model.config.conditioner
@@ -272,6 +279,7 @@ class Pipeline:
                     if (converted := channels_last(weight)) is not weight:
                         parameter.data = converted
 
+    @usual_torch_state()
     def preview(self, latents: Tensor) -> Images:
         """Decode normalized latents ``[n c h/f w/f]``, such as ``step.denoised``, roughly, without the decoder."""
         self._check_output_type("pil")
@@ -280,6 +288,7 @@ class Pipeline:
             large = F.interpolate(small, scale_factor=self.model.config.first_stage.factor, mode="bicubic")
         return Images.of((large.clamp(-1, 1) + 1) / 2)
 
+    @usual_torch_state()
     def encode(self, images: Tensor) -> Tensor:
         """Encode images ``[n 3 h w]`` in [0, 1] to normalized latents ``[n c h/f w/f]``, the mean of their posterior."""
         with torch.inference_mode():
@@ -297,6 +306,7 @@ class Pipeline:
         """
         return self._noise_levels(SamplingSettings.of(num_inference_steps=num_inference_steps, **settings))
 
+    @usual_torch_state()
     def _noise_levels(self, settings: SamplingSettings) -> Tensor:
         steps, timesteps, sigmas = settings.num_inference_steps, settings.timesteps, settings.sigmas
         if sum(way is not None for way in (steps, timesteps, sigmas)) > 1:
@@ -338,6 +348,7 @@ class Pipeline:
             sides.append(side)
         return self.model.latent_shape(*sides)
 
+    @usual_torch_state()
     def denoiser(self, request: inputs.Request, levels: Tensor) -> Denoiser:
         """Return the model under its conditions and guidance, as the denoiser of solvers along ``levels [steps + 1]``."""
         guidance, conditions, negatives = request.guidance, request.conditions, request.negative_prompts

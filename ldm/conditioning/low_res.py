@@ -103,11 +103,14 @@ class LowResConditioner(Conditioner):
         """
         small, config = _stacked(inputs["low_res"]), self.config
         if generator is None:
-            level = torch.full((len(small),), config.noise)
-            noise = torch.randn(small.shape[1:], generator=torch.Generator().manual_seed(0))
+            level = torch.full((len(small),), config.noise, dtype=torch.float32, device="cpu")
+            seeded = torch.Generator("cpu").manual_seed(0)
+            noise = torch.randn(small.shape[1:], generator=seeded, dtype=torch.float32, device="cpu")
         else:
-            level = config.noise_max * torch.rand(len(small), generator=generator)
-            noise = torch.randn(small.shape, generator=generator)
+            level = config.noise_max * torch.rand(
+                len(small), generator=generator, dtype=torch.float32, device=generator.device
+            )
+            noise = torch.randn(small.shape, generator=generator, dtype=torch.float32, device=generator.device)
         s = level.to(small)[:, None, None, None]
         noisy = (1 - s**2).sqrt() * small + s * noise.to(small)
         size = [side * config.factor // self.latent_factor for side in small.shape[-2:]]

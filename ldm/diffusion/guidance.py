@@ -135,7 +135,7 @@ def guided(
         without guidance. It may have state (momentum), so each sampling run needs a new one.
     """
     how = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-    scale = torch.as_tensor(1.0 if how.scale is None else how.scale, dtype=torch.float32)
+    scale = torch.as_tensor(1.0 if how.scale is None else how.scale, dtype=torch.float32, device="cpu")
     parts = [conditional]
     if unconditional is not None and bool((scale != 1).any()):
         parts.append(unconditional)
@@ -146,7 +146,7 @@ def guided(
     joined = conditional.cat(parts)
     is_guided = (scale != 1) | (perturbed is not None and how.perturbed != 0)  # images to which any guidance applies
     all_guided = bool(is_guided.all())
-    momentum = torch.zeros(())
+    momentum = torch.zeros((), dtype=torch.float32, device="cpu")
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         nonlocal momentum

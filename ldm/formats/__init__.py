@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ldm.devices import usual_torch_state
 from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import Checkpoint, read_native
 from ldm.formats.native import CONFIG_BY_FORMAT, save_model
@@ -34,6 +35,7 @@ FILES = ("native", "ldm")
 """Formats that are a single file; the others are folders."""
 
 
+@usual_torch_state()
 def load(
     source: Source = SHIPPED,
     options: LoadOptions | None = None,
@@ -57,6 +59,7 @@ def load(
     return read(source, LoadOptions.of(options, changes)).build(dtype)
 
 
+@usual_torch_state()
 def read(source: Source, options: LoadOptions | None = None, **changes: Any) -> Checkpoint:
     """Read a source, a complete model or a single network; values of weights are read only when they are used.
 
@@ -97,6 +100,7 @@ def _read_file(path: Path, options: LoadOptions) -> Checkpoint:
     return read_single_file(path, tensors, metadata, options.prediction_type, options.ema)
 
 
+@usual_torch_state()
 def save(model: LatentDiffusion, path: Source, to: str = "native", dtype: torch.dtype | None = None) -> Path:
     """Write a model and return the file or folder.
 
