@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
@@ -204,22 +205,30 @@ def variations(pipe: Pipeline, image: ImageSource | Sequence[ImageSource], **set
 def style_transfer(
     pipe: Pipeline,
     image: ImageSource | Sequence[ImageSource],
-    style: ImageSource | Prompt,
+    style: Image.Image | Path | np.ndarray | Tensor | Prompt,
     strength: float = 0.6,
     **settings: Any,
 ) -> Any:
-    """Render the content of ``image`` in a style: that of an image if the model reads images, else that of a prompt.
+    """Render the content of ``image`` in a style: that of a prompt, or of an image for models that read one.
 
-    This is :func:`image_to_image` whose denoiser attends to the style's embedding in all steps.
+    A string is a prompt, whatever files there are; the file of an image is a :class:`pathlib.Path`. This is
+    :func:`image_to_image` whose denoiser attends to the style's embedding in all steps.
 
     Raises:
-        SamplingError: as :func:`image_to_image`; a style image for a model that reads none.
+        SamplingError: as :func:`image_to_image`; a style image for a model that reads none; the name of an image file as a
+            string; a prompt beside a style that is one.
     """
-    if isinstance(style, Prompt) and not (isinstance(style, str) and _is_file(style)):
+    if isinstance(style, Prompt):
+        if isinstance(style, str) and Path(style).suffix.lower() in Image.registered_extensions():
+            raise SamplingError(
+                f"the style {style!r} is a string, hence a prompt; give pathlib.Path({style!r}) for an image."
+            )
+        if settings.pop("prompt", None) is not None:
+            raise SamplingError("the style is a prompt already; leave prompt out.")
         return image_to_image(pipe, style, image, strength, **settings)
     if "image" not in pipe.model.config.conditioner.input_keys:
         raise SamplingError("this model reads no image; describe the style in a prompt.")
-    condition = {**(settings.pop("condition", None) or {}), "image": [style]}
+    condition = {**(settings.pop("condition", None) or {}), "image": [2 * read_image(style) - 1]}
     return image_to_image(pipe, settings.pop("prompt", None), image, strength, condition=condition, **settings)
 
 
@@ -287,9 +296,8 @@ def high_resolution(
     scale = min(1.0, math.sqrt(trained / (rows * columns)))
     factor = pipe.model.config.first_stage.factor
     small = {"height": max(1, round(rows * scale)) * factor, "width": max(1, round(columns * scale)) * factor}
-    seed = settings.pop("seed", None)
-    seed = one_seed() if seed is None else seed
-    large = SamplingSettings.of(prompt, height=height, width=width, seed=seed, **settings)
+    large = SamplingSettings.of(prompt, height=height, width=width, **settings)
+    large = replace(large, seed=one_seed() if large.seed is None else large.seed)
     strength = number("strength", strength, 0, 1)
     latents = _sampled(pipe, large, **small, output_type="latent", callback=None)
     enlarged = F.interpolate(latents, size=(rows, columns), mode="bicubic")
@@ -372,13 +380,6 @@ def _stacked(image: Any, settings: SamplingSettings) -> Tensor:
 
 def _with_condition(settings: SamplingSettings, **more: list[Any]) -> SamplingSettings:
     return replace(settings, condition={**(settings.condition or {}), **more})
-
-
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except OSError:  # too long for a name
-        return False
 
 
 def _blurred(mask: Tensor, blur: float) -> Tensor:

@@ -19,6 +19,7 @@ from ldm.errors import SamplingError, unknown
 from ldm.prompts import LONG_PROMPTS, SYNTAXES, Prompt, PromptOptions
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ldm.diffusion import Guidance
@@ -89,6 +90,24 @@ def _latents(name: str, value: Any) -> Tensor:
     if not tensor.float().isfinite().all():
         raise SamplingError(f"{name} holds NaN or infinite values; give finite ones, normally of unit variance.")
     return tensor
+
+
+def _generator(name: str, value: Any) -> int | list[int]:
+    """Return the seed that a generator stands for: the one that it was set to, or a number drawn from a used one."""
+    if isinstance(value, list | tuple):
+        return [_seed_of(name, each) for each in value]
+    return _seed_of(name, value)
+
+
+def _seed_of(name: str, generator: Any) -> int:
+    import torch
+
+    if not isinstance(generator, torch.Generator):
+        raise SamplingError(f"{name} is {generator!r}; give a torch.Generator, or a list with one for each image.")
+    seed, unused = generator.initial_seed(), torch.Generator(generator.device)
+    is_unused = torch.equal(generator.get_state(), unused.manual_seed(seed).get_state())
+    drawn = int(torch.randint(2**32, (), generator=generator, dtype=torch.int64, device=generator.device))
+    return seed if is_unused and 0 <= seed < 2**62 else drawn
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -218,6 +237,13 @@ class SamplingSettings:
         "and reported with the images.",
         lambda name, value: plain(value),
     )
+    generator: torch.Generator | Sequence[torch.Generator] | None = _setting(
+        None,
+        "A torch.Generator in place of the seed, or a list with one for each image; it stands for the seed that it was set "
+        "to, or once it has been used for a seed drawn from it, which is the one that the images name.",
+        _generator,
+        flags=(),
+    )
     latents: Tensor | None = _setting(
         None, "Unit noise to start from, [n c h/f w/f], instead of the noise that the seeds give.", _latents, flags=()
     )
@@ -246,6 +272,11 @@ class SamplingSettings:
             check, value = entry.metadata["check"], getattr(self, entry.name)
             if check is not None and (value is not None or entry.default is not None):
                 object.__setattr__(self, entry.name, check(entry.name, value))
+        if self.generator is not None:
+            if self.seed is not None:
+                raise SamplingError("give either a seed or a generator, not both.")
+            object.__setattr__(self, "seed", self.generator)
+            object.__setattr__(self, "generator", None)
 
     @classmethod
     def of(cls, *args: Any, **settings: Any) -> SamplingSettings:

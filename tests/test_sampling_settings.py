@@ -208,3 +208,23 @@ def test_a_result_that_is_not_finite_is_not_blamed_on_float32(pipe: Pipeline) ->
     ) as raised:
         pipe("a red apple", guidance_scale=1e38, seed=1, progress=False)
     assert "float32" not in str(raised.value)
+
+
+def test_a_generator_stands_for_a_seed_that_the_record_names(pipe: Pipeline) -> None:
+    given: dict[str, Any] = {"num_inference_steps": 1, "progress": False}
+    generator = torch.Generator().manual_seed(3)
+    fresh, used = (pipe("a red apple", generator=generator, **given)[0] for _ in range(2))
+    assert fresh.tobytes() == pipe("a red apple", seed=3, **given)[0].tobytes()
+    assert fresh.info["seed"] == "3"
+    assert used.tobytes() != fresh.tobytes()
+    assert used.tobytes() == pipe("a red apple", seed=int(used.info["seed"]), **given)[0].tobytes()
+    several = pipe(["a", "b"], generator=[torch.Generator().manual_seed(seed) for seed in (5, 9)], **given)
+    assert several.seeds == [5, 9]
+    edited = editing.image_to_image(pipe, "a", fresh, generator=torch.Generator().manual_seed(4), **given)
+    assert edited.seeds == [4]
+    size = {"height": 2 * SIZE, "width": 2 * SIZE}
+    assert editing.high_resolution(pipe, "a", generator=torch.Generator().manual_seed(4), **size, **given).seeds == [4]
+    with pytest.raises(SamplingError, match="either a seed or a generator"):
+        pipe("a", seed=3, generator=generator)
+    with pytest.raises(SamplingError, match=r"generator is 3; give a torch\.Generator"):
+        pipe("a", generator=3)
