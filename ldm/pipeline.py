@@ -68,7 +68,6 @@ class Pipeline:
         return pipe
 
     @classmethod
-    @usual_torch_state()
     def from_pretrained(
         cls,
         source: Source = SHIPPED,

@@ -35,7 +35,6 @@ FILES = ("native", "ldm")
 """Formats that are a single file; the others are folders."""
 
 
-@usual_torch_state()
 def load(
     source: Source = SHIPPED,
     options: LoadOptions | None = None,
@@ -56,10 +55,11 @@ def load(
     Raises:
         CheckpointError: there is nothing that can be read, or the parts do not fit each other.
     """
-    return read(source, LoadOptions.of(options, changes)).build(dtype)
+    options = LoadOptions.of(options, changes)
+    with usual_torch_state():
+        return read(source, options).build(dtype)
 
 
-@usual_torch_state()
 def read(source: Source, options: LoadOptions | None = None, **changes: Any) -> Checkpoint:
     """Read a source, a complete model or a single network; values of weights are read only when they are used.
 
@@ -67,12 +67,13 @@ def read(source: Source, options: LoadOptions | None = None, **changes: Any) -> 
     or an LDM file with its weights), or a CLIP of transformers or open_clip.
     """
     options = LoadOptions.of(options, changes)
-    path = find(source, options.revision)
-    found = _read_folder(path, options) if path.is_dir() else _read_file(path, options)
-    of_part = LoadOptions(prediction_type=options.prediction_type, ema=options.ema)
-    for name, given in options.replacements().items():
-        found = found.with_part(name, read(given, of_part))
-    return found
+    with usual_torch_state():
+        path = find(source, options.revision)
+        found = _read_folder(path, options) if path.is_dir() else _read_file(path, options)
+        of_part = LoadOptions(prediction_type=options.prediction_type, ema=options.ema)
+        for name, given in options.replacements().items():
+            found = found.with_part(name, read(given, of_part))
+        return found
 
 
 def _read_folder(path: Path, options: LoadOptions) -> Checkpoint:

@@ -371,8 +371,9 @@ def _family(found: Mapping[str, Found]) -> Family:
 
 
 def _assumed(name: str, family: Family, complete: bool) -> dict[str, Any]:
-    """Return the fields of a text encoder's config that its weights do not determine."""
-    fields = {"hidden_state": family.hidden_state, "context_norm": family.context_norm}
+    """Return the fields of the config of a text encoder or first stage that its weights do not determine."""
+    fields: dict[str, Any] = {"hidden_state": family.hidden_state, "context_norm": family.context_norm}
+    fields["overflows_fp16"] = family is SDXL
     # The pooled state of a model's first text encoder is not used.
     return fields | ({"embed_dim": None} if complete and name == "text_encoder" else {})
 
