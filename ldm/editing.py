@@ -6,8 +6,9 @@
 >>> editing.inpaint(pipe, "a green apple", "apple.png", "mask.png")
 
 ``settings`` are those of :class:`ldm.sampling_settings.SamplingSettings`: ``seed``, ``guidance_scale``, ``label``, ...
-``image`` is a PIL image, the name of a file, or a list of them, one for each prompt; one image serves several
-prompts and one prompt several images. ``strength``, 0 to 1, is the share of the sampling steps that are taken.
+``image`` is a PIL image, the name of a file, an array ``[h w c]`` or a tensor ``[c h w]`` (uint8 in [0, 255] or floats in
+[0, 1]; see :mod:`ldm.image_arguments`), or several of them, one for each prompt; one image serves several prompts and
+one prompt several images. ``strength``, 0 to 1, is the share of the sampling steps that are taken.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from ldm.checks import number, plain, whole_number
 from ldm.conditioning import LowResConditioner
-from ldm.diffusion import Denoiser
+from ldm.devices import usual_torch_state
+from ldm.diffusion import Denoiser, seeded_noise
 from ldm.errors import SamplingError
-from ldm.image_io import read_image, to_tensor
-from ldm.inputs import one_seed
+from ldm.image_arguments import ImageSource, listed_images, read_image, read_mask
+from ldm.image_io import to_tensor
+from ldm.inputs import one_seed, seed_list
 from ldm.modalities.arguments import entries
 from ldm.modalities.base import listed
 from ldm.pipeline import Pipeline
 from ldm.prompts import Blend, Prompt
 from ldm.sampling_loop import Edit
-from ldm.sampling_settings import SamplingSettings, number, whole_number
-
-ImageSource = Image.Image | str | Path
+from ldm.sampling_settings import SamplingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,7 @@ class Inpaint(ImageToImage):
         return torch.lerp(known, super().finish(images, rows), self.blend[rows])
 
 
+@usual_torch_state()
 def image_to_image(
     pipe: Pipeline,
     prompt: Prompt | Sequence[Prompt] | None,
@@ -118,6 +121,7 @@ def image_to_image(
     return _sampled(pipe, paired, edit=ImageToImage(latents=latents, strength=strength, images=images))
 
 
+@usual_torch_state()
 def inpaint(
     pipe: Pipeline,
     prompt: Prompt | Sequence[Prompt] | None,
@@ -132,7 +136,7 @@ def inpaint(
     Works with any model; one whose conditioner reads ``inpaint`` (a 9-channel U-Net) is also given the known part.
 
     Args:
-        mask_image: of the size of its image; one for all, or one for each.
+        mask_image: of the size of its image; one for all, or one for each. What is transparent is black.
         blur: standard deviation in pixels of the Gaussian that blurs the mask's edge, over which old and new are blended.
 
     Raises:
@@ -151,6 +155,7 @@ def inpaint(
     return _sampled(pipe, paired, edit=edit)
 
 
+@usual_torch_state()
 def outpaint(
     pipe: Pipeline,
     prompt: Prompt | Sequence[Prompt] | None,
@@ -171,12 +176,12 @@ def outpaint(
     if not any((left, top, right, bottom)):
         raise SamplingError("outpaint needs a side to continue; give left, top, right or bottom in pixels.")
     known = read_image(image)
-    canvas = np.pad(np.asarray(known), ((top, bottom), (left, right), (0, 0)), mode="edge")
-    mask = Image.new("L", (canvas.shape[1], canvas.shape[0]), "white")
-    mask.paste(0, (left, top, left + known.width, top + known.height))
-    return inpaint(pipe, prompt, Image.fromarray(canvas), mask, **settings)
+    canvas = F.pad(known[None], (left, right, top, bottom), mode="replicate")[0]
+    mask = F.pad(torch.zeros_like(known[0]), (left, right, top, bottom), value=1.0)
+    return inpaint(pipe, prompt, canvas, mask, **settings)
 
 
+@usual_torch_state()
 def variations(pipe: Pipeline, image: ImageSource | Sequence[ImageSource], **settings: Any) -> Any:
     """Generate images of the same content as ``image``, with a model that is conditioned on image embeddings.
 
@@ -188,31 +193,46 @@ def variations(pipe: Pipeline, image: ImageSource | Sequence[ImageSource], **set
             "this model reads no image, which variations need; "
             "train one with the conditioner image, or try image_to_image."
         )
-    return _sampled(pipe, _with_condition(SamplingSettings.of(**settings), image=listed(image)))
+    return _sampled(
+        pipe,
+        _with_condition(
+            SamplingSettings.of(**settings), image=[2 * read_image(each) - 1 for each in listed_images(image)]
+        ),
+    )
 
 
+@usual_torch_state()
 def style_transfer(
     pipe: Pipeline,
     image: ImageSource | Sequence[ImageSource],
-    style: ImageSource | Prompt,
+    style: Image.Image | Path | np.ndarray | Tensor | Prompt,
     strength: float = 0.6,
     **settings: Any,
 ) -> Any:
-    """Render the content of ``image`` in a style: that of an image if the model reads images, else that of a prompt.
+    """Render the content of ``image`` in a style: that of a prompt, or of an image for models that read one.
 
-    This is :func:`image_to_image` whose denoiser attends to the style's embedding in all steps.
+    A string is a prompt, whatever files there are; the file of an image is a :class:`pathlib.Path`. This is
+    :func:`image_to_image` whose denoiser attends to the style's embedding in all steps.
 
     Raises:
-        SamplingError: as :func:`image_to_image`; a style image for a model that reads none.
+        SamplingError: as :func:`image_to_image`; a style image for a model that reads none; the name of an image file as a
+            string; a prompt beside a style that is one.
     """
-    if isinstance(style, Prompt) and not (isinstance(style, str) and _is_file(style)):
+    if isinstance(style, Prompt):
+        if isinstance(style, str) and Path(style).suffix.lower() in Image.registered_extensions():
+            raise SamplingError(
+                f"the style {style!r} is a string, hence a prompt; give pathlib.Path({style!r}) for an image."
+            )
+        if settings.pop("prompt", None) is not None:
+            raise SamplingError("the style is a prompt already; leave prompt out.")
         return image_to_image(pipe, style, image, strength, **settings)
     if "image" not in pipe.model.config.conditioner.input_keys:
         raise SamplingError("this model reads no image; describe the style in a prompt.")
-    condition = {**(settings.pop("condition", None) or {}), "image": [style]}
+    condition = {**(settings.pop("condition", None) or {}), "image": [2 * read_image(style) - 1]}
     return image_to_image(pipe, settings.pop("prompt", None), image, strength, condition=condition, **settings)
 
 
+@usual_torch_state()
 def interpolate(
     pipe: Pipeline,
     prompt: Prompt | tuple[Prompt, Prompt] | None = None,
@@ -236,12 +256,17 @@ def interpolate(
         raise SamplingError("frames is 1; a row from one image to the other needs 2 or more.")
     if "num_images_per_prompt" in settings:
         raise SamplingError("a row has as many images as frames; leave num_images_per_prompt out.")
-    seeds = (whole_number("seeds", seeds[0], 0), whole_number("seeds", seeds[1], 0))
+    for name in ("seed", "latents", "generator"):
+        if settings.get(name) is not None:
+            raise SamplingError(f"the noise of a row follows from seeds; leave {name} out.")
+    if len(ends := listed(plain(seeds))) != 2:
+        raise SamplingError(f"seeds is {plain(seeds)!r}; a row leads from one seed to another, so give two.")
+    first_seed, last_seed = seed_list(ends, 2)
     shape = pipe.latent_shape(settings.get("height"), settings.get("width"))
-    first, last = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds)
-    shares = torch.linspace(0, 1, frames).tolist()
+    first, last = seeded_noise([first_seed, last_seed], shape)(math.inf, 0.0)
+    shares = torch.linspace(0, 1, frames, dtype=torch.float32, device="cpu").tolist()
     noise = torch.stack([slerp(first, last, share) for share in shares])
-    settings |= {"latents": noise, "seed": [seeds[0]] * frames}
+    settings |= {"latents": noise, "seed": [first_seed] * frames}
     if prompt is None or isinstance(prompt, Prompt):
         return pipe(prompt, num_images_per_prompt=frames, **settings)
     if len(prompt) != 2:
@@ -249,6 +274,7 @@ def interpolate(
     return pipe([Blend(*prompt, share) for share in shares], **settings)
 
 
+@usual_torch_state()
 def high_resolution(
     pipe: Pipeline,
     prompt: Prompt | Sequence[Prompt] | None,
@@ -270,15 +296,15 @@ def high_resolution(
     scale = min(1.0, math.sqrt(trained / (rows * columns)))
     factor = pipe.model.config.first_stage.factor
     small = {"height": max(1, round(rows * scale)) * factor, "width": max(1, round(columns * scale)) * factor}
-    seed = settings.pop("seed", None)
-    seed = one_seed() if seed is None else seed
-    large = SamplingSettings.of(prompt, height=height, width=width, seed=seed, **settings)
+    large = SamplingSettings.of(prompt, height=height, width=width, **settings)
+    large = replace(large, seed=one_seed() if large.seed is None else large.seed)
     strength = number("strength", strength, 0, 1)
     latents = _sampled(pipe, large, **small, output_type="latent", callback=None)
     enlarged = F.interpolate(latents, size=(rows, columns), mode="bicubic")
     return _sampled(pipe, large, edit=ImageToImage(latents=enlarged, strength=strength))
 
 
+@usual_torch_state()
 def upscale(pipe: Pipeline, image: ImageSource | Sequence[ImageSource], **settings: Any) -> Any:
     """Enlarge images by the factor of a model that was trained for super-resolution (its conditioner is low_res).
 
@@ -344,37 +370,35 @@ def _stacked(image: Any, settings: SamplingSettings) -> Tensor:
     """Read the images as ``[m 3 h w]`` in [0, 1]."""
     if (settings.height, settings.width) != (None, None):
         raise SamplingError("the size goes by the image; resize it, and leave height and width out.")
-    images = [read_image(each) for each in listed(image)]
-    sizes = dict.fromkeys(each.size for each in images)
+    images = [read_image(each) for each in listed_images(image)]
+    sizes = dict.fromkeys((each.shape[2], each.shape[1]) for each in images)
     if len(sizes) != 1:
         given = ", ".join(f"{width} x {height}" for width, height in sizes) or "none"
         raise SamplingError(f"the images must be of one size, but they are {given}; edit them one by one.")
-    return torch.stack([to_tensor(each) for each in images])
+    return torch.stack(images)
 
 
 def _with_condition(settings: SamplingSettings, **more: list[Any]) -> SamplingSettings:
     return replace(settings, condition={**(settings.condition or {}), **more})
 
 
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except OSError:  # too long for a name
-        return False
+def _blurred(mask: Tensor, blur: float) -> Tensor:
+    image = Image.fromarray((255 * mask).round().byte().numpy())
+    return to_tensor(image.filter(ImageFilter.GaussianBlur(blur)))[0]
 
 
 def _masks(mask_image: Any, images: Tensor, blur: float) -> tuple[Tensor, Tensor]:
     """Read the masks, as they are and with a soft edge, ``[m 1 h w]`` in [0, 1]."""
     height, width = images.shape[-2:]
-    masks = [read_image(mask).convert("L") for mask in listed(mask_image)]
+    masks = [read_mask(mask) for mask in listed_images(mask_image)]
     for mask in masks:
-        if mask.size != (width, height):
+        if mask.shape != (height, width):
             raise SamplingError(
-                f"the mask is {mask.width} x {mask.height} pixels, but its image {width} x {height}; resize it."
+                f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, but its image {width} x {height}; resize it."
             )
     if len(masks) not in (1, len(images)):
         raise SamplingError(f"{len(masks)} masks do not fit {len(images)} images; give one, or one for each.")
-    soft = [mask.filter(ImageFilter.GaussianBlur(blur)) for mask in masks]
-    sharp, blend = (torch.stack([to_tensor(mask) for mask in each]).to(images) for each in (masks, soft))
+    soft = [_blurred(mask, blur) if blur else mask for mask in masks]
+    sharp, blend = (torch.stack(each)[:, None].to(images) for each in (masks, soft))
     shape = (len(images), 1, height, width)
     return sharp.expand(shape), blend.expand(shape)

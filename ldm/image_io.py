@@ -26,14 +26,14 @@ def rgb(image: Image.Image) -> Image.Image:
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert an 8-bit image to ``[c h w]`` fp32 in [0, 1], ``c`` 3 or 1; :meth:`ldm.image_output.Images.of` is its inverse."""
     array = np.array(image)
-    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1) / 255
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).float() / 255
 
 
-def read_image(image: Image.Image | str | Path) -> Image.Image:
-    """Return an image, given as such or as a file, in 8-bit RGB, rotated according to its EXIF orientation.
+def open_argument(image: Image.Image | str | Path) -> Image.Image:
+    """Return an image, given as such or as a file, in its own mode, rotated according to its EXIF orientation.
 
     Raises:
-        SamplingError: the file cannot be read, or the argument is neither an image nor a path.
+        SamplingError: the file cannot be read.
     """
     if isinstance(image, str | Path):
         try:
@@ -41,20 +41,4 @@ def read_image(image: Image.Image | str | Path) -> Image.Image:
             image.load()
         except (OSError, SyntaxError) as error:
             raise SamplingError(f"{image} cannot be read as an image ({error}).") from None
-    if not isinstance(image, Image.Image):
-        raise SamplingError(f"an image is a PIL.Image or the name of a file, not {type(image).__name__}.")
-    return rgb(ImageOps.exif_transpose(image))
-
-
-def signed_tensor(image: Image.Image | str | Path | Tensor) -> Tensor:
-    """Return an image, given as such, as a file or as a tensor in [-1, 1], as ``[3 h w]`` fp32 in [-1, 1].
-
-    Raises:
-        SamplingError: as :func:`read_image`; a tensor of another shape.
-    """
-    if not isinstance(image, Tensor):
-        return 2 * to_tensor(read_image(image)) - 1
-    if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
-        given = f"{list(image.shape)} of {image.dtype}"
-        raise SamplingError(f"an image as a tensor is [3, h, w] in [-1, 1], not {given}.")
-    return image.float()
+    return ImageOps.exif_transpose(image)

@@ -113,7 +113,7 @@ def request(
     return Request(
         {name: [value for value in values for _ in range(repeats)] for name, values in entries_of.items()},
         negatives and [prompt for prompt in negatives for _ in range(repeats)],
-        _seeds(seed, n * repeats),
+        seed_list(seed, n * repeats),
         guidance,
         prompt_options,
         defaults,
@@ -131,11 +131,11 @@ def _negatives(reads: Sequence[str], negative_prompt: Prompt | Sequence[Prompt] 
     return _one_each("negative prompts", given, n, "prompts")
 
 
-def _seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
+def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
     """Return a seed for each of ``n`` images: those given, or s, s + 1, ... from one, by default a random one."""
     given = [one_seed()] if seed is None else listed(seed)
     for item in given:
-        if not isinstance(item, Integral) or not 0 <= int(item) < SEED_LIMIT - n:
+        if isinstance(item, bool) or not isinstance(item, Integral) or not 0 <= int(item) < SEED_LIMIT - n:
             raise SamplingError(f"the seed {item!r} is no whole number from 0 to 2^63 - {n + 1}.")
     if seed is None or isinstance(seed, Integral):
         return [int(given[0]) + index for index in range(n)]

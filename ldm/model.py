@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,11 @@ from ldm.errors import ConfigError, unknown
 from ldm.nn.adapters import Adapters
 from ldm.nn.attention import AttentionOptions
 from ldm.nn.conditioning import Conditioning
-from ldm.vae import FirstStageConfig, Tiling
+from ldm.vae import FirstStage, FirstStageConfig, Tiling
+from ldm.vae.posterior import Posterior
 from ldm.vae.preview import preview
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,11 @@ class LatentDiffusion(nn.Module):
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Encode images ``[b 3 h w]`` in [-1, 1] to normalised latents: a posterior sample, or its mode without ``noise``."""
-        posterior = self.tiling.encode(self.first_stage, image.to(_precision(self.first_stage, image.dtype)))
+
+        def run(stage: FirstStage) -> Posterior:
+            return self.tiling.encode(stage, image.to(_precision(stage, image.dtype)))
+
+        posterior = self._within_range(run, lambda posterior: posterior.mode)
         return self.first_stage.normalize(
             (posterior.mode if noise is None else posterior.sample(noise)).to(image.dtype)
         )
@@ -165,8 +174,30 @@ class LatentDiffusion(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """Decode normalised latents ``[b c h w]`` to images ``[b 3 fh fw]`` in [-1, 1]."""
         z = self.first_stage.denormalize(latent)
-        image = self.tiling.decode(self.first_stage, z.to(_precision(self.first_stage, z.dtype)))
+
+        def run(stage: FirstStage) -> Tensor:
+            return self.tiling.decode(stage, z.to(_precision(stage, z.dtype)))
+
+        image = self._within_range(run, lambda image: image)
         return image.to(latent.dtype).clamp(-1, 1)
+
+    def _within_range(self, run: Callable[[FirstStage], R], values: Callable[[R], Tensor]) -> R:
+        """Return what ``run`` computes with the first stage, which is put into fp32 if fp16 cannot hold its values.
+
+        That is if its config says so, or if ``values`` of the result are not finite.
+        """
+        if _precision(self.first_stage, torch.float32) != torch.float16:
+            return run(self.first_stage)
+        if not getattr(self.config.first_stage, "overflows_fp16", False):
+            result = run(self.first_stage)
+            if values(result).isfinite().all():
+                return result
+        with torch.inference_mode(False), torch.no_grad():
+            wide = copy.deepcopy(self.first_stage)  # other threads may be using this one
+            for parameter in wide.parameters():
+                parameter.data = parameter.data.float()
+        self.first_stage = wide
+        return run(wide)
 
     def preview(self, latent: Tensor) -> Tensor:
         """Estimate :meth:`decode` cheaply, without the decoder, one pixel per position: ``[b c h w] -> [b 3 h w]``."""

@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import inputs
+from ldm.checks import whole_number
 from ldm.conditioning import ConditioningSchedule, conditioning_schedules
-from ldm.devices import default_device, default_dtype, usable
+from ldm.devices import default_device, default_dtype, usable, usual_torch_state
 from ldm.diffusion import (
     SPECS,
     Denoiser,
@@ -35,7 +36,7 @@ from ldm.model import LatentDiffusion
 from ldm.nn.attention import AttentionOptions
 from ldm.prompts import Prompt
 from ldm.sampling_loop import Edit, SamplingStep, SamplingStream, solve, starting_point
-from ldm.sampling_settings import SamplingSettings, takes_settings, whole_number
+from ldm.sampling_settings import SamplingSettings, takes_settings
 
 
 class Pipeline:
@@ -92,6 +93,7 @@ class Pipeline:
         pipe: Pipeline = cls(load(source, dtype=dtype, **options))
         return pipe.to(device, dtype)
 
+    @usual_torch_state()
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Move the model, in place. The networks go into ``dtype``; the statistics of the latents stay fp32.
 
@@ -116,10 +118,12 @@ class Pipeline:
         """Dtype of the networks; everything else is fp32."""
         return next(self.model.denoiser.parameters()).dtype
 
+    @usual_torch_state()
     def save_pretrained(self, path: Source, dtype: torch.dtype | None = None, to: str = "native") -> Path:
         """Write the model as a source of :meth:`from_pretrained`, and return the file; see :func:`ldm.formats.save`."""
         return save(self.model, path, to, dtype)
 
+    @usual_torch_state()
     def load_lora(self, source: Source, scale: float = 1.0, name: str | None = None, merge: bool = False) -> str:
         """Load a LoRA in addition to those that are already loaded, and return its name.
 
@@ -138,6 +142,7 @@ class Pipeline:
 
         return self.model.adapters.add(self.model, read_lora(source, self.model, scale, name, merge))
 
+    @usual_torch_state()
     def set_lora_scale(self, name: str, scale: float) -> None:
         """Set the scale of a loaded LoRA.
 
@@ -146,6 +151,7 @@ class Pipeline:
         """
         self.model.adapters.set_scale(self.model, name, scale)
 
+    @usual_torch_state()
     def unload_lora(self, name: str | None = None) -> None:
         """Unload one LoRA, or all; the weights are restored bit for bit.
 
@@ -182,6 +188,7 @@ class Pipeline:
         """
         return self.sample(settings)
 
+    @usual_torch_state()
     def sample(self, settings: SamplingSettings) -> SamplingStream:
         """:meth:`stream` for settings that are a record already."""
         settings, conditioner = settings.resolved(self.model.config.sampling), self.model.config.conditioner
@@ -271,6 +278,7 @@ class Pipeline:
                     if (converted := channels_last(weight)) is not weight:
                         parameter.data = converted
 
+    @usual_torch_state()
     def preview(self, latents: Tensor) -> Images:
         """Decode normalized latents ``[n c h/f w/f]``, such as ``step.denoised``, roughly, without the decoder."""
         self._check_output_type("pil")
@@ -279,6 +287,7 @@ class Pipeline:
             large = F.interpolate(small, scale_factor=self.model.config.first_stage.factor, mode="bicubic")
         return Images.of((large.clamp(-1, 1) + 1) / 2)
 
+    @usual_torch_state()
     def encode(self, images: Tensor) -> Tensor:
         """Encode images ``[n 3 h w]`` in [0, 1] to normalized latents ``[n c h/f w/f]``, the mean of their posterior."""
         with torch.inference_mode():
@@ -296,6 +305,7 @@ class Pipeline:
         """
         return self._noise_levels(SamplingSettings.of(num_inference_steps=num_inference_steps, **settings))
 
+    @usual_torch_state()
     def _noise_levels(self, settings: SamplingSettings) -> Tensor:
         steps, timesteps, sigmas = settings.num_inference_steps, settings.timesteps, settings.sigmas
         if sum(way is not None for way in (steps, timesteps, sigmas)) > 1:
@@ -326,14 +336,18 @@ class Pipeline:
             SamplingError: a side is not a whole number, or not divisible by the factor f of the first stage.
         """
         factor = self.model.config.first_stage.factor
-        for name, side in (("height", height), ("width", width)):
-            if side is not None and whole_number(name, side) % factor:
+        sides = []
+        for name, given in (("height", height), ("width", width)):
+            side = None if given is None else whole_number(name, given)
+            if side is not None and side % factor:
                 near = max(1, round(side / factor)) * factor
                 raise SamplingError(
                     f"the {name} {side} is not divisible by {factor}, the factor of this model; try {near}."
                 )
-        return self.model.latent_shape(height, width)
+            sides.append(side)
+        return self.model.latent_shape(*sides)
 
+    @usual_torch_state()
     def denoiser(self, request: inputs.Request, levels: Tensor) -> Denoiser:
         """Return the model under its conditions and guidance, as the denoiser of solvers along ``levels [steps + 1]``."""
         guidance, conditions, negatives = request.guidance, request.conditions, request.negative_prompts
@@ -365,10 +379,13 @@ class Pipeline:
         """Return ``x`` if it is finite; else raise a CheckpointError that names the weight which is not, or a SamplingError."""
         if not x.isfinite().all():
             check_finite(self.model.state_dict(), "the model")
-            raise SamplingError(
-                f"the {what} is not finite, though all weights are: {self.dtype} cannot hold what the networks compute; "
-                "load the model in float32 or bfloat16."
-            )
+            cause = "the guidance scale, noise or conditions are too large; give smaller ones"
+            if torch.float16 in {parameter.dtype for parameter in self.model.parameters()}:
+                cause = (
+                    "either float16 cannot hold what the networks compute: load the model in float32 or bfloat16; or "
+                    + cause
+                )
+            raise SamplingError(f"the {what} is not finite, though all weights and settings are: {cause}.")
         return x
 
     def _check_output_type(self, output_type: str) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
+from ldm.checks import plain
 from ldm.errors import SamplingError
 
 SYNTAXES = ("plain", "weighted")
@@ -50,6 +51,7 @@ class _Pair:
         for prompt in (self.first, self.second):
             if not isinstance(prompt, Prompt):
                 raise SamplingError(f"{kind} is given {prompt!r}, which is no prompt; give two prompts and a share.")
+        object.__setattr__(self, "share", plain(self.share))
         if not isinstance(self.share, int | float) or not 0 <= self.share <= 1:
             raise SamplingError(f"the share of {kind} is {self.share!r}; it must be a number from 0 to 1.")
 

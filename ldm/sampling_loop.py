@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.devices import usual_torch_state
 from ldm.diffusion import SAMPLERS, SPECS, Denoiser, Noise, Step, brownian_noise
 from ldm.diffusion.parametrization import Diffusion
 from ldm.diffusion.schedule import BetaSchedule
@@ -74,7 +75,8 @@ class SamplingStream(Iterator[SamplingStep]):
 
     def __next__(self) -> SamplingStep:
         try:
-            return next(self._steps)
+            with usual_torch_state():
+                return next(self._steps)
         except StopIteration as end:
             self._result = self._result if end.value is None else end.value
             raise

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from ldm.checks import number, number_or_numbers, numbers, plain, whole_number
 from ldm.errors import SamplingError, unknown
 from ldm.prompts import LONG_PROMPTS, SYNTAXES, Prompt, PromptOptions
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ldm.diffusion import Guidance
@@ -32,57 +32,11 @@ Check = Callable[[str, Any], Any]
 """Name and value of a setting to the normalized value; raises a SamplingError if the value is not valid."""
 
 
-def plain(value: Any) -> Any:
-    """Convert NumPy scalars, arrays and tensors, also inside a list or tuple, to Python numbers and lists."""
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> int | float:
-    """Return ``value`` as a Python number from ``least`` to ``most``.
-
-    Raises:
-        SamplingError: it is not a finite number, or out of range.
-    """
-    given = plain(value)
-    if isinstance(given, bool) or not isinstance(given, Real) or not math.isfinite(given):
-        raise SamplingError(f"{name} is {given!r}; it must be a finite number.")
-    if not least <= float(given) <= most:
-        limits = f"from {least:g} to {most:g}" if math.isfinite(most) else f"{least:g} or more"
-        raise SamplingError(f"{name} is {given!r}; it must be {limits}.")
-    return int(given) if isinstance(given, Integral) else float(given)
-
-
-def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """Return ``value`` as an int of at least ``least``.
-
-    Raises:
-        SamplingError: it is not a whole number, or too small.
-    """
-    given = plain(value)
-    if isinstance(given, bool) or not isinstance(given, Integral) or given < least:
-        raise SamplingError(f"{name} is {given!r}; it must be a whole number, {least} or more.")
-    return int(given)
-
-
-def _numbers(name: str, value: Any) -> list[int | float]:
-    given = plain(value)
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise SamplingError(f"{name} is {given!r}; give a list of numbers.")
-    return [number(f"{name}[{index}]", item) for index, item in enumerate(given)]
-
-
-def _number_or_numbers(name: str, value: Any) -> int | float | list[int | float]:
-    given = plain(value)
-    return _numbers(name, given) if isinstance(given, Iterable) and not isinstance(given, str) else number(name, given)
-
-
 def _one_of(known: Collection[str]) -> Check:
     def check(name: str, value: Any) -> Any:
-        if value not in list(known):
+        if not isinstance(value, str) or value not in known:
             raise SamplingError(unknown(name, value, known))
-        return value
+        return str(value)
 
     return check
 
@@ -124,21 +78,51 @@ def _with_numbers(name: str, record: Any) -> Any:
         if is_dataclass(value):
             values[key] = _with_numbers(f"{name}.{key}", value)
         elif value is not None:
-            checked = _number_or_numbers(f"{name}.{key}", value)
+            checked = number_or_numbers(f"{name}.{key}", value)
             values[key] = tuple(checked) if isinstance(value, tuple) and isinstance(checked, list) else checked
     return replace(record, **values)
 
 
 def _latents(name: str, value: Any) -> Tensor:
-    import torch
+    from ldm.image_arguments import as_tensor
 
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise SamplingError(f"{name} is of type {type(value).__name__}; give a tensor or an array.") from None
-    if not tensor.isfinite().all():
+    tensor = as_tensor(name, value)
+    if not tensor.float().isfinite().all():
         raise SamplingError(f"{name} holds NaN or infinite values; give finite ones, normally of unit variance.")
     return tensor
+
+
+def _generator(name: str, value: Any) -> int | list[int]:
+    """Return the seed that a generator stands for: the one that it was set to, or a number drawn from a used one."""
+    if isinstance(value, list | tuple):
+        return [_seed_of(name, each) for each in value]
+    return _seed_of(name, value)
+
+
+def _seed_of(name: str, generator: Any) -> int:
+    import torch
+
+    if not isinstance(generator, torch.Generator):
+        raise SamplingError(f"{name} is {generator!r}; give a torch.Generator, or a list with one for each image.")
+    seed, unused = generator.initial_seed(), torch.Generator(generator.device)
+    is_unused = torch.equal(generator.get_state(), unused.manual_seed(seed).get_state())
+    drawn = int(torch.randint(2**32, (), generator=generator, dtype=torch.int64, device=generator.device))
+    return seed if is_unused and 0 <= seed < 2**62 else drawn
+
+
+def _flag(name: str, value: Any) -> bool:
+    given = plain(value)
+    if not isinstance(given, bool):
+        raise SamplingError(f"{name} is {given!r}; give True or False.")
+    return given
+
+
+def _edit(name: str, value: Any) -> Any:
+    from ldm.sampling_loop import Edit
+
+    if not isinstance(value, Edit):
+        raise SamplingError(f"{name} is {value!r}; give an ldm.sampling_loop.Edit, or call a function of ldm.editing.")
+    return value
 
 
 def _callable(name: str, value: Any) -> Any:
@@ -215,7 +199,7 @@ class SamplingSettings:
         None,
         "Scale of classifier-free guidance, one for all or one for each prompt; 1 = none, at half the cost; "
         "default: the model's.",
-        _number_or_numbers,
+        number_or_numbers,
         ("--guidance",),
     )
     guidance: Guidance | None = _setting(
@@ -242,16 +226,23 @@ class SamplingSettings:
         recorded=True,
     )
     timesteps: Sequence[float] | Tensor | None = _setting(
-        None, "Falling timesteps to use instead of a number of steps: 999,500,100.", _numbers
+        None, "Falling timesteps to use instead of a number of steps: 999,500,100.", numbers
     )
     sigmas: Sequence[float] | Tensor | None = _setting(
-        None, "Falling noise levels to use instead of a number of steps: 14.6,5,2,0.5.", _numbers, recorded=True
+        None, "Falling noise levels to use instead of a number of steps: 14.6,5,2,0.5.", numbers, recorded=True
     )
     seed: int | Sequence[int] | None = _setting(
         None,
         "Seed of the first image, the next have the next; or a list with one for each image; default: random, "
         "and reported with the images.",
         lambda name, value: plain(value),
+    )
+    generator: torch.Generator | Sequence[torch.Generator] | None = _setting(
+        None,
+        "A torch.Generator in place of the seed, or a list with one for each image; it stands for the seed that it was set "
+        "to, or once it has been used for a seed drawn from it, which is the one that the images name.",
+        _generator,
+        flags=(),
     )
     latents: Tensor | None = _setting(
         None, "Unit noise to start from, [n c h/f w/f], instead of the noise that the seeds give.", _latents, flags=()
@@ -271,14 +262,21 @@ class SamplingSettings:
         _callable,
         flags=(),
     )
-    progress: bool = _setting(True, "Show a progress bar on stderr.", flags=())
-    edit: Edit | None = _setting(None, "Turns the sampling into an editing of images; see ldm.editing.", flags=())
+    progress: bool = _setting(True, "Show a progress bar on stderr.", _flag, flags=())
+    edit: Edit | None = _setting(
+        None, "Turns the sampling into an editing of images; see ldm.editing.", _edit, flags=()
+    )
 
     def __post_init__(self) -> None:
         for entry in fields(self):
             check, value = entry.metadata["check"], getattr(self, entry.name)
             if check is not None and (value is not None or entry.default is not None):
                 object.__setattr__(self, entry.name, check(entry.name, value))
+        if self.generator is not None:
+            if self.seed is not None:
+                raise SamplingError("give either a seed or a generator, not both.")
+            object.__setattr__(self, "seed", self.generator)
+            object.__setattr__(self, "generator", None)
 
     @classmethod
     def of(cls, *args: Any, **settings: Any) -> SamplingSettings:

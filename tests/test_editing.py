@@ -238,3 +238,19 @@ def test_style_is_a_prompt_if_the_model_reads_no_image(pipe: Pipeline) -> None:
 def test_invalid_edits_are_reported_in_a_sentence(pipe: Pipeline, task: Any, message: str) -> None:
     with pytest.raises(SamplingError, match=message):
         task(pipe)
+
+
+def test_files_in_the_working_folder_change_no_style(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "progress": False}
+    before = editing.style_transfer(pipe, random_image(), "sunrise", **options)[0]
+    random_image(1).save("sunrise", "PNG")
+    assert editing.style_transfer(pipe, random_image(), "sunrise", **options)[0].tobytes() == before.tobytes()
+    with pytest.raises(SamplingError, match=r"give pathlib\.Path\('sunrise\.PNG'\) for an image"):
+        editing.style_transfer(pipe, random_image(), "sunrise.PNG", **options)
+    with pytest.raises(SamplingError, match="this model reads no image"):
+        editing.style_transfer(pipe, random_image(), Path("sunrise"), **options)
+    with pytest.raises(SamplingError, match="the style is a prompt already"):
+        editing.style_transfer(pipe, random_image(), "sunrise", prompt="a", **options)

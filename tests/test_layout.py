@@ -14,8 +14,9 @@ SOURCES = sorted(ROOT.glob("ldm/**/*.py"))
 # package's own __init__.py, whose version all may read.
 ROWS = [
     {"errors"},
+    {"checks"},
     {"devices", "config", "image_io", "prompts"},
-    {"load_options"},
+    {"image_arguments", "load_options"},
     {"nn"},
     {"diffusion"},
     {"modalities"},

@@ -6,6 +6,9 @@ import torch
 from ldm.config import from_dict, to_dict
 from ldm.errors import ConfigError
 from ldm.model import ModelConfig
+from ldm.pipeline import Pipeline
+from ldm.vae.autoencoder import AutoencoderKLConfig
+from ldm.vae.autoencoder_formats import AutoencoderFolder
 from tests.tiny import CHANNELS, FACTOR, SIZE, tiny_model
 
 
@@ -63,3 +66,31 @@ def test_parts_that_do_not_fit_are_refused(section: str, changes: dict[str, obje
     config[section] |= changes
     with pytest.raises(ConfigError, match=message):
         from_dict(ModelConfig, config)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_first_stage_that_overflows_in_fp16_runs_in_fp32(is_told: bool) -> None:
+    """It is told by its config, as by ``force_upcast`` of diffusers, or found out; an image is made in any case."""
+    model, wide = tiny_model(), tiny_model()
+    if is_told:
+        object.__setattr__(model.config.first_stage, "overflows_fp16", True)
+    for each in (model, wide):
+        state = each.first_stage.state_dict()
+        state["decoder.conv_in.weight"].mul_(1e6)
+    pipe = Pipeline(model).to(dtype=torch.float16)
+    model.first_stage.decoder.conv_in.weight.data.clamp_(-6e4, 6e4)
+    wide.first_stage.load_state_dict({name: value.float() for name, value in model.first_stage.state_dict().items()})
+    latents = 10 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(model.decode(latents), wide.decode(latents))
+    assert {parameter.dtype for parameter in model.first_stage.parameters()} == {torch.float32}
+    assert pipe.dtype == torch.float16
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("overflows", [True, False])
+def test_force_upcast_of_diffusers_is_read_and_written(overflows: bool) -> None:
+    config = AutoencoderKLConfig(widths=(8, 8), groups=4, overflows_fp16=overflows)
+    values = AutoencoderFolder().write_config(config, (SIZE, SIZE), {})
+    assert values.get("force_upcast", False) == overflows
+    assert AutoencoderFolder().read_config(values, (), "vae") == config

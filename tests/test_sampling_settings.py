@@ -13,6 +13,8 @@ from PIL import Image
 from ldm import Pipeline, editing
 from ldm.diffusion import Guidance, Projection
 from ldm.errors import SamplingError
+from ldm.nn.adapters import Adapter
+from ldm.prompts import Blend
 from ldm.sampling_settings import SamplingSettings
 from tests.tiny import SIZE, tiny_model
 
@@ -69,6 +71,21 @@ def test_numbers_of_numpy_and_torch_become_plain_ones(given: dict[str, Any], exp
         ({"guidance_scale": "7.5"}, "guidance_scale is '7.5'; it must be a finite number"),
         ({"guidance_scale": [1.0, math.nan]}, r"guidance_scale\[1\] is nan"),
         ({"guidance": Guidance(perturbed=math.nan)}, "guidance.perturbed is nan"),
+        ({"guidance_scale": 10**400}, "it must be a finite number"),
+        ({"guidance_scale": 1e39}, r"guidance_scale is 1e\+39; it must be a finite number"),
+        ({"guidance_scale": b"7.5"}, "guidance_scale is b'7.5'; it must be a finite number"),
+        ({"sampler": np.array(["ddim", "euler"])}, "unknown sampler"),
+        ({"output_type": 3}, "unknown output_type 3"),
+        ({"progress": "no"}, "progress is 'no'; give True or False"),
+        ({"edit": 0.5}, "edit is 0.5; give an ldm.sampling_loop.Edit"),
+        ({"seed": True}, "the seed True is no whole number"),
+        ({"seed": "3"}, "the seed '3' is no whole number"),
+        ({"prompt": b"a red apple"}, "prompt 0 is b'a red apple'; it must be a string"),
+        (
+            {"latents": np.zeros((1, 4, 8, 8), complex)},
+            "latents is of type ndarray; give a tensor or an array of numbers",
+        ),
+        ({"latents": np.full((1, 4, 8, 8), 1e39)}, "latents holds NaN or infinite values"),
         ({"guidance": 3.0}, "guidance is 3.0; give an ldm.diffusion.Guidance"),
         ({"latents": torch.full((1, 4, 8, 8), math.nan)}, "latents holds NaN or infinite values"),
         ({"latents": "noise"}, "latents is of type str; give a tensor"),
@@ -145,3 +162,69 @@ def test_the_arguments_of_the_pipeline_are_the_fields() -> None:
         documentation = " ".join((method.__doc__ or "").split())
         for name, entry in FIELDS.items():
             assert f"{name}: {entry.metadata['help']}" in documentation
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda noise: noise.numpy(),
+        lambda noise: noise.flip(-1).double().numpy()[..., ::-1],
+        lambda noise: noise.numpy().astype(">f4"),
+        lambda noise: noise.tolist(),
+        list,
+        lambda noise: noise.clone().requires_grad_(),
+    ],
+)
+def test_latents_are_taken_from_any_array_of_numbers(make: Any) -> None:
+    noise = torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    taken = as_plain(SamplingSettings(latents=make(noise)))["latents"]
+    assert taken == noise.tolist()
+
+
+@pytest.mark.parametrize("cast", [np.float32, np.float64, torch.tensor, np.array])
+def test_numbers_outside_of_the_settings_are_normalised_too(pipe: Pipeline, cast: Any) -> None:
+    """Scales of guidance variants, shares of prompts, sizes of helpers and scales of LoRAs."""
+    guidance = Guidance(rescale=cast(0.5), interval=(cast(0.5), cast(5)))
+    assert repr(guidance) == repr(Guidance(rescale=0.5, interval=tuple(guidance.interval or ())))
+    assert type(Blend("a", "b", cast(0.5)).share) is float
+    assert type(Adapter("x", {}, scale=cast(0.5)).scale) is float
+    assert pipe.latent_shape(np.int64(SIZE), torch.tensor(SIZE)) == pipe.latent_shape(SIZE, SIZE)
+
+
+@pytest.mark.parametrize("value", ["0.5", math.nan, [1.0, 2.0], None])
+def test_invalid_numbers_outside_of_the_settings_are_refused_in_a_sentence(value: Any) -> None:
+    for make in (
+        lambda: Guidance(rescale=value),
+        lambda: Blend("a", "b", value),
+        lambda: Adapter("x", {}, scale=value),
+    ):
+        with pytest.raises(SamplingError, match="it must be a"):
+            make()
+
+
+def test_a_result_that_is_not_finite_is_not_blamed_on_float32(pipe: Pipeline) -> None:
+    with pytest.raises(
+        SamplingError, match="not finite, though all weights and settings are: the guidance scale"
+    ) as raised:
+        pipe("a red apple", guidance_scale=1e38, seed=1, progress=False)
+    assert "float32" not in str(raised.value)
+
+
+def test_a_generator_stands_for_a_seed_that_the_record_names(pipe: Pipeline) -> None:
+    given: dict[str, Any] = {"num_inference_steps": 1, "progress": False}
+    generator = torch.Generator().manual_seed(3)
+    fresh, used = (pipe("a red apple", generator=generator, **given)[0] for _ in range(2))
+    assert fresh.tobytes() == pipe("a red apple", seed=3, **given)[0].tobytes()
+    assert fresh.info["seed"] == "3"
+    assert used.tobytes() != fresh.tobytes()
+    assert used.tobytes() == pipe("a red apple", seed=int(used.info["seed"]), **given)[0].tobytes()
+    several = pipe(["a", "b"], generator=[torch.Generator().manual_seed(seed) for seed in (5, 9)], **given)
+    assert several.seeds == [5, 9]
+    edited = editing.image_to_image(pipe, "a", fresh, generator=torch.Generator().manual_seed(4), **given)
+    assert edited.seeds == [4]
+    size = {"height": 2 * SIZE, "width": 2 * SIZE}
+    assert editing.high_resolution(pipe, "a", generator=torch.Generator().manual_seed(4), **size, **given).seeds == [4]
+    with pytest.raises(SamplingError, match="either a seed or a generator"):
+        pipe("a", seed=3, generator=generator)
+    with pytest.raises(SamplingError, match=r"generator is 3; give a torch\.Generator"):
+        pipe("a", generator=3)

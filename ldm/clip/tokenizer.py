@@ -73,7 +73,7 @@ class Tokenizer:
         """
         batch = texts if isinstance(texts, (list, tuple)) else [texts]
         encodings = [self.backend.encode(_checked(text, index)) for index, text in enumerate(batch)]
-        tokens = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
+        tokens = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64, device="cpu")
         tokens = tokens.reshape(len(encodings), self.context_length)
         if longest:
             return tokens[:, : max((sum(encoding.attention_mask) for encoding in encodings), default=0)]
@@ -108,7 +108,8 @@ class Tokenizer:
             padding = self.context_length - 2 - (end - start)
             ids.append([self.bos_id, *(token for token, _ in tokens[start:end]), self.eos_id, *[self.pad_id] * padding])
             places.append([-1, *(last - 1 for _, (_, last) in tokens[start:end]), -1, *[-1] * padding])
-        return torch.tensor(ids, dtype=torch.int64), torch.tensor(places, dtype=torch.int64)
+        both = torch.tensor([ids, places], dtype=torch.int64, device="cpu")
+        return both[0], both[1]
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """Return the normalised text of one row of tokens, up to its end token."""

@@ -72,11 +72,11 @@ class BoxesConditioner(Conditioner):
         given = input_of(inputs, "boxes")
         drop = dropped(len(given), self.config.dropout, generator).tolist()
         layouts = [self._checked(number, boxes) for number, boxes in enumerate(given)]
-        boxes = torch.zeros(len(layouts), self.config.max_boxes, 5)
-        mask = torch.zeros(len(layouts), self.config.max_boxes, dtype=torch.bool)
+        boxes = torch.zeros(len(layouts), self.config.max_boxes, 5, dtype=torch.float32, device="cpu")
+        mask = torch.zeros(len(layouts), self.config.max_boxes, dtype=torch.bool, device="cpu")
         for row, (layout, gone) in enumerate(zip(layouts, drop, strict=True)):
             if layout and not gone:
-                boxes[row, : len(layout)] = torch.tensor(layout)
+                boxes[row, : len(layout)] = torch.tensor(layout, dtype=torch.float32, device="cpu")
                 mask[row, : len(layout)] = True
         device, dtype = self.ground.device, self.ground.dtype
         boxes, is_box = boxes.to(device), mask.to(device)
@@ -110,6 +110,6 @@ class BoxesConditioner(Conditioner):
 
 def fourier_features(x: Tensor) -> Tensor:
     """Compute sin and cos of x at frequencies 100^(k/8), k = 0 .. 7: ``[... d] -> [... 16 d]``."""
-    frequencies = 100.0 ** (torch.arange(FREQUENCIES, device=x.device) / FREQUENCIES)
+    frequencies = 100.0 ** (torch.arange(FREQUENCIES, dtype=torch.float32, device=x.device) / FREQUENCIES)
     angles = (x[..., None] * frequencies).flatten(-2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -180,8 +180,8 @@ def check_dropout(dropout: float) -> None:
 def dropped(n: int, rate: float, generator: torch.Generator | None) -> Tensor:
     """Return ``[n]`` of bool, True where an example's condition is dropped; all False without a generator."""
     if generator is None:
-        return torch.zeros(n, dtype=torch.bool)
-    return torch.rand(n, generator=generator) < rate
+        return torch.zeros(n, dtype=torch.bool, device="cpu")
+    return torch.rand(n, generator=generator, dtype=torch.float32, device=generator.device) < rate
 
 
 def captions(inputs: Mapping[str, Any], rate: float, generator: torch.Generator | None) -> list[str | None]:

@@ -83,10 +83,10 @@ class ImageConditioner(Conditioner):
         """Compute the conditioning; the embedding has unit variance per channel on average, like other contexts."""
         given = inputs["image"]
         weight = next(self.tower.parameters())
-        blank = torch.zeros(1, 3, self.size, self.size)
+        blank = torch.zeros(1, 3, self.size, self.size, dtype=torch.float32, device="cpu")
         images = [given] if isinstance(given, Tensor) else [blank if each is None else each[None] for each in given]
         stacked = torch.cat([to_size(each.to(weight.device), self.size) for each in images])
-        absent = torch.tensor([each is None for each in given])
+        absent = torch.tensor([each is None for each in given], device="cpu")
         kept = ~(absent | dropped(len(absent), self.config.dropout, generator)).to(weight.device)
         states = self.tower.states(stacked.to(weight.dtype))
         embedding = F.normalize(self.tower.embed(states), dim=-1) * self.width**0.5

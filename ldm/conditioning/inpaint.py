@@ -106,13 +106,15 @@ def draw_mask(height: int, width: int, whole: float, generator: torch.Generator)
     """Draw a mask ``[1 height width]``, 1 where masked: all ones with probability ``whole``, else rectangles or strokes."""
 
     def uniform(low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand((), generator=generator))
+        return low + (high - low) * float(
+            torch.rand((), generator=generator, dtype=torch.float32, device=generator.device)
+        )
 
     def count(most: int) -> int:
         return 1 + int(uniform(0, most))
 
     if uniform(0, 1) < whole:
-        return torch.ones(1, height, width)
+        return torch.ones(1, height, width, dtype=torch.float32, device="cpu")
     mask = Image.new("L", (width, height))
     draw = ImageDraw.Draw(mask)
     if uniform(0, 1) < 0.5:

@@ -57,8 +57,8 @@ class ClassConditioner(Conditioner):
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         given = input_of(inputs, "label")
-        absent = torch.tensor([label is None for label in given])
-        labels = torch.tensor([0 if label is None else int(label) for label in given])
+        absent = torch.tensor([label is None for label in given], device="cpu")
+        labels = torch.tensor([0 if label is None else int(label) for label in given], dtype=torch.int64, device="cpu")
         wrong = labels[(labels < 0) | (labels >= self.config.classes)]
         if len(wrong):
             raise SamplingError(

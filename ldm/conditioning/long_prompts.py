@@ -41,7 +41,7 @@ def read(texts: Sequence[str], tokenizer: Tokenizer, tower: TextTower) -> tuple[
         return TextOutput(states.reshape(len(texts), most * n, -1), pooled), None
     empty, _ = tower(tokenizer("").to(device))
     filled = [torch.cat([rows, empty.expand(most - len(rows), -1, -1)]).flatten(0, 1) for rows in states.split(counts)]
-    present = torch.arange(most) < torch.tensor(counts)[:, None]
+    present = torch.arange(most, device="cpu") < torch.tensor(counts, device="cpu")[:, None]
     return TextOutput(torch.stack(filled), pooled), present.repeat_interleave(n, dim=1).to(device)
 
 
@@ -59,4 +59,5 @@ def weighted(states: Tensor, weights: Tensor) -> Tensor:
 
 def _weights(text: WeightedPrompt, places: Tensor) -> Tensor:
     """Return the weight of each token, ``[k n]``: that of its last character, or 1 for start, end and padding."""
-    return torch.tensor([*(text.weights or [1.0] * len(text)), 1.0])[places]
+    weights = [*(text.weights or [1.0] * len(text)), 1.0]
+    return torch.tensor(weights, dtype=torch.float32, device="cpu")[places]

@@ -28,7 +28,7 @@ from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, training_images
 from ldm.config import config_field
 from ldm.errors import ConfigError, DataError, SamplingError
-from ldm.image_io import signed_tensor
+from ldm.image_arguments import signed_image
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import sinusoidal
 
@@ -103,11 +103,14 @@ class LowResConditioner(Conditioner):
         """
         small, config = _stacked(inputs["low_res"]), self.config
         if generator is None:
-            level = torch.full((len(small),), config.noise)
-            noise = torch.randn(small.shape[1:], generator=torch.Generator().manual_seed(0))
+            level = torch.full((len(small),), config.noise, dtype=torch.float32, device="cpu")
+            seeded = torch.Generator("cpu").manual_seed(0)
+            noise = torch.randn(small.shape[1:], generator=seeded, dtype=torch.float32, device="cpu")
         else:
-            level = config.noise_max * torch.rand(len(small), generator=generator)
-            noise = torch.randn(small.shape, generator=generator)
+            level = config.noise_max * torch.rand(
+                len(small), generator=generator, dtype=torch.float32, device=generator.device
+            )
+            noise = torch.randn(small.shape, generator=generator, dtype=torch.float32, device=generator.device)
         s = level.to(small)[:, None, None, None]
         noisy = (1 - s**2).sqrt() * small + s * noise.to(small)
         size = [side * config.factor // self.latent_factor for side in small.shape[-2:]]
@@ -134,11 +137,13 @@ class LowResConditioner(Conditioner):
         return {**batch, "low_res": F.avg_pool2d(images, factor)}
 
 
-def _stacked(images: Sequence[Any]) -> Tensor:
+def _stacked(images: Sequence[Any] | Tensor) -> Tensor:
     """Stack images to ``[b 3 h w]`` fp32 in [-1, 1]."""
+    if isinstance(images, Tensor):  # a batch in training
+        return images.float()
     if any(image is None for image in images):
         raise SamplingError("this model enlarges images; give condition={'low_res': [...]}, or use editing.upscale.")
-    tensors = [signed_tensor(image) for image in images]
+    tensors = [signed_image(image) for image in images]
     sizes = dict.fromkeys(f"{tensor.shape[2]} x {tensor.shape[1]}" for tensor in tensors)
     if len(sizes) > 1:
         raise SamplingError(

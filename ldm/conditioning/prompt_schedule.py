@@ -101,7 +101,9 @@ def _mixed(
     record = encode({name: [values[row] for row in rows] for name, values in inputs.items()} | {"text": texts})
     if len(rows) == len(mixtures):
         return record
-    shares = torch.block_diag(*(torch.tensor([[share for share, _ in mixture]]) for mixture in mixtures))
+    shares = torch.block_diag(
+        *(torch.tensor([[share for share, _ in mixture]], dtype=torch.float32, device="cpu") for mixture in mixtures)
+    )
 
     def mix(part: Tensor) -> Tensor:
         mixed = torch.tensordot(shares.to(part.device), part.float(), dims=1)

@@ -115,7 +115,7 @@ class SDXLConditioner(Conditioner):
             (second, pooled), second_mask = long_prompts.read(texts, self.tokenizers[1], self.second)
         context, mask = _side_by_side([first, second], [mask, second_mask])
         if self.config.zeros_for_empty:
-            absent = torch.tensor([caption is None for caption in given]).to(context.device)
+            absent = torch.tensor([caption is None for caption in given], device="cpu").to(context.device)
             context, pooled = context.masked_fill(absent[:, None, None], 0), pooled.masked_fill(absent[:, None], 0)
         return Conditioning(context, mask, vector=torch.cat([pooled, self._sizes(inputs).to(pooled)], dim=1))
 

@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ldm.checks import number, numbers
 from ldm.diffusion.parametrization import per_item
 from ldm.diffusion.samplers import Denoiser
 from ldm.errors import SamplingError
@@ -69,12 +70,16 @@ class Guidance:
     projection: Projection | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rescale <= 1:
-            raise SamplingError(f"the guidance rescale is {self.rescale}; it must be from 0 to 1.")
-        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
-            raise SamplingError(f"the guidance interval is {self.interval}; give two rising noise levels, 0 or more.")
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise SamplingError(f"the guidance threshold is {self.threshold}; it must be above 0 and at most 1.")
+        object.__setattr__(self, "rescale", number("the guidance rescale", self.rescale, 0, 1))
+        if self.interval is not None:
+            interval = numbers("the guidance interval", self.interval)
+            if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
+                raise SamplingError(f"the guidance interval is {interval}; give two rising noise levels, 0 or more.")
+            object.__setattr__(self, "interval", tuple(interval))
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", number("the guidance threshold", self.threshold))
+            if not 0 < self.threshold <= 1:
+                raise SamplingError(f"the guidance threshold is {self.threshold}; it must be above 0 and at most 1.")
 
     def record(self) -> dict[str, Any]:
         """Return the scale and all settings that differ from their defaults, for the metadata of an image."""
@@ -130,7 +135,7 @@ def guided(
         without guidance. It may have state (momentum), so each sampling run needs a new one.
     """
     how = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-    scale = torch.as_tensor(1.0 if how.scale is None else how.scale, dtype=torch.float32)
+    scale = torch.as_tensor(1.0 if how.scale is None else how.scale, dtype=torch.float32, device="cpu")
     parts = [conditional]
     if unconditional is not None and bool((scale != 1).any()):
         parts.append(unconditional)
@@ -141,7 +146,7 @@ def guided(
     joined = conditional.cat(parts)
     is_guided = (scale != 1) | (perturbed is not None and how.perturbed != 0)  # images to which any guidance applies
     all_guided = bool(is_guided.all())
-    momentum = torch.zeros(())
+    momentum = torch.zeros((), dtype=torch.float32, device="cpu")
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         nonlocal momentum

@@ -100,7 +100,7 @@ class WeightedLoss(nn.Module):
             sigma = self.config.noise_level_sampler.sample(len(x0), diffusion.schedule, generator)
         if noise is None:
             assert generator is not None, "pass a generator or noise"
-            noise = torch.randn(x0.shape, generator=generator, device=generator.device)
+            noise = torch.randn(x0.shape, generator=generator, device=generator.device, dtype=torch.float32)
         sigma, noise = sigma.to(x0), noise.to(x0)
         level = per_item(sigma, x0)
         output = diffusion.model_output(network, x0 + level * noise, sigma, conditioning)

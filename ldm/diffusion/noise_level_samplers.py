@@ -61,5 +61,5 @@ class LogNormal(NoiseLevelSampler, kind="lognormal"):
             raise ConfigError(f"std is {self.std}; it must be above 0.")
 
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
-        normal = torch.randn(n, generator=generator, device=generator.device)
+        normal = torch.randn(n, generator=generator, device=generator.device, dtype=torch.float32)
         return (self.mean + self.std * normal).exp().clamp(schedule.sigma_min, schedule.sigma_max)

@@ -147,7 +147,7 @@ def sigmas_from_timesteps(schedule: Schedule, timesteps: Sequence[float] | Tenso
             f"timesteps {_shown(t)} do not fit the schedule; "
             f"give one or more falling numbers from {schedule.num_timesteps - 1} down to 0."
         )
-    last = torch.zeros(1, device="cpu") if final == "zero" else schedule.table[:1]
+    last = torch.zeros(1, dtype=torch.float32, device="cpu") if final == "zero" else schedule.table[:1]
     if len(levels) > 1 and levels[-1] <= last * (1 + 1e-6):
         levels = levels[:-1]  # the final level is already reached
     return torch.cat([levels, last]).float()
@@ -170,7 +170,7 @@ def sigmas_from_values(schedule: Schedule, values: Sequence[float] | Tensor) -> 
             f"sigmas {_shown(sigma)} do not fit the schedule; "
             f"give one or more falling numbers from {schedule.sigma_max:.6g} down to above 0."
         )
-    return torch.cat([sigma, torch.zeros(1, device="cpu")]).float()
+    return torch.cat([sigma, torch.zeros(1, dtype=torch.float32, device="cpu")]).float()
 
 
 def _falls(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.devices import usual_torch_state
 from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import Checkpoint, read_native
 from ldm.formats.native import CONFIG_BY_FORMAT, plain_model, save_model
@@ -55,7 +56,9 @@ def load(
     Raises:
         CheckpointError: there is nothing that can be read, or the parts do not fit each other.
     """
-    return read(source, LoadOptions.of(options, changes)).build(dtype)
+    options = LoadOptions.of(options, changes)
+    with usual_torch_state():
+        return read(source, options).build(dtype)
 
 
 def read(source: Source, options: LoadOptions | None = None, **changes: Any) -> Checkpoint:
@@ -65,12 +68,13 @@ def read(source: Source, options: LoadOptions | None = None, **changes: Any) -> 
     or an LDM file with its weights), or a CLIP of transformers or open_clip.
     """
     options = LoadOptions.of(options, changes)
-    path = find(source, options.revision, options.subfolder, options.variant)
-    found = _read_folder(path, options) if path.is_dir() else _read_file(path, options)
-    of_part = LoadOptions(prediction_type=options.prediction_type, ema=options.ema)
-    for name, given in options.replacements().items():
-        found = found.with_part(name, read(given, of_part))
-    return found
+    with usual_torch_state():
+        path = find(source, options.revision, options.subfolder, options.variant)
+        found = _read_folder(path, options) if path.is_dir() else _read_file(path, options)
+        of_part = LoadOptions(prediction_type=options.prediction_type, ema=options.ema)
+        for name, given in options.replacements().items():
+            found = found.with_part(name, read(given, of_part))
+        return found
 
 
 def _read_folder(path: Path, options: LoadOptions) -> Checkpoint:
@@ -100,6 +104,7 @@ def _read_file(path: Path, options: LoadOptions) -> Checkpoint:
     return read_single_file(path, tensors, metadata, options.prediction_type, options.ema)
 
 
+@usual_torch_state()
 def save(model: nn.Module, path: Source, to: str = "native", dtype: torch.dtype | None = None) -> Path:
     """Write a model and return the file or folder.
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ldm.checks import plain
 from ldm.errors import SamplingError
 from ldm.modalities.crop import Crop
 
@@ -154,5 +155,6 @@ def register(modality: M) -> M:
 
 
 def listed(value: Any) -> list[Any]:
-    """Return the items of a collection as a list; a string or any other value becomes a list of one."""
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    """Return the items of a collection as a list; a string, a 0-d array or any other value becomes a list of one."""
+    value = plain(value) if getattr(value, "ndim", None) == 0 else value
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else [value]

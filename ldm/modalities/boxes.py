@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ldm.errors import DataError
+from ldm.errors import DataError, SamplingError
 from ldm.modalities.base import Modality, register
 from ldm.modalities.crop import Crop
 
@@ -27,6 +27,12 @@ class Boxes(Modality):
 
     def encode(self, value: Sequence[Box]) -> bytes:
         return json.dumps(value).encode()
+
+    def entry(self, value: Any) -> list[Box]:
+        try:
+            return read_boxes(value)
+        except DataError as error:
+            raise SamplingError(f"the boxes {error}.") from None
 
     def crop(self, value: Sequence[Box], crop: Crop) -> list[Box]:
         """Return the boxes relative to the cropped image, without those outside of it."""
@@ -64,4 +70,4 @@ def read_boxes(values: Any) -> list[Box]:
     return boxes
 
 
-BOXES = register(Boxes("boxes", "boxes", "boxes", suffix="boxes.json", spatial=True))
+BOXES = register(Boxes("boxes", "boxes", "boxes", suffix="boxes.json", spatial=True, ndim=2))

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import DataError, SamplingError
-from ldm.image_io import rgb
+from ldm.image_arguments import as_tensor, mask_of, read_mask
 from ldm.modalities.base import register
 from ldm.modalities.pixel_map import PixelMap
 
@@ -25,9 +25,12 @@ class EdgeMap(PixelMap):
     """An edge map: 0 (no edge) to 1 (edge) for each pixel, stored as a greyscale image, in batches fp32 ``[b h w]``."""
 
     def decode(self, data: bytes) -> Image.Image:
-        """Return an 8-bit greyscale image, white on the edges."""
+        """Return an 8-bit greyscale image, white on the edges; what is transparent is no edge."""
         try:
-            return rgb(Image.open(io.BytesIO(data))).convert("L")
+            image = Image.open(io.BytesIO(data))
+            return Image.fromarray((mask_of(image) * 255).round().byte().numpy())
+        except DataError:
+            raise
         except Exception as error:  # Pillow's plugins raise many types of errors for a broken file
             raise DataError(f"cannot be read as an image ({error})") from None
 
@@ -36,10 +39,11 @@ class EdgeMap(PixelMap):
 
     def entry(self, value: Any) -> Tensor:
         """Return ``[h w]`` fp32 in [0, 1] from an image, a file, or an array or tensor of that shape and range."""
-        value = self.decode_file(value) if isinstance(value, str | Path) else value
+        if isinstance(value, str | Path):
+            return self.values(np.asarray(self.decode_file(value)))
         if isinstance(value, Image.Image):
-            return self.values(np.asarray(rgb(value).convert("L")))
-        values = torch.as_tensor(value)
+            return read_mask(value)
+        values = as_tensor(f"the {self.noun}", value)
         if values.ndim != 2 or not values.is_floating_point() or values.min() < 0 or values.max() > 1:
             raise SamplingError(
                 f"an edge map is an image, or a tensor [h, w] in [0, 1], not {list(values.shape)} of {values.dtype} from "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.checks import plain
 from ldm.errors import DataError, SamplingError
 from ldm.modalities.base import Modality, listed, register
 
@@ -29,8 +30,8 @@ class Label(Modality):
         return torch.tensor(values)
 
     def entries(self, value: Any) -> list[Any]:
-        labels = listed(value)
-        if not labels or not all(isinstance(label, Integral) for label in labels):
+        labels = [plain(label) for label in listed(value)]
+        if not labels or not all(isinstance(label, Integral) and not isinstance(label, bool) for label in labels):
             raise SamplingError(f"label is {value!r}; give one or several integers.")
         return [int(label) for label in labels]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.image_io import signed_tensor
+from ldm.image_arguments import signed_image
 from ldm.modalities.base import Modality, register
 
 
@@ -16,7 +16,7 @@ class SmallImage(Modality):
 
     def entry(self, value: Any) -> Tensor:
         """Return ``[3 h w]`` fp32 in [-1, 1]."""
-        return signed_tensor(value)
+        return signed_image(value)
 
     def preview(self, values: Tensor, images: Tensor) -> Tensor:
         """Return the small images, enlarged by nearest-neighbour interpolation."""

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import DataError, SamplingError
+from ldm.image_arguments import as_tensor
 from ldm.modalities.base import register
 from ldm.modalities.pixel_map import PixelMap
 
@@ -36,13 +37,13 @@ class SemanticMap(PixelMap):
     def entry(self, value: Any) -> Tensor:
         """Return ``[h w]`` int64 from a file, an image of one channel, an array, a tensor or a list of rows."""
         value = self.decode_file(value) if isinstance(value, str | Path) else value
-        values = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
-        if values.ndim != 2 or values.dtype.kind not in "iub":
+        values = as_tensor(f"the {self.noun}", np.asarray(value) if isinstance(value, Image.Image) else value).cpu()
+        if values.ndim != 2 or values.is_floating_point():
             raise SamplingError(
-                f"a semantic map is [h w] of integers, not {list(values.shape)} of {values.dtype}; "
+                f"a semantic map is [h w] of integers, not {list(values.shape)} of {str(values.dtype).removeprefix('torch.')}; "
                 "give one class number for each pixel."
             )
-        return self.values(values)
+        return values.long()
 
 
 SEMANTIC = register(SemanticMap("semantic", "semantic map", "semantic maps", suffix="semantic.png"))

@@ -7,16 +7,15 @@ original ones, which are kept, so unloading restores them bit for bit in whateve
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from functools import cache
-from numbers import Real
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checks import number
 from ldm.errors import SamplingError, unknown
 
 M = TypeVar("M", bound=nn.Module)
@@ -243,9 +242,7 @@ def unwrapped(module: M) -> M:
 
 
 def _checked(scale: object) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
-        raise SamplingError(f"the scale of a LoRA is {scale!r}; it must be a finite number.")
-    return float(scale)
+    return float(number("the scale of a LoRA", scale))
 
 
 def _leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

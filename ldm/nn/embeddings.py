@@ -19,7 +19,9 @@ def sinusoidal(noise_level: Tensor, width: int, max_period: float = 10_000.0) ->
         ``[b width]`` fp32, the cosines first.
     """
     half = width // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=noise_level.device) / half)
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=noise_level.device) / half
+    )
     angles = noise_level.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -60,7 +60,7 @@ class StageModule(L.LightningModule):
 
     def generator(self, *key: int | str) -> torch.Generator:
         """Return a generator that depends on the seed, the stage and ``key`` alone; a resumed run draws the same numbers."""
-        return torch.Generator().manual_seed(seed_of(self.seed, self.stage, *key))
+        return torch.Generator("cpu").manual_seed(seed_of(self.seed, self.stage, *key))
 
     def step(self, *key: int | str) -> Step:
         """Return the record of the current step, with the generator of ``key``."""

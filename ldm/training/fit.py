@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from ldm.devices import usual_torch_state
 from ldm.errors import CheckpointError, first_line
 from ldm.formats.native import check_names
 from ldm.training.callbacks import Checkpoints, Metrics, Previews, Progress
@@ -59,6 +60,7 @@ def _strategy(config: TrainerConfig, module: StageModule) -> str:
     return config.strategy
 
 
+@usual_torch_state()
 def fit(module: StageModule, data: L.LightningDataModule, config: TrainerConfig) -> L.Trainer:
     """Train a stage to its last step, from ``last.ckpt`` if there is one.
 

@@ -122,7 +122,7 @@ def initialize(task: Task, source: str) -> None:
 
 
 def check_fit(source: Checkpoint, name: str, config: Any) -> None:
-    """Check that a part of a source was built from ``config``, apart from dropout.
+    """Check that a part of a source was built from ``config``, apart from fields that do not shape the weights.
 
     Raises:
         CheckpointError: it was not (the message names each field that differs), or the source has no such part.
@@ -132,7 +132,7 @@ def check_fit(source: Checkpoint, name: str, config: Any) -> None:
     differing = [
         f"{section}.{field} is {here.get(field)!r} here and {there.get(field)!r} there"
         for field in sorted(there.keys() | here.keys())
-        if there.get(field) != here.get(field) and field != "dropout"  # not a property of the weights
+        if there.get(field) != here.get(field) and field not in ("dropout", "overflows_fp16")
     ]
     if differing:
         raise CheckpointError(f"{source.source} does not fit the config: {'; '.join(differing)}.")

@@ -10,6 +10,7 @@ import torch
 from ldm import __version__
 from ldm.config import to_yaml
 from ldm.data.datamodule import DataModule, LatentSource
+from ldm.devices import usual_torch_state
 from ldm.formats.native import save_state
 from ldm.formats.tensors import write_atomically
 from ldm.training.engine import StageModule, seed_of
@@ -20,6 +21,7 @@ from ldm.training.modules import MODULES
 from ldm.training.tasks import TASKS, VAETask
 
 
+@usual_torch_state()
 def train_stage(experiment: Experiment, stage: str) -> Path:
     """Train or resume a stage and return the path of its result; a finished stage is not changed.
 
@@ -51,6 +53,7 @@ def train_stage(experiment: Experiment, stage: str) -> Path:
     return result
 
 
+@usual_torch_state()
 def build_module(experiment: Experiment, stage: str) -> StageModule:
     """Build the module of a stage, with the weights of its predecessors in place.
 

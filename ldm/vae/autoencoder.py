@@ -32,6 +32,10 @@ class ConvolutionalConfig(FirstStageConfig):
         True, "1 x 1 convolutions after the encoder and before the decoder; SD 3 and FLUX have none", omit_default=True
     )
 
+    overflows_fp16: bool = config_field(
+        False, "whether fp16 cannot hold its values, so that an fp16 model runs it in fp32", omit_default=True
+    )
+
     def __post_init__(self) -> None:
         if not self.widths:
             raise ConfigError("widths is empty; the autoencoder needs at least one width.")

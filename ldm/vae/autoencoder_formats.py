@@ -169,6 +169,7 @@ class AutoencoderFolder(FolderFormat):
                 groups=given["norm_num_groups"],
                 middle_attention=given["mid_block_add_attention"],
                 quant_conv=given["use_quant_conv"],
+                overflows_fp16=bool(values.get("force_upcast")),
             )
 
     def write_config(self, config: AutoencoderKLConfig, size: tuple[int, int], extra: Values) -> dict[str, Any]:
@@ -186,6 +187,7 @@ class AutoencoderFolder(FolderFormat):
             "mid_block_add_attention": config.middle_attention,
             "act_fn": "silu",
             "sample_size": max(size),
+            **({"force_upcast": True} if config.overflows_fp16 else {}),
             **({} if config.quant_conv else {"use_quant_conv": False, "use_post_quant_conv": False}),
             **extra,
         }

@@ -209,8 +209,10 @@ def _unified_step(
         for i in range(1, len(others) + 1):
             b.append(phi * math.factorial(i) / -share)
             phi = phi / -h - 1 / math.factorial(i + 1)
-        powers = torch.tensor([[ratio**i for ratio in r] for i in range(len(others))], dtype=torch.float64)
-        rho = torch.linalg.solve(powers, torch.tensor(b, dtype=torch.float64)).tolist()
+        powers = torch.tensor(
+            [[ratio**i for ratio in r] for i in range(len(others))], dtype=torch.float64, device="cpu"
+        )
+        rho = torch.linalg.solve(powers, torch.tensor(b, dtype=torch.float64, device="cpu")).tolist()
     differences = [other - denoised for _, other in others]
     return result + share * _weighted([weight / ratio for weight, ratio in zip(rho, r, strict=True)], differences)
 

@@ -23,10 +23,11 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.devic
         A function that returns new unit Gaussian noise [len(seeds) *shape] fp32 at each call. Use its first
         call for the initial noise, so that the noise of the steps is independent of it.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
     def noise(sigma: float, sigma_next: float) -> torch.Tensor:
-        return torch.stack([torch.randn(*shape, generator=generator) for generator in generators]).to(device)
+        unit = [torch.randn(*shape, generator=each, dtype=torch.float32, device="cpu") for each in generators]
+        return torch.stack(unit).to(device)
 
     return noise
 
@@ -61,7 +62,8 @@ def brownian_noise(
     except ImportError:
         raise missing_extra("torchsde", "a sampler that takes its noise from a Brownian path", "sde") from None
 
-    paths = [BrownianTree(t0=sigma_min, w0=torch.zeros(*shape), t1=sigma_max, entropy=seed % 2**32) for seed in seeds]
+    zero = torch.zeros(*shape, dtype=torch.float32, device="cpu")
+    paths = [BrownianTree(t0=sigma_min, w0=zero, t1=sigma_max, entropy=seed % 2**32) for seed in seeds]
 
     def noise(sigma: float, sigma_next: float) -> torch.Tensor:
         low, high = (min(max(level, sigma_min), sigma_max) for level in sorted((sigma_next, sigma)))

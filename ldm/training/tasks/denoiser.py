@@ -176,7 +176,9 @@ class DenoiserTask(Task):
         """Sample normalized latents from the posteriors of cached latents or of images encoded here."""
         with torch.no_grad():
             posterior = self.model.first_stage.posterior(batch)
-            noise = torch.randn(posterior.mode.shape, generator=generator).to(posterior.mode)
+            noise = torch.randn(
+                posterior.mode.shape, generator=generator, dtype=torch.float32, device=generator.device
+            ).to(posterior.mode)
             return self.model.first_stage.normalize(posterior.sample(noise))
 
     def evaluate(self, batch: Mapping[str, Any], step: Step) -> Mapping[str, Tensor]:
@@ -188,7 +190,7 @@ class DenoiserTask(Task):
         batch = self._conditions(batch, generator)
         x0 = self._latents(batch, generator)
         sigma = Stratified().sample(len(x0), schedule, generator)
-        noise = torch.randn(x0.shape, generator=generator)
+        noise = torch.randn(x0.shape, generator=generator, dtype=torch.float32, device=generator.device)
         cond = self.model.conditioner(batch)
         fixed: dict[str, Any] = {"sigma": sigma, "noise": noise, **self.features.argument}
         loss, sigma = self.loss(self.model.denoiser, self.model.diffusion, x0, cond, **fixed)
@@ -198,8 +200,8 @@ class DenoiserTask(Task):
     def metrics(self, results: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the mean loss, and that of each part of the schedule that has a sample."""
         bins, losses = results["bin"], results["loss"]
-        totals = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, losses)
-        counts = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, torch.ones_like(losses))
+        totals = torch.zeros(BINS, dtype=torch.float64, device="cpu").index_add_(0, bins, losses)
+        counts = torch.zeros(BINS, dtype=torch.float64, device="cpu").index_add_(0, bins, torch.ones_like(losses))
         parts = {
             f"loss_{100 * i // BINS}_{100 * (i + 1) // BINS}": float(totals[i] / counts[i])
             for i in range(BINS)

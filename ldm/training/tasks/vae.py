@@ -112,7 +112,11 @@ class VAETask(Task):
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
         image, config = batch["image"], self.config.loss
         posterior = self.first_stage.encode(image)
-        latent = posterior.sample(torch.randn(posterior.mode.shape, generator=step.generator).to(image))
+        latent = posterior.sample(
+            torch.randn(
+                posterior.mode.shape, generator=step.generator, dtype=torch.float32, device=step.generator.device
+            ).to(image)
+        )
         reconstruction = self.first_stage.decode(latent)
 
         rec_loss = self.reconstruction_loss(image, reconstruction.float(), **self.features.argument).mean()
@@ -137,7 +141,11 @@ class VAETask(Task):
         posterior = self.first_stage.encode(image)
         reconstruction = self.first_stage.decode(posterior.mode).float().clamp(-1, 1)
         similarity: Any = ssim(reconstruction, image, data_range=(-1.0, 1.0), reduction="sum")
-        sums = {"psnr": psnr(image, reconstruction).sum(), "ssim": similarity, "images": torch.tensor(len(image))}
+        sums = {
+            "psnr": psnr(image, reconstruction).sum(),
+            "ssim": similarity,
+            "images": torch.tensor(len(image), device="cpu"),
+        }
         return {name: value.double()[None] for name, value in {**sums, **posterior.sums()}.items()}
 
     def metrics(self, results: Mapping[str, Tensor]) -> dict[str, float]:
