@@ -14,6 +14,7 @@ SOURCES = sorted(ROOT.glob("ldm/**/*.py"))
 # package's own __init__.py, whose version all may read.
 ROWS = [
     {"errors"},
+    {"prompt_syntax"},
     {"devices", "config", "image_io", "prompts"},
     {"load_options"},
     {"nn"},
@@ -24,7 +25,7 @@ ROWS = [
     {"model"},
     {"formats"},
     {"image_output"},
-    {"inputs", "sampling_loop"},
+    {"inputs", "prompt_loras", "sampling_loop", "textual_inversion_loader"},
     {"sampling_settings"},
     {"pipeline"},
     {"data", "editing", "animation"},

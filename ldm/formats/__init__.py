@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, warn
 from ldm.formats.checkpoint import Checkpoint, read_native
 from ldm.formats.native import CONFIG_BY_FORMAT, save_model
 from ldm.formats.tensors import CONFIG, INDEX, PICKLES, SAFETENSORS, STEMS, read_file, read_metadata
@@ -122,6 +122,11 @@ def save(model: LatentDiffusion, path: Source, to: str = "native", dtype: torch.
         else:
             from ldm.formats.single_file import write_single_file
 
+            if tokens := ", ".join(each.token for each in model.textual_inversions.loaded):
+                warn(
+                    f"{path} has the tokens {tokens}, which other programs do not read from an LDM file; "
+                    "for these, unload the textual inversions before writing it."
+                )
             write_single_file(path, model, dtype)
     return path
 
