@@ -61,7 +61,7 @@ class Pipeline(TextualInversionLoader):
     """
 
     model: LatentDiffusion
-    lora_folder: Path | None = None
+    lora_folder: Source | None = None
 
     def __new__(cls, model: LatentDiffusion | Prompt | Sequence[Prompt], **settings: Any) -> Any:
         if not isinstance(model, LatentDiffusion):
@@ -98,7 +98,7 @@ class Pipeline(TextualInversionLoader):
         device = default_device() if device is None else usable(device)
         dtype = dtype or default_dtype(device)
         pipe: Pipeline = cls(load(source, dtype=dtype, **options))
-        pipe.lora_folder = None if lora_folder is None else Path(lora_folder)
+        pipe.lora_folder = SamplingSettings(lora_folder=lora_folder).lora_folder
         return pipe.to(device, dtype)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:

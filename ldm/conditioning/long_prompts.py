@@ -9,10 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.clip.text import TextOutput, TextTower
+from ldm.clip.text import TextOutput, TextTower, TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
-from ldm.errors import SamplingError
+from ldm.errors import ConfigError, SamplingError
 from ldm.prompts import WeightedPrompt
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: TextTowerConfig) -> None:
+    """Check that a text encoder has an embedding for each token.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the text encoder embeddings for {config.vocab_size} only; "
+            "use the tokenizer that belongs to it."
+        )
 
 
 def text_towers(conditioner: Any) -> dict[str, TextTower]:

@@ -90,6 +90,7 @@ class SDXLConditionerConfig(ConditionerConfig, kind="sdxl"):
     def build(self, tokenizer: Tokenizer | None = None) -> SDXLConditioner:
         assert self.first is not None, "the first tower comes from the clip section"
         assert tokenizer is not None, "a text conditioner needs a tokenizer"
+        long_prompts.check_vocabulary(tokenizer, self.first)
         return SDXLConditioner(self, self.first, tokenizer)
 
 

@@ -61,6 +61,7 @@ class TextConditionerConfig(ConditionerConfig, kind="text"):
     def build(self, tokenizer: Tokenizer | None = None) -> TextConditioner:
         assert self.tower is not None, "the tower comes from the clip section"
         assert tokenizer is not None, "a text conditioner needs a tokenizer"
+        long_prompts.check_vocabulary(tokenizer, self.tower)
         return TextConditioner(self, self.tower, tokenizer)
 
 

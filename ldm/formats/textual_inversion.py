@@ -104,7 +104,7 @@ def _file(source: str | PathLike[str]) -> Path:
             return fetch(f"{source}/{FILES[0]}")
         except CheckpointError:
             return fetch(f"{source}/{FILES[1]}")
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         return next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
     return path
