@@ -97,8 +97,9 @@ class Pipeline(TextualInversionLoader):
         """
         device = default_device() if device is None else usable(device)
         dtype = dtype or default_dtype(device)
+        folder = SamplingSettings(lora_folder=lora_folder).lora_folder
         pipe: Pipeline = cls(load(source, dtype=dtype, **options))
-        pipe.lora_folder = SamplingSettings(lora_folder=lora_folder).lora_folder
+        pipe.lora_folder = folder
         return pipe.to(device, dtype)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:

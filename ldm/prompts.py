@@ -146,10 +146,10 @@ class PromptOptions:
             negative: whether they are its negative prompts.
         """
         for prompt in dict.fromkeys(prompts):
-            for _, part in self.composition(prompt):
+            composable = not negative and isinstance(prompt, str)
+            for _, part in self.composition(prompt) if composable else [(1.0, prompt)]:
                 self.changes(part, steps=1)
             self.lora_tags(prompt)
-            composable = not negative and isinstance(prompt, str)
             for text in _texts(prompt):
                 for word, advice in prompt_syntax.foreign_words(text, self.prompt_syntax, negative, composable).items():
                     warn(f"{word!r} in a {'negative ' * negative}prompt has no effect of its own here; {advice}.")
