@@ -99,11 +99,12 @@ class SamplingStream(Iterator[SamplingStep]):
 
 
 def batches_of(models: Sequence[LatentDiffusion], size: int) -> list[tuple[LatentDiffusion, slice]]:
-    """Return the batches of at most ``size`` images, of one model each."""
+    """Return the batches of at most ``size`` images, of one model each; the last slice may end beyond the last image."""
     batches, first = [], 0
     for model, run in groupby(models):
         end = first + len([*run])
-        batches += [(model, slice(start, min(start + size, end))) for start in range(first, end, size)]
+        last = end if end < len(models) else end + size
+        batches += [(model, slice(start, min(start + size, last))) for start in range(first, end, size)]
         first = end
     return batches
 
