@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 
@@ -50,6 +52,14 @@ def first_line(error: BaseException) -> str:
     """Return the first line of another library's error, of bounded length, for use in a message."""
     line = str(error).strip().split("\n")[0].rstrip(".")
     return line if len(line) <= 500 else f"{line[:500]}..."
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of ldm that led here; Python shows a message once for each such line."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "ldm":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def some(names: Sequence[str]) -> str:

@@ -105,8 +105,8 @@ def request(
             )
     entries_of = {name: values if len(values) == n else values * n for name, values in asked.items()}
     negatives = _negatives(reads, negative_prompt, n)
-    for prompt in (*entries_of.get("text", ()), *(negatives or ())):
-        prompt_options.changes(prompt, steps=1)  # raises where it is not in the syntax
+    prompt_options.check(entries_of.get("text", ()))
+    prompt_options.check(negatives or (), negative=True)
     if isinstance(guidance.scale, Sequence):
         scales = _one_each("guidance scales", list(guidance.scale), n, "prompts")
         guidance = replace(guidance, scale=[float(scale) for scale in scales for _ in range(repeats)])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning import Conditioner, ConditionerConfig
+from ldm.conditioning.textual_inversion import TextualInversions
 from ldm.config import config_field
 from ldm.denoiser import DenoiserConfig
 from ldm.diffusion.parametrization import Diffusion
@@ -125,6 +126,7 @@ class LatentDiffusion(nn.Module):
     ``fingerprint`` and ``provenance`` are those of the file that the model was loaded from; None and empty if it was not loaded.
     ``tiling`` bounds how much the first stage processes at once, and may be set to another :class:`ldm.vae.Tiling`.
     ``adapters`` are the LoRAs in use; see :meth:`ldm.pipeline.Pipeline.load_lora` and :func:`ldm.nn.lora.new_lora`.
+    ``textual_inversions`` are the tokens that :meth:`ldm.pipeline.Pipeline.load_textual_inversion` has added.
     Parameters may be in low precision: the inputs of a network are cast to its precision, and its outputs are cast back.
     """
 
@@ -140,6 +142,7 @@ class LatentDiffusion(nn.Module):
         self.denoiser = config.denoiser.build()
         self.tiling = Tiling()
         self.adapters = Adapters()
+        self.textual_inversions = TextualInversions()
 
     @property
     def components(self) -> dict[str, Component]:

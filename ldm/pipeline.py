@@ -17,6 +17,8 @@ from tqdm import tqdm
 from ldm import inputs
 from ldm.checks import whole_number
 from ldm.conditioning import ConditioningSchedule, conditioning_schedules
+from ldm.conditioning.long_prompts import check_clip_skip
+from ldm.conditioning.textual_inversion import add_inversions, remove_inversions
 from ldm.devices import default_device, default_dtype, usable, usual_torch_state
 from ldm.diffusion import (
     SPECS,
@@ -28,18 +30,19 @@ from ldm.diffusion import (
     sigmas_from_values,
 )
 from ldm.diffusion import sigmas as spaced_sigmas
-from ldm.errors import SamplingError
+from ldm.errors import CheckpointError, SamplingError
 from ldm.formats import SHIPPED, Source, load, save
 from ldm.formats.tensors import channels_last, check_finite, to_dtype
 from ldm.image_output import Images
 from ldm.model import LatentDiffusion
 from ldm.nn.attention import AttentionOptions
 from ldm.prompts import Prompt
-from ldm.sampling_loop import Edit, SamplingStep, SamplingStream, solve, starting_point
+from ldm.sampling_loop import Edit, SamplingStep, SamplingStream, batches_of, solve, starting_point
 from ldm.sampling_settings import SamplingSettings, takes_settings
+from ldm.textual_inversion_loader import TextualInversionLoader
 
 
-class Pipeline:
+class Pipeline(TextualInversionLoader):
     """Generates images with a model. Several threads may call one pipeline at once.
 
     >>> pipe = Pipeline.from_pretrained("runs/emoji_64")
@@ -54,9 +57,12 @@ class Pipeline:
         model: the model, which stays on its device (:meth:`to` moves it). Anything else is a prompt: the
             result is then the :class:`Images` that the shipped model makes of it.
         settings: as in :meth:`__call__`, for a prompt.
+
+    ``lora_folder`` is the folder of LoRA files that prompts can name, if it is not given to the call; see docs/prompts.md.
     """
 
     model: LatentDiffusion
+    lora_folder: Source | None = None
 
     def __new__(cls, model: LatentDiffusion | Prompt | Sequence[Prompt], **settings: Any) -> Any:
         if not isinstance(model, LatentDiffusion):
@@ -73,6 +79,7 @@ class Pipeline:
         source: Source = SHIPPED,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        lora_folder: Source | None = None,
         **options: Any,
     ) -> Pipeline:
         """Load a model and return a pipeline of it.
@@ -82,6 +89,7 @@ class Pipeline:
                 model; see :func:`ldm.load`.
             device: default: the GPU if there is one, else the CPU.
             dtype: dtype of the networks; default: bf16 if the device has it natively, else fp32.
+            lora_folder: folder of LoRA files that prompts can name, as in ``<lora:name:0.8>``.
             options: further options of :func:`ldm.load`: ``vae``, ``revision``, ``prediction_type``, ...
 
         Raises:
@@ -90,7 +98,9 @@ class Pipeline:
         """
         device = default_device() if device is None else usable(device)
         dtype = dtype or default_dtype(device)
+        folder = SamplingSettings(lora_folder=lora_folder).lora_folder
         pipe: Pipeline = cls(load(source, dtype=dtype, **options))
+        pipe.lora_folder = folder
         return pipe.to(device, dtype)
 
     @usual_torch_state()
@@ -125,7 +135,7 @@ class Pipeline:
 
     @usual_torch_state()
     def load_lora(self, source: Source, scale: float = 1.0, name: str | None = None, merge: bool = False) -> str:
-        """Load a LoRA in addition to those that are already loaded, and return its name.
+        """Load a LoRA in addition to those that are already loaded, with its textual inversions, and return its name.
 
         Args:
             source: a file with the key names of kohya or of diffusers, a folder written by diffusers, or a hub id of either.
@@ -138,9 +148,18 @@ class Pipeline:
             CheckpointError: the file cannot be read, or is for another model.
             SamplingError: the name is taken, or the scale is not a finite number.
         """
-        from ldm.formats.lora import read_lora
+        from ldm.formats.lora import lora_file, read_lora
+        from ldm.formats.textual_inversion import read_bundled
 
-        return self.model.adapters.add(self.model, read_lora(source, self.model, scale, name, merge))
+        adapter = read_lora(source, self.model, scale, name, merge)
+        inversions = read_bundled(lora_file(source), self.model, adapter.name)
+        self.model.adapters.add(self.model, adapter)
+        try:
+            add_inversions(self.model, inversions)
+        except CheckpointError:
+            self.model.adapters.remove(self.model, adapter.name)
+            raise
+        return adapter.name
 
     @usual_torch_state()
     def set_lora_scale(self, name: str, scale: float) -> None:
@@ -153,12 +172,13 @@ class Pipeline:
 
     @usual_torch_state()
     def unload_lora(self, name: str | None = None) -> None:
-        """Unload one LoRA, or all; the weights are restored bit for bit.
+        """Unload one LoRA, or all, with their textual inversions; the weights are restored bit for bit.
 
         Raises:
             SamplingError: no LoRA has this name.
         """
         self.model.adapters.remove(self.model, name)
+        remove_inversions(self.model, lambda each: each.adapter is not None and name in (None, each.adapter))
 
     @takes_settings(SamplingSettings)
     def __call__(self, settings: SamplingSettings) -> Any:
@@ -209,13 +229,25 @@ class Pipeline:
         if settings.latents is not None and settings.latents.shape != (len(request), *shape):
             given, needed = list(settings.latents.shape), [len(request), *shape]
             raise SamplingError(f"latents have the shape {given}; these images need {needed}.")
-        return SamplingStream(self._run(settings, request, levels, shape))
+        check_clip_skip(self.model.conditioner, settings.clip_skip)
+        named = [settings.prompt_options.lora_tags(prompt) for prompt in request.conditions.get("text", ())]
+        models = [self.model] * len(request)
+        if any(named):
+            from ldm.prompt_loras import prompt_models
+
+            models = prompt_models(self.model, named, settings.lora_folder or self.lora_folder)
+        return SamplingStream(self._run(settings, request, models, levels, shape))
 
     def _run(
-        self, settings: SamplingSettings, request: inputs.Request, levels: Tensor, shape: tuple[int, int, int]
+        self,
+        settings: SamplingSettings,
+        request: inputs.Request,
+        models: Sequence[LatentDiffusion],
+        levels: Tensor,
+        shape: tuple[int, int, int],
     ) -> Generator[SamplingStep, None, Any]:
-        """Yield the steps of all batches, and return the result."""
-        results = yield from self._steps(settings, request, levels, shape)
+        """Yield the steps of all batches, and return the result; ``models`` has the model of each image."""
+        results = yield from self._steps(settings, request, models, levels, shape)
         result = torch.cat(results).clone()  # outside of inference mode: a tensor like any other
         if settings.output_type == "np":
             return result.permute(0, 2, 3, 1).cpu().numpy()
@@ -227,13 +259,19 @@ class Pipeline:
         record |= {} if settings.timesteps is None and settings.sigmas is None else {"sigmas": levels.tolist()}
         record |= {} if settings.latents is None else {"latents": "given"}
         record |= {"dtype": str(self.dtype).removeprefix("torch."), **(settings.sampler_options or {})}
-        record |= self.model.adapters.record() | (settings.edit or Edit()).record()
+        edit = (settings.edit or Edit()).record()
+        records = [record | each.adapters.record() | each.textual_inversions.record() | edit for each in models]
         model = {"model": self.model.fingerprint} if self.model.fingerprint else {}
-        return Images.of(result, [request.record(index, record) | model for index in range(len(request))])
+        return Images.of(result, [request.record(index, each) | model for index, each in enumerate(records)])
 
     @torch.inference_mode()
     def _steps(
-        self, settings: SamplingSettings, request: inputs.Request, levels: Tensor, shape: tuple[int, int, int]
+        self,
+        settings: SamplingSettings,
+        request: inputs.Request,
+        models: Sequence[LatentDiffusion],
+        levels: Tensor,
+        shape: tuple[int, int, int],
     ) -> Generator[SamplingStep, None, list[Tensor]]:
         """Yield the steps of all batches, and return the batches' images or latents. Inference mode ends at each yield."""
         self._lay_out_weights()
@@ -241,18 +279,19 @@ class Pipeline:
         spacing = settings.spacing or self.model.config.sampling.spacing
         diffusion, latents = self.model.diffusion, settings.latents
         start, size, results = float(levels[0]), settings.batch_size or len(request), []
-        batches = [slice(first, first + size) for first in range(0, len(request), size)]
+        batches = batches_of(models, size)
         total = None if SPECS[sampler].adaptive else len(batches) * (len(levels) - 1)
         with tqdm(total=total, disable=not settings.progress) as bar:
             done = 0
-            for rows in batches:
+            for model, rows in batches:
                 noise = seeded_noise(request.seeds[rows], shape, self.device)
                 unit = noise(math.inf, start)  # drawn in any case: the noise of the steps comes after it
                 if latents is not None:
                     unit = latents[rows].to(self.device, torch.float32)
                 x = edit.start(starting_point(diffusion, unit, start, sampler, spacing), unit, start, rows)
                 x = x.contiguous(memory_format=torch.channels_last)
-                denoise = edit.wrap(self.denoiser(request[rows], levels), rows)
+                pipe = self if model is self.model else Pipeline(model)
+                denoise = edit.wrap(pipe.denoiser(request[rows], levels), rows)
                 for step in solve(diffusion, sampler, denoise, x, levels, noise, options, request.seeds[rows]):
                     x, done = step.x, done + 1
                     bar.update()
@@ -351,7 +390,9 @@ class Pipeline:
     def denoiser(self, request: inputs.Request, levels: Tensor) -> Denoiser:
         """Return the model under its conditions and guidance, as the denoiser of solvers along ``levels [steps + 1]``."""
         guidance, conditions, negatives = request.guidance, request.conditions, request.negative_prompts
-        both = conditioning_schedules(self.model.conditioner, conditions, negatives, request.prompt_options, levels)
+        *both, composition = conditioning_schedules(
+            self.model.conditioner, conditions, negatives, request.prompt_options, levels
+        )
         conditional, negative = (phases.map(lambda record: record.to(self.device)) for phases in both)
         unconditional = negative if self.model.config.conditioner.input_keys else None
 
@@ -359,7 +400,7 @@ class Pipeline:
             return self.model.denoise(x, sigma, phases.at(sigma))
 
         if not guidance.perturbed:
-            return guided(network, conditional, unconditional, guidance)
+            return guided(network, conditional, unconditional, guidance, composition=composition)
         if not self.model.config.denoiser.has_perturbed_attention:
             raise SamplingError("perturbed guidance needs self-attention in the middle of the U-Net, which this lacks.")
 
@@ -367,12 +408,14 @@ class Pipeline:
             return self.model.denoise(x, sigma, batch.conditioning.at(sigma), AttentionOptions(identity=batch.rows))
 
         rows = torch.ones(len(request), dtype=torch.bool, device=self.device)
+        prompts = rows if composition is None else rows[[*composition.rows]]
         return guided(
             perturbable,
-            Perturbable(conditional, ~rows),
+            Perturbable(conditional, ~prompts),
             None if unconditional is None else Perturbable(unconditional, ~rows),
             guidance,
-            perturbed=Perturbable(conditional, rows),
+            perturbed=Perturbable(conditional, prompts),
+            composition=composition,
         )
 
     def _finite(self, x: Tensor, what: str) -> Tensor:

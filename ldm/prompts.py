@@ -1,43 +1,22 @@
-r"""Prompts: blended, scheduled and weighted ones, and the texts that they stand for at each sampling step.
+"""Prompts: blended, scheduled and weighted ones, and the texts that they stand for at each sampling step.
 
-The weighted syntax, as users of Automatic1111's web UI know it:
-
-| written          | meaning                                                          |
-|------------------|------------------------------------------------------------------|
-| ``(word:1.3)``   | weight 1.3                                                       |
-| ``(word)``       | weight 1.1                                                       |
-| ``[word]``       | weight 1 / 1.1                                                   |
-| ``[cat:dog:0.4]``| cat in the first 40 % of the steps, then dog; either may be empty |
-| ``[dog:0.4]``    | nothing in the first 40 % of the steps, then dog                 |
-| ``\(``           | the character, also of ``)``, ``[``, ``]``, ``:`` and ``\``      |
-
-Groups nest, and their weights multiply. A colon that no number follows is a character.
+The weighted syntax is that of :mod:`ldm.prompt_syntax`.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+from ldm import prompt_syntax
 from ldm.checks import plain
-from ldm.errors import SamplingError
+from ldm.errors import SamplingError, warn
+from ldm.prompt_syntax import LoRATag, Piece, escape, parse
+
+__all__ = ["Blend", "LoRATag", "Piece", "Prompt", "PromptOptions", "Scheduled", "WeightedPrompt", "escape", "parse"]
 
 SYNTAXES = ("plain", "weighted")
 LONG_PROMPTS = ("chunks", "cut")
-
-EMPHASIS = 1.1
-"""Weight of a group without a number."""
-
-MAX_WEIGHT = 1000.0
-"""Largest absolute weight; far beyond any use, and safe in half precision."""
-
-_PAIRS = {"(": ")", "[": "]"}
-_TOKEN = re.compile(r"\\[()\[\]:\\]|[()\[\]:\\]|[^()\[\]:\\]+")
-_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)\s*")
 
 
 @dataclass(frozen=True)
@@ -81,15 +60,31 @@ class WeightedPrompt(str):
     Attributes:
         weights: weight of each character; empty: 1 everywhere.
         cut: whether to cut the text at the length of the text encoder's context; else it is encoded in chunks.
+        breaks: positions in the text at which a new chunk begins.
+        clip_skip: number of last layers of the text encoder that the context leaves out.
     """
 
     weights: tuple[float, ...]
     cut: bool
+    breaks: tuple[int, ...]
+    clip_skip: int
 
-    def __new__(cls, text: str, weights: Sequence[float] = (), cut: bool = False) -> WeightedPrompt:
+    def __new__(
+        cls,
+        text: str,
+        weights: Sequence[float] = (),
+        cut: bool = False,
+        breaks: Sequence[int] = (),
+        clip_skip: int = 0,
+    ) -> WeightedPrompt:
         self = super().__new__(cls, text)
-        self.weights, self.cut = tuple(weights), cut
+        self.weights, self.cut, self.breaks, self.clip_skip = tuple(weights), cut, tuple(breaks), clip_skip
         return self
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """All that the encoded text depends on; two strings are equal if their characters are."""
+        return str(self), self.weights, self.cut, self.breaks, self.clip_skip
 
 
 @dataclass(frozen=True)
@@ -98,6 +93,7 @@ class PromptOptions:
 
     prompt_syntax: str = "plain"
     long_prompts: str = "chunks"
+    clip_skip: int | None = None
 
     def changes(self, prompt: Prompt | None, steps: int) -> set[int]:
         """Return the steps, from 0 to ``steps``, at which the text of the prompt may change.
@@ -110,7 +106,7 @@ class PromptOptions:
             return inner | {_step(prompt.share, steps)} if isinstance(prompt, Scheduled) else inner
         if prompt is None or self.prompt_syntax == "plain":
             return set()
-        return {_step(share, steps) for piece in parse(prompt) for share in (piece.since, piece.until)}
+        return {_step(share, steps) for piece in parse(prompt, steps) for share in (piece.since, piece.until)}
 
     def at(self, prompt: Prompt | None, step: int, steps: int) -> list[tuple[float, WeightedPrompt | None]]:
         """Return the texts of the prompt in a step, from 0 to ``steps - 1``, with their shares, which add up to 1.
@@ -125,109 +121,69 @@ class PromptOptions:
             return [(share * part, text) for share, end in ends if share for part, text in self.at(end, step, steps)]
         return [(1.0, None if prompt is None else self._text(prompt, step, steps))]
 
+    def composition(self, prompt: Prompt | None) -> list[tuple[float, Prompt | None]]:
+        """Return the prompts that ``prompt`` joins by AND, with their weights.
+
+        Raises:
+            SamplingError: the prompt has a syntax error.
+        """
+        if not isinstance(prompt, str) or self.prompt_syntax == "plain":
+            return [(1.0, prompt)]
+        return [*prompt_syntax.composition(prompt)]
+
+    def lora_tags(self, prompt: Prompt | None) -> list[LoRATag]:
+        """Return the LoRAs that a prompt names.
+
+        Raises:
+            SamplingError: a scale is not a number, or out of range.
+        """
+        texts = () if self.prompt_syntax == "plain" else _texts(prompt)
+        return [tag for text in texts for tag in prompt_syntax.lora_tags(text)]
+
+    def check(self, prompts: Sequence[Prompt | None], negative: bool = False) -> None:
+        """Raise a SamplingError for a syntax error, and warn of words that have a meaning in another syntax only.
+
+        Args:
+            prompts: prompts of a call.
+            negative: whether they are its negative prompts.
+        """
+        for prompt in dict.fromkeys(prompts):
+            composable = not negative and isinstance(prompt, str)
+            for _, part in self.composition(prompt) if composable else [(1.0, prompt)]:
+                self.changes(part, steps=1)
+            self.lora_tags(prompt)
+            for text in _texts(prompt):
+                for word, advice in prompt_syntax.foreign_words(text, self.prompt_syntax, negative, composable).items():
+                    warn(f"{word!r} in a {'negative ' * negative}prompt has no effect of its own here; {advice}.")
+
     def _text(self, prompt: str, step: int, steps: int) -> WeightedPrompt:
-        cut = self.long_prompts == "cut"
+        cut, skipped = self.long_prompts == "cut", self.clip_skip or 0
         if self.prompt_syntax == "plain":
-            return WeightedPrompt(prompt, cut=cut)
-        active = [piece for piece in parse(prompt) if _step(piece.since, steps) <= step < _step(piece.until, steps)]
+            return WeightedPrompt(prompt, cut=cut, clip_skip=skipped)
+        pieces = parse(prompt, steps)
+        active = [piece for piece in pieces if _step(piece.since, steps) <= step < _step(piece.until, steps)]
+        text, breaks = "", list[int]()
+        for piece in active:
+            text += piece.text
+            breaks += [] if piece.text else [len(text)]
         weights = [piece.weight for piece in active for _ in piece.text]
         return WeightedPrompt(
-            "".join(piece.text for piece in active), weights if any(w != 1 for w in weights) else (), cut
+            text,
+            weights if any(weight != 1 for weight in weights) else (),
+            cut,
+            [place for place in breaks if text[place:].strip()],
+            skipped,
         )
 
 
-class Piece(NamedTuple):
-    """A part of a weighted prompt, active in the steps from share ``since`` to share ``until``."""
-
-    text: str
-    weight: float = 1.0
-    since: float = 0.0
-    until: float = 1.0
-
-
-def parse(prompt: str) -> list[Piece]:
-    """Parse a weighted prompt into its pieces, in order; neighbours differ in weight or steps.
-
-    Raises:
-        SamplingError: an unbalanced bracket, a share of the steps outside of [0, 1], or a weight beyond MAX_WEIGHT.
-    """
-    groups = [_Group("", 0)]
-    for match in _TOKEN.finditer(prompt):
-        token, place = match.group(), match.start() + 1
-        if token in _PAIRS:
-            groups.append(_Group(token, place))
-        elif token in _PAIRS.values():
-            group = groups.pop()
-            if _PAIRS.get(group.bracket) != token:
-                raise _unbalanced(prompt, token, place, "closes nothing; remove it")
-            groups[-1].fields[-1] += group.pieces(prompt)
-        elif token == ":" and len(groups) > 1:
-            groups[-1].fields.append([])
-        else:
-            groups[-1].fields[-1].append(Piece(token[-1] if token[0] == "\\" else token))
-    if len(groups) > 1:
-        raise _unbalanced(prompt, groups[-1].bracket, groups[-1].place, "is never closed; close it")
-    active = [piece for piece in groups[0].fields[0] if piece.text and piece.since < piece.until]
-    for piece in active:
-        if abs(piece.weight) > MAX_WEIGHT:
-            raise SamplingError(
-                f"the weight {piece.weight:g} of {piece.text!r} in the prompt {prompt!r} is out of range; "
-                f"give one from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}."
-            )
-    return [Piece("".join(piece.text for piece in run), *key) for key, run in groupby(active, lambda piece: piece[1:])]
-
-
-def escape(text: str) -> str:
-    r"""Escape ``text`` for the weighted syntax: put a ``\`` before each of its brackets, colons and ``\``."""
-    return re.sub(r"[()\[\]:\\]", r"\\\g<0>", text)
-
-
-@dataclass
-class _Group:
-    """Contents of a bracket, split at its colons; ``place`` is the position of the bracket, counted from 1."""
-
-    bracket: str
-    place: int
-    fields: list[list[Piece]] = field(default_factory=lambda: [[]])
-
-    def pieces(self, prompt: str) -> list[Piece]:
-        """Return its pieces when it is closed."""
-        *parts, last = self.fields
-        number = _number(last) if parts else None
-        if self.bracket == "(":
-            parts, weight = (self.fields, EMPHASIS) if number is None else (parts, number)
-            return [piece._replace(weight=piece.weight * weight) for piece in _joined(parts)]
-        if number is None or len(parts) > 2:
-            return [piece._replace(weight=piece.weight / EMPHASIS) for piece in _joined(self.fields)]
-        if not 0 <= number <= 1:
-            raise SamplingError(
-                f"the [ at character {self.place} of the prompt {prompt!r} changes it after {number:g} of the steps; "
-                "give a share from 0 to 1, or (word:weight) for a weight."
-            )
-        before, after = [[], *parts][-2:]
-        return [piece._replace(until=min(piece.until, number)) for piece in before] + [
-            piece._replace(since=max(piece.since, number)) for piece in after
-        ]
-
-
-def _number(pieces: list[Piece]) -> float | None:
-    """Return the number that the pieces spell, or None."""
-    text = "".join(piece.text for piece in pieces)
-    number = float(text) if _NUMBER.fullmatch(text) else math.nan
-    return number if math.isfinite(number) else None
-
-
-def _joined(parts: list[list[Piece]]) -> list[Piece]:
-    """Join the parts with colons."""
-    first, *others = parts
-    return first + [piece for part in others for piece in (Piece(":"), *part)]
+def _texts(prompt: Prompt | None) -> Iterator[str]:
+    """Yield all strings of a prompt."""
+    if isinstance(prompt, Blend | Scheduled):
+        yield from _texts(prompt.first)
+        yield from _texts(prompt.second)
+    elif prompt is not None:
+        yield prompt
 
 
 def _step(share: float, steps: int) -> int:
     return round(share * steps)
-
-
-def _unbalanced(prompt: str, bracket: str, place: int, what: str) -> SamplingError:
-    return SamplingError(
-        f"the {bracket} at character {place} of the prompt {prompt!r} {what}, or write \\{bracket} for the character."
-    )

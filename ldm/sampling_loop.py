@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from ldm.diffusion.parametrization import Diffusion
 from ldm.diffusion.schedule import BetaSchedule
 from ldm.errors import SamplingError
 from ldm.image_output import Images
+from ldm.model import LatentDiffusion
 
 
 class Edit:
@@ -96,6 +98,17 @@ class SamplingStream(Iterator[SamplingStep]):
         if self._result is None:
             raise SamplingError("the sampling ended before its last step; start a new one.")
         return self._result
+
+
+def batches_of(models: Sequence[LatentDiffusion], size: int) -> list[tuple[LatentDiffusion, slice]]:
+    """Return the batches of at most ``size`` images, of one model each; the last slice may end beyond the last image."""
+    batches, first = [], 0
+    for model, run in groupby(models):
+        end = first + len([*run])
+        last = end if end < len(models) else end + size
+        batches += [(model, slice(start, min(start + size, last))) for start in range(first, end, size)]
+        first = end
+    return batches
 
 
 def starting_point(diffusion: Diffusion, unit: Tensor, sigma: float, sampler: str, spacing: str) -> Tensor:

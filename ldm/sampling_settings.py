@@ -12,6 +12,8 @@ import inspect
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from ldm.checks import number, number_or_numbers, numbers, plain, whole_number
@@ -125,6 +127,16 @@ def _edit(name: str, value: Any) -> Any:
     return value
 
 
+def _folder(name: str, value: Any) -> Path:
+    try:
+        folder = Path(value).expanduser()
+    except TypeError:
+        raise SamplingError(f"{name} is {value!r}; give a path.") from None
+    if not folder.is_dir():
+        raise SamplingError(f"{name} is {str(value)!r}, which is not a folder; name one that exists.")
+    return folder
+
+
 def _callable(name: str, value: Any) -> Any:
     if not callable(value):
         raise SamplingError(f"{name} is {value!r}; give a function of one step.")
@@ -166,7 +178,8 @@ class SamplingSettings:
     _: KW_ONLY
     prompt_syntax: str = _setting(
         PromptOptions.prompt_syntax,
-        "How prompts are parsed: plain, or weighted for (word:1.3), [word] and [cat:dog:0.4].",
+        "How prompts are parsed: plain, or weighted for (word:1.3), [word], [cat:dog:0.4], [cat|dog], BREAK, AND and "
+        "<lora:name:0.8>.",
         _one_of(SYNTAXES),
         recorded=True,
     )
@@ -175,6 +188,15 @@ class SamplingSettings:
         "Prompts longer than the text encoder's context are encoded in chunks, or cut.",
         _one_of(LONG_PROMPTS),
         recorded=True,
+    )
+    clip_skip: int | None = _setting(
+        None,
+        "Number of last layers of the text encoder that the context of prompts leaves out, as in diffusers.",
+        lambda name, value: whole_number(name, value, 0),
+        recorded=True,
+    )
+    lora_folder: str | PathLike[str] | None = _setting(
+        None, "Folder of the LoRA files that <lora:name:0.8> in prompts names; default: the pipeline's.", _folder
     )
     label: Sequence[int] | int | None = _setting(
         None, "One or several classes, for class-conditional models.", lambda name, value: plain(value)
@@ -293,7 +315,7 @@ class SamplingSettings:
 
     @property
     def prompt_options(self) -> PromptOptions:
-        return PromptOptions(self.prompt_syntax, self.long_prompts)
+        return PromptOptions(self.prompt_syntax, self.long_prompts, self.clip_skip)
 
     def resolved(self, defaults: SamplingConfig) -> SamplingSettings:
         """Fill in the solver, its options and the guidance, with the model's defaults where nothing is given.

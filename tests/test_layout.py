@@ -15,6 +15,7 @@ SOURCES = sorted(ROOT.glob("ldm/**/*.py"))
 ROWS = [
     {"errors"},
     {"checks"},
+    {"prompt_syntax"},
     {"devices", "config", "image_io", "prompts"},
     {"image_arguments", "load_options"},
     {"nn"},
@@ -25,7 +26,7 @@ ROWS = [
     {"model"},
     {"formats"},
     {"image_output"},
-    {"inputs", "sampling_loop"},
+    {"inputs", "prompt_loras", "sampling_loop", "textual_inversion_loader"},
     {"sampling_settings"},
     {"pipeline"},
     {"data", "editing", "animation"},

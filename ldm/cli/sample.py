@@ -43,6 +43,9 @@ def sample(
         str, Option(help="Run, file, diffusers folder, hub id, or the name of the shipped model.")
     ] = "emoji",
     lora: Annotated[list[str] | None, Option(help="LoRA file to load, or FILE:0.8 to scale it; repeatable.")] = None,
+    textual_inversion: Annotated[
+        list[str] | None, Option(help="Textual inversion to load, or TOKEN=FILE for another token; repeatable.")
+    ] = None,
     out: Annotated[
         Path | None,
         Option(help="File (several images: a grid), pattern with {index} or {seed}, or folder."),
@@ -99,6 +102,9 @@ def sample(
     pipe = Pipeline.from_pretrained(model, device, precision, **load)
     for given in lora or []:
         pipe.load_lora(*_scaled(given))
+    for given in textual_inversion or []:
+        *token, file = [given] if Path(given).exists() else given.split("=", 1)
+        pipe.load_textual_inversion(file, *token[:1])
     frames = Animation(pipe)
     settings |= {"sampler_options": _values(option), "callback": frames if animate else None}
     if guide:

@@ -48,6 +48,11 @@ class TextTowerConfig:
         if self.eos_id is not None and not 0 <= self.eos_id < self.vocab_size:
             raise ConfigError(f"the eos_id {self.eos_id} is not below the vocab_size {self.vocab_size}.")
 
+    @property
+    def context_depth(self) -> int:
+        """Number of blocks whose output is the context."""
+        return self.layers - (self.hidden_state == "penultimate")
+
     def build(self) -> TextTower:
         return TextTower(self)
 
@@ -80,14 +85,18 @@ class TextTower(nn.Module):
         if self.projection is not None:
             nn.init.normal_(self.projection.weight, std=config.width**-0.5)
 
-    def forward(self, tokens: Tensor) -> TextOutput:
-        """``tokens [b n]``, n at most ``context_length``. Padding is not masked, as in SD."""
+    def forward(self, tokens: Tensor, clip_skip: int = 0) -> TextOutput:
+        """``tokens [b n]``, n at most ``context_length``. Padding is not masked, as in SD.
+
+        The context is the state ``clip_skip`` blocks before the configured one; the pooled state is unaffected.
+        """
+        assert 0 <= clip_skip <= self.config.context_depth, f"clip_skip is {clip_skip}"
         assert tokens.shape[1] <= self.config.context_length, f"{tokens.shape[1]} tokens are too many"
         x = self.token_embedding(tokens) + self.position_embedding[: tokens.shape[1]]
-        before_last = x
+        states = [x]
         for block in self.blocks:
-            before_last, x = x, block(x)
-        context = x if self.config.hidden_state == "last" else before_last
+            states.append(block(states[-1]))
+        x, context = states[-1], states[self.config.context_depth - clip_skip]
         if self.config.context_norm:
             context = self.final_norm(context)
         pooled = self.final_norm(x[torch.arange(len(x), device=x.device), self._end_of_text(tokens)])

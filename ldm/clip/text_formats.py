@@ -292,7 +292,7 @@ def in_place_of(own: TextTowerConfig, config: TextTowerConfig, state: State) -> 
 
     That is a number of blocks, which SD 2 has as all but the last of 24 in an LDM file, and as all of 23 in a folder.
     """
-    attended = own.layers - (own.hidden_state == "penultimate")
+    attended = own.context_depth
     hidden_state = {attended: "last", attended + 1: "penultimate"}.get(config.layers, own.hidden_state)
     projected = own.embed_dim is not None
     read: Any = {"hidden_state": hidden_state, "context_norm": own.context_norm}

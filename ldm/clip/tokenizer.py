@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,9 @@ COMMAS = frozenset(",;\N{FULLWIDTH COMMA}\N{IDEOGRAPHIC COMMA}")
 class Tokenizer:
     """Maps texts to rows of token ids ``[start, ..., end, padding ...]``.
 
+    An added token with several vectors (a textual inversion), such as ``<toy>`` where ``<toy>_1`` and ``<toy>_2`` are added
+    tokens, too, stands for all of these in a text, as in diffusers.
+
     The end token has the highest id, in CLIP's vocabulary and in those trained here, as pooling at the highest id requires.
 
     Args:
@@ -60,6 +63,9 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.pad_id: int = padding["pad_id"]
+        added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
+        followers = {index: [*_followers(token, added)] for token, index in added.items()}
+        self._followers = {index: rest for index, rest in followers.items() if rest}
 
     def __call__(self, texts: str | list[str] | tuple[str, ...], longest: bool = False) -> Tensor:
         """Return tokens ``[b context_length]`` of int64; a text that is too long is truncated, keeping the end token.
@@ -72,9 +78,13 @@ class Tokenizer:
             DataError: a text that is not a string, or that is not valid Unicode.
         """
         batch = texts if isinstance(texts, (list, tuple)) else [texts]
+        if self._followers:
+            contents = [self._tokens(text, index)[: self.context_length - 2] for index, text in enumerate(batch)]
+            rows = [self._row([token for token, _ in content]) for content in contents]
+            most = max((len(content) for content in contents), default=-2) + 2
+            return _table(rows, self.context_length)[:, : most if longest else None]
         encodings = [self.backend.encode(_checked(text, index)) for index, text in enumerate(batch)]
-        tokens = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64, device="cpu")
-        tokens = tokens.reshape(len(encodings), self.context_length)
+        tokens = _table([encoding.ids for encoding in encodings], self.context_length)
         if longest:
             return tokens[:, : max((sum(encoding.attention_mask) for encoding in encodings), default=0)]
         return tokens
@@ -95,21 +105,30 @@ class Tokenizer:
         Raises:
             DataError: the text is not a string, or not valid Unicode.
         """
-        encoding = self.backend.encode(_checked(text, 0))
-        tokens = [
-            (token, span)
-            for part in (encoding, *(() if cut else encoding.overflowing))
-            for token, span, added in zip(part.ids, part.offsets, part.special_tokens_mask, strict=True)
-            if not added
-        ]
+        tokens = self._tokens(text)[: self.context_length - 2 if cut else None]
         starts = _starts(text, [span for _, span in tokens], self.context_length - 2)
         ids, places = [], []
         for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
-            padding = self.context_length - 2 - (end - start)
-            ids.append([self.bos_id, *(token for token, _ in tokens[start:end]), self.eos_id, *[self.pad_id] * padding])
-            places.append([-1, *(last - 1 for _, (_, last) in tokens[start:end]), -1, *[-1] * padding])
+            ids.append(self._row([token for token, _ in tokens[start:end]]))
+            padding = self.context_length - 1 - (end - start)
+            places.append([-1, *(last - 1 for _, (_, last) in tokens[start:end]), *[-1] * padding])
         both = torch.tensor([ids, places], dtype=torch.int64, device="cpu")
         return both[0], both[1]
+
+    def _tokens(self, text: str, index: int = 0) -> list[tuple[int, tuple[int, int]]]:
+        """Return all tokens of a text, without start, end and padding, each with the place of its characters."""
+        encoding = self.backend.encode(_checked(text, index))
+        return [
+            (each, span)
+            for part in (encoding, *encoding.overflowing)
+            for token, span, added in zip(part.ids, part.offsets, part.special_tokens_mask, strict=True)
+            if not added
+            for each in (token, *self._followers.get(token, ()))
+        ]
+
+    def _row(self, tokens: Sequence[int]) -> list[int]:
+        padding = self.context_length - 2 - len(tokens)
+        return [self.bos_id, *tokens, self.eos_id, *[self.pad_id] * padding]
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """Return the normalised text of one row of tokens, up to its end token."""
@@ -133,6 +152,24 @@ class Tokenizer:
         backend.add_special_tokens([_token(backend, pad_id)] if pad_id != self.pad_id else [])
         return finish(backend, self.context_length, pad_id)
 
+    def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+        """Return the same tokenizer with further tokens, whose ids follow its own; each is matched before any merge.
+
+        A token that begins and ends with a letter or digit is not matched within a word.
+
+        Raises:
+            CheckpointError: a token is in the vocabulary already.
+        """
+        backend = tokenizers.Tokenizer.from_str(self.to_json())
+        for token in tokens:
+            if backend.token_to_id(token) is not None:
+                raise CheckpointError(
+                    f"the token {token!r} is in the vocabulary already; give another token, such as '<{token}>'."
+                )
+            in_word, bytewise = re.fullmatch(r"\w(.*\w)?", token, re.DOTALL), not is_clip_bpe(self)
+            backend.add_tokens([AddedToken(token, single_word=in_word is not None, lstrip=bytewise)])
+        return finish(backend, self.context_length, self.pad_id)
+
     def fingerprint(self) -> str:
         """Return 16 hex digits that change with the meaning of any token, the length or the padding.
 
@@ -153,6 +190,11 @@ class Tokenizer:
             CheckpointError: the text is not a tokenizer, or lacks start, end, truncation or padding.
         """
         return cls(backend_from_json(text))
+
+
+def is_clip_bpe(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer is CLIP's byte-pair encoding, with any vocabulary."""
+    return getattr(tokenizer.backend.model, "end_of_word_suffix", None) == END_OF_WORD
 
 
 def backend_from_json(text: str) -> tokenizers.Tokenizer:
@@ -322,6 +364,18 @@ def finish(backend: tokenizers.Tokenizer, context_length: int, pad_id: int | Non
     pad = EOS if pad_id is None else _token(backend, pad_id)
     backend.enable_padding(length=context_length, pad_id=backend.token_to_id(pad), pad_token=pad)
     return Tokenizer(backend)
+
+
+def _followers(token: str, ids: Mapping[str, int]) -> Iterator[int]:
+    """Yield the ids of ``token_1``, ``token_2``, ... as far as they exist."""
+    number = 1
+    while (index := ids.get(f"{token}_{number}")) is not None:
+        yield index
+        number += 1
+
+
+def _table(rows: Sequence[Sequence[int]], length: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), length)
 
 
 def _token(backend: tokenizers.Tokenizer, index: int) -> str:

@@ -80,8 +80,8 @@ class CompositeConditionerConfig(ConditionerConfig, kind="several"):
         parts = {key: part.with_tokenizer(make, f"{name}_{key}") for key, part in self.parts.items()}
         return replace(self, parts=parts)
 
-    def with_encoder(self, name: str, config: Any) -> CompositeConditionerConfig:
-        return replace(self, parts={key: part.with_encoder(name, config) for key, part in self.parts.items()})
+    def with_encoders(self, configs: Mapping[str, Any]) -> CompositeConditionerConfig:
+        return replace(self, parts={key: part.with_encoders(configs) for key, part in self.parts.items()})
 
     def build(self, tokenizer: Tokenizer | None = None) -> CompositeConditioner:
         return CompositeConditioner(self, tokenizer)
@@ -111,6 +111,11 @@ class CompositeConditioner(Conditioner):
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
         for part in self._conditioners():
             yield from part.pretrained_encoders()
+
+    def set_vocabulary(self, config: CompositeConditionerConfig, tokenizer: Tokenizer) -> None:
+        self.config = config
+        for name, part in zip(self.parts, self._conditioners(), strict=True):
+            part.set_vocabulary(config.parts[name], tokenizer)
 
     def load_pretrained(self) -> None:
         for part in self._conditioners():

@@ -73,8 +73,8 @@ class ConditionerConfig(Kind):
         """
         return self
 
-    def with_encoder(self, name: str, config: Any) -> ConditionerConfig:
-        """Return the config with that of its pretrained encoder ``name`` replaced, if it has such an encoder."""
+    def with_encoders(self, configs: Mapping[str, Any]) -> ConditionerConfig:
+        """Return the config with those of its pretrained encoders replaced that are in ``configs``, by component."""
         return self
 
     def build(self, tokenizer: Tokenizer | None = None) -> Conditioner:
@@ -140,6 +140,9 @@ class Conditioner(nn.Module):
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the encoders that start from pretrained weights, by component: ``text_encoder``, ``image_encoder``, ..."""
         return iter(())
+
+    def set_vocabulary(self, config: Any, tokenizer: Tokenizer) -> None:
+        """Set the config and tokenizer of a conditioner whose text encoders have got other token embeddings."""
 
     def load_pretrained(self) -> None:
         """Load the weights of the checkpoint that the config names; called when training starts."""

@@ -83,13 +83,14 @@ class SDXLConditionerConfig(ConditionerConfig, kind="sdxl"):
             )
         return replace(self, first=self.first or replace(clip.text, embed_dim=clip.embed_dim))
 
-    def with_encoder(self, name: str, config: Any) -> SDXLConditionerConfig:
-        field = {"text_encoder": "first", "text_encoder_2": "second"}.get(name)
-        return replace(self, **{field: config}) if field else self
+    def with_encoders(self, configs: Mapping[str, Any]) -> SDXLConditionerConfig:
+        first, second = configs.get("text_encoder", self.first), configs.get("text_encoder_2", self.second)
+        return replace(self, first=first, second=second)
 
     def build(self, tokenizer: Tokenizer | None = None) -> SDXLConditioner:
         assert self.first is not None, "the first tower comes from the clip section"
         assert tokenizer is not None, "a text conditioner needs a tokenizer"
+        long_prompts.check_vocabulary(tokenizer, self.first)
         return SDXLConditioner(self, self.first, tokenizer)
 
 
@@ -128,6 +129,9 @@ class SDXLConditioner(Conditioner):
         """Return the embeddings of the sizes, ``[b 6 size_embedding_width]`` flattened to two dimensions."""
         numbers = torch.cat([torch.as_tensor(inputs[name]) for name in SIZES], dim=1)
         return sinusoidal(numbers.flatten(), self.config.size_embedding_width).reshape(len(numbers), -1)
+
+    def set_vocabulary(self, config: SDXLConditionerConfig, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizers = config, (tokenizer, tokenizer.with_padding(config.pad_id))
 
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
         yield "text_encoder", self.first

@@ -55,12 +55,13 @@ class TextConditionerConfig(ConditionerConfig, kind="text"):
             raise ConfigError("denoiser.conditioner takes text, but there is no clip section that defines its tower.")
         return replace(self, tower=self.tower or replace(clip.text, embed_dim=clip.embed_dim))
 
-    def with_encoder(self, name: str, config: Any) -> TextConditionerConfig:
-        return replace(self, tower=config) if name == "text_encoder" else self
+    def with_encoders(self, configs: Mapping[str, Any]) -> TextConditionerConfig:
+        return replace(self, tower=configs.get("text_encoder", self.tower))
 
     def build(self, tokenizer: Tokenizer | None = None) -> TextConditioner:
         assert self.tower is not None, "the tower comes from the clip section"
         assert tokenizer is not None, "a text conditioner needs a tokenizer"
+        long_prompts.check_vocabulary(tokenizer, self.tower)
         return TextConditioner(self, self.tower, tokenizer)
 
 
@@ -78,6 +79,9 @@ class TextConditioner(Conditioner):
         with nullcontext() if self.config.trainable else torch.no_grad():
             (context, pooled), mask = long_prompts.read(captions, self.tokenizer, self.tower)
         return Conditioning(context=context, mask=mask, vector=pooled if self.config.pooled else None)
+
+    def set_vocabulary(self, config: TextConditionerConfig, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
 
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
         yield "text_encoder", self.tower

@@ -165,8 +165,10 @@ class TransformerConditioner(Conditioner):
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         captions = texts(inputs, self.config.dropout, generator)
-        if any(isinstance(caption, WeightedPrompt) and caption.weights for caption in captions):
-            raise SamplingError("this model's encoder does not support word weights; set prompt_syntax to 'plain'.")
+        weighted = [caption for caption in captions if isinstance(caption, WeightedPrompt)]
+        if any(caption.weights or caption.breaks for caption in weighted):
+            what = "word weights" if any(caption.weights for caption in weighted) else "BREAK"
+            raise SamplingError(f"this model's encoder does not support {what}; set prompt_syntax to 'plain'.")
         encodings = self.tokenizer.encode_batch(captions)
         device = next(self.encoder.parameters()).device
         tokens = torch.tensor([encoding.ids for encoding in encodings], device=device)

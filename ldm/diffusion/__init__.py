@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldm.diffusion.guidance import Guidance, Perturbable, Projection, guided
+from ldm.diffusion.guidance import Composition, Guidance, Perturbable, Projection, guided
 from ldm.diffusion.loss import DenoisingLossConfig, WeightedLossConfig
 from ldm.diffusion.noise_level_samplers import NoiseLevelSampler
 from ldm.diffusion.parametrization import Diffusion, Parametrization
@@ -32,6 +32,7 @@ __all__ = [
     "SAMPLERS",
     "SPACINGS",
     "SPECS",
+    "Composition",
     "Denoiser",
     "DenoisingLossConfig",
     "Diffusion",

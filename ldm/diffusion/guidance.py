@@ -112,12 +112,38 @@ class Perturbable(Generic[C]):
         return Perturbable(conditionings[0].cat(conditionings), torch.cat([batch.rows for batch in batches]))
 
 
+@dataclass(frozen=True)
+class Composition:
+    """Several prompts for one image (conjunction in composable diffusion, Liu et al. 2206.01714, section 4).
+
+    D(x | composed) = D(x | unconditional) + sum_i w_i (D(x | prompt i) - D(x | unconditional))
+
+    Attributes:
+        rows: the image of each prompt, rising.
+        weights: w of each prompt.
+    """
+
+    rows: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def combine(self, estimates: Tensor, unconditional: Tensor) -> Tensor:
+        """Return the composed estimates ``[b ...]`` of those for each prompt ``[m ...]`` and the unconditional ``[b ...]``."""
+        left = [1.0] * len(unconditional)
+        for row, weight in zip(self.rows, self.weights, strict=True):
+            left[row] -= weight
+        result = unconditional * per_item(unconditional.new_tensor(left), unconditional)
+        for row, weight, estimate in zip(self.rows, self.weights, estimates, strict=True):
+            result[row] += weight * estimate
+        return result
+
+
 def guided(
     network: Callable[[Tensor, Tensor, C], Tensor],
     conditional: C,
     unconditional: C | None,
     guidance: Guidance | float,
     perturbed: C | None = None,
+    composition: Composition | None = None,
 ) -> Denoiser:
     """Return a denoiser with classifier-free guidance (Ho & Salimans 2207.12598, equation 6, whose w is ``scale - 1``):
 
@@ -125,10 +151,11 @@ def guided(
 
     Args:
         network: (x [b ...], sigma [b], conditioning of b) -> x0 [b ...].
-        conditional: positive conditioning.
+        conditional: positive conditioning; with a composition, a row for each prompt.
         unconditional: negative conditioning (of the empty or a negative prompt); None for no guidance.
         guidance: how the estimates are combined; a number is a scale.
         perturbed: the positive conditioning with the perturbation, if ``guidance.perturbed`` is not 0; see :class:`Perturbable`.
+        composition: which rows of the positive conditioning make up which image; None: one is one image.
 
     Returns:
         A denoiser that calls the network once, with a batch of b for each estimate that it needs: only one at noise levels
@@ -137,16 +164,28 @@ def guided(
     how = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     scale = torch.as_tensor(1.0 if how.scale is None else how.scale, dtype=torch.float32, device="cpu")
     parts = [conditional]
-    if unconditional is not None and bool((scale != 1).any()):
+    if unconditional is not None and (composition is not None or bool((scale != 1).any())):
         parts.append(unconditional)
     if perturbed is not None and how.perturbed:
         parts.append(perturbed)
     if len(parts) == 1:
         return lambda x, sigma: network(x, sigma, conditional)
+    unguided = parts[: 1 if composition is None else 2]
     joined = conditional.cat(parts)
+    joined_unguided = conditional if len(unguided) == 1 else conditional.cat(unguided)
     is_guided = (scale != 1) | (perturbed is not None and how.perturbed != 0)  # images to which any guidance applies
     all_guided = bool(is_guided.all())
     momentum = torch.zeros((), dtype=torch.float32, device="cpu")
+
+    def evaluate(x: Tensor, sigma: Tensor, batch: C, n: int) -> Sequence[Tensor]:
+        """Return the estimates of the first ``n`` parts, which ``batch`` holds, ``[b ...]`` each."""
+        if composition is None:
+            return network(torch.cat([x] * n), torch.cat([sigma] * n), batch).chunk(n)
+        index = [composition.rows, range(len(x)), composition.rows][:n]
+        rows = [row for part in index for row in part]
+        each, avoided, *others = network(x[rows], sigma[rows], batch).split([len(part) for part in index])
+        composed = [composition.combine(estimates, avoided) for estimates in (each, *others)]
+        return composed[0], avoided, *composed[1:]
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         nonlocal momentum
@@ -156,9 +195,8 @@ def guided(
             inside = (how.interval[0] <= sigma) & (sigma <= how.interval[1])
             acts = inside if acts is None else inside & acts
             if not acts.any():
-                return network(x, sigma, conditional)
-        n = len(parts)
-        towards, *others = network(torch.cat([x] * n), torch.cat([sigma] * n), joined).chunk(n)
+                return evaluate(x, sigma, joined_unguided, len(unguided))[0]
+        towards, *others = evaluate(x, sigma, joined, len(parts))
         result = towards
         if perturbed is not None and how.perturbed:
             result = result + how.perturbed * (towards - others.pop())

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ldm.devices import usual_torch_state
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, warn
 from ldm.formats.checkpoint import Checkpoint, read_native
 from ldm.formats.native import CONFIG_BY_FORMAT, plain_model, save_model
 from ldm.formats.tensors import CONFIG, INDEX, PICKLES, SAFETENSORS, STEMS, read_file, read_metadata
@@ -132,6 +132,11 @@ def save(model: nn.Module, path: Source, to: str = "native", dtype: torch.dtype 
         else:
             from ldm.formats.single_file import write_single_file
 
+            if tokens := ", ".join(each.token for each in model.textual_inversions.loaded):
+                warn(
+                    f"{path} has the tokens {tokens}, which other programs do not read from an LDM file; "
+                    "for these, unload the textual inversions before writing it."
+                )
             write_single_file(path, model, dtype)
     return path
 

@@ -235,7 +235,7 @@ class Checkpoint:
                 return replace(changed, parts={**self.parts, **added})
             part = Part(*part.kind.in_place_of(own.config, part.config, part.state))
             try:
-                conditioner = self.conditioner.with_encoder(name, part.config)
+                conditioner = self.conditioner.with_encoders({name: part.config})
             except ConfigError as error:
                 raise CheckpointError(f"the parts of {source} do not fit each other: {error}") from None
             changed = replace(changed, conditioner=conditioner, tokenizer=other.tokenizer or self.tokenizer)

@@ -28,6 +28,7 @@ from ldm.errors import CheckpointError, first_line, unknown
 from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.kinds import kind_of
 from ldm.formats.tensors import SAFETENSORS, check_finite, fingerprint, read_metadata, read_tensors, write_tensors
+from ldm.formats.textual_inversion import is_bundled
 from ldm.model import LatentDiffusion
 from ldm.nn.adapters import Adapter, AdapterLayer, unwrapped
 from ldm.nn.lora import LoRALayer
@@ -94,10 +95,8 @@ def read_lora(
         CheckpointError: the file is broken, is not a LoRA, or is one for another kind of model.
     """
     model = unwrapped(model)
-    path = fetch(source) if isinstance(source, str) and is_hub_id(source) else Path(source)
-    if path.is_dir():
-        path /= FILE
-    tensors, config = read_tensors(path), _config(path)
+    path = lora_file(source)
+    tensors, config = {key: each for key, each in read_tensors(path).items() if not is_bundled(key)}, _config(path)
     for key in tensors:
         for mark, what in OTHERS.items():
             if re.search(mark, key):
@@ -112,6 +111,16 @@ def read_lora(
         raise CheckpointError(f"{path} holds no LoRA; name a file with tensors such as ...lora_down.weight in it.")
     name = name or Path(source).name.removesuffix(SAFETENSORS)
     return Adapter(name, layers, fingerprint(tensors, config), scale, merged)
+
+
+def lora_file(source: str | PathLike[str]) -> Path:
+    """Return the file of a source of :func:`read_lora`.
+
+    Raises:
+        CheckpointError: it cannot be downloaded.
+    """
+    path = fetch(source) if isinstance(source, str) and is_hub_id(source) else Path(source)
+    return path / FILE if path.is_dir() else path
 
 
 def write_lora(path: str | PathLike[str], adapter: Adapter, model: LatentDiffusion, naming: str = "diffusers") -> Path:

@@ -17,7 +17,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -346,13 +346,23 @@ class _Ignored:
         pass
 
 
-def _pickled(path: str | Path) -> dict[str, Tensor]:
+def unpickle(path: str | Path, harmless: Sequence[type] = ()) -> Any:
+    """Read a file of ``torch.save`` without running code from it; its tensors are views of its memory-mapped pages.
+
+    Args:
+        path: a .ckpt, .pt, .pth or .bin file.
+        harmless: classes that it may hold, in addition to those that torch allows.
+
+    Raises:
+        CheckpointError: the file is broken, or would run code.
+    """
     with Path(path).open("rb") as file:
         zipped = file.read(2) == b"PK"  # else from torch before 1.6, which cannot be memory-mapped
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Ignored, name) for name in IGNORED]):
+        known: list[Any] = [*((_Ignored, name) for name in IGNORED), *harmless]
+        with warnings.catch_warnings(), torch.serialization.safe_globals(known):
             warnings.simplefilter("ignore")  # about pickle protocols and typed storages
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a broken pickle may raise any exception
         forbidden = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if forbidden:
@@ -365,6 +375,10 @@ def _pickled(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is not a complete file of torch.save ({type(error).__name__}: {detail}); download it again."
         ) from None
+
+
+def _pickled(path: str | Path) -> dict[str, Tensor]:
+    content = unpickle(path)
     while isinstance(content, dict):
         nested = next((content[key] for key in NESTED if isinstance(content.get(key), Mapping)), None)
         if nested is None:

@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from ldm.clip.tokenizer import BOS, END_OF_WORD, EOS, Tokenizer, clip_bpe, finish
+from ldm.clip.tokenizer import BOS, END_OF_WORD, EOS, Tokenizer, clip_bpe, finish, is_clip_bpe
 from ldm.errors import CheckpointError, first_line
 from ldm.formats.tensors import read_json, write_atomically
 
@@ -149,11 +149,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     files["tokenizer_config.json"] = json.dumps(settings, indent=2, ensure_ascii=False)
     for name, text in files.items():
         write_atomically(folder / name, methodcaller("write_text", text, encoding="utf-8"))
-
-
-def is_clip_bpe(tokenizer: Tokenizer) -> bool:
-    """Return whether a tokenizer is CLIP's byte-pair encoding, with any vocabulary."""
-    return getattr(tokenizer.backend.model, "end_of_word_suffix", None) == END_OF_WORD
 
 
 def tokenizer_class(tokenizer: Tokenizer) -> str:

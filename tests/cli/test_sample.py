@@ -113,6 +113,25 @@ def test_loras_are_added_with_their_scales(model: Path, tmp_path: Path, monkeypa
     assert sample(monkeypatch, *common, f"--lora={tmp_path}/none.safetensors:0.8") == 2
 
 
+def test_textual_inversions_and_named_loras_are_options(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(tiny_lora(), tmp_path / "style.safetensors")
+    save_file({"emb_params": torch.ones(2, 16)}, tmp_path / "toy.safetensors")
+    image, options = tmp_path / "apple.png", ["--prompt-syntax=weighted", f"--lora-folder={tmp_path}", "--clip-skip=1"]
+    options += [
+        f"--textual-inversion={tmp_path}/toy.safetensors",
+        f"--textual-inversion=<b>={tmp_path}/toy.safetensors",
+    ]
+    prompt = "a toy <lora:style:0.5> AND [red|blue] <b>"
+    assert sample(monkeypatch, prompt, "--seed=4", f"--model={model}", f"--out={image}", *options) == 0
+    with Image.open(image) as written:
+        settings = json.loads(written.info["settings"])
+    assert [each["name"] for each in settings["textual_inversions"]] == ["toy", "<b>"]
+    assert [each["scale"] for each in settings["loras"]] == [0.5]
+    assert settings["clip_skip"] == 1
+
+
 def test_an_image_can_be_edited(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, mask, after = tmp_path / "before.png", tmp_path / "mask.png", tmp_path / "after.png"
     Image.new("RGB", (16, 16), "teal").save(before)
