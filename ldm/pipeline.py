@@ -66,6 +66,10 @@ class Pipeline:
         pipe.model = model.eval()
         return pipe
 
+    def __getnewargs__(self) -> tuple[LatentDiffusion]:
+        """Return the arguments of ``__new__`` for copies and pickles."""
+        return (self.model,)
+
     @classmethod
     def from_pretrained(
         cls,

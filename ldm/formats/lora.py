@@ -33,7 +33,7 @@ from ldm.formats.kinds import kind_of
 from ldm.formats.peft import COMPONENTS, CONFIG, METADATA, PREFIX, WEIGHTS, lora_config, read_config, scaling_of
 from ldm.formats.tensors import SAFETENSORS, check_finite, fingerprint, read_tensors, write_tensors
 from ldm.model import LatentDiffusion
-from ldm.nn.adapter_format import MisshapenTensor, MissingTensor, format_of, formats, read_layer
+from ldm.nn.adapter_format import MisshapenTensor, MissingTensor, MixedKinds, format_of, formats, read_layer
 from ldm.nn.adapters import Adapter, AdapterLayer, unwrapped
 from ldm.nn.lora import LoRALayer
 from ldm.nn.network_format import Rules, renamed
@@ -237,6 +237,11 @@ def _layer(
     except MissingTensor as error:
         raise CheckpointError(
             f"{path} holds {first.key}, but no {error} of the same layer; download the file again."
+        ) from None
+    except MixedKinds:
+        keys = ", ".join(each.key for each in found.values())
+        raise CheckpointError(
+            f"{path} holds tensors of several kinds of adapter for one layer ({keys}); split it into two files."
         ) from None
     except MisshapenTensor as error:
         each = found[str(error)]

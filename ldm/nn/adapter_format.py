@@ -56,6 +56,10 @@ class MissingTensor(Exception):
     """A layer lacks the tensor of a role, which is the argument."""
 
 
+class MixedKinds(Exception):
+    """A layer has tensors of several kinds of adapter."""
+
+
 class MisshapenTensor(Exception):
     """The tensor of a role, which is the argument, has a shape that does not fit the layer."""
 
@@ -117,11 +121,11 @@ def read_layer(tensors: Tensors, shape: Sequence[int], scaling: Scaling) -> Adap
     """Build the adapter layer whose kind has tensors of these roles.
 
     Raises:
-        MissingTensor, MisshapenTensor: the tensors are not those of such a layer.
+        MissingTensor, MisshapenTensor, MixedKinds: the tensors are not those of such a layer.
     """
     form = next((form for form in formats() if form.recognizes(tensors.keys())), None)
     if form is None:
-        raise MissingTensor("down")
+        raise MixedKinds if tensors else MissingTensor("down")
     return form.read(tensors, shape, scaling)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from ldm.errors import CheckpointError
 from ldm.formats.lora import layer_names, read_lora, write_lora
 from ldm.formats.peft import scaling_of
-from ldm.model import LatentDiffusion
 from ldm.pipeline import Pipeline
 from tests.formats import world
 from tests.tiny import tiny_model
@@ -289,8 +287,3 @@ def test_differences_of_biases_and_norms_are_added(tmp_path: Path, merge: bool) 
     pipe.unload_lora()
     assert torch.equal(denoised(pipe), plain)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_the_reader_of_files_knows_no_kind_of_adapter() -> None:
-    source = (Path(LatentDiffusion.__module__.replace(".", "/")).parent / "formats" / "lora.py").read_text()
-    assert not re.search(r"hada|lokr|dora|magnitude|lora_mid", source)
