@@ -73,6 +73,10 @@ class Pipeline(TextualInversionLoader):
         pipe.model = model.eval()
         return pipe
 
+    def __getnewargs__(self) -> tuple[LatentDiffusion]:
+        """Return the arguments of ``__new__`` for copies and pickles."""
+        return (self.model,)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -148,11 +152,12 @@ class Pipeline(TextualInversionLoader):
             CheckpointError: the file cannot be read, or is for another model.
             SamplingError: the name is taken, or the scale is not a finite number.
         """
-        from ldm.formats.lora import lora_file, read_lora
+        from ldm.formats.lora import lora_files, read_lora
         from ldm.formats.textual_inversion import read_bundled
 
         adapter = read_lora(source, self.model, scale, name, merge)
-        inversions = read_bundled(lora_file(source), self.model, adapter.name)
+        files = lora_files(source).values()
+        inversions = [each for file in files for each in read_bundled(file, self.model, adapter.name)]
         self.model.adapters.add(self.model, adapter)
         try:
             add_inversions(self.model, inversions)

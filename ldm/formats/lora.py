@@ -1,4 +1,7 @@
-"""LoRA files in kohya's and in diffusers' naming: read as an adapter of a model, and written.
+"""LoRA files in kohya's, diffusers' and PEFT's naming: read as an adapter of a model, and written.
+
+Names of layers are handled here; the tensors of a layer belong to a kind of adapter, such as LoRA or LoHa, which describes them
+itself (:mod:`ldm.nn.adapter_format`).
 
 kohya writes the names of layers with underscores for dots. They are never split: every layer of the model is
 spelled as each naming has it, and looked up.
@@ -7,6 +10,7 @@ spelled as each naming has it, and looked up.
 |--------------|--------------------------------------------------------------|----------------------------------------------|
 | kohya        | ``lora_unet_`` + name of a diffusers folder or an LDM file   | ``lora_te_`` or ``lora_te1_``, ``lora_te2_`` |
 | diffusers    | ``unet.`` or nothing + name of a diffusers folder            | ``text_encoder.``, ``text_encoder_2.``       |
+| PEFT         | ``base_model.model.`` + name of a diffusers folder           | ``base_model.model.``                        |
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,12 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import CheckpointError, first_line, unknown
+from ldm.errors import CheckpointError, unknown
 from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.kinds import kind_of
-from ldm.formats.tensors import SAFETENSORS, check_finite, fingerprint, read_metadata, read_tensors, write_tensors
+from ldm.formats.peft import COMPONENTS, CONFIG, METADATA, PREFIX, WEIGHTS, lora_config, read_config, scaling_of
+from ldm.formats.tensors import SAFETENSORS, check_finite, fingerprint, read_tensors, write_tensors
 from ldm.formats.textual_inversion import is_bundled
 from ldm.model import LatentDiffusion
+from ldm.nn.adapter_format import MisshapenTensor, MissingTensor, MixedKinds, format_of, formats, read_layer
 from ldm.nn.adapters import Adapter, AdapterLayer, unwrapped
 from ldm.nn.lora import LoRALayer
 from ldm.nn.network_format import Rules, renamed
@@ -37,19 +43,14 @@ from ldm.nn.network_format import Rules, renamed
 FILE = "pytorch_lora_weights.safetensors"
 """Name of the LoRA file in a folder that diffusers wrote."""
 
-METADATA = "lora_adapter_metadata"
-"""Metadata entry of diffusers: the configs of PEFT in JSON, each key after the name of its component."""
+NAMINGS = ("diffusers", "kohya")
+"""Namings that :func:`write_lora` knows."""
 
-TENSORS = {
-    "down": r"(?:\.lora_(?:A|down)(?:\.\w+)?|[._]lora(?:_linear_layer)?\.down)\.weight",
-    "up": r"(?:\.lora_(?:B|up)(?:\.\w+)?|[._]lora(?:_linear_layer)?\.up)\.weight",
-    "mid": r"\.lora_mid\.weight",
-    "alpha": r"\.alpha",
-}
-"""Endings of the names of a layer's tensors, as regular expressions; the name of the layer precedes them."""
+PREFIXES = ("", "text_encoder.", "text_encoder_2.")
+"""Components that names without one are tried in; the names of the U-Net are known without."""
 
-ENDINGS = {"diffusers": ("lora_A.weight", "lora_B.weight"), "kohya": ("lora_down.weight", "lora_up.weight")}
-"""Endings of the names that :func:`write_lora` gives to A and B, by naming."""
+ALPHA = r"\.alpha"
+"""End of the name of a layer's alpha, in all kinds of adapter."""
 
 OLD: Rules = (
     (r"\.processor\.", "."),
@@ -59,20 +60,24 @@ OLD: Rules = (
 )
 """Names of layers in files of the diffusers versions in which LoRA was a kind of attention processor."""
 
-OTHERS = {
-    r"\.hada_": "LoHa",
-    r"\.lokr_": "LoKr",
-    r"\.dora_scale|lora_magnitude_vector": "DoRA",
-    r"\.oft_": "OFT",
-    r"\.diff(_b)?$|\.(w|b)_norm$": "full differences of weights",
+UNSUPPORTED = {
+    r"\.b?oft_": "OFT",
+    r"\.on_input$": "(IA)^3",
+    r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
 }
-"""Patterns of tensor names by which adapters other than LoRA are recognized."""
+"""Patterns of tensor names by which adapters of other kinds are recognized."""
 
 FAMILY_MARKS = {
     r"double_blocks|single_blocks|single_transformer_blocks|joint_blocks|^(lora_)?transformer[._]": "FLUX or SD 3",
     r"^lora_te[12]_|^text_encoder_2\.|label_emb|add_embedding|transformer_blocks[._][1-9]": "SDXL",
 }
 """Patterns of tensor names by which the kind of model that a LoRA is for is recognized."""
+
+LORA_TYPES: tuple[type[nn.Module], ...] = nn.Linear, nn.Conv2d
+"""Types of layers that LoRAs change."""
+
+ADAPTED_TYPES = *LORA_TYPES, nn.GroupNorm, nn.LayerNorm
+"""Types of layers that any kind of adapter changes."""
 
 CONTEXT_WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 
@@ -87,214 +92,206 @@ def read_lora(
     """Read the LoRA of a file for a model.
 
     Args:
-        source: a .safetensors file (or a pickle of tensors), a folder with a ``pytorch_lora_weights.safetensors``, or the id of
-            either on the hub.
+        source: a .safetensors file (or a pickle of tensors), a folder that diffusers or PEFT wrote (or one with a PEFT folder for
+            each component, such as ``unet``), or the id of any of these on the hub.
         scale, name, merged: of the :class:`ldm.nn.adapters.Adapter`; default name: the last part of the source, without ending.
 
     Raises:
         CheckpointError: the file is broken, is not a LoRA, or is one for another kind of model.
     """
     model = unwrapped(model)
-    path = lora_file(source)
-    tensors, config = {key: each for key, each in read_tensors(path).items() if not is_bundled(key)}, _config(path)
+    tensors, config = dict[str, Tensor](), dict[str, Any]()
+    files = lora_files(source)
+    path = Path(next(iter(files.values())))
+    for component, file in files.items():
+        start = f"{component}." if component else ""
+        own = read_tensors(file).items()
+        tensors |= {start + key.removeprefix(PREFIX): tensor for key, tensor in own if not is_bundled(key)}
+        config |= {start + key: value for key, value in read_config(file).items()}
     for key in tensors:
-        for mark, what in OTHERS.items():
+        for mark, what in UNSUPPORTED.items():
             if re.search(mark, key):
-                raise CheckpointError(f"{path} holds {what} ({key}), which ldm does not read; use a plain LoRA.")
+                raise CheckpointError(f"{path} holds {what} ({key}), which ldm does not read; use a LoRA.")
     check_finite(tensors, path)
-    looks = _looks(tensors, model)
-    layers: dict[str, AdapterLayer] = {}
-    for layer, found in _by_layer(path, tensors, layer_names(model), looks).items():
-        weight = model.get_submodule(layer).get_parameter("weight")
-        layers[layer] = _update(path, found, config, weight.shape, looks)
+    looks, names, errors = _looks(tensors, model), layer_names(model, ADAPTED_TYPES), []
+    for prefix in PREFIXES:  # names without a component: of the U-Net, unless they fit a text encoder alone
+        try:
+            layers = {
+                layer: _layer(path, found, config, model.get_submodule(layer), looks)
+                for layer, found in _by_layer(path, tensors, names, prefix, looks).items()
+            }
+            break
+        except CheckpointError as error:
+            errors.append(error)
+    else:
+        raise errors[0]
     if not layers:
         raise CheckpointError(f"{path} holds no LoRA; name a file with tensors such as ...lora_down.weight in it.")
     name = name or Path(source).name.removesuffix(SAFETENSORS)
     return Adapter(name, layers, fingerprint(tensors, config), scale, merged)
 
 
-def lora_file(source: str | PathLike[str]) -> Path:
-    """Return the file of a source of :func:`read_lora`.
+def lora_files(source: str | PathLike[str]) -> dict[str, Path]:
+    """Return the file of a source of :func:`read_lora`; those of a folder with PEFT folders of several components by component.
 
     Raises:
         CheckpointError: it cannot be downloaded.
     """
-    path = fetch(source) if isinstance(source, str) and is_hub_id(source) else Path(source)
-    return path / FILE if path.is_dir() else path
+    hub = isinstance(source, str) and is_hub_id(source)
+    path = fetch(str(source)) if hub else Path(source)
+    if hub and path.name in WEIGHTS and str(source).count("/") == 1:
+        fetch(f"{source}/{CONFIG}")
+    if not path.is_dir():
+        return {"": path}
+    folders = {name: path / name for name in COMPONENTS if (path / name / CONFIG).is_file()} or {"": path}
+    names = (FILE, *WEIGHTS)
+    return {
+        component: next((folder / name for name in names if (folder / name).is_file()), folder / FILE)
+        for component, folder in folders.items()
+    }
 
 
 def write_lora(path: str | PathLike[str], adapter: Adapter, model: LatentDiffusion, naming: str = "diffusers") -> Path:
-    """Write a LoRA, loaded or trained, in the precision of its parameters and at scale 1.
+    """Write an adapter, loaded or trained, in the precision of its parameters and at scale 1.
 
     Args:
         path: of the .safetensors file.
-        adapter: a LoRA for ``model``.
+        adapter: an adapter of ``model``; kinds other than LoRA have names in kohya's naming alone, those of LyCORIS.
         naming: ``"diffusers"``, with the alphas in the metadata as PEFT has them, or ``"kohya"``, with a tensor for each alpha.
 
     Raises:
         CheckpointError: the naming is unknown, the adapter is not a LoRA, or the naming has no name for one of its layers.
     """
     path = Path(path)
-    if naming not in ENDINGS:
-        raise CheckpointError(unknown("naming of LoRA files", naming, ENDINGS))
-    model = unwrapped(model)
+    if naming not in NAMINGS:
+        raise CheckpointError(unknown("naming of LoRA files", naming, NAMINGS))
     spelled: dict[str, str] = {}  # the first that is listed is that of a diffusers folder, with all its infixes
-    for theirs, ours in layer_names(model).items():
+    model = unwrapped(model)
+    for theirs, ours in layer_names(model, ADAPTED_TYPES).items():
         if theirs.startswith("lora_") if naming == "kohya" else theirs.startswith(("unet.", "text_encoder")):
             spelled.setdefault(ours, theirs)
-    tensors, layers = dict[str, Tensor](), dict[str, LoRALayer]()
+    tensors, layers = dict[str, Tensor](), dict[str, tuple[Tensor, float]]()
     for layer, change in adapter.layers.items():
-        if not isinstance(change, LoRALayer) or layer not in spelled:
+        form = format_of(change)
+        own = form.write(change, naming) if form is not None and layer in spelled else None
+        if own is None:
             raise CheckpointError(
                 f"{path}: {naming}'s LoRA files have no name for {layer} with {type(change).__name__}."
             )
-        shape, (r, *sides) = model.get_submodule(layer).get_parameter("weight").shape, change.down.shape
-        if (change.up.shape, sides) != ((shape[0], r), [*shape[1:]]) or not math.isfinite(change.alpha):
+        finite = math.isfinite(getattr(change, "alpha", 0.0)) and all(
+            tensor.isfinite().all() for tensor in own.values()
+        )
+        if not finite or not _fits(change, model.get_submodule(layer)):
+            shapes = ", ".join(f"{end} {list(tensor.shape)}" for end, tensor in own.items())
             raise CheckpointError(
-                f"nothing is written to {path}, because the LoRA of {layer} has the shapes {list(change.down.shape)} and "
-                f"{list(change.up.shape)} and alpha {change.alpha}, which do not fit the layer, of shape {list(shape)}."
+                f"nothing is written to {path}, because the adapter of {layer} is not finite or does not fit the layer, of shape "
+                f"{list(model.get_submodule(layer).get_parameter('weight').shape)}: {shapes}."
             )
-        layers[spelled[layer]] = change
-        pair = change.down, change.up[:, :, None, None] if change.down.ndim == 4 else change.up
-        tensors |= {f"{spelled[layer]}.{end}": tensor for end, tensor in zip(ENDINGS[naming], pair, strict=True)}
-        if naming == "kohya":
-            tensors[f"{spelled[layer]}.alpha"] = torch.tensor(float(change.alpha))
-    metadata = {METADATA: json.dumps(_peft_config(layers), sort_keys=True)} if naming == "diffusers" else {}
+        tensors |= {f"{spelled[layer]}.{end}": tensor for end, tensor in own.items()}
+        if isinstance(change, LoRALayer):
+            layers[spelled[layer]] = change.down, change.alpha
+    metadata = {METADATA: json.dumps(lora_config(layers), sort_keys=True)} if naming == "diffusers" else {}
     write_tensors(path, tensors, {"format": "pt"} | metadata)
     return path
 
 
-def _peft_config(layers: Mapping[str, LoRALayer]) -> dict[str, Any]:
-    """Describe LoRA layers by their names in diffusers, as the fields of PEFT's LoraConfig for each component."""
-    config: dict[str, Any] = {}
-    for component in dict.fromkeys(name.partition(".")[0] for name in layers):
-        parts = {name.partition(".")[2]: each for name, each in layers.items() if name.partition(".")[0] == component}
-        ranks = {name: each.down.shape[0] for name, each in parts.items()}
-        alphas = {name: each.alpha for name, each in parts.items()}
-        for key, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
-            usual = next(iter(values.values()))
-            config[f"{component}.{key}"] = usual
-            config[f"{component}.{pattern}"] = {name: value for name, value in values.items() if value != usual}
-        config[f"{component}.target_modules"] = list(parts)
-    return config
-
-
 @dataclass(frozen=True)
 class Found:
-    """A tensor of a layer's LoRA: its key in the file, and the layer there."""
+    """A tensor of a layer's adapter: its key in the file, and the layer there."""
 
     key: str
     layer: str
     tensor: Tensor
 
 
-def layer_names(model: LatentDiffusion) -> dict[str, str]:
-    """Map the names that layers of a model have in LoRA files of either naming to those in the model."""
+def layer_names(model: LatentDiffusion, types: tuple[type[nn.Module], ...] = LORA_TYPES) -> dict[str, str]:
+    """Map the names that layers of these types have in LoRA files of any naming to those in the model."""
     components, layers = model.components, dict[str, str]()
     for name, (prefix, config) in components.items():
         spelled = kind_of(config).lora_names
         modules = model.get_submodule(prefix).named_modules()
-        own = [module for module, each in modules if isinstance(each, nn.Linear | nn.Conv2d)]
+        own = [module for module, each in modules if isinstance(each, types)]
         theirs = spelled(config, own, name, components) if spelled else {}
         layers |= {each: f"{prefix}.{layer}" for each, layer in theirs.items()}
     return layers
 
 
 def _by_layer(
-    path: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, str], looks: str
+    path: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, str], prefix: str, looks: str
 ) -> dict[str, dict[str, Found]]:
-    """Group the tensors by the names of layers in the model, then by the keys of :data:`TENSORS`."""
+    """Group the tensors by the names of layers in the model, then by role; ``prefix`` precedes names without a component."""
+    endings = {"alpha": ALPHA} | {role: end for form in formats() for role, end in form.endings.items()}
     updates: dict[str, dict[str, Found]] = defaultdict(dict)
     for key, tensor in tensors.items():
-        ends = ((what, re.search(f"{end}$", key)) for what, end in TENSORS.items())
-        what, match = next(((what, match) for what, match in ends if match), ("", None))
+        ends = ((role, re.search(f"(?:{end})$", key)) for role, end in endings.items())
+        role, match = next(((role, match) for role, match in ends if match), ("", None))
         if match is None:
             raise CheckpointError(f"{path} holds {key}, which is not a LoRA tensor{looks}; name a LoRA file.")
         layer = renamed(key[: match.start()], OLD)
-        if layer not in layers:
+        ours = layers.get(layer) or layers.get(prefix + layer)
+        if ours is None:
             raise CheckpointError(
                 f"{path} holds {key}, which fits no layer of this model{looks}; use one that was trained on this kind of model."
             )
-        found = updates[layers[layer]].setdefault(what, Found(key, layer, tensor))
+        found = updates[ours].setdefault(role, Found(key, layer, tensor))
         if found.key != key:
             raise CheckpointError(f"{path} holds both {found.key} and {key}, of one layer; split it into two files.")
     return updates
 
 
-def _update(
-    path: Path, found: Mapping[str, Found], config: Mapping[str, Any], shape: Sequence[int], looks: str
-) -> LoRALayer:
-    """Make the LoRA of a layer with a weight of this ``shape``."""
-    for what in ("down", "up"):
-        if what not in found:
-            key = next(iter(found.values())).key
-            raise CheckpointError(f"{path} holds {key}, but no {what} of the same layer; download the file again.")
+def _layer(
+    path: Path, found: Mapping[str, Found], config: Mapping[str, Any], layer: nn.Module, looks: str
+) -> AdapterLayer:
+    """Build the adapter of a layer."""
     for each in found.values():
         if not each.tensor.is_floating_point() and each is not found.get("alpha"):
             raise CheckpointError(
                 f"{path}: {each.key} holds {each.tensor.dtype}, but weights are floats; download it again."
             )
-    down, up = found["down"].tensor, found["up"].tensor
-    if "mid" in found:
-        down = _with_mid(path, found["mid"], down)
-    r = down.shape[0] if down.ndim else 0
-    for each, tensor, expected in ((found["down"], down, (r, *shape[1:])), (found["up"], up, (shape[0], r))):
-        if not r or _plain(tensor.shape) != _plain(expected):
-            raise CheckpointError(
-                f"{path}: {each.key} has the shape {list(each.tensor.shape)}, which does not fit the layer, of shape "
-                f"{list(shape)}{looks}; use one that was trained on this kind of model."
-            )
-    alpha = _alpha(path, found, config, r)
-    return LoRALayer(down.reshape(r, *shape[1:]).clone(), up.reshape(shape[0], r).clone(), alpha)
-
-
-def _with_mid(path: Path, mid: Found, down: Tensor) -> Tensor:
-    """Compose the 1 x 1 convolution ``down`` and the k x k one after it into one: ``[r in k k]``."""
-    if mid.tensor.ndim != 4 or down.ndim != 4 or down.shape[2:] != (1, 1) or down.shape[0] != mid.tensor.shape[1]:
-        raise CheckpointError(f"{path}: {mid.key} has the shape {list(mid.tensor.shape)}, which does not fit its down.")
-    return torch.einsum("pqkl,qi->pikl", mid.tensor.float(), down.flatten(1).float())
-
-
-def _plain(shape: Sequence[int]) -> list[int]:
-    """Remove the ones at the end of a shape: linear layers and 1 x 1 convolutions are interchangeable."""
-    sides = list(shape)
-    while sides and sides[-1] == 1:
-        sides.pop()
-    return sides
-
-
-def _alpha(path: Path, found: Mapping[str, Found], config: Mapping[str, Any], r: int) -> float:
-    """Find alpha: in a tensor, or in the metadata (for all layers of a network, or by pattern); else it is r."""
-    if "alpha" in found:
-        alpha = found["alpha"].tensor
-        if alpha.numel() != 1:
-            raise CheckpointError(f"{path}: {found['alpha'].key} holds {alpha.numel()} numbers; an alpha is one.")
-        return float(alpha)
-    component, _, layer = found["down"].layer.partition(".")
-    if component not in ("unet", "text_encoder", "text_encoder_2"):
-        component, layer = "", found["down"].layer
-    start = f"{component}." if component else ""
-    value: Any = config.get(f"{start}lora_alpha", r)
-    patterns = config.get(f"{start}alpha_pattern") or {}
-    for pattern, own in patterns.items() if isinstance(patterns, dict) else ():
-        if f".{layer}".endswith(f".{pattern}"):
-            value = own
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CheckpointError(f"{path} has an alpha of {value!r} in its {METADATA}; download the file again.")
-    return value * math.sqrt(r) if config.get(f"{start}use_rslora") else float(value)
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """Read PEFT's configs in the metadata that diffusers writes."""
+    weight, first = layer.get_parameter("weight"), next(iter(found.values()))
+    tensors = {role: each.tensor for role, each in found.items() if role != "alpha"}
+    scaling = scaling_of(config, first.layer, _alpha(path, found), path)
     try:
-        config = json.loads(read_metadata(path).get(METADATA, "{}"))
-    except (ValueError, RecursionError) as error:
+        adapter = read_layer(tensors, weight.shape, scaling)
+        if not _fits(adapter, layer):
+            raise MisshapenTensor(next(iter(tensors)))
+    except MissingTensor as error:
         raise CheckpointError(
-            f"the {METADATA} of {path} cannot be read ({first_line(error)}); download it again."
+            f"{path} holds {first.key}, but no {error} of the same layer; download the file again."
         ) from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"the {METADATA} of {path} is not a JSON object; download it again.")
-    return config
+    except MixedKinds:
+        keys = ", ".join(each.key for each in found.values())
+        raise CheckpointError(
+            f"{path} holds tensors of several kinds of adapter for one layer ({keys}); split it into two files."
+        ) from None
+    except MisshapenTensor as error:
+        each = found[str(error)]
+        raise CheckpointError(
+            f"{path}: {each.key} has the shape {list(each.tensor.shape)}, which does not fit the layer, of shape "
+            f"{list(weight.shape)}{looks}; use one that was trained on this kind of model."
+        ) from None
+    return adapter
+
+
+def _fits(adapter: AdapterLayer, layer: nn.Module) -> bool:
+    """Return True if the changes of an adapter have the shapes of the layer's parameters."""
+    weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
+    try:
+        delta = adapter.delta(torch.empty_like(weight, device="meta"))
+        bias_delta = adapter.bias_delta(torch.empty(weight.shape[:1], device="meta", dtype=weight.dtype))
+    except RuntimeError:  # of a product of matrices that do not fit each other
+        return False
+    return delta.shape == weight.shape and (bias_delta is None or (bias is not None and bias_delta.shape == bias.shape))
+
+
+def _alpha(path: Path, found: Mapping[str, Found]) -> float | None:
+    """Return the value of the alpha tensor of a layer, or None."""
+    if "alpha" not in found:
+        return None
+    alpha = found["alpha"].tensor
+    if alpha.numel() != 1:
+        raise CheckpointError(f"{path}: {found['alpha'].key} holds {alpha.numel()} numbers; an alpha is one.")
+    return float(alpha)
 
 
 def _looks(tensors: Mapping[str, Tensor], model: LatentDiffusion) -> str:

@@ -38,6 +38,10 @@ class AdapterLayer(nn.Module):
         """Return the change of ``weight`` at scale 1, in its shape, dtype and device."""
         raise NotImplementedError(f"{type(self).__name__} does not change weights and cannot be merged")
 
+    def bias_delta(self, bias: Tensor) -> Tensor | None:
+        """Return the change of ``bias`` at scale 1; None, the default, if there is none."""
+        return None
+
     def forward(self, layer: nn.Module, *inputs: Any) -> Tensor:
         """Return what is added to the output of ``layer`` for the same inputs, times ``scale``."""
         (x,) = inputs
@@ -98,7 +102,7 @@ class Adapters(nn.ModuleList):
     Each method takes the model. A model's state dict leaves its adapters out: that of an :class:`Adapter` holds its weights.
 
     Attributes:
-        originals: weights of layers with merged adapters as they are without any, on the CPU.
+        originals: weights and biases of layers with merged adapters as they are without any, on the CPU, by their names.
     """
 
     def __init__(self) -> None:
@@ -147,7 +151,7 @@ class Adapters(nn.ModuleList):
 
     def merge(self, model: nn.Module) -> None:
         """Merge all merged adapters again, into original weights of the model's dtype, after that dtype has changed."""
-        for path in list(self.originals):
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in self.originals):
             self._merge(unwrapped(model).get_submodule(path), path)
 
     def record(self) -> dict[str, Any]:
@@ -176,19 +180,21 @@ class Adapters(nn.ModuleList):
         return [(each, each.layers[path]) for each in self.loaded.values() if path in each.layers]
 
     def _merge(self, layer: nn.Module, path: str) -> None:
-        """Write the weight of a layer: the original plus all merged changes, summed in fp32."""
-        weight = layer.get_parameter("weight")
-        known = path in self.originals
-        original = (self.originals.pop(path) if known else weight.detach().cpu()).to(weight.dtype)
+        """Write the parameters of a layer: the original ones plus all merged changes, summed in fp32."""
         changes = [change for each, change in self._changes(path) if each.merged]
-        value = original
-        if changes:
-            self.originals[path] = original
-            value = base = original.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-            for change in changes:
-                value = value + change.scale * change.delta(base).detach()
-        # never in place: the weight may be the original tensor, or memory-mapped from a file
-        weight.data = torch.empty_like(weight).copy_(value)
+        for name, parameter in layer.named_parameters(recurse=False):
+            known = f"{path}.{name}" in self.originals
+            original = self.originals.pop(f"{path}.{name}") if known else parameter.detach().cpu()
+            original = original.to(parameter.dtype)
+            value = base = original.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+            deltas = [(each.scale, each.delta(base) if name == "weight" else each.bias_delta(base)) for each in changes]
+            for scale, delta in deltas:
+                value = value if delta is None else value + scale * delta.detach()
+            if value is not base:
+                self.originals[f"{path}.{name}"] = original
+            if known or value is not base:
+                # never in place: the weight may be the original tensor, or memory-mapped from a file
+                parameter.data = torch.empty_like(parameter).copy_(original if value is base else value)
 
 
 class Adapted:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import ConfigError
+from ldm.nn.adapter_format import AdapterFormat, MisshapenTensor, Scaling, Tensors, register, require
 from ldm.nn.adapters import Adapter, AdapterLayer, unwrapped
 
 ATTENTION = r"denoiser\..*\.attn\d\.to_(q|k|v|out)"
@@ -42,6 +45,53 @@ class LoRALayer(AdapterLayer):
             h = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
             return F.conv2d(scale * h, up[:, :, None, None])
         return F.linear(scale * F.linear(x, down), up)
+
+
+class LoRAFormat(AdapterFormat):
+    """LoRA in files of kohya, diffusers and PEFT, with LoCon's ``lora_mid`` between the two convolutions."""
+
+    kind = LoRALayer
+    endings: ClassVar[dict[str, str]] = {
+        "down": r"(?:\.lora_(?:A|down)(?:\.\w+)?|[._]lora(?:_linear_layer)?\.down)\.weight",
+        "up": r"(?:\.lora_(?:B|up)(?:\.\w+)?|[._]lora(?:_linear_layer)?\.up)\.weight",
+        "mid": r"\.lora_mid\.weight",
+    }
+
+    def read(self, tensors: Tensors, shape: Sequence[int], scaling: Scaling) -> LoRALayer:
+        require(tensors, ("down", "up"))
+        down, up = tensors["down"], tensors["up"]
+        if "mid" in tensors:
+            down = _with_mid(tensors["mid"], down)
+        r = down.shape[0] if down.ndim else 0
+        for role, tensor, expected in (("down", down, (r, *shape[1:])), ("up", up, (shape[0], r))):
+            if not r or _plain(tensor.shape) != _plain(expected):
+                raise MisshapenTensor(role)
+        return LoRALayer(down.reshape(r, *shape[1:]).clone(), up.reshape(shape[0], r).clone(), scaling.for_rank(r))
+
+    def write(self, layer: AdapterLayer, naming: str) -> dict[str, Tensor]:
+        assert isinstance(layer, LoRALayer)
+        up = layer.up[:, :, None, None] if layer.down.ndim == 4 else layer.up
+        if naming == "diffusers":
+            return {"lora_A.weight": layer.down, "lora_B.weight": up}
+        return {"lora_down.weight": layer.down, "lora_up.weight": up, "alpha": torch.tensor(float(layer.alpha))}
+
+
+register(LoRAFormat())
+
+
+def _with_mid(mid: Tensor, down: Tensor) -> Tensor:
+    """Compose the 1 x 1 convolution ``down`` and the k x k one after it into one: ``[r in k k]``."""
+    if mid.ndim != 4 or down.ndim != 4 or down.shape[2:] != (1, 1) or down.shape[0] != mid.shape[1]:
+        raise MisshapenTensor("mid")
+    return torch.einsum("pqkl,qi->pikl", mid.float(), down.flatten(1).float())
+
+
+def _plain(shape: Sequence[int]) -> list[int]:
+    """Remove the ones at the end of a shape: linear layers and 1 x 1 convolutions are interchangeable."""
+    sides = list(shape)
+    while sides and sides[-1] == 1:
+        sides.pop()
+    return sides
 
 
 def new_lora(

@@ -359,10 +359,15 @@ def test_a_folder_that_diffusers_wrote_is_named_as_one(tmp_path: Path) -> None:
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 GOOD = {f"{KEY}.lora_down.weight": torch.ones(2, 16), f"{KEY}.lora_up.weight": torch.ones(16, 2)}
 BAD: dict[str, tuple[dict[str, Tensor], str]] = {
-    "LoHa": ({f"{KEY}.hada_w1_a": torch.ones(2, 2)}, rf"holds LoHa \({KEY}\.hada_w1_a\)"),
-    "LoKr": ({f"{KEY}.lokr_w1": torch.ones(2, 2)}, "holds LoKr"),
-    "DoRA": (GOOD | {f"{KEY}.dora_scale": torch.ones(2, 2)}, "holds DoRA"),
-    "DoRA of diffusers": (GOOD | {"unet.conv_in.lora_magnitude_vector": torch.ones(2)}, "holds DoRA"),
+    "OFT": ({f"{KEY}.oft_blocks": torch.ones(2, 2)}, rf"holds OFT \({KEY}\.oft_blocks\)"),
+    "part of LoHa": ({f"{KEY}.hada_w1_a": torch.ones(16, 2)}, "but no hada_w1_b of the same layer"),
+    "part of LoKr": ({f"{KEY}.lokr_w1": torch.ones(2, 2)}, "but no lokr_w2_a of the same layer"),
+    "LoKr": ({f"{KEY}.lokr_w{n}": torch.ones(2, 2) for n in (1, 2)}, r"lokr_w1 has the shape \[2, 2\]"),
+    "DoRA": (GOOD | {f"{KEY}.dora_scale": torch.ones(2, 2)}, r"dora_scale has the shape \[2, 2\]"),
+    "DoRA alone": ({"unet.conv_in.lora_magnitude_vector": torch.ones(16)}, "but no down of the same layer"),
+    "difference": ({f"{KEY}.diff": torch.ones(16, 17)}, r"diff has the shape \[16, 17\]"),
+    "bias of a layer without": ({f"{KEY}.diff_b": torch.ones(16)}, r"diff_b has the shape \[16\]"),
+    "two kinds": (GOOD | {f"{KEY}.lokr_w1": torch.ones(4, 4)}, "holds tensors of several kinds of adapter"),
     "a model": ({"model.diffusion_model.out.2.weight": torch.ones(2)}, r"out\.2\.weight, which is not a LoRA tensor"),
     "nothing": ({}, "holds no LoRA"),
     "bias": (GOOD | {"unet.conv_in.lora_B.bias": torch.ones(2)}, r"lora_B\.bias, which is not a LoRA tensor"),

@@ -326,3 +326,37 @@ def test_copies_and_pickles_of_a_model_have_adapters_of_their_own(three: list[Pa
         other.unload_lora()
         assert_equal_states(other, Pipeline(tiny_model()))
     assert torch.equal(network(pipe), expected)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy.copy": copy.copy,
+    "copy.deepcopy": copy.deepcopy,
+    "pickle": lambda each: pickle.loads(pickle.dumps(each)),
+    "copy of a pickle": lambda each: copy.deepcopy(pickle.loads(pickle.dumps(each))),
+}
+
+
+@pytest.mark.parametrize("state", ["new", "sampled", "compiled in place", "with a compiled denoiser"])
+@pytest.mark.parametrize("how", COPIES)
+def test_pipelines_are_copied_and_pickled(three: list[Path], how: str, state: str) -> None:
+    """With their adapters, before and after sampling; a deep copy shares nothing with the original."""
+    if how != "copy.copy" and "pickle" in how and state == "with a compiled denoiser":
+        pytest.skip("torch.compile's wrapper of a module cannot be pickled")
+    pipe = Pipeline(tiny_model())
+    pipe.load_lora(three[0], 0.5)
+    pipe.load_lora(three[1], merge=True)
+    if state == "compiled in place":
+        pipe.model.denoiser.compile(backend="eager")
+    if state == "with a compiled denoiser":
+        pipe.model.denoiser = torch.compile(pipe.model.denoiser, backend="eager")
+    settings: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "progress": False, "output_type": "pt"}
+    expected = pipe(PROMPT, **settings)
+    twin = COPIES[how](pipe if state != "new" else Pipeline(pipe.model))
+    assert type(twin) is Pipeline
+    assert torch.equal(twin(PROMPT, **settings), expected)
+    assert (twin.model is pipe.model) == (how == "copy.copy")
+    if how != "copy.copy":
+        twin.unload_lora()
+        assert_equal_states(twin, Pipeline(tiny_model())) if "denoiser" not in state else None
+        assert list(pipe.model.adapters.loaded) == ["0", "1"]
+        assert torch.equal(pipe(PROMPT, **settings), expected)
