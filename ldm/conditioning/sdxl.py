@@ -40,7 +40,9 @@ class SDXLConditionerConfig(ConditionerConfig, kind="sdxl"):
     pad_id: int = config_field(0, "padding token of the second tower; both towers use the vocabulary of the first")
     size_embedding_width: int = config_field(256, "width of the sinusoidal embedding of each of the six size numbers")
     dropout: float = config_field(
-        0.1, "fraction of the training captions (never sizes) that are dropped, for classifier-free guidance"
+        0.1,
+        "fraction of the training captions (never sizes) that are dropped, for classifier-free guidance",
+        changeable=True,
     )
     zeros_for_empty: bool = config_field(
         True, "encode a dropped or absent caption as zeros; false = as the empty string"
@@ -128,6 +130,9 @@ class SDXLConditioner(Conditioner):
         """Return the embeddings of the sizes, ``[b 6 size_embedding_width]`` flattened to two dimensions."""
         numbers = torch.cat([torch.as_tensor(inputs[name]) for name in SIZES], dim=1)
         return sinusoidal(numbers.flatten(), self.config.size_embedding_width).reshape(len(numbers), -1)
+
+    def fits(self, text: str) -> bool:
+        return all(len(tokenizer.windows(text)[0]) == 1 for tokenizer in self.tokenizers)
 
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
         yield "text_encoder", self.first
