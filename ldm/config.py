@@ -30,6 +30,7 @@ def config_field(
     factory: Any = REQUIRED,
     formerly: str | None = None,
     omit_default: bool = False,
+    changeable: bool = False,
 ) -> Any:
     """Declare a field of a config.
 
@@ -40,8 +41,10 @@ def config_field(
         formerly: an older name of the field; it is still read, with a warning that names the new one.
         omit_default: leave the field out of :func:`to_dict` while it has its default. For fields that are added to a
             config whose dictionary is part of fingerprints, so that those of existing files do not change.
+        changeable: a training that is resumed takes over a new value of the field, or of anything in its section, from that
+            step on. Any other field must keep its value; see :mod:`ldm.training.resume`.
     """
-    metadata = {"help": help, "formerly": formerly, "omit_default": omit_default}
+    metadata = {"help": help, "formerly": formerly, "omit_default": omit_default, "changeable": changeable}
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
 
 

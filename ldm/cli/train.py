@@ -39,11 +39,14 @@ def train(
 
         print(describe(experiment, stages))
         return
+    from ldm.training.fit import is_first_process
     from ldm.training.stages import train_stage
 
     keep_freed_memory()
     for each in stages:
-        print(f"stage {each} is finished: {train_stage(experiment, each)}")
+        result = train_stage(experiment, each)
+        if is_first_process():
+            print(f"stage {each} is finished: {result}")
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ class BoxesConditionerConfig(ConditionerConfig, kind="boxes"):
     max_boxes: int = config_field(8, "largest number of boxes of an image")
     width: int = config_field(128, "width of a box's token, and of the context")
     dropout: float = config_field(
-        0.1, "fraction of the training images whose boxes are dropped, for classifier-free guidance"
+        0.1, "fraction of the training images whose boxes are dropped, for classifier-free guidance", changeable=True
     )
 
     def __post_init__(self) -> None:

@@ -108,6 +108,9 @@ class CompositeConditioner(Conditioner):
             batch = part.prepare_batch(batch, encode, generator)
         return batch
 
+    def fits(self, text: str) -> bool:
+        return all(part.fits(text) for part in self._conditioners())
+
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
         for part in self._conditioners():
             yield from part.pretrained_encoders()

@@ -137,6 +137,10 @@ class Conditioner(nn.Module):
         """
         return batch
 
+    def fits(self, text: str) -> bool:
+        """Return True unless ``text`` has more tokens than the conditioner reads of a caption in training."""
+        return True
+
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the encoders that start from pretrained weights, by component: ``text_encoder``, ``image_encoder``, ..."""
         return iter(())

@@ -23,7 +23,9 @@ from ldm.nn.conditioning import Conditioning
 class EdgesConditionerConfig(ConditionerConfig, kind="edges"):
     """An edge map; in training read from the data's .edges.png, or else detected in the training image."""
 
-    dropout: float = config_field(0.1, "fraction of the training maps that are dropped, for classifier-free guidance")
+    dropout: float = config_field(
+        0.1, "fraction of the training maps that are dropped, for classifier-free guidance", changeable=True
+    )
     size: tuple[int, int] | None = config_field(None, "height and width of an absent map; null = size of the latents")
     latent_factor: int | None = config_field(
         None, "downsampling factor of the maps, that of the first stage; null = taken from the experiment"

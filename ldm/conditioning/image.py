@@ -23,7 +23,9 @@ from ldm.nn.conditioning import Conditioning
 class ImageConditionerConfig(ConditionerConfig, kind="image"):
     """An image prompt, encoded by the image tower of stage 2 or by its own; in training, the training image itself."""
 
-    dropout: float = config_field(0.1, "fraction of the training images that are dropped, for classifier-free guidance")
+    dropout: float = config_field(
+        0.1, "fraction of the training images that are dropped, for classifier-free guidance", changeable=True
+    )
     trainable: bool = config_field(False, "train the tower with the denoiser; required for a tower of its own")
     tokens: bool = config_field(
         False, "use the hidden states of all patches as context, instead of the embedding as one token"

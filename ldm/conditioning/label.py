@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, dropped, input_of
@@ -26,7 +26,7 @@ class ClassConditionerConfig(ConditionerConfig, kind="class"):
     classes: int = config_field(help="number of classes; labels are 0 .. classes - 1")
     width: int = config_field(128, "width of the vector")
     dropout: float = config_field(
-        0.1, "fraction of the training examples whose label is dropped, for classifier-free guidance"
+        0.1, "fraction of the training examples whose label is dropped, for classifier-free guidance", changeable=True
     )
 
     def __post_init__(self) -> None:
@@ -59,11 +59,19 @@ class ClassConditioner(Conditioner):
         given = input_of(inputs, "label")
         absent = torch.tensor([label is None for label in given], device="cpu")
         labels = torch.tensor([0 if label is None else int(label) for label in given], dtype=torch.int64, device="cpu")
+        self.check(labels)
+        drop = dropped(len(labels), self.config.dropout, generator)
+        labels = torch.where(absent | drop, self.config.classes, labels)
+        return Conditioning(vector=self.embedding(labels.to(self.embedding.weight.device)))
+
+    def check(self, labels: Tensor) -> None:
+        """Check that labels ``[b]`` are classes.
+
+        Raises:
+            SamplingError: the first that is not one.
+        """
         wrong = labels[(labels < 0) | (labels >= self.config.classes)]
         if len(wrong):
             raise SamplingError(
                 f"label {int(wrong[0])} is not one of the {self.config.classes} classes, 0 to {self.config.classes - 1}."
             )
-        drop = dropped(len(labels), self.config.dropout, generator)
-        labels = torch.where(absent | drop, self.config.classes, labels)
-        return Conditioning(vector=self.embedding(labels.to(self.embedding.weight.device)))

@@ -40,7 +40,9 @@ class SDXLConditionerConfig(ConditionerConfig, kind="sdxl"):
     pad_id: int = config_field(0, "padding token of the second tower; both towers use the vocabulary of the first")
     size_embedding_width: int = config_field(256, "width of the sinusoidal embedding of each of the six size numbers")
     dropout: float = config_field(
-        0.1, "fraction of the training captions (never sizes) that are dropped, for classifier-free guidance"
+        0.1,
+        "fraction of the training captions (never sizes) that are dropped, for classifier-free guidance",
+        changeable=True,
     )
     zeros_for_empty: bool = config_field(
         True, "encode a dropped or absent caption as zeros; false = as the empty string"
@@ -132,6 +134,9 @@ class SDXLConditioner(Conditioner):
 
     def set_vocabulary(self, config: SDXLConditionerConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizers = config, (tokenizer, tokenizer.with_padding(config.pad_id))
+
+    def fits(self, text: str) -> bool:
+        return all(len(tokenizer.windows(text)[0]) == 1 for tokenizer in self.tokenizers)
 
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
         yield "text_encoder", self.first

@@ -31,7 +31,9 @@ class SemanticConditionerConfig(ConditionerConfig, kind="semantic"):
     embedding: int | None = config_field(
         None, "channels of a learned class embedding; null = one-hot, one channel per class"
     )
-    dropout: float = config_field(0.1, "fraction of the training maps that are dropped, for classifier-free guidance")
+    dropout: float = config_field(
+        0.1, "fraction of the training maps that are dropped, for classifier-free guidance", changeable=True
+    )
     size: tuple[int, int] | None = config_field(None, "height and width of an absent map; null = size of the latents")
     latent_factor: int | None = config_field(
         None, "downsampling factor of the maps, that of the first stage; null = taken from the experiment"

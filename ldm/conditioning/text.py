@@ -25,7 +25,7 @@ class TextConditionerConfig(ConditionerConfig, kind="text"):
     """A caption, encoded by the text tower of stage 2; a dropped caption is the encoded empty string."""
 
     dropout: float = config_field(
-        0.1, "fraction of the training captions that are dropped, for classifier-free guidance"
+        0.1, "fraction of the training captions that are dropped, for classifier-free guidance", changeable=True
     )
     trainable: bool = config_field(
         False, "train the tower together with the denoiser (as in the LDM paper), from stage 2's weights"
@@ -82,6 +82,9 @@ class TextConditioner(Conditioner):
 
     def set_vocabulary(self, config: TextConditionerConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
+
+    def fits(self, text: str) -> bool:
+        return len(self.tokenizer.windows(text)[0]) == 1
 
     def pretrained_encoders(self) -> Iterator[tuple[str, nn.Module]]:
         yield "text_encoder", self.tower

@@ -48,7 +48,7 @@ class TransformerConditionerConfig(ConditionerConfig, kind="transformer"):
         None, "train the encoder with the denoiser; null = true from scratch, false for a checkpoint"
     )
     dropout: float = config_field(
-        0.1, "fraction of the training captions that are dropped, for classifier-free guidance"
+        0.1, "fraction of the training captions that are dropped, for classifier-free guidance", changeable=True
     )
     width: int = config_field(768, "channels of a BERT from scratch")
     layers: int = config_field(12, "transformer blocks of a BERT from scratch")
@@ -179,6 +179,9 @@ class TransformerConditioner(Conditioner):
         )  # transformers reads its values; meta tensors of --dry-run have none
         states = self.encoder(input_ids=tokens, attention_mask=attended).last_hidden_state
         return Conditioning(context=states, mask=mask)
+
+    def fits(self, text: str) -> bool:
+        return not self.tokenizer.encode(text).overflowing
 
     def load_pretrained(self) -> None:
         if self.config.checkpoint is None:

@@ -37,31 +37,39 @@ class ShardsData(DataConfig, kind="shards"):
     """Images with captions in webdataset shards, as tools/prepare.py makes them."""
 
     train: str | tuple[str, ...] = config_field(
-        help="Shards to train on: a .tar, a folder of them, a pattern (a/{000..012}.tar), a list, or emoji."
+        help="Shards to train on: a .tar, a folder of them, a pattern (a/{000..012}.tar), a list, or emoji.",
+        changeable=True,
     )
-    val: str | tuple[str, ...] | None = config_field(None, "Shards to validate on while training.")
-    test: str | tuple[str, ...] | None = config_field(None, "Shards to test on; only tools/evaluate.py reads them.")
+    val: str | tuple[str, ...] | None = config_field(None, "Shards to validate on while training.", changeable=True)
+    test: str | tuple[str, ...] | None = config_field(
+        None, "Shards to test on; only tools/evaluate.py reads them.", changeable=True
+    )
     size: int | tuple[int, int] = config_field(64, "Size of an image in pixels: its side, or [height, width].")
     crop: Literal["center", "random"] = config_field(
-        "center", "Part of an image of another aspect ratio that is kept in training."
+        "center", "Part of an image of another aspect ratio that is kept in training.", changeable=True
     )
     flip: bool = config_field(
-        False, "Horizontal flip of half of the training images; unsuitable if captions mention left or right."
+        False,
+        "Horizontal flip of half of the training images; unsuitable if captions mention left or right.",
+        changeable=True,
     )
     sizes: bool = config_field(
         False,
         "True original size and crop of each image for the conditioner sdxl; false: data.size, and a crop at (0, 0).",
+        changeable=True,
     )
     cache: Literal["none", "ram"] = config_field(
         "none",
         "Cache of decoded images: ram decodes the set once (3 bytes per pixel); none decodes an image at each use.",
+        changeable=True,
     )
     cache_latents: bool = config_field(
         False,
         "Cache of the posteriors of images, encoded once for the denoiser; needs crop center and flip false.",
+        changeable=True,
     )
     workers: int = config_field(
-        2, "Number of processes that decode images in advance (threads, while cache ram is filled)."
+        2, "Number of processes that decode images in advance (threads, while cache ram is filled).", changeable=True
     )
     shuffle_buffer: int | None = config_field(
         None,

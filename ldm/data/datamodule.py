@@ -59,6 +59,7 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.data, self.batch_size, self.seed = data, batch_size, seed
         self.total_batches, self.start_batch, self.latents = total_batches, start_batch, latents
+        self._stored: dict[str, Samples] = {}
         self._opened: dict[str, Samples] = {}
 
     def prepare_data(self) -> None:
@@ -88,10 +89,24 @@ class DataModule(L.LightningDataModule):
         """Move the tensors, but not lists of captions and keys, each entry of which Lightning would inspect."""
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation data."""
+        return getattr(self.data, "val", "val") is not None
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of each split that training reads."""
+        return {split: self._images(split).fingerprint for split in ("train", "val")[: 1 + self.validates]}
+
+    def _images(self, split: str) -> Samples:
+        if split not in self._stored:
+            self._stored[split] = self.data.open(split)
+        return self._stored[split]
+
     def samples(self, split: str) -> Samples:
         """Return the samples of a split, opened once; as latents if a source of latents is given."""
         if split not in self._opened:
-            samples = self.data.open(split)
+            samples = self._images(split)
             if self.latents is not None:
                 samples = cache_latents(
                     self.latents.first_stage,

@@ -32,7 +32,9 @@ class Shapes(DataConfig, kind="shapes"):
         2, "Largest number of rectangles in an image, each of a different one of the four colours."
     )
     seed: int = config_field(0, "Seed of the images; image i of a split depends on it, the split and i alone.")
-    cache_latents: bool = config_field(False, "Cache of the posteriors of images, encoded once for the denoiser.")
+    cache_latents: bool = config_field(
+        False, "Cache of the posteriors of images, encoded once for the denoiser.", changeable=True
+    )
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.size < 8 or not 1 <= self.shapes <= len(COLOURS):

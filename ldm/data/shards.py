@@ -9,6 +9,7 @@ Order, resume, ranks and workers are then arithmetic on sample numbers (see :mod
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import importlib.resources
@@ -42,6 +43,8 @@ MEMBERS: dict[str, Modality] = {suffix: _STORED[suffix] for suffix in (*_FIRST, 
 _IMAGE = 0  # column of the spans; those of MEMBERS follow
 _COLUMNS = {**dict.fromkeys(IMAGE_SUFFIXES, _IMAGE), **{suffix: i for i, suffix in enumerate(MEMBERS, start=1)}}
 _BLOCK = 512  # bytes: tar's unit
+_TAIL = 256  # bytes of a member that its fingerprint covers
+_HASHED = 100_000  # samples of a set whose bytes its fingerprint covers
 
 
 @dataclass(frozen=True)
@@ -210,16 +213,33 @@ class Shards:
         """Return the shard and key of sample ``i``, for messages."""
         return f"{self.keys[i]!r} in {self.paths[self._shard[i]]}"
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Text that depends on the keys, their order and the offsets of members, but not on the shards' folder."""
+        """Text that depends on the keys, their order, and the offsets and last bytes of members, not on the shards' folder."""
         digest = hashlib.blake2b("\n".join(self.keys).encode(), digest_size=16)
+        digest.update(self._tails())
         always = 1 + len(_FIRST)
         digest.update(self._spans[:, :always].tobytes())
         for suffix, modality in list(MEMBERS.items())[len(_FIRST) :]:
             if modality.key in self.modalities:
                 digest.update(suffix.encode() + self._spans[:, _COLUMNS[suffix]].tobytes())
         return digest.hexdigest()
+
+    def _tails(self) -> bytes:
+        """Return a hash of the last ``_TAIL`` bytes of the members of up to ``_HASHED`` samples.
+
+        All of a short caption, and of an image its checksum (PNG) or the end of its entropy code, which any change alters.
+        """
+        digest, first = hashlib.blake2b(digest_size=16), 0
+        every = -(-len(self.keys) // _HASHED)
+        for path, length in zip(self.paths, self.lengths, strict=True):
+            with path.open("rb") as file:
+                for offset, size in self._spans[first : first + length : every].reshape(-1, 2).tolist():
+                    if size > 0:
+                        file.seek(offset + max(0, size - _TAIL))
+                        digest.update(file.read(min(size, _TAIL)))
+            first += length
+        return digest.digest()
 
     def _has(self, modality: Modality) -> bool:
         """Return True if the samples have a modality.

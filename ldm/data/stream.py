@@ -3,7 +3,7 @@
 A training run reads one endless sequence of samples, epoch after epoch, each a permutation of the set. Step
 ``k`` of a run on ``w`` ranks with ``b`` samples a rank takes positions ``k w b`` to ``(k + 1) w b`` of it,
 rank ``r`` the ``r``-th block of ``b``. A batch may span two epochs; nothing is dropped. The order does not depend on
-the number of workers.
+the number of workers. A run that is resumed with another ``w`` or ``b`` continues at the same position of the sequence.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class TrainStream:
         self.samples, self.batch_size, self.total_batches = samples, batch_size, total_batches
         self.rank, self.world_size = rank, world_size
         self.batch = start_batch
+        self._origin = 0  # position of batch 0, if all batches had the present size
         self._order = Order(samples.lengths, seed, shuffle_buffer)
 
     def __len__(self) -> int:
@@ -106,15 +107,19 @@ class TrainStream:
 
     def _draws(self) -> Iterator[BatchIndices]:
         for batch in range(self.batch, self.total_batches):
-            yield self._order.draw((batch * self.world_size + self.rank) * self.batch_size, self.batch_size)
+            start = self._origin + (batch * self.world_size + self.rank) * self.batch_size
+            yield self._order.draw(start, self.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of batches yielded so far, including those before ``start_batch``."""
-        return {"batch": self.batch}
+        """Return the number of batches yielded so far, including those before ``start_batch``.
+
+        After a change of the batch size also ``origin``, the position in the sequence at which batch 0 would have begun.
+        """
+        return {"batch": self.batch} | ({"origin": self._origin} if self._origin else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after that many batches."""
-        self.batch = state["batch"]
+        self.batch, self._origin = state["batch"], state.get("origin", 0)
 
 
 class EvaluationLoader:

@@ -45,7 +45,7 @@ class UNetConfig(DenoiserConfig, kind="unet"):
         "linear", "projections of the spatial transformers: conv as in SD 1, linear as in SD 2"
     )
     groups: int = config_field(32, "groups of the group norms")
-    dropout: float = config_field(0.0, "dropout in residual blocks and feed-forwards")
+    dropout: float = config_field(0.0, "dropout in residual blocks and feed-forwards", changeable=True)
 
     def __post_init__(self) -> None:
         if not self.levels:

@@ -5,19 +5,35 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 
-from ldm.errors import TrainingError
+from ldm.errors import TrainingError, first_line
 from ldm.image_output import write_animation
 from ldm.training.engine import StageModule
 from ldm.training.metrics import MetricsFile
+from ldm.training.resume import read_checkpoint
+from ldm.training.tasks.task import Preview
+
+
+class Trial(L.Callback):
+    """Trial of the settings before the first step; then the first rank calls ``begin``."""
+
+    def __init__(self, begin: Callable[[], object]):
+        self.begin = begin
+
+    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
+        module.try_settings()
+        if trainer.is_global_zero:
+            self.begin()
 
 
 class Progress(L.Callback):
@@ -99,7 +115,8 @@ class Metrics(L.Callback):
 class Previews(L.Callback):
     """Writer of the previews of the task, every ``images_every`` steps and at the end.
 
-    Images become PNG files with the step in their name; only the newest animation is kept, as a GIF.
+    Images become PNG files with the step in their name; only the newest animation is kept, as a GIF. If they cannot be made, a
+    warning says why, and training goes on.
     """
 
     def on_train_batch_end(
@@ -109,10 +126,19 @@ class Previews(L.Callback):
         due = step % config.images_every == 0 or step == config.max_steps
         if not (module.is_optimizer_step(batch_idx) and due):
             return
-        previews = module.previews(trainer.datamodule.samples)  # type: ignore[attr-defined]  # set by Lightning, not declared
-        if not trainer.is_global_zero:
-            return
-        folder = module.folder / "images"
+        try:
+            previews = module.previews(trainer.datamodule.samples)  # type: ignore[attr-defined]  # set by Lightning
+            if trainer.is_global_zero:
+                self._write(previews, module.folder / "images", step)
+        except Exception as error:  # images are not worth a training
+            warnings.warn(
+                f"the images of stage {module.stage} at step {step} could not be made ({type(error).__name__}: "
+                f"{first_line(error)}); the training goes on.",
+                stacklevel=2,
+            )
+
+    @staticmethod
+    def _write(previews: Mapping[str, Preview], folder: Path, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, preview in previews.items():
             if isinstance(preview, list):
@@ -124,12 +150,15 @@ class Previews(L.Callback):
 class Checkpoints(L.Callback):
     """Writer of ``last.ckpt`` every ``checkpoint_every`` steps and when stopped, and of ``best.ckpt`` after the best validation.
 
-    The first Ctrl-C (or SIGTERM) finishes the step, saves and stops; a second one stops immediately.
+    Weights are verified before they replace those of an earlier step. The first Ctrl-C (or SIGTERM) finishes the step, saves and
+    stops (:class:`Stop`); a second one stops immediately.
     """
 
     def __init__(self) -> None:
         self.best: float | None = None
-        self.stopping = False
+        self.batch: Any = None  # of the newest step
+        self.stopping = False  # on this rank
+        self.stopped = False  # on all ranks
         self.handlers: dict[int, Any] = {}  # handlers from before the training
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,8 +171,9 @@ class Checkpoints(L.Callback):
 
         best = module.folder / "best.ckpt"
         if module.completed_steps and best.is_file():  # last.ckpt is older than the validation of its step
-            checkpoint = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
-            self.best = checkpoint["callbacks"][self.state_key]["best"]
+            checkpoint = read_checkpoint(best, "delete it to go on without it")
+            if checkpoint.get("samples", module.fingerprints).get("val") == module.fingerprints.get("val"):
+                self.best = checkpoint["callbacks"][self.state_key]["best"]
         self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(
@@ -152,22 +182,18 @@ class Checkpoints(L.Callback):
         if not module.is_optimizer_step(batch_idx):
             return
         step, config = module.completed_steps, module.train_config
-        stopping = bool(trainer.strategy.reduce_boolean_decision(self.stopping, all=False))
-        if stopping or step % config.checkpoint_every == 0 or step == config.max_steps:
-            self.save(trainer, module.folder / "last.ckpt")
-        if stopping and step < config.max_steps:  # raised: Lightning's own stop would first validate
-            raise TrainingError(
-                f"stage {module.stage} was stopped after step {step} of {config.max_steps}; "
-                "run the same command to resume it."
-            )
+        self.batch = batch
+        self.stopped = bool(trainer.strategy.reduce_boolean_decision(self.stopping, all=False))
+        if self.stopped or step % config.checkpoint_every == 0 or step == config.max_steps:
+            self.save(trainer, module, "last.ckpt")
 
     def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
         score = module.validation.get(module.task.monitor)
-        if score is None or trainer.state.fn != "fit":
+        if score is None or not math.isfinite(score) or trainer.state.fn != "fit":
             return
         if self.best is None or ((score > self.best) == module.task.higher_is_better and score != self.best):
             self.best = score
-            self.save(trainer, module.folder / "best.ckpt")
+            self.save(trainer, module, "best.ckpt")
 
     def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:
         self._restore_handlers()
@@ -176,9 +202,10 @@ class Checkpoints(L.Callback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    @staticmethod
-    def save(trainer: L.Trainer, path: Path) -> None:
-        """Save a checkpoint atomically; called on all ranks, written by the first."""
+    def save(self, trainer: L.Trainer, module: StageModule, name: str) -> None:
+        """Verify the weights and save a checkpoint atomically; called on all ranks, written by the first."""
+        module.verify(self.batch)
+        path = module.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
         trainer.save_checkpoint(unfinished, weights_only=False)
@@ -186,3 +213,19 @@ class Checkpoints(L.Callback):
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
             unfinished.replace(path)
+
+
+class Stop(L.Callback):
+    """End of a training whose ``checkpoints`` were stopped; the last callback, since it raises."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, last = module.completed_steps, module.train_config.max_steps
+        if self.checkpoints.stopped and step < last:  # raised: Lightning's own stop would first validate
+            raise TrainingError(
+                f"stage {module.stage} was stopped after step {step} of {last}; run the same command to resume it."
+            )

@@ -19,28 +19,35 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 class TrainConfig:
     """Hyperparameters of the training of one stage."""
 
-    max_steps: int = config_field(help="optimizer steps")
-    batch_size: int = config_field(help="images per step and device, before accumulation")
-    learning_rate: float = config_field(help="peak learning rate, reached after warm-up")
-    accumulate: int = config_field(1, "batches whose gradients are averaged before a step")
-    betas: tuple[float, float] = config_field((0.9, 0.999), "Adam betas (beta1, beta2)")
-    weight_decay: float = config_field(0.01, "AdamW weight decay; applied to matrices and convolutions only")
-    warmup_steps: int = config_field(0, "steps over which the learning rate rises linearly from 0")
-    decay: Literal["constant", "cosine", "linear"] = config_field(
-        "constant", "learning-rate schedule after warm-up; cosine and linear reach 0 at max_steps"
+    max_steps: int = config_field(help="optimizer steps", changeable=True)
+    batch_size: int = config_field(help="images per step and device, before accumulation", changeable=True)
+    learning_rate: float = config_field(help="peak learning rate, reached after warm-up", changeable=True)
+    accumulate: int = config_field(1, "batches whose gradients are averaged before a step", changeable=True)
+    betas: tuple[float, float] = config_field((0.9, 0.999), "Adam betas (beta1, beta2)", changeable=True)
+    weight_decay: float = config_field(
+        0.01, "AdamW weight decay; applied to matrices and convolutions only", changeable=True
     )
-    gradient_clip: float | None = config_field(1.0, "gradients are scaled down to this norm; null = no clipping")
+    warmup_steps: int = config_field(0, "steps over which the learning rate rises linearly from 0", changeable=True)
+    decay: Literal["constant", "cosine", "linear"] = config_field(
+        "constant", "learning-rate schedule after warm-up; cosine and linear reach 0 at max_steps", changeable=True
+    )
+    gradient_clip: float | None = config_field(
+        1.0, "gradients are scaled down to this norm; null = no clipping", changeable=True
+    )
     ema_decay: float = config_field(
-        0.9999, "decay of the averaged weights (EMA), ramped as (1 + n) / (10 + n) at step n; 0 = no averaging"
+        0.9999,
+        "decay of the averaged weights (EMA), ramped as (1 + n) / (10 + n) at step n; 0 = no averaging",
+        changeable=True,
     )
     precision: Precision | None = config_field(
         None,
         "autocast precision of this stage; null = trainer.precision. fp32 suits a VAE: small channels, exact colours",
+        changeable=True,
     )
-    log_every: int = config_field(50, "steps between rows of metrics.csv")
-    validate_every: int = config_field(1000, "steps between validations")
-    images_every: int = config_field(1000, "steps between grids of images", formerly="pictures_every")
-    checkpoint_every: int = config_field(500, "steps between checkpoints")
+    log_every: int = config_field(50, "steps between rows of metrics.csv", changeable=True)
+    validate_every: int = config_field(1000, "steps between validations", changeable=True)
+    images_every: int = config_field(1000, "steps between grids of images", formerly="pictures_every", changeable=True)
+    checkpoint_every: int = config_field(500, "steps between checkpoints", changeable=True)
     init: str | None = config_field(
         None, "source of the initial weights: the file of a stage or a run, or SD as a file, a folder or a hub id"
     )

@@ -70,6 +70,12 @@ class EMA:
         self.average = {name: average.to(device) for name, average in self.average.items()}
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinite values; sharded ones are tested on all ranks."""
+    tests = ((name, tensor.isfinite().all()) for name, tensor in tensors.items() if tensor.is_floating_point())
+    return next((name for name, finite in tests if not full_tensor(finite)), None)
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return a sharded tensor gathered from all ranks, any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

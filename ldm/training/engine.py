@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 
+from ldm.config import to_dict
 from ldm.errors import TrainingError
 from ldm.training.config import TrainConfig
-from ldm.training.ema import EMA, full_tensor
+from ldm.training.ema import EMA, full_tensor, not_finite
 from ldm.training.optim import adamw, clip_gradients
 from ldm.training.tasks import Task
 from ldm.training.tasks.task import Export, Preview, Splits, Step
+from ldm.training.trial import evaluation_mode, infinite_loss, try_settings
 
 
 def seed_of(*key: int | str) -> int:
@@ -38,9 +43,18 @@ class StageModule(L.LightningModule):
         handoff: fingerprints of the preceding stages whose weights the task uses, by stage.
         seed: seed of the experiment; random numbers of a step come from a generator of (seed, stage, step, rank).
         folder: folder of the stage in the run folder.
+        settings: sections of the experiment that checkpoints record; see :func:`ldm.training.resume.settings_of`.
     """
 
-    def __init__(self, task: Task, config: TrainConfig, handoff: Mapping[str, str], seed: int, folder: Path):
+    def __init__(
+        self,
+        task: Task,
+        config: TrainConfig,
+        handoff: Mapping[str, str],
+        seed: int,
+        folder: Path,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ):
         super().__init__()
         self.automatic_optimization = False
         self.task = task
@@ -50,7 +64,10 @@ class StageModule(L.LightningModule):
         self.handoff = dict(handoff)
         self.seed = seed
         self.folder = folder
+        self.settings = settings
         self.completed_steps = 0
+        self.verified_steps = -1  # steps after which the weights were last verified
+        self.gradient_norm: Tensor | None = None  # of the newest optimizer step, until it is checked
         self.ema: EMA | None = None
         self.latest: dict[str, Tensor | float] = {}  # metrics of the newest training batch
         self.validation: dict[str, float] = {}  # metrics of the newest validation
@@ -137,27 +154,79 @@ class StageModule(L.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * config.learning_rate_factor(self.completed_steps)
         if config.gradient_clip is not None:
-            clip_gradients((p for group in optimizer.param_groups for p in group["params"]), config.gradient_clip)
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            self.gradient_norm = clip_gradients(parameters, config.gradient_clip)
 
     def _finite(self, loss: Tensor) -> float:
         """Return the value of a loss.
 
         Raises:
-            TrainingError: it is NaN or infinite.
+            TrainingError: it is NaN or infinite, or the gradients of the step before were.
         """
+        self._check_gradients()
         value = float(loss.detach())
-        if value != value or value in (float("inf"), float("-inf")):
-            last = self.folder / "last.ckpt"
-            good = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
-            raise TrainingError(
-                f"the loss of stage {self.stage} is {value} at step {self.completed_steps}; {good}. "
-                f"Resume it with a lower {self.stage}.train.learning_rate or in another trainer.precision."
-            )
+        if not math.isfinite(value):
+            raise self._diverged(f"the loss of stage {self.stage} is {value} at step {self.completed_steps}")
         return value
+
+    def _check_gradients(self) -> None:
+        """Check the gradients of the newest optimizer step; one step late, when the loss makes the CPU wait for the device."""
+        norm, self.gradient_norm = self.gradient_norm, None
+        scaled = self.trainer.precision == "16-mixed"  # the scaler skips steps whose gradients are not finite
+        if norm is not None and not scaled and not math.isfinite(norm):
+            raise self._diverged(
+                f"the gradient norm of stage {self.stage} is {float(norm)} after step {self.completed_steps}"
+            )
+
+    def verify(self, batch: Mapping[str, Any] | None) -> None:
+        """Check that training can go on from the present weights; called on all ranks before they are saved.
+
+        Args:
+            batch: the newest training batch, whose loss is computed again; None if there was none since the weights were loaded.
+
+        Raises:
+            TrainingError: the gradients, the weights, their average, or the loss are not finite.
+        """
+        if self.verified_steps == self.completed_steps:
+            return
+        self._check_gradients()
+        broken = not_finite(self.task.state_dict()) or (self.ema and not_finite(self.ema.average))
+        problem = f"the weight {broken} of stage {self.stage} holds NaN or infinite values" if broken else None
+        if problem is None and batch is not None:
+            step, autocast = self.step("verify", self.global_rank), self.trainer.precision_plugin.train_step_context()
+            value = infinite_loss(self.task, batch, step, autocast)
+            problem = None if value is None else f"the weights of stage {self.stage} give a loss of {value}"
+        if self.trainer.strategy.reduce_boolean_decision(problem is not None, all=False):
+            problem = problem or f"the loss of stage {self.stage} on another device is not finite"
+            raise self._diverged(f"{problem} after step {self.completed_steps}")
+        self.verified_steps = self.completed_steps
+
+    def _diverged(self, problem: str) -> TrainingError:
+        """Return the error for weights, gradients or losses that are not finite, naming the checkpoints to resume from."""
+        last, best = (self.folder / name for name in ("last.ckpt", "best.ckpt"))
+        remedy = f"with a lower {self.stage}.train.learning_rate or in another trainer.precision"
+        if not last.is_file():
+            return TrainingError(f"{problem}; there is no checkpoint yet. Start again {remedy}.")
+        instead = f", or copy {best} to it if it ends like this again at once" if best.is_file() else ""
+        return TrainingError(f"{problem}; the last good checkpoint is {last}. Resume it {remedy}{instead}.")
+
+    def try_settings(self) -> None:
+        """Try what is computed during the training once; see :func:`ldm.training.trial.try_settings`."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
+        try_settings(
+            self.task,
+            data.samples,
+            data.validates,
+            self.train_config.batch_size,
+            lambda name, number: replace(self.step(name, self.global_rank), number=number),
+            self.trainer.precision_plugin.train_step_context,
+        )
 
     # Averaged weights: training uses the current weights, everything else the averaged ones
 
     def on_fit_start(self) -> None:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
+        self.fingerprints = data.fingerprints()
         if self.train_config.ema_decay and self.ema is None:
             self.ema = EMA(self.task.trainable_module, self.train_config.ema_decay)
         if self.ema is not None:
@@ -215,6 +284,9 @@ class StageModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["completed_steps"] = self.completed_steps
         checkpoint["handoff"] = self.handoff
+        checkpoint["settings"] = to_dict(self.settings)
+        checkpoint["samples"] = self.fingerprints
+        checkpoint["samples_per_batch"] = self._samples_per_batch
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
 
@@ -223,18 +295,32 @@ class StageModule(L.LightningModule):
         if "ema" in checkpoint:
             self.ema = EMA(self.task.trainable_module, self.train_config.ema_decay)
             self.ema.load_state_dict(checkpoint["ema"])
+        for saved, optimizer in zip(checkpoint["optimizer_states"], self.configure_optimizers(), strict=True):
+            for group, now in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+                group |= {name: value for name, value in now.items() if name != "params"}
+        now = self._samples_per_batch
+        self._continue_batches(checkpoint["loops"]["fit_loop"], checkpoint.get("samples_per_batch", now), now)
+
+    @property
+    def _samples_per_batch(self) -> int:
+        return self.train_config.batch_size * self.trainer.world_size
+
+    def _continue_batches(self, fit_loop: dict[str, Any], before: int, now: int) -> None:
+        """Count the batches of a saved loop as if all steps had accumulated as many as the config says.
+
+        Lightning counts batches, the config steps. The position in the data stays that of the checkpoint.
+
+        Args:
+            fit_loop: state of Lightning's loop, changed in place.
+            before, now: samples of a batch on all ranks, in the checkpoint and from now on.
+        """
+        progress = fit_loop["epoch_loop.batch_progress"]
         # A finished run continues if max_steps was raised; Lightning would mistake the end of the run for the end of the data.
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         progress["is_last_batch"] = self.completed_steps >= self.train_config.max_steps
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put the module into evaluation mode within the block, then restore the mode of each submodule."""
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in modes.items():
-            each.training = training
+        more = self.completed_steps * self.train_config.accumulate - progress["current"]["ready"]
+        for counts in (progress["total"], progress["current"]):
+            counts |= {name: count + more for name, count in counts.items()}
+        for loader in fit_loop["state_dict"]["combined_loader"]:
+            position = loader.get("origin", 0) + loader["batch"] * before
+            loader["batch"] += more
+            loader["origin"] = position - loader["batch"] * now

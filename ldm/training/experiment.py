@@ -8,8 +8,10 @@ from pathlib import Path
 
 from ldm.config import config_field, from_dict, read_yaml
 from ldm.data.config import DataConfig
-from ldm.errors import ConfigError
-from ldm.model import ModelConfig
+from ldm.diffusion import SPECS, Schedule, sigmas
+from ldm.errors import ConfigError, SamplingError
+from ldm.model import ModelConfig, SamplingConfig
+from ldm.sampling_settings import SamplingSettings
 from ldm.training.config import TrainerConfig
 from ldm.training.tasks import TASKS
 from ldm.training.tasks.clip import CLIPStage
@@ -51,7 +53,16 @@ class Experiment:
                 raise ConfigError(
                     f"denoiser.conditioner needs images with 3 channels, but those of the data have {self.data.image_shape[0]}."
                 )
+        if self.vae.train is not None:
+            try:
+                self.vae.loss.check_size(*self.data.image_shape[1:])
+            except ConfigError as error:
+                raise ConfigError(f"vae.loss: {error}") from None
         _ = self.model_config  # raises if the stages do not fit
+        try:
+            _check_sampling(self.denoiser.sampling, self.denoiser.diffusion.schedule)
+        except SamplingError as error:
+            raise ConfigError(f"denoiser.sampling: {error}") from None
 
     @property
     def folder(self) -> Path:
@@ -86,6 +97,18 @@ class Experiment:
             size=(height, width),
             sampling=self.denoiser.sampling,
         )
+
+
+def _check_sampling(config: SamplingConfig, schedule: Schedule) -> None:
+    """Check the default sampling of a model, which the previews of the training use.
+
+    Raises:
+        SamplingError: a setting is invalid, or the schedule does not have these noise levels.
+    """
+    steps = config.num_inference_steps
+    SamplingSettings.of(num_inference_steps=steps, guidance_scale=config.guidance_scale, shift=config.shift)
+    final, grid = config.final_of(config.sampler), SPECS[config.sampler].grid
+    sigmas(schedule, steps, config.spacing, config.offset, final, config.shift, grid)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from ldm.data.datamodule import DataModule
 from ldm.devices import usual_torch_state
-from ldm.errors import CheckpointError, first_line
-from ldm.formats.native import check_names
-from ldm.training.callbacks import Checkpoints, Metrics, Previews, Progress
+from ldm.training.callbacks import Checkpoints, Metrics, Previews, Progress, Stop, Trial
 from ldm.training.config import TrainerConfig
 from ldm.training.engine import StageModule
+from ldm.training.resume import completed_steps
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
-def completed_steps(module: StageModule) -> int:
-    """Return the number of steps in the ``last.ckpt`` of the stage; 0 if there is none.
-
-    Raises:
-        CheckpointError: it cannot be read, belongs to another model, trains other parts of it, or was trained on other
-            predecessors.
-    """
-    last = module.folder / "last.ckpt"
-    if not last.is_file():
-        return 0
-    try:
-        checkpoint = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = first_line(error)
-        raise CheckpointError(f"{last} cannot be read ({reason}); delete it to restart the stage.") from None
-    for name, mark in module.handoff.items():
-        if checkpoint["handoff"].get(name) != mark:
-            raise CheckpointError(
-                f"{last} was trained on the {name} with fingerprint {checkpoint['handoff'].get(name)}, but the current one has "
-                f"{mark}; delete {module.folder} to train the stage on it, or restore the old one."
-            )
-    check_names(module.task, checkpoint["state_dict"], last)
-    groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
-    before, now = sum(len(group["params"]) for group in groups), sum(p.requires_grad for p in module.parameters())
-    if before != now:
-        raise CheckpointError(
-            f"{last} trains {before} tensors of the networks, but the config has {now} trainable tensors; undo the change "
-            f"(conditioner.trainable?), or delete {module.folder} to restart the stage."
-        )
-    return int(checkpoint["completed_steps"])
+def is_first_process() -> bool:
+    """Return True on the first rank, also before and after the training."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _strategy(config: TrainerConfig, module: StageModule) -> str:
@@ -61,22 +36,27 @@ def _strategy(config: TrainerConfig, module: StageModule) -> str:
 
 
 @usual_torch_state()
-def fit(module: StageModule, data: L.LightningDataModule, config: TrainerConfig) -> L.Trainer:
+def fit(
+    module: StageModule, data: DataModule, config: TrainerConfig, begin: Callable[[], object] = lambda: None
+) -> L.Trainer:
     """Train a stage to its last step, from ``last.ckpt`` if there is one.
 
     Args:
         module: the stage, with its initial weights.
         data: its training loader holds the batches of the complete run and can start at any of them.
         config: machine settings.
+        begin: called by the first rank before the first step, after the settings were tried.
 
     Raises:
+        CheckpointError: ``last.ckpt`` cannot be continued; see :func:`ldm.training.resume.completed_steps`.
         TrainingError: training was stopped before the last step, or the loss is not finite.
     """
-    train, start = module.train_config, completed_steps(module)
+    train, start = module.train_config, completed_steps(module, data)
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.compile:
         module.task.compile_networks()
+    checkpoints = Checkpoints()
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
@@ -92,7 +72,8 @@ def fit(module: StageModule, data: L.LightningDataModule, config: TrainerConfig)
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=module.folder,
-        callbacks=[Metrics(), Progress(), Previews(), Checkpoints()],
+        # Checkpoints precede images, which may fail.
+        callbacks=[Trial(begin), Metrics(), Progress(), checkpoints, Previews(), Stop(checkpoints)],
     )
     trainer.fit(module, datamodule=data, ckpt_path=module.folder / "last.ckpt" if start else None, weights_only=True)
     return trainer

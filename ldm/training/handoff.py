@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from ldm.errors import CheckpointError, TrainingError
 from ldm.formats import read
 from ldm.formats.checkpoint import OTHERS, Checkpoint
 from ldm.formats.native import CLIP, FIRST_STAGE, load_strictly
-from ldm.formats.tensors import fingerprint, read_metadata, write_atomically
+from ldm.formats.tensors import fingerprint, read_metadata
 from ldm.training.experiment import Experiment
 from ldm.training.tasks import TASKS, Task
 from ldm.training.tasks.task import PART_SECTIONS
@@ -35,13 +36,15 @@ FINGERPRINT_NAMES = {
 class Handoff:
     """Access to the results of preceding stages that a stage of an experiment uses.
 
-    ``fingerprints`` has the fingerprint of each preceding stage whose result was read.
+    ``fingerprints`` has the fingerprint of each preceding stage whose result was read; ``files`` has the text of each new file of
+    the stage, which is written when its training begins.
     """
 
     def __init__(self, experiment: Experiment, stage: str):
         self.experiment = experiment
         self.stage = stage
         self.fingerprints: dict[str, str] = {}
+        self.files: dict[Path, str] = {}
 
     def predecessor(self, stage: str) -> Checkpoint:
         """Read the result of a preceding stage, or the source that the config names instead (``<stage>.checkpoint``).
@@ -69,14 +72,31 @@ class Handoff:
         load_strictly(network, source.part(name).state, source.source, torch.float32)
 
     def tokenizer(self, config: TokenizerConfig, name: str = "") -> Tokenizer:
-        """Return a tokenizer of the stage: made from the training captions once, then read from ``tokenizer<name>.json``."""
-        path = self.experiment.folder / self.stage / f"tokenizer{name}.json"
-        if path.is_file():
-            return Tokenizer.from_json(path.read_text(encoding="utf-8"))
+        """Return a tokenizer of the stage, made from the training captions once and then read from ``tokenizer<name>.json``.
+
+        It is made again if the config or the captions have changed, unless a checkpoint of the stage was trained with it.
+        ``tokenizer<name>.source.json`` records what it was made from.
+        """
+        folder = self.experiment.folder / self.stage
+        path, record = folder / f"tokenizer{name}.json", folder / f"tokenizer{name}.source.json"
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if text and self._is_trained():
+            return Tokenizer.from_json(text)
         samples = self.experiment.data.open("train")
+        made_from = {"config": to_dict(config), "captions": samples.fingerprint, "path": _digest(config)}
+        if text and record.is_file() and record.read_text(encoding="utf-8") == _record(made_from, text):
+            return Tokenizer.from_json(text)
         tokenizer = config.build(samples.annotations(np.arange(len(samples)))["text"])
-        write_atomically(path, lambda temporary: temporary.write_text(tokenizer.to_json(), encoding="utf-8"))
+        text = tokenizer.to_json()
+        self.files |= {path: text, record: _record(made_from, text)}
         return tokenizer
+
+    def _is_trained(self) -> bool:
+        """Return True if the stage has a checkpoint, or is finished."""
+        if (self.experiment.folder / self.stage / "last.ckpt").is_file():
+            return True
+        result, train = result_file(self.experiment, self.stage), getattr(self.experiment, self.stage).train
+        return bool(result.is_file() and _provenance(result).get("steps", 0) >= train.max_steps)
 
 
 def result_file(experiment: Experiment, stage: str) -> Path:
@@ -92,13 +112,13 @@ def is_finished(result: Path, stage: str, steps: int, handoff: Mapping[str, str]
     """
     if not result.is_file():
         return False
-    provenance = json.loads(read_metadata(result).get("provenance", "{}"))
+    provenance = _provenance(result)
     if provenance.get("handoff") != handoff:
         raise CheckpointError(
             f"{result} was made from predecessors with the fingerprints {provenance.get('handoff')}, but the current ones have "
             f"{handoff}; move it and the folder of stage {stage} to train the stage again."
         )
-    return provenance.get("steps", 0) >= steps
+    return bool(provenance.get("steps", 0) >= steps)
 
 
 def initialize(task: Task, source: str) -> None:
@@ -145,6 +165,22 @@ def _fingerprint(source: Checkpoint, task: type[Task]) -> str:
     parts = {FINGERPRINT_NAMES.get(name, name): source.part(name) for name in task.parts_of(source)}
     states = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state.items()}
     return fingerprint(states, {name: to_dict(part.config) for name, part in parts.items()})
+
+
+def _record(made_from: Mapping[str, Any], text: str) -> str:
+    """Return the record of what a file was made from, and of its content."""
+    return json.dumps({**made_from, "content": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def _provenance(result: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(read_metadata(result).get("provenance", "{}"))
+    return found
+
+
+def _digest(config: TokenizerConfig) -> str | None:
+    """Return a hash of the file that a tokenizer is read from, if its config names one that exists."""
+    path = getattr(config, "path", None)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else None
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

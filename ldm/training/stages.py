@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,17 @@ from ldm import __version__
 from ldm.config import to_yaml
 from ldm.data.datamodule import DataModule, LatentSource
 from ldm.devices import usual_torch_state
+from ldm.errors import ConfigError, TrainingError
 from ldm.formats.native import save_state
 from ldm.formats.tensors import write_atomically
+from ldm.training.ema import not_finite
 from ldm.training.engine import StageModule, seed_of
-from ldm.training.experiment import Experiment
-from ldm.training.fit import fit
+from ldm.training.experiment import Experiment, load_config
+from ldm.training.fit import fit, is_first_process
 from ldm.training.handoff import Handoff, initialize, is_finished, result_file
+from ldm.training.lock import locked
 from ldm.training.modules import MODULES
+from ldm.training.resume import report_changes, settings_of
 from ldm.training.tasks import TASKS, VAETask
 
 
@@ -26,23 +33,43 @@ def train_stage(experiment: Experiment, stage: str) -> Path:
     """Train or resume a stage and return the path of its result; a finished stage is not changed.
 
     Raises:
-        TrainingError: a predecessor is missing, training was stopped, or the loss is not finite.
-        CheckpointError: a predecessor does not fit the config, or has been trained again since.
+        TrainingError: a predecessor is missing, another process trains the stage, training was stopped, or the loss or the
+            weights are not finite.
+        CheckpointError: a predecessor does not fit the config, or has been trained again since; or the stage cannot be
+            resumed with this config.
     """
     result = result_file(experiment, stage)
-    module = build_module(experiment, stage)
+    module, files = _build(experiment, stage)
     if is_finished(result, stage, module.train_config.max_steps, module.handoff):
+        report_changes(module, result)
         return result
-    write_config(experiment)
+    with locked(module.folder) if is_first_process() else nullcontext():
+        _train(experiment, module, files, result)
+    return result
+
+
+def _train(experiment: Experiment, module: StageModule, files: Mapping[Path, str], result: Path) -> None:
+    """Train a stage to its end, with ``files`` in the run folder, and write its result."""
+
+    def begin() -> None:
+        for path, text in files.items():
+            _write_text(path, text)
+        write_config(experiment, module.stage)
+
     if module.train_config.init and not (module.folder / "last.ckpt").is_file():
         initialize(module.task, module.train_config.init)
     data = data_of(experiment, module)
-    trainer = fit(module, data, experiment.trainer)
+    trainer = fit(module, data, experiment.trainer, begin)
     module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when it ends
     export, state = module.export(data.samples)
+    if broken := not_finite(state):
+        raise TrainingError(
+            f"the weight {broken} of the finished stage {module.stage} holds NaN or infinite values, so {result} is not written; "
+            f"train the stage again with a lower {module.stage}.train.learning_rate, in another run_dir."
+        )
     if trainer.is_global_zero:
         provenance: dict[str, Any] = {
-            "stage": stage,
+            "stage": module.stage,
             "steps": module.completed_steps,
             "seed": module.seed,
             "ldm": __version__,
@@ -50,7 +77,6 @@ def train_stage(experiment: Experiment, stage: str) -> Path:
         }
         save_state(result, export.format, state, export.config, export.tokenizer, provenance)
     trainer.strategy.barrier()
-    return result
 
 
 @usual_torch_state()
@@ -61,13 +87,19 @@ def build_module(experiment: Experiment, stage: str) -> StageModule:
         TrainingError: a predecessor has not been trained.
         CheckpointError: a predecessor does not fit the config.
     """
+    return _build(experiment, stage)[0]
+
+
+def _build(experiment: Experiment, stage: str) -> tuple[StageModule, Mapping[Path, str]]:
+    """Build the module of a stage, and the texts of the files that its folder gets."""
     torch.manual_seed(seed_of(experiment.seed, stage, "weights"))
     handoff = Handoff(experiment, stage)
     task, train = TASKS[stage].build(experiment, handoff), getattr(experiment, stage).train
     assert train is not None, f"the experiment does not train stage {stage}"
-    return MODULES.get(stage, StageModule)(
-        task, train, handoff.fingerprints, experiment.seed, experiment.folder / stage
+    module = MODULES.get(stage, StageModule)(
+        task, train, handoff.fingerprints, experiment.seed, experiment.folder / stage, settings_of(experiment, stage)
     )
+    return module, handoff.files
 
 
 def data_of(experiment: Experiment, module: StageModule) -> DataModule:
@@ -84,7 +116,21 @@ def data_of(experiment: Experiment, module: StageModule) -> DataModule:
     )
 
 
-def write_config(experiment: Experiment) -> None:
-    """Write the resolved experiment to ``config.yaml`` in the run folder."""
-    text = to_yaml(experiment)
-    write_atomically(experiment.folder / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+def write_config(experiment: Experiment, stage: str) -> None:
+    """Write the resolved experiment to ``config.yaml`` in the run folder, when the training of ``stage`` begins.
+
+    Hyperparameters of other stages that were trained in this folder stay as they are there.
+    """
+    path = experiment.folder / "config.yaml"
+    with suppress(ConfigError):  # there is none, or one that this version does not read
+        before = load_config(path)
+        for other in set(experiment.stages) - {stage}:
+            section, trained = getattr(experiment, other), getattr(before, other)
+            if (experiment.folder / other / "last.ckpt").is_file() and trained and trained.train:
+                section = replace(section, train=trained.train, loss=trained.loss)
+                experiment = replace(experiment, **{other: section})
+    _write_text(path, to_yaml(experiment))
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

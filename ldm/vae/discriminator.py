@@ -33,3 +33,11 @@ class PatchDiscriminator(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Map images ``[b c h w]`` in [-1, 1] to logits ``[b 1 h' w']``, high for patches that look real."""
         return self.body(image)
+
+
+def largest_number_of_layers(size: int) -> int:
+    """Return the most ``layers`` of a :class:`PatchDiscriminator` for images of ``size`` pixels; 0 if they are too small for any.
+
+    Each convolution of stride 2 halves the size, and each of the two of stride 1 takes 1 from it, of which 1 must be left.
+    """
+    return max(0, (size // 3).bit_length() - 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.config import Kind, config_field
 from ldm.errors import ConfigError, LdmError, missing_extra
-from ldm.vae.discriminator import PatchDiscriminator
+from ldm.vae.discriminator import PatchDiscriminator, largest_number_of_layers
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,19 @@ class VAELossConfig(Kind, default="reconstruction"):
 
     def build(self) -> nn.Module:
         raise NotImplementedError
+
+    def check_size(self, height: int, width: int) -> None:
+        """Check that the discriminator can take images of ``height`` by ``width`` pixels.
+
+        Raises:
+            ConfigError: they are too small for its number of layers.
+        """
+        most = largest_number_of_layers(min(height, width))
+        if self.adversarial and self.disc_layers > most:
+            instead = f"set it to {most} at most, or adversarial to 0" if most else "set adversarial to 0"
+            raise ConfigError(
+                f"disc_layers is {self.disc_layers}, which is too many for images of {height} x {width} pixels; {instead}."
+            )
 
     def build_discriminator(self, image_channels: int) -> PatchDiscriminator | None:
         """Build the discriminator of the adversarial loss; None if its weight is 0."""

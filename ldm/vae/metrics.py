@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.errors import TrainingError
 from ldm.vae.first_stage import FirstStage
 from ldm.vae.preview import LeastSquares
 
@@ -32,6 +33,9 @@ def measure_latents(
         first_stage: first stage in evaluation mode, on ``device``.
         batches: batches with ``image [b c h w]`` in [-1, 1].
         device: device on which images are encoded.
+
+    Raises:
+        TrainingError: the latents are not finite.
     """
     channels = first_stage.latent_channels
     count, total, squares = (
@@ -48,6 +52,11 @@ def measure_latents(
         total += mean.sum((0, 2, 3))
         squares += (mean.square() + variance).sum((0, 2, 3))
         count += mean.numel() // channels
+    if not (total.isfinite().all() and squares.isfinite().all()):
+        raise TrainingError(
+            "the first stage encodes the training images to latents that are not finite, so their statistics cannot be measured; "
+            "train it again with a lower vae.train.learning_rate."
+        )
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
     first_stage.latent_mean.copy_(mean)

@@ -98,6 +98,10 @@ def test_two_processes_train_the_clip_of_one_with_the_batches_of_both(tmp_path: 
         command = [sys.executable, "tools/train.py", "--stage", "clip", "--config", str(config), *settings]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+        assert (
+            done.stdout.splitlines()[-1] == f"stage clip is finished: {tmp_path / name / 'clip' / 'final.safetensors'}"
+        )
+        assert done.stdout.count("is finished") == 1
         states.append(load_file(tmp_path / name / "clip" / "final.safetensors"))
         with (tmp_path / name / "clip" / "metrics.csv").open(newline="") as file:
             assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3", "3"]

@@ -50,11 +50,12 @@ class CLIPStage:
 
     tokenizer: TokenizerConfig = config_field(help="tokenizer of the captions")
     model: CLIPConfig = config_field(help="text and image towers of the CLIP")
-    loss: CLIPLossConfig = config_field(CrossEntropyConfig(), "contrastive loss")
+    loss: CLIPLossConfig = config_field(CrossEntropyConfig(), "contrastive loss", changeable=True)
     train: TrainConfig | None = config_field(None, "training of the stage; null = it is not trained")
     checkpoint: str | None = config_field(
         None,
         "source of a CLIP or a text encoder that is used without training: a file, folder or hub id, of SD or of CLIP",
+        changeable=True,
     )
 
     def __post_init__(self) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ldm.clip.tokenizer import Tokenizer, TokenizerConfig, train_byte_bpe
 from ldm.conditioning import ConditionerConfig
+from ldm.conditioning.conditioner import input_of
+from ldm.conditioning.label import ClassConditioner
 from ldm.config import config_field
+from ldm.data.samples import Samples
 from ldm.data.stream import EvaluationLoader
 from ldm.denoiser.config import DenoiserConfig
 from ldm.diffusion.loss import DenoisingLossConfig, WeightedLossConfig
@@ -22,6 +27,7 @@ from ldm.formats import MODEL_FILE, native
 from ldm.formats.checkpoint import Checkpoint, part_prefixes
 from ldm.image_output import Images
 from ldm.modalities.arguments import of_key, pipeline_arguments
+from ldm.modalities.label import LABEL
 from ldm.model import LatentDiffusion, SamplingConfig
 from ldm.pipeline import Pipeline
 from ldm.training.config import TrainConfig
@@ -67,10 +73,10 @@ class DenoiserStage:
     conditioner: ConditionerConfig = config_field(help="what the denoiser is conditioned on")
     train: TrainConfig = config_field(help="training of the stage")
     diffusion: Diffusion = config_field(Diffusion(), "schedule and parametrization")
-    loss: DenoisingLossConfig = config_field(WeightedLossConfig(), "denoising loss")
-    sampling: SamplingConfig = config_field(SamplingConfig(), "default sampling of the trained model")
-    prompts: tuple[str, ...] = config_field((), "prompts of the image grids made during training")
-    classes: tuple[int, ...] = config_field((), "class labels of the image grids made during training")
+    loss: DenoisingLossConfig = config_field(WeightedLossConfig(), "denoising loss", changeable=True)
+    sampling: SamplingConfig = config_field(SamplingConfig(), "default sampling of the trained model", changeable=True)
+    prompts: tuple[str, ...] = config_field((), "prompts of the image grids made during training", changeable=True)
+    classes: tuple[int, ...] = config_field((), "class labels of the image grids made during training", changeable=True)
 
 
 class DenoiserTask(Task):
@@ -220,30 +226,77 @@ class DenoiserTask(Task):
         if self.of_points:
             points = next(iter(EvaluationLoader(splits("val"), POINTS)))["image"]
             return process_plots(self.model, points.to(self.device), step.generator)
-        keys = self.config.conditioner.input_keys
-        arguments: dict[str, Any] = {"num_images_per_prompt": PREVIEW}
-        if keys and keys not in (("text",), ("label",)):
-            return {"samples": self._with_originals(keys, splits, step)}
-        if keys:
-            arguments = {"prompt": self.config.prompts} if keys == ("text",) else {"label": self.config.classes}
+        conditions = self._validation_conditions(splits, step)
+        arguments = self._preview_arguments(conditions)
         if not all(arguments.values()):
             return {}
+        if conditions:
+            return {"samples": self._with_originals(conditions, arguments, step)}
         samples = Pipeline(self.model)(**arguments, seed=step.seed, progress=False)
         scale = max(1, LEAST_SIDE // samples[0].height)
-        return {"samples": samples.grid(captions=bool(keys), scale=scale)}
+        captions = bool(self.config.conditioner.input_keys)
+        return {"samples": samples.grid(captions=captions, scale=scale)}
 
-    def _with_originals(self, keys: tuple[str, ...], splits: Splits, step: Step) -> Preview:
-        """Generate images for the conditions of validation images; rows: the conditions, the results, the originals."""
+    def try_previews(self, splits: Splits, step: Step) -> None:
+        """Make the first sampling step of the images."""
+        arguments = {} if self.of_points else self._preview_arguments(self._validation_conditions(splits, step))
+        if arguments and all(arguments.values()):
+            stream = Pipeline(self.model).stream(**arguments, seed=step.seed, progress=False)
+            next(stream)
+            stream.close()
+        for prompt in arguments.get("prompt", ()):
+            if isinstance(prompt, str) and not self.model.conditioner.fits(prompt):
+                warnings.warn(
+                    f"the prompt {prompt!r} of the images made during training has more tokens than the context, to which the "
+                    "captions are cut; shorten it in denoiser.prompts.",
+                    stacklevel=2,
+                )
+
+    def check_annotations(self, sets: Sequence[Samples]) -> None:
+        """Check all class labels; warn if the classes of the previews are not among them."""
+        conditioners = [each for each in self.model.conditioner.modules() if isinstance(each, ClassConditioner)]
+        if not conditioners:
+            return
+        found: set[int] = set()
+        for samples in sets:
+            labels = input_of(samples.annotations(np.arange(len(samples))), LABEL.key)
+            found.update(labels.tolist())
+            for conditioner in conditioners:
+                conditioner.check(labels)
+        absent = sorted(set(self.config.classes) - found)
+        if absent:
+            warnings.warn(
+                f"denoiser.classes contains {', '.join(map(str, absent))}, of which there is no image; their previews "
+                "will show nothing that was learned.",
+                stacklevel=2,
+            )
+
+    def _validation_conditions(self, splits: Splits, step: Step) -> Mapping[str, Any]:
+        """Return the first validation images with their conditions, if previews are made for these; else nothing."""
+        if self.config.conditioner.input_keys in ((), ("text",), ("label",)):
+            return {}
         batch = on_device(next(iter(EvaluationLoader(splits("val"), PREVIEW))), self.device)
-        conditions = self._conditions(batch, step.generator)
-        arguments = pipeline_arguments({key: _entries(conditions[key]) for key in keys})
+        return self._conditions(batch, step.generator)
+
+    def _preview_arguments(self, conditions: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the pipeline for the previews: the conditions, or else the fixed prompts or classes."""
+        keys = self.config.conditioner.input_keys
+        if conditions:
+            return pipeline_arguments({key: _entries(conditions[key]) for key in keys})
+        if keys:
+            return {"prompt": self.config.prompts} if keys == ("text",) else {"label": self.config.classes}
+        return {"num_images_per_prompt": PREVIEW}
+
+    def _with_originals(self, batch: Mapping[str, Any], arguments: Mapping[str, Any], step: Step) -> Preview:
+        """Generate images for the conditions of validation images; rows: the conditions, the results, the originals."""
         generated = Pipeline(self.model)(**arguments, seed=step.seed, output_type="pt", progress=False)
         if "image" in batch:
             originals = batch["image"]
         else:
             latent = self.model.first_stage.posterior(batch).mode
             originals = self.model.decode(self.model.first_stage.normalize(latent))
-        previews = (of_key(key).preview(conditions[key], originals) for key in keys)
+        keys = self.config.conditioner.input_keys
+        previews = (of_key(key).preview(batch[key], originals) for key in keys)
         rows = [*(each for each in previews if each is not None), 2 * generated - 1, originals]
         scale = max(1, LEAST_SIDE // originals.shape[-2])
         return Images.of((torch.cat(rows) + 1) / 2).grid(columns=len(originals), scale=scale)

@@ -175,6 +175,19 @@ class Task(nn.Module):
         """Return named images that show the state of the training; called with averaged weights, on all ranks."""
         raise NotImplementedError
 
+    def try_previews(self, splits: Splits, step: Step) -> None:
+        """Begin to make the previews, as far as their settings and data can be checked by it; called in evaluation mode."""
+        self.previews(splits, step)
+
+    def check_annotations(self, sets: Sequence[Samples]) -> None:
+        """Check the annotations of all samples of the training and the validation set (if there is one).
+
+        Called before the first step, since one that does not fit the config would end the training when it is read.
+
+        Raises:
+            DataError: one does not fit.
+        """
+
     def export(self, splits: Splits) -> Export:
         """Finish the networks and return what the next stage or a pipeline needs; called with averaged weights, on all ranks."""
         raise NotImplementedError

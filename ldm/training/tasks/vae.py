@@ -48,10 +48,12 @@ class VAEStage:
     """Stage 1: the first stage, and its training or the source that it is loaded from."""
 
     model: FirstStageConfig = config_field(help="first stage")
-    loss: VAELossConfig = config_field(AutoencoderLossConfig(), "losses of the first stage")
+    loss: VAELossConfig = config_field(AutoencoderLossConfig(), "losses of the first stage", changeable=True)
     train: TrainConfig | None = config_field(None, "training of the stage; null = it is not trained")
     checkpoint: str | None = config_field(
-        None, "source of a first stage that is used without training: a file, folder or hub id, also of SD"
+        None,
+        "source of a first stage that is used without training: a file, folder or hub id, also of SD",
+        changeable=True,
     )
 
 

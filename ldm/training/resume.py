@@ -1,0 +1,156 @@
+"""What ``last.ckpt`` records of its training, and the check that a training with the present config can continue it.
+
+A changed field either holds from the step of the checkpoint on, or is refused: it is taken over if its dataclass declares it
+``changeable`` (:func:`ldm.config.config_field`), and every other field must keep its value. Checkpoints of earlier versions
+have no record and are accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ldm.config import Kind, from_dict, to_dict
+from ldm.errors import CheckpointError, first_line
+from ldm.formats.native import check_names
+from ldm.training.ema import not_finite
+
+if TYPE_CHECKING:
+    from ldm.data.datamodule import DataModule
+    from ldm.training.engine import StageModule
+    from ldm.training.experiment import Experiment
+
+
+def settings_of(experiment: Experiment, stage: str) -> dict[str, Any]:
+    """Return the sections of an experiment on which the training of a stage depends, by name."""
+    return {stage: getattr(experiment, stage), "data": experiment.data, "seed": experiment.seed}
+
+
+def differences(before: Any, now: Any, where: str = "", changeable: bool = False) -> Iterator[str]:
+    """Yield a phrase for each field that differs between two configs of one type.
+
+    Args:
+        before, now: the configs, or mappings of configs.
+        where: dotted name of the section.
+        changeable: True to include the fields that a resumed training takes over.
+    """
+    if isinstance(now, Mapping):
+        pairs = {str(name): (before[name], config) for name, config in now.items() if name in before}
+    elif dataclasses.is_dataclass(now) and type(before) is type(now):
+        fields = [each for each in dataclasses.fields(now) if changeable or not each.metadata.get("changeable")]
+        pairs = {each.name: (getattr(before, each.name), getattr(now, each.name)) for each in fields}
+    else:
+        if before != now:
+            yield f"{where} was {_shown(before)} and is now {_shown(now)}"
+        return
+    for name, (old, new) in pairs.items():
+        yield from differences(old, new, f"{where}.{name}" if where else name, changeable)
+
+
+def recorded_settings(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the training that wrote a checkpoint, as configs of the types in ``now``; empty if unknown."""
+    record = checkpoint.get("settings", {})
+    return {
+        name: from_dict(_family(config), record[name], name) if dataclasses.is_dataclass(config) else record[name]
+        for name, config in now.items()
+        if name in record
+    }
+
+
+def read_checkpoint(path: Path, instead: str) -> dict[str, Any]:
+    """Read a checkpoint of a training, memory-mapped; ``instead`` tells what to do if it cannot be read.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a broken pickle may raise any exception
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)}); {instead}.") from None
+
+
+def completed_steps(module: StageModule, data: DataModule) -> int:
+    """Return the number of steps in the ``last.ckpt`` of the stage; 0 if there is none.
+
+    Raises:
+        CheckpointError: it cannot be read, holds weights that are not finite, belongs to another model, trains other parts of
+            it, was trained on other predecessors or images, with fields that must not change, or for more steps.
+    """
+    last = module.folder / "last.ckpt"
+    if not last.is_file():
+        return 0
+    checkpoint = read_checkpoint(last, "delete it to restart the stage")
+    for name, mark in module.handoff.items():
+        if checkpoint["handoff"].get(name) != mark:
+            raise CheckpointError(
+                f"{last} was trained on the {name} with fingerprint {checkpoint['handoff'].get(name)}, but the current one has "
+                f"{mark}; delete {module.folder} to train the stage on it, or restore the old one."
+            )
+    check_names(module.task, checkpoint["state_dict"], last)
+    groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
+    before, now = sum(len(group["params"]) for group in groups), sum(p.requires_grad for p in module.parameters())
+    if before != now:
+        raise CheckpointError(
+            f"{last} trains {before} tensors of the networks, but the config has {now} trainable tensors; undo the change "
+            f"(conditioner.trainable?), or delete {module.folder} to restart the stage."
+        )
+    if broken := not_finite({**checkpoint["state_dict"], **checkpoint.get("ema", {}).get("average", {})}):
+        best = last.with_name("best.ckpt")
+        instead = f"copy {best} to it to go on from there, or " if best.is_file() else ""
+        raise CheckpointError(
+            f"{last}: the weight {broken} holds NaN or infinite values; {instead}delete it to restart the stage."
+        )
+    changes = list(differences(recorded_settings(checkpoint, module.settings), module.settings))
+    fingerprint = data.fingerprints()["train"]
+    if checkpoint.get("samples", {}).get("train", fingerprint) != fingerprint:
+        changes.append("the images or captions of data.train are not those that it was trained on")
+    if changes:
+        raise CheckpointError(
+            f"{last} cannot be continued with this config: {'; '.join(changes)}. Undo the change, or give another run_dir."
+        )
+    steps, wanted = int(checkpoint["completed_steps"]), module.train_config.max_steps
+    if steps > wanted:
+        raise CheckpointError(
+            f"{last} has completed {steps} steps, more than {module.stage}.train.max_steps, which is {wanted}; raise it, or "
+            "give another run_dir."
+        )
+    return steps
+
+
+def report_changes(module: StageModule, result: Path) -> None:
+    """Warn if a stage was finished with other hyperparameters than those of the config, which have no effect any more.
+
+    Raises:
+        CheckpointError: its model is another than that of the config.
+    """
+    now = {module.stage: module.settings[module.stage]}
+    try:
+        before = recorded_settings(read_checkpoint(module.folder / "last.ckpt", ""), now)
+    except CheckpointError:  # a finished stage does not need it
+        return
+    others = [change for change in differences(before, now) if not change.startswith(f"{module.stage}.train.")]
+    if others:
+        raise CheckpointError(
+            f"{result} was trained with another config: {'; '.join(others)}. Undo the change, or give another run_dir."
+        )
+    changes = list(differences(before, now, changeable=True))
+    if changes:
+        warnings.warn(
+            f"stage {module.stage} is finished, and these changes have no effect: {'; '.join(changes)}. To train it again, give "
+            f"another run_dir; to train it further, raise {module.stage}.train.max_steps.",
+            stacklevel=3,
+        )
+
+
+def _family(config: Any) -> type[Any]:
+    """Return the type to read a config by: the family of a kind, or the dataclass itself."""
+    return next((base for base in type(config).__mro__ if Kind in base.__bases__), type(config))
+
+
+def _shown(value: Any) -> str:
+    return str(value.kind) if isinstance(value, Kind) else repr(to_dict(value))
