@@ -37,10 +37,13 @@ class ShardsData(DataConfig, kind="shards"):
     """Images with captions in webdataset shards, as tools/prepare.py makes them."""
 
     train: str | tuple[str, ...] = config_field(
-        help="Shards to train on: a .tar, a folder of them, a pattern (a/{000..012}.tar), a list, or emoji."
+        help="Shards to train on: a .tar, a folder of them, a pattern (a/{000..012}.tar), a list, or emoji.",
+        path=True,
     )
-    val: str | tuple[str, ...] | None = config_field(None, "Shards to validate on while training.")
-    test: str | tuple[str, ...] | None = config_field(None, "Shards to test on; only tools/evaluate.py reads them.")
+    val: str | tuple[str, ...] | None = config_field(None, "Shards to validate on while training.", path=True)
+    test: str | tuple[str, ...] | None = config_field(
+        None, "Shards to test on; only tools/evaluate.py reads them.", path=True
+    )
     size: int | tuple[int, int] = config_field(64, "Size of an image in pixels: its side, or [height, width].")
     crop: Literal["center", "random"] = config_field(
         "center", "Part of an image of another aspect ratio that is kept in training."

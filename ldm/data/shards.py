@@ -26,6 +26,7 @@ from ldm.errors import DataError
 from ldm.formats.tensors import write_atomically
 from ldm.modalities import MODALITIES, Modality
 from ldm.modalities.caption import CAPTION
+from ldm.paths import expanded
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif")
@@ -121,7 +122,7 @@ def _expanded(source: str) -> list[str]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
+    path = Path(expanded(pattern))
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
         if not found:

@@ -18,6 +18,7 @@ from ldm.formats.native import CONFIG_BY_FORMAT, save_model
 from ldm.formats.tensors import CONFIG, INDEX, PICKLES, SAFETENSORS, STEMS, read_file, read_metadata
 from ldm.load_options import LoadOptions, Source
 from ldm.model import LatentDiffusion
+from ldm.paths import expanded
 
 SHIPPED = "emoji"
 """Name of the shipped model."""
@@ -132,7 +133,7 @@ def target(path: Source, to: str) -> Path:
     Raises:
         CheckpointError: it could not be read again from there, or it is a file where a folder is needed.
     """
-    path = Path(path)
+    path = Path(expanded(path))
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path} would be a pickle, which ldm does not write; let its name end in {SAFETENSORS}.")
     if to not in FILES:
@@ -174,7 +175,7 @@ def find(source: Source, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"{source} is not a model on the hub, so it has no revision {revision!r}; omit the revision."
         )
-    path = Path(source)
+    path = Path(expanded(source))
     if path.is_dir():
         if is_folder(path) or is_clip(path):
             return path

@@ -28,6 +28,7 @@ from ldm.formats.native import build_on_meta, load_strictly
 from ldm.formats.network_folder import canonical, format_of, read_network_folder, write_network
 from ldm.formats.tensors import CONFIG, read_json, read_tensors
 from ldm.formats.tokenizer import write_tokenizer
+from ldm.paths import expanded
 
 OPEN_CLIP = CLIPOpenCLIP()
 
@@ -44,7 +45,7 @@ def load_clip(
     Raises:
         CheckpointError: as :func:`read_clip`, or the source holds only one encoder, or a weight is NaN.
     """
-    found = read_clip(Path(source), quick_gelu)
+    found = read_clip(Path(expanded(source)), quick_gelu)
     if OTHERS not in found.parts:
         raise CheckpointError(f"{source} holds {found.kind}, not a complete CLIP; name one with both encoders.")
     clip = clip_of(found)
@@ -110,7 +111,7 @@ def save_clip(
     Raises:
         CheckpointError: the library has no such CLIP.
     """
-    folder, forms = Path(folder), {form.library: form for form in KINDS[CLIPConfig].folders}
+    folder, forms = Path(expanded(folder)), {form.library: form for form in KINDS[CLIPConfig].folders}
     if to not in forms:
         raise CheckpointError(unknown("layout of a CLIP", to, forms))
     config = replace(clip.config, text=clip.text.config)

@@ -32,6 +32,7 @@ from ldm.model import LatentDiffusion
 from ldm.nn.adapters import Adapter, AdapterLayer, unwrapped
 from ldm.nn.lora import LoRALayer
 from ldm.nn.network_format import Rules, renamed
+from ldm.paths import expanded
 
 FILE = "pytorch_lora_weights.safetensors"
 """Name of the LoRA file in a folder that diffusers wrote."""
@@ -94,7 +95,7 @@ def read_lora(
         CheckpointError: the file is broken, is not a LoRA, or is one for another kind of model.
     """
     model = unwrapped(model)
-    path = fetch(source) if isinstance(source, str) and is_hub_id(source) else Path(source)
+    path = fetch(source) if isinstance(source, str) and is_hub_id(source) else Path(expanded(source))
     if path.is_dir():
         path /= FILE
     tensors, config = read_tensors(path), _config(path)
@@ -125,7 +126,7 @@ def write_lora(path: str | PathLike[str], adapter: Adapter, model: LatentDiffusi
     Raises:
         CheckpointError: the naming is unknown, the adapter is not a LoRA, or the naming has no name for one of its layers.
     """
-    path = Path(path)
+    path = Path(expanded(path))
     if naming not in ENDINGS:
         raise CheckpointError(unknown("naming of LoRA files", naming, ENDINGS))
     spelled: dict[str, str] = {}  # the first that is listed is that of a diffusers folder, with all its infixes

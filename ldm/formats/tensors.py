@@ -58,6 +58,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is not reported with a name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -71,7 +74,16 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         shared = contiguous.untyped_storage().data_ptr() in storages
         stored[name] = contiguous.clone() if shared else contiguous
         storages.add(stored[name].untyped_storage().data_ptr())
-    write_atomically(path, lambda temporary: save_file(stored, temporary, dict(metadata)))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(stored, temporary, dict(metadata))
+        except SafetensorError as error:
+            if number := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+            raise
+
+    write_atomically(path, write)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

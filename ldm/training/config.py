@@ -42,7 +42,9 @@ class TrainConfig:
     images_every: int = config_field(1000, "steps between grids of images", formerly="pictures_every")
     checkpoint_every: int = config_field(500, "steps between checkpoints")
     init: str | None = config_field(
-        None, "source of the initial weights: the file of a stage or a run, or SD as a file, a folder or a hub id"
+        None,
+        "source of the initial weights: the file of a stage or a run, or SD as a file, a folder or a hub id",
+        path=True,
     )
 
     def __post_init__(self) -> None:

@@ -55,6 +55,7 @@ class CLIPStage:
     checkpoint: str | None = config_field(
         None,
         "source of a CLIP or a text encoder that is used without training: a file, folder or hub id, of SD or of CLIP",
+        path=True,
     )
 
     def __post_init__(self) -> None:

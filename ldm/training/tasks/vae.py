@@ -51,7 +51,9 @@ class VAEStage:
     loss: VAELossConfig = config_field(AutoencoderLossConfig(), "losses of the first stage")
     train: TrainConfig | None = config_field(None, "training of the stage; null = it is not trained")
     checkpoint: str | None = config_field(
-        None, "source of a first stage that is used without training: a file, folder or hub id, also of SD"
+        None,
+        "source of a first stage that is used without training: a file, folder or hub id, also of SD",
+        path=True,
     )
 
 
