@@ -107,7 +107,9 @@ def from_dict(cls: type[T], node: Any, where: str = "") -> T:
     values = {}
     for key, value in node.items():
         place = f"{where}.{key}" if where else key
-        values[key] = _convert(hints[key], _expanded(value, place) if fields[key].metadata.get("path") else value, place)
+        values[key] = _convert(
+            hints[key], _expanded(value, place) if fields[key].metadata.get("path") else value, place
+        )
     try:
         return cls(**values)
     except ConfigError as error:
@@ -179,16 +181,12 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     from ldm.yaml_text import parse_value
 
     path = Path(expanded(path))
-    merged = _with_bases(path, ())
-    try:
-        config = OmegaConf.create(merged)
-    except Exception as error:
-        raise ConfigError(f"{path}: {first_line(error)}.") from None
+    values = _with_bases(path, ())
     given: dict[str, tuple[str, Any]] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
-        if not equals or not key:
+        if not equals or not _names(key):
             raise ConfigError(
                 f"the override {override!r} is not of the form key=value; example: denoiser.train.max_steps=2000."
             )
@@ -198,16 +196,17 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
                 f"{key}=[a,b])."
             )
         try:
-            given[key] = override, parse_value(text)
-            _override(config, key, given[key][1])
-        except Exception as error:
-            raise ConfigError(f"the override {override!r} does not fit {path}: {first_line(error)}.") from None
+            value = parse_value(text)
+            values = _overridden(values, _names(key), value)
+        except ConfigError as error:
+            raise ConfigError(f"the override {override!r} does not fit {path}: {error}.") from None
+        given[key] = override, value
     for key, (override, value) in given.items():
-        if not _contains(OmegaConf.select(config, key), value):
+        if not _is_in(values, key, value):
             raise ConfigError(f"the override {override!r} is replaced by another one; leave one of them out.")
     try:
-        values = _with_variables(OmegaConf.to_container(config), config)
-        return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(values), resolve=True))
+        config = OmegaConf.create(_with_variables(values, values))
+        return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except Exception as error:
         raise ConfigError(f"{path}: {first_line(error)}.") from None
 
@@ -241,21 +240,25 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:
     return merged
 
 
-def _override(config: Any, key: str, value: Any) -> None:
-    """Set a dotted key of a DictConfig; sections are merged as in :func:`_merge`."""
-    from omegaconf import OmegaConf
+def _overridden(node: Any, names: Sequence[str], value: Any, place: str = "") -> Any:
+    """Return a copy of a config with a value set where ``names`` lead to; sections are merged as in :func:`_merge`."""
+    if not names or (place and names == ["kind"]):  # another kind is another section
+        return _merge(node, {"kind": value} if names else value)
+    name, rest, within = names[0], names[1:], f"{place}.{names[0]}".lstrip(".")
+    if isinstance(node, list):
+        if not (name.isdecimal() and int(name) < len(node)):
+            raise ConfigError(f"{place} is a list of {len(node)} entries, and {name!r} is not the number of one")
+        return [_overridden(each, rest, value, within) if i == int(name) else each for i, each in enumerate(node)]
+    if isinstance(node, str):  # the bare name of a kind
+        node = {"kind": node}
+    if not isinstance(node, dict):
+        raise ConfigError(f"{place} is {'null' if node is None else repr(node)}, not a section")
+    return node | {name: _overridden(node.get(name, {}), rest, value, within)}
 
-    section, _, last = key.rpartition(".")
-    if last == "kind":  # another kind is another section
-        key, value = section, {"kind": value}
-    names = key.split(".")
-    for above in (".".join(names[:count]) for count in range(1, len(names))):
-        if isinstance(kind := OmegaConf.select(config, above), str):
-            OmegaConf.update(config, above, {"kind": kind})
-    under = OmegaConf.select(config, key)
-    if OmegaConf.is_config(under):
-        value = _merge(OmegaConf.to_container(under), value)
-    OmegaConf.update(config, key, value, merge=False)
+
+def _names(key: str) -> list[str]:
+    """Split ``a.b[0].c`` into its names."""
+    return [name for name in re.split(r"[.\[\]]", key) if name]
 
 
 def _merge(under: Any, over: Any) -> Any:
@@ -269,11 +272,15 @@ def _merge(under: Any, over: Any) -> Any:
     return under | {key: _merge(under[key], value) if key in under else value for key, value in over.items()}
 
 
-def _contains(found: Any, value: Any) -> bool:
-    """Return True if a value of a config has all that an override gave to it."""
-    if isinstance(value, dict):
-        return hasattr(found, "keys") and all(key in found and _contains(found[key], value[key]) for key in value)
-    return bool(found == value or value != value)
+def _is_in(values: Any, key: str, value: Any) -> bool:
+    """Return True if a config has all that an override gives to it: giving it again changes nothing."""
+    forms = (
+        (value, {"kind": value}) if isinstance(value, str) else (value,)
+    )  # the bare name of a kind may have gained keys
+    try:
+        return any(_overridden(values, _names(key), form) == values for form in forms)
+    except ConfigError:
+        return False
 
 
 def _with_variables(values: Any, keys: Mapping[Any, Any]) -> Any:

@@ -29,7 +29,9 @@ def expanded(path: str | PathLike[str]) -> str:
         except RuntimeError:
             if not os.path.lexists(text):
                 home = text.partition("/")[0]
-                raise PathError(f"the path {text!r} begins with the home folder {home}, which does not exist.") from None
+                raise PathError(
+                    f"the path {text!r} begins with the home folder {home}, which does not exist."
+                ) from None
 
     def value(match: re.Match[str]) -> str:
         name = match["name"] or match["braced"]

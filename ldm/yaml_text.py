@@ -40,7 +40,9 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in keys:
-                    raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                    )
                 keys.add(key.value)
         return node
 
@@ -63,7 +65,8 @@ def parse(text: str | bytes) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
-        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        mark = error.problem_mark
+        line = f" in line {mark.line + 1}" if mark and len(text.splitlines()) > 1 else ""
         raise ConfigError(f"{error.problem or error.context}{line}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(first_line(error)) from None

@@ -113,9 +113,7 @@ def _expanded(value: Any) -> Any:
 
 def new_app() -> typer.Typer:
     """Create a typer application that reports usage errors in one sentence."""
-    return App(
-        add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
-    )
+    return App(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def run(app: typer.Typer) -> None:
@@ -139,7 +137,9 @@ def run(app: typer.Typer) -> None:
 def _refusal(error: OSError) -> str:
     """Return the sentence for an error of the operating system."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {error.filename or 'a file'} cannot be written; free some space and repeat the command."
+        return (
+            f"the disk is full: {error.filename or 'a file'} cannot be written; free some space and repeat the command."
+        )
     if error.filename is None or error.strerror is None:
         return f"{first_line(error) or type(error).__name__}; repeat the command with --debug to see where."
     return f"{error.filename} cannot be used ({error.strerror}); repeat the command with --debug to see where."

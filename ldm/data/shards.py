@@ -104,7 +104,7 @@ def find_shards(source: str | Sequence[str], split: str) -> list[Path]:
     if source == EMOJI:
         folder = Path(str(importlib.resources.files("ldm"))) / "assets" / "emoji"
         return sorted(folder.glob(f"emoji-{split}-*.tar"))
-    return [path for pattern in _expanded(source) for path in _matches(pattern)]
+    return [path for pattern in _expanded(expanded(source)) for path in _matches(pattern)]
 
 
 def _expanded(source: str) -> list[str]:
