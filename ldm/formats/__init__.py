@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, some
 from ldm.formats.checkpoint import Checkpoint, read_native
 from ldm.formats.native import CONFIG_BY_FORMAT, save_model
 from ldm.formats.tensors import CONFIG, INDEX, PICKLES, SAFETENSORS, STEMS, read_file, read_metadata
+from ldm.formats.training_checkpoint import checkpoints_in, find_checkpoint
 from ldm.load_options import LoadOptions, Source
 from ldm.model import LatentDiffusion
 from ldm.paths import expanded
@@ -65,7 +66,7 @@ def read(source: Source, options: LoadOptions | None = None, **changes: Any) -> 
     or an LDM file with its weights), or a CLIP of transformers or open_clip.
     """
     options = LoadOptions.of(options, changes)
-    path = find(source, options.revision)
+    path = find(source, options.revision, options.checkpoint)
     found = _read_folder(path, options) if path.is_dir() else _read_file(path, options)
     of_part = LoadOptions(prediction_type=options.prediction_type, ema=options.ema)
     for name, given in options.replacements().items():
@@ -81,7 +82,7 @@ def _read_folder(path: Path, options: LoadOptions) -> Checkpoint:
 
 
 def _read_file(path: Path, options: LoadOptions) -> Checkpoint:
-    tensors, metadata = read_file(path)
+    tensors, metadata = read_file(path, options.ema)
     held = metadata.get("format", "")
     if held in CONFIG_BY_FORMAT:
         return read_native(path, tensors, metadata)
@@ -156,12 +157,19 @@ def writing(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be written to ({error.strerror}); name another path.") from None
 
 
-def find(source: Source, revision: str | None = None) -> Path:
+def find(source: Source, revision: str | None = None, checkpoint: str | None = None) -> Path:
     """Return the file or folder that :func:`load` reads for ``source``; it is fetched from the hub if necessary.
+
+    ``checkpoint`` names one of a training in a run folder, or in the folder of a stage: ``"best"`` or ``"last"``.
 
     Raises:
         CheckpointError: there is no model; the message says what was found instead.
     """
+    if checkpoint is not None:
+        folder = Path(expanded(source))
+        if not folder.is_dir():
+            raise CheckpointError(f"{source} is not a run folder, so it has no checkpoint {checkpoint!r}; omit it.")
+        return find_checkpoint(folder, checkpoint)
     if source == SHIPPED and revision is None:
         return _existing(ASSETS / MODEL_FILE, "this installation lacks the shipped model; reinstall ldm.")
 
@@ -177,13 +185,15 @@ def find(source: Source, revision: str | None = None) -> Path:
         )
     path = Path(expanded(source))
     if path.is_dir():
+        there = [str(each) for each in checkpoints_in(path)]
         if is_folder(path) or is_clip(path):
             return path
         return _existing(
             path / MODEL_FILE,
             f"{path} holds no {INDEX}, which a diffusers pipeline needs; download the folder again."
             if any((path / folder).is_dir() for folder in folders())
-            else f"{path} holds no {MODEL_FILE}; a run has one after its last stage (tools/train.py --stage all).",
+            else f"{path} holds no {MODEL_FILE}; a run has one after its last stage (tools/train.py --stage all)"
+            + (f"; until then use a checkpoint of it ({some(there)})." if there else "."),
         )
     _existing(
         path, f"there is no model {path}; name a run folder, a file, a diffusers folder, a hub id, or {SHIPPED!r}."

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.errors import CheckpointError, first_line
+from ldm.formats.training_checkpoint import exported, is_training_checkpoint
 
 SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
 """File name suffixes of tensor files."""
@@ -102,19 +103,21 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return read_file(path)[0]
 
 
-def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read all tensors of a file as views of its memory-mapped pages, and its metadata (empty for a pickle).
+def read_file(path: str | Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read all tensors of a file as views of its memory-mapped pages, and its metadata.
 
     The tensors are on the CPU, in the stored dtype; no values are read yet.
 
     Args:
         path: a .safetensors file, or a pickle (.ckpt, .pt, .pth, .bin) of a state dict, bare or as the value of
-            ``state_dict``; entries of a pickle that are not tensors are ignored.
+            ``state_dict``; entries of a pickle that are not tensors are ignored. Only a checkpoint of a training has metadata
+            among the pickles; see :mod:`ldm.formats.training_checkpoint`.
+        ema: use the averaged weights of a checkpoint of a training.
 
     Raises:
         CheckpointError: the file is missing, broken or not a tensor file, or is a pickle that would run code.
     """
-    tensors, metadata = (_pickled(path), {}) if _ending(path) in PICKLES else _safetensors(path, _all)
+    tensors, metadata = _pickled(Path(path), ema) if _ending(path) in PICKLES else _safetensors(path, _all)
     for name, tensor in tensors.items():
         if not name.isprintable() or len(name) > 500:
             raise CheckpointError(
@@ -267,8 +270,8 @@ class _Callback:
     """Placeholder for :data:`CALLBACK`; does nothing."""
 
 
-def _pickled(path: str | Path) -> dict[str, Tensor]:
-    with Path(path).open("rb") as file:
+def _pickled(path: Path, ema: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with path.open("rb") as file:
         zipped = file.read(2) == b"PK"  # else from torch before 1.6, which cannot be memory-mapped
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([(_Callback, CALLBACK)]):
@@ -284,9 +287,12 @@ def _pickled(path: str | Path) -> dict[str, Tensor]:
         # torch's own message advises loading it with weights_only=False.
         detail = "its pickle is broken" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise CheckpointError(
-            f"{path} is not a complete file of torch.save ({type(error).__name__}: {detail}); download it again."
+            f"{path} is not a complete file of torch.save ({type(error).__name__}: {detail}); download or write it again."
         ) from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+    metadata: dict[str, str] = {}
+    if is_training_checkpoint(content):
+        content, metadata = exported(content, path, ema)
+    elif isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of weights; save a state_dict.")
@@ -303,7 +309,7 @@ def _pickled(path: str | Path) -> dict[str, Tensor]:
                 f"{path}: {shown} is not a plain dense CPU tensor; save a state_dict of such tensors."
             )
         tensors[name] = value.detach()
-    return tensors
+    return tensors, metadata
 
 
 def _sharded(index: Path) -> tuple[dict[str, Tensor], list[Path]]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ldm import __version__
 from ldm.config import to_yaml
 from ldm.data.datamodule import DataModule, LatentSource
 from ldm.formats.native import save_state
@@ -39,14 +37,7 @@ def train_stage(experiment: Experiment, stage: str) -> Path:
     module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when it ends
     export, state = module.export(data.samples)
     if trainer.is_global_zero:
-        provenance: dict[str, Any] = {
-            "stage": stage,
-            "steps": module.completed_steps,
-            "seed": module.seed,
-            "ldm": __version__,
-            "handoff": module.handoff,
-        }
-        save_state(result, export.format, state, export.config, export.tokenizer, provenance)
+        save_state(result, export.format, state, export.config, export.tokenizer, module.provenance())
     trainer.strategy.barrier()
     return result
 

@@ -145,7 +145,7 @@ class CLIPTask(Task):
         images = Images.of((batch["image"][indices.flatten()] + 1) / 2)
         return {"nearest": images.grid(columns=indices.shape[1], captions=captions)}
 
-    def export(self, splits: Splits) -> Export:
+    def export(self) -> Export:
         return Export(native.CLIP, self.clip, self.config.model, self.tokenizer)
 
     def _tokens(self, batch: Mapping[str, Any]) -> Tensor:
