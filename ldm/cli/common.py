@@ -90,7 +90,7 @@ def _numbers(flag: str, given: str) -> list[float]:
 class App(typer.Typer):
     """Typer application whose commands receive paths with ``~`` and environment variables expanded."""
 
-    def command(self, *args: Any, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def command(self, *args: Any, **options: Any) -> Any:
         register = super().command(*args, **options)
 
         def decorate(command: Callable[..., Any]) -> Callable[..., Any]:

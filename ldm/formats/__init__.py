@@ -174,7 +174,7 @@ def find(source: Source, revision: str | None = None, checkpoint: str | None = N
         return _existing(ASSETS / MODEL_FILE, "this installation lacks the shipped model; reinstall ldm.")
 
     from ldm.formats.clip import is_clip
-    from ldm.formats.diffusers_folder import folders, is_folder
+    from ldm.formats.diffusers_folder import is_folder
     from ldm.formats.hub import fetch, is_hub_id
 
     if isinstance(source, str) and is_hub_id(source):
@@ -185,16 +185,11 @@ def find(source: Source, revision: str | None = None, checkpoint: str | None = N
         )
     path = Path(expanded(source))
     if path.is_dir():
-        there = [str(each) for each in checkpoints_in(path)]
         if is_folder(path) or is_clip(path):
             return path
-        return _existing(
-            path / MODEL_FILE,
-            f"{path} holds no {INDEX}, which a diffusers pipeline needs; download the folder again."
-            if any((path / folder).is_dir() for folder in folders())
-            else f"{path} holds no {MODEL_FILE}; a run has one after its last stage (tools/train.py --stage all)"
-            + (f"; until then use a checkpoint of it ({some(there)})." if there else "."),
-        )
+        if (path / MODEL_FILE).is_file():
+            return path / MODEL_FILE
+        raise CheckpointError(_without_model(path))
     _existing(
         path, f"there is no model {path}; name a run folder, a file, a diffusers folder, a hub id, or {SHIPPED!r}."
     )
@@ -202,6 +197,17 @@ def find(source: Source, revision: str | None = None, checkpoint: str | None = N
         raise CheckpointError(f"{path} is not a weight file; their names end in {', '.join((SAFETENSORS, *PICKLES))}.")
     of_a_folder = path.name.startswith(STEMS) and (path.parent / CONFIG).is_file() and not _is_native(path)
     return path.parent if of_a_folder else path
+
+
+def _without_model(path: Path) -> str:
+    """Return the sentence for a folder without a complete model."""
+    from ldm.formats.diffusers_folder import folders
+
+    checkpoints = [str(each) for each in checkpoints_in(path)]
+    if not checkpoints and any((path / folder).is_dir() for folder in folders()):
+        return f"{path} holds no {INDEX}, which a diffusers pipeline needs; download the folder again."
+    until_then = f"; until then use a checkpoint of it ({some(checkpoints)})" if checkpoints else ""
+    return f"{path} holds no {MODEL_FILE}; a run has one after its last stage (tools/train.py --stage all){until_then}."
 
 
 def _is_native(path: Path) -> bool:

@@ -60,7 +60,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk is not reported with a name
+        if error.errno is not None and error.filename is None:  # as of a full disk
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

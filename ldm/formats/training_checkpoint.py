@@ -39,8 +39,9 @@ def find_checkpoint(folder: Path, name: str) -> Path:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints in the folder of a stage or a run."""
-    return sorted([*folder.glob("*.ckpt"), *folder.glob("*/*.ckpt")])
+    """Return the best and last checkpoints in the folder of a stage or a run."""
+    patterns = [f"{place}{name}.ckpt" for place in ("", "*/") for name in ("best", "last")]
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def is_training_checkpoint(content: object) -> bool:
