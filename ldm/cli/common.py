@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ldm.cli.cores import shorten_waiting
 from ldm.errors import LdmError, SamplingError, first_line
 from ldm.paths import expanded
 
@@ -123,6 +124,7 @@ def run(app: typer.Typer) -> None:
     read), reported in one sentence on stderr; 130 for Ctrl-C; 1 with a traceback for a defect of ldm, and with ``--debug``
     for any mistake.
     """
+    shorten_waiting()
     try:
         app()
     except (LdmError, OSError) as error:

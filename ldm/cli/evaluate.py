@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from ldm.cli.common import Debug, keep_freed_memory, new_app, run
+from ldm.cli.cores import use_idle_cores
 from ldm.errors import CheckpointError, DataError, unknown
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def evaluate(
     if split not in HELD_OUT:
         raise DataError(unknown("split", split, HELD_OUT))
     keep_freed_memory()
+    use_idle_cores()
     experiment = load_config(config, overrides or [])
     sources: list[Source] = list(sources_of(experiment, checkpoint).values()) if model is None else [model]
     found = [read(source, checkpoint=checkpoint if source is model else None) for source in sources]

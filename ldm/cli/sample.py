@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from ldm.cli.common import DTYPES, Debug, new_app, options_from, run
+from ldm.cli.cores import use_idle_cores
 from ldm.errors import SamplingError, unknown
 from ldm.load_options import LoadOptions
 from ldm.sampling_settings import SamplingSettings
@@ -95,6 +96,7 @@ def sample(
     target = check_target(out or ("demo.png" if demo else "sample.png"))
     if animate:
         check_animation(animate)
+    use_idle_cores()
     precision = getattr(torch, DTYPES[dtype]) if dtype else None
     pipe = Pipeline.from_pretrained(model, device, precision, **load)
     for given in lora or []:
