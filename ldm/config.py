@@ -178,10 +178,23 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     """
     from omegaconf import OmegaConf  # not needed to sample
 
+    path = Path(expanded(path))
+    values = with_overrides(_with_bases(path, ()), overrides, path)
+    try:
+        config = OmegaConf.create(_with_variables(values, values))
+        return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    except Exception as error:
+        raise ConfigError(f"{path}: {first_line(error)}.") from None
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[str], source: str | Path) -> dict[str, Any]:
+    """Return plain values with ``key.sub=value`` overrides; ``source`` names the values in error messages.
+
+    Raises:
+        ConfigError: one is not ``key=value``, does not fit the values, or is replaced by another.
+    """
     from ldm.yaml_text import parse_value
 
-    path = Path(expanded(path))
-    values = _with_bases(path, ())
     given: dict[str, tuple[str, Any]] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -199,16 +212,12 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
             value = parse_value(text)
             values = _overridden(values, _names(key), value)
         except ConfigError as error:
-            raise ConfigError(f"the override {override!r} does not fit {path}: {error}.") from None
+            raise ConfigError(f"the override {override!r} does not fit {source}: {error}.") from None
         given[key] = override, value
     for key, (override, value) in given.items():
         if not _is_in(values, key, value):
             raise ConfigError(f"the override {override!r} is replaced by another one; leave one of them out.")
-    try:
-        config = OmegaConf.create(_with_variables(values, values))
-        return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    except Exception as error:
-        raise ConfigError(f"{path}: {first_line(error)}.") from None
+    return values
 
 
 def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:

@@ -138,13 +138,12 @@ def _edited(
 
 def _values(given: list[str] | None) -> dict[str, Any]:
     """Parse ``["order=3", "projection.eta=0"]`` as nested values of YAML."""
-    from omegaconf import OmegaConf
+    from ldm.config import with_overrides
 
     for item in given or []:
         if "=" not in item:
             raise SamplingError(f"{item!r} is no setting; write name=value, such as order=3.")
-    values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(given or []))
-    return values
+    return with_overrides({}, given or [], "the settings")
 
 
 def _scaled(given: str) -> tuple[str, float]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
-from ldm.errors import TrainingError
+from ldm.errors import TrainingError, first_line
 from ldm.image_output import write_animation
 from ldm.training.engine import StageModule
 from ldm.training.metrics import MetricsFile
@@ -142,8 +143,7 @@ class Checkpoints(L.Callback):
 
         best = module.folder / "best.ckpt"
         if module.completed_steps and best.is_file():  # last.ckpt is older than the validation of its step
-            checkpoint = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
-            self.best = checkpoint["callbacks"][self.state_key]["best"]
+            self.best = self._score(best)
         self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(
@@ -175,6 +175,18 @@ class Checkpoints(L.Callback):
     def _restore_handlers(self) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def _score(self, best: Path) -> float | None:
+        """Return the score of a best checkpoint; None, with a warning, if it cannot be read."""
+        try:
+            checkpoint = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
+            score: float | None = checkpoint["callbacks"][self.state_key]["best"]
+            return score
+        except Exception as error:  # a broken pickle may raise any exception
+            warnings.warn(
+                f"{best} cannot be read ({first_line(error)}); the next validation writes it again.", stacklevel=2
+            )
+            return None
 
     @staticmethod
     def save(trainer: L.Trainer, path: Path) -> None:

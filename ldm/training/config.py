@@ -84,7 +84,7 @@ class TrainerConfig:
         "auto", "autocast precision of the networks; auto = bf16 where the hardware supports it natively, else fp32"
     )
     compile: bool = config_field(False, "torch.compile the networks; worthwhile for long trainings")
-    threads: int | None = config_field(None, "CPU threads; null = one per core")
+    threads: int | None = config_field(None, "CPU threads; null = one for each core that other processes leave idle")
 
     def precision_of(self, train: TrainConfig) -> str:
         """Return fp32, bf16 or fp16 for a stage; ``auto`` is resolved for this machine."""

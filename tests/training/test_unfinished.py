@@ -210,3 +210,17 @@ def test_a_checkpoint_that_cannot_be_used_is_one_sentence(trained: Path, unfinis
         with pytest.raises(CheckpointError, match=message) as raised:
             load(source, **options)
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_a_cut_checkpoint_does_not_end_a_resumed_training_in_a_traceback(unfinished: Path, name: str) -> None:
+    path = unfinished / "vae" / f"{name}.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    experiment = tiny_experiment(unfinished.parent, "vae.train.max_steps=3", "vae.train.validate_every=1")
+    if name == "best":
+        with pytest.warns(UserWarning, match=r"best\.ckpt cannot be read .*; the next validation writes it again"):
+            train_stage(experiment, "vae")
+        assert read(path).provenance["steps"] == 3
+    else:
+        with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read .*; delete it to restart the stage"):
+            train_stage(experiment, "vae")
