@@ -146,7 +146,12 @@ def _check_repeated(command: Any, arguments: list[str]) -> None:
     """
     subcommands = getattr(command, "commands", {})
     options = subcommands.get(arguments[0] if arguments else "", command).params
-    single = {flag: each.name for each in options for flag in each.opts if not (each.multiple or each.is_flag)}
+    single = {
+        flag: each.name
+        for each in options
+        for flag in each.opts
+        if each.param_type_name == "option" and not (each.multiple or each.is_flag)
+    }
     given = set()
     for argument in itertools.takewhile(lambda argument: argument != "--", arguments):
         flag = argument.partition("=")[0]

@@ -10,6 +10,7 @@ from ldm.config import config_field, from_dict, read_yaml
 from ldm.data.config import DataConfig
 from ldm.errors import ConfigError
 from ldm.model import ModelConfig
+from ldm.paths import expanded
 from ldm.training.config import TrainerConfig
 from ldm.training.tasks import TASKS
 from ldm.training.tasks.clip import CLIPStage
@@ -94,6 +95,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: it is invalid; the message names the file and the place.
     """
+    path = expanded(path)
     try:
         for override in overrides:
             if override.rstrip().endswith("=") and override.count("=") == 1:
