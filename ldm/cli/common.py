@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import functools
 import inspect
-import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -127,7 +126,6 @@ def run(app: typer.Typer) -> None:
     """
     shorten_waiting()
     try:
-        _check_repeated(typer.main.get_command(app), sys.argv[1:])
         app()
     except (LdmError, OSError) as error:
         if "--debug" in sys.argv:
@@ -136,29 +134,6 @@ def run(app: typer.Typer) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _check_repeated(command: Any, arguments: list[str]) -> None:
-    """Check that no option is given twice that takes one value, as by braces that the shell expands; click takes the last.
-
-    Raises:
-        LdmError: one is.
-    """
-    subcommands = getattr(command, "commands", {})
-    options = subcommands.get(arguments[0] if arguments else "", command).params
-    single = {
-        flag: each.name
-        for each in options
-        for flag in each.opts
-        if each.param_type_name == "option" and not (each.multiple or each.is_flag)
-    }
-    given = set()
-    for argument in itertools.takewhile(lambda argument: argument != "--", arguments):
-        flag = argument.partition("=")[0]
-        if flag.startswith("-") and flag in single:
-            if single[flag] in given:
-                raise LdmError(f"the option {flag} is given twice; leave one out.")
-            given.add(single[flag])
 
 
 def _refusal(error: OSError) -> str:

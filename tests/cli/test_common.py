@@ -89,34 +89,6 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "twice"),
-    [
-        (["--dish", "a", "--dish", "b"], True),
-        (["--dish=a", "--dish=a"], True),
-        (["--plates", "1", "--plates", "2"], False),
-        (["--dish", "a", "--lid", "--lid"], False),
-        (["--", "--dish", "--dish"], False),
-    ],
-)
-def test_an_option_given_twice_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], twice: bool
-) -> None:
-    app = new_app()
-
-    @app.command()
-    @options_from(Cooking, into="cooking")
-    def cook(names: list[str] | None = None, *, cooking: dict[str, Any]) -> None:
-        assert cooking
-
-    monkeypatch.setattr(sys, "argv", ["cook", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        run(app)
-    error = capsys.readouterr().err
-    assert (error == "error: the option --dish is given twice; leave one out.\n") == twice
-    assert (stopped.value.code == 2) == (twice or "--" in arguments)
-
-
 def test_a_full_disk_is_one_sentence_that_names_the_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
