@@ -10,6 +10,8 @@ turns plain values into configs and rejects unknown keys and values; its errors 
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import types
 import typing
 import warnings
@@ -17,7 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union
 
-from ldm.errors import ConfigError, first_line, unknown
+from ldm.errors import ConfigError, PathError, first_line, unknown
+from ldm.paths import expanded
 
 T = TypeVar("T")
 REQUIRED: Any = dataclasses.MISSING
@@ -31,6 +34,7 @@ def config_field(
     formerly: str | None = None,
     omit_default: bool = False,
     changeable: bool = False,
+    path: bool = False,
 ) -> Any:
     """Declare a field of a config.
 
@@ -43,8 +47,16 @@ def config_field(
             config whose dictionary is part of fingerprints, so that those of existing files do not change.
         changeable: a training that is resumed takes over a new value of the field, or of anything in its section, from that
             step on. Any other field must keep its value; see :mod:`ldm.training.resume`.
+        path: the texts of the field are paths, or sources such as hub ids that may be paths: :func:`from_dict` expands ``~``
+            and environment variables in them (:mod:`ldm.paths`).
     """
-    metadata = {"help": help, "formerly": formerly, "omit_default": omit_default, "changeable": changeable}
+    metadata = {
+        "help": help,
+        "formerly": formerly,
+        "omit_default": omit_default,
+        "changeable": changeable,
+        "path": path,
+    }
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
 
 
@@ -101,7 +113,12 @@ def from_dict(cls: type[T], node: Any, where: str = "") -> T:
             raise ConfigError(
                 f"{_at(where)}: the key {name!r} is missing ({field.metadata.get('help', 'it has no default')})"
             )
-    values = {key: _convert(hints[key], value, f"{where}.{key}" if where else key) for key, value in node.items()}
+    values = {}
+    for key, value in node.items():
+        place = f"{where}.{key}" if where else key
+        values[key] = _convert(
+            hints[key], _expanded(value, place) if fields[key].metadata.get("path") else value, place
+        )
     try:
         return cls(**values)
     except ConfigError as error:
@@ -146,39 +163,74 @@ def _with_current_names(node: Mapping[str, Any], config: type, where: str) -> di
 
 
 def to_yaml(config: Any) -> str:
-    """Return a config as the text of a YAML file, with its keys in the order of the fields."""
-    import yaml  # not needed to sample
+    """Return a config as the text of a YAML file that :func:`read_yaml` reads, with its keys in the order of the fields."""
+    from ldm.yaml_text import dump  # not needed to sample
 
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    def escaped(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: escaped(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [escaped(item) for item in value]
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+    return dump(escaped(to_dict(config)))
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file, merged over the files that its ``base:`` names (relative to it), and apply ``key.sub=value`` overrides.
 
+    ``${a.b}`` is the value of the key ``a.b``, or of an environment variable if no key has the name.
+
     Raises:
-        ConfigError: missing or malformed file, circular ``base``, or an override that is not ``key=value``.
+        ConfigError: missing or malformed file, circular ``base``, an override that is not ``key=value``, or one that another
+            override replaces.
     """
     from omegaconf import OmegaConf  # not needed to sample
 
-    merged = _with_bases(Path(path), ())
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(
-                f"the override {override!r} is not of the form key=value; example: denoiser.train.max_steps=2000."
-            )
-        try:
-            _override(merged, key.strip(), OmegaConf.create(f"value: {value}").value)
-        except Exception as error:
-            raise ConfigError(f"the override {override!r} does not fit {path}: {first_line(error)}.") from None
+    path = Path(expanded(path))
+    values = with_overrides(_with_bases(path, ()), overrides, path)
     try:
-        return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+        config = OmegaConf.create(_with_variables(values, values))
+        return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except Exception as error:
         raise ConfigError(f"{path}: {first_line(error)}.") from None
 
 
-def _with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
-    from omegaconf import DictConfig, OmegaConf
+def with_overrides(values: dict[str, Any], overrides: Sequence[str], source: str | Path) -> dict[str, Any]:
+    """Return plain values with ``key.sub=value`` overrides; ``source`` names the values in error messages.
+
+    Raises:
+        ConfigError: one is not ``key=value``, does not fit the values, or is replaced by another.
+    """
+    from ldm.yaml_text import parse_value
+
+    given: dict[str, tuple[str, Any]] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not _names(key):
+            raise ConfigError(
+                f"the override {override!r} is not of the form key=value; example: denoiser.train.max_steps=2000."
+            )
+        if key in given:
+            raise ConfigError(
+                f"the key {key} is given twice, as {given[key][0]!r} and {override!r}; leave one out (a list is written "
+                f"{key}=[a,b])."
+            )
+        try:
+            value = parse_value(text)
+            values = _overridden(values, _names(key), value)
+        except ConfigError as error:
+            raise ConfigError(f"the override {override!r} does not fit {source}: {error}.") from None
+        given[key] = override, value
+    for key, (override, value) in given.items():
+        if not _is_in(values, key, value):
+            raise ConfigError(f"the override {override!r} is replaced by another one; leave one of them out.")
+    return values
+
+
+def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:
+    from ldm.yaml_text import parse
 
     if path.resolve() in seen:
         raise ConfigError(f"{path}: its bases are circular; remove one base: from the circle.")
@@ -186,49 +238,94 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
         named = f", named as base in {seen[-1]}" if seen else ""
         raise ConfigError(f"the config {path}{named} does not exist; configs/ contains the shipped ones.")
     try:
-        config = OmegaConf.load(path)
-    except Exception as error:
-        raise ConfigError(f"{path} is not valid YAML: {first_line(error)}.") from None
-    if not isinstance(config, DictConfig):
+        values = parse(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"the config {path} cannot be read ({error.strerror}); make it readable.") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}.") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
         raise ConfigError(
             f"{path} contains no section; it needs the keys of an experiment, as in configs/emoji_64.yaml."
         )
-    base = config.pop("base", None)
-    bases = [base] if isinstance(base, str) else list(base or [])
-    layers = [_with_bases(path.parent / name, (*seen, path.resolve())) for name in bases]
-    merged = layers[0] if layers else OmegaConf.create()
-    for layer in (*layers[1:], config):
+    base = values.pop("base", None)
+    bases = [base] if isinstance(base, str) else base or []
+    if not (isinstance(bases, list) and all(isinstance(name, str) for name in bases)):
+        raise ConfigError(f"{path}: base is the name of a file or a list of them, not {base!r}.")
+    merged: dict[Any, Any] = {}
+    for layer in (*(_with_bases(path.parent / expanded(name), (*seen, path.resolve())) for name in bases), values):
         merged = _merge(merged, layer)
     return merged
 
 
-def _override(config: Any, key: str, value: Any) -> None:
-    """Set a dotted key; sections are merged as in :func:`_merge`."""
-    from omegaconf import OmegaConf
+def _overridden(node: Any, names: Sequence[str], value: Any, place: str = "") -> Any:
+    """Return a copy of a config with a value set where ``names`` lead to; sections are merged as in :func:`_merge`."""
+    if not names or (place and names == ["kind"]):  # another kind is another section
+        return _merge(node, {"kind": value} if names else value)
+    name, rest, within = names[0], names[1:], f"{place}.{names[0]}".lstrip(".")
+    if isinstance(node, list):
+        if not (name.isdecimal() and int(name) < len(node)):
+            raise ConfigError(f"{place} is a list of {len(node)} entries, and {name!r} is not the number of one")
+        return [_overridden(each, rest, value, within) if i == int(name) else each for i, each in enumerate(node)]
+    if isinstance(node, str):  # the bare name of a kind
+        node = {"kind": node}
+    if not isinstance(node, dict):
+        raise ConfigError(f"{place} is {'null' if node is None else repr(node)}, not a section")
+    return node | {name: _overridden(node.get(name, {}), rest, value, within)}
 
-    section, _, last = key.rpartition(".")
-    if last == "kind":  # another kind is another section
-        key, value = section, OmegaConf.create({"kind": value})
-    under = OmegaConf.select(config, key)
-    if OmegaConf.is_dict(under) and OmegaConf.is_dict(value):
-        value = _merge(under, value)
-    OmegaConf.update(config, key, value, merge=False)
+
+def _names(key: str) -> list[str]:
+    """Split ``a.b[0].c`` into its names."""
+    return [name for name in re.split(r"[.\[\]]", key) if name]
 
 
 def _merge(under: Any, over: Any) -> Any:
     """Merge ``over`` into ``under``; a section of another ``kind`` replaces the old one, since its fields have other meanings."""
-    from omegaconf import OmegaConf
+    if isinstance(under, str):  # the bare name of a kind
+        under = {"kind": under}
+    if not (isinstance(under, dict) and isinstance(over, dict)):
+        return over
+    if "kind" in over and under.get("kind") != over["kind"]:
+        return over
+    return under | {key: _merge(under[key], value) if key in under else value for key, value in over.items()}
 
-    under, over = OmegaConf.to_container(under), OmegaConf.to_container(over)
 
-    def merge(a: Any, b: Any) -> Any:
-        if not (isinstance(a, dict) and isinstance(b, dict)):
-            return b
-        if "kind" in b and a.get("kind") != b["kind"]:
-            return b
-        return a | {key: merge(a[key], value) if key in a else value for key, value in b.items()}
+def _is_in(values: Any, key: str, value: Any) -> bool:
+    """Return True if a config has all that an override gives to it: giving it again changes nothing."""
+    forms = (
+        (value, {"kind": value}) if isinstance(value, str) else (value,)
+    )  # the bare name of a kind may have gained keys
+    try:
+        return any(_overridden(values, _names(key), form) == values for form in forms)
+    except ConfigError:
+        return False
 
-    return OmegaConf.create(merge(under, over))
+
+def _with_variables(values: Any, keys: Mapping[Any, Any]) -> Any:
+    """Return the values with ``${NAME}`` as OmegaConf's ``${oc.env:NAME}`` where the name is not one of ``keys``."""
+
+    def replaced(match: re.Match[str]) -> str:
+        if match[1] in keys:
+            return match[0]
+        if not os.environ.get(match[1]):
+            raise ConfigError(f"{match[0]} is neither a key of the config nor an environment variable that is set")
+        return f"${{oc.env:{match[1]}}}"
+
+    if isinstance(values, dict):
+        return {key: _with_variables(value, keys) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_with_variables(value, keys) for value in values]
+    return re.sub(r"(?<!\\)\$\{([A-Za-z_]\w*)\}", replaced, values) if isinstance(values, str) else values
+
+
+def _expanded(value: Any, where: str) -> Any:
+    """Expand a path, or a list of paths, of a config."""
+    if isinstance(value, (list, tuple)):
+        return [_expanded(item, where) for item in value]
+    try:
+        return expanded(value) if isinstance(value, str) else value
+    except PathError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -271,19 +368,31 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return _scalar(hint, value, where)
 
 
+BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
+"""Texts that a field of true or false takes, in lower case; YAML 1.1 reads them so."""
+
+
 def _scalar(hint: type, value: Any, where: str) -> Any:
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+    def wrong(remedy: str = "") -> ConfigError:
+        names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+        return ConfigError(f"{_at(where)}: expected {names.get(hint, hint.__name__)}, found {value!r}{remedy}.")
+
+    if hint in (int, float) and isinstance(value, str) and re.fullmatch(r"[-+]?0[0-9_]+", value):
+        raise wrong("; write it without the zero in front, which YAML 1.1 takes for octal")
+    if hint is bool and isinstance(value, str):
+        value = BOOLEANS.get(value.lower(), value)
+    if hint is float and isinstance(value, str):  # in quotes, or from an environment variable
         try:
             value = float(value)
         except ValueError:
-            raise ConfigError(f"{_at(where)}: expected a number, found {value!r}.") from None
+            raise wrong() from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
-        names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-        raise ConfigError(f"{_at(where)}: expected {names.get(hint, hint.__name__)}, found {value!r}.")
+    if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)) or value != value:
+        number = hint is str and isinstance(value, (int, float))
+        raise wrong("; write it in quotes if it is meant as text" if number else "")
     return value
 
 

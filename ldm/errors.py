@@ -16,6 +16,10 @@ class ConfigError(LdmError):
     """Invalid configuration: unknown key, wrong type, impossible combination."""
 
 
+class PathError(LdmError):
+    """Path with an environment variable that is not set, or with the home folder of a user that does not exist."""
+
+
 class DataError(LdmError):
     """Pictures, captions or shards that are missing or unreadable."""
 

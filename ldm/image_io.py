@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.errors import SamplingError
+from ldm.paths import expanded
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -37,7 +38,7 @@ def open_argument(image: Image.Image | str | Path) -> Image.Image:
     """
     if isinstance(image, str | Path):
         try:
-            image = Image.open(image)
+            image = Image.open(expanded(image))
             image.load()
         except (OSError, SyntaxError) as error:
             raise SamplingError(f"{image} cannot be read as an image ({error}).") from None

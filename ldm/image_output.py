@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.errors import SamplingError
 from ldm.formats.tensors import write_atomically
+from ldm.paths import expanded
 
 CAPTION_SIZE = 12  # pixels
 CAPTION_WIDTH = 20  # characters a line
@@ -143,7 +144,7 @@ def check_target(path: str | Path) -> Path:
     Raises:
         SamplingError: a file name with other fields than index and seed, or with no image format's ending.
     """
-    path = Path(path)
+    path = Path(expanded(path))
     try:
         path.name.format(index=0, seed=0)
     except (KeyError, IndexError, ValueError):
@@ -169,7 +170,7 @@ def check_animation(path: str | Path) -> Path:
     Raises:
         SamplingError: it does not end in .gif.
     """
-    path = Path(path)
+    path = Path(expanded(path))
     if path.suffix.lower() != ".gif":
         raise SamplingError(f"{path} is to be an animation, which is a GIF; end it in .gif.")
     return path

@@ -34,7 +34,12 @@ class LoadOptions:
     prediction_type: str | None = config_field(
         None, "epsilon or v_prediction; null = as the source says, else epsilon; weights do not tell"
     )
-    ema: bool = config_field(True, "use the averaged weights of an LDM file that has both")
+    ema: bool = config_field(
+        True, "use the averaged weights of an LDM file, or a checkpoint of a training, that has both"
+    )
+    checkpoint: str | None = config_field(
+        None, "best or last: checkpoint to use of a run folder, also before the end of its training"
+    )
 
     @classmethod
     def of(cls, options: LoadOptions | None, changes: Mapping[str, Any]) -> LoadOptions:

@@ -16,6 +16,7 @@ ROWS = [
     {"errors"},
     {"checks"},
     {"prompt_syntax"},
+    {"paths", "yaml_text"},
     {"devices", "config", "image_io", "prompts"},
     {"image_arguments", "load_options"},
     {"nn"},

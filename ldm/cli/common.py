@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
 import functools
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ldm.errors import LdmError, SamplingError
+from ldm.cli.cores import shorten_waiting
+from ldm.errors import LdmError, SamplingError, first_line
+from ldm.paths import expanded
 
 Debug = Annotated[bool, typer.Option("--debug", help="Traceback of an error instead of its message alone.")]
 """An option of every command, which :func:`run` looks for."""
@@ -84,28 +88,63 @@ def _numbers(flag: str, given: str) -> list[float]:
         raise SamplingError(f"{flag} is {given!r}; write decreasing numbers separated by commas.") from None
 
 
+class App(typer.Typer):
+    """Typer application whose commands receive paths with ``~`` and environment variables expanded."""
+
+    def command(self, *args: Any, **options: Any) -> Any:
+        register = super().command(*args, **options)
+
+        def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(command)
+            def call(**values: Any) -> None:
+                command(**{name: _expanded(value) for name, value in values.items()})
+
+            call.__signature__ = inspect.signature(command, eval_str=True)  # type: ignore[attr-defined]
+            register(call)
+            return command
+
+        return decorate
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    return Path(expanded(value)) if isinstance(value, Path) else value
+
+
 def new_app() -> typer.Typer:
     """Create a typer application that reports usage errors in one sentence."""
-    return typer.Typer(
-        add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
-    )
+    return App(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def run(app: typer.Typer) -> None:
     """Run a command on ``sys.argv`` and exit the process.
 
-    Exit codes: 2 for a user's mistake, reported in one sentence on stderr; 130 for Ctrl-C; 1 with a traceback for
-    a defect of ldm, and with ``--debug`` for any mistake.
+    Exit codes: 2 for a user's mistake, and for what the operating system refuses (a full disk, a file that cannot be
+    read), reported in one sentence on stderr; 130 for Ctrl-C; 1 with a traceback for a defect of ldm, and with ``--debug``
+    for any mistake.
     """
+    shorten_waiting()
     try:
         app()
-    except LdmError as error:
+    except (LdmError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error if isinstance(error, LdmError) else _refusal(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _refusal(error: OSError) -> str:
+    """Return the sentence for an error of the operating system."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk is full: {error.filename or 'a file'} cannot be written; free some space and repeat the command."
+        )
+    if error.filename is None or error.strerror is None:
+        return f"{first_line(error) or type(error).__name__}; repeat the command with --debug to see where."
+    return f"{error.filename} cannot be used ({error.strerror}); repeat the command with --debug to see where."
 
 
 def keep_freed_memory() -> None:

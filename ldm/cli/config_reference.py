@@ -23,7 +23,9 @@ Every key of an experiment's YAML file. This page is generated from the dataclas
 - A section that comes in **kinds** is written `{kind: cosine, num_timesteps: 500}`, or just `cosine` to use the defaults.
 - `base: other.yaml` at the top includes another file (path relative to this one) or a list of files, in order. Keys of this
   file override them; a section of another kind replaces the whole section.
-- `key.sub=value` on the command line overrides the file: `denoiser.train.max_steps=2000`.
+- `key.sub=value` on the command line overrides the file: `denoiser.train.max_steps=2000`. The value is a number, a text as it
+  stands, or a list or section in brackets; each key is given once.
+- In a path, a leading `~` is the home folder, and `$NAME` or `${NAME}` is an environment variable.
 - `--dry-run` prints the resolved config and checks that the stages fit each other.
 """
 
@@ -113,7 +115,9 @@ def _keys(config: Any) -> list[tuple[str, Any, dataclasses.Field[Any]]]:
 def _table(config: type, sections: Mapping[type, Section]) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, hint, field in _keys(config):
-        cells = (f"`{name}`", _type(hint, sections), _default(field), _prose(field.metadata.get("help", "")))
+        kind = _type(hint, sections)
+        kind = kind.replace(ALIASES[str], "path") if field.metadata.get("path") else kind
+        cells = (f"`{name}`", kind, _default(field), _prose(field.metadata.get("help", "")))
         rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 

@@ -1,8 +1,12 @@
-"""Evaluation of a run: ``tools/evaluate.py`` and ``ldm-evaluate``. The only reader of the test split."""
+"""Evaluation of a run, finished or not, or of one model: ``tools/evaluate.py`` and ``ldm-evaluate``.
+
+The only reader of the test split.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +15,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from ldm.cli.common import Debug, keep_freed_memory, new_app, run
-from ldm.errors import DataError, unknown
+from ldm.cli.cores import use_idle_cores
+from ldm.errors import CheckpointError, DataError, unknown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from ldm.clip.model import CLIP
+    from ldm.clip.tokenizer import Tokenizer
     from ldm.data.samples import Samples
+    from ldm.formats.checkpoint import Checkpoint
+    from ldm.load_options import Source
     from ldm.pipeline import Pipeline
     from ldm.training.experiment import Experiment
+    from ldm.vae import FirstStage
 
 BATCH = 32
 SHOWN, COLUMNS = 24, 8
@@ -36,7 +46,11 @@ def evaluate(
     split: Annotated[str, Option(help="val, or in the end test.")] = "val",
     overrides: Annotated[list[str] | None, Argument(help="key=value, such as run_dir=runs/mine.")] = None,
     model: Annotated[
-        str | None, Option(help="A model to evaluate instead of the run's, such as emoji; it has no CLIP.")
+        str | None,
+        Option(help="A model, VAE or CLIP to evaluate instead of the run's: a file, emoji, or any other source."),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, Option(help="best or last: evaluate these checkpoints of the stages, finished or not.")
     ] = None,
     train_every: Annotated[int, Option(help="Also generate images for every n-th training caption.")] = 28,
     steps: Annotated[int | None, Option(help="Steps of the sampler; default: that of the model.")] = None,
@@ -44,20 +58,21 @@ def evaluate(
     sampler: Annotated[str | None, Option(help="Name of the sampler; default: that of the model.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure reconstruction, retrieval, and how well generated images match their captions."""
-    from ldm.pipeline import Pipeline
+    """Measure reconstruction, retrieval, and how well generated images match their captions, as far as stages are trained."""
+    from ldm.formats import read
+    from ldm.formats.training_checkpoint import training_note
     from ldm.training.experiment import load_config
-    from ldm.training.handoff import result_file
 
     if split not in HELD_OUT:
         raise DataError(unknown("split", split, HELD_OUT))
     keep_freed_memory()
+    use_idle_cores()
     experiment = load_config(config, overrides or [])
-    pipe = Pipeline.from_pretrained(model or result_file(experiment, "denoiser"))
+    sources: list[Source] = list(sources_of(experiment, checkpoint).values()) if model is None else [model]
+    found = [read(source, checkpoint=checkpoint if source is model else None) for source in sources]
     run = Run(
-        experiment=experiment if model is None else None,
         folder=experiment.folder if model is None else Path(),
-        pipe=pipe,
+        **networks(found),
         sets={
             name: experiment.data.open(name) for name in ("train", *HELD_OUT)
         },  # samples are compared with all images
@@ -65,20 +80,79 @@ def evaluate(
         train_every=train_every,
         settings={"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler},
     )
-    results: dict[str, Any] = {"model": pipe.model.fingerprint, "split": split}
+    results: dict[str, Any] = {"model": run.pipe.model.fingerprint if run.pipe else None, "split": split}
+    notes = [note for each in found if (note := training_note(each.provenance))]
+    results |= {"checkpoints": notes} if notes else {}
     for measure in MEASUREMENTS:
         results |= measure(run)
     print(json.dumps(results, indent=2))
     (run.folder / f"evaluation-{split}.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
+def sources_of(experiment: Experiment, checkpoint: str | None) -> dict[str, Source]:
+    """Return what each stage of an experiment has to evaluate, by stage: a checkpoint of that name, or its result.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from ldm.training.handoff import result_file
+    from ldm.training.tasks import TASKS
+
+    sources: dict[str, Source] = {}
+    for stage in (stage for stage in TASKS if getattr(experiment, stage) is not None):
+        trained = [result_file(experiment, stage)]
+        if checkpoint is not None:
+            trained.insert(0, experiment.folder / stage / f"{checkpoint}.ckpt")
+        given = getattr(getattr(experiment, stage), "checkpoint", None)
+        source = given or next((path for path in trained if path.is_file()), None)
+        if source is not None:
+            sources[stage] = source
+        elif stage in experiment.stages:
+            print(f"stage {stage} is left out: there is no {' or '.join(map(str, trained))}", file=sys.stderr)
+    if not any(stage in sources for stage in experiment.stages):
+        raise CheckpointError(
+            f"{experiment.folder} holds no result of a stage; train one, or give --checkpoint best or last."
+        )
+    if checkpoint is not None and not any(Path(source).stem == checkpoint for source in sources.values()):
+        raise CheckpointError(f"no stage of {experiment.folder} has a checkpoint {checkpoint}.ckpt; give best or last.")
+    return sources
+
+
+def networks(found: Sequence[Checkpoint]) -> dict[str, Any]:
+    """Return the fields of :class:`Run` that are networks, from the checkpoints that have them."""
+    import torch
+
+    from ldm.devices import default_device, default_dtype
+    from ldm.formats.checkpoint import CLIP_COMPONENTS, OTHERS, joined
+    from ldm.formats.clip import clip_of
+    from ldm.formats.native import build_on_meta, load_strictly
+    from ldm.pipeline import Pipeline
+
+    device = default_device()
+    pipe, first_stage = None, None
+    clip: tuple[CLIP, Tokenizer] | None = None
+    for each in found:
+        if not each.missing():
+            pipe = Pipeline(each.build(default_dtype(device))).to(device, default_dtype(device))
+        elif "first_stage" in each.parts:
+            part = each.parts["first_stage"]
+            first_stage = build_on_meta(part.config.build, part.state, each.source)
+            load_strictly(first_stage, part.state, each.source, torch.float32)
+            first_stage.to(device).eval()
+        elif each.parts.keys() >= {*CLIP_COMPONENTS, OTHERS} and each.tokenizer is not None:
+            clip = clip_of(each), each.tokenizer
+            load_strictly(clip[0].eval(), joined(each.parts, CLIP_COMPONENTS), each.source)
+    return {"pipe": pipe, "first_stage": first_stage if pipe is None else pipe.model.first_stage, "clip": clip}
+
+
 @dataclass(frozen=True)
 class Run:
-    """Subject of the measurements; ``experiment`` is None for a model that is not of a run."""
+    """Subject of the measurements, and the folder of their results; networks that have not been trained are None."""
 
-    experiment: Experiment | None
     folder: Path
-    pipe: Pipeline
+    pipe: Pipeline | None
+    first_stage: FirstStage | None
+    clip: tuple[CLIP, Tokenizer] | None
     sets: Mapping[str, Samples]
     split: str
     train_every: int
@@ -86,43 +160,48 @@ class Run:
 
 
 def reconstruction(run: Run) -> dict[str, Any]:
-    """Measure the mean PSNR in dB over the split, of the decoded mode of the posterior."""
+    """Measure the mean PSNR in dB over the split, of the decoded mode of the posterior, if there is a first stage."""
     import torch
 
     from ldm.data.stream import EvaluationLoader
     from ldm.vae.metrics import psnr
 
-    model, values = run.pipe.model, []
+    if run.first_stage is None:
+        return {}
+    device, values = run.pipe.device if run.pipe else next(run.first_stage.parameters()).device, []
     with torch.inference_mode():
         for batch in EvaluationLoader(run.sets[run.split], BATCH):
-            image = batch["image"].to(next(model.parameters()).device)
-            values.append(psnr(image, model.decode(model.encode(image))))
+            image = batch["image"].to(device)
+            values.append(psnr(image, _reconstructed(run, image)))
     return {"psnr": float(torch.cat(values).mean())}
+
+
+def _reconstructed(run: Run, image: Tensor) -> Tensor:
+    """Return the decoded modes of the posteriors of images ``[b c h w]`` in [-1, 1]."""
+    if run.pipe is not None:
+        return run.pipe.model.decode(run.pipe.model.encode(image))
+    from ldm.vae import Tiling
+
+    assert run.first_stage is not None, "reconstruction needs a first stage"
+    tiling = Tiling()
+    return tiling.decode(run.first_stage, tiling.encode(run.first_stage, image).mode).clamp(-1, 1)
 
 
 def retrieval(run: Run) -> dict[str, Any]:
     """Measure the recall of the run's CLIP, if it has one, among the images and captions of the split; for test, with val."""
     import torch
 
-    from ldm.clip.model import CLIPConfig
     from ldm.clip.retrieval import recall_at_k
     from ldm.data.stream import EvaluationLoader
-    from ldm.formats.native import CLIP, load_strictly, read_header
-    from ldm.formats.tensors import read_tensors
-    from ldm.training.handoff import result_file
 
-    if run.experiment is None or run.experiment.clip is None:
+    if run.clip is None:
         return {}
-    path = Path(run.experiment.clip.checkpoint or result_file(run.experiment, "clip"))
-    header = read_header(path, CLIP, CLIPConfig)
-    assert header.tokenizer is not None
-    clip = header.config.build().eval()
-    load_strictly(clip, read_tensors(path), path)
+    clip, tokenizer = run.clip
     texts, images = [], []
     with torch.inference_mode():
         for split in HELD_OUT if run.split == "test" else (run.split,):
             for batch in EvaluationLoader(run.sets[split], BATCH):
-                texts.append(clip.encode_text(header.tokenizer(batch["text"])))
+                texts.append(clip.encode_text(tokenizer(batch["text"])))
                 images.append(clip.encode_image(batch["image"]))
     recalls = recall_at_k(torch.cat(texts), torch.cat(images))
     return {"clip": {"pictures": sum(map(len, texts)), **recalls}}
@@ -140,7 +219,7 @@ def caption_match(run: Run) -> dict[str, Any]:
     from ldm.clip.retrieval import sample_recall
     from ldm.data.stream import EvaluationLoader
 
-    if run.pipe.model.config.conditioner.input_keys != ("text",):
+    if run.pipe is None or run.pipe.model.config.conditioner.input_keys != ("text",):
         return {}
     sets, split = run.sets, run.split
     # The images of all splits, and the row at which each split begins.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from ldm.cli.common import DTYPES, Debug, new_app, options_from, run
+from ldm.cli.cores import use_idle_cores
 from ldm.errors import SamplingError, unknown
 from ldm.load_options import LoadOptions
 from ldm.sampling_settings import SamplingSettings
@@ -98,6 +99,7 @@ def sample(
     target = check_target(out or ("demo.png" if demo else "sample.png"))
     if animate:
         check_animation(animate)
+    use_idle_cores()
     precision = getattr(torch, DTYPES[dtype]) if dtype else None
     pipe = Pipeline.from_pretrained(model, device, precision, **load)
     for given in lora or []:
@@ -142,13 +144,12 @@ def _edited(
 
 def _values(given: list[str] | None) -> dict[str, Any]:
     """Parse ``["order=3", "projection.eta=0"]`` as nested values of YAML."""
-    from omegaconf import OmegaConf
+    from ldm.config import with_overrides
 
     for item in given or []:
         if "=" not in item:
             raise SamplingError(f"{item!r} is no setting; write name=value, such as order=3.")
-    values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(given or []))
-    return values
+    return with_overrides({}, given or [], "the settings")
 
 
 def _scaled(given: str) -> tuple[str, float]:

@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ldm.cli.common import Debug, keep_freed_memory, new_app, run
+from ldm.cli.cores import use_idle_cores
 from ldm.errors import TrainingError, unknown
 
 STAGES = ("vae", "clip", "denoiser", "all")
@@ -43,6 +44,7 @@ def train(
     from ldm.training.stages import train_stage
 
     keep_freed_memory()
+    use_idle_cores()
     for each in stages:
         result = train_stage(experiment, each)
         if is_first_process():

@@ -255,7 +255,7 @@ class ByteBPEConfig(TokenizerConfig, kind="byte_bpe"):
     vocab_size: int = config_field(2048, "largest number of tokens; small sets of captions give fewer")
     context_length: int = config_field(32, "tokens per caption, including start and end")
     path: str | None = config_field(
-        None, "file written by tools/prepare.py tokenizer; null: trained on the captions of the train split"
+        None, "file written by tools/prepare.py tokenizer; null: trained on the captions of the train split", path=True
     )
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ class TransformerConditionerConfig(ConditionerConfig, kind="transformer"):
     """A caption, encoded by an encoder of transformers; padding is masked, and a dropped caption is the encoded empty string."""
 
     checkpoint: str | None = config_field(
-        None, "folder or hub id of an encoder with its tokenizer; null = a BERT from scratch"
+        None, "folder or hub id of an encoder with its tokenizer; null = a BERT from scratch", path=True
     )
     context_length: int = config_field(
         77, "tokens of a caption, for a checkpoint; a BERT from scratch uses its tokenizer's context_length"

@@ -39,10 +39,13 @@ class ShardsData(DataConfig, kind="shards"):
     train: str | tuple[str, ...] = config_field(
         help="Shards to train on: a .tar, a folder of them, a pattern (a/{000..012}.tar), a list, or emoji.",
         changeable=True,
+        path=True,
     )
-    val: str | tuple[str, ...] | None = config_field(None, "Shards to validate on while training.", changeable=True)
+    val: str | tuple[str, ...] | None = config_field(
+        None, "Shards to validate on while training.", changeable=True, path=True
+    )
     test: str | tuple[str, ...] | None = config_field(
-        None, "Shards to test on; only tools/evaluate.py reads them.", changeable=True
+        None, "Shards to test on; only tools/evaluate.py reads them.", changeable=True, path=True
     )
     size: int | tuple[int, int] = config_field(64, "Size of an image in pixels: its side, or [height, width].")
     crop: Literal["center", "random"] = config_field(

@@ -27,6 +27,7 @@ from ldm.errors import DataError
 from ldm.formats.tensors import write_atomically
 from ldm.modalities import MODALITIES, Modality
 from ldm.modalities.caption import CAPTION
+from ldm.paths import expanded
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif")
@@ -106,7 +107,7 @@ def find_shards(source: str | Sequence[str], split: str) -> list[Path]:
     if source == EMOJI:
         folder = Path(str(importlib.resources.files("ldm"))) / "assets" / "emoji"
         return sorted(folder.glob(f"emoji-{split}-*.tar"))
-    return [path for pattern in _expanded(source) for path in _matches(pattern)]
+    return [path for pattern in _expanded(expanded(source)) for path in _matches(pattern)]
 
 
 def _expanded(source: str) -> list[str]:
@@ -124,7 +125,7 @@ def _expanded(source: str) -> list[str]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
+    path = Path(expanded(pattern))
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
         if not found:

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from ldm.devices import usual_torch_state
-from ldm.errors import CheckpointError, warn
+from ldm.errors import CheckpointError, some, warn
 from ldm.formats.checkpoint import Checkpoint, read_native
 from ldm.formats.native import CONFIG_BY_FORMAT, plain_model, save_model
 from ldm.formats.tensors import CONFIG, INDEX, PICKLES, SAFETENSORS, STEMS, read_file, read_metadata
+from ldm.formats.training_checkpoint import checkpoints_in, find_checkpoint
 from ldm.load_options import LoadOptions, Source
 from ldm.model import LatentDiffusion
+from ldm.paths import expanded
 
 SHIPPED = "emoji"
 """Name of the shipped model."""
@@ -69,7 +71,7 @@ def read(source: Source, options: LoadOptions | None = None, **changes: Any) -> 
     """
     options = LoadOptions.of(options, changes)
     with usual_torch_state():
-        path = find(source, options.revision, options.subfolder, options.variant)
+        path = find(source, options.revision, options.subfolder, options.variant, options.checkpoint)
         found = _read_folder(path, options) if path.is_dir() else _read_file(path, options)
         of_part = LoadOptions(prediction_type=options.prediction_type, ema=options.ema)
         for name, given in options.replacements().items():
@@ -87,7 +89,7 @@ def _read_folder(path: Path, options: LoadOptions) -> Checkpoint:
 
 
 def _read_file(path: Path, options: LoadOptions) -> Checkpoint:
-    tensors, metadata = read_file(path)
+    tensors, metadata = read_file(path, options.ema)
     held = metadata.get("format", "")
     if held in CONFIG_BY_FORMAT:
         return read_native(path, tensors, metadata)
@@ -147,7 +149,7 @@ def target(path: Source, to: str) -> Path:
     Raises:
         CheckpointError: it could not be read again from there, or it is a file where a folder is needed.
     """
-    path = Path(path)
+    path = Path(expanded(path))
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path} would be a pickle, which ldm does not write; let its name end in {SAFETENSORS}.")
     if to not in FILES:
@@ -170,17 +172,29 @@ def writing(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be written to ({error.strerror}); name another path.") from None
 
 
-def find(source: Source, revision: str | None = None, subfolder: str | None = None, variant: str | None = None) -> Path:
+def find(
+    source: Source,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    checkpoint: str | None = None,
+) -> Path:
     """Return the file or folder that :func:`load` reads for ``source``; it is fetched from the hub if necessary.
 
     Args:
         source, revision, subfolder, variant: see :func:`load` and :class:`LoadOptions`.
+        checkpoint: checkpoint of a training in a run folder, or in the folder of a stage: ``"best"`` or ``"last"``.
 
     Raises:
         CheckpointError: there is no model; the message says what was found instead.
     """
     if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
         raise CheckpointError(f"the subfolder {subfolder!r} is not within {source}; name a folder in it.")
+    if checkpoint is not None:
+        folder = Path(expanded(source)) / (subfolder or "")
+        if not folder.is_dir():
+            raise CheckpointError(f"{source} is not a run folder, so it has no checkpoint {checkpoint!r}; omit it.")
+        return find_checkpoint(folder, checkpoint)
     path = _find(source, revision, subfolder, variant)
     if variant is not None and not (path.is_dir() and _has_variant(path, variant)):
         raise CheckpointError(f"{path} has no weights of the variant {variant!r}; omit the variant.")
@@ -197,7 +211,7 @@ def _find(source: Source, revision: str | None, subfolder: str | None, variant: 
         return _existing(ASSETS / MODEL_FILE, "this installation lacks the shipped model; reinstall ldm.")
 
     from ldm.formats.clip import is_clip
-    from ldm.formats.diffusers_folder import folders, is_folder
+    from ldm.formats.diffusers_folder import is_folder
     from ldm.formats.hub import fetch, is_hub_id
 
     if isinstance(source, str) and is_hub_id(source):
@@ -207,19 +221,16 @@ def _find(source: Source, revision: str | None, subfolder: str | None, variant: 
             f"{source} is not a model on the hub, so it has no revision {revision!r}; omit the revision."
         )
     elif subfolder is not None:
-        if not (Path(source) / subfolder).is_dir():
+        if not (Path(expanded(source)) / subfolder).is_dir():
             raise CheckpointError(f"{source} has no folder {subfolder!r}; name one that it has, or omit the subfolder.")
-        source = Path(source) / subfolder
-    path = Path(source)
+        source = Path(expanded(source)) / subfolder
+    path = Path(expanded(source))
     if path.is_dir():
         if is_folder(path) or is_clip(path):
             return path
-        return _existing(
-            path / MODEL_FILE,
-            f"{path} holds no {INDEX}, which a diffusers pipeline needs; download the folder again."
-            if any((path / folder).is_dir() for folder in folders())
-            else f"{path} holds no {MODEL_FILE}; a run has one after its last stage (tools/train.py --stage all).",
-        )
+        if (path / MODEL_FILE).is_file():
+            return path / MODEL_FILE
+        raise CheckpointError(_without_model(path))
     _existing(
         path, f"there is no model {path}; name a run folder, a file, a diffusers folder, a hub id, or {SHIPPED!r}."
     )
@@ -227,6 +238,17 @@ def _find(source: Source, revision: str | None, subfolder: str | None, variant: 
         raise CheckpointError(f"{path} is not a weight file; their names end in {', '.join((SAFETENSORS, *PICKLES))}.")
     of_a_folder = path.name.startswith(STEMS) and (path.parent / CONFIG).is_file() and not _is_native(path)
     return path.parent if of_a_folder else path
+
+
+def _without_model(path: Path) -> str:
+    """Return the sentence for a folder without a complete model."""
+    from ldm.formats.diffusers_folder import folders
+
+    checkpoints = [str(each) for each in checkpoints_in(path)]
+    if not checkpoints and any((path / folder).is_dir() for folder in folders()):
+        return f"{path} holds no {INDEX}, which a diffusers pipeline needs; download the folder again."
+    until_then = f"; until then use a checkpoint of it ({some(checkpoints)})" if checkpoints else ""
+    return f"{path} holds no {MODEL_FILE}; a run has one after its last stage (tools/train.py --stage all){until_then}."
 
 
 def _is_native(path: Path) -> bool:

@@ -34,6 +34,7 @@ from ldm.formats.native import (
     metadata_of,
 )
 from ldm.formats.tensors import to_dtype
+from ldm.formats.training_checkpoint import training_note
 from ldm.load_options import ARGUMENTS
 from ldm.model import Component, LatentDiffusion, ModelConfig, SamplingConfig, components
 
@@ -334,7 +335,7 @@ def conditioner_of(parts: Mapping[str, Part], pooled: bool = False, **sdxl: Any)
 
 
 def read_native(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
-    """Read a native file: a complete model, a first stage or a CLIP.
+    """Read a native file, or a checkpoint of a training: a complete model, a first stage or a CLIP.
 
     Raises:
         CheckpointError: the file is broken.
@@ -351,10 +352,12 @@ def read_native(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         "fingerprinted": header.fingerprinted,
         "notes": ("all settings are from its metadata",),
     }
+    if note := training_note(header.provenance):
+        common["notes"] += (note,)
 
     config = header.config
-    if held == FIRST_STAGE:
-        return Checkpoint(parts={"first_stage": Part(config, tensors)}, **common)
+    if held == FIRST_STAGE:  # its latents are measured at the end of the training
+        return Checkpoint(parts={"first_stage": Part(config, tensors, inferred=bool(note))}, **common)
     if held == CLIP:
         return Checkpoint(parts=of_clip(config, tensors), **common)
     conditioner = build_on_meta(lambda: config.conditioner.build(header.tokenizer), tensors, path)

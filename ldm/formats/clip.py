@@ -29,6 +29,7 @@ from ldm.formats.network_folder import canonical, format_of, network_files, read
 from ldm.formats.tensors import CONFIG, read_json, read_tensors
 from ldm.formats.tokenizer import write_tokenizer
 from ldm.nn.network_format import outer_prefix
+from ldm.paths import expanded
 
 OPEN_CLIP = CLIPOpenCLIP()
 
@@ -45,7 +46,7 @@ def load_clip(
     Raises:
         CheckpointError: as :func:`read_clip`, or the source holds only one encoder, or a weight is NaN.
     """
-    found = read_clip(Path(source), quick_gelu)
+    found = read_clip(Path(expanded(source)), quick_gelu)
     if OTHERS not in found.parts:
         raise CheckpointError(f"{source} holds {found.kind}, not a complete CLIP; name one with both encoders.")
     clip = clip_of(found)
@@ -113,7 +114,7 @@ def save_clip(
     Raises:
         CheckpointError: the library has no such CLIP, or it could not be read again. Then nothing is written.
     """
-    folder, forms = Path(folder), {form.library: form for form in KINDS[CLIPConfig].folders}
+    folder, forms = Path(expanded(folder)), {form.library: form for form in KINDS[CLIPConfig].folders}
     if to not in forms:
         raise CheckpointError(unknown("layout of a CLIP", to, forms))
     clip = innermost(clip, CLIP)

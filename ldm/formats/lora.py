@@ -39,6 +39,7 @@ from ldm.nn.adapter_format import MisshapenTensor, MissingTensor, MixedKinds, fo
 from ldm.nn.adapters import Adapter, AdapterLayer, unwrapped
 from ldm.nn.lora import LoRALayer
 from ldm.nn.network_format import Rules, renamed
+from ldm.paths import expanded
 
 FILE = "pytorch_lora_weights.safetensors"
 """Name of the LoRA file in a folder that diffusers wrote."""
@@ -138,7 +139,7 @@ def lora_files(source: str | PathLike[str]) -> dict[str, Path]:
         CheckpointError: it cannot be downloaded.
     """
     hub = isinstance(source, str) and is_hub_id(source)
-    path = fetch(str(source)) if hub else Path(source)
+    path = fetch(str(source)) if hub else Path(expanded(source))
     if hub and path.name in WEIGHTS and str(source).count("/") == 1:
         fetch(f"{source}/{CONFIG}")
     if not path.is_dir():
@@ -162,7 +163,7 @@ def write_lora(path: str | PathLike[str], adapter: Adapter, model: LatentDiffusi
     Raises:
         CheckpointError: the naming is unknown, the adapter is not a LoRA, or the naming has no name for one of its layers.
     """
-    path = Path(path)
+    path = Path(expanded(path))
     if naming not in NAMINGS:
         raise CheckpointError(unknown("naming of LoRA files", naming, NAMINGS))
     spelled: dict[str, str] = {}  # the first that is listed is that of a diffusers folder, with all its infixes

@@ -12,12 +12,10 @@ import hashlib
 import json
 import mmap
 import os
-import pickle
 import re
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,22 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.errors import CheckpointError, first_line
+from ldm.formats.pickles import read_pickle
 
 SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
 """File name suffixes of tensor files."""
 
-IGNORED = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",  # the key of its state in files of latent-diffusion
-    "numpy.dtype",  # metrics and learning rates
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-)
-"""Names in pickles of what is no weight. Nothing is imported or called for them."""
-
 T = TypeVar("T")
-
-NESTED = ("state_dict", "model_state_dict", "module", "ema_state_dict", "ema")
-"""Keys under which a pickle may hold its weights, in order of preference; each may be nested in another."""
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that torch.compile, (Distributed)DataParallel, FSDP and activation checkpointing add."""
@@ -76,6 +64,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # as of a full disk
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -94,7 +86,16 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         shared = contiguous.untyped_storage().data_ptr() in storages
         stored[name] = contiguous.clone() if shared else contiguous
         storages.add(stored[name].untyped_storage().data_ptr())
-    write_atomically(path, lambda temporary: save_file(stored, temporary, dict(metadata)))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(stored, temporary, dict(metadata))
+        except SafetensorError as error:
+            if number := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+            raise
+
+    write_atomically(path, write)
 
 
 def check_plain(tensors: Mapping[str, Tensor], path: object) -> None:
@@ -155,20 +156,22 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return read_file(path)[0]
 
 
-def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read all tensors of a file as views of its memory-mapped pages, and its metadata (empty for a pickle).
+def read_file(path: str | Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read all tensors of a file as views of its memory-mapped pages, and its metadata.
 
     The tensors are on the CPU, in the stored dtype; no values are read yet. Names are without :data:`WRAPPERS`.
 
     Args:
         path: a .safetensors file, or a pickle (.ckpt, .pt, .pth, .bin) of a state dict, bare or under a key of
-            :data:`NESTED`; entries of a pickle that are not tensors are ignored.
+            :data:`ldm.formats.pickles.NESTED`; entries of a pickle that are not tensors are ignored. Only a checkpoint of a
+            training has metadata among the pickles; see :mod:`ldm.formats.training_checkpoint`.
+        ema: use the averaged weights of a checkpoint of a training.
 
     Raises:
         CheckpointError: the file is missing, broken or not a tensor file, is a pickle that would run code, or holds quantized
             weights.
     """
-    stored, metadata = (_pickled(path), {}) if _ending(path) in PICKLES else _safetensors(path, _all)
+    stored, metadata = read_pickle(Path(path), ema) if _ending(path) in PICKLES else _safetensors(path, _all)
     tensors = without_wrappers(stored, path)
     if tensors.keys() != stored.keys() and "fingerprint" in metadata:
         metadata["fingerprint"] = ""  # it is that of the names in the file
@@ -334,72 +337,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _all(file: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is not a mapping)
     return tensors, file.metadata() or {}
-
-
-class _Ignored:
-    """Placeholder for :data:`IGNORED`; takes any arguments and state, and does nothing."""
-
-    def __init__(self, *args: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def unpickle(path: str | Path, harmless: Sequence[type] = ()) -> Any:
-    """Read a file of ``torch.save`` without running code from it; its tensors are views of its memory-mapped pages.
-
-    Args:
-        path: a .ckpt, .pt, .pth or .bin file.
-        harmless: classes that it may hold, in addition to those that torch allows.
-
-    Raises:
-        CheckpointError: the file is broken, or would run code.
-    """
-    with Path(path).open("rb") as file:
-        zipped = file.read(2) == b"PK"  # else from torch before 1.6, which cannot be memory-mapped
-    try:
-        known: list[Any] = [*((_Ignored, name) for name in IGNORED), *harmless]
-        with warnings.catch_warnings(), torch.serialization.safe_globals(known):
-            warnings.simplefilter("ignore")  # about pickle protocols and typed storages
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # a broken pickle may raise any exception
-        forbidden = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
-        if forbidden:
-            raise CheckpointError(
-                f"{path} is a pickle that would run code when loaded ({forbidden[1]}); "
-                "convert it to .safetensors in an isolated environment."
-            ) from None
-        # torch's own message advises loading it with weights_only=False.
-        detail = "its pickle is broken" if isinstance(error, pickle.UnpicklingError) else first_line(error)
-        raise CheckpointError(
-            f"{path} is not a complete file of torch.save ({type(error).__name__}: {detail}); download it again."
-        ) from None
-
-
-def _pickled(path: str | Path) -> dict[str, Tensor]:
-    content = unpickle(path)
-    while isinstance(content, dict):
-        nested = next((content[key] for key in NESTED if isinstance(content.get(key), Mapping)), None)
-        if nested is None:
-            break
-        content = dict(nested)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of weights; save a state_dict.")
-    tensors = {}
-    for name, value in content.items():
-        shown = repr(str(name)[:100])
-        if isinstance(value, Mapping):
-            raise CheckpointError(f"{path} holds a nested dict ({shown}) instead of weights; save a state_dict.")
-        if not isinstance(value, Tensor):
-            continue
-        plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and value.device.type == "cpu"
-        if not (isinstance(name, str) and plain and value.nbytes <= value.untyped_storage().nbytes()):
-            raise CheckpointError(
-                f"{path}: {shown} is not a plain dense CPU tensor; save a state_dict of such tensors."
-            )
-        tensors[name] = value.detach()
-    return tensors
 
 
 def _sharded(index: Path) -> tuple[dict[str, Tensor], list[Path]]:

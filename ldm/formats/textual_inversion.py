@@ -26,7 +26,8 @@ from ldm.conditioning.long_prompts import text_towers
 from ldm.conditioning.textual_inversion import TextualInversion
 from ldm.errors import CheckpointError
 from ldm.formats.hub import fetch, is_hub_id
-from ldm.formats.tensors import PICKLES, check_finite, fingerprint, read_tensors, unpickle
+from ldm.formats.pickles import unpickle
+from ldm.formats.tensors import PICKLES, check_finite, fingerprint, read_tensors
 
 FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 """Names of the file in a folder, or at a hub id, that diffusers wrote."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm.errors import DataError, SamplingError
 from ldm.modalities.base import Modality
 from ldm.modalities.crop import Crop
+from ldm.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class PixelMap(Modality):
             SamplingError: it cannot be read.
         """
         try:
-            return self.decode(Path(path).read_bytes())
+            return self.decode(Path(expanded(path)).read_bytes())
         except OSError as error:
             raise SamplingError(f"the {self.noun} {path} cannot be read ({error.strerror}).") from None
         except DataError as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning as L
 
-from ldm.errors import TrainingError, first_line
+from ldm.errors import CheckpointError, TrainingError, first_line
 from ldm.image_output import write_animation
 from ldm.training.engine import StageModule
 from ldm.training.metrics import MetricsFile
@@ -171,9 +171,7 @@ class Checkpoints(L.Callback):
 
         best = module.folder / "best.ckpt"
         if module.completed_steps and best.is_file():  # last.ckpt is older than the validation of its step
-            checkpoint = read_checkpoint(best, "delete it to go on without it")
-            if checkpoint.get("samples", module.fingerprints).get("val") == module.fingerprints.get("val"):
-                self.best = checkpoint["callbacks"][self.state_key]["best"]
+            self.best = self._score(best, module)
         self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(
@@ -201,6 +199,17 @@ class Checkpoints(L.Callback):
     def _restore_handlers(self) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def _score(self, best: Path, module: StageModule) -> float | None:
+        """Return the score of a best checkpoint; None if it is of other validation data or, with a warning, cannot be read."""
+        try:
+            checkpoint = read_checkpoint(best, "the next validation writes it again")
+        except CheckpointError as error:
+            warnings.warn(str(error), stacklevel=2)
+            return None
+        same = checkpoint.get("samples", module.fingerprints).get("val") == module.fingerprints.get("val")
+        score: float | None = checkpoint["callbacks"][self.state_key]["best"] if same else None
+        return score
 
     def save(self, trainer: L.Trainer, module: StageModule, name: str) -> None:
         """Verify the weights and save a checkpoint atomically; called on all ranks, written by the first."""

@@ -49,7 +49,9 @@ class TrainConfig:
     images_every: int = config_field(1000, "steps between grids of images", formerly="pictures_every", changeable=True)
     checkpoint_every: int = config_field(500, "steps between checkpoints", changeable=True)
     init: str | None = config_field(
-        None, "source of the initial weights: the file of a stage or a run, or SD as a file, a folder or a hub id"
+        None,
+        "source of the initial weights: the file of a stage or a run, or SD as a file, a folder or a hub id",
+        path=True,
     )
 
     def __post_init__(self) -> None:
@@ -89,7 +91,7 @@ class TrainerConfig:
         "auto", "autocast precision of the networks; auto = bf16 where the hardware supports it natively, else fp32"
     )
     compile: bool = config_field(False, "torch.compile the networks; worthwhile for long trainings")
-    threads: int | None = config_field(None, "CPU threads; null = one per core")
+    threads: int | None = config_field(None, "CPU threads; null = one for each core that other processes leave idle")
 
     def precision_of(self, train: TrainConfig) -> str:
         """Return fp32, bf16 or fp16 for a stage; ``auto`` is resolved for this machine."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping
@@ -16,8 +17,11 @@ import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
+from ldm import __version__
 from ldm.config import to_dict
 from ldm.errors import TrainingError
+from ldm.formats.native import metadata_of
+from ldm.formats.training_checkpoint import MODULE, RECORD
 from ldm.training.config import TrainConfig
 from ldm.training.ema import EMA, full_tensor, not_finite
 from ldm.training.optim import adamw, clip_gradients
@@ -269,7 +273,8 @@ class StageModule(L.LightningModule):
     def export(self, splits: Splits) -> tuple[Export, dict[str, Tensor]]:
         """Return the export of a finished stage, and the state of the exported module with averaged weights, gathered."""
         with self.ema_weights(), evaluation_mode(self.task):
-            export = self.task.export(splits)
+            self.task.finish(splits)
+            export = self.task.export()
             state = {name: full_tensor(tensor).cpu() for name, tensor in export.module.state_dict().items()}
             return export, {name: tensor.clone() for name, tensor in state.items()}
 
@@ -287,8 +292,22 @@ class StageModule(L.LightningModule):
         checkpoint["settings"] = to_dict(self.settings)
         checkpoint["samples"] = self.fingerprints
         checkpoint["samples_per_batch"] = self._samples_per_batch
+        checkpoint[RECORD] = self._record()
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
+
+    def provenance(self) -> dict[str, Any]:
+        """Return how the present weights were made, as JSON values."""
+        own = {"stage": self.stage, "steps": self.completed_steps, "seed": self.seed}
+        return own | {"ldm": __version__, "handoff": self.handoff}
+
+    def _record(self) -> dict[str, str]:
+        """Return the record by which a checkpoint can be read as a model; see :mod:`ldm.formats.training_checkpoint`."""
+        export, last = self.task.export(), self.train_config.max_steps
+        name = next(name for name, module in self.task.named_modules() if module is export.module)
+        provenance = self.provenance() | {"max_steps": last, "unfinished": self.completed_steps < last}
+        metadata = metadata_of(export.config, export.tokenizer, export.format)
+        return metadata | {"provenance": json.dumps(provenance), "fingerprint": "", MODULE: name}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.completed_steps = checkpoint["completed_steps"]

@@ -11,6 +11,7 @@ from ldm.data.config import DataConfig
 from ldm.diffusion import SPECS, Schedule, sigmas
 from ldm.errors import ConfigError, SamplingError
 from ldm.model import ModelConfig, SamplingConfig
+from ldm.paths import expanded
 from ldm.sampling_settings import SamplingSettings
 from ldm.training.config import TrainerConfig
 from ldm.training.tasks import TASKS
@@ -28,7 +29,7 @@ class Experiment:
     vae: VAEStage = config_field(help="stage 1, the first stage")
     denoiser: DenoiserStage = config_field(help="stage 3, the denoiser")
     clip: CLIPStage | None = config_field(None, "stage 2, tokenizer and CLIP; null if no conditioner reads text")
-    run_dir: str | None = config_field(None, "run folder; null = runs/<name>")
+    run_dir: str | None = config_field(None, "run folder; null = runs/<name>", path=True)
     seed: int = config_field(0, "seed for every random generator of the run")
     trainer: TrainerConfig = config_field(TrainerConfig(), "devices and precision")
 
@@ -117,7 +118,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: it is invalid; the message names the file and the place.
     """
+    path = expanded(path)
     try:
-        return from_dict(Experiment, read_yaml(path, overrides))
+        for override in overrides:
+            if override.rstrip().endswith("=") and override.count("=") == 1:
+                raise ConfigError(f"the override {override!r} has no value; write {override.strip()}null for none.")
+        experiment = from_dict(Experiment, read_yaml(path, overrides))
+        existing = next(folder for folder in (experiment.folder, *experiment.folder.parents) if folder.exists())
+        if not existing.is_dir():
+            raise ConfigError(f"run_dir is {experiment.folder}, but {existing} is a file; name a folder.")
+        return experiment
     except ConfigError as error:
         raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None

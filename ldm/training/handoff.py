@@ -14,14 +14,19 @@ from torch import nn
 
 from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
 from ldm.config import to_dict
+from ldm.data.stream import EvaluationLoader
+from ldm.devices import default_device
 from ldm.errors import CheckpointError, TrainingError
 from ldm.formats import read
-from ldm.formats.checkpoint import OTHERS, Checkpoint
+from ldm.formats.checkpoint import CLIP_COMPONENTS, OTHERS, Checkpoint, joined
 from ldm.formats.native import CLIP, FIRST_STAGE, load_strictly
 from ldm.formats.tensors import fingerprint, read_metadata
 from ldm.training.experiment import Experiment
-from ldm.training.tasks import TASKS, Task
+from ldm.training.tasks import TASKS, Task, VAETask
+from ldm.training.tasks.task import FIRST_STAGE as FIRST_STAGE_PART
 from ldm.training.tasks.task import PART_SECTIONS
+from ldm.vae import FirstStage
+from ldm.vae.metrics import measure_latents
 
 FINGERPRINT_NAMES = {
     "first_stage": "vae",
@@ -70,6 +75,22 @@ class Handoff:
         """
         check_fit(source, name, network.config)
         load_strictly(network, source.part(name).state, source.source, torch.float32)
+
+    def load_first_stage(self, first_stage: FirstStage) -> None:
+        """Load the result of stage 1, or its source; the latents of one whose training was not finished are measured here.
+
+        Raises:
+            TrainingError, CheckpointError: as :meth:`predecessor` and :meth:`load_part`.
+        """
+        source, experiment = self.predecessor(VAETask.stage), self.experiment
+        self.load_part(source, FIRST_STAGE_PART, first_stage)
+        resumed = (experiment.folder / self.stage / "last.ckpt").is_file()  # which holds what was measured
+        if source.kind == FIRST_STAGE and source.part(FIRST_STAGE_PART).inferred and not resumed:
+            train = experiment.vae.train or getattr(experiment, self.stage).train
+            device = torch.device("cpu") if experiment.trainer.accelerator == "cpu" else default_device()
+            batches = EvaluationLoader(experiment.data.open("train"), train.batch_size)
+            measure_latents(first_stage.to(device).eval(), batches, device)
+            first_stage.to("cpu").train()
 
     def tokenizer(self, config: TokenizerConfig, name: str = "") -> Tokenizer:
         """Return a tokenizer of the stage, made from the training captions once and then read from ``tokenizer<name>.json``.
@@ -160,8 +181,9 @@ def check_fit(source: Checkpoint, name: str, config: Any) -> None:
 
 def _fingerprint(source: Checkpoint, task: type[Task]) -> str:
     """Return the fingerprint of the result of a stage, or of the parts of another source that the stage would have produced."""
-    if source.kind in (CLIP, FIRST_STAGE):
-        return source.fingerprint
+    if source.kind in (CLIP, FIRST_STAGE):  # only a checkpoint of a training has no fingerprint
+        complete = joined(source.parts, CLIP_COMPONENTS) if source.kind == CLIP else source.part(FIRST_STAGE_PART).state
+        return source.fingerprint or fingerprint(complete, source.fingerprinted)
     parts = {FINGERPRINT_NAMES.get(name, name): source.part(name) for name in task.parts_of(source)}
     states = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state.items()}
     return fingerprint(states, {name: to_dict(part.config) for name, part in parts.items()})

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ldm import __version__
 from ldm.config import to_yaml
 from ldm.data.datamodule import DataModule, LatentSource
 from ldm.devices import usual_torch_state
@@ -68,14 +66,7 @@ def _train(experiment: Experiment, module: StageModule, files: Mapping[Path, str
             f"train the stage again with a lower {module.stage}.train.learning_rate, in another run_dir."
         )
     if trainer.is_global_zero:
-        provenance: dict[str, Any] = {
-            "stage": module.stage,
-            "steps": module.completed_steps,
-            "seed": module.seed,
-            "ldm": __version__,
-            "handoff": module.handoff,
-        }
-        save_state(result, export.format, state, export.config, export.tokenizer, provenance)
+        save_state(result, export.format, state, export.config, export.tokenizer, module.provenance())
     trainer.strategy.barrier()
 
 

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from ldm.cli.common import new_app, options_from
+from ldm.cli.common import new_app, options_from, run
+from ldm.cli.sample import _values
 from ldm.config import config_field
-from ldm.errors import SamplingError
+from ldm.errors import ConfigError, SamplingError
+from ldm.formats.tensors import write_atomically
 
 
 @dataclass(frozen=True)
@@ -67,3 +72,68 @@ def test_the_help_has_the_sentences_of_the_fields() -> None:
     output = " ".join(given("--help").output.split())
     assert "cooking time in minutes [default: 10]" in output
     assert "number of guests" in output
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fail: Callable[[], object]) -> str:
+    """Return what a command prints on stderr that ends in an error of the operating system."""
+    app = new_app()
+
+    @app.command()
+    def cook() -> None:
+        fail()
+
+    monkeypatch.setattr(sys, "argv", ["cook"])
+    with pytest.raises(SystemExit) as stopped:
+        run(app)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence_that_names_the_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """``/dev/full`` reports a full disk at each write."""
+    path = tmp_path / "a.yaml"
+
+    def fill(_: Path) -> None:
+        with Path("/dev/full").open("w") as file:
+            file.write("x")
+
+    message = refused(monkeypatch, capsys, lambda: write_atomically(path, fill))
+    assert message == f"error: the disk is full: {path} cannot be written; free some space and repeat the command.\n"
+
+
+def test_a_full_disk_is_the_same_error_for_safetensors(tmp_path: Path) -> None:
+    script = f"""
+import resource, signal, torch
+from ldm.formats.tensors import write_tensors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_tensors({str(tmp_path / "a.safetensors")!r}, {{"x": torch.zeros(10000)}}, {{}})
+except OSError as error:
+    print(error.strerror, error.filename)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == f"File too large {tmp_path / 'a.safetensors'}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("operation", [Path.read_text, Path.mkdir, Path.write_text])
+def test_a_file_that_cannot_be_used_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, operation: Callable[..., Any]
+) -> None:
+    path = tmp_path / "file" / "inside"
+    path.parent.touch()
+    message = refused(monkeypatch, capsys, lambda: operation(path, *(["x"] if operation is Path.write_text else [])))
+    assert message == f"error: {path} cannot be used (Not a directory); repeat the command with --debug to see where.\n"
+
+
+@pytest.mark.parametrize("given", [["order=2", "order=3"], ["eta=0 # none"], ["name=a: b"]])
+def test_settings_of_a_command_are_parsed_as_overrides_are(given: list[str]) -> None:
+    if len(given) == 2:
+        with pytest.raises(ConfigError, match="the key order is given twice"):
+            _values(given)
+    else:
+        name, _, text = given[0].partition("=")
+        assert _values(given) == {name: text}

@@ -56,6 +56,7 @@ class CLIPStage:
         None,
         "source of a CLIP or a text encoder that is used without training: a file, folder or hub id, of SD or of CLIP",
         changeable=True,
+        path=True,
     )
 
     def __post_init__(self) -> None:
@@ -145,7 +146,7 @@ class CLIPTask(Task):
         images = Images.of((batch["image"][indices.flatten()] + 1) / 2)
         return {"nearest": images.grid(columns=indices.shape[1], captions=captions)}
 
-    def export(self, splits: Splits) -> Export:
+    def export(self) -> Export:
         return Export(native.CLIP, self.clip, self.config.model, self.tokenizer)
 
     def _tokens(self, batch: Mapping[str, Any]) -> Tensor:

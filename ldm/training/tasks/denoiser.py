@@ -106,7 +106,7 @@ class DenoiserTask(Task):
         conditioner = config.conditioner.with_tokenizer(handoff.tokenizer)
         model = LatentDiffusion(replace(config, conditioner=conditioner), None if clip is None else clip.tokenizer)
         if config.first_stage.has_weights:
-            handoff.load_part(handoff.predecessor("vae"), FIRST_STAGE, model.first_stage)
+            handoff.load_first_stage(model.first_stage)
         if clip is not None:
             for name, encoder in model.conditioner.pretrained_encoders():
                 if name in clip.parts or not any(parameter.requires_grad for parameter in encoder.parameters()):
@@ -215,7 +215,7 @@ class DenoiserTask(Task):
         }
         return {"loss": float(totals.sum() / counts.sum())} | parts
 
-    def export(self, splits: Splits) -> Export:
+    def export(self) -> Export:
         return Export(native.MODEL, self.model, self.model.config, self.model.tokenizer)
 
     def previews(self, splits: Splits, step: Step) -> Mapping[str, Preview]:

@@ -188,8 +188,11 @@ class Task(nn.Module):
             DataError: one does not fit.
         """
 
-    def export(self, splits: Splits) -> Export:
-        """Finish the networks and return what the next stage or a pipeline needs; called with averaged weights, on all ranks."""
+    def finish(self, splits: Splits) -> None:
+        """Measure what the result needs besides trained weights; called once after the last step, as :meth:`export` is."""
+
+    def export(self) -> Export:
+        """Return what the next stage or a pipeline needs; called with averaged weights, on all ranks."""
         raise NotImplementedError
 
 

@@ -54,6 +54,7 @@ class VAEStage:
         None,
         "source of a first stage that is used without training: a file, folder or hub id, also of SD",
         changeable=True,
+        path=True,
     )
 
 
@@ -164,9 +165,11 @@ class VAETask(Task):
         pairs = torch.cat([image, reconstruction.clamp(-1, 1)])
         return {"reconstructions": Images.of((pairs + 1) / 2).grid(columns=len(image))}
 
-    def export(self, splits: Splits) -> Export:
+    def finish(self, splits: Splits) -> None:
         """Measure the latents of the training images, which the next stage normalizes by."""
         assert self.config.train is not None
         batches = EvaluationLoader(splits("train"), self.config.train.batch_size)
         measure_latents(self.first_stage, batches, self.device)
+
+    def export(self) -> Export:
         return Export(native.FIRST_STAGE, self.first_stage, self.config.model)

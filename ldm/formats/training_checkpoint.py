@@ -1,0 +1,88 @@
+"""Checkpoints of a stage's training, ``last.ckpt`` and ``best.ckpt``, read like the file that the finished stage leaves.
+
+Beside what resuming needs, such a checkpoint has a record: the metadata of the native file of the stage, and the name of the
+exported module in the state of the task. Checkpoints of earlier versions have none and can only be resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.errors import CheckpointError, some
+
+RECORD, MODULE = "export", "module"
+"""Key of the record in a checkpoint, and of the module's name in the record."""
+
+MODEL_STAGE = "denoiser"
+"""Folder of the stage whose checkpoints are complete models."""
+
+ALWAYS = ("completed_steps", "state_dict", "loops")
+"""Keys that every checkpoint of a training has had."""
+
+
+def find_checkpoint(folder: Path, name: str) -> Path:
+    """Return the checkpoint ``<name>.ckpt`` in the folder of a stage, or of stage 3 in a run folder.
+
+    Raises:
+        CheckpointError: there is none; the message names those that there are.
+    """
+    for path in (folder / f"{name}.ckpt", folder / MODEL_STAGE / f"{name}.ckpt"):
+        if path.is_file():
+            return path
+    there = checkpoints_in(folder)
+    remedy = f"there are {some([str(path) for path in there])}" if there else "it holds no checkpoint of a training"
+    raise CheckpointError(f"{folder} holds no {MODEL_STAGE}/{name}.ckpt or {name}.ckpt; {remedy}.")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the best and last checkpoints in the folder of a stage or a run."""
+    patterns = [f"{place}{name}.ckpt" for place in ("", "*/") for name in ("best", "last")]
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+
+
+def is_training_checkpoint(content: object) -> bool:
+    """Return whether the content of a pickle is a checkpoint of a stage's training."""
+    return isinstance(content, dict) and all(key in content for key in ALWAYS)
+
+
+def training_note(provenance: Mapping[str, Any]) -> str:
+    """Return a sentence for the step whose weights a checkpoint holds; empty if the provenance is not that of a checkpoint."""
+    if "unfinished" not in provenance:
+        return ""
+    stage, steps, last = (provenance.get(name) for name in ("stage", "steps", "max_steps"))
+    before = ", before the end of the training" if provenance["unfinished"] else ""
+    return f"the weights are those after step {steps} of {last} of stage {stage}{before}"
+
+
+def exported(content: Mapping[str, Any], path: Path, ema: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and metadata that the native file of the stage would have.
+
+    Statistics of latents are in a checkpoint of stage 1 not measured yet.
+
+    Args:
+        content: content of the checkpoint.
+        path: where it is from, for error messages.
+        ema: use the averaged weights, if there are any.
+
+    Raises:
+        CheckpointError: it has no record, or a broken one.
+    """
+    record, average = content.get(RECORD), content.get("ema", {})
+    if record is None:
+        raise CheckpointError(
+            f"{path} was written by an earlier version of ldm, which recorded no config in it; resume the training to have it "
+            "written again, or use the file of the finished stage."
+        )
+    average = average.get("average") if isinstance(average, dict) and ema else {}
+    texts = isinstance(record, dict) and all(isinstance(text, str) for text in record.values())
+    if not (texts and MODULE in record and isinstance(content["state_dict"], dict) and isinstance(average or {}, dict)):
+        raise CheckpointError(
+            f"{path} has a broken record of its config; resume the training to have it written again."
+        )
+    prefix = f"{record[MODULE]}."
+    state = {name[len(prefix) :]: each for name, each in content["state_dict"].items() if str(name).startswith(prefix)}
+    return state | (average or {}), record
