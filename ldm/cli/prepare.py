@@ -33,11 +33,15 @@ def folder(
         str,
         typer.Option(help="Fractions of train, val and test; the split of an image is chosen by a hash of its name."),
     ] = "0.98,0.01,0.01",
+    caption_field: Annotated[
+        str, typer.Option(help="Column of metadata.csv, or field of metadata.jsonl and x.json, that holds the caption.")
+    ] = "text",
     workers: Annotated[int, typer.Option(help="Number of decoding threads.")] = 4,
     debug: Debug = False,
 ) -> None:
     """Convert a folder of images with captions to shards; DST/report.json lists the images that were skipped."""
-    from ldm.data.folder import REPORT, prepare_folder
+    from ldm.data.folder import prepare_folder
+    from ldm.data.shard_set import REPORT
 
     report = prepare_folder(
         source,
@@ -47,6 +51,7 @@ def folder(
         max_size=max_size,
         shares=_shares(shares),
         workers=workers,
+        caption_field=caption_field,
     )
     print(report.summary())
     print(f"Skipped images are listed in {destination / REPORT}")

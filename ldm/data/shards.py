@@ -13,6 +13,7 @@ import glob
 import hashlib
 import importlib.resources
 import io
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ldm.data.shard_set import check_complete, check_replaced, check_shards
 from ldm.errors import DataError
 from ldm.formats.tensors import write_atomically
 from ldm.modalities import MODALITIES, Modality
@@ -38,6 +40,8 @@ _STORED = {modality.suffix: modality for modality in MODALITIES.values() if moda
 
 MEMBERS: dict[str, Modality] = {suffix: _STORED[suffix] for suffix in (*_FIRST, *sorted(_STORED.keys() - {*_FIRST}))}
 """Modalities that are stored, by suffix, in the order of their members in a shard."""
+
+CHECKSUM = "__checksum__"
 
 _IMAGE = 0  # column of the spans; those of MEMBERS follow
 _COLUMNS = {**dict.fromkeys(IMAGE_SUFFIXES, _IMAGE), **{suffix: i for i, suffix in enumerate(MEMBERS, start=1)}}
@@ -64,8 +68,12 @@ class Sample:
 
 
 def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
-    """Write a shard atomically and return the number of samples; equal samples give equal bytes."""
-    count = 0
+    """Write a shard atomically and return the number of samples; equal samples give equal bytes.
+
+    The last member, ``__checksum__``, is the BLAKE2b hash of the names and contents of the others; webdataset ignores members
+    with such names.
+    """
+    count, checksum = 0, hashlib.blake2b(digest_size=16)
 
     def write(temporary: Path) -> None:
         nonlocal count
@@ -78,13 +86,29 @@ def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
                         value = values[modality.key]
                         members[suffix] = value if isinstance(value, bytes) else modality.encode(value)
                 for suffix, data in members.items():
-                    info = tarfile.TarInfo(f"{sample.key}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+                    name = f"{sample.key}.{suffix}"
+                    checksum.update(f"{name}/{len(data)}/".encode() + data)
+                    _add(tar, name, data)
                 count += 1
+            _add(tar, CHECKSUM, checksum.hexdigest().encode())
 
     write_atomically(path, write)
     return count
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def checksum_of(path: Path) -> str | None:
+    """Return the checksum that a shard contains; None if it has none.
+
+    Raises:
+        DataError: the shard cannot be read.
+    """
+    return _index(path).checksum
 
 
 def find_shards(source: str | Sequence[str], split: str) -> list[Path]:
@@ -96,7 +120,7 @@ def find_shards(source: str | Sequence[str], split: str) -> list[Path]:
         split: which of the packaged shards; other sources name their split by their path.
 
     Raises:
-        DataError: a shard that does not exist, or a folder or pattern without any.
+        DataError: a shard that does not exist, or a folder or pattern without any, or shards of an incomplete set.
     """
     if not isinstance(source, str):
         return [path for part in source for path in find_shards(part, split)]
@@ -124,12 +148,14 @@ def _matches(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
+        check_complete(path, found)
         if not found:
             raise DataError(f"the data folder {path} contains no .tar shards; make them with tools/prepare.py folder.")
         return found
     if path.is_file():
         return [path]
     if not glob.has_magic(pattern):
+        check_replaced(path.parent)
         raise DataError(f"the shard or data folder {path} does not exist; check the sources given under data.")
     found = sorted(Path(name) for name in glob.glob(str(path)))  # noqa: PTH207 (the pattern may be absolute)
     if not found:
@@ -158,9 +184,13 @@ class Shards:
         self.paths = list(paths)
         self.keys: list[str] = []
         self.lengths: list[int] = []
+        self._modified: list[int] = []
         spans: list[np.ndarray] = []
+        indices = {path: _index(path) for path in self.paths}
+        check_shards({path: index.checksum for path, index in indices.items()})
         for path in self.paths:
-            found = _index(path)
+            found = indices[path].samples
+            self._modified.append(indices[path].modified)
             self.keys += found
             self.lengths.append(len(found))
             spans.append(np.array(list(found.values()), np.int64).reshape(-1, 1 + len(MEMBERS), 2))
@@ -245,21 +275,42 @@ class Shards:
             ) as file:  # opened each time: safe in forked workers, and no limit on the number of shards
                 file.seek(offset)
                 data = file.read(size)
+                modified = os.fstat(file.fileno()).st_mtime_ns
         except OSError as error:
             raise DataError(f"cannot read the shard {path}: {error.strerror}.") from None
         if len(data) < size:
             raise DataError(f"the shard {path} has become shorter since it was opened; do not modify shards in use.")
+        if modified != self._modified[self._shard[i]]:
+            raise DataError(f"the shard {path} was replaced since it was opened; run the same command again.")
         return data
 
 
-def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
-    """Return the offset and size of the members of each sample of a shard, by key and in the shard's order."""
+@dataclass(frozen=True)
+class _Index:
+    """Content of a shard.
+
+    Attributes:
+        samples: offset and size of the members of each sample, by key and in the shard's order.
+        checksum: checksum that the shard contains.
+        modified: time at which the file was modified, in nanoseconds.
+    """
+
+    samples: dict[str, list[tuple[int, int]]]
+    checksum: str | None
+    modified: int
+
+
+def _index(path: Path) -> _Index:
+    checksum: str | None = None
     samples: dict[str, list[tuple[int, int]]] = {}
     try:
+        modified = path.stat().st_mtime_ns
         with tarfile.open(path, "r:") as tar:
             end = 0
             for info in tar:
                 end = info.offset_data + -(-info.size // _BLOCK) * _BLOCK
+                content = tar.extractfile(info) if info.name == CHECKSUM else None
+                checksum = checksum if content is None else content.read(64).decode(errors="replace")
                 folder, slash, name = info.name.rpartition("/")
                 stem, _, suffix = name.partition(".")  # as in webdataset, a key ends at the name's first dot
                 column = _COLUMNS.get(suffix.lower())
@@ -284,4 +335,4 @@ def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
         if all(spans[_COLUMNS[suffix]][1] < 0 for suffix in describing):
             lacking = " nor ".join(f"{modality.noun} (.{suffix})" for suffix, modality in describing.items())
             raise DataError(f"{key!r} in {path} has neither {lacking}; create the shard again.")
-    return samples
+    return _Index(samples, checksum, modified)
