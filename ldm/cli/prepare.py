@@ -93,8 +93,11 @@ def tokenizer(
     from ldm.clip.tokenizer import train_byte_bpe
     from ldm.data.shards import Shards, find_shards
     from ldm.formats.tensors import write_atomically
+    from ldm.modalities.caption import CAPTION
 
     shards = Shards(find_shards(data, "train"))
+    if CAPTION.key not in shards.modalities:
+        raise DataError(f"the data {', '.join(data)} has no captions to train a tokenizer on; give each sample a .txt.")
     trained = train_byte_bpe([shards.text(i) for i in range(len(shards))], vocab_size, context_length)
     write_atomically(out, lambda path: path.write_text(trained.to_json(), encoding="utf-8"))
     print(f"{out}: {trained.vocab_size} tokens from {len(shards)} captions")

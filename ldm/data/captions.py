@@ -39,7 +39,7 @@ class FileNames:
 
 
 def _loose(path: Path) -> str:
-    return unicodedata.normalize("NFC", str(path.with_suffix(path.suffix.lower())))
+    return unicodedata.normalize("NFC", str(path).removesuffix(path.suffix) + path.suffix.lower())
 
 
 class FolderCaptions:

@@ -1,8 +1,8 @@
 """Sets of samples, on disk or in memory, from which batches are taken by index.
 
-``samples[draw]`` is one batch, a dict of ``image`` (fp32 ``[b c h w]`` in [-1, 1], channels_last), ``text``
-and ``key`` (lists of ``b``) and, for sets that have them, the values of further modalities by key, such as ``label``
-(int64 ``[b]``) or ``semantic`` (int64 ``[b h w]``); see :mod:`ldm.modalities`. It depends on ``draw`` alone.
+``samples[draw]`` is one batch, a dict of ``image`` (fp32 ``[b c h w]`` in [-1, 1], channels_last), ``key`` (a list of ``b``) and,
+for sets that have them, the values of modalities by key, such as ``text`` (a list of ``b``), ``label`` (int64 ``[b]``) or
+``semantic`` (int64 ``[b h w]``); see :mod:`ldm.modalities`. It depends on ``draw`` alone.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Samples(Dataset[Batch]):
         return sum(self.lengths)
 
     def annotations(self, index: np.ndarray) -> Batch:
-        """Return ``text``, ``key`` and all other values that do not depend on how the images are cropped."""
+        """Return ``key`` and all other values that do not depend on how the images are cropped."""
         raise NotImplementedError
 
     def spatial_annotations(self, draw: BatchIndices) -> Batch:
@@ -98,12 +98,9 @@ class StoredImages(Samples):
         self.fingerprint = f"{shards.fingerprint}-{fit.height}x{fit.width}"
 
     def annotations(self, index: np.ndarray) -> Batch:
-        batch: Batch = {
-            "text": [self.shards.text(i) for i in index],
-            "key": [self.shards.keys[i] for i in index],
-        }
+        batch: Batch = {"key": [self.shards.keys[i] for i in index]}
         for key, modality in self.shards.modalities.items():
-            if not modality.spatial and key not in batch:
+            if not modality.spatial:
                 batch[key] = modality.collate([self.shards.value(i, modality) for i in index])
         return batch
 
@@ -231,6 +228,18 @@ class TensorsInMemory(Samples):
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
         return {"image": self._image[torch.from_numpy(draw.index)], **self.annotations(draw.index)}
+
+
+def captions_of(batch: Mapping[str, Any], reader: str) -> list[str]:
+    """Return the captions of a batch, which ``reader`` needs.
+
+    Raises:
+        DataError: the data has none.
+    """
+    if "text" not in batch:
+        raise DataError(f"{reader} needs captions, but the data has none; give each sample a .txt.")
+    captions: list[str] = batch["text"]
+    return captions
 
 
 def take(batch: Batch, index: np.ndarray) -> Batch:

@@ -13,8 +13,10 @@ import glob
 import hashlib
 import importlib.resources
 import io
+import itertools
 import os
 import tarfile
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +35,8 @@ SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif")
 EMOJI = "emoji"  # as a source: the shards shipped with the package
 
-_FIRST = ("txt", "cls", "boxes.json", "semantic.png")
+_CAPTION = "txt"
+_FIRST = (_CAPTION, "cls", "boxes.json", "semantic.png")
 """Suffixes that precede others in shards and fingerprints; fingerprints have always covered them, present or not."""
 
 _STORED = {modality.suffix: modality for modality in MODALITIES.values() if modality.suffix is not None}
@@ -166,6 +169,9 @@ def _matches(pattern: str) -> list[Path]:
 class Shards:
     """Samples of several shards by number, read from disk when needed.
 
+    A sample without an image, or without both caption and class number, is skipped, and so is one without a caption if others
+    have one; a warning gives their number. If a key occurs in several shards, all keys are preceded by the name of their shard.
+
     Args:
         paths: the shards, as :func:`find_shards` lists them.
 
@@ -175,38 +181,59 @@ class Shards:
         modalities: those that the samples have, by key.
 
     Raises:
-        DataError: a shard that is missing, truncated or not a tar file; a sample without an image, or without
-            both caption and class number; a duplicate key; a set without samples; a modality that some
-            samples have and some lack.
+        DataError: a shard that is missing, truncated, not a tar file, or listed twice; a set without complete samples; a
+            modality, other than captions, that some samples have and some lack.
     """
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = list(paths)
-        self.keys: list[str] = []
-        self.lengths: list[int] = []
-        self._modified: list[int] = []
-        spans: list[np.ndarray] = []
-        indices = {path: _index(path) for path in self.paths}
-        check_shards({path: index.checksum for path, index in indices.items()})
-        for path in self.paths:
-            found = indices[path].samples
-            self._modified.append(indices[path].modified)
-            self.keys += found
-            self.lengths.append(len(found))
-            spans.append(np.array(list(found.values()), np.int64).reshape(-1, 1 + len(MEMBERS), 2))
+        _check_distinct(self.paths)
+        indices = [_index(path) for path in self.paths]
+        check_shards({path: index.checksum for path, index in zip(self.paths, indices, strict=True)})
+        self._modified = [index.modified for index in indices]
+        self.keys = [key for index in indices for key in index.keys]
+        self._shard = np.repeat(np.arange(len(self.paths)), [len(index.keys) for index in indices])
         # [n 1+m 2]: offset and size, in bytes, of the image and of each kind of member; size -1 if it is missing.
-        self._spans = np.concatenate(spans) if spans else np.zeros((0, 1 + len(MEMBERS), 2), np.int64)
-        self._shard = np.repeat(np.arange(len(self.paths)), self.lengths)
+        self._spans = np.concatenate([_array([]), *(index.spans for index in indices)])
         if not self.keys:
             raise DataError(
                 f"there is no sample in {', '.join(map(str, self.paths))}; make shards with tools/prepare.py."
             )
-        twice, times = Counter(self.keys).most_common(1)[0]
-        if times > 1:
-            raise DataError(
-                f"the key {twice!r} occurs twice in the shards of {self.paths[0].parent}; list each shard once."
-            )
-        self.modalities = {modality.key: modality for modality in MEMBERS.values() if self._has(modality)}
+        _warn_of_repeated([f"{name!r} in {index.path}" for index in indices for name in index.repeated])
+        self._keep(self._has(_IMAGE), f"no image ({', '.join(IMAGE_SUFFIXES)})")
+        describing = {suffix: modality for suffix, modality in MEMBERS.items() if modality.describes}
+        nouns = " nor ".join(f"{modality.noun} (.{suffix})" for suffix, modality in describing.items())
+        self._keep(np.any([self._has(_COLUMNS[suffix]) for suffix in describing], axis=0), f"neither {nouns}")
+        self.modalities = {modality.key: modality for modality in MEMBERS.values() if self._in_all(modality)}
+        if CAPTION.key in self.modalities:
+            self._keep(self._has(_COLUMNS[_CAPTION]), f"no {CAPTION.noun} (.{_CAPTION})")
+        self.lengths: list[int] = np.bincount(self._shard, minlength=len(self.paths)).tolist()
+        if len(set(self.keys)) < len(self.keys):
+            names = _names_of(self.paths)
+            self.keys = [f"{names[shard]}/{key}" for shard, key in zip(self._shard, self.keys, strict=True)]
+
+    def _has(self, column: int) -> np.ndarray:
+        """Return ``[n]`` of bool: whether each sample has this member."""
+        has: np.ndarray = self._spans[:, column, 1] >= 0
+        return has
+
+    def _keep(self, complete: np.ndarray, lack: str) -> None:
+        """Keep the samples that are complete, and warn of the others.
+
+        Raises:
+            DataError: none is.
+        """
+        if complete.all():
+            return
+        first = self.where(int(np.argmin(complete)))
+        if not complete.any():
+            raise DataError(f"{first} has {lack}; create the shard again.")
+        warnings.warn(
+            f"{np.sum(~complete)} of {len(self)} samples are skipped, the first of them {first}: they have {lack}.",
+            stacklevel=4,
+        )
+        self.keys = list(itertools.compress(self.keys, complete))
+        self._shard, self._spans = self._shard[complete], self._spans[complete]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -243,7 +270,7 @@ class Shards:
     @property
     def fingerprint(self) -> str:
         """Text that depends on the keys, their order and the offsets of members, but not on the shards' folder."""
-        digest = hashlib.blake2b("\n".join(self.keys).encode(), digest_size=16)
+        digest = hashlib.blake2b("\n".join(self.keys).encode(errors="surrogateescape"), digest_size=16)
         always = 1 + len(_FIRST)
         digest.update(self._spans[:, :always].tobytes())
         for suffix, modality in list(MEMBERS.items())[len(_FIRST) :]:
@@ -251,14 +278,14 @@ class Shards:
                 digest.update(suffix.encode() + self._spans[:, _COLUMNS[suffix]].tobytes())
         return digest.hexdigest()
 
-    def _has(self, modality: Modality) -> bool:
+    def _in_all(self, modality: Modality) -> bool:
         """Return True if the samples have a modality.
 
         Raises:
             DataError: only some of them have one that is required for all.
         """
         assert modality.suffix is not None
-        has = self._spans[:, _COLUMNS[modality.suffix], 1] >= 0
+        has = self._has(_COLUMNS[modality.suffix])
         if has.any() and not has.all() and not modality.optional:
             lacking = self.keys[int(np.argmin(has))]
             raise DataError(f"samples of {self.paths[0].parent} have {modality.file}, but {lacking!r} has none.")
@@ -285,17 +312,44 @@ class Shards:
         return data
 
 
+def _check_distinct(paths: Sequence[Path]) -> None:
+    for path, times in Counter(path.resolve() for path in paths).items():
+        if times > 1:
+            raise DataError(f"the shard {path} occurs twice among the sources of the data; list each shard once.")
+
+
+def _names_of(paths: Sequence[Path]) -> list[str]:
+    """Return names that tell shards apart: their paths relative to the folder that contains them all, without suffix."""
+    folder = os.path.commonpath([path.resolve().parent for path in paths])
+    return [path.resolve().relative_to(folder).with_suffix("").as_posix() for path in paths]
+
+
+def _warn_of_repeated(members: Sequence[str]) -> None:
+    if members:
+        warnings.warn(
+            f"{len(members)} members of shards are skipped, the first of them {members[0]}: an earlier member of the same shard "
+            "has the same key and kind.",
+            stacklevel=4,
+        )
+
+
 @dataclass(frozen=True)
 class _Index:
     """Content of a shard.
 
     Attributes:
-        samples: offset and size of the members of each sample, by key and in the shard's order.
+        path: the file.
+        keys: keys of the samples, in the shard's order.
+        spans: ``[n 1+m 2]``, as those of :class:`Shards`.
+        repeated: names of members of which the shard has an earlier one of the same key and kind.
         checksum: checksum that the shard contains.
         modified: time at which the file was modified, in nanoseconds.
     """
 
-    samples: dict[str, list[tuple[int, int]]]
+    path: Path
+    keys: list[str]
+    spans: np.ndarray
+    repeated: list[str]
     checksum: str | None
     modified: int
 
@@ -303,6 +357,7 @@ class _Index:
 def _index(path: Path) -> _Index:
     checksum: str | None = None
     samples: dict[str, list[tuple[int, int]]] = {}
+    repeated: list[str] = []
     try:
         modified = path.stat().st_mtime_ns
         with tarfile.open(path, "r:") as tar:
@@ -316,7 +371,10 @@ def _index(path: Path) -> _Index:
                 column = _COLUMNS.get(suffix.lower())
                 if info.isreg() and column is not None:
                     spans = samples.setdefault(folder + slash + stem, [(0, -1)] * (1 + len(MEMBERS)))
-                    spans[column] = (info.offset_data, info.size)
+                    if spans[column][1] < 0:
+                        spans[column] = (info.offset_data, info.size)
+                    else:
+                        repeated.append(info.name)
         with path.open("rb") as file:
             file.seek(end)
             complete = file.read(_BLOCK) == bytes(_BLOCK)
@@ -328,11 +386,8 @@ def _index(path: Path) -> _Index:
         ) from None
     if not complete:  # truncated between two members, which the headers alone do not show
         raise DataError(f"the shard {path} is truncated after {len(samples)} samples; copy or create it again.")
-    describing = {suffix: modality for suffix, modality in MEMBERS.items() if modality.describes}
-    for key, spans in samples.items():
-        if spans[_IMAGE][1] < 0:
-            raise DataError(f"{key!r} in {path} has no image ({', '.join(IMAGE_SUFFIXES)}); create the shard again.")
-        if all(spans[_COLUMNS[suffix]][1] < 0 for suffix in describing):
-            lacking = " nor ".join(f"{modality.noun} (.{suffix})" for suffix, modality in describing.items())
-            raise DataError(f"{key!r} in {path} has neither {lacking}; create the shard again.")
-    return _Index(samples, checksum, modified)
+    return _Index(path, list(samples), _array(list(samples.values())), repeated, checksum, modified)
+
+
+def _array(spans: Sequence[Sequence[tuple[int, int]]]) -> np.ndarray:
+    return np.array(spans, np.int64).reshape(-1, 1 + len(MEMBERS), 2)

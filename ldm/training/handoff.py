@@ -13,6 +13,7 @@ from torch import nn
 
 from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
 from ldm.config import to_dict
+from ldm.data.samples import captions_of
 from ldm.errors import CheckpointError, TrainingError
 from ldm.formats import read
 from ldm.formats.checkpoint import OTHERS, Checkpoint
@@ -74,7 +75,8 @@ class Handoff:
         if path.is_file():
             return Tokenizer.from_json(path.read_text(encoding="utf-8"))
         samples = self.experiment.data.open("train")
-        tokenizer = config.build(samples.annotations(np.arange(len(samples)))["text"])
+        annotations = samples.annotations(np.arange(len(samples)))
+        tokenizer = config.build(captions_of(annotations, f"the tokenizer of stage {self.stage}"))
         write_atomically(path, lambda temporary: temporary.write_text(tokenizer.to_json(), encoding="utf-8"))
         return tokenizer
 

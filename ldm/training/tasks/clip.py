@@ -15,6 +15,7 @@ from ldm.clip.model import CLIPConfig
 from ldm.clip.retrieval import recall_at_k
 from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
 from ldm.config import config_field
+from ldm.data.samples import captions_of
 from ldm.data.stream import EvaluationLoader
 from ldm.errors import ConfigError
 from ldm.formats import native
@@ -148,4 +149,4 @@ class CLIPTask(Task):
         return Export(native.CLIP, self.clip, self.config.model, self.tokenizer)
 
     def _tokens(self, batch: Mapping[str, Any]) -> Tensor:
-        return self.tokenizer(batch["text"], longest=True).to(self.device)
+        return self.tokenizer(captions_of(batch, "stage clip"), longest=True).to(self.device)
