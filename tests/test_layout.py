@@ -14,6 +14,7 @@ SOURCES = sorted(ROOT.glob("ldm/**/*.py"))
 # package's own __init__.py, whose version all may read.
 ROWS = [
     {"errors"},
+    {"image_files"},
     {"devices", "config", "image_io", "prompts"},
     {"load_options"},
     {"nn"},

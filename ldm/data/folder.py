@@ -23,9 +23,13 @@ from ldm.data.shards import IMAGE_SUFFIXES, MEMBERS, SPLITS, Sample, checksum_of
 from ldm.data.transforms import decode, shrink
 from ldm.errors import DataError
 from ldm.formats.tensors import write_atomically
+from ldm.image_files import open_image
+from ldm.image_io import rgb_or_rgba
 from ldm.modalities.caption import CAPTION
 
-READABLE = {*(f".{suffix}" for suffix in IMAGE_SUFFIXES), ".bmp", ".gif", ".tif", ".tiff"}
+READABLE = {f".{suffix}" for suffix in IMAGE_SUFFIXES}
+COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"}
+"""Suffixes of the formats of which shards get the files as they are; others are converted to PNG."""
 FAILED = f"failed_{REPORT}"  # written instead, if no image can be used and the set of an earlier run stays
 _EXAMINED_AT_ONCE = 1024
 _FILES = {suffix: modality for suffix, modality in MEMBERS.items() if modality != CAPTION}
@@ -245,13 +249,13 @@ def _write_split(
 
 
 def _sample(candidate: _Candidate, max_size: int | None) -> Sample:
-    data, suffix = candidate.path.read_bytes(), candidate.path.suffix.lower().removeprefix(".")
-    image = decode(data)
-    if suffix not in IMAGE_SUFFIXES or (max_size is not None and max(image.size) > max_size):
+    data = candidate.path.read_bytes()
+    image = open_image(data)
+    suffix = COPIED.get(image.format or "")
+    if suffix is None or (max_size is not None and max(image.size) > max_size):
         encoded = io.BytesIO()
-        small = image if max_size is None else shrink(image, max_size)
-        if suffix in ("jpg", "jpeg"):
-            suffix = "jpg"
+        small = rgb_or_rgba(image) if max_size is None else shrink(rgb_or_rgba(image), max_size)
+        if suffix == "jpg":
             small.save(encoded, "JPEG", quality=95, subsampling=0)
         else:
             suffix = "png"

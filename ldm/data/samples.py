@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.shards import Shards
-from ldm.data.transforms import decode, size_of, to_tensor
+from ldm.data.transforms import decode, to_tensor
 from ldm.errors import DataError
+from ldm.image_files import image_size
 from ldm.modalities import MODALITIES
 from ldm.modalities.crop import Crop, Fit
 
@@ -156,7 +157,7 @@ class StoredImages(Samples):
         return draw.jitter[:, 2] < 0.5
 
     def _size(self, i: int) -> tuple[int, int]:
-        return size_of(self.shards.image(i))
+        return image_size(self.shards.image(i))
 
 
 class ImagesInMemory(Samples):

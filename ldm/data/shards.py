@@ -32,7 +32,22 @@ from ldm.modalities import MODALITIES, Modality
 from ldm.modalities.caption import CAPTION
 
 SPLITS = ("train", "val", "test")
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif")
+IMAGE_SUFFIXES = (
+    "jpg",
+    "jpeg",
+    "jfif",
+    "png",
+    "webp",
+    "avif",
+    "heic",
+    "heif",
+    "jp2",
+    "bmp",
+    "gif",
+    "tga",
+    "tif",
+    "tiff",
+)
 EMOJI = "emoji"  # as a source: the shards shipped with the package
 
 _CAPTION = "txt"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.errors import DataError, SamplingError
+from ldm.errors import SamplingError
+from ldm.image_files import open_image
 from ldm.image_io import rgb
 from ldm.modalities.base import register
 from ldm.modalities.pixel_map import PixelMap
@@ -26,10 +26,7 @@ class EdgeMap(PixelMap):
 
     def decode(self, data: bytes) -> Image.Image:
         """Return an 8-bit greyscale image, white on the edges."""
-        try:
-            return rgb(Image.open(io.BytesIO(data))).convert("L")
-        except Exception as error:  # Pillow's plugins raise many types of errors for a broken file
-            raise DataError(f"cannot be read as an image ({error})") from None
+        return rgb(open_image(data)).convert("L")
 
     def values(self, pixels: np.ndarray) -> Tensor:
         return torch.from_numpy(pixels.astype(np.float32) / 255)
