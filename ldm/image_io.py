@@ -13,7 +13,7 @@ from ldm.errors import DataError, SamplingError
 from ldm.image_files import open_image, upright
 
 
-def rgb(image: Image.Image, background: str = "white") -> Image.Image:
+def rgb(image: Image.Image, background: str | tuple[int, ...] = "white") -> Image.Image:
     """Convert an image to 8-bit RGB: other integers from [0, 65535], floats from [0, 1], transparency composited onto a colour.
 
     Raises:

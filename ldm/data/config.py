@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from PIL import ImageColor
+
 from ldm.config import Kind, config_field
 from ldm.data.samples import ImagesInMemory, Samples, StoredImages
 from ldm.data.shards import SPLITS, Shards, find_shards
 from ldm.errors import ConfigError, DataError, unknown
-from ldm.modalities.crop import Fit
+from ldm.modalities.crop import FITS, Color
 
 
 class DataConfig(Kind):
@@ -42,8 +44,20 @@ class ShardsData(DataConfig, kind="shards"):
     val: str | tuple[str, ...] | None = config_field(None, "Shards to validate on while training.")
     test: str | tuple[str, ...] | None = config_field(None, "Shards to test on; only tools/evaluate.py reads them.")
     size: int | tuple[int, int] = config_field(64, "Size of an image in pixels: its side, or [height, width].")
+    fit: Literal["crop", "pad", "stretch"] = config_field(
+        "crop",
+        "How an image of another aspect ratio becomes one of data.size: crop cuts off what is outside, pad adds borders, stretch "
+        "distorts.",
+    )
     crop: Literal["center", "random"] = config_field(
-        "center", "Part of an image of another aspect ratio that is kept in training."
+        "center",
+        "Part of an image that fit: crop keeps in training, or position of the image within the borders of fit: pad.",
+    )
+    pad_color: str | Color | None = config_field(
+        None, "Color of the borders of fit: pad, by name, as '#rrggbb' or [red, green, blue]; null: that of background."
+    )
+    background: str | Color = config_field(
+        "white", "Color behind the transparent parts of images, written as pad_color."
     )
     flip: bool = config_field(
         False, "Horizontal flip of half of the training images; unsuitable if captions mention left or right."
@@ -71,6 +85,8 @@ class ShardsData(DataConfig, kind="shards"):
     def __post_init__(self) -> None:
         if min(self._height_width) < 1:
             raise ConfigError(f"size must be positive, not {self.size}.")
+        for name in ("background", "pad_color"):
+            _rgb(name, getattr(self, name) or "white")
         if self.workers < 0:
             raise ConfigError(f"workers must not be negative, but is {self.workers}.")
         if self.shuffle_buffer is not None and self.shuffle_buffer < 1:
@@ -92,13 +108,31 @@ class ShardsData(DataConfig, kind="shards"):
         source = require_split(split, {"train": self.train, "val": self.val, "test": self.test})
         stored = StoredImages(
             Shards(find_shards(source, split)),
-            Fit(*self._height_width),
+            FITS[self.fit](*self._height_width, _rgb("pad_color", self.pad_color or self.background)),
+            background=_rgb("background", self.background),
             random_crop=self.crop == "random",
             flip=self.flip,
             sizes=self.sizes,
             workers=self.workers,
         )
         return ImagesInMemory(stored) if self.cache == "ram" else stored
+
+
+def _rgb(field: str, color: str | Color) -> Color:
+    """Return a color of the config as numbers.
+
+    Raises:
+        ConfigError: there is no such color.
+    """
+    try:
+        red, green, blue = ImageColor.getrgb(color)[:3] if isinstance(color, str) else color
+    except ValueError:
+        raise ConfigError(
+            f"{field} is {color!r}, which is not a color; give a name, '#rrggbb' or [red, green, blue]."
+        ) from None
+    if not all(0 <= value <= 255 for value in (red, green, blue)):
+        raise ConfigError(f"{field} is {list(color)}; its numbers must be from 0 to 255.")
+    return red, green, blue
 
 
 def require_split(split: str, sources: dict[str, str | tuple[str, ...] | None]) -> str | tuple[str, ...]:

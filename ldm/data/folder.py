@@ -203,6 +203,7 @@ def _examined(candidates: list[_Candidate], min_size: int, workers: int, report:
                 elif min(size) < min_size:
                     report.leave_out(f"smaller than {min_size} pixels", candidate.name, f"{size[0]} x {size[1]}")
                 else:
+                    report.aspect_ratios.append(size[0] / size[1])
                     yield candidate
 
 

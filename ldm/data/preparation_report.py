@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from ldm.data.shards import SPLITS
+
+WORTH_A_LINE = 0.05
+"""Fraction of the area that cropping removes, from which it is reported on the terminal."""
 
 
 class LeftOut(Exception):
@@ -26,12 +32,14 @@ class Report:
         images: number of images in each split.
         left_out: reason to names, relative to the folder, each with a detail or an empty text.
         ignored: number of other files by suffix.
+        aspect_ratios: width / height of each image that is used.
         shards: checksums of the shards of each split by file name; see :mod:`ldm.data.shard_set`.
     """
 
     images: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     left_out: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
     ignored: Counter[str] = field(default_factory=Counter)
+    aspect_ratios: list[float] = field(default_factory=list)
     shards: dict[str, dict[str, str | None]] = field(default_factory=dict)
 
     def leave_out(self, reason: str, name: str, detail: str = "") -> None:
@@ -44,6 +52,7 @@ class Report:
             "pictures": self.images,
             "left_out": self.left_out,
             "ignored_files": dict(sorted(self.ignored.items())),
+            "area_outside_of_square": round(cropped_area(self.aspect_ratios, 1.0), 4),
             "shards": self.shards,
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -58,7 +67,26 @@ class Report:
             lines.append(
                 "no images: " + ", ".join(f"{n} {suffix or '(no suffix)'}" for suffix, n in self.ignored.items())
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._advice_on_fit()])
+
+    def _advice_on_fit(self) -> list[str]:
+        """Return a line on what cropping to squares removes, with what would keep it; nothing if it is little."""
+        lost = cropped_area(self.aspect_ratios, 1.0)
+        if lost < WORTH_A_LINE:
+            return []
+        typical = Fraction(statistics.median(self.aspect_ratios)).limit_denominator(4)
+        kept = "data.fit: pad (borders) or stretch (distorted) keeps all of them"
+        lost_then = cropped_area(self.aspect_ratios, float(typical)) if typical > 0 else lost
+        if lost_then < lost / 2:
+            height, width = typical.denominator, typical.numerator
+            kept += f", and data.size: [height, width] in the ratio {height}:{width} all but {lost_then:.0%}"
+        return [f"cropping to squares would remove {lost:.0%} of the area of the images; {kept}"]
+
+
+def cropped_area(aspect_ratios: Sequence[float], target: float) -> float:
+    """Return the mean fraction of an image that is cut off by cropping to the aspect ratio ``target``; 0 without images."""
+    kept = [min(ratio / target, target / ratio) for ratio in aspect_ratios]
+    return 1.0 - sum(kept) / len(kept) if kept else 0.0
 
 
 def printable(text: str) -> str:

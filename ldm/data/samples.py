@@ -24,7 +24,7 @@ from ldm.data.transforms import decode, to_tensor
 from ldm.errors import DataError
 from ldm.image_files import image_size
 from ldm.modalities import MODALITIES
-from ldm.modalities.crop import Crop, Fit
+from ldm.modalities.crop import WHITE, Color, Crop, Fit
 
 Batch = dict[str, Any]
 
@@ -76,7 +76,8 @@ class StoredImages(Samples):
 
     Args:
         shards: source of the images.
-        fit: resize and crop to the target size.
+        fit: resizing to the target size.
+        background: colour behind transparency.
         random_crop: position the crop by the draw's jitter instead of in the centre.
         flip: mirror half of the draws, left to right.
         sizes: add the modalities that are computed from the crop; this reads the header of each image's file.
@@ -88,15 +89,18 @@ class StoredImages(Samples):
         shards: Shards,
         fit: Fit,
         *,
+        background: Color = WHITE,
         random_crop: bool = False,
         flip: bool = False,
         sizes: bool = False,
         workers: int = 0,
     ):
-        self.shards, self.fit, self.workers = shards, fit, workers
+        self.shards, self.fit, self.background, self.workers = shards, fit, background, workers
         self.random_crop, self.flip, self.sizes = random_crop, flip, sizes
         self.lengths = shards.lengths
         self.fingerprint = f"{shards.fingerprint}-{fit.height}x{fit.width}"
+        if type(fit) is not Fit or background != WHITE:  # earlier versions had neither
+            self.fingerprint += f"-{fit}-{background}"
 
     def annotations(self, index: np.ndarray) -> Batch:
         batch: Batch = {"key": [self.shards.keys[i] for i in index]}
@@ -131,7 +135,8 @@ class StoredImages(Samples):
         """Return image ``i`` as uint8 ``[h w 3]``, cropped at (y, x)."""
         try:
             # Twice the target size leaves enough pixels for Lanczos to average.
-            image = decode(self.shards.image(i), enough=(2 * self.fit.height, 2 * self.fit.width))
+            enough = (2 * self.fit.height, 2 * self.fit.width)
+            image = decode(self.shards.image(i), enough, self.background)
         except DataError as error:
             raise DataError(f"the image {self.shards.where(i)} {error}; remove it from the shard.") from None
         return self.fit(image, y, x)

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from ldm.image_files import open_image
 from ldm.image_io import rgb
+from ldm.modalities.crop import WHITE, Color
 
 
-def decode(data: bytes, enough: tuple[int, int] | None = None, background: str = "white") -> Image.Image:
+def decode(data: bytes, enough: tuple[int, int] | None = None, background: str | Color = WHITE) -> Image.Image:
     """Decode an image to 8-bit RGB: rotated by its EXIF, more bits scaled to 8, transparency composited onto a colour.
 
     Args:
         data: bytes of any format that :func:`ldm.image_files.open_image` reads.
         enough: sufficient height and width; a JPEG may then be decoded at a half, quarter or eighth of its
             size.
-        background: colour behind transparency, as :mod:`PIL.ImageColor` reads it.
+        background: colour behind transparency, in any form that Pillow takes.
 
     Raises:
         DataError: the bytes are not an image, or are truncated; the message is a clause without the sample's name.
