@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL import ImageColor
@@ -32,6 +32,14 @@ class DataConfig(Kind):
             DataError: they are missing or cannot be read.
         """
         raise NotImplementedError
+
+    def has(self, split: str) -> bool:
+        """Return True if there are data for a split."""
+        return True
+
+    def without_cache(self) -> DataConfig:
+        """Return a config of the same data that keeps no images in memory, for reading them once."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -104,8 +112,18 @@ class ShardsData(DataConfig, kind="shards"):
     def _height_width(self) -> tuple[int, int]:
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
+    def has(self, split: str) -> bool:
+        return bool(self._sources.get(split))
+
+    def without_cache(self) -> ShardsData:
+        return replace(self, cache="none")
+
+    @property
+    def _sources(self) -> dict[str, str | tuple[str, ...] | None]:
+        return {"train": self.train, "val": self.val, "test": self.test}
+
     def open(self, split: str) -> Samples:
-        source = require_split(split, {"train": self.train, "val": self.val, "test": self.test})
+        source = require_split(split, self._sources)
         stored = StoredImages(
             Shards(find_shards(source, split)),
             FITS[self.fit](*self._height_width, _rgb("pad_color", self.pad_color or self.background)),
