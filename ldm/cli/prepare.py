@@ -43,17 +43,20 @@ def folder(
     from ldm.data.folder import prepare_folder
     from ldm.data.shard_set import REPORT
 
+    fractions = _shares(shares)
     report = prepare_folder(
         source,
         destination,
         shard_size=shard_size,
         min_size=min_size,
         max_size=max_size,
-        shares=_shares(shares),
+        shares=fractions,
         workers=workers,
         caption_field=caption_field,
     )
     print(report.summary())
+    if advice := report.advice_on_shares(fractions):
+        typer.echo(f"warning: {advice}", err=True)
     print(f"Skipped images are listed in {destination / REPORT}")
     sources = ", ".join(f"{split}: {destination / split}" for split, count in report.images.items() if count)
     print(f"For the config: data: {{kind: shards, {sources}}}")

@@ -19,6 +19,7 @@ class DataConfig(Kind):
 
     cache_latents: bool = False
     shuffle_buffer: int | None = None
+    made_for: int | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -49,7 +50,7 @@ class ShardsData(DataConfig, kind="shards"):
     train: str | tuple[str, ...] = config_field(
         help="Shards to train on: a .tar, a folder of them, a pattern (a/{000..012}.tar), a list, or emoji."
     )
-    val: str | tuple[str, ...] | None = config_field(None, "Shards to validate on while training.")
+    val: str | tuple[str, ...] | None = config_field(None, "Shards to validate on while training; null: no validation.")
     test: str | tuple[str, ...] | None = config_field(None, "Shards to test on; only tools/evaluate.py reads them.")
     size: int | tuple[int, int] = config_field(64, "Size of an image in pixels: its side, or [height, width].")
     fit: Literal["crop", "pad", "stretch"] = config_field(
@@ -88,6 +89,10 @@ class ShardsData(DataConfig, kind="shards"):
     shuffle_buffer: int | None = config_field(
         None,
         "Number of samples that are shuffled at a time, for slow disks: shards are read in sequence; null shuffles all.",
+    )
+
+    made_for: int | None = config_field(
+        None, "Number of training images that the config was made for; a warning is given if there are far fewer."
     )
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -11,6 +12,12 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from ldm.data.shards import SPLITS
+
+SMALL_SPLIT = 16
+"""Number of images under which val or test is reported as too small."""
+
+LARGEST_HELD_OUT = 0.4
+"""Largest fraction of the images that is suggested for val and test together."""
 
 WORTH_A_LINE = 0.05
 """Fraction of the area that cropping removes, from which it is reported on the terminal."""
@@ -68,6 +75,22 @@ class Report:
                 "no images: " + ", ".join(f"{n} {suffix or '(no suffix)'}" for suffix, n in self.ignored.items())
             )
         return "\n".join([*lines, *self._advice_on_fit()])
+
+    def advice_on_shares(self, shares: Sequence[float]) -> str | None:
+        """Return a sentence that suggests other shares if val or test is too small to measure by; None if it is not."""
+        total = sum(self.images.values())
+        given = {split: share for split, share in zip(SPLITS, shares, strict=True) if share > 0 and split != "train"}
+        small = [f"{split} has {self.images[split]}" for split in given if self.images[split] < SMALL_SPLIT]
+        if not small:
+            return None
+        share = math.ceil(200 * SMALL_SPLIT / total) / 100  # twice the least, since a split varies by chance
+        if share * len(given) <= LARGEST_HELD_OUT:
+            others = {split: share if split in given else 0 for split in SPLITS[1:]}
+            better = ",".join(f"{each:g}" for each in (round(1 - sum(others.values()), 2), *others.values()))
+            advice = f"use --shares {better}"
+        else:
+            advice = "add images, or use --shares 1,0,0 and data.val: null to train on all of them without validation"
+        return f"of {total} images, {' and '.join(small)}, which is too few to measure by; {advice}."
 
     def _advice_on_fit(self) -> list[str]:
         """Return a line on what cropping to squares removes, with what would keep it; nothing if it is little."""

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from ldm.data.datamodule import DataModule
 from ldm.errors import CheckpointError, first_line
 from ldm.formats.native import check_names
 from ldm.training.callbacks import Checkpoints, Metrics, Previews, Progress
@@ -59,7 +60,7 @@ def _strategy(config: TrainerConfig, module: StageModule) -> str:
     return config.strategy
 
 
-def fit(module: StageModule, data: L.LightningDataModule, config: TrainerConfig) -> L.Trainer:
+def fit(module: StageModule, data: DataModule, config: TrainerConfig) -> L.Trainer:
     """Train a stage to its last step, from ``last.ckpt`` if there is one.
 
     Args:
@@ -83,6 +84,7 @@ def fit(module: StageModule, data: L.LightningDataModule, config: TrainerConfig)
         max_epochs=1,  # one epoch of the training stream is the complete run
         val_check_interval=min(train.validate_every, train.max_steps) * train.accumulate,
         check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if data.validates else 0,
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,13 @@ class CLIPTask(Task):
         self.clip.compile()
 
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
+        distinct = len(set(batch["key"])) if step.number == 0 else len(batch["key"])
+        if distinct < len(batch["key"]):  # an image counts as one that a copy of its caption does not describe
+            warnings.warn(
+                f"a batch of stage clip has {len(batch['key'])} samples, but there are only {distinct} to train on, so that it "
+                f"contains some of them twice; lower clip.train.batch_size to at most {distinct}.",
+                stacklevel=2,
+            )
         image, text, scale = self.clip(batch["image"], self._tokens(batch))
         loss = self.loss(image, text, scale, step.rank, step.world_size, **self.features.argument)
         yield TrainLoss(loss, {"logit_scale": self.clip.logit_scale.detach().exp()})
