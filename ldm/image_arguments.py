@@ -37,7 +37,11 @@ def read_image(image: ImageSource) -> Tensor:
         SamplingError: a file that cannot be read, another type or shape, or values outside of the range.
     """
     if isinstance(image, Image.Image | str | Path):
-        return to_tensor(rgb(open_argument(image)))
+        try:
+            return to_tensor(rgb(open_argument(image)))
+        except DataError as error:
+            name = str(image) if isinstance(image, str | Path) else "the image"
+            raise SamplingError(f"{name} {error}.") from None
     channels = _channels("an image", image)
     return _composited(channels) if len(channels) in (2, 4) else channels.expand(3, -1, -1)
 

@@ -45,8 +45,7 @@ from ldm.textual_inversion_loader import TextualInversionLoader
 class Pipeline(TextualInversionLoader):
     """Generates images with a model. Several threads may call one pipeline at once.
 
-    >>> pipe = Pipeline.from_pretrained("runs/emoji_64")
-    >>> pipe("a red apple", seed=1)[0].save("apple.png")
+    >>> Pipeline.from_pretrained("runs/emoji_64")("a red apple", seed=1)[0].save("apple.png")
     >>> Pipeline("a red apple")  # the shipped model, loaded once per process; returns the images
 
     An image depends, to rounding and within one dtype, on model, prompt, settings and seed alone: all its

@@ -17,6 +17,7 @@ ROWS = [
     {"checks"},
     {"prompt_syntax"},
     {"paths", "yaml_text"},
+    {"image_files"},
     {"devices", "config", "image_io", "prompts"},
     {"image_arguments", "load_options"},
     {"nn"},

@@ -68,14 +68,15 @@ def evaluate(
     keep_freed_memory()
     use_idle_cores()
     experiment = load_config(config, overrides or [])
+    data = experiment.data.without_cache()  # images are read one after the other
     sources: list[Source] = list(sources_of(experiment, checkpoint).values()) if model is None else [model]
     found = [read(source, checkpoint=checkpoint if source is model else None) for source in sources]
     run = Run(
         folder=experiment.folder if model is None else Path(),
         **networks(found),
-        sets={
-            name: experiment.data.open(name) for name in ("train", *HELD_OUT)
-        },  # samples are compared with all images
+        sets={  # samples are compared with the images of all splits that there are
+            name: data.open(name) for name in ("train", *HELD_OUT) if name == split or data.has(name)
+        },
         split=split,
         train_every=train_every,
         settings={"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler},
@@ -192,6 +193,7 @@ def retrieval(run: Run) -> dict[str, Any]:
     import torch
 
     from ldm.clip.retrieval import recall_at_k
+    from ldm.data.samples import captions_of
     from ldm.data.stream import EvaluationLoader
 
     if run.clip is None:
@@ -199,9 +201,9 @@ def retrieval(run: Run) -> dict[str, Any]:
     clip, tokenizer = run.clip
     texts, images = [], []
     with torch.inference_mode():
-        for split in HELD_OUT if run.split == "test" else (run.split,):
+        for split in (each for each in HELD_OUT if each in run.sets and each in ("val", run.split)):
             for batch in EvaluationLoader(run.sets[split], BATCH):
-                texts.append(clip.encode_text(tokenizer(batch["text"])))
+                texts.append(clip.encode_text(tokenizer(captions_of(batch, "the evaluation of CLIP"))))
                 images.append(clip.encode_image(batch["image"]))
     recalls = recall_at_k(torch.cat(texts), torch.cat(images))
     return {"clip": {"pictures": sum(map(len, texts)), **recalls}}
@@ -215,30 +217,43 @@ def caption_match(run: Run) -> dict[str, Any]:
     """
     import numpy as np
     import torch
+    from tqdm import tqdm
 
-    from ldm.clip.retrieval import sample_recall
+    from ldm.clip.retrieval import reduce_images, reduced_recall
+    from ldm.data.samples import BatchIndices, captions_of
     from ldm.data.stream import EvaluationLoader
 
     if run.pipe is None or run.pipe.model.config.conditioner.input_keys != ("text",):
         return {}
     sets, split = run.sets, run.split
-    # The images of all splits, and the row at which each split begins.
-    truths = torch.cat([batch["image"] for samples in sets.values() for batch in EvaluationLoader(samples, BATCH)])
+    # The reduced images of all splits, and the row at which each split begins.
+    truths = torch.cat(
+        [reduce_images(batch["image"]) for samples in sets.values() for batch in EvaluationLoader(samples, BATCH)]
+    )
     first = dict(zip(sets, np.cumsum([0, *map(len, sets.values())]), strict=False))
     results: dict[str, Any] = {"among": len(truths)}
     selected = {
         split: np.arange(len(sets[split])),
         f"train[::{run.train_every}]": np.arange(0, len(sets["train"]), run.train_every),
     }
+    shown = np.linspace(0, len(sets[split]) - 1, min(SHOWN, len(sets[split]))).astype(int)
+    sheet_images, sheet_captions = [], []
     for name, rows in selected.items():
-        of = name.partition("[")[0]
-        captions = sets[of].annotations(rows)["text"]
-        made = run.pipe(captions, seed=0, output_type="pt", batch_size=BATCH, **run.settings).cpu() * 2 - 1
+        of, reduced = name.partition("[")[0], []
+        for start in tqdm(range(0, len(rows), BATCH), f"generating for {name}", unit="batch", leave=False):
+            batch_rows = rows[start : start + BATCH]
+            captions = captions_of(sets[of].annotations(batch_rows), "the evaluation of generated images")
+            # Image i of a call has the seed seed + i.
+            made = run.pipe(captions, seed=start, output_type="pt", batch_size=BATCH, progress=False, **run.settings)
+            made = made.cpu() * 2 - 1
+            reduced.append(reduce_images(made))
+            if name == split:
+                places = shown[(shown >= start) & (shown < start + BATCH)] - start
+                sheet_images.append(made[places])
+                sheet_captions += [captions[place] for place in places]
         own = torch.from_numpy(rows + first[of])
-        results[name] = {"captions": len(rows), **sample_recall(made, truths, own)}
-        if name == split:
-            shown = np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)
-            sheet = side_by_side(made[shown], truths[own[shown]], [captions[i] for i in shown])
+        results[name] = {"captions": len(rows), **reduced_recall(torch.cat(reduced), truths, own)}
+    sheet = side_by_side(torch.cat(sheet_images), sets[split][BatchIndices(shown)]["image"], sheet_captions)
     path = run.folder / f"evaluation-{split}.png"
     sheet.save(path)
     print(f"generated images above the true images: {path}")

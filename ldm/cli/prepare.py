@@ -33,22 +33,30 @@ def folder(
         str,
         typer.Option(help="Fractions of train, val and test; the split of an image is chosen by a hash of its name."),
     ] = "0.98,0.01,0.01",
+    caption_field: Annotated[
+        str, typer.Option(help="Column of metadata.csv, or field of metadata.jsonl and x.json, that holds the caption.")
+    ] = "text",
     workers: Annotated[int, typer.Option(help="Number of decoding threads.")] = 4,
     debug: Debug = False,
 ) -> None:
     """Convert a folder of images with captions to shards; DST/report.json lists the images that were skipped."""
-    from ldm.data.folder import REPORT, prepare_folder
+    from ldm.data.folder import prepare_folder
+    from ldm.data.shard_set import REPORT
 
+    fractions = _shares(shares)
     report = prepare_folder(
         source,
         destination,
         shard_size=shard_size,
         min_size=min_size,
         max_size=max_size,
-        shares=_shares(shares),
+        shares=fractions,
         workers=workers,
+        caption_field=caption_field,
     )
     print(report.summary())
+    if advice := report.advice_on_shares(fractions):
+        typer.echo(f"warning: {advice}", err=True)
     print(f"Skipped images are listed in {destination / REPORT}")
     sources = ", ".join(f"{split}: {destination / split}" for split, count in report.images.items() if count)
     print(f"For the config: data: {{kind: shards, {sources}}}")
@@ -88,8 +96,11 @@ def tokenizer(
     from ldm.clip.tokenizer import train_byte_bpe
     from ldm.data.shards import Shards, find_shards
     from ldm.formats.tensors import write_atomically
+    from ldm.modalities.caption import CAPTION
 
     shards = Shards(find_shards(data, "train"))
+    if CAPTION.key not in shards.modalities:
+        raise DataError(f"the data {', '.join(data)} has no captions to train a tokenizer on; give each sample a .txt.")
     trained = train_byte_bpe([shards.text(i) for i in range(len(shards))], vocab_size, context_length)
     write_atomically(out, lambda path: path.write_text(trained.to_json(), encoding="utf-8"))
     print(f"{out}: {trained.vocab_size} tokens from {len(shards)} captions")

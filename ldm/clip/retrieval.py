@@ -11,6 +11,9 @@ from torch import Tensor
 CHUNK = 1024
 """Number of queries compared at once; bounds the memory."""
 
+DISTANCES = 2**24
+"""Largest number of distances between images that are in memory at once."""
+
 ROUNDING = 1e-6
 """Tolerance within which cosines count as equal, since matrix products may round equal rows differently."""
 
@@ -54,9 +57,16 @@ def sample_recall(samples: Tensor, truths: Tensor, own_index: Tensor, ks: Sequen
     Returns:
         ``R@k`` in [0, 1] for each k.
     """
-    reduced, reference = reduce_images(samples), reduce_images(truths)
-    ranks = []
-    for rows, own in zip(reduced.split(CHUNK), own_index.split(CHUNK), strict=True):
+    return reduced_recall(reduce_images(samples), reduce_images(truths), own_index, ks)
+
+
+@torch.no_grad()
+def reduced_recall(
+    reduced: Tensor, reference: Tensor, own_index: Tensor, ks: Sequence[int] = (1, 5)
+) -> dict[str, float]:
+    """Compute :func:`sample_recall` from samples ``[n d]`` and true images ``[m d]`` that :func:`reduce_images` has reduced."""
+    ranks, chunk = [], max(1, min(CHUNK, DISTANCES // len(reference)))
+    for rows, own in zip(reduced.split(chunk), own_index.split(chunk), strict=True):
         # The expansion |a|² - 2ab + |b|² would round equal images apart.
         distance = torch.cdist(rows, reference, compute_mode="donot_use_mm_for_euclid_dist")
         ranks.append((~(distance >= distance.gather(1, own[:, None]))).sum(dim=1))  # NaN counts against

@@ -193,7 +193,7 @@ def dropped(n: int, rate: float, generator: torch.Generator | None) -> Tensor:
 
 def captions(inputs: Mapping[str, Any], rate: float, generator: torch.Generator | None) -> list[str | None]:
     """Return the captions of a batch; None for those that are absent or, at this rate, dropped."""
-    given = list(inputs["text"])
+    given = list(input_of(inputs, "text"))
     drop = dropped(len(given), rate, generator).tolist()
     return [None if is_dropped else caption for caption, is_dropped in zip(given, drop, strict=True)]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from PIL import ImageColor
 
 from ldm.config import Kind, config_field
 from ldm.data.samples import ImagesInMemory, Samples, StoredImages
 from ldm.data.shards import SPLITS, Shards, find_shards
 from ldm.errors import ConfigError, DataError, unknown
-from ldm.modalities.crop import Fit
+from ldm.modalities.crop import FITS, Color
 
 
 class DataConfig(Kind):
@@ -17,6 +19,7 @@ class DataConfig(Kind):
 
     cache_latents: bool = False
     shuffle_buffer: int | None = None
+    made_for: int | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -31,6 +34,14 @@ class DataConfig(Kind):
         """
         raise NotImplementedError
 
+    def has(self, split: str) -> bool:
+        """Return True if there are data for a split."""
+        return True
+
+    def without_cache(self) -> DataConfig:
+        """Return a config of the same data that keeps no images in memory, for reading them once."""
+        return self
+
 
 @dataclass(frozen=True)
 class ShardsData(DataConfig, kind="shards"):
@@ -42,14 +53,27 @@ class ShardsData(DataConfig, kind="shards"):
         path=True,
     )
     val: str | tuple[str, ...] | None = config_field(
-        None, "Shards to validate on while training.", changeable=True, path=True
+        None, "Shards to validate on while training; null: no validation.", changeable=True, path=True
     )
     test: str | tuple[str, ...] | None = config_field(
         None, "Shards to test on; only tools/evaluate.py reads them.", changeable=True, path=True
     )
     size: int | tuple[int, int] = config_field(64, "Size of an image in pixels: its side, or [height, width].")
+    fit: Literal["crop", "pad", "stretch"] = config_field(
+        "crop",
+        "How an image of another aspect ratio becomes one of data.size: crop cuts off what is outside, pad adds borders, stretch "
+        "distorts.",
+    )
     crop: Literal["center", "random"] = config_field(
-        "center", "Part of an image of another aspect ratio that is kept in training.", changeable=True
+        "center",
+        "Part of an image that fit: crop keeps in training, or position of the image within the borders of fit: pad.",
+        changeable=True,
+    )
+    pad_color: str | Color | None = config_field(
+        None, "Color of the borders of fit: pad, by name, as '#rrggbb' or [red, green, blue]; null: that of background."
+    )
+    background: str | Color = config_field(
+        "white", "Color behind the transparent parts of images, written as pad_color."
     )
     flip: bool = config_field(
         False,
@@ -79,9 +103,15 @@ class ShardsData(DataConfig, kind="shards"):
         "Number of samples that are shuffled at a time, for slow disks: shards are read in sequence; null shuffles all.",
     )
 
+    made_for: int | None = config_field(
+        None, "Number of training images that the config was made for; a warning is given if there are far fewer."
+    )
+
     def __post_init__(self) -> None:
         if min(self._height_width) < 1:
             raise ConfigError(f"size must be positive, not {self.size}.")
+        for name in ("background", "pad_color"):
+            _rgb(name, getattr(self, name) or "white")
         if self.workers < 0:
             raise ConfigError(f"workers must not be negative, but is {self.workers}.")
         if self.shuffle_buffer is not None and self.shuffle_buffer < 1:
@@ -99,17 +129,45 @@ class ShardsData(DataConfig, kind="shards"):
     def _height_width(self) -> tuple[int, int]:
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
+    def has(self, split: str) -> bool:
+        return bool(self._sources.get(split))
+
+    def without_cache(self) -> ShardsData:
+        return replace(self, cache="none")
+
+    @property
+    def _sources(self) -> dict[str, str | tuple[str, ...] | None]:
+        return {"train": self.train, "val": self.val, "test": self.test}
+
     def open(self, split: str) -> Samples:
-        source = require_split(split, {"train": self.train, "val": self.val, "test": self.test})
+        source = require_split(split, self._sources)
         stored = StoredImages(
             Shards(find_shards(source, split)),
-            Fit(*self._height_width),
+            FITS[self.fit](*self._height_width, _rgb("pad_color", self.pad_color or self.background)),
+            background=_rgb("background", self.background),
             random_crop=self.crop == "random",
             flip=self.flip,
             sizes=self.sizes,
             workers=self.workers,
         )
         return ImagesInMemory(stored) if self.cache == "ram" else stored
+
+
+def _rgb(field: str, color: str | Color) -> Color:
+    """Return a color of the config as numbers.
+
+    Raises:
+        ConfigError: there is no such color.
+    """
+    try:
+        red, green, blue = ImageColor.getrgb(color)[:3] if isinstance(color, str) else color
+    except ValueError:
+        raise ConfigError(
+            f"{field} is {color!r}, which is not a color; give a name, '#rrggbb' or [red, green, blue]."
+        ) from None
+    if not all(0 <= value <= 255 for value in (red, green, blue)):
+        raise ConfigError(f"{field} is {list(color)}; its numbers must be from 0 to 255.")
+    return red, green, blue
 
 
 def require_split(split: str, sources: dict[str, str | tuple[str, ...] | None]) -> str | tuple[str, ...]:

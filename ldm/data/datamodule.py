@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from ldm.data.latents import cache_latents
 from ldm.data.samples import Batch, Samples
 from ldm.data.stream import EvaluationLoader, TrainStream
 from ldm.vae import FirstStage
+
+FAR_SMALLER = 3
+"""Ratio of the images that a config was made for to those there are, above which a warning is given."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,29 @@ class DataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Encode on one rank while the others wait; they then read the file."""
         if self.latents is not None:
-            for split in ("train", "val"):
+            for split in ("train", "val") if self.validates else ("train",):
                 self.samples(split)
 
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation data."""
+        return self.data.has("val")
+
     def train_dataloader(self) -> TrainStream:
+        samples = self.samples("train")
+        if self.data.made_for is not None and FAR_SMALLER * len(samples) < self.data.made_for:
+            warnings.warn(
+                f"there are {len(samples)} training images, but the config was made for about {self.data.made_for} "
+                "(data.made_for); see the section 'Few images' of docs/your-own-pictures.md.",
+                stacklevel=2,
+            )
+        if not self.validates:
+            warnings.warn(
+                "data.val is null, so nothing is validated: there is no best.ckpt, and previews show training images.",
+                stacklevel=2,
+            )
         return TrainStream(
-            self.samples("train"),
+            samples,
             self.batch_size,
             self.seed,
             self.total_batches,
@@ -89,11 +110,6 @@ class DataModule(L.LightningDataModule):
         """Move the tensors, but not lists of captions and keys, each entry of which Lightning would inspect."""
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
-    @property
-    def validates(self) -> bool:
-        """Whether there are validation data."""
-        return getattr(self.data, "val", "val") is not None
-
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of each split that training reads."""
         return {split: self._images(split).fingerprint for split in ("train", "val")[: 1 + self.validates]}
@@ -104,7 +120,11 @@ class DataModule(L.LightningDataModule):
         return self._stored[split]
 
     def samples(self, split: str) -> Samples:
-        """Return the samples of a split, opened once; as latents if a source of latents is given."""
+        """Return the samples of a split, opened once; as latents if a source of latents is given.
+
+        Without validation data, ``val`` is ``train``, for previews.
+        """
+        split = "train" if split == "val" and not self.validates else split
         if split not in self._opened:
             samples = self._images(split)
             if self.latents is not None:

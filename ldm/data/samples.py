@@ -1,8 +1,8 @@
 """Sets of samples, on disk or in memory, from which batches are taken by index.
 
-``samples[draw]`` is one batch, a dict of ``image`` (fp32 ``[b c h w]`` in [-1, 1], channels_last), ``text``
-and ``key`` (lists of ``b``) and, for sets that have them, the values of further modalities by key, such as ``label``
-(int64 ``[b]``) or ``semantic`` (int64 ``[b h w]``); see :mod:`ldm.modalities`. It depends on ``draw`` alone.
+``samples[draw]`` is one batch, a dict of ``image`` (fp32 ``[b c h w]`` in [-1, 1], channels_last), ``key`` (a list of ``b``) and,
+for sets that have them, the values of modalities by key, such as ``text`` (a list of ``b``), ``label`` (int64 ``[b]``) or
+``semantic`` (int64 ``[b h w]``); see :mod:`ldm.modalities`. It depends on ``draw`` alone.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.shards import Shards
-from ldm.data.transforms import decode, size_of, to_tensor
+from ldm.data.transforms import decode, to_tensor
 from ldm.errors import DataError
+from ldm.image_files import image_size
 from ldm.modalities import MODALITIES
-from ldm.modalities.crop import Crop, Fit
+from ldm.modalities.crop import WHITE, Color, Crop, Fit
 
 Batch = dict[str, Any]
 
@@ -59,7 +60,7 @@ class Samples(Dataset[Batch]):
         return sum(self.lengths)
 
     def annotations(self, index: np.ndarray) -> Batch:
-        """Return ``text``, ``key`` and all other values that do not depend on how the images are cropped."""
+        """Return ``key`` and all other values that do not depend on how the images are cropped."""
         raise NotImplementedError
 
     def spatial_annotations(self, draw: BatchIndices) -> Batch:
@@ -75,7 +76,8 @@ class StoredImages(Samples):
 
     Args:
         shards: source of the images.
-        fit: resize and crop to the target size.
+        fit: resizing to the target size.
+        background: colour behind transparency.
         random_crop: position the crop by the draw's jitter instead of in the centre.
         flip: mirror half of the draws, left to right.
         sizes: add the modalities that are computed from the crop; this reads the header of each image's file.
@@ -87,23 +89,23 @@ class StoredImages(Samples):
         shards: Shards,
         fit: Fit,
         *,
+        background: Color = WHITE,
         random_crop: bool = False,
         flip: bool = False,
         sizes: bool = False,
         workers: int = 0,
     ):
-        self.shards, self.fit, self.workers = shards, fit, workers
+        self.shards, self.fit, self.background, self.workers = shards, fit, background, workers
         self.random_crop, self.flip, self.sizes = random_crop, flip, sizes
         self.lengths = shards.lengths
         self.fingerprint = f"{shards.fingerprint}-{fit.height}x{fit.width}"
+        if type(fit) is not Fit or background != WHITE:  # earlier versions had neither
+            self.fingerprint += f"-{fit}-{background}"
 
     def annotations(self, index: np.ndarray) -> Batch:
-        batch: Batch = {
-            "text": [self.shards.text(i) for i in index],
-            "key": [self.shards.keys[i] for i in index],
-        }
+        batch: Batch = {"key": [self.shards.keys[i] for i in index]}
         for key, modality in self.shards.modalities.items():
-            if not modality.spatial and key not in batch:
+            if not modality.spatial:
                 batch[key] = modality.collate([self.shards.value(i, modality) for i in index])
         return batch
 
@@ -133,7 +135,8 @@ class StoredImages(Samples):
         """Return image ``i`` as uint8 ``[h w 3]``, cropped at (y, x)."""
         try:
             # Twice the target size leaves enough pixels for Lanczos to average.
-            image = decode(self.shards.image(i), enough=(2 * self.fit.height, 2 * self.fit.width))
+            enough = (2 * self.fit.height, 2 * self.fit.width)
+            image = decode(self.shards.image(i), enough, self.background)
         except DataError as error:
             raise DataError(f"the image {self.shards.where(i)} {error}; remove it from the shard.") from None
         return self.fit(image, y, x)
@@ -159,7 +162,7 @@ class StoredImages(Samples):
         return draw.jitter[:, 2] < 0.5
 
     def _size(self, i: int) -> tuple[int, int]:
-        return size_of(self.shards.image(i))
+        return image_size(self.shards.image(i))
 
 
 class ImagesInMemory(Samples):
@@ -231,6 +234,18 @@ class TensorsInMemory(Samples):
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
         return {"image": self._image[torch.from_numpy(draw.index)], **self.annotations(draw.index)}
+
+
+def captions_of(batch: Mapping[str, Any], reader: str) -> list[str]:
+    """Return the captions of a batch, which ``reader`` needs.
+
+    Raises:
+        DataError: the data has none.
+    """
+    if "text" not in batch:
+        raise DataError(f"{reader} needs captions, but the data has none; give each sample a .txt.")
+    captions: list[str] = batch["text"]
+    return captions
 
 
 def take(batch: Batch, index: np.ndarray) -> Batch:

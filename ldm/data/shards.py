@@ -14,7 +14,10 @@ import glob
 import hashlib
 import importlib.resources
 import io
+import itertools
+import os
 import tarfile
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from ldm.data.shard_set import check_complete, check_replaced, check_shards
 from ldm.errors import DataError
 from ldm.formats.tensors import write_atomically
 from ldm.modalities import MODALITIES, Modality
@@ -30,16 +34,34 @@ from ldm.modalities.caption import CAPTION
 from ldm.paths import expanded
 
 SPLITS = ("train", "val", "test")
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "avif")
+IMAGE_SUFFIXES = (
+    "jpg",
+    "jpeg",
+    "jfif",
+    "png",
+    "webp",
+    "avif",
+    "heic",
+    "heif",
+    "jp2",
+    "bmp",
+    "gif",
+    "tga",
+    "tif",
+    "tiff",
+)
 EMOJI = "emoji"  # as a source: the shards shipped with the package
 
-_FIRST = ("txt", "cls", "boxes.json", "semantic.png")
+_CAPTION = "txt"
+_FIRST = (_CAPTION, "cls", "boxes.json", "semantic.png")
 """Suffixes that precede others in shards and fingerprints; fingerprints have always covered them, present or not."""
 
 _STORED = {modality.suffix: modality for modality in MODALITIES.values() if modality.suffix is not None}
 
 MEMBERS: dict[str, Modality] = {suffix: _STORED[suffix] for suffix in (*_FIRST, *sorted(_STORED.keys() - {*_FIRST}))}
 """Modalities that are stored, by suffix, in the order of their members in a shard."""
+
+CHECKSUM = "__checksum__"
 
 _IMAGE = 0  # column of the spans; those of MEMBERS follow
 _COLUMNS = {**dict.fromkeys(IMAGE_SUFFIXES, _IMAGE), **{suffix: i for i, suffix in enumerate(MEMBERS, start=1)}}
@@ -68,8 +90,12 @@ class Sample:
 
 
 def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
-    """Write a shard atomically and return the number of samples; equal samples give equal bytes."""
-    count = 0
+    """Write a shard atomically and return the number of samples; equal samples give equal bytes.
+
+    The last member, ``__checksum__``, is the BLAKE2b hash of the names and contents of the others; webdataset ignores members
+    with such names.
+    """
+    count, checksum = 0, hashlib.blake2b(digest_size=16)
 
     def write(temporary: Path) -> None:
         nonlocal count
@@ -82,13 +108,29 @@ def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
                         value = values[modality.key]
                         members[suffix] = value if isinstance(value, bytes) else modality.encode(value)
                 for suffix, data in members.items():
-                    info = tarfile.TarInfo(f"{sample.key}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+                    name = f"{sample.key}.{suffix}"
+                    checksum.update(f"{name}/{len(data)}/".encode() + data)
+                    _add(tar, name, data)
                 count += 1
+            _add(tar, CHECKSUM, checksum.hexdigest().encode())
 
     write_atomically(path, write)
     return count
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def checksum_of(path: Path) -> str | None:
+    """Return the checksum that a shard contains; None if it has none.
+
+    Raises:
+        DataError: the shard cannot be read.
+    """
+    return _index(path).checksum
 
 
 def find_shards(source: str | Sequence[str], split: str) -> list[Path]:
@@ -100,7 +142,7 @@ def find_shards(source: str | Sequence[str], split: str) -> list[Path]:
         split: which of the packaged shards; other sources name their split by their path.
 
     Raises:
-        DataError: a shard that does not exist, or a folder or pattern without any.
+        DataError: a shard that does not exist, or a folder or pattern without any, or shards of an incomplete set.
     """
     if not isinstance(source, str):
         return [path for part in source for path in find_shards(part, split)]
@@ -128,12 +170,14 @@ def _matches(pattern: str) -> list[Path]:
     path = Path(expanded(pattern))
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
+        check_complete(path, found)
         if not found:
             raise DataError(f"the data folder {path} contains no .tar shards; make them with tools/prepare.py folder.")
         return found
     if path.is_file():
         return [path]
     if not glob.has_magic(pattern):
+        check_replaced(path.parent)
         raise DataError(f"the shard or data folder {path} does not exist; check the sources given under data.")
     found = sorted(Path(name) for name in glob.glob(str(path)))  # noqa: PTH207 (the pattern may be absolute)
     if not found:
@@ -144,6 +188,9 @@ def _matches(pattern: str) -> list[Path]:
 class Shards:
     """Samples of several shards by number, read from disk when needed.
 
+    A sample without an image, or without both caption and class number, is skipped, and so is one without a caption if others
+    have one; a warning gives their number. If a key occurs in several shards, all keys are preceded by the name of their shard.
+
     Args:
         paths: the shards, as :func:`find_shards` lists them.
 
@@ -153,34 +200,59 @@ class Shards:
         modalities: those that the samples have, by key.
 
     Raises:
-        DataError: a shard that is missing, truncated or not a tar file; a sample without an image, or without
-            both caption and class number; a duplicate key; a set without samples; a modality that some
-            samples have and some lack.
+        DataError: a shard that is missing, truncated, not a tar file, or listed twice; a set without complete samples; a
+            modality, other than captions, that some samples have and some lack.
     """
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = list(paths)
-        self.keys: list[str] = []
-        self.lengths: list[int] = []
-        spans: list[np.ndarray] = []
-        for path in self.paths:
-            found = _index(path)
-            self.keys += found
-            self.lengths.append(len(found))
-            spans.append(np.array(list(found.values()), np.int64).reshape(-1, 1 + len(MEMBERS), 2))
+        _check_distinct(self.paths)
+        indices = [_index(path) for path in self.paths]
+        check_shards({path: index.checksum for path, index in zip(self.paths, indices, strict=True)})
+        self._modified = [index.modified for index in indices]
+        self.keys = [key for index in indices for key in index.keys]
+        self._shard = np.repeat(np.arange(len(self.paths)), [len(index.keys) for index in indices])
         # [n 1+m 2]: offset and size, in bytes, of the image and of each kind of member; size -1 if it is missing.
-        self._spans = np.concatenate(spans) if spans else np.zeros((0, 1 + len(MEMBERS), 2), np.int64)
-        self._shard = np.repeat(np.arange(len(self.paths)), self.lengths)
+        self._spans = np.concatenate([_array([]), *(index.spans for index in indices)])
         if not self.keys:
             raise DataError(
                 f"there is no sample in {', '.join(map(str, self.paths))}; make shards with tools/prepare.py."
             )
-        twice, times = Counter(self.keys).most_common(1)[0]
-        if times > 1:
-            raise DataError(
-                f"the key {twice!r} occurs twice in the shards of {self.paths[0].parent}; list each shard once."
-            )
-        self.modalities = {modality.key: modality for modality in MEMBERS.values() if self._has(modality)}
+        _warn_of_repeated([f"{name!r} in {index.path}" for index in indices for name in index.repeated])
+        self._keep(self._has(_IMAGE), f"no image ({', '.join(IMAGE_SUFFIXES)})")
+        describing = {suffix: modality for suffix, modality in MEMBERS.items() if modality.describes}
+        nouns = " nor ".join(f"{modality.noun} (.{suffix})" for suffix, modality in describing.items())
+        self._keep(np.any([self._has(_COLUMNS[suffix]) for suffix in describing], axis=0), f"neither {nouns}")
+        self.modalities = {modality.key: modality for modality in MEMBERS.values() if self._in_all(modality)}
+        if CAPTION.key in self.modalities:
+            self._keep(self._has(_COLUMNS[_CAPTION]), f"no {CAPTION.noun} (.{_CAPTION})")
+        self.lengths: list[int] = np.bincount(self._shard, minlength=len(self.paths)).tolist()
+        if len(set(self.keys)) < len(self.keys):
+            names = _names_of(self.paths)
+            self.keys = [f"{names[shard]}/{key}" for shard, key in zip(self._shard, self.keys, strict=True)]
+
+    def _has(self, column: int) -> np.ndarray:
+        """Return ``[n]`` of bool: whether each sample has this member."""
+        has: np.ndarray = self._spans[:, column, 1] >= 0
+        return has
+
+    def _keep(self, complete: np.ndarray, lack: str) -> None:
+        """Keep the samples that are complete, and warn of the others.
+
+        Raises:
+            DataError: none is.
+        """
+        if complete.all():
+            return
+        first = self.where(int(np.argmin(complete)))
+        if not complete.any():
+            raise DataError(f"{first} has {lack}; create the shard again.")
+        warnings.warn(
+            f"{np.sum(~complete)} of {len(self)} samples are skipped, the first of them {first}: they have {lack}.",
+            stacklevel=4,
+        )
+        self.keys = list(itertools.compress(self.keys, complete))
+        self._shard, self._spans = self._shard[complete], self._spans[complete]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -217,7 +289,7 @@ class Shards:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Text that depends on the keys, their order, and the offsets and last bytes of members, not on the shards' folder."""
-        digest = hashlib.blake2b("\n".join(self.keys).encode(), digest_size=16)
+        digest = hashlib.blake2b("\n".join(self.keys).encode(errors="surrogateescape"), digest_size=16)
         digest.update(self._tails())
         always = 1 + len(_FIRST)
         digest.update(self._spans[:, :always].tobytes())
@@ -242,14 +314,14 @@ class Shards:
             first += length
         return digest.digest()
 
-    def _has(self, modality: Modality) -> bool:
+    def _in_all(self, modality: Modality) -> bool:
         """Return True if the samples have a modality.
 
         Raises:
             DataError: only some of them have one that is required for all.
         """
         assert modality.suffix is not None
-        has = self._spans[:, _COLUMNS[modality.suffix], 1] >= 0
+        has = self._has(_COLUMNS[modality.suffix])
         if has.any() and not has.all() and not modality.optional:
             lacking = self.keys[int(np.argmin(has))]
             raise DataError(f"samples of {self.paths[0].parent} have {modality.file}, but {lacking!r} has none.")
@@ -266,27 +338,79 @@ class Shards:
             ) as file:  # opened each time: safe in forked workers, and no limit on the number of shards
                 file.seek(offset)
                 data = file.read(size)
+                modified = os.fstat(file.fileno()).st_mtime_ns
         except OSError as error:
             raise DataError(f"cannot read the shard {path}: {error.strerror}.") from None
         if len(data) < size:
             raise DataError(f"the shard {path} has become shorter since it was opened; do not modify shards in use.")
+        if modified != self._modified[self._shard[i]]:
+            raise DataError(f"the shard {path} was replaced since it was opened; run the same command again.")
         return data
 
 
-def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
-    """Return the offset and size of the members of each sample of a shard, by key and in the shard's order."""
+def _check_distinct(paths: Sequence[Path]) -> None:
+    for path, times in Counter(path.resolve() for path in paths).items():
+        if times > 1:
+            raise DataError(f"the shard {path} occurs twice among the sources of the data; list each shard once.")
+
+
+def _names_of(paths: Sequence[Path]) -> list[str]:
+    """Return names that tell shards apart: their paths relative to the folder that contains them all, without suffix."""
+    folder = os.path.commonpath([path.resolve().parent for path in paths])
+    return [path.resolve().relative_to(folder).with_suffix("").as_posix() for path in paths]
+
+
+def _warn_of_repeated(members: Sequence[str]) -> None:
+    if members:
+        warnings.warn(
+            f"{len(members)} members of shards are skipped, the first of them {members[0]}: an earlier member of the same shard "
+            "has the same key and kind.",
+            stacklevel=4,
+        )
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Content of a shard.
+
+    Attributes:
+        path: the file.
+        keys: keys of the samples, in the shard's order.
+        spans: ``[n 1+m 2]``, as those of :class:`Shards`.
+        repeated: names of members of which the shard has an earlier one of the same key and kind.
+        checksum: checksum that the shard contains.
+        modified: time at which the file was modified, in nanoseconds.
+    """
+
+    path: Path
+    keys: list[str]
+    spans: np.ndarray
+    repeated: list[str]
+    checksum: str | None
+    modified: int
+
+
+def _index(path: Path) -> _Index:
+    checksum: str | None = None
     samples: dict[str, list[tuple[int, int]]] = {}
+    repeated: list[str] = []
     try:
+        modified = path.stat().st_mtime_ns
         with tarfile.open(path, "r:") as tar:
             end = 0
             for info in tar:
                 end = info.offset_data + -(-info.size // _BLOCK) * _BLOCK
+                content = tar.extractfile(info) if info.name == CHECKSUM else None
+                checksum = checksum if content is None else content.read(64).decode(errors="replace")
                 folder, slash, name = info.name.rpartition("/")
                 stem, _, suffix = name.partition(".")  # as in webdataset, a key ends at the name's first dot
                 column = _COLUMNS.get(suffix.lower())
                 if info.isreg() and column is not None:
                     spans = samples.setdefault(folder + slash + stem, [(0, -1)] * (1 + len(MEMBERS)))
-                    spans[column] = (info.offset_data, info.size)
+                    if spans[column][1] < 0:
+                        spans[column] = (info.offset_data, info.size)
+                    else:
+                        repeated.append(info.name)
         with path.open("rb") as file:
             file.seek(end)
             complete = file.read(_BLOCK) == bytes(_BLOCK)
@@ -298,11 +422,8 @@ def _index(path: Path) -> dict[str, list[tuple[int, int]]]:
         ) from None
     if not complete:  # truncated between two members, which the headers alone do not show
         raise DataError(f"the shard {path} is truncated after {len(samples)} samples; copy or create it again.")
-    describing = {suffix: modality for suffix, modality in MEMBERS.items() if modality.describes}
-    for key, spans in samples.items():
-        if spans[_IMAGE][1] < 0:
-            raise DataError(f"{key!r} in {path} has no image ({', '.join(IMAGE_SUFFIXES)}); create the shard again.")
-        if all(spans[_COLUMNS[suffix]][1] < 0 for suffix in describing):
-            lacking = " nor ".join(f"{modality.noun} (.{suffix})" for suffix, modality in describing.items())
-            raise DataError(f"{key!r} in {path} has neither {lacking}; create the shard again.")
-    return samples
+    return _Index(path, list(samples), _array(list(samples.values())), repeated, checksum, modified)
+
+
+def _array(spans: Sequence[Sequence[tuple[int, int]]]) -> np.ndarray:
+    return np.array(spans, np.int64).reshape(-1, 1 + len(MEMBERS), 2)

@@ -1,51 +1,32 @@
-"""Decoding of image files, and conversion to the tensors that networks take."""
+"""Decoding of stored images, and conversion to the tensors that networks take."""
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from ldm.errors import DataError
+from ldm.image_files import open_image
 from ldm.image_io import rgb
+from ldm.modalities.crop import WHITE, Color
 
 
-def decode(data: bytes, enough: tuple[int, int] | None = None) -> Image.Image:
-    """Decode an image to 8-bit RGB: rotated by its EXIF, 16 bits scaled to 8, transparency composited onto white.
+def decode(data: bytes, enough: tuple[int, int] | None = None, background: str | Color = WHITE) -> Image.Image:
+    """Decode an image to 8-bit RGB: rotated by its EXIF, more bits scaled to 8, transparency composited onto a colour.
 
     Args:
-        data: bytes of any format that Pillow reads.
+        data: bytes of any format that :func:`ldm.image_files.open_image` reads.
         enough: sufficient height and width; a JPEG may then be decoded at a half, quarter or eighth of its
             size.
+        background: colour behind transparency, in any form that Pillow takes.
 
     Raises:
         DataError: the bytes are not an image, or are truncated; the message is a clause without the sample's name.
     """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-        if enough is not None:
-            image.draft("RGB", (max(enough), max(enough)))  # both sides: EXIF may swap them
-        return rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # Pillow's plugins raise various errors for a broken file
-        raise DataError(f"cannot be read as an image ({error})") from None
-
-
-def size_of(data: bytes) -> tuple[int, int]:
-    """Return width and height of an encoded image, rotated by its EXIF, without decoding it.
-
-    Raises:
-        DataError: as :func:`decode`.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90 degrees
-            return (image.height, image.width) if rotated else image.size
-    except Exception as error:  # as in decode
-        raise DataError(f"cannot be read as an image ({error})") from None
+    return rgb(open_image(data, enough), background)
 
 
 def shrink(image: Image.Image, longest: int) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.errors import DataError, SamplingError
+from ldm.errors import SamplingError
 from ldm.image_arguments import as_tensor, mask_of, read_mask
+from ldm.image_files import open_image
 from ldm.modalities.base import register
 from ldm.modalities.pixel_map import PixelMap
 
@@ -26,13 +26,7 @@ class EdgeMap(PixelMap):
 
     def decode(self, data: bytes) -> Image.Image:
         """Return an 8-bit greyscale image, white on the edges; what is transparent is no edge."""
-        try:
-            image = Image.open(io.BytesIO(data))
-            return Image.fromarray((mask_of(image) * 255).round().byte().numpy())
-        except DataError:
-            raise
-        except Exception as error:  # Pillow's plugins raise many types of errors for a broken file
-            raise DataError(f"cannot be read as an image ({error})") from None
+        return Image.fromarray((mask_of(open_image(data)) * 255).round().byte().numpy())
 
     def values(self, pixels: np.ndarray) -> Tensor:
         return torch.from_numpy(pixels.astype(np.float32) / 255)

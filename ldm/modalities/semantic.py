@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ldm.errors import DataError, SamplingError
 from ldm.image_arguments import as_tensor
+from ldm.image_files import open_image
 from ldm.modalities.base import register
 from ldm.modalities.pixel_map import PixelMap
 
@@ -22,11 +22,7 @@ class SemanticMap(PixelMap):
 
     def decode(self, data: bytes) -> Image.Image:
         """Return an image of one channel whose values are class numbers; its palette is not applied."""
-        try:
-            labels: Image.Image = Image.open(io.BytesIO(data))
-            labels.load()
-        except Exception as error:  # Pillow's plugins raise many types of errors for a broken file
-            raise DataError(f"cannot be read as a map ({error})") from None
+        labels = open_image(data, noun="a map")
         if len(labels.getbands()) != 1:
             raise DataError("is not a semantic map: it has several channels; save it in greyscale or with a palette")
         return labels

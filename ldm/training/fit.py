@@ -65,6 +65,7 @@ def fit(
         max_epochs=1,  # one epoch of the training stream is the complete run
         val_check_interval=min(train.validate_every, train.max_steps) * train.accumulate,
         check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if data.validates else 0,
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,

@@ -14,6 +14,7 @@ from torch import nn
 
 from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
 from ldm.config import to_dict
+from ldm.data.samples import captions_of
 from ldm.data.stream import EvaluationLoader
 from ldm.devices import default_device
 from ldm.errors import CheckpointError, TrainingError
@@ -107,7 +108,8 @@ class Handoff:
         made_from = {"config": to_dict(config), "captions": samples.fingerprint, "path": _digest(config)}
         if text and record.is_file() and record.read_text(encoding="utf-8") == _record(made_from, text):
             return Tokenizer.from_json(text)
-        tokenizer = config.build(samples.annotations(np.arange(len(samples)))["text"])
+        annotations = samples.annotations(np.arange(len(samples)))
+        tokenizer = config.build(captions_of(annotations, f"the tokenizer of stage {self.stage}"))
         text = tokenizer.to_json()
         self.files |= {path: text, record: _record(made_from, text)}
         return tokenizer

@@ -23,20 +23,30 @@ class VAELossConfig(Kind, default="reconstruction"):
 
     kl: float = config_field(1e-6, "weight of the KL divergence to the standard normal")
     adversarial: float = config_field(0.0, "weight of the adversarial loss; 0 = no discriminator")
-    disc_start: int = config_field(0, "step at which the discriminator and the adversarial loss begin")
+    disc_start: int | float = config_field(
+        0, "step at which the discriminator and the adversarial loss begin; below 1, a fraction of train.max_steps"
+    )
     disc_width: int = config_field(64, "channels after the discriminator's first convolution")
     disc_layers: int = config_field(3, "strided convolutions of the discriminator")
 
     def __post_init__(self) -> None:
         if min(self.kl, self.adversarial) < 0:
             raise ConfigError("weights must not be negative.")
-        if self.disc_width < 1 or self.disc_layers < 1 or self.disc_start < 0:
-            raise ConfigError("disc_width and disc_layers must be at least 1, disc_start at least 0.")
+        if self.disc_width < 1 or self.disc_layers < 1:
+            raise ConfigError("disc_width and disc_layers must be at least 1.")
+        if not (0 <= self.disc_start < 1 or (self.disc_start >= 1 and float(self.disc_start).is_integer())):
+            raise ConfigError(
+                f"disc_start is {self.disc_start}; give a whole number of steps, or a fraction of max_steps below 1."
+            )
 
     @property
     def features(self) -> tuple[str, ...]:
         """Modules of the first stage whose outputs the loss takes as the argument ``features``, by their names in it."""
         return ()
+
+    def discriminator_step(self, max_steps: int) -> int:
+        """Return the step at which the adversarial loss begins in a training of ``max_steps``."""
+        return round(self.disc_start * max_steps) if self.disc_start < 1 else int(self.disc_start)
 
     def build(self) -> nn.Module:
         raise NotImplementedError

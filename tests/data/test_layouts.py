@@ -13,8 +13,9 @@ from PIL import Image
 from ldm.data import BatchIndices, ShardsData, TrainStream
 from ldm.data.latents import cache_latents
 from ldm.data.shards import Sample, Shards, write_shard
-from ldm.data.transforms import decode, size_of
+from ldm.data.transforms import decode
 from ldm.errors import DataError
+from ldm.image_files import image_size
 from ldm.modalities.boxes import BOXES
 from ldm.modalities.semantic import SEMANTIC
 from ldm.vae import IdentityConfig
@@ -114,10 +115,10 @@ def test_the_size_of_a_picture_is_that_of_its_decoding(tmp_path: Path) -> None:
     picture = Image.new("RGB", (6, 4))
     turned = picture.getexif()
     turned[0x0112] = 6  # by a quarter
-    assert size_of(encoded(picture, "JPEG")) == (6, 4)
-    assert size_of(encoded(picture, "JPEG", exif=turned)) == (4, 6)
+    assert image_size(encoded(picture, "JPEG")) == (6, 4)
+    assert image_size(encoded(picture, "JPEG", exif=turned)) == (4, 6)
     with pytest.raises(DataError, match="cannot be read as an image"):
-        size_of(b"no image")
+        image_size(b"no image")
 
 
 @pytest.mark.parametrize(

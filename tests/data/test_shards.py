@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ldm.data import ShardsData
 from ldm.data.shards import Sample, Shards, find_shards, write_shard
 from ldm.errors import DataError
 from ldm.modalities.label import LABEL
-from tests.data.pictures import sample, write_shards
+from tests.data.pictures import encoded, noise_picture, sample, write_shards
 
 
 def as_read(shards: Shards) -> list[tuple[str, str, bytes, int | None]]:
@@ -189,3 +192,84 @@ def test_the_fingerprint_follows_the_content_and_not_the_folder(tmp_path: Path) 
         write_shards(tmp_path / name, [length])
     a, b, c = (Shards([tmp_path / name / "000.tar"]).fingerprint for name in "abc")
     assert a == b != c
+
+
+PICTURE = encoded(noise_picture(0))
+GOOD = {"good.png": PICTURE, "good.txt": b"good"}
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.txt": b"caption"}, r"^1 of 2 samples are skipped, the first of them 'a' in .*a\.tar: they have no image"),
+        ({"a.png": PICTURE}, r"they have neither caption \(\.txt\) nor class"),
+        ({"a.png": PICTURE, "a.json": b"{}", "a.input.png": PICTURE}, r"they have neither caption"),
+    ],
+)
+def test_incomplete_samples_are_skipped_and_counted(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        shards = Shards([tar(tmp_path / "a.tar", {**members, **GOOD})])
+    assert (shards.keys, shards.lengths, shards.text(0)) == (["good"], [1], "good")
+
+
+def test_labelled_samples_without_a_caption_are_skipped_if_others_have_one(tmp_path: Path) -> None:
+    members = {"a.png": PICTURE, "a.cls": b"1", **GOOD, "good.cls": b"2"}
+    with pytest.warns(UserWarning, match=r"^1 of 2 samples .* no caption \(\.txt\)"):
+        shards = Shards([tar(tmp_path / "a.tar", members)])
+    assert (shards.keys, shards.value(0, LABEL)) == (["good"], 2)
+
+
+def test_a_set_without_captions_has_no_empty_ones(tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", {"a.png": PICTURE, "a.cls": b"1"})
+    samples = ShardsData(str(path), workers=0).open("train")
+    assert set(samples.annotations(np.array([0]))) == {"key", "label"}
+
+
+def write_members(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("a.png", PICTURE), ("a.txt", b"first"), ("a.txt", b"second")],
+        [("a.png", PICTURE), ("a.jpg", b"second"), ("a.txt", b"first")],
+        [("a.png", PICTURE), ("a.txt", b"first"), ("b.png", b""), ("b.txt", b""), ("a.png", b""), ("a.txt", b"")],
+    ],
+)
+def test_a_key_twice_in_a_shard_is_counted_and_the_first_is_used(
+    tmp_path: Path, members: list[tuple[str, bytes]]
+) -> None:
+    with pytest.warns(UserWarning, match=r"members of shards are skipped, the first of them 'a\.\w+' in .*a\.tar"):
+        shards = Shards([write_members(tmp_path / "a.tar", members)])
+    assert (shards.image(0), shards.text(0)) == (PICTURE, "first")
+
+
+def test_keys_that_restart_in_each_shard_are_told_apart_by_it(tmp_path: Path) -> None:
+    paths = []
+    for name in ("one/000.tar", "one/001.tar", "two/000.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        paths.append(tar(tmp_path / name, {"0.png": PICTURE, "0.txt": name.encode()}))
+    shards = Shards(paths)
+    assert shards.keys == ["one/000/0", "one/001/0", "two/000/0"]
+    assert [shards.text(i) for i in range(3)] == ["one/000.tar", "one/001.tar", "two/000.tar"]
+    assert Shards(paths[:1]).keys == ["0"]
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("one", "two"):
+        (tmp_path / name).rename(moved / name)
+    assert Shards([moved / path.relative_to(tmp_path) for path in paths]).fingerprint == shards.fingerprint
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "café".encode(), b"a\nb", b"a b", b"x" * 200])
+def test_keys_of_any_bytes(tmp_path: Path, name: bytes) -> None:
+    stem = os.fsdecode(name)
+    shards = Shards([tar(tmp_path / "a.tar", {f"{stem}.png": PICTURE, f"{stem}.txt": b"caption"})])
+    assert os.fsencode(shards.keys[0]) == name
+    assert shards.fingerprint
+    assert shards.text(0) == "caption"

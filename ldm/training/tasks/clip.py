@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from ldm.clip.model import CLIPConfig
 from ldm.clip.retrieval import recall_at_k
 from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
 from ldm.config import config_field
+from ldm.data.samples import captions_of
 from ldm.data.stream import EvaluationLoader
 from ldm.errors import ConfigError
 from ldm.formats import native
@@ -117,6 +119,13 @@ class CLIPTask(Task):
         self.clip.compile()
 
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
+        distinct = len(set(batch["key"])) if step.number == 0 else len(batch["key"])
+        if distinct < len(batch["key"]):  # an image counts as one that a copy of its caption does not describe
+            warnings.warn(
+                f"a batch of stage clip has {len(batch['key'])} samples, but there are only {distinct} to train on, so that it "
+                f"contains some of them twice; lower clip.train.batch_size to at most {distinct}.",
+                stacklevel=2,
+            )
         image, text, scale = self.clip(batch["image"], self._tokens(batch))
         loss = self.loss(image, text, scale, step.rank, step.world_size, **self.features.argument)
         yield TrainLoss(loss, {"logit_scale": self.clip.logit_scale.detach().exp()})
@@ -150,4 +159,4 @@ class CLIPTask(Task):
         return Export(native.CLIP, self.clip, self.config.model, self.tokenizer)
 
     def _tokens(self, batch: Mapping[str, Any]) -> Tensor:
-        return self.tokenizer(batch["text"], longest=True).to(self.device)
+        return self.tokenizer(captions_of(batch, "stage clip"), longest=True).to(self.device)

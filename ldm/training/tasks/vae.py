@@ -72,6 +72,7 @@ class VAETask(Task):
         self.first_stage = config.model.build()
         self.reconstruction_loss = config.loss.build()
         self.discriminator = config.loss.build_discriminator(config.model.image_channels)
+        self.discriminator_step = config.loss.discriminator_step(config.train.max_steps if config.train else 0)
         self.features = Features(self.first_stage, config.loss.features)
         if self.discriminator is not None and not isinstance(self.first_stage, HasLastLayer):
             raise ConfigError(
@@ -107,7 +108,7 @@ class VAETask(Task):
         autoencoder = OptimizerSpec("loss", (self.first_stage, self.reconstruction_loss))
         if self.discriminator is None:
             return [autoencoder]
-        return [autoencoder, OptimizerSpec("discriminator", (self.discriminator,), self.config.loss.disc_start)]
+        return [autoencoder, OptimizerSpec("discriminator", (self.discriminator,), self.discriminator_step)]
 
     def compile_networks(self) -> None:
         self.first_stage.compile_networks()
@@ -125,7 +126,7 @@ class VAETask(Task):
         rec_loss = self.reconstruction_loss(image, reconstruction.float(), **self.features.argument).mean()
         loss = rec_loss + config.kl * posterior.regularization().mean()
         metrics = {"error": rec_loss.detach() / image[0].numel(), **posterior.metrics(posterior.sums(), len(image))}
-        discriminator = self.discriminator if step.number >= config.disc_start else None
+        discriminator = self.discriminator if step.number >= self.discriminator_step else None
         if discriminator is not None:
             g_loss = -discriminator(reconstruction).mean()
             weight = config.adversarial * adaptive_weight(
