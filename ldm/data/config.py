@@ -104,7 +104,9 @@ class ShardsData(DataConfig, kind="shards"):
     )
 
     made_for: int | None = config_field(
-        None, "Number of training images that the config was made for; a warning is given if there are far fewer."
+        None,
+        "Number of training images that the config was made for; a warning is given if there are far fewer.",
+        changeable=True,
     )
 
     def __post_init__(self) -> None:
