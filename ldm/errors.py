@@ -61,7 +61,8 @@ def first_line(error: BaseException) -> str:
 def warn(message: str) -> None:
     """Warn at the line outside of ldm that led here; Python shows a message once for each such line."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "ldm":
+    within = ("ldm", "contextlib")  # decorated functions are called by contextlib
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
 

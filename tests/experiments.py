@@ -81,5 +81,5 @@ def write_experiment(folder: Path, changes: Mapping[str, Any] | None = None) -> 
 
 
 def tiny_experiment(folder: Path, *overrides: str) -> Experiment:
-    """The experiment with ``key=value`` overrides."""
-    return load_config(write_experiment(folder), overrides)
+    """The experiment with ``key=value`` overrides, of which the last counts if a key is given twice."""
+    return load_config(write_experiment(folder), [*{each.partition("=")[0]: each for each in overrides}.values()])

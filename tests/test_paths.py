@@ -16,7 +16,7 @@ from ldm.data.shards import find_shards
 from ldm.errors import ConfigError, PathError
 from ldm.formats.clip import load_clip, save_clip
 from ldm.formats.lora import read_lora, write_lora
-from ldm.image_io import read_image
+from ldm.image_arguments import read_image
 from ldm.image_output import Images, check_animation
 from ldm.modalities.semantic import SEMANTIC
 from ldm.nn.lora import new_lora
@@ -173,7 +173,7 @@ def _shards(path: str, home: Path) -> None:
 
 def _images(path: str, home: Path) -> None:
     assert Images([Image.new("RGB", (2, 2))]).save(f"{path}.png") == [home / "x.png"]
-    assert read_image(f"{path}.png").size == (2, 2)
+    assert read_image(f"{path}.png").shape == (3, 2, 2)
     assert check_animation(f"{path}.gif") == home / "x.gif"
     Image.new("L", (2, 2)).save(home / "map.png")
     assert SEMANTIC.decode_file(path.replace("x", "map.png")).size == (2, 2)

@@ -65,16 +65,15 @@ def family_of(names: Iterable[str]) -> Family:
 
 
 def assumed(name: str, family: Family, complete: bool, hidden_state: str | None = None) -> dict[str, Any]:
-    """Return the fields of the config of a text encoder or first stage that its weights do not determine.
+    """Return the fields of a text encoder's config that its weights do not determine.
 
     Args:
-        name, family: of the network.
+        name, family: of the text encoder.
         complete: whether the file holds further networks.
         hidden_state: hidden state that the file states; all models of the other families have the same.
     """
     hidden_state = hidden_state if family is SD_1 and hidden_state else family.hidden_state
-    fields: dict[str, Any] = {"hidden_state": hidden_state, "context_norm": family.context_norm}
-    fields["overflows_fp16"] = family is SDXL
+    fields = {"hidden_state": hidden_state, "context_norm": family.context_norm}
     # The pooled state of a model's first text encoder is not used.
     return fields | ({"embed_dim": None} if complete and name == "text_encoder" else {})
 

@@ -173,7 +173,7 @@ def plain_model(model: nn.Module, path: object) -> LatentDiffusion:
     inner = innermost(model, LatentDiffusion)
     plain, state = written_state(model.state_dict(), lambda: LatentDiffusion(inner.config, inner.tokenizer), path)
     plain.requires_grad_(False).load_state_dict(state, assign=True)
-    plain.provenance = inner.provenance
+    plain.provenance, plain.textual_inversions = inner.provenance, inner.textual_inversions
     return plain.eval()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.diffusion.parametrization import V
 from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import (
+    NETWORKS,
     Checkpoint,
     Part,
     conditioner_of,
@@ -78,7 +79,7 @@ def read_single_file(
     parts = {}
     for name, (prefix, form, own) in found.items():
         part = Part.imported(form.infer_config(own, path), own, form, path)
-        if name != "denoiser":
+        if name not in NETWORKS:
             fields = assumed(name, family, len(found) > 1, marks.hidden_state)
             part, surplus = _with_fields(part, form, fields)
             unused += [prefix + key for key in surplus]

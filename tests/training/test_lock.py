@@ -74,8 +74,7 @@ def test_a_lock_whose_process_is_not_known_is_refused_all_the_same(tmp_path: Pat
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(
-        TrainingError, match=rf"the folder {tmp_path / 'file' / 'vae'} cannot be written to \(Not a directory\)"
-    ):
-        train_stage(tiny_experiment(tmp_path, f"run_dir={tmp_path / 'file'}"), "vae")
+    folder = tmp_path / "run" / "vae"
+    (folder / ".lock").mkdir(parents=True)
+    with pytest.raises(TrainingError, match=rf"the folder {folder} cannot be written to \(Is a directory\)"):
+        train_stage(tiny_experiment(tmp_path), "vae")

@@ -65,7 +65,7 @@ def test_the_largest_number_of_layers_of_a_discriminator_is_that_which_torch_can
         ),
         ("denoiser.sampling.num_inference_steps=5000", "denoiser.sampling: "),
         ("denoiser.sampling.num_inference_steps=0", "denoiser.sampling: num_inference_steps is 0"),
-        ("denoiser.sampling.guidance_scale=.nan", "denoiser.sampling: guidance_scale is nan"),
+        ("denoiser.sampling.guidance_scale=.nan", "denoiser.sampling.guidance_scale: expected a number, found nan"),
         ("denoiser.sampling.shift=2", "denoiser.sampling: the shift 2.0 needs a flow schedule"),
         ("denoiser.sampling.offset=2000", "denoiser.sampling: "),
     ],

@@ -270,7 +270,8 @@ def test_an_experiment_with_vq_trains_resumes_and_samples(tmp_path: Path) -> Non
     overrides = [f"vae={section}", "clip=null", "denoiser.conditioner=none", "denoiser.model.context_width=null"]
     overrides += ["denoiser.model.vector_width=null", "denoiser.prompts=[]", "data.cache_latents=true"]
     expected = train_stage(tiny_experiment(at_once, *overrides), "vae")
-    train_stage(tiny_experiment(stopped, *overrides, "vae.train.max_steps=3"), "vae")
+    shorter = [f"vae={section | {'train': section['train'] | {'max_steps': 3}}}", *overrides[1:]]
+    train_stage(tiny_experiment(stopped, *shorter), "vae")
     resumed = train_stage(tiny_experiment(stopped, *overrides), "vae")
     a, b = load_file(expected), load_file(resumed)
     assert a["codebook.updates"] == 6
