@@ -109,6 +109,8 @@ def try_settings(
                 attempt()
         except LdmError as error:
             raise type(error)(f"stage {task.stage} cannot be trained, since {problem}: {error}") from None
+        except Warning:  # one that a filter turns into an exception
+            raise
         except Exception as error:  # of torch, for settings that no check foresees
             raise TrainingError(
                 f"stage {task.stage} cannot be trained, since {problem} ({type(error).__name__}: {first_line(error)}); change "

@@ -103,6 +103,7 @@ def test_an_edge_map_says_what_is_drawn_where(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:a batch of stage clip has 64 samples")
 def test_a_sample_has_the_colour_of_the_picture_that_is_given(tmp_path: Path) -> None:
     """Of images that it has never seen."""
     pipe, _ = trained(tmp_path, "image", 140, "data.samples=12")
