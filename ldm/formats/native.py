@@ -26,7 +26,6 @@ from ldm.clip.tokenizer import Tokenizer
 from ldm.config import from_dict, to_dict
 from ldm.errors import CheckpointError, LdmError, counted, first_line
 from ldm.formats.tensors import (
-    WRAPPERS,
     check_finite,
     check_plain,
     fingerprint,
@@ -36,6 +35,7 @@ from ldm.formats.tensors import (
     write_tensors,
 )
 from ldm.model import LatentDiffusion, ModelConfig
+from ldm.nn import wrappers
 from ldm.vae import FirstStage, FirstStageConfig
 
 FIRST_STAGE, CLIP, MODEL = "ldm.first_stage.1", "ldm.clip.1", "ldm.model.1"
@@ -183,12 +183,10 @@ def innermost(module: nn.Module, kind: type[M]) -> M:
     Raises:
         CheckpointError: there is none.
     """
-    while not isinstance(module, kind):
-        inner = [child for name, child in module.named_children() if name in WRAPPERS]
-        if not inner:
-            raise CheckpointError(f"a {type(module).__name__} cannot be written; pass a {kind.__name__}.")
-        module = inner[0]
-    return module
+    inner = wrappers.innermost(module)
+    if not isinstance(inner, kind):
+        raise CheckpointError(f"a {type(inner).__name__} cannot be written; pass a {kind.__name__}.")
+    return inner
 
 
 def metadata_of(config: Any, tokenizer: Tokenizer | None, format: str = MODEL) -> dict[str, str]:

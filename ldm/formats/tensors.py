@@ -27,16 +27,15 @@ from torch import Tensor, nn
 
 from ldm.errors import CheckpointError, first_line
 from ldm.formats.pickles import read_pickle
+from ldm.nn.wrappers import WRAPPERS
 
 SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
 """File name suffixes of tensor files."""
 
 T = TypeVar("T")
 
-WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of names that torch.compile, (Distributed)DataParallel, FSDP and activation checkpointing add."""
-
 WRAPPED = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(WRAPPERS)})\.")
+"""Pattern of :data:`ldm.nn.wrappers.WRAPPERS` in names."""
 
 QUANTIZED = re.compile(
     r"scaled_fp8|scale_(weight|input)|(weight|input)_scale|comfy_quant|(nested_)?(absmax|quant_map)|qweight|qzeros|SCB|bitsandbytes__\w+"
@@ -126,7 +125,7 @@ def check_writable(tensors: Mapping[str, Tensor], path: object) -> None:
 
 
 def without_wrappers(tensors: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
-    """Return tensors by the names that they have without :data:`WRAPPERS`.
+    """Return tensors by the names that they have without :data:`ldm.nn.wrappers.WRAPPERS`.
 
     Raises:
         CheckpointError: two tensors then have the same name.
@@ -159,7 +158,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 def read_file(path: str | Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read all tensors of a file as views of its memory-mapped pages, and its metadata.
 
-    The tensors are on the CPU, in the stored dtype; no values are read yet. Names are without :data:`WRAPPERS`.
+    The tensors are on the CPU, in the stored dtype; no values are read yet. Names are without :data:`ldm.nn.wrappers.WRAPPERS`.
 
     Args:
         path: a .safetensors file, or a pickle (.ckpt, .pt, .pth, .bin) of a state dict, bare or under a key of

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ldm.checks import number
 from ldm.errors import SamplingError, unknown
+from ldm.nn.wrappers import innermost
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -237,8 +238,8 @@ def _new(plain: Any) -> Any:
 
 
 def unwrapped(module: M) -> M:
-    """Return a view of ``module`` without the wrappers of ``torch.compile``, which put ``_orig_mod`` into parameter names."""
-    module = cast(M, getattr(module, "_orig_mod", module))
+    """Return a view of ``module`` without the wrappers around it and its submodules, which add to parameter names."""
+    module = innermost(module)
     children = {name: child if child is None else unwrapped(child) for name, child in module._modules.items()}
     if all(child is module._modules[name] for name, child in children.items()):
         return module

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from torch import nn
+
+from ldm.nn.wrappers import innermost
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -16,13 +18,13 @@ def view(module: M, paths: Iterable[str]) -> M:
     """Return a shallow copy of a module in which some submodules are copies, too.
 
     These can be changed (given other attributes, submodules or parameters) without any effect on ``module``. All parameters,
-    and all other submodules, are shared. Networks that contain a copy are without the wrappers of ``torch.compile``.
+    and all other submodules, are shared. Networks that contain a copy are without their wrappers.
 
     Args:
         module: the module, which stays as it is.
-        paths: names of the submodules to copy, without ``_orig_mod``; those that contain them are copied as well.
+        paths: names of the submodules to copy, without those of wrappers; those that contain them are copied as well.
     """
-    module = cast(M, getattr(module, "_orig_mod", module))
+    module = innermost(module)
     new = copy.copy(module)  # leaves out what module.compile() compiled
     new._modules, new._parameters = dict(module._modules), dict(module._parameters)
     below: dict[str, list[str]] = defaultdict(list)

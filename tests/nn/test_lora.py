@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ldm.diffusion import Guidance
 from ldm.errors import ConfigError, LdmError, SamplingError
@@ -233,6 +234,22 @@ def test_live_ones_act_in_a_compiled_network(three: list[Path], how: str) -> Non
     for one, other in itertools.pairwise(seen):
         assert (one - other).abs().max() > 1e-3
     both(lambda each: each.unload_lora())
+    assert torch.equal(network(pipe), without)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, checkpoint_wrapper, partial(torch.compile, backend="eager")])
+@pytest.mark.parametrize("merge", [False, True], ids=["live", "merged"])
+def test_adapters_act_in_wrapped_networks(
+    three: list[Path], wrap: Callable[[nn.Module], nn.Module], merge: bool
+) -> None:
+    pipe, plain = Pipeline(tiny_model()), Pipeline(tiny_model())
+    without = network(plain)
+    plain.load_lora(three[0], 0.5, merge=merge)
+    pipe.model.denoiser = wrap(pipe.model.denoiser)
+    pipe.load_lora(three[0], merge=merge)
+    pipe.set_lora_scale("0", 0.5)
+    torch.testing.assert_close(network(pipe), network(plain), atol=1e-6, rtol=1e-5)
+    pipe.unload_lora()
     assert torch.equal(network(pipe), without)
 
 

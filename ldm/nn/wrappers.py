@@ -1,0 +1,19 @@
+"""Wrappers that torch puts around modules: for compiling, for several devices, for activation checkpointing."""
+
+from __future__ import annotations
+
+from typing import TypeVar, cast
+
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that torch.compile, (Distributed)DataParallel, FSDP and activation checkpointing add."""
+
+
+def innermost(module: M) -> M:
+    """Return the module within all wrappers around it; submodules may still be wrapped."""
+    while (inner := next((each for name, each in module.named_children() if name in WRAPPERS), None)) is not None:
+        module = cast(M, inner)
+    return module
