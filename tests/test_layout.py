@@ -16,7 +16,7 @@ ROWS = [
     {"errors"},
     {"checks"},
     {"prompt_syntax"},
-    {"paths", "yaml_text"},
+    {"paths", "processes", "yaml_text"},
     {"image_files"},
     {"devices", "config", "image_io", "prompts"},
     {"image_arguments", "load_options"},

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import DataError, some
+from ldm.processes import is_running
 
 REPORT = "report.json"
 _PREPARING = ".preparing-"  # and the number of the process that writes there
@@ -39,7 +40,8 @@ def replacement(folder: Path, splits: Sequence[str]) -> Iterator[Path]:
     """
     replaced = _files(folder, splits)
     for path in folder.glob(f"{_PREPARING}*"):
-        if not _is_running(int(path.name.removeprefix(_PREPARING))):
+        process = int(path.name.removeprefix(_PREPARING))
+        if process == os.getpid() or not is_running(process):
             shutil.rmtree(path)
     temporary = folder / f"{_PREPARING}{os.getpid()}"
     temporary.mkdir()
@@ -154,18 +156,3 @@ def _exchange(folder: Path, replaced: Sequence[Path], temporary: Path) -> None:
         if not any(split.iterdir()):
             split.rmdir()
     shutil.rmtree(replacing)
-
-
-def _is_running(process: int) -> bool:
-    """Return True if another process of that number may be running."""
-    if process == os.getpid():
-        return False
-    if os.name == "nt":  # where os.kill would end it
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        return True
-    return True

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from ldm.errors import TrainingError
 from ldm.formats.tensors import write_atomically
+from ldm.processes import is_running
 
 GRACE = 20.0
 """Seconds to wait for a lock whose process is gone: its data workers, which share the lock, notice that within seconds."""
@@ -36,7 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout:
         holder = _read(owner)
         try:
-            lock.acquire(timeout=0 if _is_running(holder) else GRACE)
+            lock.acquire(timeout=0 if _may_run(holder) else GRACE)
         except Timeout:
             who = f"process {holder['pid']} on {holder['host']} ({holder['command']})" if holder else "another process"
             raise TrainingError(
@@ -64,14 +65,6 @@ def _read(owner: Path) -> dict[str, Any]:
     return found
 
 
-def _is_running(holder: dict[str, Any]) -> bool:
+def _may_run(holder: dict[str, Any]) -> bool:
     """Return True unless it is known that the process is gone."""
-    if not holder or holder["host"] != socket.gethostname():
-        return True
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    return not holder or holder["host"] != socket.gethostname() or is_running(holder["pid"])
