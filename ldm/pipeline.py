@@ -7,7 +7,7 @@ import threading
 from collections.abc import Generator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,16 @@ from ldm.prompts import Prompt
 from ldm.sampling_loop import Edit, SamplingStep, SamplingStream, batches_of, solve, starting_point
 from ldm.sampling_settings import SamplingSettings, takes_settings
 from ldm.textual_inversion_loader import TextualInversionLoader
+
+
+class _Sampling(NamedTuple):
+    """One call of the pipeline, checked and resolved."""
+
+    settings: SamplingSettings
+    request: inputs.Request
+    models: Sequence[LatentDiffusion]  # the model of each image
+    levels: Tensor  # falling noise levels [steps + 1]
+    shape: tuple[int, int, int]  # of one latent
 
 
 class Pipeline(TextualInversionLoader):
@@ -240,18 +250,12 @@ class Pipeline(TextualInversionLoader):
             from ldm.prompt_loras import prompt_models
 
             models = prompt_models(self.model, named, settings.lora_folder or self.lora_folder)
-        return SamplingStream(self._run(settings, request, models, levels, shape))
+        return SamplingStream(self._run(_Sampling(settings, request, models, levels, shape)))
 
-    def _run(
-        self,
-        settings: SamplingSettings,
-        request: inputs.Request,
-        models: Sequence[LatentDiffusion],
-        levels: Tensor,
-        shape: tuple[int, int, int],
-    ) -> Generator[SamplingStep, None, Any]:
-        """Yield the steps of all batches, and return the result; ``models`` has the model of each image."""
-        results = yield from self._steps(settings, request, models, levels, shape)
+    def _run(self, sampling: _Sampling) -> Generator[SamplingStep, None, Any]:
+        """Yield the steps of all batches, and return the result."""
+        settings, request, models, levels, _ = sampling
+        results = yield from self._steps(sampling)
         result = torch.cat(results).clone()  # outside of inference mode: a tensor like any other
         if settings.output_type == "np":
             return result.permute(0, 2, 3, 1).cpu().numpy()
@@ -269,16 +273,10 @@ class Pipeline(TextualInversionLoader):
         return Images.of(result, [request.record(index, each) | model for index, each in enumerate(records)])
 
     @torch.inference_mode()
-    def _steps(
-        self,
-        settings: SamplingSettings,
-        request: inputs.Request,
-        models: Sequence[LatentDiffusion],
-        levels: Tensor,
-        shape: tuple[int, int, int],
-    ) -> Generator[SamplingStep, None, list[Tensor]]:
+    def _steps(self, sampling: _Sampling) -> Generator[SamplingStep, None, list[Tensor]]:
         """Yield the steps of all batches, and return the batches' images or latents. Inference mode ends at each yield."""
         self._lay_out_weights()
+        settings, request, models, levels, shape = sampling
         sampler, options, edit = str(settings.sampler), settings.sampler_options or {}, settings.edit or Edit()
         spacing = settings.spacing or self.model.config.sampling.spacing
         diffusion, latents = self.model.diffusion, settings.latents

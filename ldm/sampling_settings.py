@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from ldm.checks import number, number_or_numbers, numbers, plain, whole_number
 from ldm.errors import SamplingError, unknown
+from ldm.paths import expanded
 from ldm.prompts import LONG_PROMPTS, SYNTAXES, Prompt, PromptOptions
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _edit(name: str, value: Any) -> Any:
 
 def _folder(name: str, value: Any) -> Path:
     try:
-        folder = Path(value).expanduser()
+        folder = Path(expanded(value))
     except TypeError:
         raise SamplingError(f"{name} is {value!r}; give a path.") from None
     if not folder.is_dir():

@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.clip.text import TextOutput, TextTower, TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.errors import ConfigError, SamplingError
+from ldm.nn.wrappers import innermost
 from ldm.prompts import WeightedPrompt
 
 
@@ -30,7 +31,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: TextTowerConfig) -> None:
 
 def text_towers(conditioner: Any) -> dict[str, TextTower]:
     """Return the CLIP text encoders of a conditioner, by component."""
-    encoders = ((name, getattr(each, "_orig_mod", each)) for name, each in conditioner.pretrained_encoders())
+    encoders = ((name, innermost(each)) for name, each in conditioner.pretrained_encoders())
     return {name: each for name, each in encoders if isinstance(each, TextTower)}
 
 

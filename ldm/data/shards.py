@@ -167,7 +167,7 @@ def _expanded(source: str) -> list[str]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    path = Path(expanded(pattern))
+    path = Path(pattern)
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
         check_complete(path, found)

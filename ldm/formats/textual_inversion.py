@@ -28,6 +28,7 @@ from ldm.errors import CheckpointError
 from ldm.formats.hub import fetch, is_hub_id
 from ldm.formats.pickles import unpickle
 from ldm.formats.tensors import PICKLES, check_finite, fingerprint, read_tensors
+from ldm.paths import expanded
 
 FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 """Names of the file in a folder, or at a hub id, that diffusers wrote."""
@@ -105,7 +106,7 @@ def _file(source: str | PathLike[str]) -> Path:
             return fetch(f"{source}/{FILES[0]}")
         except CheckpointError:
             return fetch(f"{source}/{FILES[1]}")
-    path = Path(source).expanduser()
+    path = Path(expanded(source))
     if path.is_dir():
         return next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
     return path

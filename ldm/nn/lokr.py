@@ -68,9 +68,9 @@ class LoKrFormat(AdapterFormat):
 
     def write(self, layer: AdapterLayer, naming: str) -> dict[str, Tensor] | None:
         assert isinstance(layer, LoKrLayer)
-        if naming != "kohya" or (
-            layer.rank is None and layer.factor != 1
-        ):  # such files ignore the alpha of a full product
+        if naming != "kohya":
+            return None
+        if layer.rank is None and layer.factor != 1:  # such files ignore the alpha of a full product
             return None
         alpha = {} if layer.rank is None else {"alpha": torch.tensor(float(layer.factor * layer.rank))}
         return {**layer.factors, **alpha}
