@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ldm import Pipeline, load
 from ldm.cli.common import new_app
@@ -21,6 +23,7 @@ from ldm.image_output import Images, check_animation
 from ldm.modalities.semantic import SEMANTIC
 from ldm.nn.lora import new_lora
 from ldm.paths import expanded
+from ldm.sampling_settings import SamplingSettings
 from ldm.training.experiment import Experiment, load_config
 from tests.experiments import EXPERIMENT, write_experiment
 from tests.tiny import TOKENIZER, tiny_model
@@ -191,6 +194,9 @@ def _loras(path: str, home: Path) -> None:
     adapter = new_lora(model)
     assert write_lora(f"{path}.safetensors", adapter, model) == home / "x.safetensors"
     assert read_lora(f"{path}.safetensors", model).layers.keys() == adapter.layers.keys()
+    assert SamplingSettings(lora_folder=path.removesuffix("/x")).lora_folder == home
+    save_file({"emb_params": torch.zeros(1, 16)}, home / "x.safetensors")
+    assert Pipeline(model).load_textual_inversion(f"{path}.safetensors", "<x>") == ["<x>"]
 
 
 def _clips(path: str, home: Path) -> None:
