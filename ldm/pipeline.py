@@ -164,9 +164,9 @@ class Pipeline(TextualInversionLoader):
         from ldm.formats.lora import lora_files, read_lora
         from ldm.formats.textual_inversion import read_bundled
 
-        adapter = read_lora(source, self.model, scale, name, merge)
-        files = lora_files(source).values()
-        inversions = [each for file in files for each in read_bundled(file, self.model, adapter.name)]
+        files = lora_files(source)
+        adapter = read_lora(source, self.model, scale, name, merge, files)
+        inversions = [each for file in files.values() for each in read_bundled(file, self.model, adapter.name)]
         self.model.adapters.add(self.model, adapter)
         try:
             add_inversions(self.model, inversions)

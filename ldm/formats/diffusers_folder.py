@@ -151,7 +151,7 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
     for folder, files in networks.items():  # before any is written
         check_writable(files.tensors, path / folder)
     for folder, files in networks.items():
-        files.write(path / folder)
+        files.write(path / folder, checked=True)
     write_json(path / "scheduler" / SCHEDULER, scheduler)
     for folder, tokenizer in tokenizers.items():
         write_tokenizer(tokenizer, path / folder)

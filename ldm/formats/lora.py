@@ -89,6 +89,7 @@ def read_lora(
     scale: float = 1.0,
     name: str | None = None,
     merged: bool = False,
+    files: Mapping[str, Path] | None = None,
 ) -> Adapter:
     """Read the LoRA of a file for a model.
 
@@ -96,14 +97,15 @@ def read_lora(
         source: a .safetensors file (or a pickle of tensors), a folder that diffusers or PEFT wrote (or one with a PEFT folder for
             each component, such as ``unet``), or the id of any of these on the hub.
         scale, name, merged: of the :class:`ldm.nn.adapters.Adapter`; default name: the last part of the source, without ending.
+        files: the files of the source, if :func:`lora_files` has been called already.
 
     Raises:
         CheckpointError: the file is broken, is not a LoRA, or is one for another kind of model.
     """
     model = unwrapped(model)
     tensors, config = dict[str, Tensor](), dict[str, Any]()
-    files = lora_files(source)
-    path = Path(next(iter(files.values())))
+    files = files or lora_files(source)
+    path = next(iter(files.values()))
     for component, file in files.items():
         start = f"{component}." if component else ""
         own = read_tensors(file).items()
@@ -161,7 +163,8 @@ def write_lora(path: str | PathLike[str], adapter: Adapter, model: LatentDiffusi
         naming: ``"diffusers"``, with the alphas in the metadata as PEFT has them, or ``"kohya"``, with a tensor for each alpha.
 
     Raises:
-        CheckpointError: the naming is unknown, the adapter is not a LoRA, or the naming has no name for one of its layers.
+        CheckpointError: the naming is unknown or has no name for a layer with its kind of adapter, or the adapter of a layer
+            is not finite or does not fit it.
     """
     path = Path(expanded(path))
     if naming not in NAMINGS:

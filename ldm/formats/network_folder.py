@@ -86,9 +86,12 @@ class NetworkFiles:
     tensors: Mapping[str, Tensor]
     weights: str
 
-    def write(self, folder: Path) -> None:
-        """Write the files to a folder for this network only; the config, which makes it one, is the last."""
-        write_tensors(folder / self.weights, self.tensors, {"format": "pt"})
+    def write(self, folder: Path, checked: bool = False) -> None:
+        """Write the files to a folder for this network only; the config, which makes it one, is the last.
+
+        ``checked`` and errors are those of :func:`ldm.formats.tensors.write_tensors`.
+        """
+        write_tensors(folder / self.weights, self.tensors, {"format": "pt"}, checked)
         for name, values in self.values.items():
             write_json(folder / name, values)
 

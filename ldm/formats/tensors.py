@@ -71,13 +71,22 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], checked: bool = False
+) -> None:
     """Write a safetensors file atomically; tensors are stored contiguous, and those that share memory are stored separately.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        metadata: of the file.
+        checked: True if the tensors have passed :func:`check_writable` already, which reads all values.
 
     Raises:
         CheckpointError: a tensor is one that readers reject: not plain, or not finite. Then nothing is written.
     """
-    check_writable(tensors, path)
+    if not checked:
+        check_writable(tensors, path)
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
