@@ -216,7 +216,7 @@ def style_transfer(
 
     Raises:
         SamplingError: as :func:`image_to_image`; a style image for a model that reads none; the name of an image file as a
-            string; a prompt beside a style that is one.
+            string; a prompt in addition to a style that is a prompt.
     """
     if isinstance(style, Prompt):
         if isinstance(style, str) and Path(style).suffix.lower() in Image.registered_extensions():

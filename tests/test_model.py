@@ -70,7 +70,7 @@ def test_parts_that_do_not_fit_are_refused(section: str, changes: dict[str, obje
 
 @pytest.mark.parametrize("is_told", [True, False])
 def test_a_first_stage_that_overflows_in_fp16_runs_in_fp32(is_told: bool) -> None:
-    """It is told by its config, as by ``force_upcast`` of diffusers, or found out; an image is made in any case."""
+    """Its config marks it, as ``force_upcast`` of diffusers does, or an overflow shows it; an image is made in any case."""
     model, wide = tiny_model(), tiny_model()
     if is_told:
         object.__setattr__(model.config.first_stage, "overflows_fp16", True)

@@ -1,8 +1,8 @@
-"""Measure the training steps of one stage alone and beside busy processes, with and without the measures of ldm/cli/cores.py.
+"""Measure the training steps of one stage alone and next to busy processes, with and without the measures of ldm/cli/cores.py.
 
     tools/contention.py --stage vae --rounds 3
 
-Needs a machine that is otherwise idle. Alone, "with" should lose at most 3 % against "without"; beside one busy process, a step
+Needs a machine that is otherwise idle. Alone, "with" should lose at most 3 % against "without"; next to one busy process, a step
 "with" should take at most 2.5 times as long as alone.
 """
 
@@ -48,15 +48,15 @@ def contention(
             for count in (0, busy):
                 seconds.setdefault((name, count), []).append(step_seconds(code, stage, count, steps))
     medians = {case: median(values) for case, values in seconds.items()}
-    print(f"{'':10}{'alone':>10}{f'beside {busy}':>10}{'beside/alone':>14}")
+    print(f"{'':10}{'alone':>10}{f'{busy} busy':>10}{'busy/alone':>14}")
     for name in ("without", "with"):
-        alone, beside = medians[name, 0], medians[name, busy]
-        print(f"{name:10}{alone:9.3f}s{beside:9.3f}s{beside / alone:14.2f}")
+        alone, contended = medians[name, 0], medians[name, busy]
+        print(f"{name:10}{alone:9.3f}s{contended:9.3f}s{contended / alone:14.2f}")
     print(f"alone, with / without: {medians['with', 0] / medians['without', 0]:.3f}")
 
 
 def step_seconds(code: str, stage: str, busy: int, steps: int) -> float:
-    """Measure a training beside ``busy`` processes that never wait."""
+    """Measure a training while ``busy`` processes run that never wait."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for _ in range(busy):

@@ -1,9 +1,9 @@
-"""Use of the CPU beside other processes.
+"""Use of the CPU while other processes run.
 
 torch divides each operation among threads that meet at a barrier. libgomp and LLVM's OpenMP let a thread that is first wait
-there in a busy loop for milliseconds. Alone that is fastest; beside another process, the waiting thread takes the core that the
-other thread needs, and a step becomes 10 to 35 times slower. So the commands shorten the busy loop, and do not start more
-threads than cores are idle.
+there in a busy loop for milliseconds. Alone that is fastest; while another process runs, the waiting thread takes the core that
+the other thread needs, and a step becomes 10 to 35 times slower. So the commands shorten the busy loop, and do not start
+more threads than cores are idle.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class TextualInversion:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a model has without textual inversions: its tokenizer, configs, and the rows of embeddings beyond the tokenizer's."""
+    """State of a model before textual inversions: its tokenizer, configs, and the rows of embeddings beyond the tokenizer's."""
 
     tokenizer: Tokenizer
     config: Any

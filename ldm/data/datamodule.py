@@ -74,7 +74,7 @@ class DataModule(L.LightningDataModule):
 
     @property
     def validates(self) -> bool:
-        """Whether there are validation data."""
+        """True if there are validation data."""
         return self.data.has("val")
 
     def train_dataloader(self) -> TrainStream:

@@ -59,7 +59,7 @@ def has_set(folder: Path) -> bool:
 
 
 def listed_shards(folder: Path) -> dict[str, str | None] | None:
-    """Return the checksums of the shards of a split by file name, as the report beside its folder lists them.
+    """Return the checksums of the shards of a split by file name, as the report next to its folder lists them.
 
     None if there is no such report.
 
@@ -72,22 +72,22 @@ def listed_shards(folder: Path) -> dict[str, str | None] | None:
 
 
 def check_complete(folder: Path, shards: Sequence[Path]) -> None:
-    """Raise a DataError if the shards in the folder of a split are not those that the report beside it lists."""
+    """Raise a DataError if the shards in the folder of a split are not those that the report next to it lists."""
     listed, names = listed_shards(folder), {shard.name for shard in shards}
     if listed is not None and names != listed.keys():
         differing = some(sorted(names ^ listed.keys()))
         raise DataError(
-            f"the shards in {folder} are not those that the report beside it lists ({differing}); {_remedy(folder)}."
+            f"the shards in {folder} are not those that the report next to it lists ({differing}); {_remedy(folder)}."
         )
 
 
 def check_shards(checksums: Mapping[Path, str | None]) -> None:
-    """Raise a DataError if the checksum of a shard is not that of the report beside its folder."""
+    """Raise a DataError if the checksum of a shard is not that of the report next to its folder."""
     listed = {folder: listed_shards(folder) or {} for folder in {path.parent for path in checksums}}
     for path, checksum in checksums.items():
         if checksum != listed[path.parent].get(path.name, checksum):
             raise DataError(
-                f"the shard {path} is not the one that the report beside its folder lists; {_remedy(path.parent)}."
+                f"the shard {path} is not the one that the report next to its folder lists; {_remedy(path.parent)}."
             )
 
 

@@ -101,8 +101,8 @@ def _choose(
         if not within:
             raise CheckpointError(f"{source} on the hub has no folder {subfolder!r}; name one that it has.")
         chosen = [start + file for file in _choose(f"{source}/{subfolder}", inside, within, None, variant)]
-        beside = f"{start.rstrip('/').rpartition('/')[0]}/tokenizer/".lstrip("/")  # that of a text encoder
-        return chosen + (_part(files, beside, None)[0] if len(chosen) > 1 else [])
+        folder = f"{start.rstrip('/').rpartition('/')[0]}/tokenizer/".lstrip("/")  # that of a text encoder
+        return chosen + (_part(files, folder, None)[0] if len(chosen) > 1 else [])
     singles = [file for file in files if "/" not in file and file.endswith((".safetensors", ".ckpt"))]
     if inside:
         if inside[0] not in files:

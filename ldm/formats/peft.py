@@ -36,11 +36,11 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the config cannot be read.
     """
-    beside = path.with_name(CONFIG)
-    own = path.name in WEIGHTS and beside.is_file()
-    where = str(beside) if own else f"the {METADATA} of {path}"
+    sibling = path.with_name(CONFIG)
+    own = path.name in WEIGHTS and sibling.is_file()
+    where = str(sibling) if own else f"the {METADATA} of {path}"
     try:
-        config = json.loads(beside.read_text(encoding="utf-8") if own else read_metadata(path).get(METADATA, "{}"))
+        config = json.loads(sibling.read_text(encoding="utf-8") if own else read_metadata(path).get(METADATA, "{}"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} cannot be read ({first_line(error)}); download it again.") from None
     if not isinstance(config, dict):

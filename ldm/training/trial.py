@@ -68,7 +68,7 @@ def try_settings(
     Args:
         task: the task, on its device.
         splits: opens the data.
-        validates: whether there are validation data.
+        validates: True if there are validation data.
         batch_size: samples of the batches.
         step: makes the record of a step, from the name of its generator and its number.
         autocast: makes the context of the networks' precision.

@@ -35,9 +35,9 @@ import torch; torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 def test_a_command_uses_the_idle_cores() -> None:
     assert in_a_command(busy=False) == ["2", WAITING["GOMP_SPINCOUNT"], ""]
-    threads, _, said = in_a_command(busy=True)
+    threads, _, message = in_a_command(busy=True)
     assert threads == "1"
-    assert said.startswith("using 1 CPU thread, since other processes keep cores busy; OMP_NUM_THREADS sets")
+    assert message.startswith("using 1 CPU thread, since other processes keep cores busy; OMP_NUM_THREADS sets")
 
 
 def test_what_the_user_has_set_is_kept() -> None:

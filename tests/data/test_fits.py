@@ -169,7 +169,7 @@ def test_the_cropped_area_is_what_a_crop_cuts_off(ratios: list[float], target: f
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "message"),
     [
         ([(20, 20), (20, 21)], None),
         (
@@ -181,12 +181,12 @@ def test_the_cropped_area_is_what_a_crop_cuts_off(ratios: list[float], target: f
     ],
 )
 def test_the_preparation_reports_what_cropping_would_remove(
-    tmp_path: Path, sizes: list[tuple[int, int]], said: str | None
+    tmp_path: Path, sizes: list[tuple[int, int]], message: str | None
 ) -> None:
     for i, size in enumerate(sizes):
         Image.new("RGB", size).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a caption")
     report = prepare_folder(tmp_path, tmp_path / "shards", shares=(1, 0, 0))
-    assert said in report.summary() if said else "cropping" not in report.summary()
+    assert message in report.summary() if message else "cropping" not in report.summary()
     written = json.loads((tmp_path / "shards" / "report.json").read_text())["area_outside_of_square"]
     assert written == pytest.approx(cropped_area([w / h for w, h in sizes], 1), abs=1e-4)

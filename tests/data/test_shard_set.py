@@ -194,7 +194,7 @@ def test_shards_that_are_not_those_of_the_report_are_refused(
         prepare(write_images(tmp_path / f"{name} images", 24, first), tmp_path / name)
     change(tmp_path / "one", tmp_path / "other")
     data = ShardsData(str(tmp_path / "one" / "train"), workers=0)
-    with pytest.raises(DataError, match=r"that the report beside .* lists.*run tools/prepare\.py again") as error:
+    with pytest.raises(DataError, match=r"that the report next to .* lists.*run tools/prepare\.py again") as error:
         data.open("train")
     assert "\n" not in str(error.value)
     (tmp_path / "one" / "report.json").unlink()

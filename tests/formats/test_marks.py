@@ -117,9 +117,9 @@ def test_a_mark_without_meaning_is_rejected(
 
 
 def test_a_request_decides_a_contradiction() -> None:
-    said = {"modelspec__prediction_type": "epsilon"}
-    assert marks_of({"v_pred": EMPTY}, "v_prediction", **said).diffusion == Diffusion(parametrization=V())
-    assert marks_of({"ztsnr": EMPTY}, "v_prediction", **said).diffusion == Diffusion(ZERO_SNR, V())
+    metadata = {"modelspec__prediction_type": "epsilon"}
+    assert marks_of({"v_pred": EMPTY}, "v_prediction", **metadata).diffusion == Diffusion(parametrization=V())
+    assert marks_of({"ztsnr": EMPTY}, "v_prediction", **metadata).diffusion == Diffusion(ZERO_SNR, V())
     assert marks_of({}, "v_prediction", modelspec__prediction_type="flow").diffusion == Diffusion(parametrization=V())
 
 

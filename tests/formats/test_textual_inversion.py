@@ -83,7 +83,7 @@ def encoded_by_peer(peer: Any, prompt: str, negative: str, clip_skip: int | None
 def test_tokens_of_several_vectors_are_encoded_as_in_diffusers(
     kind: str, k: int, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """In prompts and negative prompts; loaded from a file, from a folder of diffusers, and from one of ours."""
+    """In prompts and negative prompts; loaded from a file, a folder of diffusers and a native folder."""
     peer = with_tokens(kind, k)
     peer.save_pretrained(tmp_path / "peer")
     texts = "a photo of <toy> on a table", "<toy>, blurry"

@@ -71,9 +71,9 @@ def test_a_config_for_far_more_images_is_reported(tmp_path: Path, made_for: Any,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data.train_dataloader()
-    said = [str(warning.message) for warning in caught]
+    messages = [str(warning.message) for warning in caught]
     assert (
-        said
+        messages
         == [
             "there are 8 training images, but the config was made for about 25 (data.made_for); see the section 'Few "
             "images' of docs/your-own-pictures.md."
