@@ -11,7 +11,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from ldm.data.datamodule import DataModule
 from ldm.devices import usual_torch_state
-from ldm.training.callbacks import Checkpoints, Metrics, Previews, Progress, Stop, Trial
+from ldm.training.callbacks.checkpoints import Checkpoints, Stop
+from ldm.training.callbacks.metrics import Metrics
+from ldm.training.callbacks.previews import Previews
+from ldm.training.callbacks.progress import Progress, Trial
 from ldm.training.config import TrainerConfig
 from ldm.training.engine import StageModule
 from ldm.training.resume import completed_steps

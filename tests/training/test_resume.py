@@ -19,7 +19,7 @@ from ldm.data.shards import Sample, Shards, write_shard
 from ldm.data.stream import TrainStream
 from ldm.errors import CheckpointError
 from ldm.formats.tensors import read_metadata
-from ldm.training.callbacks import Checkpoints
+from ldm.training.callbacks.checkpoints import Checkpoints
 from ldm.training.config import TrainConfig
 from ldm.training.engine import StageModule
 from ldm.training.fit import fit
