@@ -16,6 +16,7 @@ from ldm.errors import ConfigError, DataError
 from ldm.modalities.arguments import of_key
 from ldm.modalities.sizes import Pair
 from ldm.nn.conditioning import Conditioning
+from ldm.nn.ranks import rand_rows
 
 
 class ConditionerConfig(Kind):
@@ -102,7 +103,8 @@ class Conditioner(nn.Module):
             inputs: raw conditions by key, a tensor or sequence of ``b`` entries each, as the modality of that key in
                 :mod:`ldm.modalities` describes them. An entry of None is absent and treated like a dropped one;
                 sizes are never absent.
-            generator: if given (training), each example's condition is dropped at the conditioner's rate, drawn from it.
+            generator: if given (training), each example's condition is dropped at the conditioner's rate, drawn from it
+                (by :func:`dropped`, or another function of :mod:`ldm.nn.ranks`).
 
         Raises:
             DataError: the data has no such condition.
@@ -188,7 +190,7 @@ def dropped(n: int, rate: float, generator: torch.Generator | None) -> Tensor:
     """Return ``[n]`` of bool, True where an example's condition is dropped; all False without a generator."""
     if generator is None:
         return torch.zeros(n, dtype=torch.bool, device="cpu")
-    return torch.rand(n, generator=generator, dtype=torch.float32, device=generator.device) < rate
+    return rand_rows(n, generator) < rate
 
 
 def captions(inputs: Mapping[str, Any], rate: float, generator: torch.Generator | None) -> list[str | None]:

@@ -24,6 +24,7 @@ from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, trainin
 from ldm.config import config_field
 from ldm.errors import ConfigError, SamplingError
 from ldm.nn.conditioning import Conditioning
+from ldm.nn.ranks import draw_rows
 
 MOST_RECTANGLES, MOST_STROKES, MOST_BENDS = 3, 3, 5
 """Maximum numbers of rectangles and of strokes in a mask, and of bends in a stroke."""
@@ -97,7 +98,11 @@ class InpaintConditioner(Conditioner):
         """
         images = training_images(batch, "inpaint")
         n, _, height, width = images.shape
-        masks = torch.stack([draw_mask(height, width, self.config.whole, generator) for _ in range(n)]).to(images)
+
+        def draw(count: int) -> Tensor:
+            return torch.stack([draw_mask(height, width, self.config.whole, generator) for _ in range(count)])
+
+        masks = draw_rows(draw, n, generator).to(images)
         known = encode(images * (1 - masks))
         return {**batch, "inpaint": torch.cat([F.adaptive_max_pool2d(masks, known.shape[-2:]), known], dim=1)}
 

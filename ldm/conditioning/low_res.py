@@ -31,6 +31,7 @@ from ldm.errors import ConfigError, DataError, SamplingError
 from ldm.image_arguments import signed_image
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import sinusoidal
+from ldm.nn.ranks import rand_rows, randn_rows
 
 LEVELS = 1000
 """Factor from noise levels to the inputs of the sinusoidal embedding, which is designed for timesteps."""
@@ -107,10 +108,8 @@ class LowResConditioner(Conditioner):
             seeded = torch.Generator("cpu").manual_seed(0)
             noise = torch.randn(small.shape[1:], generator=seeded, dtype=torch.float32, device="cpu")
         else:
-            level = config.noise_max * torch.rand(
-                len(small), generator=generator, dtype=torch.float32, device=generator.device
-            )
-            noise = torch.randn(small.shape, generator=generator, dtype=torch.float32, device=generator.device)
+            level = config.noise_max * rand_rows(len(small), generator)
+            noise = randn_rows(small.shape, generator)
         s = level.to(small)[:, None, None, None]
         noisy = (1 - s**2).sqrt() * small + s * noise.to(small)
         size = [side * config.factor // self.latent_factor for side in small.shape[-2:]]

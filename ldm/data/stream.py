@@ -125,19 +125,34 @@ class TrainStream:
 class EvaluationLoader:
     """Loader of every sample once and in order, without augmentation; the last batch may be smaller.
 
-    With several ranks, rank ``r`` reads samples ``r``, ``r + world_size``, ...; none is repeated to equalise the ranks.
+    Each batch of all ranks consists of the next ``world_size * batch_size`` samples, of which rank ``r`` reads the ``r``-th part.
+    All ranks have the same number of batches. Where the last one has fewer samples than there are ranks, a rank without a
+    sample reads one that is not its own, and :meth:`rows` is empty.
     """
 
     def __init__(self, samples: Samples, batch_size: int, *, rank: int = 0, world_size: int = 1):
         self.samples, self.batch_size = samples, batch_size
-        self._index = np.arange(rank, len(samples), world_size)
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        return math.ceil(len(self._index) / self.batch_size)
+        return math.ceil(len(self.samples) / (self.world_size * self.batch_size))
+
+    def size(self, batch: int) -> int:
+        """Return the number of samples of a batch on all ranks."""
+        most = self.world_size * self.batch_size
+        return min(most, len(self.samples) - batch * most)
+
+    def rows(self, batch: int) -> range:
+        """Return which of the samples of a batch belong to this rank."""
+        size = self.size(batch)
+        return range(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        starts = range(0, len(self._index), self.batch_size)
-        return _batches(self.samples, (BatchIndices(self._index[start : start + self.batch_size]) for start in starts))
+        return _batches(self.samples, map(self._indices, range(len(self))))
+
+    def _indices(self, batch: int) -> BatchIndices:
+        rows = self.rows(batch) or range(1)
+        return BatchIndices(batch * self.world_size * self.batch_size + np.arange(rows.start, rows.stop))
 
 
 def _batches(samples: Samples, draws: Iterator[BatchIndices]) -> Iterator[Batch]:

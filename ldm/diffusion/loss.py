@@ -14,6 +14,7 @@ from ldm.config import Kind, config_field
 from ldm.diffusion.noise_level_samplers import NoiseLevelSampler, Uniform
 from ldm.diffusion.parametrization import Diffusion, Parametrization, per_item
 from ldm.errors import ConfigError
+from ldm.nn.ranks import draw_rows, randn_rows
 
 C = TypeVar("C")
 
@@ -97,10 +98,11 @@ class WeightedLoss(nn.Module):
         """
         if sigma is None:
             assert generator is not None, "pass a generator or noise levels"
-            sigma = self.config.noise_level_sampler.sample(len(x0), diffusion.schedule, generator)
+            sampler, source = self.config.noise_level_sampler, generator
+            sigma = draw_rows(lambda n: sampler.sample(n, diffusion.schedule, source), len(x0), source)
         if noise is None:
             assert generator is not None, "pass a generator or noise"
-            noise = torch.randn(x0.shape, generator=generator, device=generator.device, dtype=torch.float32)
+            noise = randn_rows(x0.shape, generator)
         sigma, noise = sigma.to(x0), noise.to(x0)
         level = per_item(sigma, x0)
         output = diffusion.model_output(network, x0 + level * noise, sigma, conditioning)

@@ -85,8 +85,22 @@ class TrainerConfig:
     """Machine settings that all stages share."""
 
     accelerator: str = config_field("auto", "Lightning accelerator: auto, cpu, gpu, ...")
-    devices: int | Literal["auto"] = config_field("auto", "number of devices")
-    strategy: str = config_field("auto", "Lightning strategy: auto, ddp, ...")
+    devices: int | Literal["auto"] = config_field(
+        "auto", "devices of a machine; auto = as many as torchrun or SLURM starts processes on it, else all GPUs"
+    )
+    num_nodes: int | Literal["auto"] = config_field(
+        "auto", "machines; auto = as many as torchrun or SLURM starts processes on, else 1"
+    )
+    strategy: str = config_field(
+        "auto",
+        "how several devices share the training: ddp, fsdp2 (weights, averages and optimizer states are sharded), or another "
+        "strategy of Lightning; auto = ddp",
+    )
+    shared_draws: bool = config_field(
+        True,
+        "each device draws the random numbers of the batch of all devices and uses its part, so that a training does not depend "
+        "on their number; false = each draws its own, which saves time with very many devices",
+    )
     precision: Precision = config_field(
         "auto", "autocast precision of the networks; auto = bf16 where the hardware supports it natively, else fp32"
     )

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ldm.training.sharded_tensors import by_sharding, full_tensor, sharded_like
 
 
 class EMA:
@@ -33,7 +34,9 @@ class EMA:
         """Update the average after an optimizer step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+        weights = [parameter.detach() for parameter in self.parameters.values()]
+        for averages, now in zip(by_sharding(self.average.values()), by_sharding(weights), strict=True):
+            torch._foreach_lerp_(averages, now, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -60,10 +63,7 @@ class EMA:
         assert state["average"].keys() == self.average.keys(), "the average belongs to other weights"
         self.updates = state["updates"]
         for name, saved in state["average"].items():
-            average = self.average[name]
-            if isinstance(average, DTensor):
-                saved = distribute_tensor(saved.to(average.device), average.device_mesh, average.placements)
-            average.copy_(saved)
+            self.average[name].copy_(sharded_like(saved, self.average[name]))
 
     def to(self, device: torch.device) -> None:
         """Move the average to the device of the parameters."""
@@ -74,8 +74,3 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Return the name of the first tensor that holds NaN or infinite values; sharded ones are tested on all ranks."""
     tests = ((name, tensor.isfinite().all()) for name, tensor in tensors.items() if tensor.is_floating_point())
     return next((name for name, finite in tests if not full_tensor(finite)), None)
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor gathered from all ranks, any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -22,11 +22,13 @@ from ldm.config import to_dict
 from ldm.errors import TrainingError
 from ldm.formats.native import metadata_of
 from ldm.formats.training_checkpoint import MODULE, RECORD
+from ldm.nn.ranks import BatchGenerator, mean_over_ranks
 from ldm.training.config import TrainConfig
-from ldm.training.ema import EMA, full_tensor, not_finite
+from ldm.training.ema import EMA, not_finite
 from ldm.training.optim import adamw, clip_gradients
+from ldm.training.sharded_tensors import full_tensor
 from ldm.training.tasks import Task
-from ldm.training.tasks.task import Export, Preview, Splits, Step
+from ldm.training.tasks.task import Export, Preview, Splits, Step, TrainLoss
 from ldm.training.trial import evaluation_mode, infinite_loss, try_settings
 
 
@@ -45,7 +47,7 @@ class StageModule(L.LightningModule):
         task: networks and losses, with their initial weights.
         config: hyperparameters of the training.
         handoff: fingerprints of the preceding stages whose weights the task uses, by stage.
-        seed: seed of the experiment; random numbers of a step come from a generator of (seed, stage, step, rank).
+        seed: seed of the experiment; the random numbers of a step depend on it, the stage and the step.
         folder: folder of the stage in the run folder.
         settings: sections of the experiment that checkpoints record; see :func:`ldm.training.resume.settings_of`.
     """
@@ -76,17 +78,39 @@ class StageModule(L.LightningModule):
         self.latest: dict[str, Tensor | float] = {}  # metrics of the newest training batch
         self.validation: dict[str, float] = {}  # metrics of the newest validation
         self.results: list[Mapping[str, Tensor]] = []  # results of the batches of the current validation
+        self.shared_draws = True  # see TrainerConfig.shared_draws
 
     # Randomness
 
-    def generator(self, *key: int | str) -> torch.Generator:
+    def generator(self, *key: int | str) -> BatchGenerator:
         """Return a generator that depends on the seed, the stage and ``key`` alone; a resumed run draws the same numbers."""
-        return torch.Generator("cpu").manual_seed(seed_of(self.seed, self.stage, *key))
+        generator = BatchGenerator("cpu")
+        generator.manual_seed(seed_of(self.seed, self.stage, *key))
+        return generator
+
+    @property
+    def world_size(self) -> int:
+        return self.trainer.world_size if self._trainer is not None else 1
 
     def step(self, *key: int | str) -> Step:
-        """Return the record of the current step, with the generator of ``key``."""
-        world_size = self.trainer.world_size if self._trainer is not None else 1
-        return Step(self.completed_steps, self.seed, self.generator(*key), self.global_rank, world_size)
+        """Return the record of the current step, with the generator of ``key``, the same on all ranks."""
+        return Step(self.completed_steps, self.seed, self.generator(*key), self.global_rank, self.world_size)
+
+    def batch_step(self, *key: int | str, rows: range | None = None, size: int | None = None) -> Step:
+        """Return the record of the current step for a batch that is divided among the ranks.
+
+        Args:
+            key: key of the generator.
+            rows: which rows of the batch this rank computes; None = those of a training batch.
+            size: number of its rows on all ranks, if ``rows`` is given.
+        """
+        count = self.train_config.batch_size
+        rows = range(self.global_rank * count, (self.global_rank + 1) * count) if rows is None else rows
+        shared = self.shared_draws and self.world_size > 1
+        step = self.step(*key, 0 if shared else self.global_rank)
+        if shared:
+            step.generator.start, step.generator.total = rows.start, size or self.world_size * count
+        return step
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed = seed_of(self.seed, self.stage, "dropout", batch_idx, self.global_rank)
@@ -97,6 +121,12 @@ class StageModule(L.LightningModule):
 
     # Optimization
 
+    def configure_model(self) -> None:
+        """Shard the networks, if the strategy does."""
+        shard = getattr(self.trainer.strategy, "shard", None)
+        if shard is not None:
+            shard(self.task)
+
     def configure_optimizers(self) -> Any:
         return [adamw(spec.modules, self.train_config) for spec in self.specs]
 
@@ -105,7 +135,7 @@ class StageModule(L.LightningModule):
         return (batch_index + 1) % self.train_config.accumulate == 0
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        step, due = self.step("train", batch_idx, self.global_rank), self.is_optimizer_step(batch_idx)
+        step, due = self.batch_step("train", batch_idx), self.is_optimizer_step(batch_idx)
         optimizers = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         losses = self.task.losses(batch, step)
@@ -115,8 +145,9 @@ class StageModule(L.LightningModule):
                 continue
             with self._only_trainable(index):
                 loss = next(losses)
-                self.latest[spec.name] = self._finite(loss.value)
-                self.latest |= loss.metrics
+                value, metrics = self._over_ranks(loss)
+                self.latest[spec.name] = self._finite(value)
+                self.latest |= metrics
                 self._backward(loss.value / self.train_config.accumulate, sync=due)
                 if due:
                     optimizer.step()
@@ -161,6 +192,14 @@ class StageModule(L.LightningModule):
             parameters = (p for group in optimizer.param_groups for p in group["params"])
             self.gradient_norm = clip_gradients(parameters, config.gradient_clip)
 
+    def _over_ranks(self, loss: TrainLoss) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        """Return the value of a loss and its metrics, averaged over the ranks, so that all ranks see if one is not finite."""
+        if self.world_size == 1:
+            return loss.value, loss.metrics
+        values = [torch.as_tensor(value, device=self.device) for value in (loss.value, *loss.metrics.values())]
+        value, *metrics = mean_over_ranks(torch.stack([each.detach().float() for each in values]))
+        return value, dict(zip(loss.metrics, metrics, strict=True))
+
     def _finite(self, loss: Tensor) -> float:
         """Return the value of a loss.
 
@@ -197,7 +236,7 @@ class StageModule(L.LightningModule):
         broken = not_finite(self.task.state_dict()) or (self.ema and not_finite(self.ema.average))
         problem = f"the weight {broken} of stage {self.stage} holds NaN or infinite values" if broken else None
         if problem is None and batch is not None:
-            step, autocast = self.step("verify", self.global_rank), self.trainer.precision_plugin.train_step_context()
+            step, autocast = self.batch_step("verify"), self.trainer.precision_plugin.train_step_context()
             value = infinite_loss(self.task, batch, step, autocast)
             problem = None if value is None else f"the weights of stage {self.stage} give a loss of {value}"
         if self.trainer.strategy.reduce_boolean_decision(problem is not None, all=False):
@@ -222,7 +261,7 @@ class StageModule(L.LightningModule):
             data.samples,
             data.validates,
             self.train_config.batch_size,
-            lambda name, number: replace(self.step(name, self.global_rank), number=number),
+            lambda name, number: replace(self.step(name, 0), number=number),
             self.trainer.precision_plugin.train_step_context,
         )
 
@@ -246,7 +285,10 @@ class StageModule(L.LightningModule):
         self.averaged.__enter__()
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.results.append(self.task.evaluate(batch, self.step("validation", batch_idx, self.global_rank)))
+        loader: Any = self.trainer.val_dataloaders
+        rows, size = loader.rows(batch_idx), loader.size(batch_idx)
+        results = self.task.evaluate(batch, self.batch_step("validation", batch_idx, rows=rows, size=size))
+        self.results.append({name: each if rows else each[:0] for name, each in results.items()})
 
     def on_validation_epoch_end(self) -> None:
         self.validation = self.task.metrics(
@@ -255,13 +297,12 @@ class StageModule(L.LightningModule):
         self.averaged.__exit__(None, None, None)
 
     def _gathered(self, results: list[Tensor]) -> Tensor:
-        """Return the results of all batches of all ranks; ranks may have different numbers of rows."""
-        rows = torch.cat(results)
-        if self.trainer.world_size == 1:
-            return rows
-        parts: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(parts, rows.cpu())
-        return torch.cat(parts)
+        """Return the results of all batches of all ranks, in the order of the samples."""
+        if self.world_size == 1:
+            return torch.cat(results)
+        ranks: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(ranks, [rows.cpu() for rows in results])
+        return torch.cat([rows for batch in zip(*ranks, strict=True) for rows in batch])
 
     @torch.no_grad()
     def previews(self, splits: Splits) -> Mapping[str, Preview]:
@@ -322,7 +363,7 @@ class StageModule(L.LightningModule):
 
     @property
     def _samples_per_batch(self) -> int:
-        return self.train_config.batch_size * self.trainer.world_size
+        return self.train_config.batch_size * self.world_size
 
     def _continue_batches(self, fit_loop: dict[str, Any], before: int, now: int) -> None:
         """Count the batches of a saved loop as if all steps had accumulated as many as the config says.

@@ -17,6 +17,7 @@ from ldm.training.callbacks.previews import Previews
 from ldm.training.callbacks.progress import Progress, Trial
 from ldm.training.config import TrainerConfig
 from ldm.training.engine import StageModule
+from ldm.training.launch import devices_and_nodes, strategy_of
 from ldm.training.resume import completed_steps
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -25,17 +26,6 @@ PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "
 def is_first_process() -> bool:
     """Return True on the first rank, also before and after the training."""
     return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def _strategy(config: TrainerConfig, module: StageModule) -> str:
-    """Return the strategy of the config; with several devices, DDP must expect unused parameters if there are two optimizers.
-
-    The step of one optimizer leaves the parameters of the other without gradients.
-    """
-    several = (torch.cuda.device_count() if config.devices == "auto" else config.devices) > 1
-    if several and len(module.specs) > 1 and config.strategy in ("auto", "ddp"):
-        return "ddp_find_unused_parameters_true"
-    return config.strategy
 
 
 @usual_torch_state()
@@ -58,12 +48,16 @@ def fit(
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.compile:
-        module.task.compile_networks()
+        for network in module.task.networks:
+            network.compile()
+    module.shared_draws = config.shared_draws
+    devices, num_nodes = devices_and_nodes(config)
     checkpoints = Checkpoints()
     trainer = L.Trainer(
         accelerator=config.accelerator,
-        devices=config.devices,
-        strategy=_strategy(config, module),
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy_of(config, len(module.specs)),
         precision=PRECISIONS[config.precision_of(train)],
         max_epochs=1,  # one epoch of the training stream is the complete run
         val_check_interval=min(train.validate_every, train.max_steps) * train.accumulate,

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ldm.training.config import TrainConfig
+from ldm.training.sharded_tensors import by_sharding, full_tensor
 
 
-def adamw(modules: Iterable[nn.Module], config: TrainConfig) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """AdamW whose groups may hold sharded parameters and others."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        groups = self.param_groups
+        self.param_groups = [group | {"params": part} for group in groups for part in by_sharding(group["params"])]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
+def adamw(modules: Iterable[nn.Module], config: TrainConfig) -> AdamW:
     """Return AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the trainable parameters.
 
     Weight decay applies to parameters of two or more dimensions; biases, norms and scales do not decay.
@@ -21,7 +35,7 @@ def adamw(modules: Iterable[nn.Module], config: TrainConfig) -> torch.optim.Adam
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    optimizer = AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     optimizer._step_supports_amp_scaling = False  # fp16 is unscaled before it is clipped
     return optimizer
 
@@ -32,9 +46,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
     Like ``torch.nn.utils.clip_grad_norm_``, but the norm of sharded gradients is reduced over all ranks first.
     """
-    parameters = list(parameters)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    parts = by_sharding(parameters)
+    norms = [full_tensor(get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    for part in parts:
+        clip_grads_with_norm_(part, max_norm, norm)
     return norm

@@ -51,7 +51,9 @@ def infinite_loss(
 ) -> float | None:
     """Return the first loss of a training step on ``batch`` that is NaN or infinite; None if all are finite."""
     with torch.enable_grad(), unchanged(task), autocast:
-        values = (float(loss.value.detach()) for loss in task.losses(batch, step))
+        values = [
+            float(loss.value.detach()) for loss in task.losses(batch, step)
+        ]  # all, since they may gather over ranks
         return next((value for value in values if not math.isfinite(value)), None)
 
 

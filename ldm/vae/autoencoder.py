@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -232,9 +233,9 @@ class ConvolutionalAutoencoder(FirstStage):
     def last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight
 
-    def compile_networks(self) -> None:
-        self.encoder.compile()
-        self.decoder.compile()
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        return [self.encoder, self.decoder]
 
 
 class AutoencoderKL(ConvolutionalAutoencoder):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ldm.nn.batch_norm import BatchNorm
+
 
 class PatchDiscriminator(nn.Module):
     """Stack of 4 x 4 convolutions with one logit for each patch of the image.
@@ -22,7 +24,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if i < layers else 1
             parts += [
                 nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(widths[i]),
+                BatchNorm(widths[i]),
                 nn.LeakyReLU(0.2),
             ]
         self.body = nn.Sequential(*parts, nn.Conv2d(widths[-1], 1, 4, padding=1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -67,8 +67,10 @@ class FirstStage(nn.Module):
     def update(self, posterior: Posterior) -> None:
         """Update state learned without gradients from the posterior of a training batch, after its losses are computed."""
 
-    def compile_networks(self) -> None:
-        """Compile, in place, the networks that a training step calls."""
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """Modules that a training step calls; see :attr:`ldm.training.tasks.task.Task.networks`."""
+        return ()
 
     def posterior(self, batch: Mapping[str, Any]) -> Posterior:
         """Return the posterior of a batch, from its cached latents if it has them, else by encoding its ``image``."""

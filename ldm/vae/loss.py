@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.config import Kind, config_field
 from ldm.errors import ConfigError, LdmError, missing_extra
+from ldm.nn.ranks import mean_over_ranks
 from ldm.vae.discriminator import PatchDiscriminator, largest_number_of_layers
 
 
@@ -131,8 +132,9 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:
     """Return the weight that gives both losses gradients of equal norm at the last layer (arXiv 2012.09841, eq. 7).
 
-    ||d reconstruction_loss / d last_layer|| / (||d generator_loss / d last_layer|| + 1e-4), in [0, 1e4].
+    ||d reconstruction_loss / d last_layer|| / (||d generator_loss / d last_layer|| + 1e-4), in [0, 1e4]. With several ranks,
+    the losses are the means of those of all ranks.
     """
-    rec_grad = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0]
-    g_grad = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)[0]
+    rec_grad = mean_over_ranks(torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0])
+    g_grad = mean_over_ranks(torch.autograd.grad(generator_loss, last_layer, retain_graph=True)[0])
     return (rec_grad.norm() / (g_grad.norm() + 1e-4)).clamp(0.0, 1e4).detach()

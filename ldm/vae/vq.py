@@ -12,11 +12,11 @@ from functools import cached_property
 from typing import Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ldm.config import config_field
 from ldm.errors import ConfigError
+from ldm.nn.ranks import gather_rows, sum_over_ranks
 from ldm.vae.autoencoder import ConvolutionalAutoencoder, ConvolutionalConfig
 from ldm.vae.posterior import Posterior
 
@@ -88,22 +88,17 @@ class Codebook(nn.Module):
         Batches of several processes count as one: the codebooks of all stay equal.
         """
         x, k = x.float(), len(self.codes)
-        counts = torch.bincount(index, minlength=k).float()
-        sums = torch.zeros_like(self.sums).index_add_(0, index, x)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
+        counts = sum_over_ranks(torch.bincount(index, minlength=k).float())
+        sums = sum_over_ranks(torch.zeros_like(self.sums).index_add_(0, index, x))
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         uniform = counts.sum() / k
         dead = self.counts <= self.restart * uniform
         if dead.any():
             generator = torch.Generator().manual_seed(int(self.updates))  # so that a resumed run draws the same
-            errors = (x - self.codes[index]).square().sum(1).cpu()
+            errors = gather_rows((x - self.codes[index]).square().sum(1)).cpu()
             chosen = torch.multinomial(errors + 1e-20, int(dead.sum()), replacement=True, generator=generator)
-            replacements = x[chosen.to(x.device)]
-            if dist.is_available() and dist.is_initialized():
-                dist.broadcast(replacements, 0)
+            replacements = gather_rows(x)[chosen.to(x.device)]
             self.counts[dead] = uniform
             self.sums[dead] = uniform * replacements
         self.codes.copy_(self.sums / self.counts[:, None])

@@ -10,8 +10,9 @@ from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from ldm.training.ema import EMA, full_tensor
+from ldm.training.ema import EMA
 from ldm.training.optim import clip_gradients
+from ldm.training.sharded_tensors import full_tensor
 from tests.processes import run_on_ranks
 
 

@@ -115,8 +115,9 @@ class CLIPTask(Task):
     def optimizers(self) -> Sequence[OptimizerSpec]:
         return [OptimizerSpec("loss", (self.clip, self.loss))]
 
-    def compile_networks(self) -> None:
-        self.clip.compile()
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        return [self.clip.text, self.clip.image]
 
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
         distinct = len(set(batch["key"])) if step.number == 0 else len(batch["key"])

@@ -29,6 +29,7 @@ from ldm.image_output import Images
 from ldm.modalities.arguments import of_key, pipeline_arguments
 from ldm.modalities.label import LABEL
 from ldm.model import LatentDiffusion, SamplingConfig
+from ldm.nn.ranks import draw_rows, randn_rows
 from ldm.pipeline import Pipeline
 from ldm.training.config import TrainConfig
 from ldm.training.tasks.task import (
@@ -160,8 +161,10 @@ class DenoiserTask(Task):
     def optimizers(self) -> Sequence[OptimizerSpec]:
         return [OptimizerSpec("loss", (self.model, self.loss))]
 
-    def compile_networks(self) -> None:
-        self.model.denoiser.compile()
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        encoders = (encoder for _, encoder in self.model.conditioner.pretrained_encoders())
+        return [self.model.denoiser, *(each for each in encoders if any(p.requires_grad for p in each.parameters()))]
 
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
         generator = step.generator
@@ -182,9 +185,7 @@ class DenoiserTask(Task):
         """Sample normalized latents from the posteriors of cached latents or of images encoded here."""
         with torch.no_grad():
             posterior = self.model.first_stage.posterior(batch)
-            noise = torch.randn(
-                posterior.mode.shape, generator=generator, dtype=torch.float32, device=generator.device
-            ).to(posterior.mode)
+            noise = randn_rows(posterior.mode.shape, generator).to(posterior.mode)
             return self.model.first_stage.normalize(posterior.sample(noise))
 
     def evaluate(self, batch: Mapping[str, Any], step: Step) -> Mapping[str, Tensor]:
@@ -195,8 +196,8 @@ class DenoiserTask(Task):
         generator, schedule = step.generator, self.model.diffusion.schedule
         batch = self._conditions(batch, generator)
         x0 = self._latents(batch, generator)
-        sigma = Stratified().sample(len(x0), schedule, generator)
-        noise = torch.randn(x0.shape, generator=generator, dtype=torch.float32, device=generator.device)
+        sigma = draw_rows(lambda n: Stratified().sample(n, schedule, generator), len(x0), generator)
+        noise = randn_rows(x0.shape, generator)
         cond = self.model.conditioner(batch)
         fixed: dict[str, Any] = {"sigma": sigma, "noise": noise, **self.features.argument}
         loss, sigma = self.loss(self.model.denoiser, self.model.diffusion, x0, cond, **fixed)

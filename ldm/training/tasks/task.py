@@ -17,6 +17,7 @@ from ldm.clip.tokenizer import Tokenizer
 from ldm.data.samples import Batch, Samples
 from ldm.errors import ConfigError, unknown
 from ldm.formats.checkpoint import Checkpoint
+from ldm.nn.ranks import BatchGenerator
 from ldm.vae import FirstStage
 
 if TYPE_CHECKING:
@@ -48,13 +49,14 @@ class Step:
     Args:
         number: optimizer steps completed so far.
         seed: seed of the experiment.
-        generator: CPU generator of this step; a resumed run draws the same numbers.
+        generator: CPU generator of this step; a resumed run draws the same numbers. :mod:`ldm.nn.ranks` draws those of the rows
+            of a batch from it, so that they do not depend on the number of ranks.
         rank, world_size: rank of this process, and number of processes.
     """
 
     number: int
     seed: int
-    generator: torch.Generator
+    generator: BatchGenerator
     rank: int = 0
     world_size: int = 1
 
@@ -148,9 +150,18 @@ class Task(nn.Module):
         """Declare the optimizers, one for each loss of a step."""
         raise NotImplementedError
 
-    def compile_networks(self) -> None:
-        """torch.compile, in place, the networks that a training step calls."""
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """Modules that a training step calls as such, rather than one of their methods or parts.
+
+        They are what ``trainer.compile`` compiles and the strategy ``fsdp2`` shards.
+        """
         raise NotImplementedError
+
+    @property
+    def unsharded(self) -> Sequence[nn.Parameter]:
+        """Parameters within :attr:`networks` that a step uses directly, so that each rank keeps all of their values."""
+        return ()
 
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
         """Yield the loss of each active optimizer, in the order of :meth:`optimizers`.

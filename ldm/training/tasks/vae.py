@@ -17,6 +17,7 @@ from ldm.errors import ConfigError
 from ldm.formats import native
 from ldm.formats.checkpoint import Checkpoint
 from ldm.image_output import Images
+from ldm.nn.ranks import randn_rows, sum_over_ranks
 from ldm.training.config import TrainConfig
 from ldm.training.tasks.task import (
     FIRST_STAGE,
@@ -110,22 +111,28 @@ class VAETask(Task):
             return [autoencoder]
         return [autoencoder, OptimizerSpec("discriminator", (self.discriminator,), self.discriminator_step)]
 
-    def compile_networks(self) -> None:
-        self.first_stage.compile_networks()
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        return self.first_stage.networks
+
+    @property
+    def unsharded(self) -> Sequence[nn.Parameter]:
+        stage = self.first_stage
+        return [cast(nn.Parameter, stage.last_layer)] if isinstance(stage, HasLastLayer) else []
 
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
         image, config = batch["image"], self.config.loss
         posterior = self.first_stage.encode(image)
-        latent = posterior.sample(
-            torch.randn(
-                posterior.mode.shape, generator=step.generator, dtype=torch.float32, device=step.generator.device
-            ).to(image)
-        )
+        latent = posterior.sample(randn_rows(posterior.mode.shape, step.generator).to(image))
         reconstruction = self.first_stage.decode(latent)
 
         rec_loss = self.reconstruction_loss(image, reconstruction.float(), **self.features.argument).mean()
         loss = rec_loss + config.kl * posterior.regularization().mean()
-        metrics = {"error": rec_loss.detach() / image[0].numel(), **posterior.metrics(posterior.sums(), len(image))}
+        sums = {name: sum_over_ranks(value) for name, value in posterior.sums().items()}
+        metrics = {
+            "error": rec_loss.detach() / image[0].numel(),
+            **posterior.metrics(sums, len(image) * step.world_size),
+        }
         discriminator = self.discriminator if step.number >= self.discriminator_step else None
         if discriminator is not None:
             g_loss = -discriminator(reconstruction).mean()
