@@ -55,8 +55,8 @@ class EMA:
             self.average[name].copy_(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the count of updates and the average as full tensors; with sharded weights, call it on all ranks."""
-        return {"updates": self.updates, "average": {name: full_tensor(each) for name, each in self.average.items()}}
+        """Return the count of updates and the average, sharded as the weights are."""
+        return {"updates": self.updates, "average": dict(self.average)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""

@@ -6,16 +6,22 @@ CPUs; its ``ModelParallelStrategy`` leaves the sharding to the module and runs o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from ldm.formats.sharded_checkpoint import is_sharded, load_sharded, map_tensors, save_sharded
 from ldm.nn.ranks import mean_over_ranks
+from ldm.training.sharded_tensors import sharded_like
 from ldm.training.tasks import Task
 
 
@@ -82,6 +88,56 @@ class FSDP2(ModelParallelStrategy):
         self.synchronizes = value
         for network in self.networks:
             network.set_requires_gradient_sync(value)
+
+    # Checkpoints: those of the other strategies, but with sharded tensors, in a folder
+
+    lightning_restore_optimizer = True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return Strategy.optimizer_state(self, optimizer)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        Strategy.load_model_state_dict(self, checkpoint, strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        Strategy.load_optimizer_state_dict(self, checkpoint)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        path = Path(filepath)
+        if self.is_global_zero and path.is_dir():
+            shutil.rmtree(path)  # of a process that was killed
+        self.barrier()
+        save_sharded(checkpoint, path)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read the parts of this rank of a sharded checkpoint, or of one that another strategy wrote as a file."""
+        path = Path(checkpoint_path)
+        if is_sharded(path):
+            return load_sharded(path, self._like)
+
+        def part(name: str, tensor: Tensor) -> Tensor:
+            other = self._like(name, tensor.shape)
+            return tensor if other is None else sharded_like(tensor, other)
+
+        return map_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True), part)
+
+    def _like(self, name: str, shape: torch.Size) -> Tensor | None:
+        """Return the parameter that is sharded like a tensor of a checkpoint; None if the tensor is not sharded."""
+        module: Any = self.lightning_module
+        section, *keys = name.split("/")
+        found: Tensor | None = None
+        if section == "state_dict":
+            found = module.task.state_dict().get(keys[0])
+        elif section == "ema" and keys[0] == "average":
+            found = module.task.trainable_module.state_dict().get(keys[1])
+        elif section == "optimizer_states":
+            groups = self.optimizers[int(keys[0])].param_groups
+            found = [each for group in groups for each in group["params"]][int(keys[2])]
+        return found if isinstance(found, DTensor) and found.shape == shape else None
 
     def post_backward(self, closure_loss: Tensor) -> None:
         if self.synchronizes:

@@ -91,8 +91,12 @@ class Checkpoints(L.Callback):
         unfinished = path.with_suffix(".part")
         trainer.save_checkpoint(unfinished, weights_only=False)
         if trainer.is_global_zero:
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
+            if unfinished.is_file():
+                with unfinished.open("rb") as file:
+                    os.fsync(file.fileno())
+            if path.is_dir():
+                import shutil
+                shutil.rmtree(path)
             unfinished.replace(path)
 
 

@@ -1,0 +1,149 @@
+"""Checkpoints that all ranks of a training write together: a folder, by torch.distributed.checkpoint.
+
+The folder holds the tensors as torch.distributed.checkpoint stores them, a file for each rank, and ``structure.pt``: the
+checkpoint with the name of a tensor in place of each. It is read by any number of ranks, or by one process without a process group.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STRUCTURE = "structure.pt"
+"""File of all that is not a tensor; it is written last."""
+
+MARK = "tensor:"
+"""Prefix of the name of a tensor in the structure."""
+
+METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+"""Modules whose classes the metadata of torch.distributed.checkpoint consist of."""
+
+HARMLESS = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib", "WindowsPath")}
+"""Other names in them, each of which only makes a value."""
+
+
+Like = Callable[[str, torch.Size], Tensor | None]
+"""Function from the name and the shape of a tensor in a checkpoint to a tensor that is sharded like the part wanted of it."""
+
+
+def is_sharded(path: Path) -> bool:
+    """Return whether a path is the folder of a sharded checkpoint."""
+    return (path / STRUCTURE).is_file()
+
+
+def save_sharded(checkpoint: Mapping[str, Any], folder: Path) -> None:
+    """Write a checkpoint into a folder; to be called on all ranks.
+
+    Args:
+        checkpoint: nested dictionaries, lists and tuples of tensors and plain values. Each rank writes its part of a sharded
+            tensor; other tensors, and the plain values, are those of the first rank.
+        folder: a new folder, on a file system that all ranks share.
+    """
+    import torch.distributed as dist
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    tensors: dict[str, Tensor] = {}
+    structure = _split(checkpoint, "", tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group, or no GPU
+        save(tensors, storage_writer=FileSystemWriter(folder))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save(structure, folder / STRUCTURE)
+
+
+def load_sharded(folder: Path, like: Like = lambda name, shape: None) -> dict[str, Any]:
+    """Read a checkpoint that :func:`save_sharded` wrote, on any number of ranks.
+
+    Args:
+        folder: its folder.
+        like: returns, for the name of a tensor (its keys in the checkpoint, joined by ``/``) and its shape, a sharded tensor of
+            which this rank wants the same part; None = the whole tensor. To be called on all ranks if tensors are sharded.
+
+    Raises:
+        Exception: of torch or pickle, if a file is damaged or missing.
+    """
+    from torch.distributed.checkpoint import DefaultLoadPlanner, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    structure = torch.load(folder / STRUCTURE, map_location="cpu", weights_only=True)
+    reader = _reader(folder)
+    tensors: dict[str, Tensor] = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        other = like(name, entry.size)
+        tensors[name] = whole if other is None else torch.empty_like(other, dtype=whole.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load(tensors, storage_reader=reader, planner=DefaultLoadPlanner())
+    joined: dict[str, Any] = _join(structure, tensors)
+    return joined
+
+
+def map_tensors(checkpoint: Mapping[str, Any], function: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+    """Return a checkpoint with ``function(name, tensor)`` in place of each tensor."""
+    tensors: dict[str, Tensor] = {}
+    structure = _split(checkpoint, "", tensors)
+    mapped: dict[str, Any] = _join(structure, {name: function(name, tensor) for name, tensor in tensors.items()})
+    return mapped
+
+
+def _split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return ``value`` with marks in place of its tensors, which are added to ``tensors``."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return MARK + name
+    if isinstance(value, Mapping):
+        return {key: _split(each, f"{name}/{key}" if name else str(key), tensors) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_split(each, f"{name}/{i}", tensors) for i, each in enumerate(value))
+    return value
+
+
+def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Invert :func:`_split`."""
+    if isinstance(value, str) and value.startswith(MARK):
+        return tensors[value.removeprefix(MARK)]
+    if isinstance(value, Mapping):
+        return {key: _join(each, tensors) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_join(each, tensors) for each in value)
+    return value
+
+
+def _reader(folder: Path) -> Any:
+    """Return torch's reader of a folder, which unpickles the metadata without running code from it."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+            metadata: Metadata = _Unpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
+            metadata.storage_meta = metadata.storage_meta or StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    return Reader(folder)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickler of the metadata, which consist of torch's classes for it, sizes, data types, layouts and paths."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in HARMLESS:
+            return super().find_class(module, name)
+        if "." not in name and module in METADATA_MODULES:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"the metadata contain {module}.{name}, which could run code")
