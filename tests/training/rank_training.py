@@ -1,0 +1,73 @@
+"""Trainings of the tiny experiment on several ranks, in processes that are set up as torchrun does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def train(config: Path, stages: Sequence[str], overrides: Sequence[str], world_size: int = 1) -> Path:
+    """Train stages on a number of ranks and return the run folder, with a record of each rank and stage (:func:`record`)."""
+    from ldm.training.experiment import load_config
+
+    overrides = ["trainer.devices=auto", *overrides]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (world_size, port, config, stages, overrides)
+    torch.multiprocessing.spawn(_train, arguments, nprocs=world_size)
+    return load_config(config, overrides).folder
+
+
+def record(folder: Path, stage: str, rank: int = 0) -> dict[str, Any]:
+    """Return ``keys``, of the samples of each training batch, and ``rows``, the rows of metrics.csv unrounded, of a rank."""
+    found: dict[str, Any] = json.loads((folder / f"{stage}.{rank}.json").read_text())
+    return found
+
+
+def _train(
+    rank: int, world_size: int, port: int, config: Path, stages: Sequence[str], overrides: Sequence[str]
+) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        place |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        os.environ.update({name: str(value) for name, value in place.items()})
+
+    from ldm.training.experiment import load_config  # Lightning reads the rank when it is imported
+    from ldm.training.stages import train_stage
+
+    experiment = load_config(config, overrides)
+    for stage in stages:
+        keys: list[list[str]] = []
+        rows: list[dict[str, float]] = []
+        _record(keys, rows)
+        train_stage(experiment, stage)
+        text = json.dumps({"keys": keys, "rows": rows})
+        (experiment.folder / f"{stage}.{rank}.json").write_text(text)
+    os._exit(0)  # gloo's threads sometimes abort a process that ends in the usual way
+
+
+def _record(keys: list[list[str]], rows: list[dict[str, float]]) -> None:
+    """Let streams and metrics of this process add to the lists what they yield and write."""
+    from ldm.data.stream import TrainStream
+    from ldm.training.callbacks.metrics import Metrics
+
+    iterate, write = TrainStream.__iter__, Metrics.write
+
+    def recorded(self: TrainStream) -> Iterator[dict[str, Any]]:
+        for batch in iterate(self):
+            keys.append(list(batch["key"]))
+            yield batch
+
+    def recorded_row(self: Metrics, trainer: Any, step: int, row: dict[str, float]) -> None:
+        rows.append({"step": step, **{name: float(value) for name, value in row.items() if "per_second" not in name}})
+        write(self, trainer, step, row)
+
+    TrainStream.__iter__, Metrics.write = recorded, recorded_row  # type: ignore[method-assign]
