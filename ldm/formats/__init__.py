@@ -17,6 +17,7 @@ from ldm.devices import usual_torch_state
 from ldm.errors import CheckpointError, some, warn
 from ldm.formats.checkpoint import Checkpoint, read_native
 from ldm.formats.native import CONFIG_BY_FORMAT, plain_model, save_model
+from ldm.formats.sharded_checkpoint import is_sharded
 from ldm.formats.tensors import CONFIG, INDEX, PICKLES, SAFETENSORS, STEMS, read_file, read_metadata
 from ldm.formats.training_checkpoint import checkpoints_in, find_checkpoint
 from ldm.load_options import LoadOptions, Source
@@ -225,7 +226,7 @@ def _find(source: Source, revision: str | None, subfolder: str | None, variant: 
             raise CheckpointError(f"{source} has no folder {subfolder!r}; name one that it has, or omit the subfolder.")
         source = Path(expanded(source)) / subfolder
     path = Path(expanded(source))
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         if is_folder(path) or is_clip(path):
             return path
         if (path / MODEL_FILE).is_file():
@@ -256,6 +257,6 @@ def _is_native(path: Path) -> bool:
 
 
 def _existing(path: Path, otherwise: str) -> Path:
-    if not path.is_file():
+    if not (path.is_file() or is_sharded(path)):
         raise CheckpointError(otherwise)
     return path

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import CheckpointError, first_line
+from ldm.formats.sharded_checkpoint import is_sharded, load_sharded
 from ldm.formats.training_checkpoint import exported, is_training_checkpoint
 
 IGNORED = (
@@ -47,6 +48,8 @@ def unpickle(path: str | Path, harmless: Sequence[type] = ()) -> Any:
     Raises:
         CheckpointError: the file is broken, or would run code.
     """
+    if is_sharded(Path(path)):
+        return _unpickle_sharded(Path(path))
     with Path(path).open("rb") as file:
         zipped = file.read(2) == b"PK"  # else from torch before 1.6, which cannot be memory-mapped
     try:
@@ -66,6 +69,13 @@ def unpickle(path: str | Path, harmless: Sequence[type] = ()) -> Any:
         raise CheckpointError(
             f"{path} is not a complete file of torch.save ({type(error).__name__}: {detail}); download or write it again."
         ) from None
+
+
+def _unpickle_sharded(path: Path) -> Any:
+    try:
+        return load_sharded(path)
+    except Exception as error:  # of torch.distributed.checkpoint, whose messages are many lines
+        raise CheckpointError(f"{path} is not a complete checkpoint ({first_line(error)}); use another one.") from None
 
 
 def read_pickle(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,8 +26,28 @@ MARK = "tensor:"
 METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 """Modules whose classes the metadata of torch.distributed.checkpoint consist of."""
 
-HARMLESS = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib", "WindowsPath")}
+HARMLESS = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+}
 """Other names in them, each of which only makes a value."""
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, a file or a folder, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_checkpoint(path: Path, other: Path) -> None:
+    """Rename a checkpoint to ``other``, in place of the one there."""
+    if path.is_dir() or other.is_dir():  # a folder cannot be replaced at once
+        remove_checkpoint(other)
+    path.replace(other)
 
 
 Like = Callable[[str, torch.Size], Tensor | None]

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ldm.errors import CheckpointError, first_line
 from ldm.formats.pickles import read_pickle
+from ldm.formats.sharded_checkpoint import is_sharded
 from ldm.nn.wrappers import WRAPPERS
 
 SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
@@ -301,6 +302,8 @@ def fingerprint(tensors: Mapping[str, Tensor], meaning: Mapping[str, Any]) -> st
 def _ending(path: str | Path) -> str:
     """Return the suffix of a tensor file after checking that it exists and does not begin like another kind of file."""
     path = Path(path)
+    if is_sharded(path):
+        return path.suffix
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; name the weight file in it.")
     if not path.is_file():

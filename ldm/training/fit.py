@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from ldm.data.datamodule import DataModule
 from ldm.devices import usual_torch_state
-from ldm.training.callbacks.checkpoints import Checkpoints, Stop
+from ldm.training.callbacks.checkpoints import Checkpoints
+from ldm.training.callbacks.interruption import Interruption
 from ldm.training.callbacks.metrics import Metrics
 from ldm.training.callbacks.previews import Previews
 from ldm.training.callbacks.progress import Progress, Trial
+from ldm.training.callbacks.validation import Validation
+from ldm.training.checkpoint_io import CheckpointFiles
 from ldm.training.config import TrainerConfig
 from ldm.training.engine import StageModule
 from ldm.training.launch import devices_and_nodes, strategy_of
-from ldm.training.resume import completed_steps
+from ldm.training.resume import resume_point
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -28,11 +33,18 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
+def _plugins() -> list[Any]:
+    """Return the plugins of the trainer; under SLURM, signals are left to :class:`Interruption`."""
+    detected = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()  # the order in which Lightning looks
+    slurm = [SLURMEnvironment(auto_requeue=False)] if detected else []
+    return [CheckpointFiles(), *slurm]
+
+
 @usual_torch_state()
 def fit(
     module: StageModule, data: DataModule, config: TrainerConfig, begin: Callable[[], object] = lambda: None
 ) -> L.Trainer:
-    """Train a stage to its last step, from ``last.ckpt`` if there is one.
+    """Train a stage to its last step, from its newest intact checkpoint if there is one.
 
     Args:
         module: the stage, with its initial weights.
@@ -41,10 +53,13 @@ def fit(
         begin: called by the first rank before the first step, after the settings were tried.
 
     Raises:
-        CheckpointError: ``last.ckpt`` cannot be continued; see :func:`ldm.training.resume.completed_steps`.
-        TrainingError: training was stopped before the last step, or the loss is not finite.
+        CheckpointError: the checkpoint cannot be continued; see :func:`ldm.training.resume.resume_point`.
+        Interrupted: a signal stopped the training.
+        TrainingError: Ctrl-C stopped it, the loss is not finite, or a checkpoint cannot be written.
     """
-    train, start = module.train_config, completed_steps(module, data)
+    train, start = module.train_config, resume_point(module, data)
+    for problem in start.warnings if start and is_first_process() else ():
+        warnings.warn(problem, stacklevel=2)
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.compile:
@@ -52,7 +67,7 @@ def fit(
             network.compile()
     module.shared_draws = config.shared_draws
     devices, num_nodes = devices_and_nodes(config)
-    checkpoints = Checkpoints()
+    checkpoints = Checkpoints(start)
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=devices,
@@ -60,7 +75,7 @@ def fit(
         strategy=strategy_of(config, len(module.specs)),
         precision=PRECISIONS[config.precision_of(train)],
         max_epochs=1,  # one epoch of the training stream is the complete run
-        val_check_interval=min(train.validate_every, train.max_steps) * train.accumulate,
+        val_check_interval=train.max_steps * train.accumulate + 1,  # never; see Validation
         check_val_every_n_epoch=None,
         limit_val_batches=1.0 if data.validates else 0,
         num_sanity_val_steps=0,
@@ -70,8 +85,17 @@ def fit(
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=module.folder,
-        # Checkpoints precede images, which may fail.
-        callbacks=[Trial(begin), Metrics(), Progress(), checkpoints, Previews(), Stop(checkpoints)],
+        plugins=_plugins(),
+        # The order after each step: an interruption saves the step before its previews and validation, a checkpoint after them.
+        callbacks=[
+            Trial(begin),
+            Metrics(),
+            Progress(),
+            Interruption(checkpoints),
+            Previews(),
+            Validation(),
+            checkpoints,
+        ],
     )
-    trainer.fit(module, datamodule=data, ckpt_path=module.folder / "last.ckpt" if start else None, weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=start.path if start else None, weights_only=True)
     return trainer

@@ -6,8 +6,6 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from ldm.data.shards import Sample, write_shard
 from tests.data.pictures import encoded, noise_picture
@@ -18,7 +16,11 @@ STAGES = ("vae", "clip", "denoiser")
 STEPS = 20
 COMMON = [
     "denoiser.model.dropout=0",  # its masks depend on the shape of a batch
-    *(f"{stage}.train.{field}" for stage in STAGES for field in (f"max_steps={STEPS}", "validate_every=10", "checkpoint_every=20")),
+    *(
+        f"{stage}.train.{field}"
+        for stage in STAGES
+        for field in (f"max_steps={STEPS}", "validate_every=10", "checkpoint_every=20")
+    ),
     "vae.train.accumulate=2",
 ]
 
@@ -44,4 +46,10 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
         for row, wanted in zip(found["rows"], expected["rows"], strict=True):
             assert row.keys() == wanted.keys()
             for name, value in wanted.items():
-                assert math.isclose(row[name], value, rel_tol=1e-5, abs_tol=1e-5), (stage, row["step"], name, row[name], value)
+                assert math.isclose(row[name], value, rel_tol=1e-5, abs_tol=1e-5), (
+                    stage,
+                    row["step"],
+                    name,
+                    row[name],
+                    value,
+                )
