@@ -73,7 +73,8 @@ def read(source: Source, options: LoadOptions | None = None, **changes: Any) -> 
     options = LoadOptions.of(options, changes)
     with usual_torch_state():
         path = find(source, options.revision, options.subfolder, options.variant, options.checkpoint)
-        found = _read_folder(path, options) if path.is_dir() else _read_file(path, options)
+        is_folder = path.is_dir() and not is_sharded(path)
+        found = _read_folder(path, options) if is_folder else _read_file(path, options)
         of_part = LoadOptions(prediction_type=options.prediction_type, ema=options.ema)
         for name, given in options.replacements().items():
             found = found.with_part(name, read(given, of_part))

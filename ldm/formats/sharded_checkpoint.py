@@ -1,7 +1,7 @@
 """Checkpoints that all ranks of a training write together: a folder, by torch.distributed.checkpoint.
 
 The folder holds the tensors as torch.distributed.checkpoint stores them, a file for each rank, and ``structure.pt``: the
-checkpoint with the name of a tensor in place of each. It is read by any number of ranks, or by one process without a process group.
+checkpoint with the name of a tensor in place of each. Any number of ranks can read it, or one process without a process group.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import pickle
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,23 @@ def load_sharded(folder: Path, like: Like = lambda name, shape: None) -> dict[st
         load(tensors, storage_reader=reader, planner=DefaultLoadPlanner())
     joined: dict[str, Any] = _join(structure, tensors)
     return joined
+
+
+def damaged_tensor(folder: Path) -> str | None:
+    """Compare the tensors of a sharded checkpoint with their checksums; return the name of the first that differs.
+
+    Raises:
+        Exception: of pickle or zipfile, if a file is damaged otherwise.
+    """
+    for index, place in _reader(folder).read_metadata().storage_data.items():
+        with (folder / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            stored = zipfile.ZipFile(
+                io.BytesIO(file.read(place.length))
+            )  # torch.save writes a zip file with CRC-32 checksums
+        if stored.testzip() is not None:
+            return str(index.fqn)
+    return None
 
 
 def map_tensors(checkpoint: Mapping[str, Any], function: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:

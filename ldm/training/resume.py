@@ -21,7 +21,7 @@ import torch
 from ldm.config import Kind, from_dict, to_dict
 from ldm.errors import CheckpointError, first_line
 from ldm.formats.native import check_names
-from ldm.formats.sharded_checkpoint import is_sharded, load_sharded
+from ldm.formats.sharded_checkpoint import damaged_tensor, is_sharded, load_sharded
 from ldm.formats.training_checkpoint import earlier_checkpoints, resume_points
 from ldm.training.ema import not_finite
 
@@ -101,10 +101,9 @@ def read_intact(path: Path, instead: str) -> dict[str, Any]:
         CheckpointError: it is damaged.
     """
     checkpoint = read_checkpoint(path, instead)
-    if is_sharded(path):
-        return checkpoint  # torch has compared all that it has read
     try:
-        broken = zipfile.ZipFile(path).testzip()  # torch.save writes a zip file with a CRC-32 of each tensor
+        # torch.save writes a zip file with a CRC-32 of each tensor
+        broken = damaged_tensor(path) if is_sharded(path) else zipfile.ZipFile(path).testzip()
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         broken = first_line(error)
     if broken:
