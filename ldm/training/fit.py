@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,8 @@ PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "
 
 def is_first_process() -> bool:
     """Return True on the first rank, also before and after the training."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+    # Before the training, Lightning does not count the machines if it starts their processes itself.
+    return getattr(rank_zero_only, "rank", 0) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
 
 
 def _plugins() -> list[Any]:

@@ -21,8 +21,8 @@ def launched() -> tuple[str, int, int] | None:
         local, ranks = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
         return "torchrun", local, ranks // local
     if SLURMEnvironment.detect():
-        nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or os.environ["SLURM_NNODES"])
-        return "srun", int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"]) // nodes, nodes
+        nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        return "srun", int(os.environ["SLURM_NTASKS"]) // nodes, nodes
     return None
 
 

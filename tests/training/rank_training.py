@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,16 +13,25 @@ from typing import Any
 import torch
 
 
-def train(config: Path, stages: Sequence[str], overrides: Sequence[str], world_size: int = 1) -> Path:
-    """Train stages on a number of ranks and return the run folder, with a record of each rank and stage (:func:`record`)."""
+def train(
+    config: Path, stages: Sequence[str], overrides: Sequence[str], world_size: int = 1, killed_after: int | None = None
+) -> Path:
+    """Train stages on a number of ranks and return the run folder, with a record of each rank and stage (:func:`record`).
+
+    With ``killed_after``, every process is killed (SIGKILL) in the step after that many.
+    """
     from ldm.training.experiment import load_config
 
     overrides = ["trainer.devices=auto", *overrides]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (world_size, port, config, stages, overrides)
-    torch.multiprocessing.spawn(_train, arguments, nprocs=world_size)
+    arguments = (world_size, port, config, stages, overrides, killed_after)
+    try:
+        torch.multiprocessing.spawn(_train, arguments, nprocs=world_size)
+    except torch.multiprocessing.ProcessExitedException as error:
+        if killed_after is None or error.signal_name not in ("SIGKILL", "SIGABRT"):  # or of gloo, which lost its peer
+            raise
     return load_config(config, overrides).folder
 
 
@@ -32,7 +42,13 @@ def record(folder: Path, stage: str, rank: int = 0) -> dict[str, Any]:
 
 
 def _train(
-    rank: int, world_size: int, port: int, config: Path, stages: Sequence[str], overrides: Sequence[str]
+    rank: int,
+    world_size: int,
+    port: int,
+    config: Path,
+    stages: Sequence[str],
+    overrides: Sequence[str],
+    killed_after: int | None,
 ) -> None:
     torch.set_num_threads(1)
     if world_size > 1:
@@ -48,6 +64,8 @@ def _train(
         keys: list[list[str]] = []
         rows: list[dict[str, float]] = []
         _record(keys, rows)
+        if killed_after is not None:
+            _kill_after(killed_after)
         train_stage(experiment, stage)
         text = json.dumps({"keys": keys, "rows": rows})
         (experiment.folder / f"{stage}.{rank}.json").write_text(text)
@@ -71,3 +89,17 @@ def _record(keys: list[list[str]], rows: list[dict[str, float]]) -> None:
         write(self, trainer, step, row)
 
     TrainStream.__iter__, Metrics.write = recorded, recorded_row  # type: ignore[method-assign]
+
+
+def _kill_after(steps: int) -> None:
+    """Let this process kill itself in the training step after that many, when it has computed the losses."""
+    from ldm.training.engine import StageModule
+
+    finite = StageModule._finite
+
+    def killed(self: StageModule, loss: Any) -> float:
+        if self.completed_steps == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return finite(self, loss)
+
+    StageModule._finite = killed  # type: ignore[method-assign]
