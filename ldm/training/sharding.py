@@ -47,7 +47,7 @@ def shard(task: Task, mesh: Any) -> list[FSDPModule]:
     """
     whole = {parameter for parameter in task.parameters() if parameter.ndim == 0} | set(task.unsharded)
     networks = []
-    for network in task.networks:
+    for network in task.called_modules:
         for block in blocks(network):
             fully_shard(block, mesh=mesh, ignored_params=whole)
         networks.append(fully_shard(network, mesh=mesh, ignored_params=whole))

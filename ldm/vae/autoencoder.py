@@ -234,7 +234,7 @@ class ConvolutionalAutoencoder(FirstStage):
         return self.decoder.conv_out.weight
 
     @property
-    def networks(self) -> Sequence[nn.Module]:
+    def called_modules(self) -> Sequence[nn.Module]:
         return [self.encoder, self.decoder]
 
 

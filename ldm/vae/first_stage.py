@@ -68,8 +68,8 @@ class FirstStage(nn.Module):
         """Update state learned without gradients from the posterior of a training batch, after its losses are computed."""
 
     @property
-    def networks(self) -> Sequence[nn.Module]:
-        """Modules that a training step calls; see :attr:`ldm.training.tasks.task.Task.networks`."""
+    def called_modules(self) -> Sequence[nn.Module]:
+        """Modules that a training step calls; see :attr:`ldm.training.tasks.task.Task.called_modules`."""
         return ()
 
     def posterior(self, batch: Mapping[str, Any]) -> Posterior:

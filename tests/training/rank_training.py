@@ -18,11 +18,11 @@ def train(
 ) -> Path:
     """Train stages on a number of ranks and return the run folder, with a record of each rank and stage (:func:`record`).
 
-    With ``killed_after``, every process is killed (SIGKILL) in the step after that many.
+    Of overrides of one key, the last counts. With ``killed_after``, every process kills itself in the step after that many.
     """
     from ldm.training.experiment import load_config
 
-    overrides = ["trainer.devices=auto", *overrides]
+    overrides = [*{each.partition("=")[0]: each for each in ("trainer.devices=auto", *overrides)}.values()]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

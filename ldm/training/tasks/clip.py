@@ -116,7 +116,7 @@ class CLIPTask(Task):
         return [OptimizerSpec("loss", (self.clip, self.loss))]
 
     @property
-    def networks(self) -> Sequence[nn.Module]:
+    def called_modules(self) -> Sequence[nn.Module]:
         return [self.clip.text, self.clip.image]
 
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:

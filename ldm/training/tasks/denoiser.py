@@ -162,7 +162,7 @@ class DenoiserTask(Task):
         return [OptimizerSpec("loss", (self.model, self.loss))]
 
     @property
-    def networks(self) -> Sequence[nn.Module]:
+    def called_modules(self) -> Sequence[nn.Module]:
         encoders = (encoder for _, encoder in self.model.conditioner.pretrained_encoders())
         return [self.model.denoiser, *(each for each in encoders if any(p.requires_grad for p in each.parameters()))]
 

@@ -151,7 +151,7 @@ class Task(nn.Module):
         raise NotImplementedError
 
     @property
-    def networks(self) -> Sequence[nn.Module]:
+    def called_modules(self) -> Sequence[nn.Module]:
         """Modules that a training step calls as such, rather than one of their methods or parts.
 
         They are what ``trainer.compile`` compiles and the strategy ``fsdp2`` shards.
@@ -160,7 +160,7 @@ class Task(nn.Module):
 
     @property
     def unsharded(self) -> Sequence[nn.Parameter]:
-        """Parameters within :attr:`networks` that a step uses directly, so that each rank keeps all of their values."""
+        """Parameters within :attr:`called_modules` that a step uses directly, so that each rank keeps all of their values."""
         return ()
 
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:

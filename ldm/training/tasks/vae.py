@@ -112,8 +112,8 @@ class VAETask(Task):
         return [autoencoder, OptimizerSpec("discriminator", (self.discriminator,), self.discriminator_step)]
 
     @property
-    def networks(self) -> Sequence[nn.Module]:
-        return self.first_stage.networks
+    def called_modules(self) -> Sequence[nn.Module]:
+        return self.first_stage.called_modules
 
     @property
     def unsharded(self) -> Sequence[nn.Parameter]:
