@@ -97,7 +97,10 @@ class StageModule(L.LightningModule):
 
     def step(self, *key: int | str) -> Step:
         """Return the record of the current step, with the generator of ``key``, the same on all ranks."""
-        return Step(self.completed_steps, self.seed, self.generator(*key), self.global_rank, self.world_size)
+        return self._step(self.generator(*key))
+
+    def _step(self, generator: torch.Generator) -> Step:
+        return Step(self.completed_steps, self.seed, generator, self.global_rank, self.world_size)
 
     def batch_step(self, *key: int | str, rows: range | None = None, size: int | None = None) -> Step:
         """Return the record of the current step for a batch that is divided among the ranks.
@@ -110,10 +113,10 @@ class StageModule(L.LightningModule):
         count = self.train_config.batch_size
         rows = range(self.global_rank * count, (self.global_rank + 1) * count) if rows is None else rows
         shared = self.shared_draws and self.world_size > 1
-        step = self.step(*key, 0 if shared else self.global_rank)
+        generator = self.generator(*key, 0 if shared else self.global_rank)
         if shared:
-            step.generator.start, step.generator.total = rows.start, size or self.world_size * count
-        return step
+            generator.start, generator.total = rows.start, size or self.world_size * count
+        return self._step(generator)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed = seed_of(self.seed, self.stage, "dropout", batch_idx, self.global_rank)

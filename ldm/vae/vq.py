@@ -88,7 +88,7 @@ class Codebook(nn.Module):
         Batches of several processes count as one: the codebooks of all stay equal.
         """
         x, k = x.float(), len(self.codes)
-        counts = sum_over_ranks(torch.bincount(index, minlength=k).float())
+        counts = sum_over_ranks(_occurrences(index, k).float())
         sums = sum_over_ranks(torch.zeros_like(self.sums).index_add_(0, index, x))
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
@@ -150,7 +150,7 @@ class QuantizedLatent(Posterior):
 
     def sums(self) -> dict[str, Tensor]:
         assert self.codebook is not None
-        positions = torch.bincount(self.index, minlength=len(self.codebook.codes))
+        positions = _occurrences(self.index, len(self.codebook.codes))
         return {"commitment": self.regularization().detach().sum(), "positions": positions}
 
     @classmethod
@@ -202,6 +202,11 @@ class VQ(ConvolutionalAutoencoder):
     def update(self, posterior: Posterior) -> None:
         assert isinstance(posterior, QuantizedLatent)
         self.codebook.update(posterior.vectors, posterior.index)
+
+
+def _occurrences(index: Tensor, k: int) -> Tensor:
+    """Return how often each of 0 .. k - 1 occurs in ``index [n]``: ``[k]`` of int64."""
+    return torch.zeros(k, dtype=torch.int64, device=index.device).index_add_(0, index, torch.ones_like(index))
 
 
 def _vectors(latent: Tensor) -> Tensor:

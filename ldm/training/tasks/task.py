@@ -17,7 +17,6 @@ from ldm.clip.tokenizer import Tokenizer
 from ldm.data.samples import Batch, Samples
 from ldm.errors import ConfigError, unknown
 from ldm.formats.checkpoint import Checkpoint
-from ldm.nn.ranks import BatchGenerator
 from ldm.vae import FirstStage
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class Step:
 
     number: int
     seed: int
-    generator: BatchGenerator
+    generator: torch.Generator
     rank: int = 0
     world_size: int = 1
 
@@ -93,13 +92,6 @@ class Export:
     tokenizer: Tokenizer | None = None
 
 
-class Outline(NamedTuple):
-    """Networks of a stage on the meta device, and a call of the forward pass of one training step."""
-
-    networks: Mapping[str, nn.Module]
-    forward: Callable[[], object]
-
-
 class Task(nn.Module):
     """Training task of one stage.
 
@@ -118,8 +110,13 @@ class Task(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def outline(cls, experiment: Experiment) -> Outline:
-        """Build the networks without weights or data; called under ``torch.device("meta")``."""
+    def outline(cls, experiment: Experiment, captions: Sequence[str]) -> Task:
+        """Build the task without weights or files, for counting; called under ``torch.device("meta")``.
+
+        Args:
+            experiment: the experiment.
+            captions: captions for a tokenizer that is trained, such as those of the data.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -135,6 +132,11 @@ class Task(nn.Module):
     @property
     def parts(self) -> Mapping[str, str]:
         """Parts of a checkpoint that :attr:`trainable_module` consists of, and the prefix of each in its state."""
+        raise NotImplementedError
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """Networks of the stage, trained and frozen, by names to show."""
         raise NotImplementedError
 
     @property
