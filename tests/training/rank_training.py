@@ -84,9 +84,9 @@ def _record(keys: list[list[str]], rows: list[dict[str, float]]) -> None:
             keys.append(list(batch["key"]))
             yield batch
 
-    def recorded_row(self: Metrics, trainer: Any, step: int, row: dict[str, float]) -> None:
+    def recorded_row(self: Metrics, step: int, row: dict[str, float]) -> None:
         rows.append({"step": step, **{name: float(value) for name, value in row.items() if "per_second" not in name}})
-        write(self, trainer, step, row)
+        write(self, step, row)
 
     TrainStream.__iter__, Metrics.write = recorded, recorded_row  # type: ignore[method-assign]
 
