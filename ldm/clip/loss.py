@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +52,10 @@ class CrossEntropy(nn.Module):
 
         many = world_size > 1
         loss = ClipLoss(local_loss=many, gather_with_grad=many, rank=rank, world_size=world_size)
-        return loss(image_features, text_features, scale)
+        with warnings.catch_warnings() if many else nullcontext():
+            if many:  # the gathering functions of torch that open_clip calls are deprecated
+                warnings.simplefilter("ignore", FutureWarning)
+            return loss(image_features, text_features, scale)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import pickle
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,9 @@ def save_sharded(checkpoint: Mapping[str, Any], folder: Path) -> None:
         checkpoint: nested dictionaries, lists and tuples of tensors and plain values. Each rank writes its part of a sharded
             tensor; other tensors, and the plain values, are those of the first rank.
         folder: a new folder, on a file system that all ranks share.
+
+    Raises:
+        Exception: what prevented a rank from writing, on all ranks; if it was the structure, on the first.
     """
     import torch.distributed as dist
     from torch.distributed.checkpoint import FileSystemWriter, save
@@ -74,8 +78,7 @@ def save_sharded(checkpoint: Mapping[str, Any], folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     structure = _split(checkpoint, "", tensors)
     folder.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group, or no GPU
+    with _quiet():
         save(tensors, storage_writer=FileSystemWriter(folder))
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(structure, folder / STRUCTURE)
@@ -103,11 +106,26 @@ def load_sharded(folder: Path, like: Like = lambda name, shape: None) -> dict[st
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
         other = like(name, entry.size)
         tensors[name] = whole if other is None else torch.empty_like(other, dtype=whole.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         load(tensors, storage_reader=reader, planner=DefaultLoadPlanner())
     joined: dict[str, Any] = _join(structure, tensors)
     return joined
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ignore warnings, such as that there is no process group; raise the error of a rank as it is.
+
+    torch wraps it in a CheckpointException, which no ``except Exception`` catches.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None
 
 
 def damaged_tensor(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,18 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from ldm.errors import TrainingError, first_line
 from ldm.formats.sharded_checkpoint import is_sharded, load_sharded, remove_checkpoint
 from ldm.formats.training_checkpoint import resume_points
+
+
+def not_written(checkpoint: Mapping[str, Any], folder: Path, error: Exception) -> TrainingError:
+    """Return the error for a checkpoint that cannot be written into the folder of a stage, say because the disk is full."""
+    cause = error if isinstance(error, OSError) else error.__context__
+    reason = cause.strerror if isinstance(cause, OSError) else first_line(error)
+    good = resume_points(folder)
+    go_on = f"run the same command to resume from {good[0]}" if good else "run the same command again"
+    return TrainingError(
+        f"the checkpoint of step {checkpoint['completed_steps']} cannot be written to {folder} ({reason}); "
+        f"free some space there and {go_on}."
+    )
 
 
 class CheckpointFiles(CheckpointIO):
@@ -34,14 +47,7 @@ class CheckpointFiles(CheckpointIO):
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError in consequence of an OSError
             path.unlink(missing_ok=True)
-            cause = error if isinstance(error, OSError) else error.__context__
-            reason = cause.strerror if isinstance(cause, OSError) else first_line(error)
-            good = resume_points(path.parent)
-            go_on = f"run the same command to resume from {good[0]}" if good else "run the same command again"
-            raise TrainingError(
-                f"the checkpoint of step {checkpoint['completed_steps']} cannot be written to {path.parent} ({reason}); "
-                f"free some space there and {go_on}."
-            ) from error
+            raise not_written(checkpoint, path.parent, error) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, memory-mapped unless it is sharded."""

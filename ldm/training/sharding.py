@@ -6,7 +6,6 @@ CPUs; its ``ModelParallelStrategy`` leaves the sharding to the module and runs o
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +18,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ldm.formats.sharded_checkpoint import is_sharded, load_sharded, map_tensors, save_sharded
+from ldm.formats.sharded_checkpoint import is_sharded, load_sharded, map_tensors, remove_checkpoint, save_sharded
 from ldm.nn.ranks import mean_over_ranks
+from ldm.training.checkpoint_io import not_written
 from ldm.training.sharded_tensors import sharded_like
 from ldm.training.tasks import Task
 
@@ -107,11 +107,24 @@ class FSDP2(ModelParallelStrategy):
         Strategy.load_optimizer_state_dict(self, checkpoint)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        path = Path(filepath)
-        if self.is_global_zero and path.is_dir():
-            shutil.rmtree(path)  # of a process that was killed
+        """Write the parts of all ranks into a folder.
+
+        Raises:
+            TrainingError: a rank cannot write its part; nothing of it is left.
+        """
+        path, failure = Path(filepath), None
+        if self.is_global_zero:
+            remove_checkpoint(path)  # an unfinished one, of a process that was killed
         self.barrier()
-        save_sharded(checkpoint, path)
+        try:
+            save_sharded(checkpoint, path)
+        except Exception as error:  # of the file system, in consequence of which torch may raise any other
+            failure = error
+        if self.reduce_boolean_decision(failure is not None, all=False):
+            if self.is_global_zero:
+                remove_checkpoint(path)
+            failure = failure or RuntimeError("the first process failed")
+            raise not_written(checkpoint, path.parent, failure) from failure
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the parts of this rank of a sharded checkpoint, or of one that another strategy wrote as a file."""
