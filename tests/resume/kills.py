@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -35,11 +34,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from ldm.data.shards import Sample, write_shard
 from ldm.errors import LdmError
-from ldm.training.engine import StageModule
 from ldm.training.handoff import result_file
 from ldm.training.stages import train_stage
 from tests.data.pictures import encoded, noise_picture
 from tests.experiments import tiny_experiment
+from tests.resume.logged import log_keys, read_keys
 
 STEPS = 24
 SAMPLES = 40
@@ -58,23 +57,6 @@ TIMINGS = ("train/images_per_second",)
 
 PARTS = ("state_dict", "optimizer_states", "ema", "completed_steps", "interrupted", "samples_per_batch", "loops")
 """What two checkpoints have in common if their trainings have done the same."""
-
-
-class Keys(L.Callback):
-    """Log of the keys of each batch: a line with the index of the batch and the keys."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        with self.path.open("a") as file:
-            file.write(f"{batch_idx} {' '.join(batch['key'])}\n")
-
-
-def read_keys(path: Path) -> list[tuple[int, str]]:
-    """The complete lines of a log of :class:`Keys`."""
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return [(int(index), keys) for index, _, keys in (line.partition(" ") for line in lines)]
 
 
 @dataclass
@@ -110,7 +92,7 @@ class Training:
             log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            StageModule.configure_callbacks = lambda module: [Keys(self.keys)]  # type: ignore[assignment]
+            log_keys(self.keys)
             train_stage(tiny_experiment(self.folder, *self.overrides), self.stage)
             status = 0
         except LdmError as error:

@@ -94,6 +94,10 @@ class Interruption(L.Callback):
         """Save and raise: Lightning's own stop would first validate."""
         module.interrupted = True
         self.checkpoints.save(trainer, module, "last.ckpt")
+        if (
+            not trainer.is_global_zero
+        ):  # an error of another rank would let Lightning kill the first, which reports the stop
+            raise SystemExit(0)
         step = f"after step {module.completed_steps} of {module.train_config.max_steps}"
         resume = "run the same command to resume it"
         if self.received == signal.SIGINT:
