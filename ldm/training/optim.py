@@ -17,12 +17,17 @@ class AdamW(torch.optim.AdamW):
     """AdamW whose groups may hold sharded parameters and others."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:  # before the groups are divided, since it may change their hyperparameters
+            with torch.enable_grad():
+                loss = closure()
         groups = self.param_groups
         self.param_groups = [group | {"params": part} for group in groups for part in by_sharding(group["params"])]
         try:
-            return super().step(closure)
+            super().step()
         finally:
             self.param_groups = groups
+        return loss
 
 
 def adamw(modules: Iterable[nn.Module], config: TrainConfig) -> AdamW:
