@@ -30,16 +30,17 @@ def size(count: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_train_as_one(tmp_path: Path, strategy: str) -> None:
     """Losses, metrics and validations of all stages to 1e-5, and the same samples."""
     config, val = write_experiment(tmp_path), tmp_path / "val.tar"
-    images = (
-        encoded(noise_picture(i, 16, 16)) for i in range(7)
-    )  # one rank is left without a sample in the last batch
+    # Seven validation images: one rank is left without a sample in the last batch.
+    images = (encoded(noise_picture(i, 16, 16)) for i in range(7))
     write_shard(val, (Sample(f"{i}", "red apple", image, "png", {}) for i, image in enumerate(images)))
     common = [*COMMON, f"data.val={val}"]
     one = train(config, STAGES, [*common, *size(6), f"run_dir={tmp_path / 'one'}"])
-    two = train(config, STAGES, [*common, *size(3), f"run_dir={tmp_path / 'two'}"], 2)
+    overrides = [*common, *size(3), f"run_dir={tmp_path / 'two'}", f"trainer.strategy={strategy}"]
+    two = train(config, STAGES, overrides, 2)
     for stage in STAGES:
         expected, *found = record(one, stage), record(two, stage, 0), record(two, stage, 1)
         assert [a + b for a, b in zip(*(each["keys"] for each in found), strict=True)] == expected["keys"]
