@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ldm.config import Kind, from_dict, to_dict
-from ldm.errors import CheckpointError, first_line
+from ldm.errors import CheckpointError, first_line, some
 from ldm.formats.native import check_names
 from ldm.formats.sharded_checkpoint import damaged_tensor, is_sharded, load_sharded
 from ldm.formats.training_checkpoint import earlier_checkpoints, resume_points
@@ -103,12 +103,17 @@ def read_intact(path: Path, instead: str) -> dict[str, Any]:
     checkpoint = read_checkpoint(path, instead)
     try:
         # torch.save writes a zip file with a CRC-32 of each tensor
-        broken = damaged_tensor(path) if is_sharded(path) else zipfile.ZipFile(path).testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        broken = first_line(error)
+        broken = damaged_tensor(path) if is_sharded(path) else _damaged_record(path)
+    except Exception as error:  # damaged headers may raise any exception
+        raise CheckpointError(f"{path} is damaged ({first_line(error)}); {instead}.") from None
     if broken:
         raise CheckpointError(f"{path} is damaged (the checksum of {broken} is wrong); {instead}.")
     return checkpoint
+
+
+def _damaged_record(path: Path) -> str | None:
+    with zipfile.ZipFile(path) as file:
+        return file.testzip()
 
 
 def resume_point(module: StageModule, data: DataModule) -> ResumePoint | None:
@@ -129,8 +134,13 @@ def resume_point(module: StageModule, data: DataModule) -> ResumePoint | None:
             continue
         steps, best = _check(module, data, path, checkpoint), _best_score(module, data, checkpoint)
         return ResumePoint(path, steps, best, tuple(map(str, problems)))
+    if len(problems) > 1:
+        names = some([path.name for path in paths])
+        raise CheckpointError(
+            f"all checkpoints in {module.folder} are damaged ({names}); restore one of them, or delete them to restart the stage."
+        )
     if problems:
-        raise problems[-1]
+        raise problems[0]
     return None
 
 

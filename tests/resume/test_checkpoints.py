@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(trained: Path,
 def test_if_all_are_damaged_nothing_is_overwritten(run: Path) -> None:
     for path in resume_points(run / "run/clip"):
         cut(path)
-    with pytest.raises(CheckpointError, match=r"step_0000003\.ckpt cannot be read .*; delete it to restart the stage"):
+    with pytest.raises(CheckpointError, match=r"are damaged \(last\.ckpt, step_0000003\.ckpt\); restore one"):
         train_stage(tiny_experiment(run, "clip.train.max_steps=4"), "clip")
 
 
@@ -101,7 +101,7 @@ def test_without_space_the_checkpoints_stay_and_with_space_it_goes_on(
         if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", run], check=False).returncode:
             pytest.skip("mounting a tmpfs is not permitted")
     try:
-        done = command(tmp_path, run, 2)
+        done = command(tmp_path, run, 1)
         assert done.returncode == 0, done.stderr
         last = run / "clip/last.ckpt"
         before = last.read_bytes()
@@ -109,7 +109,7 @@ def test_without_space_the_checkpoints_stay_and_with_space_it_goes_on(
         reason = "No space left on device" if limited == "disk" else "File too large"
         assert stopped.returncode == 2, stopped.stderr
         assert stopped.stderr.splitlines()[-1] == (
-            f"error: the checkpoint of step 3 cannot be written to {run / 'clip'} ({reason}); free some space there and run the "
+            f"error: the checkpoint of step 2 cannot be written to {run / 'clip'} ({reason}); free some space there and run the "
             f"same command to resume from {last}."
         )
         assert "Traceback" not in stopped.stderr
@@ -123,4 +123,4 @@ def test_without_space_the_checkpoints_stay_and_with_space_it_goes_on(
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
     finally:
         if limited == "disk":
-            subprocess.run(["umount", run], check=True)
+            subprocess.run(["umount", "--lazy", run], check=True)  # the tensors are memory-mapped

@@ -35,12 +35,13 @@ class Previews(L.Callback):
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if module.is_optimizer_step(batch_idx):
-            self.make_if_due(trainer, module)
+            self.make_if_due(trainer, module, batch)
 
-    def make_if_due(self, trainer: L.Trainer, module: StageModule) -> None:
+    def make_if_due(self, trainer: L.Trainer, module: StageModule, batch: Any = None) -> None:
         """Make the images if they are due at the newest step."""
         if not module.is_due(module.train_config.images_every):
             return
+        module.verify(batch)
         try:
             previews = module.previews(trainer.datamodule.samples)  # type: ignore[attr-defined]  # set by Lightning
             if trainer.is_global_zero:

@@ -27,14 +27,15 @@ class Validation(L.Callback):
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if module.is_optimizer_step(batch_idx):
-            self.run_if_due(trainer, module)
+            self.run_if_due(trainer, module, batch)
 
     @staticmethod
-    def run_if_due(trainer: L.Trainer, module: StageModule) -> None:
+    def run_if_due(trainer: L.Trainer, module: StageModule, batch: Any = None) -> None:
         """Validate if it is due at the newest step and there are validation data."""
         config = module.train_config
         if module.completed_steps % min(config.validate_every, config.max_steps) or not trainer.enable_validation:
             return
+        module.verify(batch)
         loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
         loop.restarting = False
         first_loop_iter = connector._first_loop_iter
