@@ -29,6 +29,9 @@ from ldm.training.tasks import Task
 from ldm.training.tasks.task import Export, Preview, Splits, Step
 from ldm.training.trial import evaluation_mode, infinite_loss, try_settings
 
+NAMED = 16
+"""Number of samples of a batch that an error message names."""
+
 
 def seed_of(*key: int | str) -> int:
     """Return a seed that depends on ``key`` alone."""
@@ -115,7 +118,7 @@ class StageModule(L.LightningModule):
                 continue
             with self._only_trainable(index):
                 loss = next(losses)
-                self.latest[spec.name] = self._finite(loss.value)
+                self.latest[spec.name] = self._finite(loss.value, batch)
                 self.latest |= loss.metrics
                 self._backward(loss.value / self.train_config.accumulate, sync=due)
                 if due:
@@ -161,8 +164,8 @@ class StageModule(L.LightningModule):
             parameters = (p for group in optimizer.param_groups for p in group["params"])
             self.gradient_norm = clip_gradients(parameters, config.gradient_clip)
 
-    def _finite(self, loss: Tensor) -> float:
-        """Return the value of a loss.
+    def _finite(self, loss: Tensor, batch: Mapping[str, Any]) -> float:
+        """Return the value of the loss of a batch.
 
         Raises:
             TrainingError: it is NaN or infinite, or the gradients of the step before were.
@@ -170,7 +173,12 @@ class StageModule(L.LightningModule):
         self._check_gradients()
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise self._diverged(f"the loss of stage {self.stage} is {value} at step {self.completed_steps}")
+            keys = list(map(repr, batch["key"]))
+            samples = ", ".join(keys[:NAMED]) + (f" and {len(keys) - NAMED} others" if len(keys) > NAMED else "")
+            problem = (
+                f"the loss of stage {self.stage} is {value} at step {self.completed_steps} on the samples {samples}"
+            )
+            raise self._diverged(problem)
         return value
 
     def _check_gradients(self) -> None:

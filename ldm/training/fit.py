@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from ldm.data.datamodule import DataModule
+from ldm.data.stream import worker_death
 from ldm.devices import usual_torch_state
+from ldm.training.bad_samples import BadSamples
 from ldm.training.callbacks import Checkpoints, Metrics, Previews, Progress, Stop, Trial
 from ldm.training.config import TrainerConfig
 from ldm.training.engine import StageModule
@@ -49,7 +51,8 @@ def fit(
 
     Raises:
         CheckpointError: ``last.ckpt`` cannot be continued; see :func:`ldm.training.resume.completed_steps`.
-        TrainingError: training was stopped before the last step, or the loss is not finite.
+        TrainingError: training was stopped before the last step, the loss is not finite, or too many samples are bad.
+        DataError: a shard cannot be read, or a process that reads data has ended.
     """
     train, start = module.train_config, completed_steps(module, data)
     if config.threads:
@@ -74,7 +77,15 @@ def fit(
         use_distributed_sampler=False,
         default_root_dir=module.folder,
         # Checkpoints precede images, which may fail.
-        callbacks=[Trial(begin), Metrics(), Progress(), checkpoints, Previews(), Stop(checkpoints)],
+        callbacks=[Trial(begin), BadSamples(), Metrics(), Progress(), checkpoints, Previews(), Stop(checkpoints)],
     )
-    trainer.fit(module, datamodule=data, ckpt_path=module.folder / "last.ckpt" if start else None, weights_only=True)
+    try:
+        trainer.fit(
+            module, datamodule=data, ckpt_path=module.folder / "last.ckpt" if start else None, weights_only=True
+        )
+    except RuntimeError as error:  # torch raises it wherever the process is when a worker ends
+        death = worker_death(error)
+        if death is None:
+            raise
+        raise death from None
     return trainer

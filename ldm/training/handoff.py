@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -108,7 +107,7 @@ class Handoff:
         made_from = {"config": to_dict(config), "captions": samples.fingerprint, "path": _digest(config)}
         if text and record.is_file() and record.read_text(encoding="utf-8") == _record(made_from, text):
             return Tokenizer.from_json(text)
-        annotations = samples.annotations(np.arange(len(samples)))
+        annotations = samples.all_annotations()
         tokenizer = config.build(captions_of(annotations, f"the tokenizer of stage {self.stage}"))
         text = tokenizer.to_json()
         self.files |= {path: text, record: _record(made_from, text)}

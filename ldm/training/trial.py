@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from ldm.data.samples import Batch, BatchIndices, Samples
+from ldm.data.samples import Batch, Samples
+from ldm.data.stream import first_batch
 from ldm.errors import LdmError, TrainingError, first_line
 from ldm.training.tasks.task import Splits, Step, Task, on_device
 
@@ -119,5 +119,5 @@ def try_settings(
 
 
 def _first(samples: Samples, count: int, device: torch.device) -> Batch:
-    """Return a batch of the first samples, repeated if there are fewer."""
-    return on_device(samples[BatchIndices(np.arange(count) % len(samples))], device)
+    """Return a batch of the first good samples, repeated if there are fewer."""
+    return on_device(first_batch(samples, count), device)
