@@ -184,7 +184,7 @@ class BadSamplesFile:
         return self._counts.setdefault(split, Counter())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"found": self.found}
+        return {"found": list(self.found)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.found = [dict(row) for row in state["found"]]
