@@ -96,6 +96,15 @@ class Samples(Dataset[Batch]):
         """Return the annotations of all samples, without augmentation."""
         return self.annotations(BatchIndices(np.arange(len(self))))
 
+    def all_captions(self, reader: str) -> list[str]:
+        """Return all captions of all samples; see :func:`captions_of`."""
+        return captions_of(self.all_annotations(), reader)
+
+    @property
+    def captions_fingerprint(self) -> str:
+        """Text that depends on all captions."""
+        return self.fingerprint
+
 
 class StoredImages(Samples):
     """Images in shards, decoded when drawn.
@@ -137,6 +146,15 @@ class StoredImages(Samples):
     def stored_annotations(self, draw: BatchIndices) -> Batch:
         """Return :meth:`annotations` with all captions of each sample, as :meth:`with_captions` takes them."""
         return self._load(draw, self._annotations)
+
+    def all_captions(self, reader: str) -> list[str]:
+        several = captions_of(self.stored_annotations(BatchIndices(np.arange(len(self)))), reader)
+        return [text for captions in several for text, _ in captions]
+
+    @property
+    def captions_fingerprint(self) -> str:
+        """Text that depends on all captions and their format."""
+        return self.fingerprint if self.captions.format == "text" else f"{self.fingerprint}-{self.captions.format}"
 
     def with_captions(self, batch: Batch, draw: BatchIndices) -> Batch:
         """Replace the captions of each sample in the batch of a draw by the one that is used."""
@@ -264,6 +282,13 @@ class ImagesInMemory(Samples):
     def spatial_annotations(self, draw: BatchIndices) -> Batch:
         return self._stored.spatial_annotations(draw)
 
+    def all_captions(self, reader: str) -> list[str]:
+        return self._stored.all_captions(reader)
+
+    @property
+    def captions_fingerprint(self) -> str:
+        return self._stored.captions_fingerprint
+
     def __getitem__(self, draw: BatchIndices) -> Batch:
         images, bad = self._images
 
@@ -340,7 +365,7 @@ class TensorsInMemory(Samples):
         return {"image": self._image[torch.from_numpy(draw.index)], **self.annotations(draw)}
 
 
-def captions_of(batch: Mapping[str, Any], reader: str) -> list[str]:
+def captions_of(batch: Mapping[str, Any], reader: str) -> list[Any]:
     """Return the captions of a batch, which ``reader`` needs.
 
     Raises:
@@ -348,7 +373,7 @@ def captions_of(batch: Mapping[str, Any], reader: str) -> list[str]:
     """
     if "text" not in batch:
         raise DataError(f"{reader} needs captions, but the data has none; give each sample a .txt.")
-    captions: list[str] = batch["text"]
+    captions: list[Any] = batch["text"]
     return captions
 
 
