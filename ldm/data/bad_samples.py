@@ -150,34 +150,32 @@ class BadSamplesFile:
     def start(self, dropped: Mapping[str, Sequence[BadSample]]) -> None:
         """Write the file with the samples that were dropped when the set was opened, by split, and all that are known."""
         self.dropped = [_row(0, split, bad) for split, each in dropped.items() for bad in each]
-        if self.path is None or not (self.dropped or self.found or self.path.exists()):
-            return
+        if self.path is not None and (self.dropped or self.found or self.path.exists()):
+            self._write([*self.dropped, *self.found])
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".part")
         with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, self.COLUMNS, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows([*self.dropped, *self.found])
+            writer.writerows(rows)
         temporary.replace(self.path)
 
-    def add(self, step: int, split: str, bad: Iterable[BadSample]) -> list[BadSample]:
-        """Append the samples that are not listed yet, and return them."""
-        new = []
-        for each in bad:
-            if (split, each.index) not in self._known:
-                self._known.add((split, each.index))
-                self.counts(split)[each.reason.value] += 1
-                self.found.append(_row(step, split, each))
-                new.append(each)
-        if new and self.path is not None:
-            missing = not self.path.exists()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+    def add(self, step: int, split: str, bad: BadSample) -> bool:
+        """Append a sample, unless it is listed already, and return True if it was appended."""
+        if (split, bad.index) in self._known:
+            return False
+        self._known.add((split, bad.index))
+        self.counts(split)[bad.reason.value] += 1
+        self.found.append(_row(step, split, bad))
+        if self.path is not None:
+            if not self.path.exists():
+                self._write([])
             with self.path.open("a", newline="", encoding="utf-8", errors="backslashreplace") as file:
-                writer = csv.DictWriter(file, self.COLUMNS, extrasaction="ignore")
-                if missing:
-                    writer.writeheader()
-                writer.writerows(self.found[-len(new) :])
-        return new
+                csv.DictWriter(file, self.COLUMNS, extrasaction="ignore").writerow(self.found[-1])
+        return True
 
     def counts(self, split: str) -> Counter[str]:
         """Return the number of samples of a split that could not be decoded, by reason."""

@@ -29,7 +29,7 @@ class BadSamples(L.Callback):
     def __init__(self) -> None:
         self.file = BadSamplesFile()
         self.seen = 0  # training samples used so far, on all ranks
-        self.new: dict[str, list[BadSample]] = {"train": [], "val": []}  # of this rank, since the last exchange
+        self.new: dict[str, list[tuple[int, BadSample]]] = {"train": [], "val": []}  # of this rank, with their steps
 
     def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
@@ -42,7 +42,7 @@ class BadSamples(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Mapping[str, Any], batch_idx: int
     ) -> None:
-        self.new["train"] += batch.get(BAD, ())
+        self.new["train"] += [(module.completed_steps, bad) for bad in batch.get(BAD, ())]
         self.seen += len(batch["key"]) * trainer.world_size
         due = module.is_optimizer_step(batch_idx) and module.completed_steps % module.train_config.log_every == 0
         if due or trainer.world_size == 1:
@@ -52,7 +52,7 @@ class BadSamples(L.Callback):
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Mapping[str, Any], batch_idx: int
     ) -> None:
-        self.new["val"] += batch.get(BAD, ())
+        self.new["val"] += [(module.completed_steps, bad) for bad in batch.get(BAD, ())]
 
     def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
         self._exchange(trainer, module)
@@ -75,7 +75,8 @@ class BadSamples(L.Callback):
         self.new = {"train": [], "val": []}
         for split in self.new:
             first = not self.file.counts(split)
-            added = self.file.add(module.completed_steps, split, (bad for part in parts for bad in part[split]))
+            found = sorted((each for part in parts for each in part[split]), key=lambda each: each[1].position or 0)
+            added = [bad for step, bad in found if self.file.add(step, split, bad)]
             if added and first and trainer.is_global_zero:
                 self._warn(module, split, added[0])
 

@@ -258,13 +258,13 @@ def test_the_file_lists_a_sample_once_and_goes_on_from_its_state(tmp_path: Path)
     path = tmp_path / "vae" / "bad_samples.csv"
     file = BadSamplesFile(path)
     file.start({"train": [gone]})
-    file.add(3, "train", [first, second, first])
+    assert [file.add(3, "train", bad) for bad in (first, second, first)] == [True, True, False]
     state = file.state_dict()
-    assert file.add(4, "train", [second, lost]) == [lost]
+    assert [file.add(4, "train", bad) for bad in (second, lost)] == [False, True]
     resumed = BadSamplesFile(path)
     resumed.load_state_dict(state)
     resumed.start({"train": [gone]})
-    assert resumed.add(4, "val", [first]) == [first]
+    assert resumed.add(4, "val", first)
     assert resumed.counts("train") == {"broken image": 2}
     assert read_counts(path) == {"train": {"broken image": 2, "no caption": 1}, "val": {"broken image": 1}}
 

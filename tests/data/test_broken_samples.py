@@ -144,7 +144,8 @@ def test_training_uses_the_good_samples_and_lists_each_kind_of_the_others(
     per_epoch = -(-len(samples) // batch_size)
     for number, batch in enumerate(TrainStream(samples, batch_size, 0, epochs * per_epoch)):
         seen.update(batch["key"])
-        file.add(number, "train", batch.get(BAD, ()))
+        for bad in batch.get(BAD, ()):
+            file.add(number, "train", bad)
         if (number + 1) % per_epoch == 0:
             memory.append(resident())
     kinds = Counter(key.rsplit("-", 1)[0] for key in seen)
