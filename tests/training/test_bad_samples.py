@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import re
@@ -9,20 +10,24 @@ import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from ldm.data.bad_samples import read_counts
+from ldm.data.bad_samples import BAD, BadSample, Reason, read_counts
+from ldm.data.samples import Samples
 from ldm.data.shards import Sample, write_shard
 from ldm.data.stream import TrainStream
 from ldm.errors import LdmError
+from ldm.training.bad_samples import BadSamples
 from ldm.training.engine import StageModule
 from ldm.training.stages import train_stage
 from ldm.training.tasks.vae import VAETask
 from tests.data.pictures import encoded, noise_picture
 from tests.experiments import SIZE, tiny_experiment
+from tests.processes import run_on_ranks
 
 SAMPLES = 24
 BROKEN = {3: b"", 11: b"no image", 17: encoded(noise_picture(0, SIZE, SIZE))[:-30]}
@@ -117,6 +122,47 @@ def test_too_many_bad_samples_stop_the_training_and_raising_the_limit_resumes_it
     assert before < 4 * 6
     assert train(tmp_path, "data.max_bad_fraction=0.2").is_file()
     assert len(keys) - before <= 4 * 6
+
+
+def count_on_two_ranks(folder: str) -> None:
+    """Read different bad samples on each rank; the second one exceeds the limit."""
+    rank = torch.distributed.get_rank()
+    trainer: Any = SimpleNamespace(world_size=2, is_global_zero=rank == 0)
+    trainer.datamodule = SimpleNamespace(
+        validates=False, data=SimpleNamespace(max_bad_fraction=0.001), samples=lambda split: Samples1000()
+    )
+    config = SimpleNamespace(log_every=2)
+    module: Any = SimpleNamespace(stage="vae", folder=Path(folder), train_config=config, completed_steps=0)
+    module.is_optimizer_step = lambda batch: True
+    callback, errors, checkpoint = BadSamples(), [], {}
+    callback.on_train_start(trainer, module)
+    for step in range(4):
+        module.completed_steps = step + 1
+        bad = [BadSample(Reason.BROKEN_IMAGE, f"{step}", "a.tar", "is broken", step, 2 * step + rank)]
+        batch = {"key": ["a"], BAD: bad if step % 2 == rank and step < 3 else []}
+        try:
+            callback.on_train_batch_end(trainer, module, None, batch, step)
+        except LdmError as error:
+            errors.append((step, str(error)))
+            break
+    callback.on_save_checkpoint(trainer, module, checkpoint)
+    rows = [(row["step"], row["position"], row["key"]) for row in checkpoint["bad_samples"]["found"]]
+    assert rows == [(1, 0, "0"), (2, 3, "1")]
+    assert checkpoint["bad_samples"]["seen"] == 4
+    assert [(step, message.split(",")[0]) for step, message in errors] == [
+        (1, "2 of the 4 training samples that stage vae has read by step 2 cannot be used (2 broken image)")
+    ]
+    if rank == 0:
+        assert read_counts(Path(folder) / "bad_samples.csv") == {"train": {"broken image": 2}}
+
+
+class Samples1000(Samples):
+    lengths = (1000,)
+
+
+@pytest.mark.filterwarnings("ignore:the sample .* cannot be used")
+def test_all_ranks_count_the_bad_samples_of_all(tmp_path: Path) -> None:
+    run_on_ranks(functools.partial(count_on_two_ranks, str(tmp_path)), tmp_path)
 
 
 def test_the_first_bad_sample_is_a_warning_and_alone_no_error(tmp_path: Path) -> None:
