@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import resource
 import struct
-import tarfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -19,6 +17,7 @@ from ldm.data.config import ShardsData
 from ldm.data.samples import Samples
 from ldm.data.stream import EvaluationLoader, TrainStream
 from tests.data.pictures import encoded
+from tests.data.test_shards import write_members
 from tests.odd_images import chunk, png_16
 
 SIZE = 16
@@ -88,21 +87,13 @@ def write_set(folder: Path, each: int) -> None:
             key = f"plain-{number}" if kind == "twice" else key
             caption = {"encoding": b"caf\xe9", "long": b"a " * 500_000}.get(kind, b"a caption")
             members += [(f"{key}.{suffix}", data), *([] if kind == "uncaptioned" else [(f"{key}.txt", caption)])]
-    write(folder / "0.tar", members)
+    write_members(folder / "0.tar", members)
     for number in range(each):
         path = folder / f"truncated-{number}.tar"
         kept = [(f"whole-{number}.png", encoded(picture(number))), (f"whole-{number}.txt", b"before the cut")]
         cut = [(f"truncated-{number}.txt", b"cut"), (f"truncated-{number}.png", np.random.default_rng(0).bytes(20_000))]
-        write(path, [*kept, *cut])
+        write_members(path, [*kept, *cut])
         path.write_bytes(path.read_bytes()[:15_000])
-
-
-def write(path: Path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def resident() -> float:

@@ -80,6 +80,7 @@ def crash() -> None:
     raise RuntimeError("crash")
 
 
+@pytest.mark.slow
 def test_a_resumed_training_uses_and_lists_what_one_that_was_not_stopped_does(
     tmp_path: Path, at_batch: dict[int, Callable[[], object]], keys: list[str]
 ) -> None:
@@ -202,6 +203,7 @@ def test_a_shard_that_disappears_stops_the_training_in_a_sentence_and_is_resumed
     assert len(keys) == 4 * 6
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_stops_the_training_in_a_sentence_and_is_resumed(
     tmp_path: Path, at_batch: dict[int, Callable[[], object]], keys: list[str]
 ) -> None:
