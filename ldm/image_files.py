@@ -16,6 +16,15 @@ from ldm.errors import DataError, first_line
 
 T = TypeVar("T")
 
+
+class ImageFileError(DataError):
+    """Image file that cannot be read, because of ``problem``; the message is a clause without the file's name."""
+
+    def __init__(self, noun: str, problem: Exception | None):
+        super().__init__(f"cannot be read as {noun} ({_reason(problem)})")
+        self.problem = problem
+
+
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _PNG_KEPT = ((b"tRNS", b"eXIf"), ())
 """Ancillary chunks of PNG that are kept in the second and third attempt: transparency and orientation, then none."""
@@ -47,7 +56,8 @@ def open_image(
         noun: what the file is meant to be, for the message.
 
     Raises:
-        DataError: it cannot be read; the message is a clause without the file's name.
+        ImageFileError: it cannot be read, or has more than twice Pillow's ``MAX_IMAGE_PIXELS`` (179 million), for which no
+            memory is allocated.
     """
 
     def load(image: Image.Image) -> Image.Image:
@@ -65,7 +75,7 @@ def image_size(source: bytes | str | Path) -> tuple[int, int]:
     """Return width and height of the image that :func:`open_image` returns, without decoding it.
 
     Raises:
-        DataError: as :func:`open_image`.
+        ImageFileError: as :func:`open_image`.
     """
 
     def size(image: Image.Image) -> tuple[int, int]:
@@ -99,11 +109,13 @@ def _read(source: bytes | str | Path, read: Callable[[Image.Image], T], noun: st
         for version in _versions(data):
             try:
                 return read(_opened(version))
+            except MemoryError:  # says nothing about the file
+                raise
             except Exception as error:  # Pillow's plugins raise many types of errors for a broken file
                 problem = problem or error
     except OSError as error:
         problem = error
-    raise DataError(f"cannot be read as {noun} ({_reason(problem)})") from None
+    raise ImageFileError(noun, problem) from None
 
 
 def _reason(problem: Exception | None) -> str:

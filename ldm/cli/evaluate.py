@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,15 +17,16 @@ from typer import Argument, Option
 
 from ldm.cli.common import Debug, keep_freed_memory, new_app, run
 from ldm.cli.cores import use_idle_cores
-from ldm.errors import CheckpointError, DataError, unknown
+from ldm.errors import CheckpointError, DataError, unknown, warn
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
     from torch import Tensor
 
     from ldm.clip.model import CLIP
     from ldm.clip.tokenizer import Tokenizer
-    from ldm.data.samples import Samples
+    from ldm.data.samples import Batch, Samples
     from ldm.formats.checkpoint import Checkpoint
     from ldm.load_options import Source
     from ldm.pipeline import Pipeline
@@ -160,18 +162,30 @@ class Run:
     settings: Mapping[str, Any]
 
 
+def good_batches(run: Run, split: str) -> Iterator[Batch]:
+    """Yield the batches of a split in order, without its bad samples, of which a warning gives the number."""
+    from ldm.data.bad_samples import BAD, summary
+    from ldm.data.stream import EvaluationLoader
+
+    reasons: Counter[str] = Counter()
+    for batch in EvaluationLoader(run.sets[split], BATCH):
+        reasons.update(bad.reason.value for bad in batch.get(BAD, ()))
+        yield batch
+    if reasons:
+        warn(f"{sum(reasons.values())} samples of {split} cannot be used and are left out: {summary(reasons)}.")
+
+
 def reconstruction(run: Run) -> dict[str, Any]:
     """Measure the mean PSNR in dB over the split, of the decoded mode of the posterior, if there is a first stage."""
     import torch
 
-    from ldm.data.stream import EvaluationLoader
     from ldm.vae.metrics import psnr
 
     if run.first_stage is None:
         return {}
     device, values = run.pipe.device if run.pipe else next(run.first_stage.parameters()).device, []
     with torch.inference_mode():
-        for batch in EvaluationLoader(run.sets[run.split], BATCH):
+        for batch in good_batches(run, run.split):
             image = batch["image"].to(device)
             values.append(psnr(image, _reconstructed(run, image)))
     return {"psnr": float(torch.cat(values).mean())}
@@ -194,7 +208,6 @@ def retrieval(run: Run) -> dict[str, Any]:
 
     from ldm.clip.retrieval import recall_at_k
     from ldm.data.samples import captions_of
-    from ldm.data.stream import EvaluationLoader
 
     if run.clip is None:
         return {}
@@ -202,7 +215,7 @@ def retrieval(run: Run) -> dict[str, Any]:
     texts, images = [], []
     with torch.inference_mode():
         for split in (each for each in HELD_OUT if each in run.sets and each in ("val", run.split)):
-            for batch in EvaluationLoader(run.sets[split], BATCH):
+            for batch in good_batches(run, split):
                 texts.append(clip.encode_text(tokenizer(captions_of(batch, "the evaluation of CLIP"))))
                 images.append(clip.encode_image(batch["image"]))
     recalls = recall_at_k(torch.cat(texts), torch.cat(images))
@@ -220,29 +233,37 @@ def caption_match(run: Run) -> dict[str, Any]:
     from tqdm import tqdm
 
     from ldm.clip.retrieval import reduce_images, reduced_recall
+    from ldm.data.bad_samples import BAD
     from ldm.data.samples import BatchIndices, captions_of
-    from ldm.data.stream import EvaluationLoader
 
     if run.pipe is None or run.pipe.model.config.conditioner.input_keys != ("text",):
         return {}
     sets, split = run.sets, run.split
-    # The reduced images of all splits, and the row at which each split begins.
-    truths = torch.cat(
-        [reduce_images(batch["image"]) for samples in sets.values() for batch in EvaluationLoader(samples, BATCH)]
-    )
-    first = dict(zip(sets, np.cumsum([0, *map(len, sets.values())]), strict=False))
+    # The reduced images of all splits, the numbers of their samples, and the row at which each split begins.
+    reduced_images: list[Tensor] = []
+    good: dict[str, np.ndarray] = {}
+    for name in sets:
+        bad: list[int] = []
+        for batch in good_batches(run, name):
+            reduced_images.append(reduce_images(batch["image"]))
+            bad += [each.index for each in batch.get(BAD, ())]
+        good[name] = np.setdiff1d(np.arange(len(sets[name])), bad)
+    truths = torch.cat(reduced_images)
+    first = dict(zip(sets, np.cumsum([0, *map(len, good.values())]), strict=False))
     results: dict[str, Any] = {"among": len(truths)}
     selected = {
-        split: np.arange(len(sets[split])),
-        f"train[::{run.train_every}]": np.arange(0, len(sets["train"]), run.train_every),
+        split: np.arange(len(good[split])),
+        f"train[::{run.train_every}]": np.arange(0, len(good["train"]), run.train_every),
     }
-    shown = np.linspace(0, len(sets[split]) - 1, min(SHOWN, len(sets[split]))).astype(int)
+    shown = np.linspace(0, len(good[split]) - 1, min(SHOWN, len(good[split]))).astype(int)
     sheet_images, sheet_captions = [], []
     for name, rows in selected.items():
         of, reduced = name.partition("[")[0], []
         for start in tqdm(range(0, len(rows), BATCH), f"generating for {name}", unit="batch", leave=False):
             batch_rows = rows[start : start + BATCH]
-            captions = captions_of(sets[of].annotations(batch_rows), "the evaluation of generated images")
+            captions = captions_of(
+                sets[of].annotations(BatchIndices(good[of][batch_rows])), "the evaluation of generated images"
+            )
             # Image i of a call has the seed seed + i.
             made = run.pipe(captions, seed=start, output_type="pt", batch_size=BATCH, progress=False, **run.settings)
             made = made.cpu() * 2 - 1
@@ -253,7 +274,9 @@ def caption_match(run: Run) -> dict[str, Any]:
                 sheet_captions += [captions[place] for place in places]
         own = torch.from_numpy(rows + first[of])
         results[name] = {"captions": len(rows), **reduced_recall(torch.cat(reduced), truths, own)}
-    sheet = side_by_side(torch.cat(sheet_images), sets[split][BatchIndices(shown)]["image"], sheet_captions)
+    sheet = side_by_side(
+        torch.cat(sheet_images), sets[split][BatchIndices(good[split][shown])]["image"], sheet_captions
+    )
     path = run.folder / f"evaluation-{split}.png"
     sheet.save(path)
     print(f"generated images above the true images: {path}")

@@ -8,6 +8,7 @@ from typing import Literal
 from PIL import ImageColor
 
 from ldm.config import Kind, config_field
+from ldm.data.caption_choice import CaptionConfig
 from ldm.data.samples import ImagesInMemory, Samples, StoredImages
 from ldm.data.shards import SPLITS, Shards, find_shards
 from ldm.errors import ConfigError, DataError, unknown
@@ -20,6 +21,7 @@ class DataConfig(Kind):
     cache_latents: bool = False
     shuffle_buffer: int | None = None
     made_for: int | None = None
+    max_bad_fraction: float = 0.01
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -103,6 +105,15 @@ class ShardsData(DataConfig, kind="shards"):
         "Number of samples that are shuffled at a time, for slow disks: shards are read in sequence; null shuffles all.",
     )
 
+    captions: CaptionConfig = config_field(
+        CaptionConfig(), "Reading of captions, and the choice of one, with its tags, in training.", changeable=True
+    )
+    max_bad_fraction: float = config_field(
+        0.01,
+        "Fraction of the training samples seen so far that may be bad (skipped, replaced and listed in bad_samples.csv); more "
+        "stop the training.",
+        changeable=True,
+    )
     made_for: int | None = config_field(
         None,
         "Number of training images that the config was made for; a warning is given if there are far fewer.",
@@ -116,6 +127,8 @@ class ShardsData(DataConfig, kind="shards"):
             _rgb(name, getattr(self, name) or "white")
         if self.workers < 0:
             raise ConfigError(f"workers must not be negative, but is {self.workers}.")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"max_bad_fraction must be from 0 to 1, but is {self.max_bad_fraction}.")
         if self.shuffle_buffer is not None and self.shuffle_buffer < 1:
             raise ConfigError(f"shuffle_buffer must be at least 1 or null, not {self.shuffle_buffer}.")
         if self.cache == "ram" and self.crop == "random":
@@ -150,6 +163,7 @@ class ShardsData(DataConfig, kind="shards"):
             random_crop=self.crop == "random",
             flip=self.flip,
             sizes=self.sizes,
+            captions=self.captions,
             workers=self.workers,
         )
         return ImagesInMemory(stored) if self.cache == "ram" else stored

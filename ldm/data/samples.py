@@ -3,13 +3,16 @@
 ``samples[draw]`` is one batch, a dict of ``image`` (fp32 ``[b c h w]`` in [-1, 1], channels_last), ``key`` (a list of ``b``) and,
 for sets that have them, the values of modalities by key, such as ``text`` (a list of ``b``), ``label`` (int64 ``[b]``) or
 ``semantic`` (int64 ``[b h w]``); see :mod:`ldm.modalities`. It depends on ``draw`` alone.
+
+Samples that cannot be decoded are left out of the batch, which then has fewer rows, and are listed as ``bad``: a dict of
+:class:`~ldm.data.bad_samples.BadSample` by row of the draw. If all are bad, this is the only key.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +22,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.data.bad_samples import BAD, BadSample, Reason, SampleError
+from ldm.data.caption_choice import CaptionConfig
 from ldm.data.shards import Shards
 from ldm.data.transforms import decode, to_tensor
-from ldm.errors import DataError
+from ldm.errors import DataError, StorageError
 from ldm.image_files import image_size
-from ldm.modalities import MODALITIES
+from ldm.modalities import MODALITIES, Modality
+from ldm.modalities.caption import CAPTION
 from ldm.modalities.crop import WHITE, Color, Crop, Fit
 
 Batch = dict[str, Any]
+
+Reader = Callable[[int, Crop], dict[str, Any]]
+"""Function that reads values of a sample, by its number and crop; it raises a SampleError if they cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +44,23 @@ class BatchIndices:
 
     Args:
         index: int64 ``[b]``, sample numbers.
-        jitter: ``[b 3]`` uniform in [0, 1): position of the crop (y, x) and flip, of each sample. None: no
-            augmentation.
+        jitter: ``[b 3]`` uniform in [0, 1): position of the crop (y, x) and flip, of each sample; it also seeds the choice
+            of its caption. None: no augmentation.
+        start: position of the first sample in the sequence of a training; None outside of training.
     """
 
     index: np.ndarray
     jitter: np.ndarray | None = None
+    start: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def without(self, rows: Iterable[int]) -> BatchIndices:
+        """Return the draw without some of its rows."""
+        kept = np.ones(len(self), bool)
+        kept[list(rows)] = False
+        return BatchIndices(self.index[kept], None if self.jitter is None else self.jitter[kept])
 
 
 class Samples(Dataset[Batch]):
@@ -50,16 +70,18 @@ class Samples(Dataset[Batch]):
         lengths: number of samples of each file that is best read in sequence; they add up to ``len``.
         workers: number of processes that prefetch batches; 0 if prefetching costs more than it saves.
         fingerprint: text that depends on the images before augmentation.
+        dropped: samples that the set does not contain, since they were found to be bad when it was opened.
     """
 
     lengths: Sequence[int]
     workers: int = 0
     fingerprint: str
+    dropped: Sequence[BadSample] = ()
 
     def __len__(self) -> int:
         return sum(self.lengths)
 
-    def annotations(self, index: np.ndarray) -> Batch:
+    def annotations(self, draw: BatchIndices) -> Batch:
         """Return ``key`` and all other values that do not depend on how the images are cropped."""
         raise NotImplementedError
 
@@ -69,6 +91,19 @@ class Samples(Dataset[Batch]):
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
         raise NotImplementedError
+
+    def all_annotations(self) -> Batch:
+        """Return the annotations of all samples, without augmentation."""
+        return self.annotations(BatchIndices(np.arange(len(self))))
+
+    def all_captions(self, reader: str) -> list[str]:
+        """Return all captions of all samples; see :func:`captions_of`."""
+        return captions_of(self.all_annotations(), reader)
+
+    @property
+    def captions_fingerprint(self) -> str:
+        """Text that depends on all captions."""
+        return self.fingerprint
 
 
 class StoredImages(Samples):
@@ -81,6 +116,7 @@ class StoredImages(Samples):
         random_crop: position the crop by the draw's jitter instead of in the centre.
         flip: mirror half of the draws, left to right.
         sizes: add the modalities that are computed from the crop; this reads the header of each image's file.
+        captions: reading and choice of captions.
         workers: number of processes that decode.
     """
 
@@ -93,53 +129,54 @@ class StoredImages(Samples):
         random_crop: bool = False,
         flip: bool = False,
         sizes: bool = False,
+        captions: CaptionConfig = CaptionConfig(),  # noqa: B008 (frozen)
         workers: int = 0,
     ):
         self.shards, self.fit, self.background, self.workers = shards, fit, background, workers
-        self.random_crop, self.flip, self.sizes = random_crop, flip, sizes
-        self.lengths = shards.lengths
+        self.random_crop, self.flip, self.sizes, self.captions = random_crop, flip, sizes, captions
+        self.lengths, self.dropped = shards.lengths, shards.dropped
         self.fingerprint = f"{shards.fingerprint}-{fit.height}x{fit.width}"
         if type(fit) is not Fit or background != WHITE:  # earlier versions had neither
             self.fingerprint += f"-{fit}-{background}"
+        self._bad: dict[int, BadSample] = {}  # those that were read already, in this process
 
-    def annotations(self, index: np.ndarray) -> Batch:
-        batch: Batch = {"key": [self.shards.keys[i] for i in index]}
-        for key, modality in self.shards.modalities.items():
-            if not modality.spatial:
-                batch[key] = modality.collate([self.shards.value(i, modality) for i in index])
-        return batch
+    def annotations(self, draw: BatchIndices) -> Batch:
+        return self.with_captions(self.stored_annotations(draw), draw)
+
+    def stored_annotations(self, draw: BatchIndices) -> Batch:
+        """Return :meth:`annotations` with all captions of each sample, as :meth:`with_captions` takes them."""
+        return self._load(draw, self._annotations)
+
+    def all_captions(self, reader: str) -> list[str]:
+        several = captions_of(self.stored_annotations(BatchIndices(np.arange(len(self)))), reader)
+        return [text for captions in several for text, _ in captions]
+
+    @property
+    def captions_fingerprint(self) -> str:
+        """Text that depends on all captions and their format."""
+        return self.fingerprint if self.captions.format == "text" else f"{self.fingerprint}-{self.captions.format}"
+
+    def with_captions(self, batch: Batch, draw: BatchIndices) -> Batch:
+        """Replace the captions of each sample in the batch of a draw by the one that is used."""
+        if CAPTION.key not in batch:
+            return batch
+        jitter = draw.without(batch.get(BAD, ())).jitter
+        rows: Iterable[np.ndarray | None] = [None] * len(batch["key"]) if jitter is None else jitter
+        texts = [self.captions.choose(each, row) for each, row in zip(batch[CAPTION.key], rows, strict=True)]
+        return {**batch, CAPTION.key: texts}
 
     def spatial_annotations(self, draw: BatchIndices) -> Batch:
-        stored = [modality for modality in self.shards.modalities.values() if modality.spatial]
-        derived = [modality for modality in MODALITIES.values() if modality.from_crop is not None] if self.sizes else []
-        crops = list(self._crops(draw)) if stored or derived else []
-        batch: Batch = {}
-        for modality in stored:
-            values = (self.shards.value(i, modality) for i in draw.index)
-            cropped = [modality.crop(value, crop) for value, crop in zip(values, crops, strict=True)]
-            batch[modality.key] = modality.collate(cropped)
-        for modality in derived:
-            assert modality.from_crop is not None
-            batch[modality.key] = modality.collate([modality.from_crop(crop) for crop in crops])
-        return batch
+        return self._load(draw, self._spatial_annotations)
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
-        images = [self.image(i, crop.y, crop.x) for i, crop in zip(draw.index, self._crops(draw), strict=True)]
-        return {
-            "image": to_tensor(self.mirrored(np.stack(images), draw)),
-            **self.annotations(draw.index),
-            **self.spatial_annotations(draw),
-        }
+        batch = self._load(draw, self._pixels, self._annotations, self._spatial_annotations)
+        return self.with_captions(batch, draw)
 
-    def image(self, i: int, y: float = 0.5, x: float = 0.5) -> np.ndarray:
-        """Return image ``i`` as uint8 ``[h w 3]``, cropped at (y, x)."""
-        try:
-            # Twice the target size leaves enough pixels for Lanczos to average.
-            enough = (2 * self.fit.height, 2 * self.fit.width)
-            image = decode(self.shards.image(i), enough, self.background)
-        except DataError as error:
-            raise DataError(f"the image {self.shards.where(i)} {error}; remove it from the shard.") from None
-        return self.fit(image, y, x)
+    def image(self, i: int) -> np.ndarray | BadSample:
+        """Return image ``i`` as uint8 ``[h w 3]``, cropped in the centre, if its annotations for that crop can be read too."""
+        (crop,) = self._crops(BatchIndices(np.array([i])))
+        values = self._read(i, crop, [self._pixels, self._spatial_annotations])
+        return values if isinstance(values, BadSample) else values["image"]
 
     def mirrored(self, images: np.ndarray, draw: BatchIndices) -> np.ndarray:
         """Return the images ``[b h w ...]`` of a draw, mirrored where the draw requires it."""
@@ -147,6 +184,62 @@ class StoredImages(Samples):
         return (
             np.where(flips.reshape(-1, *[1] * (images.ndim - 1)), images[:, :, ::-1], images) if self.flip else images
         )
+
+    def _load(self, draw: BatchIndices, *readers: Reader) -> Batch:
+        """Return the values that ``readers`` read of the samples of a draw, collated, and the samples that are ``bad``."""
+        rows: list[dict[str, Any]] = []
+        bad: dict[int, BadSample] = {}
+        for row, (i, crop) in enumerate(zip(draw.index.tolist(), self._crops(draw), strict=True)):
+            values = self._read(i, crop, readers)
+            if isinstance(values, BadSample):
+                bad[row] = values
+            else:
+                rows.append(values)
+        batch: Batch = {BAD: bad} if bad else {}
+        for key in rows[0] if rows else ():
+            column = [row[key] for row in rows]
+            if key == "image":
+                batch[key] = to_tensor(np.stack(column))
+            else:
+                batch[key] = MODALITIES[key].collate(column) if key in MODALITIES else column
+        return batch
+
+    def _read(self, i: int, crop: Crop, readers: Sequence[Reader]) -> dict[str, Any] | BadSample:
+        """Return what ``readers`` read of sample ``i``, or why it cannot be read."""
+        values: dict[str, Any] = {}
+        try:
+            for reader in readers if i not in self._bad else ():
+                values |= reader(i, crop)
+        except SampleError as error:
+            self._bad[i] = BadSample(error.reason, self.shards.keys[i], self.shards.path(i), str(error), i)
+        return self._bad.get(i, values)
+
+    def _pixels(self, i: int, crop: Crop) -> dict[str, Any]:
+        # Twice the target size leaves enough pixels for Lanczos to average.
+        enough = (2 * self.fit.height, 2 * self.fit.width)
+        pixels = self.fit(decode(self.shards.image(i), enough, self.background), crop.y, crop.x)
+        return {"image": pixels[:, ::-1] if crop.flip else pixels}
+
+    def _annotations(self, i: int, crop: Crop) -> dict[str, Any]:
+        stored = [modality for modality in self.shards.modalities.values() if not modality.spatial]
+        return {"key": self.shards.keys[i]} | {modality.key: self._value(i, modality) for modality in stored}
+
+    def _spatial_annotations(self, i: int, crop: Crop) -> dict[str, Any]:
+        stored = [modality for modality in self.shards.modalities.values() if modality.spatial]
+        values = {modality.key: modality.crop(self._value(i, modality), crop) for modality in stored}
+        for modality in MODALITIES.values() if self.sizes else ():
+            if modality.from_crop is not None:
+                values[modality.key] = modality.from_crop(crop)
+        return values
+
+    def _value(self, i: int, modality: Modality) -> Any:
+        try:
+            data = self.shards.encoded(i, modality)
+            return self.captions.parse(data) if modality is CAPTION else modality.decode(data)
+        except (StorageError, SampleError):
+            raise
+        except DataError as error:
+            raise SampleError(Reason.MALFORMED_ANNOTATION, f"the {modality.noun} {error}") from None
 
     def _crops(self, draw: BatchIndices) -> Iterator[Crop]:
         """Yield the crop of each sample of a draw."""
@@ -162,7 +255,12 @@ class StoredImages(Samples):
         return draw.jitter[:, 2] < 0.5
 
     def _size(self, i: int) -> tuple[int, int]:
-        return image_size(self.shards.image(i))
+        try:
+            return image_size(self.shards.image(i))
+        except StorageError:
+            raise
+        except DataError as error:
+            raise SampleError(Reason.BROKEN_IMAGE, f"the image {error}") from None
 
 
 class ImagesInMemory(Samples):
@@ -175,36 +273,67 @@ class ImagesInMemory(Samples):
     def __init__(self, stored: StoredImages):
         assert not stored.random_crop
         self._stored = stored
-        self.lengths, self.fingerprint = stored.lengths, stored.fingerprint
+        self.lengths, self.fingerprint, self.dropped = stored.lengths, stored.fingerprint, stored.dropped
 
-    def annotations(self, index: np.ndarray) -> Batch:
-        return take(self._annotations, index)
+    def annotations(self, draw: BatchIndices) -> Batch:
+        stored, bad, row_of = self._annotations
+        return self._batch(draw, bad, lambda good: self._stored.with_captions(take(stored, row_of[good.index]), good))
 
     def spatial_annotations(self, draw: BatchIndices) -> Batch:
         return self._stored.spatial_annotations(draw)
 
+    def all_captions(self, reader: str) -> list[str]:
+        return self._stored.all_captions(reader)
+
+    @property
+    def captions_fingerprint(self) -> str:
+        return self._stored.captions_fingerprint
+
     def __getitem__(self, draw: BatchIndices) -> Batch:
-        image = to_tensor(self._stored.mirrored(self._images[draw.index], draw))
-        return {"image": image, **self.annotations(draw.index), **self.spatial_annotations(draw)}
+        images, bad = self._images
+
+        def load(good: BatchIndices) -> Batch:
+            image = to_tensor(self._stored.mirrored(images[good.index], good))
+            return {"image": image, **self.annotations(good), **self.spatial_annotations(good)}
+
+        return self._batch(draw, bad, load)
+
+    @staticmethod
+    def _batch(draw: BatchIndices, bad: Mapping[int, BadSample], load: Callable[[BatchIndices], Batch]) -> Batch:
+        """Return the batch of a draw, of which ``load`` loads the samples that are not bad."""
+        found = {row: bad[i] for row, i in enumerate(draw.index.tolist()) if i in bad} if bad else {}
+        if not found:
+            return load(draw)
+        good = draw.without(found)
+        return {**(load(good) if len(good) else {}), BAD: found}
 
     @functools.cached_property
-    def _annotations(self) -> Batch:
-        return self._stored.annotations(np.arange(len(self)))
+    def _annotations(self) -> tuple[Batch, dict[int, BadSample], np.ndarray]:
+        """Annotations of the good samples, the bad ones by number, and ``[n]``, the row of each good sample."""
+        batch = self._stored.stored_annotations(BatchIndices(np.arange(len(self))))
+        bad = batch.pop(BAD, {})
+        good = np.ones(len(self), bool)
+        good[list(bad)] = False
+        return batch, bad, np.cumsum(good) - 1
 
     @functools.cached_property
-    def _images(self) -> np.ndarray:
-        """uint8 ``[n h w 3]``."""
+    def _images(self) -> tuple[np.ndarray, dict[int, BadSample]]:
+        """uint8 ``[n h w 3]``, and the samples of which a part is bad, by number."""
         from tqdm import tqdm
 
         fit = self._stored.fit
-        images = np.empty((len(self), fit.height, fit.width, 3), np.uint8)
+        images = np.zeros((len(self), fit.height, fit.width, 3), np.uint8)
+        bad = dict(self._annotations[1])
         with ThreadPoolExecutor(
             max(1, self._stored.workers)
         ) as pool:  # Pillow decodes outside of the interpreter's lock
             decoded = pool.map(self._stored.image, range(len(self)))
             for i, image in enumerate(tqdm(decoded, "decoding", len(self), unit="image", leave=False)):
-                images[i] = image
-        return images
+                if isinstance(image, BadSample):
+                    bad[i] = image
+                else:
+                    images[i] = image
+        return images, bad
 
 
 class TensorsInMemory(Samples):
@@ -229,14 +358,14 @@ class TensorsInMemory(Samples):
         self.lengths = [len(image)]
         self.fingerprint = hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
-    def annotations(self, index: np.ndarray) -> Batch:
-        return take(self._annotations, index)
+    def annotations(self, draw: BatchIndices) -> Batch:
+        return take(self._annotations, draw.index)
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
-        return {"image": self._image[torch.from_numpy(draw.index)], **self.annotations(draw.index)}
+        return {"image": self._image[torch.from_numpy(draw.index)], **self.annotations(draw)}
 
 
-def captions_of(batch: Mapping[str, Any], reader: str) -> list[str]:
+def captions_of(batch: Mapping[str, Any], reader: str) -> list[Any]:
     """Return the captions of a batch, which ``reader`` needs.
 
     Raises:
@@ -244,7 +373,7 @@ def captions_of(batch: Mapping[str, Any], reader: str) -> list[str]:
     """
     if "text" not in batch:
         raise DataError(f"{reader} needs captions, but the data has none; give each sample a .txt.")
-    captions: list[str] = batch["text"]
+    captions: list[Any] = batch["text"]
     return captions
 
 

@@ -26,8 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from ldm.data.bad_samples import BadSample, Reason, dropped, duplicates, is_cut
 from ldm.data.shard_set import check_complete, check_replaced, check_shards
-from ldm.errors import DataError
+from ldm.errors import DataError, StorageError
 from ldm.formats.tensors import write_atomically
 from ldm.modalities import MODALITIES, Modality
 from ldm.modalities.caption import CAPTION
@@ -189,7 +190,8 @@ class Shards:
     """Samples of several shards by number, read from disk when needed.
 
     A sample without an image, or without both caption and class number, is skipped, and so is one without a caption if others
-    have one; a warning gives their number. If a key occurs in several shards, all keys are preceded by the name of their shard.
+    have one, the incomplete one at the end of a truncated shard, and the later ones of the same key in a shard; a warning gives
+    their number. If a key occurs in several shards, all keys are preceded by the name of their shard.
 
     Args:
         paths: the shards, as :func:`find_shards` lists them.
@@ -198,10 +200,11 @@ class Shards:
         keys: the key of each sample.
         lengths: the number of samples of each shard.
         modalities: those that the samples have, by key.
+        dropped: the samples that are skipped.
 
     Raises:
-        DataError: a shard that is missing, truncated, not a tar file, or listed twice; a set without complete samples; a
-            modality, other than captions, that some samples have and some lack.
+        DataError: a shard that is missing, not a tar file, listed twice, or other than a report lists it; a set without
+            complete samples; a modality, other than captions, that some samples have and some lack.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -214,18 +217,20 @@ class Shards:
         self._shard = np.repeat(np.arange(len(self.paths)), [len(index.keys) for index in indices])
         # [n 1+m 2]: offset and size, in bytes, of the image and of each kind of member; size -1 if it is missing.
         self._spans = np.concatenate([_array([]), *(index.spans for index in indices)])
+        self.dropped = [bad for index in indices for bad in index.dropped]
+        _warn_of(self.dropped)
         if not self.keys:
             raise DataError(
                 f"there is no sample in {', '.join(map(str, self.paths))}; make shards with tools/prepare.py."
             )
-        _warn_of_repeated([f"{name!r} in {index.path}" for index in indices for name in index.repeated])
-        self._keep(self._has(_IMAGE), f"no image ({', '.join(IMAGE_SUFFIXES)})")
+        self._keep(self._has(_IMAGE), f"no image ({', '.join(IMAGE_SUFFIXES)})", Reason.NO_IMAGE)
         describing = {suffix: modality for suffix, modality in MEMBERS.items() if modality.describes}
         nouns = " nor ".join(f"{modality.noun} (.{suffix})" for suffix, modality in describing.items())
-        self._keep(np.any([self._has(_COLUMNS[suffix]) for suffix in describing], axis=0), f"neither {nouns}")
+        described = np.any([self._has(_COLUMNS[suffix]) for suffix in describing], axis=0)
+        self._keep(described, f"neither {nouns}", Reason.NO_CAPTION)
         self.modalities = {modality.key: modality for modality in MEMBERS.values() if self._in_all(modality)}
         if CAPTION.key in self.modalities:
-            self._keep(self._has(_COLUMNS[_CAPTION]), f"no {CAPTION.noun} (.{_CAPTION})")
+            self._keep(self._has(_COLUMNS[_CAPTION]), f"no {CAPTION.noun} (.{_CAPTION})", Reason.NO_CAPTION)
         self.lengths: list[int] = np.bincount(self._shard, minlength=len(self.paths)).tolist()
         if len(set(self.keys)) < len(self.keys):
             names = _names_of(self.paths)
@@ -236,7 +241,7 @@ class Shards:
         has: np.ndarray = self._spans[:, column, 1] >= 0
         return has
 
-    def _keep(self, complete: np.ndarray, lack: str) -> None:
+    def _keep(self, complete: np.ndarray, lack: str, reason: Reason) -> None:
         """Keep the samples that are complete, and warn of the others.
 
         Raises:
@@ -251,6 +256,7 @@ class Shards:
             f"{np.sum(~complete)} of {len(self)} samples are skipped, the first of them {first}: they have {lack}.",
             stacklevel=4,
         )
+        self.dropped += dropped(reason, f"has {lack}", np.flatnonzero(~complete), self.keys, self.path)
         self.keys = list(itertools.compress(self.keys, complete))
         self._shard, self._spans = self._shard[complete], self._spans[complete]
 
@@ -284,7 +290,11 @@ class Shards:
 
     def where(self, i: int) -> str:
         """Return the shard and key of sample ``i``, for messages."""
-        return f"{self.keys[i]!r} in {self.paths[self._shard[i]]}"
+        return f"{self.keys[i]!r} in {self.path(i)}"
+
+    def path(self, i: int) -> str:
+        """Return the path of the shard of sample ``i``."""
+        return str(self.paths[self._shard[i]])
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -340,11 +350,11 @@ class Shards:
                 data = file.read(size)
                 modified = os.fstat(file.fileno()).st_mtime_ns
         except OSError as error:
-            raise DataError(f"cannot read the shard {path}: {error.strerror}.") from None
+            raise StorageError(f"cannot read the shard {path}: {error.strerror}.") from None
         if len(data) < size:
-            raise DataError(f"the shard {path} has become shorter since it was opened; do not modify shards in use.")
+            raise StorageError(f"the shard {path} has become shorter since it was opened; do not modify shards in use.")
         if modified != self._modified[self._shard[i]]:
-            raise DataError(f"the shard {path} was replaced since it was opened; run the same command again.")
+            raise StorageError(f"the shard {path} was replaced since it was opened; run the same command again.")
         return data
 
 
@@ -360,11 +370,11 @@ def _names_of(paths: Sequence[Path]) -> list[str]:
     return [path.resolve().relative_to(folder).with_suffix("").as_posix() for path in paths]
 
 
-def _warn_of_repeated(members: Sequence[str]) -> None:
-    if members:
+def _warn_of(bad: Sequence[BadSample]) -> None:
+    for reason in dict.fromkeys(each.reason for each in bad):
+        found = [each for each in bad if each.reason == reason]
         warnings.warn(
-            f"{len(members)} members of shards are skipped, the first of them {members[0]}: an earlier member of the same shard "
-            "has the same key and kind.",
+            f"{sum(each.count for each in found)} samples are skipped, the first of them {found[0].where}: {found[0].detail}.",
             stacklevel=4,
         )
 
@@ -377,7 +387,7 @@ class _Index:
         path: the file.
         keys: keys of the samples, in the shard's order.
         spans: ``[n 1+m 2]``, as those of :class:`Shards`.
-        repeated: names of members of which the shard has an earlier one of the same key and kind.
+        dropped: the samples that the shard has no complete content of.
         checksum: checksum that the shard contains.
         modified: time at which the file was modified, in nanoseconds.
     """
@@ -385,7 +395,7 @@ class _Index:
     path: Path
     keys: list[str]
     spans: np.ndarray
-    repeated: list[str]
+    dropped: list[BadSample]
     checksum: str | None
     modified: int
 
@@ -393,11 +403,11 @@ class _Index:
 def _index(path: Path) -> _Index:
     checksum: str | None = None
     samples: dict[str, list[tuple[int, int]]] = {}
-    repeated: list[str] = []
+    repeated: list[tuple[str, str]] = []  # key and suffix
+    end, key = 0, ""
     try:
-        modified = path.stat().st_mtime_ns
+        status = path.stat()
         with tarfile.open(path, "r:") as tar:
-            end = 0
             for info in tar:
                 end = info.offset_data + -(-info.size // _BLOCK) * _BLOCK
                 content = tar.extractfile(info) if info.name == CHECKSUM else None
@@ -406,23 +416,31 @@ def _index(path: Path) -> _Index:
                 stem, _, suffix = name.partition(".")  # as in webdataset, a key ends at the name's first dot
                 column = _COLUMNS.get(suffix.lower())
                 if info.isreg() and column is not None:
-                    spans = samples.setdefault(folder + slash + stem, [(0, -1)] * (1 + len(MEMBERS)))
+                    key = folder + slash + stem
+                    spans = samples.setdefault(key, [(0, -1)] * (1 + len(MEMBERS)))
                     if spans[column][1] < 0:
                         spans[column] = (info.offset_data, info.size)
                     else:
-                        repeated.append(info.name)
+                        repeated.append((key, suffix))
         with path.open("rb") as file:
             file.seek(end)
             complete = file.read(_BLOCK) == bytes(_BLOCK)
     except FileNotFoundError:
         raise DataError(f"the shard {path} does not exist; check the sources given under data.") from None
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(
-            f"the shard {path} is truncated or not a tar file ({error}); copy or create it again."
-        ) from None
+        if not end and status.st_size >= _BLOCK:
+            raise DataError(
+                f"the shard {path} is truncated or not a tar file ({error}); copy or create it again."
+            ) from None
+        complete = False
+    bad = duplicates(path, repeated)
     if not complete:  # truncated between two members, which the headers alone do not show
-        raise DataError(f"the shard {path} is truncated after {len(samples)} samples; copy or create it again.")
-    return _Index(path, list(samples), _array(list(samples.values())), repeated, checksum, modified)
+        last = next(reversed(samples), "")
+        cut = last if samples and key == last and is_cut(list(samples.values()), status.st_size) else ""
+        samples.pop(cut, None)
+        detail = f"the shard is truncated after {len(samples)} samples"
+        bad.append(BadSample(Reason.TRUNCATED_SHARD, cut, str(path), detail))
+    return _Index(path, list(samples), _array(list(samples.values())), bad, checksum, status.st_mtime_ns)
 
 
 def _array(spans: Sequence[Sequence[tuple[int, int]]]) -> np.ndarray:

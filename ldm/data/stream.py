@@ -4,23 +4,39 @@ A training run reads one endless sequence of samples, epoch after epoch, each a 
 ``k`` of a run on ``w`` ranks with ``b`` samples a rank takes positions ``k w b`` to ``(k + 1) w b`` of it,
 rank ``r`` the ``r``-th block of ``b``. A batch may span two epochs; nothing is dropped. The order does not depend on
 the number of workers. A run that is resumed with another ``w`` or ``b`` continues at the same position of the sequence.
+
+A bad sample is replaced in its position; the other positions keep their samples. Of an epoch of ``n`` samples, position ``i`` is
+given to the first good one of those at ``i``, ``i + s``, ``i + 2 s``, ... (modulo ``n``), where the stride ``s`` depends on ``n``
+and the shuffle buffer alone. What replaces a sample is thus a function of its position, whatever the batches, ranks and workers,
+and wherever the run was resumed. A replacement is used at its own position too, so it is not the next one, which would put the
+same sample twice into a batch: it comes from ``shuffle_buffer`` positions ahead, where shards are read next, or without a buffer
+from another part of the epoch. It gets the crop, flip and caption choice of the position that it fills.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldm.data.samples import Batch, BatchIndices, Samples
+from ldm.data.bad_samples import BAD, BadSample
+from ldm.data.samples import Batch, BatchIndices, Samples, take
 from ldm.errors import DataError
 from ldm.processes import STOP_SIGNALS
+
+MAX_REPLACED = 100
+"""Number of bad samples in succession after which a position is given up, since hardly any sample can be good."""
+
+_STRIDE = 0.618  # of an epoch: multiples of the golden section are far from each other
 
 
 class Order:
@@ -66,7 +82,8 @@ class Order:
 class TrainStream:
     """Stream of the batches ``start_batch`` to ``total_batches`` of a run, all of full size.
 
-    Iterating again continues where it stopped. ``len`` is always ``total_batches``, against which Lightning counts when it
+    A batch in which bad samples were replaced lists them as ``bad`` (:class:`~ldm.data.bad_samples.BadSample`). Iterating again
+    continues where it stopped. ``len`` is always ``total_batches``, against which Lightning counts when it
     resumes; Lightning also saves and restores ``state_dict``.
 
     Args:
@@ -103,14 +120,14 @@ class TrainStream:
         return self.total_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in _batches(self.samples, self._draws()):
+        for batch in _batches(_Replaced(self.samples, self._order), self._draws(), self.samples.workers):
             self.batch += 1
             yield batch
 
     def _draws(self) -> Iterator[BatchIndices]:
         for batch in range(self.batch, self.total_batches):
             start = self._origin + (batch * self.world_size + self.rank) * self.batch_size
-            yield self._order.draw(start, self.batch_size)
+            yield replace(self._order.draw(start, self.batch_size), start=start)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of batches yielded so far, including those before ``start_batch``.
@@ -130,11 +147,18 @@ class EvaluationLoader:
     Each batch of all ranks consists of the next ``world_size * batch_size`` samples, of which rank ``r`` reads the ``r``-th part.
     All ranks have the same number of batches. Where the last one has fewer samples than there are ranks, a rank without a
     sample reads one that is not its own, and :meth:`rows` is empty.
+
+    Bad samples are left out and listed as ``bad`` in the batch that would have them, or in another one if it would be empty; with
+    several ranks, a batch that would be empty has the first good sample, and no rows.
+
+    Raises:
+        DataError: when iterating, if all samples are bad.
     """
 
     def __init__(self, samples: Samples, batch_size: int, *, rank: int = 0, world_size: int = 1):
         self.samples, self.batch_size = samples, batch_size
         self.rank, self.world_size = rank, world_size
+        self._without: set[int] = set()  # batches of which no sample of this rank is good
 
     def __len__(self) -> int:
         return math.ceil(len(self.samples) / (self.world_size * self.batch_size))
@@ -146,20 +170,82 @@ class EvaluationLoader:
 
     def rows(self, batch: int) -> range:
         """Return which of the samples of a batch belong to this rank."""
-        size = self.size(batch)
+        size = 0 if batch in self._without else self.size(batch)
         return range(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _batches(self.samples, map(self._indices, range(len(self))))
+        held: Batch = {}
+        bad: list[BadSample] = []
+        for number, batch in enumerate(
+            _batches(self.samples, map(self._indices, range(len(self))), self.samples.workers)
+        ):
+            found = batch.pop(BAD, {}).values()
+            bad += found if self.rows(number) else ()  # else another rank reports it
+            if not batch and self.world_size == 1:
+                continue
+            if not batch:
+                self._without.add(number)
+                batch = first_batch(self.samples, 1)
+            if held:
+                yield held
+            held, bad = {**batch, **({BAD: bad} if bad else {})}, []
+        if held:
+            yield {**held, **({BAD: held.get(BAD, []) + bad} if bad else {})}
+        elif bad:
+            raise none_good(bad)
 
     def _indices(self, batch: int) -> BatchIndices:
         rows = self.rows(batch) or range(1)
         return BatchIndices(batch * self.world_size * self.batch_size + np.arange(rows.start, rows.stop))
 
 
-def _batches(samples: Samples, draws: Iterator[BatchIndices]) -> Iterator[Batch]:
-    """Yield one batch per entry of ``draws``, in order, prefetched by as many processes as the set requests."""
-    if samples.workers == 0:
+def batches_in_order(samples: Samples, index: np.ndarray, batch_size: int) -> Iterator[Batch]:
+    """Yield the samples ``index`` in batches without augmentation, and without bad samples, as :class:`Samples` returns them."""
+    starts = range(0, len(index), batch_size)
+    draws = (BatchIndices(index[start : start + batch_size]) for start in starts)
+    return _batches(samples, draws, samples.workers)
+
+
+def first_batch(samples: Samples, count: int) -> Batch:
+    """Return a batch of the first good samples, repeated if there are fewer, without starting workers.
+
+    Raises:
+        DataError: there are none among the first.
+    """
+    bad: list[BadSample] = []
+    for start in range(0, min(len(samples), MAX_REPLACED * count), count):
+        batch = samples[BatchIndices(np.arange(start, min(start + count, len(samples))))]
+        bad += batch.pop(BAD, {}).values()
+        if batch:
+            return take(batch, np.arange(count) % len(batch["key"]))
+    raise none_good(bad)
+
+
+def worker_death(error: BaseException) -> DataError | None:
+    """Return the error for a process that loads data and has ended, if ``error`` is that of torch's DataLoader."""
+    text = str(error)
+    if not (isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid")):
+        return None
+    process = "".join(itertools.takewhile(lambda each: each not in "),", text.partition("pid")[2].lstrip("(s) ")))
+    signal = text.partition("killed by signal: ")[2].split(".")[0].strip()
+    how = f"was killed by the signal {signal!r}" if signal else "ended unexpectedly"
+    return DataError(
+        f"the process {process} of data.workers {how}; run the same command to resume from the last checkpoint, with fewer "
+        "data.workers if memory ran out."
+    )
+
+
+def none_good(bad: Sequence[BadSample]) -> DataError:
+    """Return the error for samples all of which are bad."""
+    return DataError(
+        f"{len(bad)} samples in succession cannot be used, the first of them {bad[0].where}: {bad[0].detail}; "
+        "check the sources given under data."
+    )
+
+
+def _batches(samples: Dataset[Batch], draws: Iterator[BatchIndices], workers: int) -> Iterator[Batch]:
+    """Yield one batch per entry of ``draws``, in order, prefetched by a number of processes."""
+    if workers == 0:
         yield from map(samples.__getitem__, draws)
         return
     loader = DataLoader(
@@ -167,21 +253,76 @@ def _batches(samples: Samples, draws: Iterator[BatchIndices]) -> Iterator[Batch]
         sampler=_Once(draws),
         batch_size=None,
         collate_fn=_as_is,
-        num_workers=samples.workers,
+        num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # by default the loader draws from the global generator
         worker_init_fn=_outlive_signals,
     )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        death = worker_death(error)
+        if death is None:
+            raise
+        raise death from None
+
+
+class _Replaced(Dataset[Batch]):
+    """Samples by positions of an order, with bad ones replaced as the module says; the batch lists them as ``bad``."""
+
+    def __init__(self, samples: Samples, order: Order):
+        self._samples, self._order = samples, order
+        self._size = len(samples)
+        buffer = order.shuffle_buffer or self._size
+        far = buffer if buffer < self._size else max(1, round(_STRIDE * self._size))
+        self._stride = next(stride for stride in itertools.count(far) if math.gcd(stride, self._size) == 1)
+
+    def __getitem__(self, draw: BatchIndices) -> Batch:
+        batch = self._samples[draw]
+        if BAD not in batch:
+            return batch
+        assert draw.start is not None
+        bad: list[BadSample] = []
+        parts: list[Batch] = []
+        rows: list[int] = []  # row in the batch of each sample of the parts
+        missing, attempt = list(range(len(draw))), 0
+        while True:
+            failed = batch.pop(BAD, {})
+            bad += [replace(each, position=draw.start + missing[row]) for row, each in failed.items()]
+            parts += [batch] if batch else []
+            rows += [row for i, row in enumerate(missing) if i not in failed]
+            missing = [missing[i] for i in failed]
+            if not missing:
+                return {**take(_joined(parts), np.argsort(rows)), BAD: bad}
+            attempt += 1
+            if attempt == min(MAX_REPLACED, self._size):
+                raise none_good([each for each in bad if each.position == draw.start + missing[0]])
+            index = [self._replacement(draw.start + row, attempt) for row in missing]
+            batch = self._samples[BatchIndices(np.array(index), None if draw.jitter is None else draw.jitter[missing])]
+
+    def _replacement(self, position: int, attempt: int) -> int:
+        """Return the sample that is tried for a position after ``attempt`` bad ones."""
+        epoch, place = divmod(position, self._size)
+        return int(self._order.draw(epoch * self._size + (place + attempt * self._stride) % self._size, 1).index[0])
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """Concatenate batches with the same keys."""
+    return {
+        name: torch.cat([batch[name] for batch in batches])
+        if isinstance(value, Tensor)
+        else [entry for batch in batches for entry in batch[name]]
+        for name, value in batches[0].items()
+    }
 
 
 class _Guarded(Dataset[Batch | DataError]):
     """Dataset that returns errors as values, since one raised in a worker would arrive as the text of its traceback."""
 
-    def __init__(self, samples: Samples):
+    def __init__(self, samples: Dataset[Batch]):
         self._samples = samples
 
     def __getitem__(self, draw: BatchIndices) -> Batch | DataError:

@@ -6,10 +6,12 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ldm.image_files import open_image
+from ldm.data.bad_samples import Reason, SampleError
+from ldm.errors import DataError
+from ldm.image_files import ImageFileError, open_image
 from ldm.image_io import rgb
 from ldm.modalities.crop import WHITE, Color
 
@@ -24,9 +26,22 @@ def decode(data: bytes, enough: tuple[int, int] | None = None, background: str |
         background: colour behind transparency, in any form that Pillow takes.
 
     Raises:
-        DataError: the bytes are not an image, or are truncated; the message is a clause without the sample's name.
+        SampleError: the bytes are not an image, are truncated, or hold too many pixels, which are then not allocated.
     """
-    return rgb(open_image(data, enough), background)
+    try:
+        return rgb(open_image(data, enough), background)
+    except DataError as error:
+        raise SampleError(_reason(data, error), f"the image {error}") from None
+
+
+def _reason(data: bytes, error: DataError) -> Reason:
+    """Return the category of an error in decoding an image."""
+    if not any(data):
+        return Reason.EMPTY_IMAGE
+    problem = error.problem if isinstance(error, ImageFileError) else None
+    if isinstance(problem, UnidentifiedImageError):
+        return Reason.UNKNOWN_FORMAT
+    return Reason.TOO_MANY_PIXELS if isinstance(problem, Image.DecompressionBombError) else Reason.BROKEN_IMAGE
 
 
 def shrink(image: Image.Image, longest: int) -> Image.Image:

@@ -204,7 +204,8 @@ def _captions(experiment: Experiment, stage: str) -> list[str]:
         return [""]
     try:
         samples = experiment.data.open("train")
-        return captions_of(samples.annotations(np.random.default_rng(0).permutation(len(samples))[:CAPTIONS]), "")
+        draw = BatchIndices(np.random.default_rng(0).permutation(len(samples))[:CAPTIONS])
+        return captions_of(samples.annotations(draw), "")
     except LdmError:
         return ["x " * experiment.clip.tokenizer.context_length]
 

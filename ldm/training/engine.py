@@ -31,6 +31,9 @@ from ldm.training.tasks import Task
 from ldm.training.tasks.task import Export, Preview, Splits, Step, TrainLoss
 from ldm.training.trial import evaluation_mode, infinite_loss, try_settings
 
+NAMED = 16
+"""Number of samples of a batch that an error message names."""
+
 
 def seed_of(*key: int | str) -> int:
     """Return a seed that depends on ``key`` alone."""
@@ -156,7 +159,7 @@ class StageModule(L.LightningModule):
             with self._only_trainable(index):
                 loss = next(losses)
                 value, metrics = self._over_ranks(loss)
-                self.latest[spec.name] = self._finite(value)
+                self.latest[spec.name] = self._finite(value, loss.value, batch)
                 self.latest |= metrics
                 self._backward(loss.value / self.train_config.accumulate, sync=due)
                 if due:
@@ -210,8 +213,8 @@ class StageModule(L.LightningModule):
         value, *metrics = mean_over_ranks(torch.stack([each.detach().float() for each in values]))
         return value, dict(zip(loss.metrics, metrics, strict=True))
 
-    def _finite(self, loss: Tensor) -> float:
-        """Return the value of a loss.
+    def _finite(self, loss: Tensor, own: Tensor, batch: Mapping[str, Any]) -> float:
+        """Return the value of the loss of a batch, of which ``own`` is the value on this rank.
 
         Raises:
             TrainingError: it is NaN or infinite, or the gradients of the step before were.
@@ -219,7 +222,12 @@ class StageModule(L.LightningModule):
         self._check_gradients()
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise self._diverged(f"the loss of stage {self.stage} is {value} at step {self.completed_steps}")
+            problem = f"the loss of stage {self.stage} is {value} at step {self.completed_steps}"
+            if not math.isfinite(float(own.detach())):  # else it is that of another rank
+                keys = list(map(repr, batch["key"]))
+                more = f" and {len(keys) - NAMED} others" if len(keys) > NAMED else ""
+                problem = f"{problem} on the samples {', '.join(keys[:NAMED])}{more}"
+            raise self._diverged(problem)
         return value
 
     def _check_gradients(self) -> None:

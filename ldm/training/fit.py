@@ -13,7 +13,9 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from ldm.data.datamodule import DataModule
+from ldm.data.stream import worker_death
 from ldm.devices import usual_torch_state
+from ldm.training.bad_samples import BadSamples
 from ldm.training.callbacks.checkpoints import Checkpoints
 from ldm.training.callbacks.interruption import Interruption
 from ldm.training.callbacks.metrics import Metrics
@@ -57,7 +59,9 @@ def fit(
     Raises:
         CheckpointError: the checkpoint cannot be continued; see :func:`ldm.training.resume.resume_point`.
         Interrupted: a signal stopped the training.
-        TrainingError: Ctrl-C stopped it, the loss is not finite, or a checkpoint cannot be written.
+        TrainingError: Ctrl-C stopped it, the loss is not finite, a checkpoint cannot be written, or too many
+            samples are bad.
+        DataError: a shard cannot be read, or a process that reads data has ended.
     """
     train, start = module.train_config, resume_point(module, data)
     for problem in start.warnings if start and is_first_process() else ():
@@ -91,6 +95,7 @@ def fit(
         # The order after each step: an interruption saves the step before its previews and validation, a checkpoint after them.
         callbacks=[
             Trial(begin),
+            BadSamples(),
             Metrics(),
             Progress(),
             Interruption(checkpoints),
@@ -99,5 +104,11 @@ def fit(
             checkpoints,
         ],
     )
-    trainer.fit(module, datamodule=data, ckpt_path=start.path if start else None, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=start.path if start else None, weights_only=True)
+    except RuntimeError as error:  # torch raises it wherever the process is when a worker ends
+        death = worker_death(error)
+        if death is None:
+            raise
+        raise death from None
     return trainer

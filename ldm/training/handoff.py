@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
 from ldm.config import to_dict
-from ldm.data.samples import captions_of
 from ldm.data.stream import EvaluationLoader
 from ldm.devices import default_device
 from ldm.errors import CheckpointError, TrainingError
@@ -106,11 +104,10 @@ class Handoff:
         if text and self._is_trained():
             return Tokenizer.from_json(text)
         samples = self.experiment.data.open("train")
-        made_from = {"config": to_dict(config), "captions": samples.fingerprint, "path": _digest(config)}
+        made_from = {"config": to_dict(config), "captions": samples.captions_fingerprint, "path": _digest(config)}
         if text and record.is_file() and record.read_text(encoding="utf-8") == _record(made_from, text):
             return Tokenizer.from_json(text)
-        annotations = samples.annotations(np.arange(len(samples)))
-        tokenizer = config.build(captions_of(annotations, f"the tokenizer of stage {self.stage}"))
+        tokenizer = config.build(samples.all_captions(f"the tokenizer of stage {self.stage}"))
         text = tokenizer.to_json()
         self.files |= {path: text, record: _record(made_from, text)}
         return tokenizer

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from ldm.data.samples import Batch, BatchIndices, Samples
+from ldm.data.samples import Batch, Samples
+from ldm.data.stream import first_batch
 from ldm.errors import LdmError, TrainingError, first_line
 from ldm.training.tasks.task import Splits, Step, Task, on_device
 
@@ -81,14 +81,17 @@ def try_settings(
     last = max(spec.start for spec in task.optimizers())  # by then all optimizers are active
 
     def losses() -> None:
+        # Data are read outside of autocast, as in training.
+        batch = _first(splits("train"), batch_size, task.device)
         with autocast():
-            for _ in task.losses(_first(splits("train"), batch_size, task.device), step("train", last)):
+            for _ in task.losses(batch, step("train", last)):
                 pass
 
     @torch.no_grad()
     def validation() -> None:
+        batch = _first(splits("val"), batch_size, task.device)
         with evaluation_mode(task), autocast():
-            results = task.evaluate(_first(splits("val"), batch_size, task.device), step("validation", last))
+            results = task.evaluate(batch, step("validation", last))
         if task.monitor not in task.metrics(results):
             raise TrainingError(f"the validation of stage {task.stage} does not compute {task.monitor}.")
 
@@ -121,5 +124,5 @@ def try_settings(
 
 
 def _first(samples: Samples, count: int, device: torch.device) -> Batch:
-    """Return a batch of the first samples, repeated if there are fewer."""
-    return on_device(samples[BatchIndices(np.arange(count) % len(samples))], device)
+    """Return a batch of the first good samples, repeated if there are fewer."""
+    return on_device(first_batch(samples, count), device)

@@ -63,7 +63,7 @@ def test_images_are_not_kept_and_the_test_set_is_not_needed(monkeypatch: pytest.
     monkeypatch.setattr(StoredImages, "__getitem__", watched)
     results = evaluate(monkeypatch, folder, "data.cache=ram")
     assert len(alive) >= 5
-    assert most[0] <= 2
+    assert most[0] <= 3  # the one in use, the one ahead of it, and the one being read
     assert results["samples"]["among"] == sum(COUNTS.values())
 
     monkeypatch.undo()

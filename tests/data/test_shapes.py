@@ -36,7 +36,7 @@ def test_all_that_is_said_of_a_picture_is_true() -> None:
 
 
 def test_captions_are_english() -> None:
-    texts = Shapes(samples=60, shapes=3).open("train").annotations(np.arange(60))["text"]
+    texts = Shapes(samples=60, shapes=3).open("train").all_annotations()["text"]
     by_length = {text.count(" a "): text for text in texts}
     patterns = {0: r"a \w+ rectangle", 1: r"a \w+ and a \w+ rectangle", 2: r"a \w+, a \w+ and a \w+ rectangle"}
     for others, pattern in patterns.items():

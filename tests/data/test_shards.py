@@ -1,19 +1,20 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import webdataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.data import ShardsData
-from ldm.data.shards import Sample, Shards, find_shards, write_shard
+from ldm.data.bad_samples import Reason
+from ldm.data.shards import Sample, Shards, checksum_of, find_shards, write_shard
 from ldm.errors import DataError
 from ldm.modalities.label import LABEL
 from tests.data.pictures import encoded, noise_picture, sample, write_shards
@@ -85,15 +86,37 @@ def test_a_shard_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@settings(max_examples=60)
 @given(st.integers(0, 10**6))
-def test_a_shard_cut_anywhere_is_noticed(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
-    folder = tmp_path_factory.mktemp("cut")
-    (path,) = write_shards(folder, [3])
-    whole = path.read_bytes()
-    with tarfile.open(path) as tar:
-        end = max(info.offset_data + -(-info.size // 512) * 512 for info in tar)
-    path.write_bytes(whole[: cut % end])
-    with pytest.raises(DataError, match=r"000\.tar is truncated"):
+@pytest.mark.filterwarnings("ignore:.*truncated after")
+def test_a_shard_cut_anywhere_keeps_the_samples_before_the_cut(
+    tmp_path_factory: pytest.TempPathFactory, cut: int
+) -> None:
+    paths = write_shards(tmp_path_factory.mktemp("cut"), [1, 3], labelled=True)
+    with tarfile.open(paths[1]) as tar:
+        starts = {info.name: info.offset_data for info in tar}
+        ends = {info.name.partition(".")[0]: info.offset_data + info.size for info in tar}
+    complete = paths[1].read_bytes()
+    cut %= max(ends.values())  # the end of the checksum
+    paths[1].write_bytes(complete[:cut])
+    shards = Shards(paths)
+    before = [key for key in ("0001", "0002", "0003") if ends[key] <= cut]
+    alone = before == ["0001"] and starts["0002.png"] > cut  # it may lack members
+    assert shards.keys == ["0000", *([] if alone else before)]
+    (record,) = shards.dropped
+    assert (record.reason, record.shard) == (Reason.TRUNCATED_SHARD, str(paths[1]))
+    assert record.key not in shards.keys
+    assert shards.fingerprint
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_a_truncated_shard_of_a_prepared_set_is_refused(tmp_path: Path, share: float) -> None:
+    (path,) = write_shards(tmp_path / "train", [3])
+    report = {"pictures": {"train": 3}, "shards": {"train": {path.name: checksum_of(path)}}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert len(Shards([path])) == 3
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size) // 512 * 512])
+    with pytest.raises(DataError, match=r"000\.tar is not the one that the report next to its folder lists"):
         Shards([path])
 
 
@@ -222,7 +245,7 @@ def test_labelled_samples_without_a_caption_are_skipped_if_others_have_one(tmp_p
 def test_a_set_without_captions_has_no_empty_ones(tmp_path: Path) -> None:
     path = tar(tmp_path / "a.tar", {"a.png": PICTURE, "a.cls": b"1"})
     samples = ShardsData(str(path), workers=0).open("train")
-    assert set(samples.annotations(np.array([0]))) == {"key", "label"}
+    assert set(samples.all_annotations()) == {"key", "label"}
 
 
 def write_members(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -245,7 +268,9 @@ def write_members(path: Path, members: list[tuple[str, bytes]]) -> Path:
 def test_a_key_twice_in_a_shard_is_counted_and_the_first_is_used(
     tmp_path: Path, members: list[tuple[str, bytes]]
 ) -> None:
-    with pytest.warns(UserWarning, match=r"members of shards are skipped, the first of them 'a\.\w+' in .*a\.tar"):
+    with pytest.warns(
+        UserWarning, match=r"^1 samples are skipped, the first of them 'a' in .*a\.tar: an earlier sample"
+    ):
         shards = Shards([write_members(tmp_path / "a.tar", members)])
     assert (shards.image(0), shards.text(0)) == (PICTURE, "first")
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -246,7 +245,7 @@ class DenoiserTask(Task):
             return
         found: set[int] = set()
         for samples in sets:
-            labels = input_of(samples.annotations(np.arange(len(samples))), LABEL.key)
+            labels = input_of(samples.all_annotations(), LABEL.key)
             found.update(labels.tolist())
             for conditioner in conditioners:
                 conditioner.check(labels)
