@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.data.samples import Batch, captions_of
+from ldm.data.samples import Batch, BatchIndices, captions_of
 from ldm.errors import LdmError
 from ldm.formats import native
 from ldm.nn.gradient_checkpointing import set_gradient_checkpointing

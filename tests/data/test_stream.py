@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 
 from ldm.data.config import ShardsData
 from ldm.data.samples import Batch, BatchIndices, Samples, take
+from ldm.data.shards import write_shard
 from ldm.data.stream import EvaluationLoader, Order, TrainStream
-from tests.data.pictures import write_shards
+from tests.data.pictures import sample, write_shards
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 buffers = st.one_of(st.none(), st.integers(1, 12))
@@ -167,3 +169,19 @@ def test_evaluation_sees_every_sample_once(lengths: list[int], batch_size: int, 
     whole = EvaluationLoader(Numbers(lengths), batch_size * world_size)
     assert seen == [batch["image"].tolist() for batch in whole]
     assert [loaders[0].size(k) for k in range(len(seen))] == [len(batch) for batch in seen]
+
+
+def test_a_rank_without_a_good_sample_has_as_many_batches(tmp_path: Path) -> None:
+    """The place of the bad sample, alone in its batch, is taken by a good one that does not count."""
+    broken = dataclasses.replace(sample(3), image=b"no image")
+    write_shard(tmp_path / "a.tar", [*(sample(i) for i in range(3)), broken, sample(4), sample(5)])
+    samples = ShardsData(str(tmp_path), size=8).open("train")
+    loaders = [EvaluationLoader(samples, 1, rank=rank, world_size=2) for rank in range(2)]
+    batches = [list(loader) for loader in loaders]
+    assert [len(part) for part in batches] == [3, 3]
+    keys = [
+        [each["key"] for k, each in enumerate(part) if loader.rows(k)]
+        for part, loader in zip(batches, loaders, strict=True)
+    ]
+    assert keys == [[["0000"], ["0002"], ["0004"]], [["0001"], ["0005"]]]
+    assert [len(batch.get("bad", ())) for batch in batches[1]] == [0, 1, 0]
