@@ -97,9 +97,9 @@ def _kill_after(steps: int) -> None:
 
     finite = StageModule._finite
 
-    def killed(self: StageModule, loss: Any) -> float:
+    def killed(self: StageModule, *arguments: Any) -> float:
         if self.completed_steps == steps:
             os.kill(os.getpid(), signal.SIGKILL)
-        return finite(self, loss)
+        return finite(self, *arguments)
 
     StageModule._finite = killed  # type: ignore[method-assign]
