@@ -76,7 +76,7 @@ class StageModule(L.LightningModule):
         self.settings = settings
         self.completed_steps = 0
         self.interrupted = (
-            False  # True if previews and validation of the newest step are still to be made, if they are due
+            False  # True if what is due after the newest step, previews and validation, has not been made
         )
         self.verified_steps = -1  # steps after which the weights were last verified
         self.gradient_norm: Tensor | None = None  # of the newest optimizer step, until it is checked
@@ -144,7 +144,7 @@ class StageModule(L.LightningModule):
         return (batch_index + 1) % self.train_config.accumulate == 0
 
     def is_due(self, every: int) -> bool:
-        """Return True if what happens every so many steps, and at the last one, follows the newest step."""
+        """Return True if the newest step is a multiple of ``every`` or the last one."""
         return self.completed_steps % every == 0 or self.completed_steps == self.train_config.max_steps
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
@@ -315,7 +315,7 @@ class StageModule(L.LightningModule):
         self.end_averaging()
 
     def end_averaging(self) -> None:
-        """Swap the current weights back into the networks, after a validation or in its midst."""
+        """Swap the current weights back into the networks, after a validation or when it is stopped."""
         self.averaged.__exit__(None, None, None)
 
     def _gathered(self, results: list[Tensor]) -> Tensor:

@@ -70,6 +70,16 @@ def test_if_all_are_damaged_nothing_is_overwritten(run: Path) -> None:
         train_stage(tiny_experiment(run, "clip.train.max_steps=4"), "clip")
 
 
+def test_a_run_goes_on_elsewhere_when_its_first_place_is_gone(
+    run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("elsewhere") / "place"
+    shutil.copytree(run, other)
+    shutil.rmtree(run)
+    train_stage(tiny_experiment(other, "clip.train.max_steps=5"), "clip")
+    assert [row["step"] for row in rows(other / "run/clip/metrics.csv") if row["train/loss"]] == list("12345")
+
+
 def test_a_kill_between_the_renaming_of_two_checkpoints_leaves_one(run: Path) -> None:
     (run / "run/clip/last.ckpt").unlink()
     assert find_checkpoint(run / "run/clip", "last").name == "step_0000003.ckpt"

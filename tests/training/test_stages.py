@@ -257,6 +257,13 @@ def test_a_predecessor_that_was_trained_anew_is_refused(copy_of: Callable[..., P
         train(folder, "denoiser")
 
 
+def test_a_predecessor_that_was_trained_further_is_refused(copy_of: Callable[..., Path]) -> None:
+    folder = copy_of()
+    train(folder, "vae", "max_steps=7", *FEW)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was made from predecessors with the fingerprints"):
+        train(folder, "denoiser")
+
+
 def test_the_checkpoint_of_another_model_is_refused(copy_of: Callable[..., Path]) -> None:
     folder = copy_of()
     (folder / "run" / "vae" / "final.safetensors").unlink()

@@ -96,7 +96,7 @@ class Interruption(L.Callback):
         self.checkpoints.save(trainer, module, "last.ckpt")
         if (
             not trainer.is_global_zero
-        ):  # an error of another rank would let Lightning kill the first, which reports the stop
+        ):  # upon an error here, Lightning would kill the first rank before it reports the stop
             raise SystemExit(0)
         step = f"after step {module.completed_steps} of {module.train_config.max_steps}"
         resume = "run the same command to resume it"
