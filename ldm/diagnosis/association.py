@@ -35,17 +35,18 @@ class RunCLIP(NamedTuple):
 def clip_of(run: OpenedRun) -> RunCLIP | None:
     """Return the CLIP that the run has trained or names as ``clip.checkpoint``; None if there is none with both towers."""
     stage, weights = run.experiment.clip, run.stages.get("clip")
-    source = None if stage is None else stage.checkpoint
-    if source is not None and Path(source).exists():
-        found = read(source)
+    path = None if stage is None else stage.checkpoint
+    if path is not None and Path(path).exists():
+        found = read(path)
         if not found.parts.keys() >= {*CLIP_COMPONENTS, OTHERS} or found.tokenizer is None:
             return None
-        model, state, tokenizer = build_clip(found), joined(found.parts, CLIP_COMPONENTS), found.tokenizer
-    elif source is None and weights is not None and weights.header.tokenizer is not None:
-        model, state, tokenizer = weights.header.config.build(), weights.average, weights.header.tokenizer
+        model, tokenizer = build_clip(found), found.tokenizer
+        load_strictly(model, joined(found.parts, CLIP_COMPONENTS), path, torch.float32)
+    elif path is None and weights is not None and weights.header.tokenizer is not None:
+        model, tokenizer = weights.header.config.build(), weights.header.tokenizer
+        load_strictly(model, weights.average, weights.path, torch.float32)
     else:
         return None
-    load_strictly(model, state, source or weights.path, torch.float32)
     return RunCLIP(model.eval().requires_grad_(False).to(run.device), tokenizer)
 
 

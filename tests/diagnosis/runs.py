@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,18 +92,22 @@ class Pictures(NamedTuple):
     labels: list[int]
 
 
-def rectangles(split: str, count: int, seed: int = 0) -> Pictures:
+def rectangles(split: str, count: int) -> Pictures:
     """Draw the rectangles of a split of the set ``shapes``."""
-    batch = Shapes(samples=count, size=SIZE, seed=seed).open(split)[BatchIndices(np.arange(count))]
+    batch = Shapes(samples=count, size=SIZE).open(split)[BatchIndices(np.arange(count))]
     images = ((batch["image"] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return Pictures(images, list(batch["text"]), batch["label"].tolist())
 
 
-def write_data(folder: Path, change: Callable[[Pictures], Pictures] | None = None, seed: int = 0) -> None:
+def write_data(
+    folder: Path,
+    change: Callable[[Pictures], Pictures] | None = None,
+    counts: Mapping[str, int] = MappingProxyType({"train": TRAIN_IMAGES, "val": VAL_IMAGES}),
+) -> None:
     """Write ``train.tar`` and ``val.tar``, with the images and captions of both changed by ``change``."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
-        pictures = rectangles(split, count, seed)
+    for split, count in counts.items():
+        pictures = rectangles(split, count)
         images, captions, labels = change(pictures) if change else pictures
         write_shard(
             folder / f"{split}.tar",
