@@ -302,6 +302,13 @@ def scale_of_stable_diffusion(bench: Bench, folder: Path) -> Path:
 # Text
 
 
+@fault("clip_untrained")
+def untrained_clip(bench: Bench, folder: Path) -> Path:
+    vae = {"train": None, "checkpoint": str(bench.healthy / "vae/final.safetensors")}
+    config = write_config(folder, bench.data, {"vae": vae})
+    return train(config, ["clip", "denoiser"], ["clip.train.max_steps=2", f"denoiser.train.max_steps={FEW_STEPS}"])
+
+
 @fault("tokenizer_mismatch")
 def another_tokenizer(bench: Bench, folder: Path) -> Path:
     run = bench.copy(folder)

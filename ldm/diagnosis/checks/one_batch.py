@@ -22,7 +22,7 @@ def one_batch(run: OpenedRun, clock: Clock) -> Iterator[Item]:
     """Train a copy of the current weights on one batch, always with the same noise, as the config says.
 
     If the loss does not fall, the training is repeated with one setting changed at a time; that with which it falls most is the
-    cause.
+    cause. If it falls with none, the weights are beyond repair, and :mod:`ldm.diagnosis.checks.restart` finds what broke them.
     """
     config, pool = run.experiment.denoiser.train, run.pool("train")
     losses = train(run, current(run), config, pool, STEPS, clock, same_batch=True)
@@ -46,6 +46,7 @@ def one_batch(run: OpenedRun, clock: Clock) -> Iterator[Item]:
             text,
             "denoiser.train",
             "train from new weights in another run_dir",
+            certain=False,
         )
         return
     best = max(working, key=lambda variant: working[variant])

@@ -1,4 +1,4 @@
-"""Captions: whether there are any, whether they differ, and whether they belong to their images."""
+"""Pairs: captions, whether there are any, whether they differ, and whether they belong to their images."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from ldm.diagnosis.association import caption_dependence, clip_of, reads_text, similarity
 from ldm.diagnosis.check import Clock, Finding, Item, Measured, Topic, check
 from ldm.diagnosis.opened_run import OpenedRun
-from ldm.diagnosis.statistics import CONSISTENT, SIGNIFICANT
+from ldm.diagnosis.statistics import CONSISTENT
 
 LEAST = 100
 """Pairs from which the absence of a relation is a statement."""
 
 
 @check(Topic.DATA, "captions and images belong together")
-def captions(run: OpenedRun, clock: Clock) -> Iterator[Item]:
+def pairs(run: OpenedRun, clock: Clock) -> Iterator[Item]:
     """Check that captions differ and describe their images.
 
     The relation is sought in two ways: by a test of independence between words and thumbnails, which needs no model, and by the
@@ -66,12 +66,4 @@ def captions(run: OpenedRun, clock: Clock) -> Iterator[Item]:
             "data.train",
             "check how captions were matched to images when the shards were prepared",
             certain=compared is not None,
-        )
-    elif words > SIGNIFICANT and compared is not None and compared.z < CONSISTENT and run.newest != "clip":
-        yield Finding(
-            "clip_untrained",
-            "the CLIP does not recognise which caption belongs to an image, although captions and images are related",
-            text,
-            "clip.train.max_steps",
-            "train stage clip longer, or check its learning rate and batch size",
         )
