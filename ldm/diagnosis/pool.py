@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,9 @@ from ldm.data.samples import Batch, take
 from ldm.diagnosis.check import Clock
 from ldm.model import LatentDiffusion
 from ldm.nn.conditioning import Conditioning
+from ldm.training.tasks.task import on_device
 
-CHUNK = 32
+CHUNK = 16
 """Samples that are computed at once."""
 
 EXAMINED = 128
@@ -75,8 +75,8 @@ def make_pool(model: LatentDiffusion, images: Batch, device: torch.device) -> Po
     latents = torch.cat([_encode(model, part.to(device), generator) for part in images["image"].split(CHUNK)])
     noise = torch.randn(latents.shape, generator=generator)
     defaults = model.config.conditioner.defaults(*model.config.size)
-    batch = {**{name: [pair] * len(latents) for name, pair in defaults.items()}, **images}
-    prepared: Mapping[str, Any] = model.conditioner.prepare_batch(batch, model.encode, generator)
+    batch = on_device({**{name: [pair] * len(latents) for name, pair in defaults.items()}, **images}, device)
+    prepared = on_device(dict(model.conditioner.prepare_batch(batch, model.encode, generator)), torch.device("cpu"))
     keys = model.config.conditioner.input_keys
     return Pool(latents.cpu(), noise, {key: prepared[key] for key in keys if key in prepared})
 
@@ -96,9 +96,8 @@ def noise_levels(model: LatentDiffusion) -> Tensor:
 @torch.no_grad()
 def conditioning(model: LatentDiffusion, conditions: Batch, n: int) -> Conditioning:
     """Return the conditioning of ``n`` samples, without dropout."""
-    if not conditions:
-        conditions = {"key": [""] * n}
-    return model.conditioner(conditions)
+    device = next(model.denoiser.parameters()).device
+    return model.conditioner(on_device(conditions, device) or {"key": [""] * n})
 
 
 @torch.no_grad()
@@ -116,18 +115,18 @@ def outputs(model: LatentDiffusion, pool: Pool, sigma: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def errors(model: LatentDiffusion, pool: Pool, clock: Clock, least: int = 2) -> Tensor:
+def errors(model: LatentDiffusion, pool: Pool, clock: Clock) -> Tensor:
     """Return the error of the denoised latents of each sample at each of the noise levels: ``[k l]``, k samples.
 
     The unit is the error of the best denoiser that knows mean and variance of the latents, v s^2 / (v + s^2), so that 1 means
     that nothing was learned, and 0 perfect denoising; for the parametrization ``v`` and unit variance it is the training loss.
-    Samples are measured in order for as long as the clock allows, at least two chunks.
+    Samples are measured in order for as long as the clock allows, at least one chunk.
     """
     levels, variance = noise_levels(model), pool.variance
     scale = variance * levels.square() / (variance + levels.square())
-    rows = []
-    for number, start in enumerate(range(0, min(EXAMINED, len(pool)), CHUNK)):
-        if number >= least and clock.expired:
+    rows: list[Tensor] = []
+    for start in range(0, min(EXAMINED, len(pool)), CHUNK):
+        if rows and clock.expired:
             break
         part = pool.take(np.arange(start, min(start + CHUNK, len(pool))))
         columns = [_error(model, part, level) for level in levels]

@@ -86,6 +86,9 @@ def diagnose(
         if each.stages and not run.stages.keys() & set(each.stages):
             outcome.skipped = f"there are no weights of stage {' or '.join(each.stages)}"
             continue
+        if time.monotonic() > end:
+            outcome.skipped = "the time was up"
+            continue
         progress(each.title)
         share = each.weight / sum(other.weight for other in checks[number:])
         _examine(run, outcome, Clock(share * max(0.0, end - time.monotonic())))

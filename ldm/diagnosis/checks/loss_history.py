@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import median
 
 import torch
 
@@ -47,6 +48,10 @@ def loss_history(run: OpenedRun, clock: Clock) -> Iterator[Item]:
         f"{name} of stage {stage} from {first:.3g} to {last:.3g}, lowest {float(parts[best].mean()):.3g}; in its second half it "
         f"changes as step^{slope:.2f}; largest learning rate {max(rates, default=math.nan):g}"
     )
+    norms = [row["train/gradient_norm"] for row in rows if "train/gradient_norm" in row]
+    if norms:
+        clip = getattr(run.experiment, stage).train.gradient_clip
+        text += f"; gradient norm {median(norms):.3g}, at most {max(norms):.3g}, clipped at {clip}"
     yield Measured(text)
     if compared.is_greater and compared.ratio > 1.5:
         yield Finding(

@@ -27,7 +27,7 @@ def prediction_type(run: OpenedRun, clock: Clock) -> Iterator[Item]:
     correlates with none.
     """
     pool = run.pool("val" if run.validates else "train")
-    pool, model = pool.take(np.arange(min(2 * CHUNK, len(pool)))), run.averaged
+    pool, model = pool.take(np.arange(min(4 * CHUNK, len(pool)))), run.averaged
     own = model.diffusion.parametrization
     levels = noise_levels(model)
     made = [outputs(model, pool, level.expand(len(pool))) for level in levels]

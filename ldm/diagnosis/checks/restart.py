@@ -18,6 +18,9 @@ from ldm.diagnosis.variants import Variant, variants
 STEPS = 40
 """Largest number of steps of each new training."""
 
+LEAST = 10
+"""Steps from which a new training is worth the time."""
+
 SAME = Variant("", "", "", "", "the same settings", {})
 
 
@@ -39,7 +42,10 @@ def restart(run: OpenedRun, clock: Clock) -> Iterator[Item]:
     start, left = time.monotonic(), [SAME, *variants(config)]
     train(run, restarted(run), config, run.pool("train"), 2, clock)  # to learn how long a step takes
     seconds = (time.monotonic() - start) / 2
-    steps = max(2, min(STEPS, int(0.7 * clock.left / len(left) / seconds)))
+    steps = min(STEPS, int(0.7 * clock.left / len(left) / seconds))
+    if steps < LEAST:
+        yield Measured(f"a step takes {seconds:.1f} s, so that there is no time for this")
+        return
     tried: dict[Variant, torch.Tensor] = {}
     for variant in left:
         model = restarted(run)

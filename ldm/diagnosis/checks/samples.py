@@ -84,6 +84,8 @@ def samples(run: OpenedRun, clock: Clock) -> Iterator[Item]:
     brings the images significantly nearer to real ones, to less than half of the squared distance. Teacher-forced denoising, of
     true latents with noise, shows what the network can do without the errors of sampling.
     """
+    if run.config.size == (1, 1):  # points of a toy set
+        return
     sampling, pool = run.config.sampling, run.pool("train")
     conditional = bool(run.config.conditioner.input_keys)
     real = reference(run.images("train")["image"])
