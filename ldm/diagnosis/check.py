@@ -24,8 +24,8 @@ class Topic(IntEnum):
     TEXT = 5
     OBJECTIVE = 6
     OPTIMIZATION = 7
-    CONDITIONING = 8
-    EMA = 9
+    EMA = 8
+    CONDITIONING = 9
     SAMPLING = 10
 
 

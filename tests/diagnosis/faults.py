@@ -535,7 +535,7 @@ def first_stage_alone(bench: Bench, folder: Path) -> Path:
     return run
 
 
-def diagnosis_of(run: Path, seconds: float = 60.0) -> Diagnosis:
+def diagnosis_of(run: Path, seconds: float = 900.0) -> Diagnosis:
     return diagnose(OpenedRun(run), seconds)
 
 
