@@ -26,7 +26,7 @@ def prediction_type(run: OpenedRun, clock: Clock) -> Iterator[Item]:
     A network that has learned anything correlates most with the target that it was trained for. One that has learned nothing
     correlates with none.
     """
-    pool = run.pool("val" if run.validates else "train")
+    pool = run.pool("train")  # which a model that has memorised its images knows best
     pool, model = pool.take(np.arange(min(4 * CHUNK, len(pool)))), run.averaged
     own = model.diffusion.parametrization
     levels = noise_levels(model)
