@@ -29,8 +29,8 @@ def restart(run: OpenedRun, clock: Clock) -> Iterator[Item]:
     """Train new networks for a few steps, with the settings of the run and with one changed at a time.
 
     The run has trained for many more steps. A new network that has nevertheless a significantly smaller error on the same samples
-    with the same noise proves that the steps of the run were in vain, and the setting that was changed is the reason. If a new
-    network with the settings of the run is better too, and the run has hardly more steps, it has only just begun.
+    with the same noise proves that the steps of the run were in vain, and the setting that was changed is the reason. A run with
+    hardly more steps than the new networks has only just begun, and its settings cannot be judged.
 
     The current weights are judged, not their average.
     """
@@ -39,6 +39,16 @@ def restart(run: OpenedRun, clock: Clock) -> Iterator[Item]:
     weights, config = run.stages["denoiser"], run.experiment.denoiser.train
     held_out = run.pool("val" if run.validates else "train")
     own = run.errors(Clock(clock.left / 10), averaged=False).mean(1)
+    error = f"an error of {float(own.mean()):.3f} on the scale from 0 to 1 after {weights.steps} steps"
+    if weights.steps <= 2 * STEPS:
+        yield Finding(
+            "training_too_short",
+            "the training has only just begun",
+            error,
+            "denoiser.train.max_steps",
+            "train for thousands of steps",
+        )
+        return
     start, left = time.monotonic(), [SAME, *variants(config)]
     train(run, restarted(run), config, run.pool("train"), 2, clock)  # to learn how long a step takes
     seconds = (time.monotonic() - start) / 2
@@ -51,24 +61,14 @@ def restart(run: OpenedRun, clock: Clock) -> Iterator[Item]:
         model = restarted(run)
         train(run, model, replace(config, **variant.changes), run.pool("train"), steps, Clock(clock.left))
         tried[variant] = errors(model, held_out, Clock(clock.left / 10)).mean(1)
-    text = (
-        f"an error of {float(own.mean()):.3f} on the scale from 0 to 1 after {weights.steps} steps; new networks after {steps} "
-        f"steps: {'; '.join(f'{float(each.mean()):.3f} with {name.description}' for name, each in tried.items())}"
-    )
+    results = (f"{float(each.mean()):.3f} with {name.description}" for name, each in tried.items())
+    text = f"{error}; new networks after {steps} steps: {'; '.join(results)}"
     yield Measured(text)
     better = {name: float(each.mean()) for name, each in tried.items() if _is_better(each, own)}
     if not better:
         return
     best = min(better, key=lambda name: better[name])
-    if SAME in better and weights.steps <= 2 * steps:
-        yield Finding(
-            "training_too_short",
-            "the training has only just begun",
-            text,
-            "denoiser.train.max_steps",
-            "train for thousands of steps",
-        )
-    elif best is not SAME and _is_better(tried[best], tried[SAME]):
+    if best is not SAME and _is_better(tried[best], tried[SAME]):
         yield Finding(best.cause, best.problem, text, best.key, best.remedy)
     else:
         yield Finding(
