@@ -160,9 +160,9 @@ class OpenedRun:
         """Return latents and conditions of the examined samples of a split."""
         return make_pool(self.averaged, self.images(split), self.device)
 
-    def errors(self, clock: Clock, split: str = "val", averaged: bool = True) -> Tensor:
-        """Return :func:`ldm.diagnosis.pool.errors` on a split (training data if there are none to validate on), measured once."""
-        split, key = split if self.validates else "train", (split, averaged)
+    def errors(self, clock: Clock, split: str = "train", averaged: bool = True) -> Tensor:
+        """Return :func:`ldm.diagnosis.pool.errors` of the averaged or current weights on a split, measured once."""
+        key = (split, averaged)
         if key not in self._errors:
             model = self.averaged if averaged else self.model(averaged=False)
             self._errors[key] = errors(model, self.pool(split), clock)

@@ -130,7 +130,7 @@ def healthy(make: Callable[[Bench, Path], Path]) -> Callable[[Bench, Path], Path
 FEW_STEPS = 40
 """Steps of the runs whose fault is not in the training of the denoiser."""
 
-STEPS = 300
+STEPS = 200
 """Steps of the runs whose fault is there."""
 
 

@@ -17,7 +17,7 @@ def overfitting(run: OpenedRun, clock: Clock) -> Iterator[Item]:
     A model that has memorised its training images denoises them better than images of the same kind. Half as much error again
     on new images is where less is due to the kind of image than to having seen it.
     """
-    seen = run.errors(Clock(clock.left / 2), "train")
+    seen = run.errors(Clock(clock.left / 2))
     text = "error by position in the schedule: " + ", ".join(
         f"{position:g}: {float(value):.3f}" for position, value in zip(LEVELS, seen.mean(0), strict=True)
     )

@@ -37,7 +37,7 @@ def restart(run: OpenedRun, clock: Clock) -> Iterator[Item]:
     if run.experiment.denoiser.train.init is not None:  # a new network does not have those weights
         return
     weights, config = run.stages["denoiser"], run.experiment.denoiser.train
-    held_out = run.pool("val" if run.validates else "train")
+    pool = run.pool("train")
     own = run.errors(Clock(clock.left / 10), averaged=False).mean(1)
     error = f"an error of {float(own.mean()):.3f} on the scale from 0 to 1 after {weights.steps} steps"
     if weights.steps <= 2 * STEPS:
@@ -50,7 +50,7 @@ def restart(run: OpenedRun, clock: Clock) -> Iterator[Item]:
         )
         return
     start, left = time.monotonic(), [SAME, *variants(config)]
-    train(run, restarted(run), config, run.pool("train"), 2, clock)  # to learn how long a step takes
+    train(run, restarted(run), config, pool, 2, clock)  # to learn how long a step takes
     seconds = (time.monotonic() - start) / 2
     steps = min(STEPS, int(0.7 * clock.left / len(left) / seconds))
     if steps < LEAST:
@@ -59,8 +59,8 @@ def restart(run: OpenedRun, clock: Clock) -> Iterator[Item]:
     tried: dict[Variant, torch.Tensor] = {}
     for variant in left:
         model = restarted(run)
-        train(run, model, replace(config, **variant.changes), run.pool("train"), steps, Clock(clock.left))
-        tried[variant] = errors(model, held_out, Clock(clock.left / 10)).mean(1)
+        train(run, model, replace(config, **variant.changes), pool, steps, Clock(clock.left))
+        tried[variant] = errors(model, pool, Clock(clock.left / 10)).mean(1)
     results = (f"{float(each.mean()):.3f} with {name.description}" for name, each in tried.items())
     text = f"{error}; new networks after {steps} steps: {'; '.join(results)}"
     yield Measured(text)
