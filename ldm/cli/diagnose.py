@@ -47,9 +47,11 @@ def diagnose(
 
         result = diagnose(opened, seconds, everything, advance)
     for outcome in result.outcomes:
-        text = f"not checked: {outcome.skipped}" if outcome.skipped else "; ".join(outcome.measured)
-        if text:
-            print(f"{topic_name(outcome.check.topic):12} {outcome.check.title}: {text}")
+        if outcome.measured:
+            print(f"{topic_name(outcome.check.topic):12} {outcome.check.title}: {'; '.join(outcome.measured)}")
+    for reason in dict.fromkeys(outcome.skipped for outcome in result.outcomes if outcome.skipped):
+        titles = [outcome.check.title for outcome in result.outcomes if outcome.skipped == reason]
+        print(f"not checked, since {reason}: {', '.join(titles)}")
     for note in result.notes:
         print(f"\nalso noticed: {note}")
     print(f"\n{result.verdict}")

@@ -81,7 +81,7 @@ def diagnose(
         outcome = Outcome(each)
         outcomes.append(outcome)
         if found is not None and each.topic > found and not everything:
-            outcome.skipped = "it depends on what was found above"
+            outcome.skipped = "they depend on what was found"
             continue
         if each.stages and not run.stages.keys() & set(each.stages):
             outcome.skipped = f"there are no weights of stage {' or '.join(each.stages)}"
