@@ -21,7 +21,7 @@ def diagnose(
         Argument(help="Changes of its config as key=value, such as denoiser.sampling.guidance_scale=4."),
     ] = None,
     out: Annotated[Path, Option(help="HTML page to write, with the images.")] = Path("diagnosis.html"),
-    seconds: Annotated[float, Option(help="Time for all checks.")] = 170.0,
+    seconds: Annotated[float, Option(help="Time for all checks; one that has begun may take a little longer.")] = 150.0,
     everything: Annotated[
         bool, Option("--all", help="Go on with later parts after a fault was found, although they depend on it.")
     ] = False,

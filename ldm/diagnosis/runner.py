@@ -63,7 +63,7 @@ class Diagnosis:
 @usual_torch_state()
 def diagnose(
     run: OpenedRun,
-    seconds: float = 170.0,
+    seconds: float = 150.0,
     everything: bool = False,
     progress: Callable[[str], object] = lambda title: None,
 ) -> Diagnosis:
