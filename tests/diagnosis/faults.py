@@ -495,7 +495,7 @@ def classes_of_flow(bench: Bench, folder: Path) -> Path:
 
 @healthy
 def unconditional_pixels(bench: Bench, folder: Path) -> Path:
-    """Without a first stage, in pixels, unconditional, without validation images."""
+    """Without a first stage, in pixels, unconditional."""
     changes = {
         "data": {"kind": "shapes", "samples": 512, "size": 8},
         "vae": {"model": {"kind": "identity"}, "train": None},
