@@ -59,7 +59,7 @@ def whole_number(name: str, value: Any, least: int = 1, most: int = 10**6) -> in
     given = plain(value)
     if isinstance(given, bool) or not isinstance(given, Integral) or given < least:
         raise SamplingError(f"{name} is {shown(given)}; it must be a whole number, {least} or more.")
-    if given > most:
+    if int(given) > most:
         raise SamplingError(f"{name} is {shown(given)}; it must be a whole number from {least} to {most}.")
     return int(given)
 
