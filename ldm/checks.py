@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,10 +12,25 @@ from ldm.errors import SamplingError
 
 
 def plain(value: Any) -> Any:
-    """Convert NumPy scalars, arrays and tensors, also inside a list or tuple, to Python numbers and lists."""
+    """Convert NumPy scalars, arrays and tensors, also inside a list or tuple, to Python numbers and lists.
+
+    A tensor without values (on the meta device, or sparse) is returned as it is.
+    """
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return value.tolist() if hasattr(value, "tolist") else value
+    try:
+        return value.tolist() if hasattr(value, "tolist") else value
+    except (RuntimeError, TypeError):  # of a tensor without values, or a class with such an attribute
+        return value
+
+
+def shown(value: Any) -> str:
+    """Return the representation of a value for a message, of bounded length."""
+    try:
+        text = repr(value)
+    except Exception:  # of integers of thousands of digits, and of any foreign class
+        return f"of type {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> int | float:
@@ -24,36 +40,39 @@ def number(name: str, value: Any, least: float = -math.inf, most: float = math.i
         SamplingError: it is not a number, not finite in fp32, or out of range.
     """
     given = plain(value)
+    given = float(given) if isinstance(given, Decimal) and given.is_finite() else given
     is_number = isinstance(given, Real) and not isinstance(given, bool)
     if not is_number or not -FP32_MAX <= given <= FP32_MAX:
-        raise SamplingError(f"{name} is {given!r}; it must be a finite number.")
+        raise SamplingError(f"{name} is {shown(given)}; it must be a finite number.")
     if not least <= given <= most:
         limits = f"from {least:g} to {most:g}" if math.isfinite(most) else f"{least:g} or more"
-        raise SamplingError(f"{name} is {given!r}; it must be {limits}.")
+        raise SamplingError(f"{name} is {shown(given)}; it must be {limits}.")
     return int(given) if isinstance(given, Integral) else float(given)
 
 
-def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """Return ``value`` as an int of at least ``least``.
+def whole_number(name: str, value: Any, least: int = 1, most: int = 10**6) -> int:
+    """Return ``value`` as an int from ``least`` to ``most``, which is by default beyond any use.
 
     Raises:
-        SamplingError: it is not a whole number, or too small.
+        SamplingError: it is not a whole number, or out of range.
     """
     given = plain(value)
     if isinstance(given, bool) or not isinstance(given, Integral) or given < least:
-        raise SamplingError(f"{name} is {given!r}; it must be a whole number, {least} or more.")
+        raise SamplingError(f"{name} is {shown(given)}; it must be a whole number, {least} or more.")
+    if int(given) > most:
+        raise SamplingError(f"{name} is {shown(given)}; it must be a whole number from {least} to {most}.")
     return int(given)
 
 
 def numbers(name: str, value: Any) -> list[int | float]:
-    """Return the items of a collection as Python numbers.
+    """Return the items of an ordered collection as Python numbers.
 
     Raises:
-        SamplingError: it is not a collection of finite numbers.
+        SamplingError: it is not such a collection of finite numbers.
     """
     given = plain(value)
-    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
-        raise SamplingError(f"{name} is {given!r}; give a list of numbers.")
+    if not is_ordered(given):
+        raise SamplingError(f"{name} is {shown(given)}; give a list of numbers.")
     return [number(f"{name}[{index}]", item) for index, item in enumerate(given)]
 
 
@@ -64,8 +83,13 @@ def number_or_numbers(name: str, value: Any) -> int | float | list[int | float]:
         SamplingError: it is neither.
     """
     given = plain(value)
-    is_collection = isinstance(given, Iterable) and not isinstance(given, str | bytes)
-    return numbers(name, given) if is_collection else number(name, given)
+    return numbers(name, given) if is_ordered(given) else number(name, given)
+
+
+def is_ordered(value: Any) -> bool:
+    """Return whether a value is an ordered collection: neither a string, nor a set, nor a mapping, nor a tensor of one number."""
+    scalar = getattr(value, "ndim", None) == 0 or getattr(value, "is_meta", False) or getattr(value, "is_sparse", False)
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | set | frozenset | Mapping) and not scalar
 
 
 FP32_MAX = 3.4028234663852886e38

@@ -236,7 +236,8 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:
         raise ConfigError(f"{path}: its bases are circular; remove one base: from the circle.")
     if not path.is_file():
         named = f", named as base in {seen[-1]}" if seen else ""
-        raise ConfigError(f"the config {path}{named} does not exist; configs/ contains the shipped ones.")
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise ConfigError(f"the config {path}{named} {problem}; configs/ contains the shipped ones.")
     try:
         values = parse(path.read_bytes())
     except OSError as error:

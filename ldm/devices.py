@@ -42,6 +42,17 @@ def usable(device: torch.device | str) -> torch.device:
         raise SamplingError(f"the device {device} cannot be used ({first_line(error)}); use 'cpu' instead.") from None
 
 
+def check_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype of a model's weights; None for the usual one.
+
+    Raises:
+        SamplingError: it is not a floating-point dtype of torch.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SamplingError(f"dtype is {dtype!r}; give a floating-point dtype, such as torch.float16.")
+    return dtype
+
+
 @contextmanager
 def usual_torch_state() -> Iterator[None]:
     """Context, or decorator, in which the defaults of torch are the usual ones, whatever the caller has set.

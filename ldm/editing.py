@@ -371,9 +371,11 @@ def _stacked(image: Any, settings: SamplingSettings) -> Tensor:
     if (settings.height, settings.width) != (None, None):
         raise SamplingError("the size goes by the image; resize it, and leave height and width out.")
     images = [read_image(each) for each in listed_images(image)]
+    if not images:
+        raise SamplingError("the list of images is empty; give one or several.")
     sizes = dict.fromkeys((each.shape[2], each.shape[1]) for each in images)
     if len(sizes) != 1:
-        given = ", ".join(f"{width} x {height}" for width, height in sizes) or "none"
+        given = ", ".join(f"{width} x {height}" for width, height in sizes)
         raise SamplingError(f"the images must be of one size, but they are {given}; edit them one by one.")
     return torch.stack(images)
 

@@ -98,4 +98,4 @@ def unknown(what: str, name: object, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1)
     guess = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {name!r}; {guess}Known: {', '.join(names)}."
+    return f"unknown {what} {name!r}; {guess}Known: {', '.join(names) or 'none'}."

@@ -1,4 +1,6 @@
-"""Images and masks that a caller gives: PIL images, files, arrays or tensors, as tensors of a range that is checked.
+"""Images and masks that a caller gives, as tensors of a range that is checked.
+
+They are PIL images, files (names, contents or open files), arrays or tensors.
 
 Arrays are ``[h w]`` or ``[h w c]``, tensors ``[h w]`` or ``[c h w]``, of 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels.
 The dtype gives the range: uint8 is [0, 255], uint16 is [0, 65535], and bool and floats are [0, 1].
@@ -7,7 +9,7 @@ The dtype gives the range: uint8 is [0, 255], uint16 is [0, 65535], and bool and
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.checks import is_ordered
 from ldm.errors import DataError, SamplingError
-from ldm.image_io import open_argument, rgb, to_tensor
+from ldm.image_io import ImageFile, is_file, open_argument, rgb, to_tensor
 
-ImageSource = Image.Image | str | Path | np.ndarray | Tensor
+ImageSource = Image.Image | ImageFile | np.ndarray | Tensor
 
 LUMINANCE = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in grey (ITU-R BT.601), as in Pillow."""
@@ -26,8 +29,8 @@ LUMINANCE = (0.299, 0.587, 0.114)
 
 def listed_images(value: ImageSource | Iterable[ImageSource]) -> list[ImageSource]:
     """Return one or several images as a list; a batch is ``[n h w c]`` as an array and ``[n c h w]`` as a tensor."""
-    is_one = isinstance(value, Image.Image | str | Path) or getattr(value, "ndim", None) in (0, 2, 3)
-    return list(value) if isinstance(value, Iterable) and not is_one else [value]  # type: ignore[list-item]
+    is_one = isinstance(value, Image.Image) or is_file(value) or getattr(value, "ndim", None) in (0, 2, 3)
+    return list(value) if is_ordered(value) and not is_one else [value]  # type: ignore[arg-type, list-item]
 
 
 def read_image(image: ImageSource) -> Tensor:
@@ -36,11 +39,11 @@ def read_image(image: ImageSource) -> Tensor:
     Raises:
         SamplingError: a file that cannot be read, another type or shape, or values outside of the range.
     """
-    if isinstance(image, Image.Image | str | Path):
+    if isinstance(image, Image.Image) or is_file(image):
         try:
             return to_tensor(rgb(open_argument(image)))
         except DataError as error:
-            name = str(image) if isinstance(image, str | Path) else "the image"
+            name = str(image) if isinstance(image, str | PathLike) else "the image"
             raise SamplingError(f"{name} {error}.") from None
     channels = _channels("an image", image)
     return _composited(channels) if len(channels) in (2, 4) else channels.expand(3, -1, -1)
@@ -73,8 +76,8 @@ def read_mask(mask: ImageSource) -> Tensor:
     Raises:
         SamplingError: as :func:`read_image`; a mask that is black only because of its range or its transparency.
     """
-    if isinstance(mask, Image.Image | str | Path):
-        name = str(mask) if isinstance(mask, str | Path) else "the mask"
+    if isinstance(mask, Image.Image) or is_file(mask):
+        name = str(mask) if isinstance(mask, str | PathLike) else "the mask"
         try:
             return mask_of(open_argument(mask))
         except DataError as error:
@@ -111,8 +114,8 @@ def as_tensor(name: str, value: Any) -> Tensor:
     """
     if isinstance(value, list | tuple) and value and all(isinstance(item, Tensor) for item in value):
         value = torch.stack(list(value)) if len({item.shape for item in value}) == 1 else None
-    if isinstance(value, Tensor) and not value.is_complex() and not value.is_meta:
-        return value.detach()
+    if isinstance(value, Tensor) and not value.is_complex() and not value.is_meta and value.layout == torch.strided:
+        return value.detach().dequantize() if value.is_quantized else value.detach()
     try:
         array = np.asarray(None if isinstance(value, Tensor) else value)
     except (TypeError, ValueError):

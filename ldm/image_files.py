@@ -113,7 +113,7 @@ def _read(source: bytes | str | Path, read: Callable[[Image.Image], T], noun: st
                 raise
             except Exception as error:  # Pillow's plugins raise many types of errors for a broken file
                 problem = problem or error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         problem = error
     raise ImageFileError(noun, problem) from None
 

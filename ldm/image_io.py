@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from os import PathLike
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from ldm.errors import DataError, SamplingError
 from ldm.image_files import open_image, upright
 from ldm.paths import expanded
+
+ImageFile = str | PathLike[str] | bytes | BinaryIO
+"""An image file: its name, its content, or an open binary file."""
 
 
 def rgb(image: Image.Image, background: str | tuple[int, ...] = "white") -> Image.Image:
@@ -43,6 +47,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             f"has values from {values.min():g} to {values.max():g} in mode {image.mode}; scale them to [0, {limit:g}], "
             "or save it with 8 bits"
         )
+    if image.mode == "I" and 1 < values.max() <= 255:
+        raise DataError(
+            f"has values from {values.min():g} to {values.max():g} in mode I, where white is 65535; convert it to mode L"
+        )
     grey = Image.fromarray((values / (limit / 255)).round().astype(np.uint8))
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -56,15 +64,30 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).float() / 255
 
 
-def open_argument(image: Image.Image | str | Path) -> Image.Image:
+def is_file(value: object) -> bool:
+    """Return whether a value is an image file: its name, its content, or an object that reads it."""
+    return isinstance(value, str | bytes | PathLike) or hasattr(value, "read")
+
+
+def open_argument(image: Image.Image | ImageFile) -> Image.Image:
     """Return an image, given as such or as a file, in its own mode, rotated according to its EXIF orientation.
 
     Raises:
         SamplingError: the file cannot be read.
+        DataError: the image has no pixels.
     """
     if isinstance(image, Image.Image):
-        return upright(image)
+        if 0 in image.size:
+            raise DataError("has no pixels")
+        return upright(image.convert("LA") if image.mode == "La" else image)
     try:
-        return open_image(expanded(image))
+        if isinstance(image, bytes):
+            return open_image(image)
+        if isinstance(image, str | PathLike):
+            return open_image(expanded(image))
+        if image.seekable():
+            image.seek(0)  # what has just been written is read, too
+        return open_image(image.read())
     except DataError as error:
-        raise SamplingError(f"{image} {error}.") from None
+        name = image if isinstance(image, str | PathLike) else "the content of the file"
+        raise SamplingError(f"{name} {error}.") from None

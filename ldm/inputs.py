@@ -10,6 +10,7 @@ from numbers import Integral
 from types import MappingProxyType
 from typing import Any
 
+from ldm.checks import shown
 from ldm.diffusion import Guidance
 from ldm.errors import SamplingError
 from ldm.modalities import MODALITIES
@@ -136,7 +137,7 @@ def seed_list(seed: int | Sequence[int] | None, n: int) -> list[int]:
     given = [one_seed()] if seed is None else listed(seed)
     for item in given:
         if isinstance(item, bool) or not isinstance(item, Integral) or not 0 <= int(item) < SEED_LIMIT - n:
-            raise SamplingError(f"the seed {item!r} is no whole number from 0 to 2^63 - {n + 1}.")
+            raise SamplingError(f"the seed {shown(item)} is no whole number from 0 to 2^63 - {n + 1}.")
     if seed is None or isinstance(seed, Integral):
         return [int(given[0]) + index for index in range(n)]
     return [int(item) for item in _one_each("seeds", given, n, "images")]

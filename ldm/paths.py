@@ -20,9 +20,11 @@ def expanded(path: str | PathLike[str]) -> str:
     or a pattern of shards, is returned unchanged unless it contains one of these.
 
     Raises:
-        PathError: the variable is not set or empty, or there is no such user.
+        PathError: the variable is not set or empty, there is no such user, or the path contains a null byte.
     """
-    text = os.fspath(path)
+    text = os.fsdecode(path)
+    if "\0" in text:
+        raise PathError(f"the path {text!r} is invalid; name a file or folder.")
     if text.startswith("~"):
         try:
             text = str(Path(text).expanduser())

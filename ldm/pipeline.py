@@ -19,7 +19,7 @@ from ldm.checks import whole_number
 from ldm.conditioning import ConditioningSchedule, conditioning_schedules
 from ldm.conditioning.long_prompts import check_clip_skip
 from ldm.conditioning.textual_inversion import add_inversions, remove_inversions
-from ldm.devices import default_device, default_dtype, usable, usual_torch_state
+from ldm.devices import check_dtype, default_device, default_dtype, usable, usual_torch_state
 from ldm.diffusion import (
     SPECS,
     Denoiser,
@@ -32,6 +32,7 @@ from ldm.diffusion import (
 from ldm.diffusion import sigmas as spaced_sigmas
 from ldm.errors import CheckpointError, SamplingError
 from ldm.formats import SHIPPED, Source, load, save
+from ldm.formats.native import innermost
 from ldm.formats.tensors import channels_last, check_finite, to_dtype
 from ldm.image_output import Images
 from ldm.model import LatentDiffusion
@@ -74,10 +75,11 @@ class Pipeline(TextualInversionLoader):
     lora_folder: Source | None = None
 
     def __new__(cls, model: LatentDiffusion | Prompt | Sequence[Prompt], **settings: Any) -> Any:
-        if not isinstance(model, LatentDiffusion):
+        if not isinstance(model, torch.nn.Module):
             with _LOCK:
                 shipped = _shipped()
             return shipped(model, **settings)
+        innermost(model, LatentDiffusion)
         pipe = super().__new__(cls)
         pipe.model = model.eval()
         return pipe
@@ -110,7 +112,7 @@ class Pipeline(TextualInversionLoader):
             SamplingError: the device cannot be used.
         """
         device = default_device() if device is None else usable(device)
-        dtype = dtype or default_dtype(device)
+        dtype = check_dtype(dtype) or default_dtype(device)
         folder = SamplingSettings(lora_folder=lora_folder).lora_folder
         pipe: Pipeline = cls(load(source, dtype=dtype, **options))
         pipe.lora_folder = folder
@@ -128,7 +130,7 @@ class Pipeline(TextualInversionLoader):
         adapters = set(self.model.adapters.parameters())  # these keep their precision
         for parameter in self.model.parameters():
             if parameter not in adapters:
-                parameter.data = to_dtype(parameter.data, dtype)
+                parameter.data = to_dtype(parameter.data, check_dtype(dtype))
         self.model.adapters.merge(self.model)
         return self
 

@@ -47,8 +47,17 @@ _TOKEN = re.compile(rf"\\(?:{_SPECIAL}|{_WORDS})|[()\[\]:|\\]|{_TAG}|{_WORDS}|(?
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)\s*")
 _WEIGHTED_PART = re.compile(rf"(.*?)(?:\s*(?<!\\):({_NUMBER.pattern}))?\s*", re.DOTALL)
 
-_FOREIGN = (r"\{[^{}]*\}", r"(?:\)|\w{2,})(?:\+{2,}|-{2,})(?!\w)", r"\)\+(?!\+)")
-"""Patterns of weights in the syntaxes of NovelAI and compel."""
+_FOREIGN = (
+    r"\{[^{}]*\}",
+    r"(?:\)|\w{2,})(?:\+{2,}|-{2,})(?!\w)",
+    r"\)\+(?!\+)",
+    r"\([^()]*:\s*\d+,\d+\s*\)",
+    r"\uff08[^\uff08\uff09]*[:\uff1a]\s*[\d.]+\s*\uff09",
+)
+"""Patterns of weights in the syntaxes of NovelAI and compel, with a decimal comma, and in full-width characters."""
+
+_OPEN_TAG = rf"<(?:{'|'.join(LORA_KINDS)}):[^<>]*(?=<|$)"
+"""Pattern of a tag that is not closed."""
 
 _OF_WEIGHTED = (_TAG, _WORDS, r"\[[^\[\]]*(?:\||:\s*[\d.]+\s*\])[^\[\]]*\]?", r"\([^()]*:\s*[\d.]+\s*\)")
 """Patterns of what has a meaning in the weighted syntax only."""
@@ -197,6 +206,7 @@ def foreign_words(prompt: str, syntax: str, negative: bool = False, composable: 
     if syntax == "plain":
         marks = _found(_OF_WEIGHTED, "" if prompt.isupper() else prompt)
         return found | dict.fromkeys(marks, "set prompt_syntax to 'weighted' for that")
+    found |= dict.fromkeys(_found((_OPEN_TAG,), prompt), "close the tag with >")
     for tag in tags(prompt):
         if not tag.startswith(tuple(f"<{kind}:" for kind in LORA_KINDS)):
             found[tag] = f"of tags, only <{LORA_KINDS[0]}:name:0.8> is supported"

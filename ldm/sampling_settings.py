@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
@@ -16,7 +17,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from ldm.checks import number, number_or_numbers, numbers, plain, whole_number
+from ldm.checks import number, number_or_numbers, numbers, plain, shown, whole_number
 from ldm.errors import SamplingError, unknown
 from ldm.paths import expanded
 from ldm.prompts import LONG_PROMPTS, SYNTAXES, Prompt, PromptOptions
@@ -58,7 +59,7 @@ def _spacing(name: str, value: Any) -> Any:
 
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise SamplingError(f"{name} is {value!r}; give a dict with a value for each name.")
+        raise SamplingError(f"{name} is {shown(value)}; give a dict with a value for each name.")
     return value
 
 
@@ -70,7 +71,7 @@ def _guidance(name: str, value: Any) -> Any:
     from ldm.diffusion import Guidance
 
     if not isinstance(value, Guidance):
-        raise SamplingError(f"{name} is {value!r}; give an ldm.diffusion.Guidance.")
+        raise SamplingError(f"{name} is {shown(value)}; give an ldm.diffusion.Guidance.")
     return _with_numbers(name, value)
 
 
@@ -116,7 +117,7 @@ def _seed_of(name: str, generator: Any) -> int:
 def _flag(name: str, value: Any) -> bool:
     given = plain(value)
     if not isinstance(given, bool):
-        raise SamplingError(f"{name} is {given!r}; give True or False.")
+        raise SamplingError(f"{name} is {shown(given)}; give True or False.")
     return given
 
 
@@ -271,7 +272,11 @@ class SamplingSettings:
         None, "Unit noise to start from, [n c h/f w/f], instead of the noise that the seeds give.", _latents, flags=()
     )
     num_images_per_prompt: int = _setting(1, "Number of images for each prompt or label.", whole_number, ("--n", "-n"))
-    batch_size: int | None = _setting(None, "Largest number of images to compute at once; default: all.", whole_number)
+    batch_size: int | None = _setting(
+        None,
+        "Largest number of images to compute at once; default: all.",
+        lambda name, value: whole_number(name, value, most=sys.maxsize),
+    )
     output_type: str = _setting(
         "pil",
         "pil; np for an array [n h w c] or pt for a tensor [n c h w], fp32 in [0, 1]; or latent for the normalized "

@@ -222,7 +222,7 @@ def test_style_is_a_prompt_if_the_model_reads_no_image(pipe: Pipeline) -> None:
             "2 images do not fit 3 of prompt",
         ),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, [random_image(), random_image(0, 8)]), "16 x 16, 16 x 8"),
-        (lambda pipe: editing.image_to_image(pipe, PROMPT, []), "they are none"),
+        (lambda pipe: editing.image_to_image(pipe, PROMPT, []), "the list of images is empty"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, random_image(0, 17)), "the height 17 is not divisible by 2"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, "absent.png"), "absent.png cannot be read as an image"),
         (lambda pipe: editing.image_to_image(pipe, PROMPT, 3), "not int"),

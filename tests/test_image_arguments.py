@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from ldm import Pipeline, editing
 from ldm.errors import SamplingError
-from ldm.image_arguments import read_image, read_mask, signed_image
+from ldm.image_arguments import listed_images, read_image, read_mask, signed_image
 from ldm.modalities.edges import EDGES
 from ldm.modalities.semantic import SEMANTIC
 from tests.tiny import SIZE, tiny_model
@@ -46,6 +47,7 @@ MASKS: dict[str, Any] = {
     "P": palette(),
     "I;16": Image.fromarray(SQUARE.astype(np.uint16) * 257),
     "I": Image.fromarray(SQUARE.astype(np.int32)),
+    "La": transparent("LA").convert("La"),
     "I to 65535": Image.fromarray(SQUARE.astype(np.int32) * 257),
     "F": Image.fromarray(SQUARE.astype(np.float32) / 255),
     "bool": SQUARE > 0,
@@ -116,6 +118,18 @@ def test_an_image_is_the_same_in_every_form(make: Callable[[np.ndarray], Any]) -
         torch.testing.assert_close(signed_image(make(PIXELS)), 2 * expected - 1, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("form", [str, Path, PurePath, Path.read_bytes, Path.open, io.BytesIO])
+def test_image_files_are_read_from_names_contents_and_open_files(form: Any, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.fromarray(PIXELS).save(path)
+    given = path.open("rb") if form is Path.open else form(path) if form is not io.BytesIO else form()
+    if isinstance(given, io.BytesIO):  # now at its end
+        Image.fromarray(PIXELS).save(given, "PNG")
+    assert torch.equal(read_image(given), read_image(Image.fromarray(PIXELS)))
+    assert torch.equal(read_mask(given), read_mask(Image.fromarray(PIXELS)))
+    assert len(listed_images(given)) == 1
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
@@ -124,6 +138,11 @@ def test_an_image_is_the_same_in_every_form(make: Callable[[np.ndarray], Any]) -
         (2 * torch.rand(3, 4, 4) - 1.5, "values from -"),
         (np.full((4, 4, 3), np.inf), "values from inf"),
         (np.zeros((3, 16, 16)), r"has the shape \[3, 16, 16\]"),
+        (Image.fromarray(SQUARE.astype(np.int32)), "values from 0 to 255 in mode I, where white is 65535; convert it"),
+        (Image.new("RGB", (0, 4)), "the image has no pixels"),
+        (b"not an image", "the content of the file cannot be read as an image"),
+        ("with a\0null.png", "cannot be read as an image"),
+        ({"image": PIXELS}, "not dict"),
     ],
 )
 def test_an_image_outside_of_its_range_is_refused_in_a_sentence(image: Any, message: str) -> None:

@@ -68,6 +68,7 @@ def test_an_existing_file_keeps_its_name(home: Path) -> None:
         ("$UNSET/x", r"\$UNSET, but the environment variable UNSET is not set"),
         ("x/${UNSET}.tar", r"\$\{UNSET\}, but the environment variable UNSET is not set"),
         ("$EMPTY/x", "EMPTY is not set"),
+        ("a\0b", r"the path 'a\\x00b' is invalid; name a file or folder"),
         ("~no-such-user/x", "begins with the home folder ~no-such-user, which does not exist"),
     ],
 )

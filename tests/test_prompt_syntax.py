@@ -313,6 +313,9 @@ def test_any_string_is_parsed_or_refused_in_a_sentence(prompt: str) -> None:
         ("weighted", "a {best} b", "", "{best}", r"write \(word:1\.1\)"),
         ("weighted", "a (best)++", "", ")++", r"write \(word:1\.1\)"),
         ("weighted", "a best++ b", "", "best++", r"write \(word:1\.1\)"),
+        ("weighted", "a (best:1,3)", "", "(best:1,3)", r"write \(word:1\.1\)"),
+        ("weighted", "a \uff08best\uff1a1.3\uff09", "", "\uff08best\uff1a1.3\uff09", r"write \(word:1\.1\)"),
+        ("weighted", "a <lora:style:0.8", "", "<lora:style:0.8", "close the tag with >"),
     ],
 )
 def test_words_without_a_meaning_are_named_once(

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from ldm import Pipeline, editing
+from ldm.checks import shown
 from ldm.diffusion import Guidance, Projection
 from ldm.errors import SamplingError
 from ldm.nn.adapters import Adapter
@@ -47,6 +50,9 @@ def as_plain(settings: SamplingSettings) -> dict[str, Any]:
         ),
         ({"num_inference_steps": np.int32(3), "height": torch.tensor(16)}, {"num_inference_steps": 3, "height": 16}),
         ({"eta": np.float32(0.5)}, {"eta": 0.5}),
+        ({"eta": Decimal("0.5")}, {"eta": 0.5}),
+        ({"eta": Fraction(1, 2)}, {"eta": 0.5}),
+        ({"guidance_scale": torch.tensor([3.0], requires_grad=True)}, {"guidance_scale": [3.0]}),
         ({"sampler_options": {"order": np.int64(2)}}, {"sampler_options": {"order": 2}}),
         ({"sigmas": np.array([3.0, 1.0])}, {"sigmas": [3.0, 1.0]}),
         ({"timesteps": torch.tensor([900, 100])}, {"timesteps": [900, 100]}),
@@ -55,7 +61,7 @@ def as_plain(settings: SamplingSettings) -> dict[str, Any]:
         ({"label": np.array([3, 5])}, {"label": [3, 5]}),
         ({"latents": np.zeros((1, 2), np.float32)}, {"latents": torch.zeros(1, 2)}),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_numbers_of_numpy_and_torch_become_plain_ones(given: dict[str, Any], expected: dict[str, Any]) -> None:
     found, wanted = as_plain(SamplingSettings(**given)), as_plain(SamplingSettings(**expected))
@@ -100,13 +106,31 @@ def test_numbers_of_numpy_and_torch_become_plain_ones(given: dict[str, Any], exp
         ({"prompt_syntax": "wieghted"}, "unknown prompt_syntax 'wieghted'; did you mean 'weighted'"),
         ({"long_prompts": "cat"}, "unknown long_prompts 'cat'; did you mean 'cut'"),
         ({"callback": 3}, "callback is 3; give a function"),
+        *(
+            ({name: torch.ones(2, device="meta")}, f"{name} is tensor")
+            for name in ("guidance_scale", "num_inference_steps", "height", "eta", "sigmas", "timesteps", "progress")
+        ),
+        ({"latents": torch.ones(2).to_sparse()}, "latents is of type Tensor; give a tensor or an array of numbers"),
+        ({"shift": torch.ones(1).to_sparse()}, "shift is tensor"),
+        ({"seed": torch.ones(2, device="meta")}, "the seed tensor"),
+        ({"prompt": torch.ones(2, device="meta")}, "prompt 0 is tensor"),
+        ({"guidance_scale": {3.0}}, "guidance_scale is {3.0}; it must be a finite number"),
+        ({"sigmas": {3.0: 1}}, "sigmas is {3.0: 1}; give a list of numbers"),
+        ({"prompt": {"a red apple": 1}}, "prompt 0 is {'a red apple': 1}; it must be a string"),
+        ({"eta": Decimal("sNaN")}, "eta is Decimal.*; it must be a finite number"),
+        *(
+            ({name: 10**5000}, f"{name} is of type int; it must be a whole number from 1 to 1000000")
+            for name in ("num_inference_steps", "height", "width", "num_images_per_prompt")
+        ),
+        ({"guidance_scale": 10**5000}, "guidance_scale is of type int; it must be a finite number"),
+        ({"seed": 10**5000}, "the seed of type int is no whole number"),
         ({"guidence_scale": 3.0}, "unknown setting 'guidence_scale'; did you mean 'guidance_scale'"),
         (
             {"prompt_syntax": "weighted", "prompt": f"(red:{'9' * 60})"},
             r"the weight 1e\+60 of 'red' .* from -1000 to 1000",
         ),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_an_invalid_setting_is_named_before_any_work(pipe: Pipeline, settings: dict[str, Any], message: str) -> None:
     """Nothing of the model is called, be the images made at once or as a stream."""

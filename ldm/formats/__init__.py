@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.devices import usual_torch_state
+from ldm.devices import check_dtype, usual_torch_state
 from ldm.errors import CheckpointError, some, warn
 from ldm.formats.checkpoint import Checkpoint, read_native
 from ldm.formats.native import CONFIG_BY_FORMAT, plain_model, save_model
@@ -61,7 +61,7 @@ def load(
     """
     options = LoadOptions.of(options, changes)
     with usual_torch_state():
-        return read(source, options).build(dtype)
+        return read(source, options).build(check_dtype(dtype))
 
 
 def read(source: Source, options: LoadOptions | None = None, **changes: Any) -> Checkpoint:
@@ -124,7 +124,9 @@ def save(model: nn.Module, path: Source, to: str = "native", dtype: torch.dtype 
     """
     if to not in FORMATS:
         raise CheckpointError(f"there is no format {to!r}; choose one of {', '.join(FORMATS)}.")
-    path = target(path, to)
+    check_dtype(dtype)
+    with writing(Path(expanded(path))):
+        path = target(path, to)
     model = plain_model(model, path)
     with writing(path):
         if to == "diffusers":
@@ -151,6 +153,8 @@ def target(path: Source, to: str) -> Path:
     Raises:
         CheckpointError: it could not be read again from there, or it is a file where a folder is needed.
     """
+    if not expanded(path):  # as of a shell variable that is not set
+        raise CheckpointError("the path to write to is empty; name a file or folder.")
     path = Path(expanded(path))
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path} would be a pickle, which ldm does not write; let its name end in {SAFETENSORS}.")

@@ -185,7 +185,7 @@ def innermost(module: nn.Module, kind: type[M]) -> M:
     """
     inner = wrappers.innermost(module)
     if not isinstance(inner, kind):
-        raise CheckpointError(f"a {type(inner).__name__} cannot be written; pass a {kind.__name__}.")
+        raise CheckpointError(f"the model is a {type(inner).__name__}; pass a {kind.__name__}.")
     return inner
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ldm.checks import plain
+from ldm.checks import is_ordered, plain
 from ldm.errors import SamplingError
 from ldm.modalities.crop import Crop
 
@@ -155,6 +155,6 @@ def register(modality: M) -> M:
 
 
 def listed(value: Any) -> list[Any]:
-    """Return the items of a collection as a list; a string, a 0-d array or any other value becomes a list of one."""
+    """Return the items of an ordered collection as a list; a string, a 0-d array or any other value becomes a list of one."""
     value = plain(value) if getattr(value, "ndim", None) == 0 else value
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else [value]
+    return list(value) if is_ordered(value) else [value]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ldm.checks import shown
 from ldm.errors import DataError, SamplingError
 from ldm.modalities.base import Modality, listed, register
 from ldm.prompts import Prompt
@@ -34,7 +35,7 @@ def prompts(argument: str, value: Any) -> list[Prompt]:
     given = listed(value)
     for index, item in enumerate(given):
         if not isinstance(item, Prompt):
-            raise SamplingError(f"{argument} {index} is {item!r}; it must be a string.")
+            raise SamplingError(f"{argument} {index} is {shown(item)}; it must be a string.")
     if not given:
         raise SamplingError(f"the list of {argument}s is empty; give one or several.")
     return given

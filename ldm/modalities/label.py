@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checks import plain
+from ldm.checks import plain, shown
 from ldm.errors import DataError, SamplingError
 from ldm.modalities.base import Modality, listed, register
 
@@ -32,7 +32,9 @@ class Label(Modality):
     def entries(self, value: Any) -> list[Any]:
         labels = [plain(label) for label in listed(value)]
         if not labels or not all(isinstance(label, Integral) and not isinstance(label, bool) for label in labels):
-            raise SamplingError(f"label is {value!r}; give one or several integers.")
+            raise SamplingError(f"label is {shown(value)}; give one or several integers.")
+        if any(abs(label) >= 2**31 for label in labels):
+            raise SamplingError(f"label is {shown(value)}; no model has as many classes.")
         return [int(label) for label in labels]
 
 

@@ -65,7 +65,7 @@ class Adapter(nn.Module):
         merged: True to merge it into the weights, False to keep it live.
 
     Raises:
-        SamplingError: the scale is not a finite number.
+        SamplingError: the name is not a string, or the scale is not a finite number.
     """
 
     _scale: float
@@ -79,6 +79,8 @@ class Adapter(nn.Module):
         merged: bool = False,
     ):
         super().__init__()
+        if not isinstance(name, str):  # names are sorted
+            raise SamplingError(f"the name of a LoRA is {name!r}; give a string.")
         self.name, self.fingerprint, self.merged = name, fingerprint, merged
         self.layers = dict(layers)
         for path, layer in layers.items():

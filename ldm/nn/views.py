@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ldm.nn.wrappers import innermost
+from ldm.nn.wrappers import innermost, without_replaced_methods
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,7 +25,7 @@ def view(module: M, paths: Iterable[str]) -> M:
         paths: names of the submodules to copy, without those of wrappers; those that contain them are copied as well.
     """
     module = innermost(module)
-    new = copy.copy(module)  # leaves out what module.compile() compiled
+    new = without_replaced_methods(copy.copy(module))  # the copy leaves out what module.compile() compiled
     new._modules, new._parameters = dict(module._modules), dict(module._parameters)
     below: dict[str, list[str]] = defaultdict(list)
     for name, _, rest in (path.partition(".") for path in paths):

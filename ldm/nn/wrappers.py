@@ -17,3 +17,13 @@ def innermost(module: M) -> M:
     while (inner := next((each for name, each in module.named_children() if name in WRAPPERS), None)) is not None:
         module = cast(M, inner)
     return module
+
+
+def without_replaced_methods(module: M) -> M:
+    """Remove from a copy of a module, in place, the methods that were replaced on the original, to which they are bound.
+
+    For example ``module.forward = torch.compile(module.forward)``.
+    """
+    for name in [name for name, value in vars(module).items() if callable(value) and hasattr(type(module), name)]:
+        del module.__dict__[name]
+    return module

@@ -77,8 +77,13 @@ class TrainConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.learning_rate <= 0 or not 0 <= self.ema_decay < 1 or self.warmup_steps < 0:
-            raise ConfigError("learning_rate must be above 0, ema_decay in [0, 1), warmup_steps at least 0.")
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.ema_decay < 1 or self.warmup_steps < 0:
+            raise ConfigError("learning_rate must be above 0 and finite, ema_decay in [0, 1), warmup_steps at least 0.")
+        clips = self.gradient_clip is None or self.gradient_clip > 0
+        if not all(0 <= beta < 1 for beta in self.betas) or not 0 <= self.weight_decay < math.inf or not clips:
+            raise ConfigError(
+                "betas must be in [0, 1), weight_decay at least 0, gradient_clip above 0 (null for none)."
+            )
 
     def learning_rate_factor(self, step: int) -> float:
         """Return the factor on the learning rate at ``step`` (from 0), in [0, 1]."""

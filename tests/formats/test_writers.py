@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from ldm import load
+from ldm import Pipeline, load
 from ldm.clip.image import ViTConfig
 from ldm.clip.model import CLIP, CLIPConfig
 from ldm.clip.text import TextTowerConfig
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, LdmError, SamplingError
 from ldm.formats import FORMATS, read, save
 from ldm.formats.clip import load_clip, save_clip
 from ldm.formats.lora import read_lora, write_lora
@@ -170,8 +170,38 @@ def test_a_folder_without_a_scheduler_is_not_begun(tmp_path: Path) -> None:
 
 
 def test_a_module_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="a Linear cannot be written; pass a LatentDiffusion"):
+    with pytest.raises(CheckpointError, match="the model is a Linear; pass a LatentDiffusion"):
         save(compiled(nn.Linear(2, 2)), tmp_path / "model.safetensors")
+
+
+def test_a_pipeline_takes_models_alone() -> None:
+    with pytest.raises(CheckpointError, match="the model is a Linear; pass a LatentDiffusion"):
+        Pipeline(cast(Any, compiled(nn.Linear(2, 2))))
+    assert isinstance(Pipeline(cast(Any, compiled(tiny_model()))), Pipeline)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "fp16"])
+def test_a_dtype_that_is_not_of_floats_is_refused(dtype: Any, tmp_path: Path) -> None:
+    model = tiny_model()
+    path = save(model, tmp_path / "model.safetensors")
+    other = tmp_path / "other.safetensors"
+    for call in (
+        lambda: save(model, other, dtype=dtype),
+        lambda: load(path, dtype=dtype),
+        lambda: Pipeline.from_pretrained(path, "cpu", dtype),
+        lambda: Pipeline(model).to(dtype=dtype),
+    ):
+        with pytest.raises(SamplingError, match=r"dtype is .*; give a floating-point dtype"):
+            call()
+    assert not other.exists()
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "n" * 300, "file/x"])
+def test_a_path_that_cannot_be_written_is_refused_in_a_sentence(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = name and f"{tmp_path}/{name}"
+    with pytest.raises(LdmError, match=r"the path .* is (empty|invalid); name a file or folder|cannot be written to"):
+        save(tiny_model(), path)
 
 
 def test_a_stage_is_written_as_its_reader_demands(tmp_path: Path) -> None:

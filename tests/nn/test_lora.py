@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -353,7 +353,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("state", ["new", "sampled", "compiled in place", "with a compiled denoiser"])
+@pytest.mark.parametrize("state", ["new", "sampled", "compiled in place", "with a compiled denoiser", "wrapped"])
 @pytest.mark.parametrize("how", COPIES)
 def test_pipelines_are_copied_and_pickled(three: list[Path], how: str, state: str) -> None:
     """With their adapters, before and after sampling; a deep copy shares nothing with the original."""
@@ -364,6 +364,8 @@ def test_pipelines_are_copied_and_pickled(three: list[Path], how: str, state: st
         pipe.model.denoiser.compile(backend="eager")
     if state == "with a compiled denoiser":
         pipe.model.denoiser = torch.compile(pipe.model.denoiser, backend="eager")
+    if state == "wrapped":
+        pipe.model = torch.compile(pipe.model, backend="eager")
     settings: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "progress": False, "output_type": "pt"}
     expected = pipe(PROMPT, **settings)
     twin = COPIES[how](pipe if state != "new" else Pipeline(pipe.model))
@@ -372,6 +374,36 @@ def test_pipelines_are_copied_and_pickled(three: list[Path], how: str, state: st
     assert (twin.model is pipe.model) == (how == "copy.copy")
     if how != "copy.copy":
         twin.unload_lora()
-        assert_equal_states(twin, Pipeline(tiny_model())) if "denoiser" not in state else None
+        assert_equal_states(twin, Pipeline(tiny_model())) if state not in (
+            "with a compiled denoiser",
+            "wrapped",
+        ) else None
         assert list(pipe.model.adapters.loaded) == ["0", "1"]
         assert torch.equal(pipe(PROMPT, **settings), expected)
+
+
+def test_a_lora_of_a_prompt_acts_in_networks_whose_methods_are_compiled(three: list[Path]) -> None:
+    pipe, settings = (
+        Pipeline(tiny_model()),
+        {"seed": 1, "num_inference_steps": 2, "progress": False, "output_type": "pt"},
+    )
+    settings |= {"prompt_syntax": "weighted", "lora_folder": three[0].parent}
+    expected = pipe(f"{PROMPT} <lora:{three[0].stem}:1>", **settings)
+    model: Any = pipe.model
+    model.denoise = torch.compile(model.denoise, backend="eager")
+    model.denoiser.forward = torch.compile(model.denoiser.forward, backend="eager")
+    plain = pipe(PROMPT, **settings)
+    torch.testing.assert_close(pipe(f"{PROMPT} <lora:{three[0].stem}:1>", **settings), expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(pipe(PROMPT, **settings), plain)
+
+
+def test_names_of_loras_are_strings(three: list[Path]) -> None:
+    pipe = Pipeline(tiny_model())
+    pipe.load_lora(three[0])
+    with pytest.raises(SamplingError, match="the name of a LoRA is 5; give a string"):
+        pipe.load_lora(three[1], name=cast(Any, 5))
+    with pytest.raises(SamplingError, match="unknown LoRA 'x'; Known: 0"):
+        pipe.unload_lora("x")
+    pipe.unload_lora()
+    with pytest.raises(SamplingError, match="unknown LoRA 'x'; Known: none"):
+        pipe.unload_lora("x")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -56,6 +57,10 @@ def test_matrices_decay_and_the_rest_does_not() -> None:
         ({"max_steps": 0}, "max_steps must be at least 1, not 0"),
         ({"accumulate": 0}, "accumulate must be at least 1, not 0"),
         ({"learning_rate": 0}, "learning_rate must be above 0"),
+        ({"learning_rate": math.inf}, "learning_rate must be above 0 and finite"),
+        ({"betas": (1.0, 0.9)}, "betas must be in"),
+        ({"weight_decay": -0.1}, "weight_decay at least 0"),
+        ({"gradient_clip": 0.0}, "gradient_clip above 0"),
         ({"ema_decay": 1.0}, r"ema_decay in \[0, 1\)"),
         ({"betas": [0.9]}, "betas: expected 2 values, found 1"),
         ({"decay": "cosin"}, r"decay: unknown value 'cosin'; did you mean 'cosine'"),
