@@ -36,10 +36,11 @@ def set_gradient_checkpointing(module: nn.Module, enabled: bool) -> None:
         module.gradient_checkpointing = enabled
     elif getattr(module, "supports_gradient_checkpointing", False):  # a model of transformers
         own: Any = module
+        kind = "activation" if hasattr(own, "activation_checkpointing_enable") else "gradient"  # by version
         if enabled:
-            own.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            own.gradient_checkpointing_disable()
+            getattr(own, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        elif own.is_gradient_checkpointing:
+            getattr(own, f"{kind}_checkpointing_disable")()
     else:
         for child in module.children():
             set_gradient_checkpointing(child, enabled)
