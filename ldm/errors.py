@@ -24,6 +24,10 @@ class DataError(LdmError):
     """Pictures, captions or shards that are missing or unreadable."""
 
 
+class StorageError(DataError):
+    """Shard that cannot be read at all, as opposed to one sample of it that is broken: missing, replaced, or out of reach."""
+
+
 class CheckpointError(LdmError):
     """File of weights that is missing, broken, or does not fit its purpose.
 
