@@ -37,10 +37,12 @@ class BatchIndices:
         index: int64 ``[b]``, sample numbers.
         jitter: ``[b 3]`` uniform in [0, 1): position of the crop (y, x) and flip, of each sample. None: no
             augmentation.
+        ahead: numbers of the shards that are read now and next, in order, if shards are read in sequence.
     """
 
     index: np.ndarray
     jitter: np.ndarray | None = None
+    ahead: tuple[int, ...] = ()
 
 
 class Samples(Dataset[Batch]):
