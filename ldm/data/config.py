@@ -9,6 +9,7 @@ from PIL import ImageColor
 
 from ldm.config import Kind, config_field
 from ldm.data.samples import ImagesInMemory, Samples, StoredImages
+from ldm.data.shard_cache import ShardCacheConfig
 from ldm.data.shards import SPLITS, Shards
 from ldm.errors import ConfigError, DataError, unknown
 from ldm.modalities.crop import FITS, Color
@@ -108,7 +109,14 @@ class ShardsData(DataConfig, kind="shards"):
     )
     shuffle_buffer: int | None = config_field(
         None,
-        "Number of samples that are shuffled at a time, for slow disks: shards are read in sequence; null shuffles all.",
+        "Number of samples that are shuffled at a time, for slow disks and remote shards: shards are read in sequence; null "
+        "shuffles all.",
+    )
+    shard_cache: ShardCacheConfig = config_field(
+        ShardCacheConfig(),
+        "Copies of remote shards, made while others are read; used with shuffle_buffer, or if all shards fit into it.",
+        changeable=True,
+        omit_default=True,
     )
 
     made_for: int | None = config_field(
@@ -152,7 +160,14 @@ class ShardsData(DataConfig, kind="shards"):
     def open(self, split: str) -> Samples:
         source = require_split(split, self._sources)
         stored = StoredImages(
-            Shards.open(source, split, caption_field=self.caption_field, label_field=self.label_field),
+            Shards.open(
+                source,
+                split,
+                caption_field=self.caption_field,
+                label_field=self.label_field,
+                cache=self.shard_cache.build(),
+                sequential=split != "train" or self.shuffle_buffer is not None,
+            ),
             FITS[self.fit](*self._height_width, _rgb("pad_color", self.pad_color or self.background)),
             background=_rgb("background", self.background),
             random_crop=self.crop == "random",

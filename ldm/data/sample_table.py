@@ -58,6 +58,29 @@ class Keys(Sequence[str]):
         return Keys(self.data[places], ends)
 
 
+class Names(Sequence[str]):
+    """Names of the samples that are kept, preceded by those of their shards if needed."""
+
+    def __init__(self, keys: Keys, rows: np.ndarray | None, prefixes: list[str] | None, starts: np.ndarray):
+        self._keys, self._rows, self._prefixes, self._starts = keys, rows, prefixes, starts
+
+    def __len__(self) -> int:
+        return len(self._keys) if self._rows is None else len(self._rows)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        row = i if self._rows is None else int(self._rows[i])
+        if self._prefixes is None:
+            return self._keys[row]
+        return f"{self._prefixes[int(np.searchsorted(self._starts, row, 'right')) - 1]}/{self._keys[row]}"
+
+
 def ends_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return 0 and the sums of the first 1, 2, ... lengths, in the smallest suitable type."""
     ends = np.zeros(len(lengths) + 1, np.int64)

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.shards import Shards
 from ldm.data.transforms import decode, to_tensor
-from ldm.errors import DataError
+from ldm.errors import DataError, StorageError
 from ldm.image_files import image_size
 from ldm.modalities import MODALITIES
 from ldm.modalities.crop import WHITE, Color, Crop, Fit
@@ -126,6 +126,7 @@ class StoredImages(Samples):
         return batch
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
+        self.shards.prepare(draw.index, draw.ahead)
         images = [self.image(i, crop.y, crop.x) for i, crop in zip(draw.index, self._crops(draw), strict=True)]
         return {
             "image": to_tensor(self.mirrored(np.stack(images), draw)),
@@ -139,6 +140,8 @@ class StoredImages(Samples):
             # Twice the target size leaves enough pixels for Lanczos to average.
             enough = (2 * self.fit.height, 2 * self.fit.width)
             image = decode(self.shards.image(i), enough, self.background)
+        except StorageError:
+            raise
         except DataError as error:
             raise DataError(f"the image {self.shards.where(i)} {error}; remove it from the shard.") from None
         return self.fit(image, y, x)

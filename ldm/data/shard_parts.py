@@ -13,7 +13,7 @@ import numpy as np
 
 from ldm.data.sample_table import SampleTable, concatenate
 from ldm.data.shard_format import scan_shard
-from ldm.data.shard_index import ShardIndex
+from ldm.data.shard_index import IndexedShard, ShardIndex
 from ldm.data.shard_set import check_shards
 from ldm.data.sources import index_of
 from ldm.data.storage import Location, folder_of, name_of, shown
@@ -37,6 +37,13 @@ class Part:
     repeated: list[str]
     index: ShardIndex | None = None
     numbers: Sequence[int] = ()
+
+    @property
+    def listed(self) -> list[IndexedShard | None]:
+        """Entry of each shard in the index."""
+        if self.index is None:
+            return [None] * len(self.modified)
+        return [self.index.shards[number] for number in self.numbers]
 
     @property
     def whole(self) -> bool:

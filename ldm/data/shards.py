@@ -14,11 +14,13 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.data.sample_table import Keys, concatenate, repeated
+from ldm.data.remote_shards import RemoteShards
+from ldm.data.sample_table import Names, concatenate, repeated
+from ldm.data.shard_cache import ShardCache
 from ldm.data.shard_format import (
     FIRST,
     IMAGE,
@@ -33,7 +35,7 @@ from ldm.data.shard_format import (
 from ldm.data.shard_index import ShardIndex, joined_tables
 from ldm.data.shard_parts import check_distinct, combined, names_of, open_parts
 from ldm.data.sources import EMOJI, find, find_shards
-from ldm.data.storage import Location, folder_of, read_range, shown
+from ldm.data.storage import Location, folder_of, shown
 from ldm.errors import DataError, StorageError, unknown
 from ldm.modalities import Modality
 from ldm.modalities.caption import CAPTION
@@ -70,12 +72,14 @@ class Shards:
         indices: indices of the shards, by folder, that do not have to be read again or lie elsewhere.
         caption_field: field of the samples' JSON files that holds the caption, instead of ``.txt``.
         label_field: field of the samples' JSON files that holds the class number, instead of ``.cls``.
+        cache: cache of remote shards, which are then copied as a whole. None: each sample is read by a request of its own.
 
     Attributes:
         paths: the shards.
         keys: the key of each sample.
         lengths: the number of samples of each shard.
         modalities: those that the samples have, by key.
+        remote: those of the shards that are remote.
 
     Raises:
         DataError: a shard that is missing, truncated, not a tar file, not the one of its index, or listed twice; a remote shard
@@ -90,6 +94,7 @@ class Shards:
         indices: Mapping[Location, ShardIndex] | None = None,
         caption_field: str | None = None,
         label_field: str | None = None,
+        cache: ShardCache | None = None,
     ):
         self.paths = list(paths)
         assert self.paths, "no shards are given"
@@ -98,6 +103,7 @@ class Shards:
         tables, self._parts = zip(*open_parts(self.paths, indices or {}), strict=True)
         self._modified = [modified for part in self._parts for modified in part.modified]
         self._table = concatenate(tables)
+        self.remote = RemoteShards(self.paths, [shard for part in self._parts for shard in part.listed], cache)
         self._starts = np.cumsum((0, *self._table.lengths))
         self._rows: np.ndarray | None = None
         self._prefixes: list[str] | None = None
@@ -127,10 +133,21 @@ class Shards:
         *,
         caption_field: str | None = None,
         label_field: str | None = None,
+        cache: ShardCache | None = None,
+        sequential: bool = False,
     ) -> Shards:
-        """Open the shards that a source names; see :func:`find_shards` and the class."""
+        """Open the shards that a source names; see :func:`find_shards` and the class.
+
+        The cache is used if shards are read in sequence (``sequential``) or all remote ones fit into it: in another order, a
+        shard would be copied for a few of its samples and deleted before the next.
+        """
         found = find(source, split)
-        return cls(found.paths, indices=found.indices, caption_field=caption_field, label_field=label_field)
+        shards = cls(
+            found.paths, indices=found.indices, caption_field=caption_field, label_field=label_field, cache=cache
+        )
+        if cache is not None and not sequential and shards.remote.total_bytes > cache.size:
+            shards.remote.cache = None
+        return shards
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -187,6 +204,22 @@ class Shards:
                 tables.append(pa.table({name: pa.nulls(part.samples)}))
         column = joined_tables(tables).column(name)
         return column if self._rows is None else column.take(self._rows)
+
+    def prepare(self, index: np.ndarray, ahead: Sequence[int] = ()) -> None:
+        """Read what a batch needs of remote shards at once, or copy the shards that are read next in the background.
+
+        Args:
+            index: numbers of the samples of the batch.
+            ahead: numbers of the shards that are read now and next, if they are read in sequence.
+        """
+        if self.remote.copied:
+            self.remote.read_ahead(ahead)
+        elif self.remote.shards:
+            rows = [(int(self._row(i)), self._shard(i)) for i in index.tolist()]
+            columns = self._table.members
+            self.remote.prepare(
+                [(row, shard, [self._table.span(each, row) for each in columns]) for row, shard in rows]
+            )
 
     def image(self, i: int) -> bytes:
         """Return the encoded image of sample ``i``."""
@@ -284,7 +317,7 @@ class Shards:
         rows = self._rows
         bounds = self._starts if rows is None else np.searchsorted(rows, self._starts)
         self.lengths: list[int] = np.diff(bounds).tolist()
-        self.keys: Sequence[str] = _Names(self._table.keys, rows, self._prefixes, self._starts)
+        self.keys: Sequence[str] = Names(self._table.keys, rows, self._prefixes, self._starts)
 
     def _has(self, modality: Modality) -> np.ndarray:
         """Return bool for each row of the table: whether it has a modality."""
@@ -351,13 +384,7 @@ class Shards:
             return b""
         path = self.paths[shard]
         if not isinstance(path, Path):
-            data = read_range(path, offset, size)
-            if len(data) != size:
-                raise StorageError(
-                    f"{len(data)} bytes of the shard {shown(path)} were received instead of {size}; it was replaced since "
-                    "it was indexed, or its server does not support requests for ranges."
-                )
-            return data
+            return self.remote.read(row, shard, offset, size)
         try:
             with path.open(
                 "rb"
@@ -372,29 +399,6 @@ class Shards:
         if modified != self._modified[shard]:
             raise StorageError(f"the shard {path} was replaced since it was opened; run the same command again.")
         return data
-
-
-class _Names(Sequence[str]):
-    """Names of the samples that are kept, preceded by those of their shards if needed."""
-
-    def __init__(self, keys: Keys, rows: np.ndarray | None, prefixes: list[str] | None, starts: np.ndarray):
-        self._keys, self._rows, self._prefixes, self._starts = keys, rows, prefixes, starts
-
-    def __len__(self) -> int:
-        return len(self._keys) if self._rows is None else len(self._rows)
-
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        i = range(len(self))[i]
-        row = i if self._rows is None else int(self._rows[i])
-        if self._prefixes is None:
-            return self._keys[row]
-        return f"{self._prefixes[int(np.searchsorted(self._starts, row, 'right')) - 1]}/{self._keys[row]}"
 
 
 def _warn_of_repeated(members: Sequence[str]) -> None:

@@ -127,7 +127,7 @@ def download(url: str, target: Path, size: int | None = None) -> str:
 
     Args:
         url: the file.
-        target: where to write; not atomic.
+        target: where to write; not atomic. If it exists, it may have room reserved.
         size: its size in bytes, if it is known.
 
     Raises:
@@ -135,7 +135,7 @@ def download(url: str, target: Path, size: int | None = None) -> str:
     """
     digest, position = hashlib.blake2b(digest_size=16), 0
     total = size_of(url) if size is None else size
-    with target.open("wb") as file:
+    with target.open("r+b" if target.exists() else "wb") as file:
         while total is None or position < total:
             data = read_range(url, position, CHUNK)  # the last request may show that the file has grown
             file.write(data)
@@ -143,6 +143,7 @@ def download(url: str, target: Path, size: int | None = None) -> str:
             position += len(data)
             if len(data) != CHUNK:
                 break
+        file.truncate()
     if total is not None and position != total:
         raise StorageError(f"{shown(url)} has {position} bytes instead of {total}; it was replaced or is incomplete.")
     return digest.hexdigest()

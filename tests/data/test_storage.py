@@ -12,6 +12,7 @@ import pytest
 from ldm.data import ShardsData, storage
 from ldm.data.indexing import make_index
 from ldm.data.samples import Batch
+from ldm.data.shard_cache import ShardCacheConfig
 from ldm.data.shards import Shards
 from ldm.data.stream import TrainStream
 from ldm.errors import DataError, StorageError
@@ -58,7 +59,9 @@ def put(folder: Path, url: str) -> str:
 
 
 def batches(source: Any, workers: int = 0, rank: int = 0, start: int = 0) -> list[Batch]:
-    data = ShardsData(source, size=(8, 6), workers=workers, flip=True, crop="random", shuffle_buffer=4)
+    """Batches that are read by ranges, since the cache cannot hold the shards."""
+    cache = ShardCacheConfig("/dev/null", 1e-6)
+    data = ShardsData(source, size=(8, 6), workers=workers, flip=True, crop="random", shard_cache=cache)
     return list(TrainStream(data.open("train"), 4, 3, 6, start_batch=start, shuffle_buffer=4, rank=rank, world_size=2))
 
 
@@ -155,3 +158,79 @@ def test_shards_that_vanish_or_change_are_one_sentence(http: tuple[str, type[Ran
 def test_a_password_in_an_address_is_not_shown() -> None:
     assert storage.shown("https://me:secret@host/a/b.tar?signature=1") == "https://host/a/b.tar"
     assert storage.joined("https://host/a?signature=1", "b.tar") == "https://host/a/b.tar?signature=1"
+
+
+def cached(url: str, folder: Path, gib: float = 1.0, workers: int = 0, buffer: int | None = 4) -> TrainStream:
+    cache = ShardCacheConfig(str(folder), gib)
+    data = ShardsData(
+        url, size=(8, 6), workers=workers, flip=True, crop="random", shard_cache=cache, shuffle_buffer=buffer
+    )
+    return TrainStream(data.open("train"), 4, 3, 12, shuffle_buffer=buffer)
+
+
+def test_a_cache_gives_the_same_batches_and_reads_each_shard_once(
+    http: tuple[str, type[Ranges]], local: Path, tmp_path: Path
+) -> None:
+    expected = list(cached(str(local), tmp_path / "unused"))
+    make_index(str(local))
+    url = f"{http[0]}/shards"
+    http[1].failures["001.tar"] = 3
+    for workers in (2, 0):
+        assert_same(list(cached(url, tmp_path / "cache", workers=workers)), expected)
+    assert sorted(path for path in http[1].requests if path.endswith(".tar")) == [
+        "/shards/000.tar",
+        *["/shards/001.tar"] * 4,
+        "/shards/002.tar",
+    ]
+    assert not (tmp_path / "unused").exists()
+    names = [path.name for path in (tmp_path / "cache").iterdir()]
+    assert sorted(Path(name).suffix for name in names) == [".lock"] * 4 + [".tar"] * 3
+
+
+def test_a_small_cache_keeps_its_size(http: tuple[str, type[Ranges]], local: Path, tmp_path: Path) -> None:
+    expected = list(cached(str(local), tmp_path / "unused"))
+    make_index(str(local))
+    sizes = [path.stat().st_size for path in local.glob("*.tar")]
+    for i, batch in enumerate(cached(f"{http[0]}/shards", tmp_path / "cache", 2 * max(sizes) / 2**30)):
+        assert_same([batch], expected[i : i + 1])
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 2 * max(sizes)
+
+
+def test_a_shard_larger_than_the_cache_is_one_sentence(
+    http: tuple[str, type[Ranges]], local: Path, tmp_path: Path
+) -> None:
+    make_index(str(local))
+    with pytest.raises(StorageError, match=r"more than the cache .* may hold; enlarge data\.shard_cache\.size"):
+        list(cached(f"{http[0]}/shards", tmp_path / "cache", 1e-6))
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(
+    http: tuple[str, type[Ranges]], local: Path, tmp_path: Path
+) -> None:
+    make_index(str(local))
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(StorageError, match=r"the shard cache .*cache cannot be used \(File exists\)"):
+        list(cached(f"{http[0]}/shards", tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("same_size", [True, False])
+def test_a_remote_shard_that_is_not_that_of_the_index_is_refused(
+    http: tuple[str, type[Ranges]], local: Path, tmp_path: Path, same_size: bool
+) -> None:
+    make_index(str(local))
+    for path in local.glob("*.tar"):
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b"caption", b"CAPTION") if same_size else data[:-100])
+    with pytest.raises(StorageError, match="not the one that its index lists" if same_size else "bytes instead of"):
+        list(cached(f"{http[0]}/shards", tmp_path / "cache"))
+
+
+def test_a_set_that_exceeds_the_cache_is_read_by_ranges_in_a_random_order(
+    http: tuple[str, type[Ranges]], local: Path, tmp_path: Path
+) -> None:
+    expected = list(cached(str(local), tmp_path / "unused", buffer=None))
+    make_index(str(local))
+    assert_same(list(cached(f"{http[0]}/shards", tmp_path / "cache", 1e-6, buffer=None)), expected)
+    assert not (tmp_path / "cache").exists()
+    assert_same(list(cached(f"{http[0]}/shards", tmp_path / "cache", 1.0, buffer=None)), expected)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 3
