@@ -12,8 +12,11 @@ from typing import Any, overload
 
 import numpy as np
 
+SIDECAR = "json"
+"""Suffix of the member with further fields of a sample."""
+
 Spans = tuple[np.ndarray, np.ndarray]
-"""Offsets (int64 ``[n]``) and sizes (int32 ``[n]``), in bytes, of the members of a kind; size -1 where a sample lacks one."""
+"""Offsets (int64 or uint32 ``[n]``) and sizes (int32 ``[n]``) of the members of a kind, in bytes; size -1 where there is none."""
 
 
 class Keys(Sequence[str]):
@@ -123,7 +126,7 @@ class SampleTable:
             count = len(range(len(self))[rows]) if isinstance(rows, slice) else len(rows)
             return np.tile(np.array([0, -1]), (count, 1))
         offsets, sizes = self.members[column]
-        return np.stack([offsets[rows], sizes[rows].astype(np.int64)], axis=1)
+        return np.stack([offsets[rows].astype(np.int64), sizes[rows].astype(np.int64)], axis=1)
 
     def span(self, column: str, row: int) -> tuple[int, int]:
         """Return offset and size of the member of a row; the size is -1 if there is none."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.sample_table import SampleTable
+from ldm.data.sample_table import SIDECAR, SampleTable
 from ldm.errors import DataError
 from ldm.formats.tensors import write_atomically
 from ldm.modalities import MODALITIES, Modality
@@ -50,9 +50,6 @@ MEMBERS: dict[str, Modality] = {suffix: _STORED[suffix] for suffix in (*FIRST, *
 
 IMAGE = "image"
 """Name of the column of images, whose suffixes vary; the other members go by their suffix."""
-
-SIDECAR = "json"
-"""Suffix of the member with further fields of a sample."""
 
 CHECKSUM = "__checksum__"
 

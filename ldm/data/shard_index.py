@@ -18,14 +18,14 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.data.sample_table import Keys, SampleTable, Spans, ends_of
+from ldm.data.sample_table import SIDECAR, Keys, SampleTable, ends_of
 from ldm.data.storage import Location, attempted, folder_of, joined, located, shown
 from ldm.errors import DataError, first_line, some
 
@@ -82,7 +82,7 @@ class ShardIndex:
 
     def __init__(self, location: Location):
         self.location = location
-        schema = self._read(None)
+        schema = self._open(lambda file: file.schema_arrow)
         try:
             content = json.loads(schema.metadata[_METADATA])
             version = content["version"]
@@ -105,17 +105,51 @@ class ShardIndex:
         """Locations of the shards."""
         return [joined(self.folder, shard.name) for shard in self.shards]
 
-    def table(self) -> SampleTable:
-        """Read keys and places of the members of all samples."""
-        members: dict[str, Spans] = {}
-        for member in self._members:
-            offsets, sizes = (self._numbers(f"{member}.{part}") for part in ("offset", "size"))
-            members[member] = offsets, sizes
-        return SampleTable(self._keys(), [shard.samples for shard in self.shards], members)
+    def table(self, *, sidecar: bool = True) -> SampleTable:
+        """Read keys and places of the members of all samples; of their JSON files only if ``sidecar`` is true."""
+        n = sum(shard.samples for shard in self.shards)
+        keys = self._keys(n)  # first, since its parts are in memory twice for a moment
+        small = max((shard.bytes for shard in self.shards), default=0) < 2**32
+        kinds = {"offset": np.uint32 if small else np.int64, "size": np.int32}
+        members: dict[str, Any] = {
+            member: tuple(self._numbers(f"{member}.{part}", n, kind) for part, kind in kinds.items())
+            for member in self._members
+            if sidecar or member != SIDECAR
+        }
+        return SampleTable(keys, [shard.samples for shard in self.shards], members)
+
+    def _numbers(self, name: str, n: int, kind: type[np.generic]) -> np.ndarray:
+        numbers = np.empty(n, kind)
+
+        def load(file: Any) -> None:
+            start = 0
+            for group in range(file.num_row_groups):  # one after another, so that nothing is in memory twice
+                part = file.read_row_group(group, [name]).column(0).to_numpy()
+                numbers[start : start + len(part)] = part
+                start += len(part)
+
+        self._open(load)
+        return numbers
+
+    def _keys(self, n: int) -> Keys:
+        lengths = np.empty(n, np.int32)
+        names: list[np.ndarray] = []
+
+        def load(file: Any) -> None:
+            names.clear()
+            start = 0
+            for group in range(file.num_row_groups):
+                data, lengths_here = _names(file.read_row_group(group, ["key"]).column(0))
+                lengths[start : start + len(lengths_here)] = lengths_here
+                names.append(data)
+                start += len(lengths_here)
+
+        self._open(load)
+        return Keys(np.concatenate([np.zeros(0, np.uint8), *names]), ends_of(lengths))
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Read a further column, of all samples."""
-        return self._read([name]).column(0)
+        return self._open(lambda file: file.read([name])).column(0)
 
     def check(self, numbers: Sequence[int]) -> None:
         """Raise a DataError if one of these shards, on a local disk, is not the file that was indexed.
@@ -153,32 +187,14 @@ class ShardIndex:
         """What to do if the shards have changed."""
         return f"make the index again with tools/prepare.py index {shown(self.folder)}"
 
-    def _numbers(self, name: str) -> np.ndarray:
-        numbers: np.ndarray = self._read([name]).column(0).to_numpy()
-        return numbers
-
-    def _keys(self) -> Keys:
-        import pyarrow as pa
-
-        chunks = [chunk.cast(pa.large_binary()) for chunk in self._read(["key"]).column(0).chunks]
-        data, lengths = [], []
-        for chunk in chunks:
-            _, ends, names = chunk.buffers()
-            ends = np.frombuffer(ends, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
-            data.append(np.frombuffer(names or b"", np.uint8)[ends[0] : ends[-1]])
-            lengths.append(np.diff(ends))
-        return Keys(
-            np.concatenate([np.zeros(0, np.uint8), *data]), ends_of(np.concatenate([np.zeros(0, int), *lengths]))
-        )
-
-    def _read(self, columns: list[str] | None) -> Any:
-        """Return some columns as a table, or the schema."""
+    def _open(self, load: Callable[[Any], Any]) -> Any:
+        """Return the result of ``load`` for the ``pyarrow.parquet.ParquetFile``; over a network it may be called again."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         def read(source: Any) -> Any:
             with pq.ParquetFile(source, pre_buffer=False) as file:
-                return file.schema_arrow if columns is None else file.read(columns)
+                return load(file)
 
         def remote(fs: Any, path: str) -> Any:
             with fs.open(path, "rb", cache_type="bytes", block_size=1 << 20) as file:
@@ -196,6 +212,16 @@ class ShardIndex:
     @property
     def _again(self) -> str:
         return f"make it again with tools/prepare.py index {shown(folder_of(self.location))}"
+
+
+def _names(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bytes and lengths of an Arrow column of names."""
+    import pyarrow as pa
+
+    names = column.cast(pa.large_binary()).combine_chunks()
+    _, ends, data = names.buffers()
+    ends = np.frombuffer(ends, np.int64)[names.offset : names.offset + len(names) + 1]
+    return np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]].copy(), np.diff(ends)
 
 
 def tail_of(path: Path) -> str:

@@ -70,12 +70,15 @@ class Part:
         return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in self.numbers])
 
 
-def open_parts(paths: Sequence[Location], indices: Mapping[Location, ShardIndex]) -> Iterator[tuple[SampleTable, Part]]:
+def open_parts(
+    paths: Sequence[Location], indices: Mapping[Location, ShardIndex], sidecar: bool = True
+) -> Iterator[tuple[SampleTable, Part]]:
     """Yield the samples of consecutive shards of one folder, and how they were found.
 
     Args:
         paths: the shards, each once.
         indices: indices by folder, that do not have to be found.
+        sidecar: whether the samples' JSON files are needed.
 
     Raises:
         DataError: a shard that is missing, truncated, not a tar file, or not the one of its index or report; a remote shard
@@ -84,7 +87,7 @@ def open_parts(paths: Sequence[Location], indices: Mapping[Location, ShardIndex]
     for folder, group in itertools.groupby(paths, folder_of):
         in_folder = list(group)
         index = indices.get(folder) or index_of(folder)
-        yield _scanned(in_folder) if index is None else _indexed(in_folder, index)
+        yield _scanned(in_folder) if index is None else _indexed(in_folder, index, sidecar)
 
 
 def _scanned(paths: Sequence[Location]) -> tuple[SampleTable, Part]:
@@ -95,7 +98,7 @@ def _scanned(paths: Sequence[Location]) -> tuple[SampleTable, Part]:
     return table, Part(len(table), [content.modified for content in contents.values()], repeats)
 
 
-def _indexed(paths: Sequence[Location], index: ShardIndex) -> tuple[SampleTable, Part]:
+def _indexed(paths: Sequence[Location], index: ShardIndex, sidecar: bool) -> tuple[SampleTable, Part]:
     by_name = {shard.name: number for number, shard in enumerate(index.shards)}
     missing = [path for path in paths if name_of(path) not in by_name]
     if missing:
@@ -108,7 +111,8 @@ def _indexed(paths: Sequence[Location], index: ShardIndex) -> tuple[SampleTable,
     index.check(numbers)
     modified = [path.stat().st_mtime_ns if isinstance(path, Path) else None for path in paths]
     part = Part(sum(index.shards[number].samples for number in numbers), modified, [], index, numbers)
-    return index.table() if part.whole else index.table().take_shards(numbers), part
+    table = index.table(sidecar=sidecar)
+    return table if part.whole else table.take_shards(numbers), part
 
 
 def combined(texts: Sequence[str]) -> str:

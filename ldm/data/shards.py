@@ -100,7 +100,9 @@ class Shards:
         assert self.paths, "no shards are given"
         check_distinct(self.paths)
         self._fields = {CAPTION.key: caption_field, LABEL.key: label_field}
-        tables, self._parts = zip(*open_parts(self.paths, indices or {}), strict=True)
+        tables, self._parts = zip(
+            *open_parts(self.paths, indices or {}, sidecar=any(self._fields.values())), strict=True
+        )
         self._modified = [modified for part in self._parts for modified in part.modified]
         self._table = concatenate(tables)
         self.remote = RemoteShards(self.paths, [shard for part in self._parts for shard in part.listed], cache)

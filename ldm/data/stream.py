@@ -54,14 +54,16 @@ class Order:
         generator = np.random.default_rng([self.seed, epoch])
         n, size = len(self), self.shuffle_buffer
         if size is None:
-            return generator.permutation(n).astype(np.uint32), generator.bit_generator.state, np.arange(0)
+            order = np.arange(n, dtype=np.uint32)
+            generator.shuffle(order)  # as generator.permutation(n), in half of the memory
+            return order, generator.bit_generator.state, np.arange(0)
         shards = generator.permutation(len(self._starts) - 1)
         read = np.empty(n, np.uint32)
         place = 0
         for first, end in zip(self._starts[shards], self._starts[shards + 1], strict=True):
             read[place : place + end - first] = np.arange(first, end, dtype=np.uint32)
             place += end - first
-        order = np.empty(n, np.uint32)
+        order = np.empty_like(read)
         blocks = max(1, _SHUFFLED_AT_ONCE // size)  # of the size of the buffer
         for start in range(0, n, blocks * size):
             part = read[start : start + blocks * size]
