@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.data.sample_table import SIDECAR, Keys, SampleTable, ends_of
+from ldm.data.sample_table import SIDECAR, Keys, SampleTable
 from ldm.data.storage import Location, attempted, folder_of, joined, located, shown
 from ldm.errors import DataError, first_line, some
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _METADATA = b"ldm"
-_ROWS_AT_ONCE = 1 << 20
+_ROWS_AT_ONCE = 1 << 18  # rows that are decoded at a time
 _TAIL = 16 << 10  # bytes; includes the checksum that a shard of ours ends in
 
 Table = Any
@@ -93,6 +93,7 @@ class ShardIndex:
         folder = content["folder"]
         self.folder = folder_of(location) if folder is None else located(folder)
         self.shards = [IndexedShard(**shard) for shard in content["shards"]]
+        self._key_bytes = int(content["key_bytes"])
         self.fingerprint, self.unique = str(content["fingerprint"]), bool(content["unique"])
         self._members = list(
             dict.fromkeys(name[: -len(".offset")] for name in schema.names if name.endswith(".offset"))
@@ -108,7 +109,6 @@ class ShardIndex:
     def table(self, *, sidecar: bool = True) -> SampleTable:
         """Read keys and places of the members of all samples; of their JSON files only if ``sidecar`` is true."""
         n = sum(shard.samples for shard in self.shards)
-        keys = self._keys(n)  # first, since its parts are in memory twice for a moment
         small = max((shard.bytes for shard in self.shards), default=0) < 2**32
         kinds = {"offset": np.uint32 if small else np.int64, "size": np.int32}
         members: dict[str, Any] = {
@@ -116,7 +116,7 @@ class ShardIndex:
             for member in self._members
             if sidecar or member != SIDECAR
         }
-        return SampleTable(keys, [shard.samples for shard in self.shards], members)
+        return SampleTable(self._keys(n), [shard.samples for shard in self.shards], members)
 
     def _numbers(self, name: str, n: int, kind: type[np.generic]) -> np.ndarray:
         numbers = np.empty(n, kind)
@@ -132,20 +132,20 @@ class ShardIndex:
         return numbers
 
     def _keys(self, n: int) -> Keys:
-        lengths = np.empty(n, np.int32)
-        names: list[np.ndarray] = []
+        data = np.empty(self._key_bytes, np.uint8)
+        ends = np.zeros(n + 1, np.uint32 if self._key_bytes < 2**32 else np.int64)
 
         def load(file: Any) -> None:
-            names.clear()
             start = 0
             for group in range(file.num_row_groups):
-                data, lengths_here = _names(file.read_row_group(group, ["key"]).column(0))
-                lengths[start : start + len(lengths_here)] = lengths_here
-                names.append(data)
-                start += len(lengths_here)
+                names, ends_here = _names(file.read_row_group(group, ["key"]).column(0))
+                place = int(ends[start])
+                data[place : place + len(names)] = names
+                ends[start + 1 : start + len(ends_here)] = ends_here[1:] + place
+                start += len(ends_here) - 1
 
         self._open(load)
-        return Keys(np.concatenate([np.zeros(0, np.uint8), *names]), ends_of(lengths))
+        return Keys(data, ends)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Read a further column, of all samples."""
@@ -194,7 +194,9 @@ class ShardIndex:
 
         def read(source: Any) -> Any:
             with pq.ParquetFile(source, pre_buffer=False) as file:
-                return load(file)
+                result = load(file)
+            pa.default_memory_pool().release_unused()
+            return result
 
         def remote(fs: Any, path: str) -> Any:
             with fs.open(path, "rb", cache_type="bytes", block_size=1 << 20) as file:
@@ -215,13 +217,13 @@ class ShardIndex:
 
 
 def _names(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bytes and lengths of an Arrow column of names."""
+    """Return the bytes of an Arrow column of names, and 0 and the end of each name."""
     import pyarrow as pa
 
     names = column.cast(pa.large_binary()).combine_chunks()
     _, ends, data = names.buffers()
     ends = np.frombuffer(ends, np.int64)[names.offset : names.offset + len(names) + 1]
-    return np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]].copy(), np.diff(ends)
+    return np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]], ends - ends[0]
 
 
 def tail_of(path: Path) -> str:
@@ -325,10 +327,12 @@ def write_index(
         unique: whether all keys differ.
         folder: folder of the shards; None: that of the index.
     """
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     content = {
         "version": VERSION,
+        "key_bytes": pc.sum(pc.binary_length(table.column("key"))).as_py() or 0,
         "folder": folder,
         "fingerprint": fingerprint,
         "unique": unique,

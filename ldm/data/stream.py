@@ -58,21 +58,20 @@ class Order:
             generator.shuffle(order)  # as generator.permutation(n), in half of the memory
             return order, generator.bit_generator.state, np.arange(0)
         shards = generator.permutation(len(self._starts) - 1)
-        read = np.empty(n, np.uint32)
+        order = np.empty(n, np.uint32)  # first as the shards are read
         place = 0
         for first, end in zip(self._starts[shards], self._starts[shards + 1], strict=True):
-            read[place : place + end - first] = np.arange(first, end, dtype=np.uint32)
+            order[place : place + end - first] = np.arange(first, end, dtype=np.uint32)
             place += end - first
-        order = np.empty_like(read)
         blocks = max(1, _SHUFFLED_AT_ONCE // size)  # of the size of the buffer
         for start in range(0, n, blocks * size):
-            part = read[start : start + blocks * size]
+            part = order[start : start + blocks * size]
             whole = len(part) // size * size
             numbers = generator.random(len(part))
             rows = np.argsort(numbers[:whole].reshape(-1, size), axis=1, kind="stable")
             rows += np.arange(0, whole, size)[:, None]
             last = np.argsort(numbers[whole:], kind="stable") + whole
-            order[start : start + len(part)] = part[np.concatenate([rows.ravel(), last])]
+            part[:] = part[np.concatenate([rows.ravel(), last])]
         return order, generator.bit_generator.state, shards
 
     def draw(self, start: int, count: int) -> BatchIndices:
