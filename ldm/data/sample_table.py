@@ -24,10 +24,10 @@ class Keys(Sequence[str]):
 
     Args:
         data: uint8, the names in UTF-8 one after another; bytes that are not UTF-8 are read as surrogates.
-        ends: ``[n + 1]``, 0 and the end of each name in ``data``.
+        ends: ``[n + 1]``, 0 and the end of each name in ``data``; ``range(0, len(data) + 1, m)`` if all have m bytes.
     """
 
-    def __init__(self, data: np.ndarray, ends: np.ndarray):
+    def __init__(self, data: np.ndarray, ends: np.ndarray | range):
         self.data, self._ends = data, ends
 
     @classmethod
@@ -51,13 +51,15 @@ class Keys(Sequence[str]):
 
     def lengths(self) -> np.ndarray:
         """Return the number of bytes of each name."""
-        return np.diff(self._ends)
+        return np.diff(np.asarray(self._ends))
 
     def take(self, rows: np.ndarray) -> Keys:
         """Return the names of some rows."""
         lengths = self.lengths()[rows]
         ends = ends_of(lengths)
-        places = np.repeat(self._ends[:-1][rows].astype(np.int64) - ends[:-1], lengths) + np.arange(ends[-1])
+        places = np.repeat(np.asarray(self._ends)[:-1][rows].astype(np.int64) - ends[:-1], lengths) + np.arange(
+            ends[-1]
+        )
         return Keys(self.data[places], ends)
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.data.sample_table import SIDECAR, Keys, SampleTable
+from ldm.data.sample_table import SIDECAR, Keys, SampleTable, ends_of
 from ldm.data.storage import Location, attempted, folder_of, joined, located, shown
 from ldm.errors import DataError, first_line, some
 
@@ -109,6 +109,7 @@ class ShardIndex:
     def table(self, *, sidecar: bool = True) -> SampleTable:
         """Read keys and places of the members of all samples; of their JSON files only if ``sidecar`` is true."""
         n = sum(shard.samples for shard in self.shards)
+        keys = self._keys(n)  # first, since it needs more memory for a moment
         small = max((shard.bytes for shard in self.shards), default=0) < 2**32
         kinds = {"offset": np.uint32 if small else np.int64, "size": np.int32}
         members: dict[str, Any] = {
@@ -116,7 +117,7 @@ class ShardIndex:
             for member in self._members
             if sidecar or member != SIDECAR
         }
-        return SampleTable(self._keys(n), [shard.samples for shard in self.shards], members)
+        return SampleTable(keys, [shard.samples for shard in self.shards], members)
 
     def _numbers(self, name: str, n: int, kind: type[np.generic]) -> np.ndarray:
         numbers = np.empty(n, kind)
@@ -133,19 +134,21 @@ class ShardIndex:
 
     def _keys(self, n: int) -> Keys:
         data = np.empty(self._key_bytes, np.uint8)
-        ends = np.zeros(n + 1, np.uint32 if self._key_bytes < 2**32 else np.int64)
+        lengths = np.empty(n, np.int32)
 
         def load(file: Any) -> None:
-            start = 0
+            start, place = 0, 0
             for group in range(file.num_row_groups):
-                names, ends_here = _names(file.read_row_group(group, ["key"]).column(0))
-                place = int(ends[start])
+                names, lengths_here = _names(file.read_row_group(group, ["key"]).column(0))
                 data[place : place + len(names)] = names
-                ends[start + 1 : start + len(ends_here)] = ends_here[1:] + place
-                start += len(ends_here) - 1
+                lengths[start : start + len(lengths_here)] = lengths_here
+                start, place = start + len(lengths_here), place + len(names)
 
         self._open(load)
-        return Keys(data, ends)
+        width = int(lengths.max(initial=0))
+        if width and width == lengths.min(initial=width):  # as numbers with leading zeros, which need no array of ends
+            return Keys(data, range(0, width * n + 1, width))
+        return Keys(data, ends_of(lengths))
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Read a further column, of all samples."""
@@ -217,13 +220,13 @@ class ShardIndex:
 
 
 def _names(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bytes of an Arrow column of names, and 0 and the end of each name."""
+    """Return the bytes of an Arrow column of names, and the length of each."""
     import pyarrow as pa
 
     names = column.cast(pa.large_binary()).combine_chunks()
     _, ends, data = names.buffers()
     ends = np.frombuffer(ends, np.int64)[names.offset : names.offset + len(names) + 1]
-    return np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]], ends - ends[0]
+    return np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]], np.diff(ends)
 
 
 def tail_of(path: Path) -> str:
