@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import secrets
 import time
@@ -36,6 +37,7 @@ class MissingFileError(StorageError):
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _PASSING_STATUS = {408, 425, 429}
 _NETWORK = {"aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "azure", "requests", "urllib3"}
+_filesystems: dict[tuple[int, str, str], Any] = {}
 _log = logging.getLogger(__name__)
 
 
@@ -190,8 +192,16 @@ def attempted(url: str, work: Callable[[Any, str], T], done: str = "read") -> T:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """Return fsspec's filesystem, which it keeps for each process and thread, and the path in it."""
+    """Return fsspec's filesystem and the path in it.
+
+    fsspec itself keeps one for each thread, and closes those of the parent in a forked worker, which takes long; here all
+    threads of a process share one, and its connections.
+    """
     import fsspec
+
+    key = os.getpid(), url.partition("://")[0], urlsplit(url).netloc
+    if key in _filesystems:
+        return _filesystems[key], _filesystems[key]._strip_protocol(url)
 
     options: dict[str, Any] = {}
     protocol = url.partition("://")[0].lower()
@@ -203,10 +213,10 @@ def _filesystem(url: str) -> tuple[Any, str]:
     elif protocol == "s3":
         options["use_listings_cache"] = False
     try:
-        fs, path = fsspec.core.url_to_fs(url, **options)
+        fs, path = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
     except ValueError as error:
         raise StorageError(f"{shown(url)} cannot be read ({first_line(error)}); give a path or another URL.") from None
-    return fs, path
+    return _filesystems.setdefault(key, fs), path
 
 
 def _may_pass(error: Exception) -> bool:

@@ -35,7 +35,6 @@ def s3() -> Iterator[str]:
             patch.setenv(name, value)
         import s3fs
 
-        s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir("data")
         yield "s3://data"
 
