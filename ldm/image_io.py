@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).float() / 255
 
 
-def is_file(value: object) -> bool:
+def is_file(value: object) -> TypeGuard[ImageFile]:
     """Return whether a value is an image file: its name, its content, or an object that reads it."""
     return isinstance(value, str | bytes | PathLike) or hasattr(value, "read")
 

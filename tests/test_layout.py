@@ -111,7 +111,16 @@ def test_lightning_is_imported_by_the_engine_only() -> None:
 
 
 def test_the_pipeline_imports_no_training_package() -> None:
-    heavy = LIGHTNING | {"open_clip", "timm", "torchvision", "transformers", "tensorboard", "webdataset"}
+    heavy = LIGHTNING | {
+        "open_clip",
+        "timm",
+        "torchvision",
+        "transformers",
+        "tensorboard",
+        "webdataset",
+        "pyarrow",
+        "s3fs",
+    }
     script = "import sys; from ldm import Pipeline; print(*{name.split('.')[0] for name in sys.modules})"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

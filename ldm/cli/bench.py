@@ -11,9 +11,13 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from ldm.cli.bench_data import bench_index, bench_stream
 from ldm.cli.bench_load import bench_load
 from ldm.cli.common import Debug, keep_freed_memory, new_app, run
 from ldm.errors import LdmError, missing_extra, unknown
+
+OTHERS = ("load", "index", "stream")
+"""Benchmarks that have a module of their own."""
 
 Side = tuple[Any, Callable[[], Any]]
 """A network, and a call of it that returns a tensor."""
@@ -23,14 +27,18 @@ app = new_app()
 
 @app.command()
 def bench(
-    names: Annotated[list[str] | None, Argument(help="unet, vae, text (default: all three), or load.")] = None,
+    names: Annotated[
+        list[str] | None, Argument(help="unet, vae, text (default: all three), load, index, or stream.")
+    ] = None,
     device: Annotated[str | None, Option(help="cpu or cuda. Default: the GPU if there is one.")] = None,
     dtype: Annotated[str | None, Option(help="float32 or bfloat16. Default: bfloat16 if it is native.")] = None,
     batch: Annotated[int, Option(help="Batch size.")] = 8,
     rounds: Annotated[int, Option(help="Number of measured rounds, alternating between both sides.")] = 7,
     folder: Annotated[
-        Path, Option(help="For load: folder of the full-size files, created if they do not exist (8.6 GB).")
+        Path, Option(help="For load and index: folder of the files, created if they do not exist (8.6 GB for load).")
     ] = Path("runs/bench"),
+    samples: Annotated[int, Option(help="For index: number of samples.")] = 10_000_000,
+    workers: Annotated[int, Option(help="For stream: number of processes that decode.")] = 0,
     compiled: Annotated[bool, Option("--compile", help="Compile both sides with torch.compile.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -40,19 +48,23 @@ def bench(
     from ldm.devices import default_device, default_dtype
 
     for name in names or []:
-        if name not in (*PAIRS, "load"):
-            raise LdmError(unknown("benchmark", name, [*PAIRS, "load"]))
+        if name not in (*PAIRS, *OTHERS):
+            raise LdmError(unknown("benchmark", name, [*PAIRS, *OTHERS]))
+    if names and "index" in names:
+        bench_index(folder, samples)
+    if names and "stream" in names:
+        bench_stream(rounds, workers)
     keep_freed_memory()
     if names and "load" in names:
         bench_load(folder, dtype or "float32", rounds)
-        names = [name for name in names if name != "load"]
-        if not names:
-            return
+    names = [name for name in names or PAIRS if name in PAIRS]
+    if not names:
+        return
     place = torch.device(device) if device else default_device()
     precision = getattr(torch, dtype) if dtype else default_dtype(place)
     print(f"{place}, {precision}, batch {batch}, {torch.get_num_threads()} threads, median of {rounds} rounds")
     print(f"{'':24}{'ours':>10}{'peer':>10}{'peer/ours':>11}")
-    for name in names or PAIRS:
+    for name in names:
         sides = PAIRS[name](batch, {"device": place, "dtype": precision})
         for network, _ in sides:
             network.to(place, precision).to(memory_format=torch.channels_last)

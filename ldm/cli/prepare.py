@@ -63,6 +63,43 @@ def folder(
 
 
 @app.command()
+def index(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Shards that others made: a folder, local or as s3://, or a pattern, as https://host/{00000..00099}.tar.",
+        ),
+    ],
+    out: Annotated[
+        str | None, typer.Option(help="Path or URL of the index. Default: index.parquet beside the shards.")
+    ] = None,
+    fields: Annotated[
+        str | None,
+        typer.Option(help="Fields of the .json files to include, with commas. Default: all numbers and short texts."),
+    ] = None,
+    caption_field: Annotated[
+        str | None, typer.Option(help="Field of the .json files that holds the caption. Default: it is in .txt.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Number of processes.")] = 4,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder of intermediate results, with which an interrupted command continues."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the index of shards, by which training starts without reading their headers, and reads remote ones at all."""
+    from ldm.data.indexing import IndexOptions, make_index
+    from ldm.data.storage import shown
+
+    options = IndexOptions(None if fields is None else tuple(fields.split(",")), caption_field)
+    made = make_index(source, out, workers=workers, work=work, options=options)
+    samples = sum(shard.samples for shard in made.shards)
+    print(f"{shown(made.location)}: {samples} samples in {len(made.shards)} shards")
+    print(f"Columns: {', '.join(made.columns)}")
+
+
+@app.command()
 def emoji(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Output folder of the shards.")],
     font: Annotated[

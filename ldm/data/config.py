@@ -10,7 +10,8 @@ from PIL import ImageColor
 from ldm.config import Kind, config_field
 from ldm.data.caption_choice import CaptionConfig
 from ldm.data.samples import ImagesInMemory, Samples, StoredImages
-from ldm.data.shards import SPLITS, Shards, find_shards
+from ldm.data.shard_cache import ShardCacheConfig
+from ldm.data.shards import SPLITS, Shards
 from ldm.errors import ConfigError, DataError, unknown
 from ldm.modalities.crop import FITS, Color
 
@@ -60,6 +61,14 @@ class ShardsData(DataConfig, kind="shards"):
     test: str | tuple[str, ...] | None = config_field(
         None, "Shards to test on; only tools/evaluate.py reads them.", changeable=True, path=True
     )
+    caption_field: str | None = config_field(
+        None,
+        "Field of the samples' .json files that holds the caption, as in shards of img2dataset; null: .txt.",
+        omit_default=True,
+    )
+    label_field: str | None = config_field(
+        None, "Field of the samples' .json files that holds the class number; null: .cls.", omit_default=True
+    )
     size: int | tuple[int, int] = config_field(64, "Size of an image in pixels: its side, or [height, width].")
     fit: Literal["crop", "pad", "stretch"] = config_field(
         "crop",
@@ -102,7 +111,14 @@ class ShardsData(DataConfig, kind="shards"):
     )
     shuffle_buffer: int | None = config_field(
         None,
-        "Number of samples that are shuffled at a time, for slow disks: shards are read in sequence; null shuffles all.",
+        "Number of samples that are shuffled at a time, for slow disks and remote shards: shards are read in sequence; null "
+        "shuffles all.",
+    )
+    shard_cache: ShardCacheConfig = config_field(
+        ShardCacheConfig(),
+        "Copies of remote shards, made while others are read; used with shuffle_buffer, or if all shards fit into it.",
+        changeable=True,
+        omit_default=True,
     )
 
     captions: CaptionConfig = config_field(
@@ -157,7 +173,14 @@ class ShardsData(DataConfig, kind="shards"):
     def open(self, split: str) -> Samples:
         source = require_split(split, self._sources)
         stored = StoredImages(
-            Shards(find_shards(source, split)),
+            Shards.open(
+                source,
+                split,
+                caption_field=self.caption_field,
+                label_field=self.label_field,
+                cache=self.shard_cache.build(),
+                sequential=split != "train" or self.shuffle_buffer is not None,
+            ),
             FITS[self.fit](*self._height_width, _rgb("pad_color", self.pad_color or self.background)),
             background=_rgb("background", self.background),
             random_crop=self.crop == "random",

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from ldm.data.captions import TEXT_SUFFIXES, FileNames, FolderCaptions
 from ldm.data.file_tree import find_files
+from ldm.data.indexing import IndexOptions, index_shards
 from ldm.data.preparation_report import LeftOut, Report, printable
-from ldm.data.shard_set import REPORT, has_set, replacement
+from ldm.data.shard_set import INDEX, REPORT, has_set, replacement
 from ldm.data.shards import IMAGE_SUFFIXES, MEMBERS, SPLITS, Sample, checksum_of, write_shard
 from ldm.data.transforms import decode, shrink
 from ldm.errors import DataError
@@ -32,6 +33,7 @@ COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "av
 """Suffixes of the formats of which shards get the files as they are; others are converted to PNG."""
 FAILED = f"failed_{REPORT}"  # written instead, if no image can be used and the set of an earlier run stays
 _EXAMINED_AT_ONCE = 1024
+_INDEXED_HERE = 16  # shards up to which the index is made without further processes
 _FILES = {suffix: modality for suffix, modality in MEMBERS.items() if modality != CAPTION}
 """Modalities with a file of their own next to an image; captions may also come from metadata."""
 
@@ -67,7 +69,9 @@ def prepare_folder(
     workers: int = 4,
     caption_field: str = "text",
 ) -> Report:
-    """Write ``<split>/000000.tar``, ... and ``report.json`` under ``destination``; a second run writes the same bytes.
+    """Write ``<split>/000000.tar``, ..., ``<split>/index.parquet`` and ``report.json`` under ``destination``.
+
+    A second run writes the same bytes.
 
     The set of an earlier run is replaced once the new one is complete; an error or an interruption leaves it as it was.
 
@@ -115,6 +119,8 @@ def prepare_folder(
                 raise DataError(f"no image of {source} is left to train on; see the reasons in {path}.")
             for split, usable in splits.items():
                 report.shards[split] = _write_split(temporary / split, usable, shard_size, max_size)
+                if usable:
+                    _write_index(temporary / split, workers)
             (temporary / REPORT).write_text(report.as_json(), encoding="utf-8")
         (destination / FAILED).unlink(missing_ok=True)
     except OSError as error:
@@ -247,6 +253,13 @@ def _write_split(
             bar.update(write_shard(path, (_sample(candidate, max_size) for candidate in part)))
             checksums[path.name] = checksum_of(path)
     return checksums
+
+
+def _write_index(folder: Path, workers: int) -> None:
+    paths = sorted(folder.glob("*.tar"))
+    # A process starts slower than a few shards are read.
+    processes = workers if len(paths) > _INDEXED_HERE else 1
+    index_shards(paths, folder / INDEX, workers=processes, work=folder / ".indexing", options=IndexOptions())
 
 
 def _sample(candidate: _Candidate, max_size: int | None) -> Sample:

@@ -47,11 +47,13 @@ class BatchIndices:
         jitter: ``[b 3]`` uniform in [0, 1): position of the crop (y, x) and flip, of each sample; it also seeds the choice
             of its caption. None: no augmentation.
         start: position of the first sample in the sequence of a training; None outside of training.
+        ahead: numbers of the shards that are read now and next, in order, if shards are read in sequence.
     """
 
     index: np.ndarray
     jitter: np.ndarray | None = None
     start: int | None = None
+    ahead: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -169,6 +171,7 @@ class StoredImages(Samples):
         return self._load(draw, self._spatial_annotations)
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
+        self.shards.prepare(draw.index, draw.ahead)
         batch = self._load(draw, self._pixels, self._annotations, self._spatial_annotations)
         return self.with_captions(batch, draw)
 

@@ -19,6 +19,7 @@ from ldm.errors import DataError, some
 from ldm.processes import is_running
 
 REPORT = "report.json"
+INDEX = "index.parquet"
 _PREPARING = ".preparing-"  # and the number of the process that writes there
 _REPLACING = ".replacing"  # exists while the files of a set are exchanged
 _SHARD = re.compile(r"\d{6}\.tar")
@@ -113,7 +114,7 @@ def _report(folder: Path) -> dict[str, Any] | None:
 
 
 def _files(folder: Path, splits: Sequence[str]) -> list[Path]:
-    """Return the report and the shards of the set in a folder.
+    """Return the report, the shards and their indices of the set in a folder.
 
     Raises:
         DataError: it has shards that the report does not list.
@@ -132,7 +133,8 @@ def _files(folder: Path, splits: Sequence[str]) -> list[Path]:
             f"{folder} contains shards that no report of tools/prepare.py lists ({some(foreign)}); move them, or choose "
             "another folder."
         )
-    return [*found, *([folder / REPORT] if report is not None else [])]
+    indices = [path for split in splits if (path := folder / split / INDEX).is_file()]
+    return [*found, *indices, *([folder / REPORT] if report is not None else [])]
 
 
 def _exchange(folder: Path, replaced: Sequence[Path], temporary: Path) -> None:

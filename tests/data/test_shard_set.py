@@ -137,11 +137,11 @@ def test_an_interruption_at_any_place_leaves_the_set_of_before(
     assert captions(tmp_path / "shards") == {f"caption {i:04d}" for i in range(100, 124)}
 
 
-WRITTEN = 9
-"""Shards that are written, each by a call of Path.replace, before those of the old set are replaced."""
+WRITTEN = 21
+"""Shards, indices and their parts that are written, each by a call of Path.replace, before those of the old set are replaced."""
 
 
-@pytest.mark.parametrize("calls", [4, 9, 14, 19, 24, 28])
+@pytest.mark.parametrize("calls", [4, 21, 27, 33, 40, 46])
 def test_a_preparation_that_is_killed_leaves_one_set_or_is_refused(tmp_path: Path, calls: int) -> None:
     """The images of both sets have the same names, and their files the same lengths."""
     prepare(write_images(tmp_path / "images", 24), tmp_path / "shards")
@@ -194,10 +194,11 @@ def test_shards_that_are_not_those_of_the_report_are_refused(
         prepare(write_images(tmp_path / f"{name} images", 24, first), tmp_path / name)
     change(tmp_path / "one", tmp_path / "other")
     data = ShardsData(str(tmp_path / "one" / "train"), workers=0)
-    with pytest.raises(DataError, match=r"that the report next to .* lists.*run tools/prepare\.py again") as error:
+    with pytest.raises(DataError, match=r"that the (report|index) .* lists.* tools/prepare\.py") as error:
         data.open("train")
     assert "\n" not in str(error.value)
     (tmp_path / "one" / "report.json").unlink()
+    (tmp_path / "one" / "train" / "index.parquet").unlink()
     if change is not with_one_more:  # which has keys twice
         assert len(data.open("train"))
 

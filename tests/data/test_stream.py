@@ -49,20 +49,50 @@ def assert_equal(a: list[Batch], b: list[Batch]) -> None:
 
 @given(lengths, st.integers(0, 9), st.integers(0, 5), buffers)
 def test_an_epoch_is_a_permutation(lengths: list[int], seed: int, epoch: int, buffer: int | None) -> None:
-    order, jitter = Order(lengths, seed, buffer).epoch(epoch)
+    order = Order(lengths, seed, buffer).permutation(epoch)
     assert sorted(order) == list(range(sum(lengths)))
-    assert jitter.shape == (sum(lengths), 3)
+
+
+@given(lengths, st.integers(0, 9), st.integers(0, 2), buffers, st.integers(0, 100), st.integers(1, 9))
+def test_the_order_is_that_of_earlier_versions(
+    lengths: list[int], seed: int, epoch: int, buffer: int | None, start: int, count: int
+) -> None:
+    n = sum(lengths)
+    generator = np.random.default_rng([seed, epoch])
+    if buffer is None:
+        order = generator.permutation(n)
+    else:
+        starts = np.cumsum((0, *lengths))
+        shards = generator.permutation(len(lengths))
+        read = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])
+        order = read[np.lexsort((generator.random(n), np.arange(n) // buffer))]
+    jitter = generator.random((n, 3), np.float32)
+    start = start % n
+    count = min(count, n - start)
+    draw = Order(lengths, seed, buffer).draw(epoch * n + start, count)
+    assert draw.jitter is not None
+    assert draw.index.dtype == np.int64
+    assert np.array_equal(draw.index, order[start : start + count])
+    assert np.array_equal(draw.jitter, jitter[start : start + count])
+
+
+@given(lengths, st.integers(0, 9), st.integers(1, 12), st.integers(0, 100))
+def test_the_shards_of_a_batch_are_announced(lengths: list[int], seed: int, buffer: int, start: int) -> None:
+    draw = Order(lengths, seed, buffer).draw(start, 1)
+    shard = np.repeat(np.arange(len(lengths)), lengths)[draw.index[0]]
+    assert shard in draw.ahead
+    assert len(set(draw.ahead)) == len(draw.ahead)
 
 
 def test_epochs_and_seeds_differ() -> None:
-    orders = {tuple(Order([50], seed).epoch(epoch)[0]) for seed in range(3) for epoch in range(3)}
+    orders = {tuple(Order([50], seed).permutation(epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
 
 
 @given(lengths, st.integers(0, 9), st.integers(1, 12))
 def test_a_buffer_keeps_reading_near_sequential(lengths: list[int], seed: int, buffer: int) -> None:
     """Within each block of the order lie samples of neighbours in the reading order of the shards."""
-    order, _ = Order(lengths, seed, buffer).epoch(0)
+    order = Order(lengths, seed, buffer).permutation(0)
     shard = np.repeat(np.arange(len(lengths)), lengths)
     begun: list[int] = []
     for start in range(0, len(order), buffer):

@@ -125,6 +125,10 @@ TAKEN_OVER: dict[str, tuple[str, Callable[[Training], bool]]] = {
         ),
     ),
     "precision": ("bf16", lambda done: done.trainer.precision == "bf16-mixed"),
+    "gradient_checkpointing": (
+        "true",
+        lambda done: any(getattr(each, "gradient_checkpointing", False) for each in done.module.modules()),
+    ),
 }
 """Another value of each field, and what it must cause after two steps without it."""
 
