@@ -17,7 +17,6 @@ MOMENTS = [
     "best.part*1",  # in a validation
     "last.part*1",
     "17+0",  # in a later epoch
-    "18+0.01",
     "23+0.03",  # in the last step, its validation, or after them
 ]
 

@@ -50,8 +50,8 @@ def read_in_order(folder: Path, ranks: int) -> list[str]:
 @pytest.mark.parametrize(
     ("sessions"),
     [
-        [(1, 4, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1)],  # ranks, batch size, accumulate: the same global batch
-        [(2, 3, 1), (1, 2, 1), (2, 2, 2)],  # another one each time
+        [(1, 4, 1), (2, 1, 2), (1, 4, 1)],  # ranks, batch size, accumulate: the same global batch
+        [(2, 3, 1), (1, 2, 2)],  # another one each time
     ],
 )
 def test_each_session_reads_on_where_the_last_one_ended(tmp_path: Path, sessions: list[tuple[int, int, int]]) -> None:
