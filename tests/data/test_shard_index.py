@@ -228,8 +228,8 @@ def test_an_interrupted_indexing_reads_no_shard_again(tmp_path: Path, monkeypatc
     write_shards(tmp_path, [1, 1, 1])
     shard = tmp_path / "002.tar"
     content = shard.read_bytes()
-    shard.write_bytes(content[:1000])
-    with pytest.raises(DataError, match="truncated"):
+    shard.write_bytes(b"no tar" * 1000)
+    with pytest.raises(DataError, match="not a tar file"):
         make_index(str(tmp_path), workers=1)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".indexing").iterdir()}
     assert before.keys() == {"000.tar.parquet", "001.tar.parquet"}
