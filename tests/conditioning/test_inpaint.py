@@ -193,9 +193,9 @@ def test_validation_draws_the_same_masks_each_time(tmp_path: Path, flat: list[np
     seen: list[Tensor] = []
     module.task.model.denoiser.register_forward_pre_hook(lambda module, args: seen.append(args[2].concat[:, :1]))
     batch = {"image": torch.from_numpy(np.stack(flat[:8])).permute(0, 3, 1, 2) / 127.5 - 1}
+    steps = [module.batch_step("validation", index, rows=range(8), size=8) for index in (0, 0, 1)]
     with torch.no_grad():
-        for index in (0, 0, 1):
-            module.validation_step(batch, index)
+        losses = [module.task.evaluate(batch, step)["loss"] for step in steps]
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])
-    assert torch.equal(module.results[0]["loss"], module.results[1]["loss"])
+    assert torch.equal(losses[0], losses[1])

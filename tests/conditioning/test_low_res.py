@@ -186,7 +186,7 @@ def test_upscaling_runs_in_low_precision() -> None:
     [
         (lambda: editing.upscale(Pipeline(tiny_model()), Image.new("RGB", (4, 4))), "this model enlarges no images"),
         (lambda: editing.upscale(tiny_upscaler(), Image.new("RGB", (4, 4)), height=32), "leave height and width out"),
-        (lambda: editing.upscale(tiny_upscaler(), []), "they are none"),
+        (lambda: editing.upscale(tiny_upscaler(), []), "the list of images is empty"),
         (
             lambda: tiny_upscaler()(condition={"low_res": [torch.zeros(3, 8, 8)]}, **QUIET),
             "has the size 16 x 16 in latents, but the image 8 x 8; give the height and width",
