@@ -305,13 +305,12 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(copy_of: Calla
 
     folder = copy_of("vae")
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(
-        TrainingError, match=r"loss of stage vae is (nan|inf) at step 0 on .* '\d'.*; there is no"
-    ):
+    with pytest.raises(TrainingError, match=r"loss of stage vae is (nan|inf) at step 0 on .* '\d'.*; there is no"):
         train(folder, "vae", "vae.loss.l2=1e38")
     train(folder, "vae", "max_steps=2")
     with pytest.raises(
-        TrainingError, match=r"loss of stage vae is (nan|inf) at step 2 on the samples '\d'.*; .* is .*vae/last\.ckpt\. Resume"
+        TrainingError,
+        match=r"loss of stage vae is (nan|inf) at step 2 on the samples '\d'.*; .* is .*vae/last\.ckpt\. Resume",
     ):
         train(folder, "vae", "vae.loss.l2=1e38")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
