@@ -82,6 +82,7 @@ def test_config_is_composed(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the prompt .* has more tokens")  # the tokenizer has eight captions to learn from
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_each_stage_of_a_config_trains(path: Path, tmp_path: Path) -> None:
     experiment = small_experiment(path, tmp_path)
