@@ -41,6 +41,8 @@ def shard(task: Task, mesh: Any) -> list[FSDPModule]:
     """Shard the networks of a task in place, block by block, over the ranks of a one-dimensional device mesh.
 
     Parameters outside of its networks, scalars, and those that the task declares ``unsharded`` remain whole on each rank.
+    Nothing stays gathered after a forward pass, so that one without a backward pass never leaves a copy of weights that are
+    replaced after it, such as by their average.
 
     Returns:
         The sharded networks.
@@ -49,8 +51,8 @@ def shard(task: Task, mesh: Any) -> list[FSDPModule]:
     networks = []
     for network in task.called_modules:
         for block in blocks(network):
-            fully_shard(block, mesh=mesh, ignored_params=whole)
-        networks.append(fully_shard(network, mesh=mesh, ignored_params=whole))
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        networks.append(fully_shard(network, mesh=mesh, reshard_after_forward=True, ignored_params=whole))
     return networks
 
 
