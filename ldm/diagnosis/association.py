@@ -1,4 +1,4 @@
-"""Whether captions belong to their images, measured with and without the CLIP of the run."""
+"""Association of captions with their images, measured with and without the CLIP of the run."""
 
 from __future__ import annotations
 

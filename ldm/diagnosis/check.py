@@ -9,6 +9,9 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from PIL import Image
+from torch import Tensor
+
+from ldm.image_output import Images
 
 if TYPE_CHECKING:
     from ldm.diagnosis.opened_run import OpenedRun
@@ -27,6 +30,10 @@ class Topic(IntEnum):
     EMA = 8
     CONDITIONING = 9
     SAMPLING = 10
+
+
+LEAST_SIDE = 64
+"""Height in pixels to which smaller images are enlarged."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +68,21 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Figure:
     """An image for the page, with its caption."""
 
     caption: str
     image: Image.Image
 
+    @classmethod
+    def of(cls, caption: str, images: Tensor, columns: int) -> Figure:
+        """Return a grid of images ``[n c h w]`` in [-1, 1]; small ones are enlarged."""
+        scale = max(1, LEAST_SIDE // images.shape[-2])
+        return cls(caption, Images.of((images.clamp(-1, 1) + 1) / 2).grid(columns=columns, scale=scale))
 
-Item = Finding | Measured | Picture
-"""What a check yields."""
+
+Item = Finding | Measured | Figure
+"""Result that a check yields."""
 
 
 class Clock:

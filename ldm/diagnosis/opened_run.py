@@ -101,7 +101,7 @@ class OpenedRun:
 
     @property
     def validates(self) -> bool:
-        """Whether there are validation data."""
+        """True if there are validation data."""
         return self.experiment.data.has("val")
 
     def _images(self, split: str) -> Batch:

@@ -26,9 +26,9 @@ def page(diagnosis: Diagnosis, title: str) -> str:
     rows = "\n".join(_row(outcome) for outcome in diagnosis.outcomes)
     notes = "".join(f"<li>{html.escape(str(note))}</li>" for note in diagnosis.notes)
     figures = "\n".join(
-        f'<figure><img src="{_inlined(picture.image)}" alt=""><figcaption>{html.escape(picture.caption)}</figcaption></figure>'
+        f'<figure><img src="{_inlined(figure.image)}" alt=""><figcaption>{html.escape(figure.caption)}</figcaption></figure>'
         for outcome in diagnosis.outcomes
-        for picture in outcome.pictures
+        for figure in outcome.figures
     )
     return f"""<!doctype html>
 <html lang="en">

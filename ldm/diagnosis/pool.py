@@ -72,7 +72,12 @@ def _equal(first: Any, second: Any) -> bool:
 def make_pool(model: LatentDiffusion, images: Batch, device: torch.device) -> Pool:
     """Encode images with the first stage of a model."""
     generator = torch.Generator().manual_seed(0)
-    latents = torch.cat([_encode(model, part.to(device), generator) for part in images["image"].split(CHUNK)])
+    shape = model.latent_shape(*images["image"].shape[2:])
+    encoded = []
+    for part in images["image"].split(CHUNK):
+        unit = torch.randn((len(part), *shape), generator=generator)
+        encoded.append(model.encode(part.to(device), unit.to(device)))
+    latents = torch.cat(encoded)
     noise = torch.randn(latents.shape, generator=generator)
     defaults = model.config.conditioner.defaults(*model.config.size)
     batch = on_device({**{name: [pair] * len(latents) for name, pair in defaults.items()}, **images}, device)
@@ -81,23 +86,18 @@ def make_pool(model: LatentDiffusion, images: Batch, device: torch.device) -> Po
     return Pool(latents.cpu(), noise, {key: prepared[key] for key in keys if key in prepared})
 
 
-def _encode(model: LatentDiffusion, images: Tensor, generator: torch.Generator) -> Tensor:
-    posterior = model.first_stage.encode(images)
-    noise = torch.randn(posterior.mode.shape, generator=generator).to(posterior.mode)
-    return model.first_stage.normalize(posterior.sample(noise))
-
-
 def noise_levels(model: LatentDiffusion) -> Tensor:
     """Return the noise levels at :data:`LEVELS`, ``[l]`` fp32."""
     schedule = model.diffusion.schedule
     return schedule.sigma(torch.tensor(LEVELS, dtype=torch.float64) * (schedule.num_timesteps - 1)).float()
 
 
-@torch.no_grad()
-def conditioning(model: LatentDiffusion, conditions: Batch, n: int) -> Conditioning:
-    """Return the conditioning of ``n`` samples, without dropout."""
+def conditioning(model: LatentDiffusion, part: Pool, dropout: torch.Generator | None = None) -> Conditioning:
+    """Return the conditioning of some samples; conditions are dropped, as in training, only if a generator is given."""
     device = next(model.denoiser.parameters()).device
-    return model.conditioner(on_device(conditions, device) or {"key": [""] * n})
+    conditions = on_device(part.conditions, device) or {"key": [""] * len(part)}
+    record: Conditioning = model.conditioner(conditions, dropout)
+    return record
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def outputs(model: LatentDiffusion, pool: Pool, sigma: Tensor) -> Tensor:
         part = pool.take(np.arange(start, min(start + CHUNK, len(pool))))
         level = sigma[start : start + len(part)].to(device)
         x = part.latents.to(device) + level[:, None, None, None] * part.noise.to(device)
-        cond = conditioning(model, part.conditions, len(part))
+        cond = conditioning(model, part)
         parts.append(model.diffusion.model_output(model.denoiser, x, level, cond).cpu())
     return torch.cat(parts)
 
@@ -145,4 +145,4 @@ def denoised(model: LatentDiffusion, part: Pool, level: Tensor) -> Tensor:
     device = next(model.denoiser.parameters()).device
     sigma = level.expand(len(part)).to(device)
     x = part.latents.to(device) + level.to(device) * part.noise.to(device)
-    return model.denoise(x, sigma, conditioning(model, part.conditions, len(part))).cpu()
+    return model.denoise(x, sigma, conditioning(model, part)).cpu()

@@ -1,4 +1,4 @@
-"""What the denoiser was trained on, compared with what the run folder holds now."""
+"""Results of the stages that the denoiser was trained on, compared with those in the run folder now."""
 
 from __future__ import annotations
 

@@ -8,18 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ldm.devices import usual_torch_state
-from ldm.diagnosis.check import Check, Clock, Finding, Measured, Picture, Topic, checks_in_order
+from ldm.diagnosis.check import Check, Clock, Figure, Finding, Measured, Topic, checks_in_order
 from ldm.diagnosis.opened_run import OpenedRun
 from ldm.errors import LdmError, first_line
 
 
 @dataclass
 class Outcome:
-    """What one check has found.
+    """Result of one check.
 
     Attributes:
         check: the check.
-        findings, measured, pictures: what it yielded.
+        findings, measured, figures: results that it yielded.
         seconds: how long it took.
         skipped: why it did not run, or failed; empty if it ran.
     """
@@ -27,7 +27,7 @@ class Outcome:
     check: Check
     findings: list[Finding] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
     seconds: float = 0.0
     skipped: str = ""
 
@@ -109,7 +109,7 @@ def _examine(run: OpenedRun, outcome: Outcome, clock: Clock) -> None:
                 elif isinstance(item, Measured):
                     outcome.measured.append(item.text)
                 else:
-                    outcome.pictures.append(item)
+                    outcome.figures.append(item)
     except LdmError as error:
         outcome.skipped = first_line(error)
     except Exception as error:  # a broken run may fail in any way, and the other checks may find why

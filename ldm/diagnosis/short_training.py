@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ldm.diagnosis.check import Clock
 from ldm.diagnosis.opened_run import OpenedRun
-from ldm.diagnosis.pool import Pool
+from ldm.diagnosis.pool import Pool, conditioning
 from ldm.model import LatentDiffusion
 from ldm.training.config import TrainConfig
 from ldm.training.optim import adamw, clip_gradients
-from ldm.training.tasks.task import on_device
 
 BATCH = 16
 """Largest number of samples of a step."""
@@ -92,7 +91,7 @@ def train(
         part = pool.take(np.arange(size) if same_batch else rows.permutation(len(pool))[:size])
         fixed = {"sigma": spread.to(device), "noise": part.noise.to(device)} if same_batch else {}
         dropout = None if same_batch else generator
-        cond = model.conditioner(on_device(part.conditions, device) or {"key": [""] * size}, dropout)
+        cond = conditioning(model, part, dropout)
         loss, _ = loss_of(model.denoiser, model.diffusion, part.latents.to(device), cond, generator, **fixed)
         losses.append(loss.detach().cpu())
         loss.mean().backward()

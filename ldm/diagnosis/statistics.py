@@ -35,7 +35,7 @@ class Comparison(NamedTuple):
 
     @property
     def is_greater(self) -> bool:
-        """Whether the first is significantly greater."""
+        """True if the first is significantly greater."""
         return self.z > SIGNIFICANT
 
     @property

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ldm.errors import SamplingError
 from ldm.modalities.base import MODALITIES, Modality
 
@@ -61,10 +63,12 @@ def condition_lists(keys: Sequence[str], defaults: Mapping[str, Any], given: Map
     return lists
 
 
-def pipeline_arguments(conditions: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+def pipeline_arguments(conditions: Mapping[str, Sequence[Any] | Tensor]) -> dict[str, Any]:
     """Return raw conditions by key as keyword arguments of a pipeline."""
     arguments: dict[str, Any] = {"condition": {}}
     for key, values in conditions.items():
         argument = of_key(key).argument
-        (arguments if argument else arguments["condition"])[argument or key] = list(values)
+        # Numbers as such, not as tensors.
+        listed = values.tolist() if isinstance(values, Tensor) and values.ndim == 1 else list(values)
+        (arguments if argument else arguments["condition"])[argument or key] = listed
     return arguments

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ldm.diagnosis.check import Clock, Finding, Item, Measured, Picture, Topic, check
+from ldm.diagnosis.check import Clock, Figure, Finding, Item, Measured, Topic, check
 from ldm.diagnosis.opened_run import OpenedRun
-from ldm.image_output import Images
 
 LEAST = 32
 """Images from which a statement on all of them is made."""
@@ -36,9 +35,7 @@ def images(run: OpenedRun, clock: Clock) -> Iterator[Item]:
     yield Measured(
         f"{len(image)} images in [{low:.2f}, {high:.2f}], {distinct:.0%} distinct, {constant:.0%} of one color"
     )
-    yield Picture(
-        "training images", Images.of((image[:SHOWN].clamp(-1, 1) + 1) / 2).grid(columns=SHOWN, scale=_scale(image))
-    )
+    yield Figure.of("training images", image[:SHOWN], SHOWN)
     if low < -1.01 or high > 1.01:
         yield Finding(
             "images_wrong_range",
@@ -80,7 +77,3 @@ def images(run: OpenedRun, clock: Clock) -> Iterator[Item]:
             "expect a model that repeats them, or add images",
             certain=False,
         )
-
-
-def _scale(image: torch.Tensor) -> int:
-    return max(1, 64 // image.shape[-2])

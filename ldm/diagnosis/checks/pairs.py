@@ -19,7 +19,7 @@ def pairs(run: OpenedRun, clock: Clock) -> Iterator[Item]:
     """Check that captions differ and describe their images.
 
     The relation is sought in two ways: by a test of independence between words and thumbnails, which needs no model, and by the
-    run's CLIP, which is asked about validation images, since it may have memorised those that it was trained on. Only if neither
+    run's CLIP, which is tested on validation images, since it may have memorised those that it was trained on. Only if neither
     sees any relation, the captions do not belong to the images. If there is no CLIP that could see a relation, that is a
     supposition, because the first test misses subtle ones.
 

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from ldm.diagnosis.check import Clock, Finding, Item, Measured, Picture, Topic, check
+from ldm.diagnosis.check import Clock, Figure, Finding, Item, Measured, Topic, check
 from ldm.diagnosis.opened_run import OpenedRun
 from ldm.diagnosis.pool import CHUNK
 from ldm.diagnosis.statistics import paired
-from ldm.image_output import Images
 from ldm.vae.metrics import psnr
 
 SHOWN = 8
@@ -45,9 +44,7 @@ def reconstructions(run: OpenedRun, clock: Clock) -> Iterator[Item]:
         f"mean color: {float(flat.mean()):.1f} dB"
     )
     yield Measured(text)
-    rows = torch.cat([image[:SHOWN], made[:SHOWN]])
-    scale = max(1, 64 // image.shape[-2])
-    yield Picture("images above their reconstructions", Images.of((rows + 1) / 2).grid(columns=SHOWN, scale=scale))
+    yield Figure.of("images above their reconstructions", torch.cat([image[:SHOWN], made[:SHOWN]]), SHOWN)
     trained = run.experiment.vae.train is not None
     key = "vae.train.max_steps" if trained else "vae.checkpoint"
     if paired(flat, own).z > 0 or paired(simple, own).is_greater:

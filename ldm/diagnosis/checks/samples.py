@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.diagnosis.check import Clock, Finding, Item, Measured, Picture, Topic, check
+from ldm.diagnosis.check import Clock, Figure, Finding, Item, Measured, Topic, check
 from ldm.diagnosis.features import distance, reference
 from ldm.diagnosis.opened_run import OpenedRun
 from ldm.diagnosis.pool import Pool, denoised
 from ldm.diagnosis.pool import noise_levels as examined_levels
 from ldm.diagnosis.statistics import paired
-from ldm.image_output import Images
 from ldm.modalities.arguments import pipeline_arguments
 from ldm.pipeline import Pipeline
 
@@ -119,9 +118,8 @@ def samples(run: OpenedRun, clock: Clock) -> Iterator[Item]:
         text += f", {float(values.mean()):.2g} with {_settings_text(each.settings)}"
     text += f"; {float(distance(forced, real).mean()):.2g} for true latents denoised in one step; 1 for real images"
     yield Measured(text)
-    scale = max(1, 64 // made.shape[-2])
     for caption, images in shown.items():
-        yield Picture(caption, Images.of((images[:SHOWN] + 1) / 2).grid(columns=SHOWN, scale=scale))
+        yield Figure.of(caption, images[:SHOWN], SHOWN)
     if conditional and sampling.guidance_scale < USUAL_GUIDANCE[0]:
         yield Finding(
             "guidance_scale",
@@ -138,10 +136,7 @@ def samples(run: OpenedRun, clock: Clock) -> Iterator[Item]:
 
 def generate(pipe: Pipeline, pool: Pool, count: int, settings: Mapping[str, Any]) -> Tensor:
     """Generate images for the conditions of the first samples, each with its own seed: ``[n c h w]`` in [-1, 1]."""
-    conditions = {
-        key: values[:count].tolist() if isinstance(values, Tensor) and values.ndim == 1 else list(values[:count])
-        for key, values in pool.conditions.items()
-    }
+    conditions = {key: values[:count] for key, values in pool.conditions.items()}
     arguments = pipeline_arguments(conditions) if conditions else {"num_images_per_prompt": count}
     made = pipe(**arguments, **settings, seed=0, output_type="pt", batch_size=count, progress=False)
     return made.float().cpu() * 2 - 1

@@ -9,9 +9,6 @@ from ldm.config import to_dict
 from ldm.diagnosis.check import Clock, Finding, Item, Measured, Topic, check
 from ldm.diagnosis.opened_run import OpenedRun
 
-SECTIONS = ("diffusion",)
-"""Sections of the denoiser that its weights depend on and that its shapes do not reveal."""
-
 
 @check(Topic.OBJECTIVE, "settings of the training", stages=("denoiser",))
 def settings_changed(run: OpenedRun, clock: Clock) -> Iterator[Item]:

@@ -268,7 +268,7 @@ class DenoiserTask(Task):
         """Return the arguments of the pipeline for the previews: the conditions, or else the fixed prompts or classes."""
         keys = self.config.conditioner.input_keys
         if conditions:
-            return pipeline_arguments({key: _entries(conditions[key]) for key in keys})
+            return pipeline_arguments({key: conditions[key] for key in keys})
         if keys:
             return {"prompt": self.config.prompts} if keys == ("text",) else {"label": self.config.classes}
         return {"num_images_per_prompt": PREVIEW}
@@ -286,11 +286,6 @@ class DenoiserTask(Task):
         rows = [*(each for each in previews if each is not None), 2 * generated - 1, originals]
         scale = max(1, LEAST_SIDE // originals.shape[-2])
         return Images.of((torch.cat(rows) + 1) / 2).grid(columns=len(originals), scale=scale)
-
-
-def _entries(values: Any) -> list[Any]:
-    """Return a list with the entry of each image; numbers as such, not as tensors."""
-    return values.tolist() if isinstance(values, Tensor) and values.ndim == 1 else list(values)
 
 
 def _any_tokenizer(kind: TokenizerConfig) -> Tokenizer:
