@@ -72,7 +72,7 @@ def index(
         ),
     ],
     out: Annotated[
-        str | None, typer.Option(help="Path or URL of the index. Default: index.parquet beside the shards.")
+        str | None, typer.Option(help="Path or URL of the index. Default: index.parquet in the folder of the shards.")
     ] = None,
     fields: Annotated[
         str | None,
@@ -131,11 +131,11 @@ def tokenizer(
 ) -> None:
     """Train a byte-level BPE tokenizer on the captions of the training shards."""
     from ldm.clip.tokenizer import train_byte_bpe
-    from ldm.data.shards import Shards, find_shards
+    from ldm.data.shards import Shards
     from ldm.formats.tensors import write_atomically
     from ldm.modalities.caption import CAPTION
 
-    shards = Shards(find_shards(data, "train"))
+    shards = Shards.open(data, "train")
     if CAPTION.key not in shards.modalities:
         raise DataError(f"the data {', '.join(data)} has no captions to train a tokenizer on; give each sample a .txt.")
     trained = train_byte_bpe([shards.text(i) for i in range(len(shards))], vocab_size, context_length)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import DataError
+from ldm.formats.tensors import write_atomically
 
 BAD = "bad"
 """Key of the bad samples in a batch; see :class:`ldm.data.samples.Samples`."""
@@ -154,14 +155,14 @@ class BadSamplesFile:
             self._write([*self.dropped, *self.found])
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        def write(path: Path) -> None:
+            with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+                writer = csv.DictWriter(file, self.COLUMNS, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
+
         assert self.path is not None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".part")
-        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.DictWriter(file, self.COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self.path)
+        write_atomically(self.path, write)
 
     def add(self, step: int, split: str, bad: BadSample) -> bool:
         """Append a sample, unless it is listed already, and return True if it was appended."""

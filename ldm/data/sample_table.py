@@ -19,7 +19,22 @@ Spans = tuple[np.ndarray, np.ndarray]
 """Offsets (int64 or uint32 ``[n]``) and sizes (int32 ``[n]``) of the members of a kind, in bytes; size -1 where there is none."""
 
 
-class Keys(Sequence[str]):
+class Strings(Sequence[str]):
+    """Sequence of texts that are made when they are taken; a subclass gives each by its number, in ``_text``."""
+
+    def _text(self, i: int) -> str:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        places = range(len(self))[i]
+        return self._text(places) if isinstance(places, int) else [self._text(place) for place in places]
+
+
+class Keys(Strings):
     """Names of samples in one array of bytes.
 
     Args:
@@ -39,14 +54,7 @@ class Keys(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        i = range(len(self))[i]
+    def _text(self, i: int) -> str:
         return bytes(self.data[self._ends[i] : self._ends[i + 1]]).decode(errors="surrogateescape")
 
     def lengths(self) -> np.ndarray:
@@ -63,7 +71,7 @@ class Keys(Sequence[str]):
         return Keys(self.data[places], ends)
 
 
-class Names(Sequence[str]):
+class Names(Strings):
     """Names of the samples that are kept, preceded by those of their shards if needed."""
 
     def __init__(self, keys: Keys, rows: np.ndarray | None, prefixes: list[str] | None, starts: np.ndarray):
@@ -72,14 +80,7 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self._keys) if self._rows is None else len(self._rows)
 
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        i = range(len(self))[i]
+    def _text(self, i: int) -> str:
         row = i if self._rows is None else int(self._rows[i])
         if self._prefixes is None:
             return self._keys[row]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -33,3 +34,13 @@ def write_shards(folder: Path, lengths: list[int], *, labelled: bool = False) ->
         write_shard(paths[-1], (sample(i, labelled=labelled) for i in range(first, first + length)))
         first += length
     return paths
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path

@@ -16,8 +16,7 @@ from ldm.data.bad_samples import BAD, BadSamplesFile, read_counts
 from ldm.data.config import ShardsData
 from ldm.data.samples import Samples
 from ldm.data.stream import EvaluationLoader, TrainStream
-from tests.data.pictures import encoded
-from tests.data.test_shards import write_members
+from tests.data.pictures import encoded, write_tar
 from tests.odd_images import chunk, png_16
 
 SIZE = 16
@@ -87,12 +86,12 @@ def write_set(folder: Path, each: int) -> None:
             key = f"plain-{number}" if kind == "twice" else key
             caption = {"encoding": b"caf\xe9", "long": b"a " * 500_000}.get(kind, b"a caption")
             members += [(f"{key}.{suffix}", data), *([] if kind == "uncaptioned" else [(f"{key}.txt", caption)])]
-    write_members(folder / "0.tar", members)
+    write_tar(folder / "0.tar", members)
     for number in range(each):
         path = folder / f"truncated-{number}.tar"
         kept = [(f"whole-{number}.png", encoded(picture(number))), (f"whole-{number}.txt", b"before the cut")]
         cut = [(f"truncated-{number}.txt", b"cut"), (f"truncated-{number}.png", np.random.default_rng(0).bytes(20_000))]
-        write_members(path, [*kept, *cut])
+        write_tar(path, [*kept, *cut])
         path.write_bytes(path.read_bytes()[:15_000])
 
 

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import io
 import json
 import re
-import tarfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,20 +19,10 @@ from ldm.data.shards import EMOJI, Shards, find_shards
 from ldm.data.stream import TrainStream
 from ldm.errors import DataError
 from ldm.modalities.label import LABEL
-from tests.data.pictures import encoded, noise_picture, write_shards
+from tests.data.pictures import encoded, noise_picture, write_shards, write_tar
 
 INDEX = "index.parquet"
 PICTURE = encoded(noise_picture(0, height=5, width=7))
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as file:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-    return path
 
 
 def everything(shards: Shards) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ldm.data.bad_samples import Reason
 from ldm.data.shards import Sample, Shards, checksum_of, find_shards, write_shard
 from ldm.errors import DataError
 from ldm.modalities.label import LABEL
-from tests.data.pictures import encoded, noise_picture, sample, write_shards
+from tests.data.pictures import encoded, noise_picture, sample, write_shards, write_tar
 
 
 def as_read(shards: Shards) -> list[tuple[str, str, bytes, int | None]]:
@@ -248,15 +248,6 @@ def test_a_set_without_captions_has_no_empty_ones(tmp_path: Path) -> None:
     assert set(samples.all_annotations()) == {"key", "label"}
 
 
-def write_members(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as file:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-    return path
-
-
 @pytest.mark.parametrize(
     "members",
     [
@@ -271,7 +262,7 @@ def test_a_key_twice_in_a_shard_is_counted_and_the_first_is_used(
     with pytest.warns(
         UserWarning, match=r"^1 samples are skipped, the first of them 'a' in .*a\.tar: an earlier sample"
     ):
-        shards = Shards([write_members(tmp_path / "a.tar", members)])
+        shards = Shards([write_tar(tmp_path / "a.tar", members)])
     assert (shards.image(0), shards.text(0)) == (PICTURE, "first")
 
 
