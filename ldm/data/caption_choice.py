@@ -1,4 +1,4 @@
-"""Choice of the caption of a sample: one of several, with its tags shuffled and dropped, anew at each use in training.
+"""Choice of the caption of a sample: one of several, with its tags shuffled and dropped at each use in training.
 
 The random numbers are a function of the jitter of the sample's position in the training sequence, thus of (seed, epoch,
 position) alone: a resumed training makes the same choices, with any number of workers and ranks.

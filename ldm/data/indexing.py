@@ -43,7 +43,7 @@ MEASURED = ("width", "height", "caption_length")
 """Columns that are computed from image and caption."""
 
 LEFT_OUT = {"key", "width", "height", "caption_length", "caption", "status", "error_message", "exif", "sha256", "md5"}
-"""Fields of JSON files that are not copied to the index unless they are asked for: what it has already, or what img2dataset
+"""Fields of JSON files that are not copied to the index unless they are named: what it has already, or what img2dataset
 records of its own work."""
 
 LONGEST = 2048
@@ -54,7 +54,7 @@ _PART = b"ldm.part"
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """What an index holds beside keys and places.
+    """Content of an index besides keys, offsets and sizes.
 
     Attributes:
         fields: fields of the samples' JSON files; None: all that are numbers, booleans or short texts.
@@ -79,7 +79,7 @@ def make_index(
         source: a folder of shards or a pattern, local or as a URL, as in the config; over HTTP a pattern with braces.
         out: the index; None: ``index.parquet`` in the folder of the shards.
         workers: number of processes.
-        work: folder of intermediate results, which are used again after an interruption and deleted at the end. None: beside the
+        work: folder of intermediate results, which are used again after an interruption and deleted at the end. None: next to the
             index, or for a remote one in the folder for temporary files.
         options: what the index holds.
 

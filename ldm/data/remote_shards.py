@@ -1,4 +1,4 @@
-"""Reading of remote shards: samples of a batch by requests for ranges, or whole shards through the cache."""
+"""Reading of remote shards: samples of a batch by requests for ranges, or complete shards through the cache."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Cache of remote shards on a local disk, shared by all ranks and workers of a machine.
 
-A shard is copied as a whole, verified by its checksum, and renamed to its final name, so a file of the cache is complete. A lock
+A complete shard is copied, verified by its checksum, and renamed to its final name, so a file of the cache is complete. A lock
 lets one process copy it while others that need it wait. When the cache is full, the shards that were used least recently are
 deleted; a process that has just opened one goes on reading it.
 """
@@ -30,7 +30,7 @@ _THREADS = 2  # that read ahead, in each process
 
 @dataclass(frozen=True)
 class ShardCacheConfig:
-    """Where remote shards are copied to, and how much of the disk they take."""
+    """Folder and size of the copies of remote shards."""
 
     folder: str = config_field(
         "~/.cache/ldm/shards", "Folder on a local disk; ranks and workers share it.", changeable=True, path=True
@@ -185,7 +185,7 @@ class ShardCache:
 
 
 class _ReadAhead:
-    """Threads that copy shards in the order in which they are asked for; they end with the process."""
+    """Threads that copy shards in the order of the requests; they end with the process."""
 
     def __init__(self, cache: ShardCache):
         self.process = os.getpid()

@@ -6,7 +6,7 @@ It has a row for each sample and is read column by column, so that a training st
 - ``image.offset`` and ``image.size`` in bytes, and the same of each other kind of member that a sample has, such as
   ``txt.offset`` (size -1 where a sample lacks one);
 - ``width`` and ``height`` in pixels, ``caption_length`` in characters, and the fields of the samples' JSON files, null where
-  they are not known. They are for the choice of samples, and are read when they are asked for.
+  they are not known. They are for the choice of samples, and are read when they are needed.
 
 The metadata ``ldm`` of its schema, in JSON, lists the shards in order, each with its number of samples and what shows whether
 it is still the same file.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 VERSION = 1
 _METADATA = b"ldm"
 _ROWS_AT_ONCE = 1 << 18  # rows that are decoded at a time
-_TAIL = 16 << 10  # bytes; includes the checksum that a shard of ours ends in
+_TAIL = 16 << 10  # bytes; includes the checksum at the end of the shards that ldm writes
 
 Table = Any
 """``pyarrow.Table``."""
@@ -196,7 +196,7 @@ class ShardIndex:
 
     @property
     def remedy(self) -> str:
-        """What to do if the shards have changed."""
+        """Advice for shards that have changed."""
         return f"make the index again with tools/prepare.py index {shown(self.folder)}"
 
     def _open(self, load: Callable[[Any], Any]) -> Any:

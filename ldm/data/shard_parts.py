@@ -47,7 +47,7 @@ class Part:
         return [self.index.shards[number] for number in self.numbers]
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """True if these are all shards of the index, in its order."""
         return self.index is not None and list(self.numbers) == list(range(len(self.index.shards)))
 
@@ -60,7 +60,7 @@ class Part:
     def fingerprint(self) -> str:
         """Fingerprint by the index alone."""
         assert self.index is not None
-        if self.whole:
+        if self.complete:
             return self.index.fingerprint
         return combined([self.index.shards[i].checksum for i in self.numbers])
 
@@ -114,7 +114,7 @@ def _indexed(paths: Sequence[Location], index: ShardIndex, sidecar: bool) -> tup
     dropped = [bad for number in numbers for bad in index.shards[number].dropped]
     part = Part(sum(index.shards[number].samples for number in numbers), modified, dropped, index, numbers)
     table = index.table(sidecar=sidecar)
-    return table if part.whole else table.take_shards(numbers), part
+    return table if part.complete else table.take_shards(numbers), part
 
 
 def combined(texts: Sequence[str]) -> str:

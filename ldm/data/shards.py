@@ -74,7 +74,7 @@ class Shards:
         indices: indices of the shards, by folder, that do not have to be read again or lie elsewhere.
         caption_field: field of the samples' JSON files that holds the caption, instead of ``.txt``.
         label_field: field of the samples' JSON files that holds the class number, instead of ``.cls``.
-        cache: cache of remote shards, which are then copied as a whole. None: each sample is read by a request of its own.
+        cache: cache of remote shards, which are then copied completely. None: each sample is read by a request of its own.
 
     Attributes:
         paths: the shards.
@@ -206,7 +206,7 @@ class Shards:
         for part in self._parts:
             if part.index is not None and name in part.index.columns:
                 values = part.index.column(name)
-                tables.append(pa.table({name: values if part.whole else values.take(part.index_rows())}))
+                tables.append(pa.table({name: values if part.complete else values.take(part.index_rows())}))
             else:
                 tables.append(pa.table({name: pa.nulls(part.samples)}))
         column = joined_tables(tables).column(name)

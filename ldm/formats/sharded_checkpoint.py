@@ -90,7 +90,7 @@ def load_sharded(folder: Path, like: Like = lambda name, shape: None) -> dict[st
     Args:
         folder: its folder.
         like: returns, for the name of a tensor (its keys in the checkpoint, joined by ``/``) and its shape, a sharded tensor of
-            which this rank wants the same part; None = the whole tensor. To be called on all ranks if tensors are sharded.
+            which this rank wants the same part; None = the complete tensor. To be called on all ranks if tensors are sharded.
 
     Raises:
         Exception: of torch or pickle, if a file is damaged or missing.

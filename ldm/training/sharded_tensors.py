@@ -1,4 +1,4 @@
-"""Tensors that may be sharded over the ranks (DTensor), beside others that are whole on each."""
+"""Tensors that may be sharded over the ranks (DTensor), and others that are complete on each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return the part of a whole tensor that a rank holds if it is sharded like ``other``, on the device of ``other``.
+    """Return the part of a complete tensor that a rank holds if it is sharded like ``other``, on the device of ``other``.
 
     A tensor that is sharded already, or that ``other`` is not sharded, is returned as it is. All ranks must have the same tensor.
     """

@@ -40,26 +40,26 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
 def shard(task: Task, mesh: Any) -> list[FSDPModule]:
     """Shard the networks of a task in place, block by block, over the ranks of a one-dimensional device mesh.
 
-    Parameters outside of its networks, scalars, and those that the task declares ``unsharded`` remain whole on each rank.
+    Parameters outside of its networks, scalars, and those that the task declares ``unsharded`` remain unsharded.
     Nothing stays gathered after a forward pass, so that one without a backward pass never leaves a copy of weights that are
     replaced after it, such as by their average.
 
     Returns:
         The sharded networks.
     """
-    whole = {parameter for parameter in task.parameters() if parameter.ndim == 0} | set(task.unsharded)
+    ignored = {parameter for parameter in task.parameters() if parameter.ndim == 0} | set(task.unsharded)
     networks = []
     for network in task.called_modules:
         for block in blocks(network):
-            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-        networks.append(fully_shard(network, mesh=mesh, reshard_after_forward=True, ignored_params=whole))
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+        networks.append(fully_shard(network, mesh=mesh, reshard_after_forward=True, ignored_params=ignored))
     return networks
 
 
 class FSDP2(ModelParallelStrategy):
     """Lightning strategy that shards the networks of a :class:`ldm.training.engine.StageModule` over all ranks.
 
-    The gradients of whole parameters are averaged over the ranks after each backward pass, as those of sharded ones are by torch.
+    The gradients of unsharded parameters are averaged over the ranks after each backward pass, as torch does for sharded ones.
     """
 
     networks: list[FSDPModule]
