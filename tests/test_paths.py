@@ -112,6 +112,7 @@ def test_every_config_field_that_names_a_file_is_a_path() -> None:
         "ShardsData.train",
         "ShardsData.val",
         "ShardsData.test",
+        "ShardCacheConfig.folder",
         "VAEStage.checkpoint",
         "CLIPStage.checkpoint",
         "TrainConfig.init",
