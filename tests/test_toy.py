@@ -116,6 +116,7 @@ def test_digits_train_in_pixel_space_and_are_shown_one_of_each(tmp_path: Path) -
     assert {picture.size for picture in pictures} == {(8, 8)}
 
 
+@pytest.mark.slow
 def test_sd1_has_the_sizes_of_stable_diffusion_1() -> None:
     """Counts of the published checkpoints."""
     experiment = load_config(CONFIGS / "sd1.yaml")

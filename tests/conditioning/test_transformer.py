@@ -208,6 +208,7 @@ def test_a_tokenizer_of_another_encoder_is_refused() -> None:
         smaller.build()
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_encoder_where_it_is_trained(checkpoint: tuple[Path, Any]) -> None:
     trained = []
     for trainable in ("false", "true"):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -48,13 +49,26 @@ class Unscaled(Shapes, kind="unscaled_shapes"):
         return _Unscaled(super().open(split), self.factor)
 
 
+del Unscaled.kinds[Unscaled.kind]  # known within :func:`unscaled_data`
+
+
+@contextmanager
+def unscaled_data() -> Iterator[None]:
+    """Register the kind of data within the block."""
+    Unscaled.kinds[Unscaled.kind] = Unscaled
+    try:
+        yield
+    finally:
+        del Unscaled.kinds[Unscaled.kind]
+
+
 class _Unscaled(Samples):
     def __init__(self, samples: Samples, factor: float):
         self.samples, self.factor = samples, factor
         self.lengths, self.fingerprint = samples.lengths, samples.fingerprint
 
-    def annotations(self, index: np.ndarray) -> dict[str, Any]:
-        return self.samples.annotations(index)
+    def annotations(self, draw: BatchIndices) -> dict[str, Any]:
+        return self.samples.annotations(draw)
 
     def __getitem__(self, draw: BatchIndices) -> dict[str, Any]:
         batch = self.samples[draw]
@@ -541,7 +555,7 @@ def diagnosis_of(run: Path, seconds: float = 900.0) -> Diagnosis:
 
 def main(names: Sequence[str]) -> None:
     """Print the table of faults and verdicts."""
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, unscaled_data():
         bench = Bench(Path(temporary) / "bench")
         bench.prepare()
         right, total = 0, 0

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from tests.diagnosis.faults import FAULTS, HEALTHY, Bench, Fault, diagnosis_of
+from tests.diagnosis.faults import FAULTS, HEALTHY, Bench, Fault, diagnosis_of, unscaled_data
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known_data() -> Iterator[None]:
+    with unscaled_data():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,13 @@ from ldm.training.experiment import Experiment, load_config
 from tests.experiments import tiny_experiment, write_experiment
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("**/*.yaml"))
+LARGE = ("sd1", "sd1_finetune")
+"""Configs whose costs take long to count."""
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LARGE)) for path in CONFIGS]
+)
 def test_shipped_configs_are_valid(path: Path) -> None:
     """Each goes through the parser and back, and can be described without its weights."""
     experiment = load_config(path)
@@ -24,6 +28,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
     assert "the stages fit each other" in summary
 
 
+@pytest.mark.slow
 def test_stable_diffusion_has_its_published_sizes() -> None:
     summary = describe(load_config(next(path for path in CONFIGS if path.stem == "sd1")), ("vae", "clip", "denoiser"))
     for count in ("denoiser: 859,520,964", "first stage: 83,653,863", "image tower: 303,966,208"):
