@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -88,9 +89,10 @@ def test_scripts_are_well_formed() -> None:
 def environment(**variables: object) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
     port = 20000 + os.getpid() % 20000
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of python and torchrun
     return (
         inherited
-        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port), "PATH": path}
         | {name: str(value) for name, value in variables.items()}
     )
 
@@ -142,7 +144,7 @@ def test_a_slurm_job_is_requeued_and_resumes(tmp_path: Path) -> None:
     for name, text in {"srun": SRUN, "scontrol": f'#!/bin/sh\necho "$@" > {tmp_path}/requeued\n'}.items():
         (bin_folder / name).write_text(text)
         (bin_folder / name).chmod(0o755)
-    variables = environment(PATH=f"{bin_folder}:{os.environ['PATH']}", SLURM_JOB_ID=4711, SLURM_JOB_NAME="ldm")
+    variables = environment(PATH=f"{bin_folder}:{environment()['PATH']}", SLURM_JOB_ID=4711, SLURM_JOB_NAME="ldm")
     command = ["bash", str(SCRIPTS / "slurm.sbatch"), *arguments(config)]
 
     started = subprocess.Popen([*command, "clip.train.max_steps=5000", "clip.train.validate_every=5000"],
