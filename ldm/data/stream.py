@@ -21,6 +21,7 @@ import math
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,8 @@ READ_AHEAD = 3
 """Number of shards that are copied to the cache before they are read."""
 
 _SHUFFLED_AT_ONCE = 1 << 20  # samples
+
+_ENDING = 1.0  # seconds in which a worker that is ending has ended
 
 
 class Order:
@@ -287,12 +290,25 @@ def worker_death(error: BaseException) -> DataError | None:
     if not (isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid")):
         return None
     process = "".join(itertools.takewhile(lambda each: each not in "),", text.partition("pid")[2].lstrip("(s) ")))
-    signal = text.partition("killed by signal: ")[2].split(".")[0].strip()
-    how = f"was killed by the signal {signal!r}" if signal else "ended unexpectedly"
+    return _ended(process, text.partition("killed by signal: ")[2].split(".")[0].strip())
+
+
+def _ended(process: str | int | None, signal_name: str | None) -> DataError:
+    """Return the error for a process that loads data and has ended, by a signal if one is given."""
+    how = f"was killed by the signal {signal_name!r}" if signal_name else "ended unexpectedly"
     return DataError(
         f"the process {process} of data.workers {how}; run the same command to resume from the last checkpoint, with fewer "
         "data.workers if memory ran out."
     )
+
+
+def dead_worker(workers: Sequence[BaseProcess]) -> DataError | None:
+    """Return the error for the first worker that has ended or is just ending; None if all are alive."""
+    for worker in workers:
+        worker.join(_ENDING)
+        if worker.exitcode is not None:
+            return _ended(worker.pid, signal.strsignal(-worker.exitcode) if worker.exitcode < 0 else None)
+    return None
 
 
 def none_good(bad: Sequence[BadSample]) -> DataError:
@@ -318,13 +334,15 @@ def _batches(samples: Dataset[Batch], draws: Iterator[BatchIndices], workers: in
         generator=torch.Generator(),  # by default the loader draws from the global generator
         worker_init_fn=_outlive_signals,
     )
+    batches: Any = iter(loader)
     try:
-        for batch in loader:
+        for batch in batches:
             if isinstance(batch, DataError):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        death = worker_death(error)
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # A worker that ends while a batch is received from it is noticed by the connection first.
+        death = worker_death(error) or dead_worker(batches._workers)
         if death is None:
             raise
         raise death from None

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from ldm.data.config import ShardsData
 from ldm.data.samples import Batch, BatchIndices, Samples, take
 from ldm.data.shards import write_shard
-from ldm.data.stream import EvaluationLoader, Order, TrainStream
+from ldm.data.stream import EvaluationLoader, Order, TrainStream, dead_worker
 from tests.data.pictures import sample, write_shards
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
@@ -30,6 +33,26 @@ class Numbers(Samples):
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
         return {"image": torch.from_numpy(draw.index), **self.annotations(draw)}
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        (f"import os; os.kill(os.getpid(), {signal.SIGKILL})", "was killed by the signal 'Killed'"),
+        ("import os; os._exit(3)", "ended unexpectedly"),
+    ],
+    ids=["killed", "ended"],
+)
+def test_a_worker_that_has_ended_is_named(code: str, how: str) -> None:
+    """Also if the connection to it is what fails first."""
+    context = multiprocessing.get_context("fork")
+    alive, dead = context.Process(target=time.sleep, args=[60]), context.Process(target=exec, args=[code])
+    for process in (alive, dead):
+        process.start()
+    found = dead_worker([alive, dead])
+    alive.kill()
+    assert str(found).startswith(f"the process {dead.pid} of data.workers {how}; run the same command to resume")
+    assert dead_worker([]) is None
 
 
 @pytest.fixture(scope="module")
