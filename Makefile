@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-diagnosis test-ranks lint format train install clean
+.PHONY: help demo test test-long test-diagnosis lint format train install clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,13 +24,9 @@ test: $(VENV)/.dev  ## run the tests (JOBS=2 processes; ARGS="tests/vae -k parit
 	$(PYTEST) -m "not slow" $(ARGS)
 
 FAULTS := tests/diagnosis/test_faults.py
-RANKS := tests/training/test_ranks.py tests/training/test_launch.py tests/resume tests/formats/test_sharded_checkpoint.py tests/nn/test_ranks.py
 
 test-long: $(VENV)/.dev  ## run the tests that make test leaves out: trainings, several processes, kills, large images
-	$(PYTEST) -m slow --ignore $(FAULTS) $(RANKS:%=--ignore %) $(ARGS)
-
-test-ranks: $(VENV)/.dev  ## run trainings on several processes, launchers and kills, about ten minutes
-	$(PYTEST) -m slow $(RANKS) $(ARGS)
+	$(PYTEST) -m slow --ignore $(FAULTS) $(ARGS)
 
 test-diagnosis: $(VENV)/.dev  ## run tools/diagnose.py on trainings with seeded faults, about ten minutes
 	$(PYTEST) $(FAULTS) $(ARGS)
