@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-diagnosis lint format train install clean
+.PHONY: help demo test test-long lint format train install clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,13 +23,8 @@ demo: $(VENV)/.run  ## sample eight prompts from the shipped model; prints the p
 test: $(VENV)/.dev  ## run the tests (JOBS=2 processes; ARGS="tests/vae -k parity" for a part)
 	$(PYTEST) -m "not slow" $(ARGS)
 
-FAULTS := tests/diagnosis/test_faults.py
-
 test-long: $(VENV)/.dev  ## run the tests that make test leaves out: trainings, several processes, kills, large images
-	$(PYTEST) -m slow --ignore $(FAULTS) $(ARGS)
-
-test-diagnosis: $(VENV)/.dev  ## run tools/diagnose.py on trainings with seeded faults, about ten minutes
-	$(PYTEST) $(FAULTS) $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(VENV)/.dev  ## check style, formatting and types
 	$(BIN)/ruff check
