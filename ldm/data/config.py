@@ -9,9 +9,10 @@ from PIL import ImageColor
 
 from ldm.config import Kind, config_field
 from ldm.data.caption_choice import CaptionConfig
-from ldm.data.samples import ImagesInMemory, Samples, StoredImages
+from ldm.data.mixture import WeightedSource
+from ldm.data.samples import ImagesInMemory, Samples, SourceShare, StoredImages
 from ldm.data.shard_cache import ShardCacheConfig
-from ldm.data.shards import SPLITS, Shards
+from ldm.data.shards import SPLITS, Shards, find_shards
 from ldm.errors import ConfigError, DataError, unknown
 from ldm.modalities.crop import FITS, Color
 
@@ -50,8 +51,9 @@ class DataConfig(Kind):
 class ShardsData(DataConfig, kind="shards"):
     """Images with captions in webdataset shards, as tools/prepare.py makes them."""
 
-    train: str | tuple[str, ...] = config_field(
-        help="Shards to train on: a .tar, a folder of them, a pattern (a/{000..012}.tar), a list, or emoji.",
+    train: str | tuple[str, ...] | None = config_field(
+        None,
+        "Shards to train on: a .tar, a folder of them, a pattern (a/{000..012}.tar), a list, or emoji; null: those of mixture.",
         changeable=True,
         path=True,
     )
@@ -136,7 +138,14 @@ class ShardsData(DataConfig, kind="shards"):
         changeable=True,
     )
 
+    mixture: tuple[WeightedSource, ...] = config_field(
+        (), "Sources to train on, each with its weight, instead of train.", omit_default=True
+    )
+
     def __post_init__(self) -> None:
+        if (self.train is None) == (not self.mixture):
+            given = "neither is given" if self.train is None else "both are given; set one of them to null"
+            raise ConfigError(f"the shards to train on are named by train or by mixture, but {given}.")
         if min(self._height_width) < 1:
             raise ConfigError(f"size must be positive, not {self.size}.")
         for name in ("background", "pad_color"):
@@ -168,19 +177,40 @@ class ShardsData(DataConfig, kind="shards"):
 
     @property
     def _sources(self) -> dict[str, str | tuple[str, ...] | None]:
-        return {"train": self.train, "val": self.val, "test": self.test}
+        return {"train": self.train or self._mixed, "val": self.val, "test": self.test}
+
+    @property
+    def _mixed(self) -> tuple[str, ...]:
+        """All shards of the mixture."""
+        return tuple(name for each in self.mixture for name in _listed(each.source))
+
+    def _shares(self, shards: Shards, split: str) -> list[SourceShare]:
+        """Return the sources of a split by their files, if they are mixed.
+
+        Raises:
+            DataError: one has no samples.
+        """
+        shares, first = [], 0
+        for each in self.mixture if split == "train" else ():
+            files = len(find_shards(each.source, split))
+            if not sum(shards.lengths[first : first + files]):
+                raise DataError(f"the source {each.source} of data.mixture has no samples; remove it.")
+            shares.append(SourceShare(files, each.weight))
+            first += files
+        return shares
 
     def open(self, split: str) -> Samples:
         source = require_split(split, self._sources)
+        shards = Shards.open(
+            source,
+            split,
+            caption_field=self.caption_field,
+            label_field=self.label_field,
+            cache=self.shard_cache.build(),
+            sequential=split != "train" or self.shuffle_buffer is not None,
+        )
         stored = StoredImages(
-            Shards.open(
-                source,
-                split,
-                caption_field=self.caption_field,
-                label_field=self.label_field,
-                cache=self.shard_cache.build(),
-                sequential=split != "train" or self.shuffle_buffer is not None,
-            ),
+            shards,
             FITS[self.fit](*self._height_width, _rgb("pad_color", self.pad_color or self.background)),
             background=_rgb("background", self.background),
             random_crop=self.crop == "random",
@@ -188,8 +218,13 @@ class ShardsData(DataConfig, kind="shards"):
             sizes=self.sizes,
             captions=self.captions,
             workers=self.workers,
+            mixture=self._shares(shards, split),
         )
         return ImagesInMemory(stored) if self.cache == "ram" else stored
+
+
+def _listed(source: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (source,) if isinstance(source, str) else source
 
 
 def _rgb(field: str, color: str | Color) -> Color:

@@ -40,7 +40,7 @@ class CachedLatents(Samples):
 
     def __init__(self, samples: Samples, path: Path, names: Sequence[str]):
         self._samples, self._path, self._names = samples, path, names
-        self.lengths, self.fingerprint, self.dropped = samples.lengths, samples.fingerprint, samples.dropped
+        self.describe_as(samples)
         self._posteriors = safe_open(str(path), "pt").get_slice(_TENSOR)
 
     def annotations(self, draw: BatchIndices) -> Batch:

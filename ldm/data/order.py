@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,21 +17,52 @@ READ_AHEAD = 3
 
 _SHUFFLED_AT_ONCE = 1 << 20  # samples
 
+_STRIDE = 0.618  # of an epoch: multiples of the golden section are far from each other
+
+
+class SampleOrder(Protocol):
+    """Endless sequence of samples that can be read from any position on."""
+
+    def draw(self, start: int, count: int) -> BatchIndices:
+        """Return the samples at positions ``start`` to ``start + count`` of the sequence."""
+
+    def candidates(self, position: int) -> int:
+        """Return the number of different samples that a position can be given to, with its own."""
+
+    def replacement(self, position: int, attempt: int) -> int:
+        """Return the sample that is tried for a position after ``attempt`` bad ones, fewer than there are candidates."""
+
 
 class Order:
-    """Endless, shuffled sequence of the samples of a set.
+    """Endless, shuffled sequence of the samples of a set, or of a part of it, epoch after epoch.
 
     Args:
         lengths: number of samples of each shard.
         seed: seed of the shuffling and the jitter.
         shuffle_buffer: None shuffles the complete set. A number keeps reading nearly sequential: shards come in
             random order, and samples are shuffled within blocks of that size.
+        members: uint32 ``[n]``, numbers of the samples in ascending order, if they are only a part of the set.
+        first_shard: number of the first of the shards.
+        key: numbers from 1 that tell the parts of a set apart. Parts that share the first one read shards in the same order.
     """
 
-    def __init__(self, lengths: Sequence[int], seed: int, shuffle_buffer: int | None = None):
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        seed: int,
+        shuffle_buffer: int | None = None,
+        *,
+        members: np.ndarray | None = None,
+        first_shard: int = 0,
+        key: tuple[int, ...] = (),
+    ):
         self.seed, self.shuffle_buffer = seed, shuffle_buffer
+        self._members, self._first_shard, self._key = members, first_shard, key
         self._starts = np.cumsum((0, *lengths))
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)  # two, since a batch may span two epochs
+        buffer = shuffle_buffer or len(self)
+        far = buffer if buffer < len(self) else max(1, round(_STRIDE * len(self)))
+        self._stride = next(stride for stride in itertools.count(far) if math.gcd(stride, len(self)) == 1)
 
     def __len__(self) -> int:
         """Number of samples of an epoch."""
@@ -41,13 +74,14 @@ class Order:
 
     def _shuffled(self, epoch: int) -> tuple[np.ndarray, Any, np.ndarray]:
         """Return the permutation of an epoch, the state of the generator after it, and the order of the shards."""
-        generator = np.random.default_rng([self.seed, epoch])
+        generator = np.random.default_rng([self.seed, epoch, *self._key])
         n, size = len(self), self.shuffle_buffer
         if size is None:
             order = np.arange(n, dtype=np.uint32)
             generator.shuffle(order)  # as generator.permutation(n), in half of the memory
             return order, generator.bit_generator.state, np.arange(0)
-        shards = generator.permutation(len(self._starts) - 1)
+        shared = generator if len(self._key) < 2 else np.random.default_rng([self.seed, epoch, self._key[0]])
+        shards = shared.permutation(len(self._starts) - 1)
         order = np.empty(n, np.uint32)  # first as the shards are read
         place = 0
         for first, end in zip(self._starts[shards], self._starts[shards + 1], strict=True):
@@ -65,26 +99,36 @@ class Order:
         return order, generator.bit_generator.state, shards
 
     def draw(self, start: int, count: int) -> BatchIndices:
-        """Return the samples at positions ``start`` to ``start + count`` of the sequence."""
-        index, jitter, ahead = [], [], self._ahead(*divmod(start, len(self)))
+        index, jitter, ahead = [], [], self.ahead(start)
         while count > 0:
             epoch, first = divmod(start, len(self))
             order, state, _ = self._epoch(epoch)
             index.append(order[first : first + count].astype(np.int64))
             jitter.append(_rows(state, first, len(index[-1])))
             start, count = start + len(index[-1]), count - len(index[-1])
-        return BatchIndices(np.concatenate(index), np.concatenate(jitter), ahead=ahead)
+        numbers = np.concatenate(index)
+        if self._members is not None:
+            numbers = self._members[numbers].astype(np.int64)
+        return BatchIndices(numbers, np.concatenate(jitter), ahead=ahead)
 
-    def _ahead(self, epoch: int, position: int) -> tuple[int, ...]:
-        """Return the numbers of the shards that are read from a position of an epoch on, if they are read in sequence."""
-        shards = self._epoch(epoch)[2]
+    def candidates(self, position: int) -> int:
+        return len(self)
+
+    def replacement(self, position: int, attempt: int) -> int:
+        epoch, place = divmod(position, len(self))
+        return int(self.draw(epoch * len(self) + (place + attempt * self._stride) % len(self), 1).index[0])
+
+    def ahead(self, start: int) -> tuple[int, ...]:
+        """Return the numbers of the shards that are read from a position on, if they are read in sequence."""
         if self.shuffle_buffer is None:
             return ()
+        epoch, position = divmod(start, len(self))
+        shards = self._epoch(epoch)[2]
         ends = np.cumsum((self._starts[1:] - self._starts[:-1])[shards])
         block = position - position % self.shuffle_buffer
         first = int(np.searchsorted(ends, block, "right"))
         last = int(np.searchsorted(ends, block + self.shuffle_buffer, "left"))  # is read in this block
-        return tuple(shards[first : last + 1 + READ_AHEAD].tolist())
+        return tuple((shards[first : last + 1 + READ_AHEAD] + self._first_shard).tolist())
 
 
 def _rows(state: Any, first: int, count: int) -> np.ndarray:

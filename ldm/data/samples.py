@@ -65,18 +65,28 @@ class BatchIndices:
         return BatchIndices(self.index[kept], None if self.jitter is None else self.jitter[kept])
 
 
+@dataclass(frozen=True)
+class SourceShare:
+    """One of several sources of a set: the number of its files, and its weight among the sources."""
+
+    files: int
+    weight: float
+
+
 class Samples(Dataset[Batch]):
     """A set of samples; the interface that streams, caches and evaluation share.
 
     Attributes:
         lengths: number of samples of each file that is best read in sequence; they add up to ``len``.
         workers: number of processes that prefetch batches; 0 if prefetching costs more than it saves.
+        mixture: files and weight of each of the sources that are mixed, in the order of the files; empty for a single source.
         fingerprint: text that depends on the images before augmentation.
         dropped: samples that the set does not contain, since they were found to be bad when it was opened.
     """
 
     lengths: Sequence[int]
     workers: int = 0
+    mixture: Sequence[SourceShare] = ()
     fingerprint: str
     dropped: Sequence[BadSample] = ()
 
@@ -93,6 +103,11 @@ class Samples(Dataset[Batch]):
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
         raise NotImplementedError
+
+    def describe_as(self, samples: Samples) -> None:
+        """Take over the attributes of another set with the same samples."""
+        self.lengths, self.mixture = samples.lengths, samples.mixture
+        self.fingerprint, self.dropped = samples.fingerprint, samples.dropped
 
     def all_annotations(self) -> Batch:
         """Return the annotations of all samples, without augmentation."""
@@ -120,6 +135,7 @@ class StoredImages(Samples):
         sizes: add the modalities that are computed from the crop; this reads the header of each image's file.
         captions: reading and choice of captions.
         workers: number of processes that decode.
+        mixture: see :class:`Samples`.
     """
 
     def __init__(
@@ -133,10 +149,11 @@ class StoredImages(Samples):
         sizes: bool = False,
         captions: CaptionConfig = CaptionConfig(),  # noqa: B008 (frozen)
         workers: int = 0,
+        mixture: Sequence[SourceShare] = (),
     ):
         self.shards, self.fit, self.background, self.workers = shards, fit, background, workers
         self.random_crop, self.flip, self.sizes, self.captions = random_crop, flip, sizes, captions
-        self.lengths, self.dropped = shards.lengths, shards.dropped
+        self.lengths, self.dropped, self.mixture = shards.lengths, shards.dropped, mixture
         self.fingerprint = f"{shards.fingerprint}-{fit.height}x{fit.width}"
         if type(fit) is not Fit or background != WHITE:  # earlier versions had neither
             self.fingerprint += f"-{fit}-{background}"
@@ -276,7 +293,7 @@ class ImagesInMemory(Samples):
     def __init__(self, stored: StoredImages):
         assert not stored.random_crop
         self._stored = stored
-        self.lengths, self.fingerprint, self.dropped = stored.lengths, stored.fingerprint, stored.dropped
+        self.describe_as(stored)
 
     def annotations(self, draw: BatchIndices) -> Batch:
         stored, bad, row_of = self._annotations

@@ -5,12 +5,16 @@ A training run reads one endless sequence of samples, epoch after epoch, each a 
 rank ``r`` the ``r``-th block of ``b``. A batch may span two epochs; nothing is dropped. The order does not depend on
 the number of workers. A run that is resumed with another ``w`` or ``b`` continues at the same position of the sequence.
 
+A set of several sources with weights has such a sequence for each source, and a position takes the next sample of its source
+(:mod:`ldm.data.mixture`).
+
 A bad sample is replaced in its position; the other positions keep their samples. Of an epoch of ``n`` samples, position ``i`` is
 given to the first good one of those at ``i``, ``i + s``, ``i + 2 s``, ... (modulo ``n``), where the stride ``s`` depends on ``n``
-and the shuffle buffer alone. What replaces a sample is thus a function of its position, whatever the batches, ranks and workers,
-and wherever the run was resumed. A replacement is used at its own position too, so it is not the next one, which would put the
-same sample twice into a batch: it comes from ``shuffle_buffer`` positions ahead, where shards are read next, or without a buffer
-from another part of the epoch. It gets the crop, flip and caption choice of the position that it fills.
+and the shuffle buffer alone; with several sources, this holds for the sequence of each. What replaces a sample is thus a function
+of its position, whatever the batches, ranks and workers, and wherever the run was resumed. A replacement is used at its own
+position too, so it is not the next one, which would put the same sample twice into a batch: it comes from ``shuffle_buffer``
+positions ahead, where shards are read next, or without a buffer from another part of the epoch. It gets the crop, flip and
+caption choice of the position that it fills.
 """
 
 from __future__ import annotations
@@ -29,15 +33,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.data.bad_samples import BAD, BadSample
-from ldm.data.order import Order
+from ldm.data.mixture import order_of
+from ldm.data.order import SampleOrder
 from ldm.data.samples import Batch, BatchIndices, Samples, take
 from ldm.errors import DataError
 from ldm.processes import STOP_SIGNALS
 
 MAX_REPLACED = 100
 """Number of bad samples in succession after which a position is given up, since hardly any sample can be good."""
-
-_STRIDE = 0.618  # of an epoch: multiples of the golden section are far from each other
 
 _ENDING = 1.0  # seconds in which a worker that is ending has ended
 
@@ -77,7 +80,7 @@ class TrainStream:
         self.rank, self.world_size = rank, world_size
         self.batch = start_batch
         self._origin = 0  # position of batch 0, if all batches had the present size
-        self._order = Order(samples.lengths, seed, shuffle_buffer)
+        self._order = order_of(samples, seed, shuffle_buffer)
 
     def __len__(self) -> int:
         return self.total_batches
@@ -251,12 +254,8 @@ def _batches(samples: Dataset[Batch], draws: Iterator[BatchIndices], workers: in
 class _Replaced(Dataset[Batch]):
     """Samples by positions of an order, with bad ones replaced as the module says; the batch lists them as ``bad``."""
 
-    def __init__(self, samples: Samples, order: Order):
+    def __init__(self, samples: Samples, order: SampleOrder):
         self._samples, self._order = samples, order
-        self._size = len(samples)
-        buffer = order.shuffle_buffer or self._size
-        far = buffer if buffer < self._size else max(1, round(_STRIDE * self._size))
-        self._stride = next(stride for stride in itertools.count(far) if math.gcd(stride, self._size) == 1)
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
         batch = self._samples[draw]
@@ -276,15 +275,13 @@ class _Replaced(Dataset[Batch]):
             if not missing:
                 return {**take(_joined(parts), np.argsort(rows)), BAD: bad}
             attempt += 1
-            if attempt == min(MAX_REPLACED, self._size):
-                raise none_good([each for each in bad if each.position == draw.start + missing[0]])
-            index = [self._replacement(draw.start + row, attempt) for row in missing]
-            batch = self._samples[BatchIndices(np.array(index), None if draw.jitter is None else draw.jitter[missing])]
-
-    def _replacement(self, position: int, attempt: int) -> int:
-        """Return the sample that is tried for a position after ``attempt`` bad ones."""
-        epoch, place = divmod(position, self._size)
-        return int(self._order.draw(epoch * self._size + (place + attempt * self._stride) % self._size, 1).index[0])
+            positions = [draw.start + row for row in missing]
+            for position in positions:
+                if attempt == min(MAX_REPLACED, self._order.candidates(position)):
+                    raise none_good([each for each in bad if each.position == position])
+            index = [self._order.replacement(position, attempt) for position in positions]
+            jitter = None if draw.jitter is None else draw.jitter[missing]
+            batch = self._samples[replace(draw, index=np.array(index), jitter=jitter)]
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:

@@ -49,6 +49,8 @@ def differences(before: Any, now: Any, where: str = "", changeable: bool = False
     elif dataclasses.is_dataclass(now) and type(before) is type(now):
         fields = [each for each in dataclasses.fields(now) if changeable or not each.metadata.get("changeable")]
         pairs = {each.name: (getattr(before, each.name), getattr(now, each.name)) for each in fields}
+    elif isinstance(now, tuple) and isinstance(before, tuple) and len(now) == len(before) and _are_configs(now):
+        pairs = {str(i): pair for i, pair in enumerate(zip(before, now, strict=True))}
     else:
         if before != now:
             yield f"{where} was {_shown(before)} and is now {_shown(now)}"
@@ -226,6 +228,10 @@ def report_changes(module: StageModule, result: Path) -> None:
             f"another run_dir; to train it further, raise {module.stage}.train.max_steps.",
             stacklevel=3,
         )
+
+
+def _are_configs(values: tuple[Any, ...]) -> bool:
+    return all(map(dataclasses.is_dataclass, values))
 
 
 def _family(config: Any) -> type[Any]:
