@@ -8,9 +8,11 @@ from typing import Literal
 from PIL import ImageColor
 
 from ldm.config import Kind, config_field
+from ldm.data.buckets import BucketConfig, Shape
 from ldm.data.caption_choice import CaptionConfig
+from ldm.data.images_in_memory import ImagesInMemory
 from ldm.data.mixture import WeightedSource
-from ldm.data.samples import ImagesInMemory, Samples, SourceShare, StoredImages
+from ldm.data.samples import Samples, SourceShare, StoredImages
 from ldm.data.shard_cache import ShardCacheConfig
 from ldm.data.shards import SPLITS, Shards, find_shards
 from ldm.errors import ConfigError, DataError, unknown
@@ -29,6 +31,15 @@ class DataConfig(Kind):
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
         raise NotImplementedError
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Height and width of the aspect buckets in pixels; empty if all images are of one size."""
+        return ()
+
+    def of_one_size(self) -> DataConfig:
+        """Return a config of the same images without buckets, for networks that take one size."""
+        return self
 
     def open(self, split: str) -> Samples:
         """Open the samples of ``train``, ``val`` or ``test``.
@@ -141,6 +152,12 @@ class ShardsData(DataConfig, kind="shards"):
     mixture: tuple[WeightedSource, ...] = config_field(
         (), "Sources to train on, each with its weight, instead of train.", omit_default=True
     )
+    buckets: BucketConfig | None = config_field(
+        None,
+        "Shapes of about the area of data.size for images of different aspect ratios, in stages vae and denoiser; null: all "
+        "images have data.size.",
+        omit_default=True,
+    )
 
     def __post_init__(self) -> None:
         if (self.train is None) == (not self.mixture):
@@ -160,6 +177,8 @@ class ShardsData(DataConfig, kind="shards"):
             raise ConfigError("cache: ram keeps one crop of each image; use crop: center with it, or cache: none.")
         if self.cache_latents and (self.crop == "random" or self.flip):
             raise ConfigError("cache_latents keeps one latent of each image; use crop: center and flip: false with it.")
+        if self.buckets is not None:
+            _ = self.buckets.shapes(*self._height_width)  # raises if the size is none
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -168,6 +187,13 @@ class ShardsData(DataConfig, kind="shards"):
     @property
     def _height_width(self) -> tuple[int, int]:
         return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return () if self.buckets is None else tuple(self.buckets.shapes(*self._height_width))
+
+    def of_one_size(self) -> ShardsData:
+        return replace(self, buckets=None)
 
     def has(self, split: str) -> bool:
         return bool(self._sources.get(split))
@@ -219,6 +245,7 @@ class ShardsData(DataConfig, kind="shards"):
             captions=self.captions,
             workers=self.workers,
             mixture=self._shares(shards, split),
+            shapes=self.shapes,
         )
         return ImagesInMemory(stored) if self.cache == "ram" else stored
 

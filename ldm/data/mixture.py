@@ -47,10 +47,10 @@ class MixedOrder:
     """
 
     def __init__(
-        self, parts: Sequence[Order], shares: Sequence[Fraction], places: int, seed: int, key: Sequence[int] = (1,)
+        self, parts: Sequence[Order], shares: Sequence[Fraction], places: Fraction, seed: int, key: Sequence[int]
     ):
         self._parts = parts
-        self._schedule = Schedule(shares, Fraction(places), seed, key)
+        self._schedule = Schedule(shares, places, seed, key)
 
     def draw(self, start: int, count: int) -> BatchIndices:
         """Return the samples at positions ``start`` to ``start + count`` of the sequence."""
@@ -78,30 +78,42 @@ class MixedOrder:
         return self._parts[number], before[number]
 
 
-def order_of(samples: Samples, seed: int, shuffle_buffer: int | None) -> SampleOrder:
-    """Return the order in which a training reads a set, in the proportions of its sources if there are several.
+def mixed_order(
+    samples: Samples, seed: int, shuffle_buffer: int | None, bucket: int | None = None
+) -> tuple[SampleOrder, Fraction]:
+    """Return an order of samples in the proportions of their sources, and the share that they have in a training.
 
     Args:
         samples: the set.
         seed: seed of order and augmentation.
-        shuffle_buffer: see :class:`~ldm.data.order.Order`; of several sources, each has its share of it.
+        shuffle_buffer: see :class:`~ldm.data.order.Order`; each part of the set has its share of it.
+        bucket: number of the bucket whose samples are ordered; None: all samples.
     """
-    if not samples.mixture:
-        return Order(samples.lengths, seed, shuffle_buffer)
-    ends = np.cumsum([source.files for source in samples.mixture]).tolist()
-    samples_before = np.cumsum((0, *samples.lengths))
-    parts = []
-    shares = source_shares(samples)
-    for number, (first, end) in enumerate(zip((0, *ends), ends, strict=False)):
-        members = np.arange(samples_before[first], samples_before[end], dtype=np.uint32)
-        buffer = shuffle_buffer and max(1, round(shuffle_buffer * shares[number]))
-        parts.append(
-            Order(samples.lengths[first:end], seed, buffer, members=members, first_shard=first, key=(number + 1,))
-        )
-    return MixedOrder(parts, shares, len(samples), seed)
+    of_bucket = () if bucket is None else (bucket + 1,)
+    buckets = samples.buckets() if bucket is not None else None
+    numbers = np.arange(len(samples)) if buckets is None else buckets.members(bucket)
+    starts = np.cumsum((0, *samples.lengths))
+    parts, shares, first = [], [], 0
+    for number, share in enumerate(source_shares(samples)):
+        end = first + samples.mixture[number].files if samples.mixture else len(samples.lengths)
+        low, high = np.searchsorted(numbers, (starts[first], starts[end]))
+        if low < high:
+            own = numbers[low:high].astype(np.uint32)
+            share *= Fraction(len(own), int(starts[end] - starts[first]))
+            lengths = np.diff(np.searchsorted(own, starts[first : end + 1])).tolist()
+            buffer = shuffle_buffer and max(1, round(shuffle_buffer * share))
+            key = (number + 1, *of_bucket)
+            parts.append(Order(lengths, seed, buffer, members=own, first_shard=first, key=key))
+            shares.append(share)
+        first = end
+    total = sum(shares, Fraction(0))
+    if len(parts) == 1:
+        return parts[0], total
+    places = len(samples) * total
+    return MixedOrder(parts, [share / total for share in shares], places, seed, (1, *of_bucket)), total
 
 
 def source_shares(samples: Samples) -> list[Fraction]:
     """Return the share of each source of a set in its training samples."""
-    weights = [Fraction(str(source.weight)) for source in samples.mixture]
+    weights = [Fraction(str(source.weight)) for source in samples.mixture] or [Fraction(1)]
     return [weight / sum(weights) for weight in weights]

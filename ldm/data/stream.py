@@ -1,26 +1,27 @@
 """Batches in an order that depends only on (seed, epoch), so that a stream can start anywhere.
 
-A training run reads one endless sequence of samples, epoch after epoch, each a permutation of the set. Step
-``k`` of a run on ``w`` ranks with ``b`` samples a rank takes positions ``k w b`` to ``(k + 1) w b`` of it,
-rank ``r`` the ``r``-th block of ``b``. A batch may span two epochs; nothing is dropped. The order does not depend on
-the number of workers. A run that is resumed with another ``w`` or ``b`` continues at the same position of the sequence.
+A training run reads one endless sequence of samples, epoch after epoch, each a permutation of the set. Step ``k`` of a run on
+``w`` ranks with ``b`` samples a rank takes positions ``k w b`` to ``(k + 1) w b`` of it, rank ``r`` the ``r``-th block of
+``b``. A batch may span two epochs; nothing is dropped. The order does not depend on the number of workers. A run that is
+resumed with another ``w`` or ``b`` continues at the same position of the sequence.
 
 A set of several sources with weights has such a sequence for each source, and a position takes the next sample of its source
-(:mod:`ldm.data.mixture`).
+(:mod:`ldm.data.mixture`). A set with aspect buckets has one for each bucket, and each batch takes the next samples of a bucket
+(:mod:`ldm.data.bucket_order`).
 
-A bad sample is replaced in its position; the other positions keep their samples. Of an epoch of ``n`` samples, position ``i`` is
-given to the first good one of those at ``i``, ``i + s``, ``i + 2 s``, ... (modulo ``n``), where the stride ``s`` depends on ``n``
-and the shuffle buffer alone; with several sources, this holds for the sequence of each. What replaces a sample is thus a function
-of its position, whatever the batches, ranks and workers, and wherever the run was resumed. A replacement is used at its own
-position too, so it is not the next one, which would put the same sample twice into a batch: it comes from ``shuffle_buffer``
-positions ahead, where shards are read next, or without a buffer from another part of the epoch. It gets the crop, flip and
-caption choice of the position that it fills.
+A bad sample is replaced in its position; the other positions keep their samples. Of an epoch of ``n`` samples, position ``i``
+is given to the first good one of those at ``i``, ``i + s``, ``i + 2 s``, ... (modulo ``n``), where the stride ``s`` depends on
+``n`` and the shuffle buffer alone; with several sources or buckets, this holds for the sequence of each. What replaces a sample
+is thus a function of its position, whatever the batches, ranks and workers, and wherever the run was resumed. A replacement is
+used at its own position too, so it is not the next one, which would put the same sample twice into a batch: it comes from
+``shuffle_buffer`` positions ahead, where shards are read next, or without a buffer from another part of the epoch. It gets the
+crop, flip and caption choice of the position that it fills.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -33,7 +34,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.data.bad_samples import BAD, BadSample
-from ldm.data.mixture import order_of
+from ldm.data.bucket_order import order_of
+from ldm.data.buckets import Shape
 from ldm.data.order import SampleOrder
 from ldm.data.samples import Batch, BatchIndices, Samples, take
 from ldm.errors import DataError
@@ -80,7 +82,9 @@ class TrainStream:
         self.rank, self.world_size = rank, world_size
         self.batch = start_batch
         self._origin = 0  # position of batch 0, if all batches had the present size
-        self._order = order_of(samples, seed, shuffle_buffer)
+        self._history = [(0, batch_size * world_size)]
+        self._make_order = functools.partial(order_of, samples, seed, shuffle_buffer)
+        self._order = self._make_order(self._history)
 
     def __len__(self) -> int:
         return self.total_batches
@@ -98,19 +102,28 @@ class TrainStream:
     def state_dict(self) -> dict[str, Any]:
         """Return the number of batches yielded so far, including those before ``start_batch``.
 
-        After a change of the batch size also ``origin``, the position in the sequence at which batch 0 would have begun.
+        After a change of the batch size also ``origin``, the position in the sequence at which batch 0 would have begun. With
+        buckets also ``history``, the sizes of batches on all ranks; see :mod:`ldm.data.bucket_order`.
         """
-        return {"batch": self.batch} | ({"origin": self._origin} if self._origin else {})
+        state: dict[str, Any] = {"batch": self.batch} | ({"origin": self._origin} if self._origin else {})
+        return state if self.samples.buckets() is None else {**state, "history": list(map(list, self._history))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after that many batches."""
         self.batch, self._origin = state["batch"], state.get("origin", 0)
+        if "history" in state:
+            size = self.batch_size * self.world_size
+            self._history = [(position, batch) for position, batch in state["history"]]
+            if self._history[-1][1] != size:
+                self._history.append((self._origin + self.batch * size, size))
+            self._order = self._make_order(self._history)
 
 
 class EvaluationLoader:
     """Loader of every sample once and in order, without augmentation; the last batch may be smaller.
 
-    Each batch of all ranks consists of the next ``world_size * batch_size`` samples, of which rank ``r`` reads the ``r``-th part.
+    Each batch of all ranks consists of the next ``world_size * batch_size`` samples, of which rank ``r`` reads the ``r``-th part;
+    with ``bucketed``, of the next samples of one bucket, one bucket after another.
     All ranks have the same number of batches. Where the last one has fewer samples than there are ranks, a rank without a
     sample reads one that is not its own, and :meth:`rows` is empty.
 
@@ -119,20 +132,38 @@ class EvaluationLoader:
 
     Raises:
         DataError: when iterating, if all samples are bad.
+
+    Args:
+        samples: the set.
+        batch_size: samples per batch on this rank.
+        rank: index of this process.
+        world_size: number of processes that share the batches.
+        bucketed: whether images have the shapes of their buckets, if the set has them; otherwise all have its size.
     """
 
-    def __init__(self, samples: Samples, batch_size: int, *, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, samples: Samples, batch_size: int, *, rank: int = 0, world_size: int = 1, bucketed: bool = False
+    ):
         self.samples, self.batch_size = samples, batch_size
         self.rank, self.world_size = rank, world_size
         self._without: set[int] = set()  # batches of which no sample of this rank is good
+        buckets = samples.buckets() if bucketed else None
+        groups: dict[Shape | None, np.ndarray] = {None: np.arange(len(samples))}
+        if buckets is not None:
+            groups = {shape: buckets.members(number) for number, shape in enumerate(buckets.shapes)}
+        most = world_size * batch_size
+        self._draws = [  # of all ranks
+            BatchIndices(numbers[start : start + most], shape=shape)
+            for shape, numbers in groups.items()
+            for start in range(0, len(numbers), most)
+        ]
 
     def __len__(self) -> int:
-        return math.ceil(len(self.samples) / (self.world_size * self.batch_size))
+        return len(self._draws)
 
     def size(self, batch: int) -> int:
         """Return the number of samples of a batch on all ranks."""
-        most = self.world_size * self.batch_size
-        return min(most, len(self.samples) - batch * most)
+        return len(self._draws[batch])
 
     def rows(self, batch: int) -> range:
         """Return which of the samples of a batch belong to this rank."""
@@ -161,8 +192,8 @@ class EvaluationLoader:
             raise none_good(bad)
 
     def _indices(self, batch: int) -> BatchIndices:
-        rows = self.rows(batch) or range(1)
-        return BatchIndices(batch * self.world_size * self.batch_size + np.arange(rows.start, rows.stop))
+        draw, rows = self._draws[batch], self.rows(batch) or range(1)
+        return replace(draw, index=draw.index[rows.start : rows.stop])
 
 
 def batches_in_order(samples: Samples, index: np.ndarray, batch_size: int) -> Iterator[Batch]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ldm.config import from_dict
 from ldm.data.bad_samples import BAD
 from ldm.data.config import DataConfig, ShardsData
-from ldm.data.mixture import order_of, source_shares
+from ldm.data.mixture import mixed_order, source_shares
 from ldm.data.samples import SourceShare
 from ldm.data.schedule import ROUND, Schedule
 from ldm.data.shards import write_shard
@@ -70,7 +70,7 @@ def test_a_schedule_keeps_exact_shares(weights: list[float], places: int, epochs
 @given(sources, st.integers(0, 9), buffers)
 def test_each_source_is_read_in_permutations_and_has_its_share(content: Content, seed: int, buffer: int | None) -> None:
     samples = mixed(content)
-    index = order_of(samples, seed, buffer).draw(0, 4 * len(samples)).index
+    index = mixed_order(samples, seed, buffer)[0].draw(0, 4 * len(samples)).index
     source, shares = source_of(samples), source_shares(samples)
     for number, share in enumerate(shares):
         members = np.flatnonzero(source == number).tolist()
@@ -90,7 +90,7 @@ def test_a_mixture_depends_on_the_position_alone(
     candidates = sorted(set(range(len(source))) - set(firsts))
     bad = data.draw(st.frozensets(st.sampled_from(candidates))) if candidates else frozenset()
     samples = mixed(content, bad)
-    order = order_of(samples, 3, buffer).draw(start, 12 * batch_size * ranks).index
+    order = mixed_order(samples, 3, buffer)[0].draw(start, 12 * batch_size * ranks).index
     streams = []
     for rank in range(ranks):
         stream = TrainStream(samples, batch_size, 3, 12, shuffle_buffer=buffer, rank=rank, world_size=ranks)
@@ -108,7 +108,7 @@ def test_a_mixture_depends_on_the_position_alone(
 @given(sources, st.integers(1, 12), st.integers(0, 60))
 def test_the_shards_of_a_mixed_batch_are_announced(content: Content, buffer: int, start: int) -> None:
     samples = mixed(content)
-    draw = order_of(samples, 3, buffer).draw(start, 3)
+    draw = mixed_order(samples, 3, buffer)[0].draw(start, 3)
     shard = np.repeat(np.arange(len(samples.lengths)), samples.lengths)
     assert set(shard[draw.index].tolist()[:1]) <= set(draw.ahead)
     assert len(set(draw.ahead)) == len(draw.ahead)
