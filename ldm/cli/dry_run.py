@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ldm.config import to_yaml
+from ldm.data.order_table import order_table
 from ldm.errors import ConfigError, LdmError
 from ldm.training.accelerators import Accelerator, accelerator, this_machine
 from ldm.training.config import TrainConfig
@@ -103,6 +104,7 @@ def _stage(
         ),
         f"trained: {trained:,} parameters, for {train.max_steps:,} steps",
         f"batch: {train.batch_size} x {train.accumulate} accumulated = {batch} per device",
+        *_order(experiment, stage, train.batch_size * count),
         f"learning rate: {train.learning_rate:g} after {train.warmup_steps} steps, then {train.decay}",
         f"operations: {_flops(last.flops / batch)} per sample, {_flops(last.flops)} per step and device, forward and backward",
     ]
@@ -122,6 +124,17 @@ def _stage(
         )
     lines += _memory(last, cost(checkpointing=not train.gradient_checkpointing), train, precision, count)
     return lines + _disk(experiment, task, last), hours
+
+
+def _order(experiment: Experiment, stage: str, batch: int) -> list[str]:
+    """Return the tables of sources and aspect buckets, if there are any and the data can be read."""
+    data = experiment.data_of(stage)
+    if not (data.shapes or data.mixture):
+        return []
+    try:
+        return order_table(data.open("train"), batch)
+    except LdmError as error:
+        return [f"the sources and buckets cannot be counted: {error}"]
 
 
 def _memory(cost: StepCost, other: StepCost, train: TrainConfig, precision: str, count: int) -> list[str]:

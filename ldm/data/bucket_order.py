@@ -94,9 +94,9 @@ def order_of(samples: Samples, seed: int, shuffle_buffer: int | None, history: H
     """
     buckets = samples.buckets()
     if buckets is not None:
-        filled = [number for number, count in enumerate(buckets.counts()) if count]
-        parts, shares = zip(*(mixed_order(samples, seed, shuffle_buffer, each) for each in filled), strict=True)
-        shapes = [buckets.shapes[number] for number in filled]
+        numbers = [number for number, count in enumerate(buckets.counts()) if count]
+        parts, shares = zip(*(mixed_order(samples, seed, shuffle_buffer, each) for each in numbers), strict=True)
+        shapes = [buckets.shapes[number] for number in numbers]
         return BucketOrder(parts, shares, shapes, len(samples), seed, history)
     if samples.mixture:
         return mixed_order(samples, seed, shuffle_buffer)[0]

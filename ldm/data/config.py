@@ -26,6 +26,7 @@ class DataConfig(Kind):
     shuffle_buffer: int | None = None
     made_for: int | None = None
     max_bad_fraction: float = 0.01
+    mixture: tuple[WeightedSource, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

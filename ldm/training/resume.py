@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def settings_of(experiment: Experiment, stage: str) -> dict[str, Any]:
     """Return the sections of an experiment on which the training of a stage depends, by name."""
-    return {stage: getattr(experiment, stage), "data": experiment.data, "seed": experiment.seed}
+    return {stage: getattr(experiment, stage), "data": experiment.data_of(stage), "seed": experiment.seed}
 
 
 def differences(before: Any, now: Any, where: str = "", changeable: bool = False) -> Iterator[str]:
