@@ -129,7 +129,7 @@ def _stage(
 def _order(experiment: Experiment, stage: str, batch: int) -> list[str]:
     """Return the tables of sources and aspect buckets, if there are any and the data can be read."""
     data = experiment.data_of(stage)
-    if not (data.shapes or data.mixture):
+    if not (data.bucket_shapes or data.mixture):
         return []
     try:
         return order_table(data.open("train"), batch)
@@ -159,13 +159,15 @@ def _disk(experiment: Experiment, task: Task, cost: StepCost) -> list[str]:
     if first_stage is None:
         return lines
     try:
-        images = sum(len(data.open(split)) for split in ("train", "val") if data.has(split))
+        by_shape = [data.open(split).by_shape() for split in ("train", "val") if data.has(split)]
     except LdmError:
         return lines
-    height, width = (side // first_stage.factor for side in data.image_shape[1:])
-    values = len(first_stage.posterior_type.cached) * first_stage.latent_channels * height * width
+    sizes = [(len(each), shape or data.image_shape[1:]) for split in by_shape for shape, each in split.items()]
+    images = sum(count for count, _ in sizes)
+    pixels = sum(count * math.prod(side // first_stage.factor for side in shape) for count, shape in sizes)
+    values = len(first_stage.posterior_type.cached) * first_stage.latent_channels * pixels
     cached = "" if data.cache_latents else ", if data.cache_latents were true"
-    return [*lines, f"      {_gib(2 * values * images)} for the latents of {images:,} images{cached}"]
+    return [*lines, f"      {_gib(2 * values)} for the latents of {images:,} images{cached}"]
 
 
 def _flops(flops: float) -> str:

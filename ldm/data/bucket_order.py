@@ -48,14 +48,19 @@ class BucketOrder:
         history: History,
     ):
         self._parts, self._shapes = parts, shapes
-        self._origins = [0] * len(parts)  # of the buckets, at the position from which the batch size holds
-        for number, (position, batch) in enumerate(history):
-            if number:
-                done = self._schedule.take((position - self._start) // self._batch, 0)[1]
-                self._origins = [each + self._batch * n for each, n in zip(self._origins, done, strict=True)]
+
+        def schedule() -> Schedule:
+            advance = [Fraction(origin, self._batch) for origin in self._origins]
+            return Schedule(shares, Fraction(samples, self._batch), seed, (2,), advance)
+
+        self._start, self._batch = history[0]
+        self._origins = [0] * len(parts)  # samples that each bucket had used at position _start
+        self._schedule = schedule()
+        for position, batch in history[1:]:
+            batches = self._schedule.take((position - self._start) // self._batch, 0)[1]
+            self._origins = [each + self._batch * n for each, n in zip(self._origins, batches, strict=True)]
             self._start, self._batch = position, batch
-            advance = [Fraction(each, batch) for each in self._origins]
-            self._schedule = Schedule(shares, Fraction(samples, batch), seed, (2,), advance)
+            self._schedule = schedule()
 
     def draw(self, start: int, count: int) -> BatchIndices:
         """Return the samples at positions ``start`` to ``start + count`` of the sequence, all of one batch, and its shape."""

@@ -34,7 +34,7 @@ class DataConfig(Kind):
         raise NotImplementedError
 
     @property
-    def shapes(self) -> tuple[Shape, ...]:
+    def bucket_shapes(self) -> tuple[Shape, ...]:
         """Height and width of the aspect buckets in pixels; empty if all images are of one size."""
         return ()
 
@@ -190,7 +190,7 @@ class ShardsData(DataConfig, kind="shards"):
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     @property
-    def shapes(self) -> tuple[Shape, ...]:
+    def bucket_shapes(self) -> tuple[Shape, ...]:
         return () if self.buckets is None else tuple(self.buckets.shapes(*self._height_width))
 
     def of_one_size(self) -> ShardsData:
@@ -246,7 +246,7 @@ class ShardsData(DataConfig, kind="shards"):
             captions=self.captions,
             workers=self.workers,
             mixture=self._shares(shards, split),
-            shapes=self.shapes,
+            shapes=self.bucket_shapes,
         )
         return ImagesInMemory(stored) if self.cache == "ram" else stored
 

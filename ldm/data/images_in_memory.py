@@ -85,10 +85,7 @@ class ImagesInMemory(Samples):
         """uint8 ``[n h w 3]`` by shape (None without buckets), the row of each sample there, and bad samples by number."""
         from tqdm import tqdm
 
-        buckets, fit = self.buckets(), self._stored.fit
-        groups: dict[Shape | None, np.ndarray] = {None: np.arange(len(self))}
-        if buckets is not None:
-            groups = {shape: buckets.members(number) for number, shape in enumerate(buckets.shapes)}
+        fit = self._stored.fit
         images, row_of = {}, np.empty(len(self), np.int64)
         bad = dict(self._annotations[1])
         with (
@@ -97,7 +94,7 @@ class ImagesInMemory(Samples):
             ) as pool,  # Pillow decodes outside of the interpreter's lock
             tqdm(desc="decoding", total=len(self), unit="image", leave=False) as bar,
         ):
-            for shape, numbers in groups.items():
+            for shape, numbers in self.by_shape().items():
                 images[shape] = np.zeros((len(numbers), *(shape or (fit.height, fit.width)), 3), np.uint8)
                 row_of[numbers] = np.arange(len(numbers))
                 decoded = pool.map(self._stored.image, numbers.tolist(), itertools.repeat(shape))

@@ -90,8 +90,8 @@ def mixed_order(
         bucket: number of the bucket whose samples are ordered; None: all samples.
     """
     of_bucket = () if bucket is None else (bucket + 1,)
-    buckets = samples.buckets() if bucket is not None else None
-    numbers = np.arange(len(samples)) if buckets is None else buckets.members(bucket)
+    buckets = None if bucket is None else samples.buckets()
+    numbers = np.arange(len(samples)) if bucket is None or buckets is None else buckets.members(bucket)
     starts = np.cumsum((0, *samples.lengths))
     parts, shares, first = [], [], 0
     for number, share in enumerate(source_shares(samples)):

@@ -110,6 +110,13 @@ class Samples(Dataset[Batch]):
         """Return the aspect buckets of the samples; None if all images are of one size."""
         return None
 
+    def by_shape(self) -> dict[Shape | None, np.ndarray]:
+        """Return the numbers of the samples of each bucket by its shape; of all, by None, if all images are of one size."""
+        buckets = self.buckets()
+        if buckets is None:
+            return {None: np.arange(len(self))}
+        return {shape: buckets.members(number) for number, shape in enumerate(buckets.shapes)}
+
     def describe_as(self, samples: Samples) -> None:
         """Take over the attributes of another set with the same samples."""
         self.lengths, self.mixture = samples.lengths, samples.mixture

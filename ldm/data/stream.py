@@ -147,10 +147,7 @@ class EvaluationLoader:
         self.samples, self.batch_size = samples, batch_size
         self.rank, self.world_size = rank, world_size
         self._without: set[int] = set()  # batches of which no sample of this rank is good
-        buckets = samples.buckets() if bucketed else None
-        groups: dict[Shape | None, np.ndarray] = {None: np.arange(len(samples))}
-        if buckets is not None:
-            groups = {shape: buckets.members(number) for number, shape in enumerate(buckets.shapes)}
+        groups = samples.by_shape() if bucketed else {None: np.arange(len(samples))}
         most = world_size * batch_size
         self._draws = [  # of all ranks
             BatchIndices(numbers[start : start + most], shape=shape)
@@ -196,10 +193,19 @@ class EvaluationLoader:
         return replace(draw, index=draw.index[rows.start : rows.stop])
 
 
-def batches_in_order(samples: Samples, index: np.ndarray, batch_size: int) -> Iterator[Batch]:
-    """Yield the samples ``index`` in batches without augmentation, and without bad samples, as :class:`Samples` returns them."""
+def batches_in_order(
+    samples: Samples, index: np.ndarray, batch_size: int, shape: Shape | None = None
+) -> Iterator[Batch]:
+    """Yield the samples ``index`` in batches without augmentation, and without bad samples, as :class:`Samples` returns them.
+
+    Args:
+        samples: the set.
+        index: int64 ``[n]``, sample numbers.
+        batch_size: samples per batch.
+        shape: height and width of the images, that of their bucket; None: the size of the set.
+    """
     starts = range(0, len(index), batch_size)
-    draws = (BatchIndices(index[start : start + batch_size]) for start in starts)
+    draws = (BatchIndices(index[start : start + batch_size], shape=shape) for start in starts)
     return _batches(samples, draws, samples.workers)
 
 

@@ -56,13 +56,13 @@ class Experiment:
                 )
         if self.vae.train is not None:
             try:
-                for shape in (self.data.image_shape[1:], *self.data.shapes):
+                for shape in (self.data.image_shape[1:], *self.data.bucket_shapes):
                     self.vae.loss.check_size(*shape)
             except ConfigError as error:
                 raise ConfigError(f"vae.loss: {error}") from None
         _ = self.model_config  # raises if the stages do not fit
         multiple = self.vae.model.factor * self.denoiser.model.factor
-        if any(side % multiple for shape in self.data.shapes for side in shape):
+        if any(side % multiple for shape in self.data.bucket_shapes for side in shape):
             raise ConfigError(
                 f"the sides of data.buckets must be multiples of {multiple}, the downsampling of first stage "
                 f"({self.vae.model.factor}) and denoiser ({self.denoiser.model.factor}); set data.buckets.step to one."

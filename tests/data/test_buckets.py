@@ -24,12 +24,14 @@ from ldm.data.bad_samples import BAD
 from ldm.data.bucket_order import order_of
 from ldm.data.buckets import BucketConfig, Buckets, image_sizes, nearest
 from ldm.data.config import DataConfig, ShardsData
+from ldm.data.latents import cache_latents
 from ldm.data.samples import Batch, BatchIndices, SourceShare
 from ldm.data.shards import Sample, Shards, write_shard
 from ldm.data.stream import EvaluationLoader, TrainStream
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, DataError
 from tests.data.pictures import encoded, noise_picture
 from tests.data.test_bad_samples import WithBad
+from tests.data.test_latents import TinyFirstStage
 from tests.data.test_stream import assert_equal, buffers
 
 SHAPES = BucketConfig(16, 2.5).shapes(64, 64)
@@ -281,6 +283,41 @@ def test_memory_and_workers_give_the_same_batches(data: ShardsData) -> None:
         loaded = list(EvaluationLoader(samples, 4, bucketed=True))
         assert_same(loaded, list(EvaluationLoader(plain.open("train"), 4, bucketed=True)))
     assert next(iter(EvaluationLoader(samples, 4)))["image"].shape[-2:] == (32, 32)
+
+
+def test_latents_are_cached_in_the_shape_of_their_bucket(data: ShardsData, tmp_path: Path) -> None:
+    """Previews, which have the size of the set, receive images."""
+    stored = dataclasses.replace(data, crop="center", flip=False).open("train")
+    first_stage = TinyFirstStage().eval()
+    cached = cache_latents(first_stage, "mark", stored, tmp_path / "train.safetensors")
+    pictures = list(TrainStream(stored, 4, 3, 12))
+    for batch, expected in zip(TrainStream(cached, 4, 3, 12), pictures, strict=True):
+        assert batch["key"] == expected["key"]
+        assert batch["crops_coords_top_left"] == expected["crops_coords_top_left"]
+        posterior = first_stage.encode(expected["image"])
+        torch.testing.assert_close(batch["mean"], posterior.mode, rtol=1e-3, atol=1e-3)
+    assert {batch["image"].shape for batch in pictures} == {(4, 3, 32, 32), (4, 3, 24, 40), (4, 3, 40, 24)}
+    loaded = EvaluationLoader(cached, 4, bucketed=True)
+    assert sorted(key for batch in loaded for key in batch["key"]) == [f"{i:02d}" for i in range(18)]
+    (batch,) = EvaluationLoader(cached, 18)
+    assert batch["image"].shape == (18, 3, 32, 32)
+
+
+def test_cached_latents_have_the_bad_samples_of_the_images(tmp_path: Path) -> None:
+    sides = [(30, 60), (60, 30), (60, 30), (32, 32)]
+    images = [encoded(noise_picture(i, height, width)) for i, (width, height) in enumerate(sides)]
+    images[0], images[2] = images[0][:500], images[2][:500]  # the header is whole; the first bucket has no good sample
+    write_shard(tmp_path / "a.tar", (Sample(f"{i}", "a", image, "png", {}) for i, image in enumerate(images)))
+    stored = ShardsData(str(tmp_path), size=32, buckets=BucketConfig(8), workers=0).open("train")
+    assert stored.buckets().counts() == [1, 1, 2]  # type: ignore[union-attr]
+    cached = cache_latents(TinyFirstStage().eval(), "mark", stored, tmp_path / "train.safetensors")
+    batches = [list(EvaluationLoader(each, 2, bucketed=True)) for each in (stored, cached)]
+    for batch, expected in zip(*batches, strict=True):
+        assert (batch["key"], batch.get(BAD)) == (expected["key"], expected.get(BAD))
+    assert {key for batch in TrainStream(stored, 2, 3, 12) for key in batch["key"]} == {"1", "3"}
+    message = r"^none of the 1 images of the bucket 40 x 24 can be used, and latents of other shapes are not cached;"
+    with pytest.raises(DataError, match=message):
+        list(TrainStream(cached, 2, 3, 12))
 
 
 def test_an_image_without_a_size_is_a_bad_sample(tmp_path: Path) -> None:
