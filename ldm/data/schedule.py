@@ -10,20 +10,21 @@ from fractions import Fraction
 import numpy as np
 
 ROUND = 1024
-"""Largest number of places of a round, apart from rounding: groups are shuffled within a round."""
+"""Largest number of places of a round, apart from rounding."""
 
 
 class Schedule:
-    """Endless sequence of group numbers, in rounds of about equal size that are shuffled.
+    """Endless sequence of group numbers in random order, in rounds of about equal size.
 
-    After ``e`` rounds, a group has occurred ``e q - a`` times, rounded to the nearest whole number, where ``q`` is its share of a
-    round and ``a`` its advance. So rounding does not add up: the shares of whole rounds are exact to half a place. The number of
-    places of a round varies, by at most one for each group.
+    After ``e`` rounds, a group has occurred ``e q - a`` times, rounded to the nearest whole number, where ``q`` is its share of
+    a round and ``a`` its advance. So rounding does not add up: the shares of whole rounds are exact to half a place. The number
+    of places of a round varies, by at most one for each group. In a round, the occurrences of a group are spread evenly: one at
+    random in each of as many equal parts of the round. So all groups advance together, which keeps shards read in sequence.
 
     Args:
         shares: share of each group; they add up to 1.
         places: number of places of an epoch, which consists of whole rounds.
-        seed, key: seed of the shuffling, and numbers from 1 that tell schedules with one seed apart.
+        seed, key: seed of the random order, and numbers from 1 that tell schedules with one seed apart.
         advance: number of places that each group had before the first one; it is left out until it has come to its share.
     """
 
@@ -61,8 +62,10 @@ class Schedule:
         before, after = self._occurrences(number), self._occurrences(number + 1)
         counts = [end - start for start, end in zip(before, after, strict=True)]
         groups = np.repeat(np.arange(len(counts), dtype=np.uint16), counts)
-        np.random.default_rng([self._seed, number, 0, *self._key]).shuffle(groups)
-        return number, before, groups
+        part = np.concatenate([np.arange(count) for count in counts])
+        generator = np.random.default_rng([self._seed, number, 0, *self._key])
+        times = (part + generator.random(len(groups))) / np.repeat(counts, counts)
+        return number, before, groups[np.argsort(times, kind="stable")]
 
     def _occurrences(self, rounds: int) -> list[int]:
         """Return how often each group occurs in the first ``rounds`` rounds."""

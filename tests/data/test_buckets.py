@@ -34,7 +34,7 @@ from tests.data.test_bad_samples import WithBad
 from tests.data.test_latents import TinyFirstStage
 from tests.data.test_stream import assert_equal, buffers
 
-SHAPES = BucketConfig(16, 2.5).shapes(64, 64)
+SHAPES = BucketConfig(8, 2.5).shapes(64, 64)
 
 
 class Bucketed(WithBad):
@@ -136,6 +136,26 @@ def test_an_order_in_buckets_depends_on_the_batch_number_alone(
         assert expected["key"] == [key for batch in found for key in batch["key"]]
         assert expected["text"] == [text for batch in found for text in batch["text"]]  # the jitter
         assert len({shape for batch in found for shape in batch["shape"]}) == 1
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_all_buckets_read_the_same_shards_at_a_time(mixed: bool) -> None:
+    """With a shuffle buffer, so that each remote shard is copied once for all of them."""
+    shares = np.arange(1, len(SHAPES) + 1) / sum(range(len(SHAPES) + 1))
+    samples = Bucketed(np.random.default_rng(0).choice(len(SHAPES), 4000, p=shares).tolist(), files=80)
+    if mixed:
+        samples.mixture = [SourceShare(40, 1.0), SourceShare(40, 1.0)]
+    order, shard = order_of(samples, 3, 200, [(0, 8)]), np.repeat(np.arange(80), samples.lengths)
+    draws = [
+        order.draw(8 * number, 8) for number in range(450)
+    ]  # of the 500 of an epoch: some buckets end before others
+    used = [set(shard[draw.index].tolist()) for draw in draws]
+    announced = [set(draw.ahead) & shards for draw, shards in zip(draws, used, strict=True)]
+    assert sum(map(len, announced)) > 0.9 * sum(map(len, used))
+    for each in range(80):
+        numbers = [number for number, shards in enumerate(used) if each in shards]
+        span = max(numbers, default=0) - min(numbers, default=0)
+        assert span <= 2 * 25 + 2 / min(shares)  # two blocks of the buffer, and two batches of the rarest bucket
 
 
 @given(sets, st.lists(st.tuples(st.integers(1, 9), st.integers(0, 7)), min_size=2, max_size=4), st.integers(0, 3))

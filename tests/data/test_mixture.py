@@ -51,7 +51,7 @@ def source_of(samples: Numbers | WithBad) -> np.ndarray:
 
 @given(weights, st.integers(1, 3000), st.integers(0, 5), st.lists(st.integers(0, 50), min_size=4, max_size=4))
 def test_a_schedule_keeps_exact_shares(weights: list[float], places: int, epochs: int, ahead: list[int]) -> None:
-    """After whole epochs to half a place, in between to the length of a round, wherever it is read."""
+    """After whole epochs to half a place, in between to a few places, wherever it is read."""
     shares = [Fraction(str(weight)) / sum(map(Fraction, map(str, weights))) for weight in weights]
     advance = [Fraction(each, 3) for each in ahead[: len(weights)]]
     schedule = Schedule(shares, Fraction(places), 7, (1,), advance)
@@ -61,6 +61,10 @@ def test_a_schedule_keeps_exact_shares(weights: list[float], places: int, epochs
     assert before == [0] * len(weights)
     counts = np.bincount(groups[:total], minlength=len(weights))
     assert all(abs(count - each) <= Fraction(1, 2) for count, each in zip(counts.tolist(), wanted, strict=True))
+    if not any(advance):
+        for place in range(len(groups)):
+            used = np.bincount(groups[:place], minlength=len(weights)).tolist()
+            assert all(abs(n - place * each) <= 2 + len(weights) / 2 for n, each in zip(used, shares, strict=True))
     for start in (0, total // 3, total, total + 7):
         rest, before = schedule.take(start, 13)
         assert np.array_equal(rest, groups[start : start + 13])
