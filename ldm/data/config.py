@@ -179,7 +179,7 @@ class ShardsData(DataConfig, kind="shards"):
         if self.cache_latents and (self.crop == "random" or self.flip):
             raise ConfigError("cache_latents keeps one latent of each image; use crop: center and flip: false with it.")
         if self.buckets is not None:
-            _ = self.buckets.shapes(*self._height_width)  # raises if the size is none
+            _ = self.buckets.shapes(*self._height_width)  # raises if it is not a multiple of the step
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
