@@ -8,7 +8,7 @@ shape has more pixels than ``data.size``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -17,7 +17,6 @@ import numpy as np
 from ldm.config import config_field
 from ldm.data.shards import Shards
 from ldm.errors import ConfigError, DataError, StorageError
-from ldm.image_files import image_size
 
 MOST = 256
 """Largest number of shapes."""
@@ -101,10 +100,12 @@ def nearest(shapes: Sequence[Shape], width: np.ndarray, height: np.ndarray) -> n
     return np.searchsorted(between, width / height).astype(np.uint8)
 
 
-def image_sizes(shards: Shards) -> tuple[np.ndarray, np.ndarray]:
+def image_sizes(shards: Shards, read: Callable[[int], tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     """Return width and height of all images in pixels, int64 ``[n]``; 0 of those that are broken.
 
-    Images that no index has the sizes of are read; only their headers are decoded.
+    Args:
+        shards: the images.
+        read: reads width and height of an image of which no index has them, by its number.
     """
     from tqdm import tqdm
 
@@ -114,7 +115,7 @@ def image_sizes(shards: Shards) -> tuple[np.ndarray, np.ndarray]:
         missing, "reading sizes (an index would hold them)", unit="image", leave=False, disable=len(missing) < _FEW
     ):
         try:
-            width[i], height[i] = image_size(shards.image(i))
+            width[i], height[i] = read(i)
         except StorageError:
             raise
         except DataError:  # counted as bad when it is drawn

@@ -172,7 +172,7 @@ class StoredImages(Samples):
         self.fingerprint = f"{shards.fingerprint}-{fit.height}x{fit.width}"
         if type(fit) is not Fit or background != WHITE:  # earlier versions had neither
             self.fingerprint += f"-{fit}-{background}"
-        self._shapes = shapes
+        self.shapes = shapes
         if shapes:
             self.fingerprint += f"-{shapes}"
         self._bad: dict[int, BadSample] = {}  # those that were read already, in this process
@@ -183,13 +183,13 @@ class StoredImages(Samples):
 
     @functools.cached_property
     def _buckets(self) -> Buckets | None:
-        if not self._shapes:
+        if not self.shapes:
             return None
-        width, height = image_sizes(self.shards)
+        width, height = image_sizes(self.shards, self._size)
         known = width > 0  # a broken image has no size
-        of = np.full(len(self), self._shapes.index((self.fit.height, self.fit.width)), np.uint8)
-        of[known] = nearest(self._shapes, width[known], height[known])
-        return Buckets(self._shapes, of)
+        of = np.full(len(self), self.shapes.index((self.fit.height, self.fit.width)), np.uint8)
+        of[known] = nearest(self.shapes, width[known], height[known])
+        return Buckets(self.shapes, of)
 
     def annotations(self, draw: BatchIndices) -> Batch:
         return self.with_captions(self.stored_annotations(draw), draw)

@@ -25,8 +25,8 @@ from ldm.data.bucket_order import order_of
 from ldm.data.buckets import BucketConfig, Buckets, image_sizes, nearest
 from ldm.data.config import DataConfig, ShardsData
 from ldm.data.latents import cache_latents
-from ldm.data.samples import Batch, BatchIndices, SourceShare
-from ldm.data.shards import Sample, Shards, write_shard
+from ldm.data.samples import Batch, BatchIndices, SourceShare, StoredImages
+from ldm.data.shards import Sample, write_shard
 from ldm.data.stream import EvaluationLoader, TrainStream
 from ldm.errors import ConfigError, DataError
 from tests.data.pictures import encoded, noise_picture
@@ -274,17 +274,15 @@ def test_the_buckets_follow_from_the_index_as_from_the_images(data: ShardsData, 
     from typer.testing import CliRunner
 
     folder = Path(str(data.train))
-    without = Shards.open(str(folder), "train")
+    without = data.open("train")
     index = tmp_path / "index.parquet"
     result = CliRunner().invoke(app, ["index", str(folder), "--out", str(index)])
     assert result.exit_code == 0, result.output
-    with_index = Shards.open(str(index), "train")
-    assert with_index.columns
-    for found, expected in zip(image_sizes(with_index), image_sizes(without), strict=True):
-        assert found.tolist() == expected.tolist()
-    assert list(zip(*(each.tolist() for each in image_sizes(without)), strict=True))[:6] == ASPECTS
     samples = dataclasses.replace(data, train=str(index)).open("train")
-    assert_same(list(TrainStream(samples, 4, 3, 6)), list(TrainStream(data.open("train"), 4, 3, 6)))
+    assert isinstance(samples, StoredImages)
+    width, height = image_sizes(samples.shards, lambda i: pytest.fail(f"the size of image {i} was read"))
+    assert list(zip(width.tolist(), height.tolist(), strict=True)) == 3 * ASPECTS
+    assert_same(list(TrainStream(samples, 4, 3, 6)), list(TrainStream(without, 4, 3, 6)))
 
 
 def assert_same(a: list[Batch], b: list[Batch]) -> None:
