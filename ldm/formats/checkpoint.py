@@ -115,6 +115,11 @@ class Part:
         kept = build_on_meta(config.build, self.state, type(config).__name__).state_dict()
         return replace(self, config=config, state={name: each for name, each in self.state.items() if name in kept})
 
+    def marked_overflowing(self, overflows: bool) -> Part:
+        """Set whether fp16 cannot hold the values of a first stage, where its config has such a field."""
+        known = hasattr(self.config, "overflows_fp16")
+        return replace(self, config=replace(self.config, overflows_fp16=overflows)) if known else self
+
     def trained_for(self, diffusion: Diffusion) -> Part:
         """Return a denoiser with the schedule and parametrization that it was trained for."""
         return replace(self, diffusion=diffusion)
@@ -244,6 +249,7 @@ class Checkpoint:
             # The denoiser was trained with the scale of its own first stage.
             known = {key: own.state[key] for key in ("latent_mean", "latent_std")}
             part = replace(part, state={**part.state, **known}, inferred=own.inferred)
+            part = part.marked_overflowing(getattr(own.config, "overflows_fp16", False))
         changed = replace(changed, diffusion=part.diffusion or self.diffusion)
         return replace(changed, parts={**self.parts, name: part})
 

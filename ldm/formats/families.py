@@ -34,6 +34,7 @@ class Family:
         scale: scaling factor of the latents.
         sampling: defaults of sampling.
         sizes: height and width of the images, of the models that predict eps and v.
+        overflows_fp16: whether fp16 cannot hold the values of the first stage.
     """
 
     name: str
@@ -42,11 +43,14 @@ class Family:
     scale: float = SCALE
     sampling: SamplingConfig = field(default=SAMPLED)
     sizes: tuple[int, int] = (512, 512)
+    overflows_fp16: bool = False
 
 
 SD_1 = Family("SD 1", hidden_state="last")
 SD_2 = Family("SD 2", sizes=(512, 768))
-SDXL = Family("SDXL", context_norm=False, scale=SCALE_SDXL, sampling=SAMPLED_SDXL, sizes=(1024, 1024))
+SDXL = Family(
+    "SDXL", context_norm=False, scale=SCALE_SDXL, sampling=SAMPLED_SDXL, sizes=(1024, 1024), overflows_fp16=True
+)
 SINGLE = Family("a single network")
 FAMILIES = {
     "conditioner.embedders.1.model.": SDXL,

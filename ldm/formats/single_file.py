@@ -86,6 +86,11 @@ def read_single_file(
         if has_statistics(part):
             part, note = _with_statistics(part, form, marks, family, path)
             notes.append(note)
+            if family.overflows_fp16:
+                part = part.marked_overflowing(True)
+                notes.append(
+                    f"an fp16 model runs the first stage in fp32, since that of {family.name} overflows in fp16"
+                )
         parts[name] = part
     if "denoiser" in parts:
         parts["denoiser"] = parts["denoiser"].trained_for(marks.diffusion) if marks.stated else parts["denoiser"]

@@ -79,14 +79,17 @@ def try_settings(
     last = max(spec.start for spec in task.optimizers())  # by then all optimizers are active
 
     def losses() -> None:
+        # Data are read outside of autocast, as in training.
+        batch = _first(splits("train"), batch_size, task.device)
         with autocast():
-            for _ in task.losses(_first(splits("train"), batch_size, task.device), step("train", last)):
+            for _ in task.losses(batch, step("train", last)):
                 pass
 
     @torch.no_grad()
     def validation() -> None:
+        batch = _first(splits("val"), batch_size, task.device)
         with evaluation_mode(task), autocast():
-            results = task.evaluate(_first(splits("val"), batch_size, task.device), step("validation", last))
+            results = task.evaluate(batch, step("validation", last))
         if task.monitor not in task.metrics(results):
             raise TrainingError(f"the validation of stage {task.stage} does not compute {task.monitor}.")
 

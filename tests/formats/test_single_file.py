@@ -50,7 +50,12 @@ SAMPLINGS = {
 def model_of(kind: str, conditioner: Any = None, **unet: Any) -> LatentDiffusion:
     """A model of ours that is what a file of this kind is taken for, but for its widths and depths."""
     config = {
-        "first_stage": {"kind": "autoencoder_kl", "widths": [32, 32], "blocks": 1},
+        "first_stage": {
+            "kind": "autoencoder_kl",
+            "widths": [32, 32],
+            "blocks": 1,
+            "overflows_fp16": kind == "SDXL",  # files do not say so; diffusers assumes it, too (force_upcast)
+        },
         "conditioner": conditioner or CONDITIONERS[kind],
         "denoiser": {"kind": "unet", "levels": [{"width": 64, "blocks": 1, "depth": 1}, {"width": 64, "blocks": 1}]}
         | UNETS[kind]

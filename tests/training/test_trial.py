@@ -44,6 +44,13 @@ def began(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return begun
 
 
+def test_all_stages_train_in_mixed_precision_with_cached_latents(tmp_path: Path) -> None:
+    steps = [f"{stage}.train.max_steps=1" for stage in ("vae", "clip", "denoiser")]
+    experiment = tiny_experiment(tmp_path, *steps, "data.cache_latents=true", "trainer.precision=bf16")
+    for stage in experiment.stages:
+        assert train_stage(experiment, stage).is_file()
+
+
 @pytest.mark.parametrize("size", range(1, 40))
 def test_the_largest_number_of_layers_of_a_discriminator_is_that_which_torch_can_compute(size: int) -> None:
     most = largest_number_of_layers(size)
