@@ -23,7 +23,16 @@ def train(
     overrides: Annotated[
         list[str] | None, Argument(help="Overrides of the config as key=value, such as denoiser.train.max_steps=2000.")
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Summary of what would be trained, without training.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Summary of what would be trained and what it costs, without training.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        Option(help="With --dry-run: device to compute the time for, such as h100; default: this machine's."),
+    ] = None,
+    devices: Annotated[int | None, Option(help="With --dry-run: number of devices; default: trainer.devices.")] = None,
+    mfu: Annotated[float, Option(help="With --dry-run: share of the device's peak that is reached.")] = 0.4,
+    price: Annotated[float | None, Option(help="With --dry-run: price of a device for an hour.")] = None,
     debug: Debug = False,
 ) -> None:
     """Train a stage; repeating the command resumes it."""
@@ -36,9 +45,9 @@ def train(
         raise TrainingError(f"{config} does not train stage {stage}; choose one of {', '.join(experiment.stages)}.")
     stages = experiment.stages if stage == "all" else (stage,)
     if dry_run:
-        from ldm.cli.dry_run import describe
+        from ldm.cli.dry_run import Machine, describe
 
-        print(describe(experiment, stages))
+        print(describe(experiment, stages, Machine(device, devices, mfu, price)))
         return
     from ldm.training.fit import is_first_process
     from ldm.training.stages import train_stage

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.errors import ConfigError
 from ldm.nn.attention import Attention
+from ldm.nn.gradient_checkpointing import CheckpointedBlock
 
 Activation = Literal["gelu", "quick_gelu"]
 
@@ -23,7 +24,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
-class Block(nn.Module):
+class Block(CheckpointedBlock):
     """Self-attention, then a feed-forward layer; each pre-normed and residual.
 
     Args:

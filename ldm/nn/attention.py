@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.conditioning import Conditioning
+from ldm.nn.gradient_checkpointing import CheckpointedBlock
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(CheckpointedBlock):
     """Self-attention, cross-attention to the context, gated feed-forward; each pre-normed and residual.
 
     Without ``context_width`` there is no cross-attention.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.nn.gradient_checkpointing import CheckpointedBlock
 
-class ResidualBlock(nn.Module):
+
+class ResidualBlock(CheckpointedBlock):
     """Twice norm, SiLU, 3 x 3 convolution, added to the input (Ho et al. 2020, arXiv 2006.11239, appendix B).
 
     Args:

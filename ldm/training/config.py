@@ -44,6 +44,12 @@ class TrainConfig:
         "autocast precision of this stage; null = trainer.precision. fp32 suits a VAE: small channels, exact colours",
         changeable=True,
     )
+    gradient_checkpointing: bool = config_field(
+        False,
+        "compute the activations of each block again in the backward pass instead of keeping them: less memory, about a "
+        "third more computation",
+        changeable=True,
+    )
     log_every: int = config_field(50, "steps between rows of metrics.csv", changeable=True)
     validate_every: int = config_field(1000, "steps between validations", changeable=True)
     images_every: int = config_field(1000, "steps between grids of images", formerly="pictures_every", changeable=True)

@@ -15,6 +15,7 @@ from ldm.devices import usual_torch_state
 from ldm.errors import ConfigError, TrainingError
 from ldm.formats.native import save_state
 from ldm.formats.tensors import write_atomically
+from ldm.nn.gradient_checkpointing import set_gradient_checkpointing
 from ldm.training.ema import not_finite
 from ldm.training.engine import StageModule, seed_of
 from ldm.training.experiment import Experiment, load_config
@@ -87,6 +88,7 @@ def _build(experiment: Experiment, stage: str) -> tuple[StageModule, Mapping[Pat
     handoff = Handoff(experiment, stage)
     task, train = TASKS[stage].build(experiment, handoff), getattr(experiment, stage).train
     assert train is not None, f"the experiment does not train stage {stage}"
+    set_gradient_checkpointing(task, train.gradient_checkpointing)
     module = MODULES.get(stage, StageModule)(
         task, train, handoff.fingerprints, experiment.seed, experiment.folder / stage, settings_of(experiment, stage)
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.config import config_field
 from ldm.errors import ConfigError
+from ldm.nn.gradient_checkpointing import CheckpointedBlock
 from ldm.nn.residual import ResidualBlock, Upsample
 from ldm.vae.first_stage import FirstStage, FirstStageConfig
 from ldm.vae.posterior import DiagonalGaussian, Posterior
@@ -56,7 +57,7 @@ class AutoencoderKLConfig(ConvolutionalConfig, kind="autoencoder_kl"):
         return AutoencoderKL(self)
 
 
-class SpatialAttention(nn.Module):
+class SpatialAttention(CheckpointedBlock):
     """Single-head self-attention over the positions of a feature map, pre-normed and residual: ``[b c h w] -> [b c h w]``."""
 
     def __init__(self, width: int, groups: int):

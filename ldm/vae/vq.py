@@ -88,7 +88,7 @@ class Codebook(nn.Module):
         Batches of several processes count as one: the codebooks of all stay equal.
         """
         x, k = x.float(), len(self.codes)
-        counts = torch.bincount(index, minlength=k).float()
+        counts = _occurrences(index, k).float()
         sums = torch.zeros_like(self.sums).index_add_(0, index, x)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
@@ -155,7 +155,7 @@ class QuantizedLatent(Posterior):
 
     def sums(self) -> dict[str, Tensor]:
         assert self.codebook is not None
-        positions = torch.bincount(self.index, minlength=len(self.codebook.codes))
+        positions = _occurrences(self.index, len(self.codebook.codes))
         return {"commitment": self.regularization().detach().sum(), "positions": positions}
 
     @classmethod
@@ -207,6 +207,11 @@ class VQ(ConvolutionalAutoencoder):
     def update(self, posterior: Posterior) -> None:
         assert isinstance(posterior, QuantizedLatent)
         self.codebook.update(posterior.vectors, posterior.index)
+
+
+def _occurrences(index: Tensor, k: int) -> Tensor:
+    """Return how often each of 0 .. k - 1 occurs in ``index [n]``: ``[k]`` of int64."""
+    return torch.zeros(k, dtype=torch.int64, device=index.device).index_add_(0, index, torch.ones_like(index))
 
 
 def _vectors(latent: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ldm.clip.loss import CLIPLossConfig, CrossEntropyConfig
@@ -29,7 +28,6 @@ from ldm.training.tasks.task import (
     Export,
     Features,
     OptimizerSpec,
-    Outline,
     Preview,
     Splits,
     Step,
@@ -90,15 +88,9 @@ class CLIPTask(Task):
         return cls(experiment.clip, handoff.tokenizer(experiment.clip.tokenizer))
 
     @classmethod
-    def outline(cls, experiment: Experiment) -> Outline:
-        stage = experiment.clip
-        assert stage is not None
-        assert stage.train is not None
-        assert stage.model.image is not None
-        clip, size = stage.model.build(), stage.model.image.image_size
-        image = torch.empty(stage.train.batch_size, 3, size, size)
-        tokens = torch.zeros(stage.train.batch_size, stage.tokenizer.context_length, dtype=torch.long)
-        return Outline({"text tower": clip.text, "image tower": clip.image}, lambda: clip(image, tokens))
+    def outline(cls, experiment: Experiment, captions: Sequence[str]) -> CLIPTask:
+        assert experiment.clip is not None
+        return cls(experiment.clip, experiment.clip.tokenizer.build(captions))
 
     @classmethod
     def parts_of(cls, source: Checkpoint) -> Sequence[str]:
@@ -107,6 +99,10 @@ class CLIPTask(Task):
     @property
     def trainable_module(self) -> nn.Module:
         return self.clip
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        return {"text tower": self.clip.text, "image tower": self.clip.image}
 
     @property
     def parts(self) -> Mapping[str, str]:

@@ -37,7 +37,6 @@ from ldm.training.tasks.task import (
     Export,
     Features,
     OptimizerSpec,
-    Outline,
     Preview,
     Splits,
     Step,
@@ -115,31 +114,13 @@ class DenoiserTask(Task):
         return cls(experiment.denoiser, model)
 
     @classmethod
-    def outline(cls, experiment: Experiment) -> Outline:
-        config, b = experiment.model_config, experiment.denoiser.train.batch_size
-        denoiser, first_stage = config.denoiser.build(), config.first_stage.build().requires_grad_(False)
-        networks: dict[str, nn.Module] = {"denoiser": denoiser, "first stage": first_stage}
-        factor = config.first_stage.factor
-        latent = torch.empty(b, config.first_stage.latent_channels, *(side // factor for side in config.size))
+    def outline(cls, experiment: Experiment, captions: Sequence[str]) -> DenoiserTask:
         # The tokenizers of the run may not exist yet; any tokenizer with the same number of tokens suffices.
         clip = None if experiment.clip is None else _any_tokenizer(experiment.clip.tokenizer)
-        with native.WithoutInit():
-            described = config.conditioner.with_tokenizer(lambda tokenizer, _: _any_tokenizer(tokenizer))
-            conditioner = described.build(clip).to("meta")
-        if next(conditioner.parameters(), None) is not None:
-            networks["conditioner"] = conditioner
-
-        def forward() -> Tensor:
-            # Raw conditions are on the CPU; the weights, and what is computed with them, on the meta device.
-            with torch.device("cpu"):
-                images = {"image": torch.zeros(b, config.first_stage.image_channels, *config.size)}
-                made = conditioner.prepare_batch(images, lambda _: torch.zeros(latent.shape), torch.Generator())
-                raw: dict[str, Any] = dict.fromkeys(config.conditioner.input_keys, [None] * b)
-                raw |= {name: [pair] * b for name, pair in config.conditioner.defaults(*config.size).items()}
-                cond = conditioner(raw | {name: made[name] for name in made.keys() - images.keys()})
-            return denoiser(latent, torch.empty(b), cond)
-
-        return Outline(networks, forward)
+        config = experiment.model_config
+        conditioner = config.conditioner.with_tokenizer(lambda tokenizer, _: _any_tokenizer(tokenizer))
+        model = LatentDiffusion(replace(config, conditioner=conditioner), clip)
+        return cls(experiment.denoiser, model.to("meta"))
 
     @classmethod
     def parts_of(cls, source: Checkpoint) -> Sequence[str]:
@@ -148,6 +129,11 @@ class DenoiserTask(Task):
     @property
     def trainable_module(self) -> nn.Module:
         return self.model
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        model = self.model
+        return {"denoiser": model.denoiser, "first stage": model.first_stage, "conditioner": model.conditioner}
 
     @property
     def parts(self) -> Mapping[str, str]:

@@ -91,13 +91,6 @@ class Export:
     tokenizer: Tokenizer | None = None
 
 
-class Outline(NamedTuple):
-    """Networks of a stage on the meta device, and a call of the forward pass of one training step."""
-
-    networks: Mapping[str, nn.Module]
-    forward: Callable[[], object]
-
-
 class Task(nn.Module):
     """Training task of one stage.
 
@@ -116,8 +109,13 @@ class Task(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def outline(cls, experiment: Experiment) -> Outline:
-        """Build the networks without weights or data; called under ``torch.device("meta")``."""
+    def outline(cls, experiment: Experiment, captions: Sequence[str]) -> Task:
+        """Build the task without weights or files, for counting; called under ``torch.device("meta")``.
+
+        Args:
+            experiment: the experiment.
+            captions: captions for a tokenizer that is trained, such as those of the data.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -133,6 +131,11 @@ class Task(nn.Module):
     @property
     def parts(self) -> Mapping[str, str]:
         """Parts of a checkpoint that :attr:`trainable_module` consists of, and the prefix of each in its state."""
+        raise NotImplementedError
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """Networks of the stage, trained and frozen, by names to show."""
         raise NotImplementedError
 
     @property

@@ -23,7 +23,6 @@ from ldm.training.tasks.task import (
     Export,
     Features,
     OptimizerSpec,
-    Outline,
     Preview,
     Splits,
     Step,
@@ -85,12 +84,8 @@ class VAETask(Task):
         return cls(experiment.vae)
 
     @classmethod
-    def outline(cls, experiment: Experiment) -> Outline:
-        train = experiment.vae.train
-        assert train is not None
-        first_stage = experiment.vae.model.build()
-        image = torch.empty(train.batch_size, *experiment.data.image_shape)
-        return Outline({"first stage": first_stage}, lambda: first_stage.decode(first_stage.encode(image).mode))
+    def outline(cls, experiment: Experiment, captions: Sequence[str]) -> VAETask:
+        return cls(experiment.vae)
 
     @classmethod
     def parts_of(cls, source: Checkpoint) -> Sequence[str]:
@@ -99,6 +94,11 @@ class VAETask(Task):
     @property
     def trainable_module(self) -> nn.Module:
         return self.first_stage
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        discriminator = {} if self.discriminator is None else {"discriminator": self.discriminator}
+        return {"first stage": self.first_stage, **discriminator}
 
     @property
     def parts(self) -> Mapping[str, str]:

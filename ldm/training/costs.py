@@ -1,0 +1,230 @@
+"""Costs of a training step: floating-point operations and memory, counted without weights, values or a device.
+
+One step of the real task is run on tensors that have shapes alone, so that frozen encoders, the discriminator, recomputed
+activations and the precision of each operation are counted as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.data.samples import Batch, captions_of
+from ldm.errors import LdmError
+from ldm.formats import native
+from ldm.nn.gradient_checkpointing import set_gradient_checkpointing
+from ldm.training.config import TrainConfig
+from ldm.training.ema import EMA
+from ldm.training.optim import adamw, clip_gradients
+from ldm.training.simulation import CostCounter, autocast, compute_norms_in_fp32, remove_values
+from ldm.training.tasks import TASKS, CLIPTask
+from ldm.training.tasks.task import Step, Task
+
+if TYPE_CHECKING:
+    from ldm.training.experiment import Experiment
+
+CAPTIONS, BATCHES = 4096, 256
+"""Numbers of training captions, and of random batches of them, from which the length of a batch in tokens is estimated."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Costs of one optimizer step on one device; memory in bytes, at the time when most is in use.
+
+    Attributes:
+        samples: samples of the step, accumulated ones included.
+        flops: floating-point operations of matrix products, convolutions and attention, forward and backward.
+        weights: parameters and buffers of all networks.
+        trained: the part of ``weights`` that is trained.
+        optimizer: moments of Adam.
+        ema: averaged weights.
+        gradients: gradients.
+        activations: the batch, and what is computed from it.
+    """
+
+    samples: int
+    flops: int
+    weights: int
+    trained: int
+    optimizer: int
+    ema: int
+    gradients: int
+    activations: int
+
+    @property
+    def memory(self) -> int:
+        """Most bytes of tensors at any time of the step."""
+        return self.weights + self.optimizer + self.ema + self.gradients + self.activations
+
+    def sharded_memory(self, devices: int) -> int:
+        """Return :attr:`memory` for each of ``devices`` that share trained weights, gradients, moments and averages (FSDP).
+
+        The weights of the layers that are being computed, which each device gathers, are not counted.
+        """
+        shared = self.trained + self.optimizer + self.ema + self.gradients
+        return self.memory - shared + shared // devices
+
+
+def flops_per_sample(experiment: Experiment, stage: str, step: int | None = None) -> float:
+    """Return the floating-point operations that the networks need for a training sample, forward and backward.
+
+    Activations that gradient checkpointing computes again do not count: this is the numerator of MFU (Chowdhery et al. 2022,
+    arXiv 2204.02311, appendix B).
+
+    Args:
+        experiment: the experiment.
+        stage: the stage.
+        step: number of the optimizer step; None = the last, when all losses are active.
+    """
+    cost = step_cost(experiment, stage, step, gradient_checkpointing=False)
+    return cost.flops / cost.samples
+
+
+def outline(experiment: Experiment, stage: str, captions: Sequence[str] = ("",)) -> Task:
+    """Build the task of a stage on the meta device, without weights or files; ``captions`` are for its tokenizer."""
+    with torch.device("meta"), native.WithoutInit():
+        return TASKS[stage].outline(experiment, captions).train()
+
+
+def step_cost(
+    experiment: Experiment,
+    stage: str,
+    step: int | None = None,
+    *,
+    precision: str | None = None,
+    device_type: str = "cpu",
+    gradient_checkpointing: bool | None = None,
+) -> StepCost:
+    """Count the costs of one optimizer step of a stage on one device.
+
+    Args:
+        experiment: the experiment.
+        stage: the stage.
+        step: number of the step; None = the last, when all losses are active.
+        precision: fp32, bf16 or fp16; None = as the config says, on this machine.
+        device_type: ``cpu`` or ``cuda``, whose autocast differs in what is computed in fp32.
+        gradient_checkpointing: whether activations are computed again; None = as the config says.
+    """
+    train: TrainConfig = getattr(experiment, stage).train
+    captions = _captions(experiment, stage)
+    task = outline(experiment, stage, captions)
+    remove_values(task)
+    if device_type == "cuda":
+        compute_norms_in_fp32(task)
+    set_gradient_checkpointing(
+        task, train.gradient_checkpointing if gradient_checkpointing is None else gradient_checkpointing
+    )
+    optimizers = [adamw(spec.modules, train) for spec in task.optimizers()]
+    ema = EMA(task.trainable_module, train.ema_decay) if train.ema_decay else None
+    parameters = [[p for group in each.param_groups for p in group["params"]] for each in optimizers]
+    for optimizer, own in zip(optimizers, parameters, strict=True):  # an empty step, which makes the moments
+        for parameter in own:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = [*chain(*parameters)]
+    weights = [*task.parameters(), *task.buffers()]
+    moments = [value for each in optimizers for state in each.state.values() for value in state.values()]
+    average = list(ema.average.values()) if ema is not None else []
+    number = train.max_steps - 1 if step is None else step
+    precision = precision or experiment.trainer.precision_of(train)
+
+    with CostCounter([*weights, *moments, *average], trained) as counter:
+        batch = _batch(experiment, task, [_typical(captions, task, train.batch_size)] * train.batch_size)
+        batches = min(train.accumulate, 2)
+        _step(task, optimizers, parameters, batch, batches, number, train.gradient_clip, precision)
+        if ema is not None:
+            ema.update()
+    fixed = [_bytes(tensors) for tensors in (weights, moments, average)]
+    return StepCost(
+        samples=train.batch_size * train.accumulate,
+        flops=counter.flops * train.accumulate // batches,
+        weights=fixed[0],
+        trained=_bytes(trained),
+        optimizer=fixed[1],
+        ema=fixed[2],
+        gradients=counter.gradients,
+        activations=counter.peak - sum(fixed) - counter.gradients,
+    )
+
+
+def _step(
+    task: Task,
+    optimizers: Sequence[torch.optim.Optimizer],
+    parameters: Sequence[Sequence[nn.Parameter]],
+    batch: Batch,
+    batches: int,
+    number: int,
+    gradient_clip: float | None,
+    precision: str,
+) -> None:
+    """Run optimizer step ``number`` as :class:`ldm.training.engine.StageModule` does, with this number of accumulated batches."""
+    step = Step(number, 0, torch.Generator().manual_seed(0))
+    for last in range(1 - batches, 1):
+        with autocast(precision):
+            losses = task.losses(batch, step)
+            for spec, optimizer, own in zip(task.optimizers(), optimizers, parameters, strict=True):
+                if number < spec.start:
+                    continue
+                for parameter in chain(*parameters):
+                    parameter.requires_grad_(False)
+                for parameter in own:
+                    parameter.requires_grad_(True)
+                loss = next(losses).value / batches
+                with torch.autocast("cpu", enabled=False):
+                    loss.backward()
+                if last == 0:
+                    if gradient_clip is not None:
+                        clip_gradients(own, gradient_clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+
+def _batch(experiment: Experiment, task: Task, captions: Sequence[str]) -> Batch:
+    """Return a batch of black images, or of cached latents, with these captions and without other conditions."""
+    n, (channels, height, width) = len(captions), experiment.data.image_shape
+    conditions = dict.fromkeys(experiment.denoiser.conditioner.input_keys, [None] * n)
+    batch: Batch = {**conditions, "key": [str(i) for i in range(n)], "text": captions}
+    first_stage = task.frozen_first_stage if experiment.data.cache_latents else None
+    if first_stage is None:
+        return batch | {"image": torch.zeros(n, channels, height, width)}
+    shape = (n, first_stage.latent_channels, height // first_stage.factor, width // first_stage.factor)
+    return batch | {name: torch.zeros(shape) for name in first_stage.posterior_type.cached}
+
+
+def _captions(experiment: Experiment, stage: str) -> list[str]:
+    """Return captions of the training data if the cost of the stage depends on them and they can be read, else long ones."""
+    if stage != CLIPTask.stage or experiment.clip is None:  # the context of a denoiser has a fixed length
+        return [""]
+    try:
+        samples = experiment.data.open("train")
+        return captions_of(samples.annotations(np.random.default_rng(0).permutation(len(samples))[:CAPTIONS]), "")
+    except LdmError:
+        return ["x " * experiment.clip.tokenizer.context_length]
+
+
+def _typical(captions: Sequence[str], task: Task, batch_size: int) -> str:
+    """Return a caption that is as long as the longest of a batch is on average, in tokens, to which a CLIP pads the batch."""
+    if not isinstance(task, CLIPTask):
+        return captions[0]
+
+    def length(caption: str) -> int:
+        return task.tokenizer(caption, longest=True).shape[1]
+
+    lengths, generator = [length(caption) for caption in captions], np.random.default_rng(0)
+    epochs = -(-BATCHES * batch_size // len(captions))
+    batches = np.concatenate([generator.permutation(lengths) for _ in range(epochs)])[: BATCHES * batch_size]
+    mean, longest = round(batches.reshape(BATCHES, -1).max(1).mean()), captions[int(np.argmax(lengths))]
+    return next(longest[:end] for end in range(len(longest) + 1) if length(longest[:end]) >= mean)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the storages of tensors, each counted once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
