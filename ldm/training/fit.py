@@ -15,6 +15,7 @@ from ldm.training.callbacks.checkpoints import Checkpoints, Stop
 from ldm.training.callbacks.metrics import Metrics
 from ldm.training.callbacks.previews import Previews
 from ldm.training.callbacks.progress import Progress, Trial
+from ldm.training.callbacks.sessions import Sessions
 from ldm.training.config import TrainerConfig
 from ldm.training.engine import StageModule
 from ldm.training.resume import completed_steps
@@ -40,7 +41,11 @@ def _strategy(config: TrainerConfig, module: StageModule) -> str:
 
 @usual_torch_state()
 def fit(
-    module: StageModule, data: DataModule, config: TrainerConfig, begin: Callable[[], object] = lambda: None
+    module: StageModule,
+    data: DataModule,
+    config: TrainerConfig,
+    begin: Callable[[], object] = lambda: None,
+    flops_per_sample: Callable[[], float] | None = None,
 ) -> L.Trainer:
     """Train a stage to its last step, from ``last.ckpt`` if there is one.
 
@@ -49,11 +54,15 @@ def fit(
         data: its training loader holds the batches of the complete run and can start at any of them.
         config: machine settings.
         begin: called by the first rank before the first step, after the settings were tried.
+        flops_per_sample: returns the floating-point operations of a step for one sample; on a GPU, the MFU is logged.
 
     Raises:
         CheckpointError: ``last.ckpt`` cannot be continued; see :func:`ldm.training.resume.completed_steps`.
-        TrainingError: training was stopped before the last step, or the loss is not finite.
+        ConfigError: the package of a logger is not installed.
+        TrainingError: training was stopped before the last step, the loss is not finite, or a logger cannot be used.
     """
+    for logger in config.loggers:
+        logger.check()
     train, start = module.train_config, completed_steps(module, data)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -77,7 +86,15 @@ def fit(
         use_distributed_sampler=False,
         default_root_dir=module.folder,
         # Checkpoints precede images, which may fail.
-        callbacks=[Trial(begin), Metrics(), Progress(), checkpoints, Previews(), Stop(checkpoints)],
+        callbacks=[
+            Trial(begin),
+            Sessions(config),
+            Metrics(config, flops_per_sample),
+            Progress(),
+            checkpoints,
+            Previews(),
+            Stop(checkpoints),
+        ],
     )
     trainer.fit(module, datamodule=data, ckpt_path=module.folder / "last.ckpt" if start else None, weights_only=True)
     return trainer

@@ -39,6 +39,9 @@ class MetricsFile:
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
+    def close(self) -> None:
+        """Do nothing: every row is written at once."""
+
     def _rewrite(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".part")

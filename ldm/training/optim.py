@@ -27,8 +27,8 @@ def adamw(modules: Iterable[nn.Module], config: TrainConfig) -> torch.optim.Adam
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients in place so that their total L2 norm is at most ``max_norm``; return the norm before scaling.
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale gradients in place so that their total L2 norm is at most ``max_norm``, if given; return the norm before scaling.
 
     Like ``torch.nn.utils.clip_grad_norm_``, but the norm of sharded gradients is reduced over all ranks first.
     """
@@ -36,5 +36,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

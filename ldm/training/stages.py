@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ldm.errors import ConfigError, TrainingError
 from ldm.formats.native import save_state
 from ldm.formats.tensors import write_atomically
 from ldm.nn.gradient_checkpointing import set_gradient_checkpointing
+from ldm.training.costs import flops_per_sample
 from ldm.training.ema import not_finite
 from ldm.training.engine import StageModule, seed_of
 from ldm.training.experiment import Experiment, load_config
@@ -58,7 +60,7 @@ def _train(experiment: Experiment, module: StageModule, files: Mapping[Path, str
     if module.train_config.init and not (module.folder / "last.ckpt").is_file():
         initialize(module.task, module.train_config.init)
     data = data_of(experiment, module)
-    trainer = fit(module, data, experiment.trainer, begin)
+    trainer = fit(module, data, experiment.trainer, begin, partial(flops_per_sample, experiment, module.stage))
     module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when it ends
     export, state = module.export(data.samples)
     if broken := not_finite(state):

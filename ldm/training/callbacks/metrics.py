@@ -5,57 +5,100 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
+from ldm.config import to_dict
+from ldm.training.averages import Averages
+from ldm.training.config import TrainerConfig
 from ldm.training.engine import StageModule
+from ldm.training.loggers import LoggedRun, Logger
 from ldm.training.metrics import MetricsFile
+from ldm.training.system_metrics import SystemMetrics
 
 
 class Metrics(L.Callback):
-    """Writer of the training metrics every ``log_every`` steps, and of each validation, to ``metrics.csv`` and TensorBoard."""
+    """Writer of the training metrics every ``log_every`` steps, and of each validation, to ``metrics.csv`` and the loggers.
 
-    def on_fit_start(self, trainer: L.Trainer, module: StageModule) -> None:
-        self.sums: dict[str, list[float]] = {}
+    The sums of the steps since the last row are part of the checkpoints.
+
+    Args:
+        config: machine settings, with the loggers.
+        flops_per_sample: returns the floating-point operations of a training step for one sample.
+    """
+
+    def __init__(self, config: TrainerConfig, flops_per_sample: Callable[[], float] | None = None):
+        self.config, self.flops_per_sample = config, flops_per_sample
+        self.averages = Averages()
+        self.writers: list[Logger] = []  # of the first rank, within the training
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.averages.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.averages.load_state_dict(state_dict)
 
     def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
-        self.last = (time.perf_counter(), module.completed_steps)
-        if trainer.is_global_zero:
-            from torch.utils.tensorboard import SummaryWriter
+        def reduce(tensor: Tensor, operation: str) -> Tensor:
+            if trainer.world_size == 1:
+                return tensor
+            reduced: Any = trainer.strategy.reduce(tensor.to(module.device), reduce_op=operation)
+            return reduced.cpu()
 
-            self.file = MetricsFile(module.folder / "metrics.csv", module.completed_steps)
-            self.board = SummaryWriter(str(module.folder / "tensorboard"), purge_step=module.completed_steps + 1)
+        self.averages.reduce = reduce
+        train, step = module.train_config, module.completed_steps
+        self.system = SystemMetrics(
+            module.device,
+            self.config.precision_of(train),
+            train.batch_size * train.accumulate * trainer.world_size,
+            trainer.world_size,
+            self.flops_per_sample if trainer.is_global_zero else None,
+        )
+        self.system.restart(step, self._waited(trainer))
+        if trainer.is_global_zero:
+            run = LoggedRun(module.folder, module.stage, step, to_dict(module.settings))
+            self.writers = [MetricsFile(module.folder / "metrics.csv", step)]
+            self.writers += [logger.open(run) for logger in self.config.loggers]
+        else:
+            self.averages.load_state_dict(Averages().state_dict())  # those of a checkpoint are the sums over all ranks
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for name, value in module.latest.items():
-            self.sums.setdefault(name, []).append(float(value))
+        self.averages.add(module.latest, module.latest_norms, module.latest_by_noise_level)
         step = module.completed_steps
         if not module.is_optimizer_step(batch_idx) or (
             step % module.train_config.log_every and step != module.train_config.max_steps
         ):
             return
-        row = {f"train/{name}": sum(values) / len(values) for name, values in self.sums.items()}
-        now, (then, since) = time.perf_counter(), self.last
-        images = module.train_config.batch_size * module.train_config.accumulate * trainer.world_size
+        row = {f"train/{name}": value for name, value in self.averages.row().items()}
         row["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
-        row["train/images_per_second"] = images * (step - since) / max(now - then, 1e-9)
-        self.sums, self.last = {}, (now, step)
-        self.write(trainer, step, row)
+        self._write(step, row | self.system.row(step, self._waited(trainer)))
 
     def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
-        self.write(
-            trainer,
-            module.completed_steps,
-            {f"val/{name}": value for name, value in module.validation.items()},
-        )
-        self.last = (time.perf_counter(), module.completed_steps)
+        self._write(module.completed_steps, {f"val/{name}": value for name, value in module.validation.items()})
+        if self.writers:
+            self.system.restart(module.completed_steps, self._waited(trainer))
 
-    def write(self, trainer: L.Trainer, step: int, row: dict[str, float]) -> None:
-        if trainer.is_global_zero and hasattr(self, "file"):
-            self.file.write(step, row)
-            for name, value in row.items():
-                self.board.add_scalar(name, value, step)
+    def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, module: StageModule, exception: BaseException) -> None:
+        self._close()
+
+    def _write(self, step: int, row: Mapping[str, float]) -> None:
+        for writer in self.writers:
+            writer.write(step, row)
+
+    def _close(self) -> None:
+        writers, self.writers = self.writers, []
+        for writer in writers:
+            writer.close()
+
+    @staticmethod
+    def _waited(trainer: L.Trainer) -> float:
+        """Return the seconds for which the training has waited for data in this session."""
+        return float(getattr(trainer.train_dataloader, "waited", 0.0))
