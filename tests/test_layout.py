@@ -33,6 +33,7 @@ ROWS = [
     {"pipeline"},
     {"data", "editing", "animation"},
     {"training"},
+    {"report"},
     {"ldm"},
     {"cli"},
 ]
