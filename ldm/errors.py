@@ -43,6 +43,10 @@ class TrainingError(LdmError):
     """Training that cannot start or continue: missing predecessor, loss that is not finite."""
 
 
+class Interrupted(TrainingError):
+    """Training that a signal of the system stopped and the same command resumes; commands exit with code 75 (``EX_TEMPFAIL``)."""
+
+
 class MissingExtraError(LdmError):
     """Missing optional dependency."""
 

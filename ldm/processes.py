@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""Signals that stop a training at the end of a step; SIGUSR1 is what SLURM is usually told to announce the end of a job with."""
 
 
 def is_running(pid: int) -> bool:

@@ -94,6 +94,7 @@ def test_the_mathematics_imports_torch_alone() -> None:
 
 def test_lightning_is_imported_by_the_engine_only() -> None:
     engine = {name_of(path) for path in ROOT.glob("ldm/training/callbacks/*.py")} | {
+        "ldm.training.checkpoint_io",
         "ldm.training.engine",
         "ldm.training.fit",
     }

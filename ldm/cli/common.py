@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from ldm.cli.cores import shorten_waiting
-from ldm.errors import LdmError, SamplingError, first_line
+from ldm.errors import Interrupted, LdmError, SamplingError, first_line
 from ldm.paths import expanded
 
 Debug = Annotated[bool, typer.Option("--debug", help="Traceback of an error instead of its message alone.")]
@@ -121,7 +121,8 @@ def run(app: typer.Typer) -> None:
     """Run a command on ``sys.argv`` and exit the process.
 
     Exit codes: 2 for a user's mistake, and for what the operating system refuses (a full disk, a file that cannot be
-    read), reported in one sentence on stderr; 130 for Ctrl-C; 1 with a traceback for a defect of ldm, and with ``--debug``
+    read), reported in one sentence on stderr; 75 (``EX_TEMPFAIL``) for a training that a
+    signal stopped and the same command resumes; 130 for Ctrl-C; 1 with a traceback for a defect of ldm, and with ``--debug``
     for any mistake.
     """
     shorten_waiting()
@@ -131,7 +132,7 @@ def run(app: typer.Typer) -> None:
         if "--debug" in sys.argv:
             raise
         print(f"error: {error if isinstance(error, LdmError) else _refusal(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(75 if isinstance(error, Interrupted) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
 

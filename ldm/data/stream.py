@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.data.samples import Batch, BatchIndices, Samples
 from ldm.errors import DataError
+from ldm.processes import STOP_SIGNALS
 
 
 class Order:
@@ -165,6 +167,7 @@ def _batches(samples: Samples, draws: Iterator[BatchIndices]) -> Iterator[Batch]
         num_workers=samples.workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # by default the loader draws from the global generator
+        worker_init_fn=_outlive_signals,
     )
     for batch in loader:
         if isinstance(batch, DataError):
@@ -183,6 +186,14 @@ class _Guarded(Dataset[Batch | DataError]):
             return self._samples[draw]
         except DataError as error:
             return error
+
+
+def _outlive_signals(worker: int) -> None:
+    """Let a worker go on when its process group receives a signal, until the training has saved and ends it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    # The training ends a worker that hangs by a SIGTERM too: the second one has its usual effect.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 class _Once(Sampler[BatchIndices]):

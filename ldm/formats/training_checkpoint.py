@@ -30,12 +30,30 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     Raises:
         CheckpointError: there is none; the message names those that there are.
     """
-    for path in (folder / f"{name}.ckpt", folder / MODEL_STAGE / f"{name}.ckpt"):
-        if path.is_file():
-            return path
+    for place in (folder, folder / MODEL_STAGE):
+        candidates = resume_points(place) if name == "last" else [place / f"{name}.ckpt"]
+        for path in candidates:
+            if path.is_file():
+                return path
     there = checkpoints_in(folder)
     remedy = f"there are {some([str(path) for path in there])}" if there else "it holds no checkpoint of a training"
     raise CheckpointError(f"{folder} holds no {MODEL_STAGE}/{name}.ckpt or {name}.ckpt; {remedy}.")
+
+
+def earlier_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints ``step_<number>.ckpt`` of a stage, which are older than ``last.ckpt``; the newest first."""
+    return sorted(folder.glob("step_*[0-9].ckpt"), key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """Return the number in the name of an earlier checkpoint."""
+    return int(path.stem.removeprefix("step_"))
+
+
+def resume_points(folder: Path) -> list[Path]:
+    """Return the checkpoints from which the training of a stage can be resumed, the newest first."""
+    last = folder / "last.ckpt"
+    return [last] * last.is_file() + earlier_checkpoints(folder)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -56,6 +56,9 @@ class TrainConfig:
     validate_every: int = config_field(1000, "steps between validations", changeable=True)
     images_every: int = config_field(1000, "steps between grids of images", formerly="pictures_every", changeable=True)
     checkpoint_every: int = config_field(500, "steps between checkpoints", changeable=True)
+    keep_checkpoints: int = config_field(
+        2, "number of newest checkpoints to keep: last.ckpt, and step_<number>.ckpt before it", changeable=True
+    )
     init: str | None = config_field(
         None,
         "source of the initial weights: the file of a stage or a run, or SD as a file, a folder or a hub id",
@@ -71,6 +74,7 @@ class TrainConfig:
             "validate_every",
             "images_every",
             "checkpoint_every",
+            "keep_checkpoints",
         )
         for name in counts:
             if getattr(self, name) < 1:

@@ -70,6 +70,9 @@ class StageModule(L.LightningModule):
         self.folder = folder
         self.settings = settings
         self.completed_steps = 0
+        self.interrupted = (
+            False  # True if what is due after the newest step, previews and validation, has not been made
+        )
         self.verified_steps = -1  # steps after which the weights were last verified
         self.gradient_norm: Tensor | None = None  # of the newest optimizer step, until it is checked
         self.ema: EMA | None = None
@@ -105,6 +108,10 @@ class StageModule(L.LightningModule):
     def is_optimizer_step(self, batch_index: int) -> bool:
         """Return True if the optimizers step after this batch (gradients are accumulated over ``accumulate`` batches)."""
         return (batch_index + 1) % self.train_config.accumulate == 0
+
+    def is_due(self, every: int) -> bool:
+        """Return True if the newest step is a multiple of ``every`` or the last one."""
+        return self.completed_steps % every == 0 or self.completed_steps == self.train_config.max_steps
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         step, due = self.step("train", batch_idx, self.global_rank), self.is_optimizer_step(batch_idx)
@@ -258,6 +265,10 @@ class StageModule(L.LightningModule):
         self.validation = self.task.metrics(
             {name: self._gathered([each[name] for each in self.results]) for name in self.results[0]}
         )
+        self.end_averaging()
+
+    def end_averaging(self) -> None:
+        """Swap the current weights back into the networks, after a validation or when it is stopped."""
         self.averaged.__exit__(None, None, None)
 
     def _gathered(self, results: list[Tensor]) -> Tensor:
@@ -294,6 +305,7 @@ class StageModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["completed_steps"] = self.completed_steps
+        checkpoint["interrupted"] = self.interrupted
         checkpoint["handoff"] = self.handoff
         checkpoint["settings"] = to_dict(self.settings)
         checkpoint["samples"] = self.fingerprints
@@ -317,6 +329,7 @@ class StageModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.completed_steps = checkpoint["completed_steps"]
+        self.interrupted = checkpoint.get("interrupted", False)
         if "ema" in checkpoint:
             self.ema = EMA(self.task.trainable_module, self.train_config.ema_decay)
             self.ema.load_state_dict(checkpoint["ema"])
@@ -339,12 +352,14 @@ class StageModule(L.LightningModule):
             fit_loop: state of Lightning's loop, changed in place.
             before, now: samples of a batch on all ranks, in the checkpoint and from now on.
         """
+        batches = self.completed_steps * self.train_config.accumulate
         progress = fit_loop["epoch_loop.batch_progress"]
         # A finished run continues if max_steps was raised; Lightning would mistake the end of the run for the end of the data.
         progress["is_last_batch"] = self.completed_steps >= self.train_config.max_steps
-        more = self.completed_steps * self.train_config.accumulate - progress["current"]["ready"]
+        more = batches - progress["current"]["ready"]
+        # All checkpoints are saved in on_train_batch_end, when all but the completion of the batch is counted.
         for counts in (progress["total"], progress["current"]):
-            counts |= {name: count + more for name, count in counts.items()}
+            counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
         for loader in fit_loop["state_dict"]["combined_loader"]:
             position = loader.get("origin", 0) + loader["batch"] * before
             loader["batch"] += more

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from ldm.data.datamodule import DataModule
 from ldm.devices import usual_torch_state
-from ldm.training.callbacks.checkpoints import Checkpoints, Stop
+from ldm.training.callbacks.checkpoints import Checkpoints
+from ldm.training.callbacks.interruption import Interruption
 from ldm.training.callbacks.metrics import Metrics
 from ldm.training.callbacks.previews import Previews
 from ldm.training.callbacks.progress import Progress, Trial
 from ldm.training.callbacks.sessions import Sessions
+from ldm.training.callbacks.validation import Validation
+from ldm.training.checkpoint_io import CheckpointFiles
 from ldm.training.config import TrainerConfig
 from ldm.training.engine import StageModule
-from ldm.training.resume import completed_steps
+from ldm.training.resume import resume_point
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -39,6 +44,13 @@ def _strategy(config: TrainerConfig, module: StageModule) -> str:
     return config.strategy
 
 
+def _plugins() -> list[Any]:
+    """Return the plugins of the trainer; under SLURM, signals are left to :class:`Interruption`."""
+    detected = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()  # the order in which Lightning looks
+    slurm = [SLURMEnvironment(auto_requeue=False)] if detected else []
+    return [CheckpointFiles(), *slurm]
+
+
 @usual_torch_state()
 def fit(
     module: StageModule,
@@ -47,7 +59,7 @@ def fit(
     begin: Callable[[], object] = lambda: None,
     flops_per_sample: Callable[[], float] | None = None,
 ) -> L.Trainer:
-    """Train a stage to its last step, from ``last.ckpt`` if there is one.
+    """Train a stage to its last step, from its newest intact checkpoint if there is one.
 
     Args:
         module: the stage, with its initial weights.
@@ -57,25 +69,28 @@ def fit(
         flops_per_sample: returns the floating-point operations of a step for one sample; on a GPU, the MFU is logged.
 
     Raises:
-        CheckpointError: ``last.ckpt`` cannot be continued; see :func:`ldm.training.resume.completed_steps`.
+        CheckpointError: the checkpoint cannot be continued; see :func:`ldm.training.resume.resume_point`.
         ConfigError: the package of a logger is not installed.
-        TrainingError: training was stopped before the last step, the loss is not finite, or a logger cannot be used.
+        Interrupted: a signal stopped the training.
+        TrainingError: Ctrl-C stopped it, the loss is not finite, a checkpoint cannot be written, or a logger cannot be used.
     """
     for logger in config.loggers:
         logger.check()
-    train, start = module.train_config, completed_steps(module, data)
+    train, start = module.train_config, resume_point(module, data)
+    for problem in start.warnings if start and is_first_process() else ():
+        warnings.warn(problem, stacklevel=2)
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.compile:
         module.task.compile_networks()
-    checkpoints = Checkpoints()
+    checkpoints = Checkpoints(start)
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         strategy=_strategy(config, module),
         precision=PRECISIONS[config.precision_of(train)],
         max_epochs=1,  # one epoch of the training stream is the complete run
-        val_check_interval=min(train.validate_every, train.max_steps) * train.accumulate,
+        val_check_interval=train.max_steps * train.accumulate + 1,  # never; see Validation
         check_val_every_n_epoch=None,
         limit_val_batches=1.0 if data.validates else 0,
         num_sanity_val_steps=0,
@@ -85,16 +100,18 @@ def fit(
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=module.folder,
-        # Checkpoints precede images, which may fail.
+        plugins=_plugins(),
+        # The order after each step: an interruption saves the step before its previews and validation, a checkpoint after them.
         callbacks=[
             Trial(begin),
             Sessions(config),
             Metrics(config, flops_per_sample),
             Progress(),
-            checkpoints,
+            Interruption(checkpoints),
             Previews(),
-            Stop(checkpoints),
+            Validation(),
+            checkpoints,
         ],
     )
-    trainer.fit(module, datamodule=data, ckpt_path=module.folder / "last.ckpt" if start else None, weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=start.path if start else None, weights_only=True)
     return trainer

@@ -22,6 +22,7 @@ from ldm.formats import read
 from ldm.formats.checkpoint import CLIP_COMPONENTS, OTHERS, Checkpoint, joined
 from ldm.formats.native import CLIP, FIRST_STAGE, load_strictly
 from ldm.formats.tensors import fingerprint, read_metadata
+from ldm.formats.training_checkpoint import resume_points
 from ldm.training.experiment import Experiment
 from ldm.training.tasks import TASKS, Task, VAETask
 from ldm.training.tasks.task import FIRST_STAGE as FIRST_STAGE_PART
@@ -85,7 +86,7 @@ class Handoff:
         """
         source, experiment = self.predecessor(VAETask.stage), self.experiment
         self.load_part(source, FIRST_STAGE_PART, first_stage)
-        resumed = (experiment.folder / self.stage / "last.ckpt").is_file()  # which holds what was measured
+        resumed = bool(resume_points(experiment.folder / self.stage))  # which holds what was measured
         if source.kind == FIRST_STAGE and source.part(FIRST_STAGE_PART).inferred and not resumed:
             train = experiment.vae.train or getattr(experiment, self.stage).train
             device = torch.device("cpu") if experiment.trainer.accelerator == "cpu" else default_device()
@@ -116,7 +117,7 @@ class Handoff:
 
     def _is_trained(self) -> bool:
         """Return True if the stage has a checkpoint, or is finished."""
-        if (self.experiment.folder / self.stage / "last.ckpt").is_file():
+        if resume_points(self.experiment.folder / self.stage):
             return True
         result, train = result_file(self.experiment, self.stage), getattr(self.experiment, self.stage).train
         return bool(result.is_file() and _provenance(result).get("steps", 0) >= train.max_steps)

@@ -8,16 +8,20 @@ have no record and are accepted.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ldm.config import Kind, from_dict, to_dict
-from ldm.errors import CheckpointError, first_line
+from ldm.errors import CheckpointError, first_line, some
 from ldm.formats.native import check_names
+from ldm.formats.training_checkpoint import earlier_checkpoints, resume_points
 from ldm.training.ema import not_finite
 
 if TYPE_CHECKING:
@@ -74,17 +78,84 @@ def read_checkpoint(path: Path, instead: str) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read ({first_line(error)}); {instead}.") from None
 
 
-def completed_steps(module: StageModule, data: DataModule) -> int:
-    """Return the number of steps in the ``last.ckpt`` of the stage; 0 if there is none.
+@dataclass(frozen=True)
+class ResumePoint:
+    """Checkpoint from which a training resumes."""
+
+    path: Path
+    steps: int
+    """Completed steps."""
+    best: float | None
+    """Score of ``best.ckpt`` at that time."""
+    warnings: tuple[str, ...]
+    """Newer checkpoints that are damaged."""
+
+
+def read_intact(path: Path, instead: str) -> dict[str, Any]:
+    """Read a checkpoint like :func:`read_checkpoint`, and compare all of it with its checksums, at about 2 GB/s.
 
     Raises:
-        CheckpointError: it cannot be read, holds weights that are not finite, belongs to another model, trains other parts of
-            it, was trained on other predecessors or images, with fields that must not change, or for more steps.
+        CheckpointError: it is damaged.
     """
-    last = module.folder / "last.ckpt"
-    if not last.is_file():
-        return 0
-    checkpoint = read_checkpoint(last, "delete it to restart the stage")
+    checkpoint = read_checkpoint(path, instead)
+    try:
+        with zipfile.ZipFile(path) as file:  # as torch.save writes it, with a CRC-32 of each tensor
+            broken = file.testzip()
+    except Exception as error:  # damaged headers may raise any exception
+        raise CheckpointError(f"{path} is damaged ({first_line(error)}); {instead}.") from None
+    if broken:
+        raise CheckpointError(f"{path} is damaged (the checksum of {broken} is wrong); {instead}.")
+    return checkpoint
+
+
+def resume_point(module: StageModule, data: DataModule) -> ResumePoint | None:
+    """Return the newest intact checkpoint of the stage; None if there is none at all.
+
+    Raises:
+        CheckpointError: all are damaged; or the newest intact one holds weights that are not finite, belongs to another model,
+            trains other parts of it, was trained on other predecessors or images, with fields that must not change, or for
+            more steps.
+    """
+    paths, problems = resume_points(module.folder), []
+    for path, following in itertools.zip_longest(paths, paths[1:]):
+        instead = f"the training resumes from {following}" if following else "delete it to restart the stage"
+        try:
+            checkpoint = read_intact(path, instead)
+        except CheckpointError as error:
+            problems.append(error)
+            continue
+        steps, best = _check(module, data, path, checkpoint), _best_score(module, data, checkpoint)
+        return ResumePoint(path, steps, best, tuple(map(str, problems)))
+    if len(problems) > 1:
+        names = some([path.name for path in paths])
+        raise CheckpointError(
+            f"all checkpoints in {module.folder} are damaged ({names}); restore one of them, or delete them to restart the stage."
+        )
+    if problems:
+        raise problems[0]
+    return None
+
+
+def _best_score(module: StageModule, data: DataModule, checkpoint: Mapping[str, Any]) -> float | None:
+    """Return the score of ``best.ckpt`` when a checkpoint was saved; None if it was on other validation data, or is lost."""
+    path = module.folder / "best.ckpt"
+    if not path.is_file():
+        return None
+    try:
+        best: Mapping[str, Any] = read_checkpoint(path, "the next validation writes it again")
+    except CheckpointError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return None
+    if best["completed_steps"] > checkpoint["completed_steps"]:  # of a step that will be repeated
+        best = checkpoint
+    val = data.fingerprints().get("val")
+    same = best.get("samples", {}).get("val", val) == val
+    score: float | None = best["callbacks"]["Checkpoints"]["best"] if same else None
+    return score
+
+
+def _check(module: StageModule, data: DataModule, last: Path, checkpoint: Mapping[str, Any]) -> int:
+    """Return the completed steps of a checkpoint that the training can continue; see :func:`resume_point`."""
     for name, mark in module.handoff.items():
         if checkpoint["handoff"].get(name) != mark:
             raise CheckpointError(
@@ -102,8 +173,10 @@ def completed_steps(module: StageModule, data: DataModule) -> int:
     if broken := not_finite({**checkpoint["state_dict"], **checkpoint.get("ema", {}).get("average", {})}):
         best = last.with_name("best.ckpt")
         instead = f"copy {best} to it to go on from there, or " if best.is_file() else ""
+        older = [path for path in earlier_checkpoints(last.parent) if path != last]
+        delete = f"resume from {older[0]}" if older else "restart the stage"
         raise CheckpointError(
-            f"{last}: the weight {broken} holds NaN or infinite values; {instead}delete it to restart the stage."
+            f"{last}: the weight {broken} holds NaN or infinite values; {instead}delete it to {delete}."
         )
     changes = list(differences(recorded_settings(checkpoint, module.settings), module.settings))
     fingerprint = data.fingerprints()["train"]

@@ -16,7 +16,9 @@ from ldm.devices import usual_torch_state
 from ldm.errors import ConfigError, TrainingError
 from ldm.formats.native import save_state
 from ldm.formats.tensors import write_atomically
+from ldm.formats.training_checkpoint import resume_points
 from ldm.nn.gradient_checkpointing import set_gradient_checkpointing
+from ldm.training.callbacks.interruption import interruptible
 from ldm.training.costs import flops_per_sample
 from ldm.training.ema import not_finite
 from ldm.training.engine import StageModule, seed_of
@@ -36,17 +38,19 @@ def train_stage(experiment: Experiment, stage: str) -> Path:
     Raises:
         TrainingError: a predecessor is missing, another process trains the stage, training was stopped, or the loss or the
             weights are not finite.
+        Interrupted: a signal stopped the training.
         CheckpointError: a predecessor does not fit the config, or has been trained again since; or the stage cannot be
             resumed with this config.
     """
-    result = result_file(experiment, stage)
-    module, files = _build(experiment, stage)
-    if is_finished(result, stage, module.train_config.max_steps, module.handoff):
-        report_changes(module, result)
+    with interruptible(stage):
+        result = result_file(experiment, stage)
+        module, files = _build(experiment, stage)
+        if is_finished(result, stage, module.train_config.max_steps, module.handoff):
+            report_changes(module, result)
+            return result
+        with locked(module.folder) if is_first_process() else nullcontext():
+            _train(experiment, module, files, result)
         return result
-    with locked(module.folder) if is_first_process() else nullcontext():
-        _train(experiment, module, files, result)
-    return result
 
 
 def _train(experiment: Experiment, module: StageModule, files: Mapping[Path, str], result: Path) -> None:
@@ -57,7 +61,7 @@ def _train(experiment: Experiment, module: StageModule, files: Mapping[Path, str
             _write_text(path, text)
         write_config(experiment, module.stage)
 
-    if module.train_config.init and not (module.folder / "last.ckpt").is_file():
+    if module.train_config.init and not resume_points(module.folder):
         initialize(module.task, module.train_config.init)
     data = data_of(experiment, module)
     trainer = fit(module, data, experiment.trainer, begin, partial(flops_per_sample, experiment, module.stage))
@@ -121,7 +125,7 @@ def write_config(experiment: Experiment, stage: str) -> None:
         before = load_config(path)
         for other in set(experiment.stages) - {stage}:
             section, trained = getattr(experiment, other), getattr(before, other)
-            if (experiment.folder / other / "last.ckpt").is_file() and trained and trained.train:
+            if resume_points(experiment.folder / other) and trained and trained.train:
                 section = replace(section, train=trained.train, loss=trained.loss)
                 experiment = replace(experiment, **{other: section})
     _write_text(path, to_yaml(experiment))

@@ -19,6 +19,7 @@ from ldm.data.shards import Sample, Shards, write_shard
 from ldm.data.stream import TrainStream
 from ldm.errors import CheckpointError
 from ldm.formats.tensors import read_metadata
+from ldm.formats.training_checkpoint import resume_points
 from ldm.training.callbacks.checkpoints import Checkpoints
 from ldm.training.config import TrainConfig
 from ldm.training.engine import StageModule
@@ -116,6 +117,13 @@ TAKEN_OVER: dict[str, tuple[str, Callable[[Training], bool]]] = {
     "validate_every": ("3", lambda done: done.steps_with("val/text_to_image_R@1") == [2, 3]),
     "images_every": ("4", lambda done: (done.folder / "run/clip/images/nearest_0000004.png").is_file()),
     "checkpoint_every": ("4", lambda done: [step for name, step in done.saved if name == "last.ckpt"] == [4, 5]),
+    "keep_checkpoints": (
+        "3",
+        lambda done: (
+            [path.name for path in resume_points(done.folder / "run/clip")]
+            == ["last.ckpt", "step_0000004.ckpt", "step_0000003.ckpt"]
+        ),
+    ),
     "precision": ("bf16", lambda done: done.trainer.precision == "bf16-mixed"),
 }
 """Another value of each field, and what it must cause after two steps without it."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm.errors import CheckpointError, LdmError, TrainingError
 from ldm.formats import load
 from ldm.formats.tensors import read_metadata
+from ldm.formats.training_checkpoint import resume_points
 from ldm.training.config import TrainConfig
 from ldm.training.experiment import load_config
 from ldm.training.handoff import result_file
@@ -257,6 +258,13 @@ def test_a_predecessor_that_was_trained_anew_is_refused(copy_of: Callable[..., P
         train(folder, "denoiser")
 
 
+def test_a_predecessor_that_was_trained_further_is_refused(copy_of: Callable[..., Path]) -> None:
+    folder = copy_of()
+    train(folder, "vae", "max_steps=7", *FEW)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was made from predecessors with the fingerprints"):
+        train(folder, "denoiser")
+
+
 def test_the_checkpoint_of_another_model_is_refused(copy_of: Callable[..., Path]) -> None:
     folder = copy_of()
     (folder / "run" / "vae" / "final.safetensors").unlink()
@@ -285,7 +293,9 @@ def test_a_resumed_stage_takes_the_learning_rate_of_the_config(copy_of: Callable
 def test_a_broken_checkpoint_is_refused(copy_of: Callable[..., Path]) -> None:
     folder = copy_of()
     (folder / "run" / "vae" / "final.safetensors").unlink()
-    last = folder / "run" / "vae" / "last.ckpt"
+    last, *older = resume_points(folder / "run" / "vae")
+    for path in older:
+        path.unlink()
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read \(.*; delete it to restart the stage"):
         train(folder, "vae")

@@ -233,10 +233,7 @@ def test_a_cut_checkpoint_does_not_end_a_resumed_training_in_a_traceback(unfinis
     path = unfinished / "vae" / f"{name}.ckpt"
     path.write_bytes(path.read_bytes()[:1000])
     experiment = tiny_experiment(unfinished.parent, "vae.train.max_steps=3", "vae.train.validate_every=1")
-    if name == "best":
-        with pytest.warns(UserWarning, match=r"best\.ckpt cannot be read .*; the next validation writes it again"):
-            train_stage(experiment, "vae")
-        assert read(path).provenance["steps"] == 3
-    else:
-        with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read .*; delete it to restart the stage"):
-            train_stage(experiment, "vae")
+    instead = "the next validation writes it again" if name == "best" else "the training resumes from .*/step_0000001"
+    with pytest.warns(UserWarning, match=rf"{name}\.ckpt cannot be read .*; {instead}"):
+        train_stage(experiment, "vae")
+    assert read(path).provenance["steps"] == 3

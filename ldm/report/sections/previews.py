@@ -57,12 +57,11 @@ def evenly(files: list[tuple[int, Path]], count: int = SHOWN) -> list[tuple[int,
 def inlined(path: Path) -> str | None:
     """Return an image file as a data URI, reduced if it is large; None if it cannot be read."""
     try:
-        with Image.open(path) as image:
-            small = image.width <= WIDEST and path.stat().st_size <= LARGEST
-            if small and image.format == "PNG":
-                image.verify()
+        with Image.open(path) as file:
+            if file.width <= WIDEST and path.stat().st_size <= LARGEST and file.format == "PNG":
+                file.verify()
                 return data_uri(path.read_bytes(), "image/png")
-            image = image.convert("RGB")
+            image = file.convert("RGB")
         if image.width > WIDEST:
             image = image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()

@@ -23,7 +23,8 @@ from ldm.training.system_metrics import SystemMetrics
 class Metrics(L.Callback):
     """Writer of the training metrics every ``log_every`` steps, and of each validation, to ``metrics.csv`` and the loggers.
 
-    The sums of the steps since the last row are part of the checkpoints.
+    Checkpoints hold the sums since the last row, and the number of rows: a resumed training writes the rows of one that
+    was never interrupted.
 
     Args:
         config: machine settings, with the loggers.
@@ -33,13 +34,16 @@ class Metrics(L.Callback):
     def __init__(self, config: TrainerConfig, flops_per_sample: Callable[[], float] | None = None):
         self.config, self.flops_per_sample = config, flops_per_sample
         self.averages = Averages()
-        self.writers: list[Logger] = []  # of the first rank, within the training
+        self.rows: int | None = None  # rows at the checkpoint from which training resumes
+        self.file: MetricsFile | None = None  # on the first rank
+        self.loggers: list[Logger] = []  # on the first rank
 
     def state_dict(self) -> dict[str, Any]:
-        return self.averages.state_dict()
+        return {"averages": self.averages.state_dict(), "rows": self.file.sync() if self.file else 0}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.averages.load_state_dict(state_dict)
+        self.averages.load_state_dict(state_dict["averages"])
+        self.rows = state_dict["rows"]
 
     def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
         def reduce(tensor: Tensor, operation: str) -> Tensor:
@@ -60,8 +64,8 @@ class Metrics(L.Callback):
         self.system.restart(step, self._waited(trainer))
         if trainer.is_global_zero:
             run = LoggedRun(module.folder, module.stage, step, to_dict(module.settings))
-            self.writers = [MetricsFile(module.folder / "metrics.csv", step)]
-            self.writers += [logger.open(run) for logger in self.config.loggers]
+            self.file = MetricsFile(module.folder / "metrics.csv", step, self.rows)
+            self.loggers = [logger.open(run) for logger in self.config.loggers]
         else:
             self.averages.load_state_dict(Averages().state_dict())  # those of a checkpoint are the sums over all ranks
 
@@ -69,19 +73,16 @@ class Metrics(L.Callback):
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.averages.add(module.latest, module.latest_norms, module.latest_by_noise_level)
-        step = module.completed_steps
-        if not module.is_optimizer_step(batch_idx) or (
-            step % module.train_config.log_every and step != module.train_config.max_steps
-        ):
+        if not (module.is_optimizer_step(batch_idx) and module.is_due(module.train_config.log_every)):
             return
+        step = module.completed_steps
         row = {f"train/{name}": value for name, value in self.averages.row().items()}
         row["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
         self._write(step, row | self.system.row(step, self._waited(trainer)))
 
     def on_validation_end(self, trainer: L.Trainer, module: StageModule) -> None:
         self._write(module.completed_steps, {f"val/{name}": value for name, value in module.validation.items()})
-        if self.writers:
-            self.system.restart(module.completed_steps, self._waited(trainer))
+        self.system.restart(module.completed_steps, self._waited(trainer))
 
     def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:
         self._close()
@@ -90,13 +91,16 @@ class Metrics(L.Callback):
         self._close()
 
     def _write(self, step: int, row: Mapping[str, float]) -> None:
-        for writer in self.writers:
-            writer.write(step, row)
+        """Write a row; other ranks than the first write nothing."""
+        if self.file is not None:
+            self.file.write(step, row)
+            for logger in self.loggers:
+                logger.write(step, row)
 
     def _close(self) -> None:
-        writers, self.writers = self.writers, []
-        for writer in writers:
-            writer.close()
+        loggers, self.loggers = self.loggers, []
+        for logger in loggers:
+            logger.close()
 
     @staticmethod
     def _waited(trainer: L.Trainer) -> float:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import lightning as L
 
 from ldm.errors import first_line
+from ldm.formats.tensors import write_atomically
 from ldm.image_output import write_animation
 from ldm.training.engine import StageModule
 from ldm.training.tasks.task import Preview
@@ -25,20 +27,28 @@ class Previews(L.Callback):
     warning says why, and training goes on.
     """
 
+    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
+        if module.interrupted:
+            self.make_if_due(trainer, module)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, config = module.completed_steps, module.train_config
-        due = step % config.images_every == 0 or step == config.max_steps
-        if not (module.is_optimizer_step(batch_idx) and due):
+        if module.is_optimizer_step(batch_idx):
+            self.make_if_due(trainer, module, batch)
+
+    def make_if_due(self, trainer: L.Trainer, module: StageModule, batch: Any = None) -> None:
+        """Make the images if they are due at the newest step."""
+        if not module.is_due(module.train_config.images_every):
             return
+        module.verify(batch)
         try:
             previews = module.previews(trainer.datamodule.samples)  # type: ignore[attr-defined]  # set by Lightning
             if trainer.is_global_zero:
-                self._write(previews, module.folder / "images", step)
+                self._write(previews, module.folder / "images", module.completed_steps)
         except Exception as error:  # images are not worth a training
             warnings.warn(
-                f"the images of stage {module.stage} at step {step} could not be made ({type(error).__name__}: "
+                f"the images of stage {module.stage} at step {module.completed_steps} could not be made ({type(error).__name__}: "
                 f"{first_line(error)}); the training goes on.",
                 stacklevel=2,
             )
@@ -50,4 +60,4 @@ class Previews(L.Callback):
             if isinstance(preview, list):
                 write_animation(preview, folder / f"{name}.gif")
             else:
-                preview.save(folder / f"{name}_{step:07d}.png")
+                write_atomically(folder / f"{name}_{step:07d}.png", functools.partial(preview.save, format="PNG"))
