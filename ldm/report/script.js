@@ -43,11 +43,12 @@ for (const figure of document.querySelectorAll(".chart")) {
     });
     tip.replaceChildren(...rows.map((row) => Object.assign(document.createElement("div"), { textContent: row })));
     tip.hidden = false;
-    const place = (px / svg.viewBox.baseVal.width) * frame.width + frame.left - figure.getBoundingClientRect().left;
+    const outer = figure.getBoundingClientRect();
+    const place = (px / svg.viewBox.baseVal.width) * frame.width + frame.left - outer.left;
     const before = place > frame.width / 2;
     tip.style.left = before ? "" : `${place + 14}px`;
     tip.style.right = before ? `${figure.clientWidth - place + 14}px` : "";
-    tip.style.top = `${svg.offsetTop + 12}px`;
+    tip.style.top = `${frame.top - outer.top + 12}px`;
   });
 }
 // One image at a time, chosen by a slider.

@@ -95,6 +95,7 @@ def _line(name: str, points: Points, group: Group, color: int) -> Line:
     if "gradient_norm" in base:
         label = "maximum" if part else "mean"
     else:
-        label = part.replace("_", "–") if part else SPLITS.get(prefix, group.y_label)
+        only = prefix == "system" or base == "images_per_second"  # which earlier versions call train/images_per_second
+        label = part.replace("_", "–") if part else group.y_label if only else SPLITS.get(prefix, base)
     smooth = prefix == "train" and base != "learning_rate"
     return Line(label, points, color, smooth=smooth, marks=prefix == "val")
