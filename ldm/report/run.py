@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ldm.data.bad_samples import BAD_SAMPLES_FILE, read_counts
 from ldm.errors import ConfigError, TrainingError
 from ldm.training.environment import SESSIONS
 from ldm.training.lock import is_locked
@@ -72,6 +74,19 @@ class Stage:
             if match := re.fullmatch(r"(.+)_(\d+)", path.stem):
                 found.setdefault(match[1], []).append((int(match[2]), path))
         return {name: sorted(files) for name, files in found.items()}
+
+    @property
+    def bad_samples(self) -> list[dict[str, str]]:
+        """Rows of ``bad_samples.csv``."""
+        return _csv_rows(self.folder / BAD_SAMPLES_FILE)
+
+    @property
+    def bad_sample_counts(self) -> dict[str, Counter[str]]:
+        """Number of samples that could not be used, by reason, for each split; empty if the file cannot be read."""
+        try:
+            return read_counts(self.folder / BAD_SAMPLES_FILE)
+        except (OSError, csv.Error, KeyError, TypeError, ValueError):
+            return {}
 
     @property
     def animations(self) -> list[Path]:
@@ -201,11 +216,6 @@ class Run:
                     if isinstance(content, Mapping):
                         found[path] = content
         return found
-
-
-def bad_samples(stage: Stage) -> list[dict[str, str]]:
-    """Return the rows of ``bad_samples.csv`` of a stage: samples that could not be used while training, with the reason."""
-    return _csv_rows(stage.folder / "bad_samples.csv")
 
 
 def _csv_rows(path: Path) -> list[dict[str, str]]:

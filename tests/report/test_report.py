@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.config import to_yaml
+from ldm.data.bad_samples import BAD_SAMPLES_FILE, BadSample, BadSamplesFile, Reason
 from ldm.errors import TrainingError
 from ldm.report.charts import Axis, Chart, Line, number, smoothed, thinned
 from ldm.report.page import page
@@ -70,9 +71,10 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
 
 def test_everything_measured_is_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path)
-    (run / "denoiser" / "bad_samples.csv").write_text(
-        "reason,key,shard,detail,count\nbroken image,k1,a.tar,cut,1\nno caption,,,further samples,1200\n"
-    )
+    bad = BadSamplesFile(run / "denoiser" / BAD_SAMPLES_FILE)
+    bad.start({"train": [BadSample(Reason.NO_CAPTION, detail="further samples", count=1200)]})
+    bad.add(3, "train", BadSample(Reason.BROKEN_IMAGE, "k1", "a.tar", "cut", index=7, position=12))
+    bad.add(3, "val", BadSample(Reason.BROKEN_IMAGE, "k2", "b.tar", "cut", index=7))
     report = {"pictures": {"train": 100, "val": 5}, "left_out": {"too small": {"dir/x.png": "8 x 8", "y.png": ""}}}
     (tmp_path / "report.json").write_text(json.dumps(report))
     text = text_of(page(Run(run)))
@@ -83,7 +85,8 @@ def test_everything_measured_is_shown(tmp_path: Path) -> None:
         "Loss by noise level",
         "caption finds image 50.0% best 50.0% at 40",
         "step 1 step 4 ",
-        "no caption 1,200 broken image 1 in total 1,201",
+        "train no caption 1,200 train broken image 1 val broken image 1 in total 1,202",
+        "3 12 train broken image 1 k1 a.tar cut",
         "too small 2 dir/x.png (8 x 8) y.png",
         "2026-01-01 00:00 0 to 20 was killed",
         "2026-01-01 02:00 1.50 20 to 40 finished",
@@ -96,7 +99,8 @@ def test_everything_measured_is_shown(tmp_path: Path) -> None:
 def test_names_and_captions_are_escaped(tmp_path: Path) -> None:
     run = write_run(tmp_path, "name='</script><script>alert(1)</script>'")
     MetricsFile(run / "vae" / "metrics.csv", 40).write(41, {"train/<img src=x onerror=alert(2)>": 1.0})
-    (run / "clip" / "bad_samples.csv").write_text("reason,key\n<b onclick=alert(3)>,</td>\n")
+    bad = BadSample(Reason.BROKEN_IMAGE, "<b onclick=alert(3)>", "a.tar")
+    BadSamplesFile(run / "clip" / BAD_SAMPLES_FILE).start({"train": [bad]})
     html = page(Run(run))
     for each in ("<script>alert(1)", "<img src=x", "<b onclick"):
         assert each not in html
@@ -117,7 +121,8 @@ def test_a_run_of_an_earlier_version(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [b"", b"\xff\xfe\x00", b"{", b"- a\n- b\n", b"name: [1\n"])
 def test_damaged_files_are_left_out(tmp_path: Path, damage: bytes) -> None:
     run = write_run(tmp_path)
-    for path in [*run.rglob("*.png"), *run.rglob("*.jsonl"), run / "config.yaml", run / "clip" / "metrics.csv"]:
+    others = [run / "config.yaml", run / "clip" / "metrics.csv", run / "vae" / BAD_SAMPLES_FILE]
+    for path in [*run.rglob("*.png"), *run.rglob("*.jsonl"), *others]:
         path.write_bytes(damage)
     (run / "vae" / "final.safetensors").write_bytes(damage)
     assert "Loss training 0.025" in text_of(page(Run(run)))
