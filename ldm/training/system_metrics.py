@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from ldm.errors import first_line, warn
 from ldm.processes import resident_bytes
 from ldm.training.accelerators import accelerator, this_machine
 
@@ -29,7 +30,7 @@ class SystemMetrics:
         samples_per_step: samples of an optimizer step, on all ranks.
         devices: number of ranks.
         flops_per_sample: returns the floating-point operations of forward and backward pass for one sample; it is called on a
-            CUDA device of which the peak is known.
+            CUDA device of which the peak is known. If it fails, a warning says why, and there is no MFU.
     """
 
     def __init__(
@@ -45,7 +46,12 @@ class SystemMetrics:
         self.peak_rate: float | None = None  # samples per second at the peak of all devices
         name = this_machine() if device.type == "cuda" else None
         if name is not None and flops_per_sample is not None:
-            self.peak_rate = accelerator(name).peak(precision) * devices / flops_per_sample()
+            try:
+                self.peak_rate = accelerator(name).peak(precision) * devices / flops_per_sample()
+            except Exception as error:  # a network that cannot be counted can still be trained
+                warn(
+                    f"the operations of a step cannot be counted ({first_line(error)}), so that {SYSTEM}mfu is not logged."
+                )
         self.restart(0, 0.0)
 
     def restart(self, step: int, waited: float) -> None:
