@@ -71,6 +71,13 @@ def test_an_interrupted_average_continues_to_the_last_bit(stop: int) -> None:
     assert filled(stop, STEPS, resumed).row() == filled(0, STEPS).row()
 
 
+def test_the_sums_of_a_checkpoint_of_an_earlier_version_continue() -> None:
+    averages = Averages()
+    averages.load_state_dict({"sums": {"loss": (1.0, 2)}, "rows": 3})
+    averages.add({"loss": 5.0}, {"gradient_norm": torch.tensor(4.0)})
+    assert averages.row() == {"loss": 2.0, "gradient_norm": 4.0, "gradient_norm_max": 4.0}
+
+
 def test_saving_does_not_change_the_average() -> None:
     averages = filled(0, 5)
     averages.state_dict()
