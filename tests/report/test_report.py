@@ -87,7 +87,7 @@ def test_everything_measured_is_shown(tmp_path: Path) -> None:
         "step 1 step 4 ",
         "train no caption 1,200 train broken image 1 val broken image 1 in total 1,202",
         "3 12 train broken image 1 k1 a.tar cut",
-        "too small 2 dir/x.png (8 x 8) y.png",
+        "too small: 2 dir/x.png (8 x 8) y.png",
         "2026-01-01 00:00 0 to 20 was killed",
         "2026-01-01 02:00 1.50 20 to 40 finished",
         "torch 2.99",

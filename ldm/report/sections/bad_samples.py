@@ -26,7 +26,8 @@ def part(stage: Stage) -> Markup:
 
 _TEMPLATE = """
 <h3>Samples that could not be used</h3>
-<div class="scroll"><table class="numbers"><thead><tr><th>split</th><th>reason</th><th>samples</th></tr></thead><tbody>
+<div class="scroll"><table class="numbers"><thead><tr><th class="label">split</th><th class="label">reason</th>
+<th>samples</th></tr></thead><tbody>
 {% for split, reason, count in reasons %}<tr><th>{{ split }}</th><th>{{ reason }}</th><td>{{ "{:,}".format(count) }}</td></tr>
 {% endfor %}<tr><th>in total</th><th></th><td>{{ "{:,}".format(total) }}</td></tr></tbody></table></div>
 <details><summary>{{ "The first %d of them" | format(cells | length) if total > cells | length else "All of them" }}</summary>

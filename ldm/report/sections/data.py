@@ -44,14 +44,15 @@ def _named(names: object, name: str) -> str:
 
 
 _TEMPLATE = """
-<dl>{% for split, source in sources %}<dt>{{ split }}</dt><dd><code>{{ source }}</code></dd>{% endfor %}</dl>
+<dl>{% for split, source in sources %}<dt>{{ split }}</dt>
+<dd><code>{{ source if source is string else source | join(", ") }}</code></dd>{% endfor %}</dl>
 {% for report in reports %}<h3>Preparation, from <code>{{ report.path }}</code></h3>
 <div class="scroll"><table class="numbers"><thead><tr>{% for split in report.images %}<th>{{ split }}</th>{% endfor %}
 <th>left out</th></tr></thead><tbody><tr>{% for count in report.images.values() %}<td>{{ "{:,}".format(count) }}</td>
 {% endfor %}<td>{{ "{:,}".format(report.left_out) }}</td></tr></tbody></table></div>
 {% if report.cropped is number %}<p class="note">Cropping to squares removes {{ "{:.1%}".format(report.cropped) }} of the area
 of the images.</p>{% endif %}
-{% for reason, count, names in report.reasons %}<details><summary>{{ reason }} <b>{{ "{:,}".format(count) }}</b></summary>
+{% for reason, count, names in report.reasons %}<details><summary>{{ reason }}: {{ "{:,}".format(count) }}</summary>
 <ul>{% for name in names %}<li>{{ name }}</li>{% endfor %}{% if count > names | length %}<li>and
 {{ "{:,}".format(count - names | length) }} more</li>{% endif %}</ul></details>{% endfor %}
 {% if report.ignored %}<p class="note">Other files: {% for suffix, count in report.ignored.items() %}{{ count }}
