@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ldm.config import to_yaml
+from ldm.data import DataConfig
+from ldm.data.filters import FilterConfig
 from ldm.errors import ConfigError, LdmError
 from ldm.training.accelerators import Accelerator, accelerator, this_machine
 from ldm.training.config import TrainConfig
@@ -66,7 +68,7 @@ def describe(experiment: Experiment, stages: Sequence[str], machine: Machine | N
     device = _Device("gpu", None) if name is None else _Device(name.lower(), accelerator(name))
     count = machine.devices or experiment.trainer.devices
     count = count if isinstance(count, int) else 1
-    lines, total = [to_yaml(experiment).rstrip(), ""], 0.0
+    lines, total = [to_yaml(experiment).rstrip(), "", *_filtered(experiment.data)], 0.0
     for stage in stages:
         text, hours = _stage(experiment, stage, machine, device, count)
         lines += [f"stage {stage}", *(f"  {line}" for line in text)]
@@ -77,6 +79,21 @@ def describe(experiment: Experiment, stages: Sequence[str], machine: Machine | N
     shape = (experiment.vae.model.latent_channels, *(side // factor for side in experiment.model_config.size))
     lines.append(f"the stages fit each other: latents {' x '.join(map(str, shape))}")
     return "\n".join(lines)
+
+
+def _filtered(data: DataConfig) -> list[str]:
+    """Return what the filters of the data drop, line by line.
+
+    Raises:
+        DataError: a filter cannot be applied, or leaves no sample.
+    """
+    if data.filters == FilterConfig():
+        return []
+    splits = [split for split in ("train", "val") if data.has(split)]
+    selections = {split: data.open(split).selection for split in splits}
+    return [line for split, selection in selections.items() if selection for line in [*selection.describe(split)]] + [
+        ""
+    ]
 
 
 def _stage(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,28 @@ from ldm.cli.common import Debug, new_app, run
 from ldm.errors import DataError
 
 app = new_app()
+
+
+class CaptionFormat(str, Enum):
+    """Values of ``data.captions.format``."""
+
+    text = "text"
+    lines = "lines"
+    json = "json"
+
+
+Format = Annotated[
+    CaptionFormat,
+    typer.Option(help="Format of the captions, as data.captions.format; of several the first is measured."),
+]
+Language = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CODES",
+        help="Adds the language of each caption to the index, for data.filters.languages: the languages that occur, as ISO "
+        "639-1 codes with commas (fewer are told apart better), or all.",
+    ),
+]
 
 
 @app.command()
@@ -36,6 +59,7 @@ def folder(
     caption_field: Annotated[
         str, typer.Option(help="Column of metadata.csv, or field of metadata.jsonl and x.json, that holds the caption.")
     ] = "text",
+    language: Language = None,
     workers: Annotated[int, typer.Option(help="Number of decoding threads.")] = 4,
     debug: Debug = False,
 ) -> None:
@@ -53,6 +77,7 @@ def folder(
         shares=fractions,
         workers=workers,
         caption_field=caption_field,
+        languages=_listed(language),
     )
     print(report.summary())
     if advice := report.advice_on_shares(fractions):
@@ -81,6 +106,8 @@ def index(
     caption_field: Annotated[
         str | None, typer.Option(help="Field of the .json files that holds the caption. Default: it is in .txt.")
     ] = None,
+    caption_format: Format = CaptionFormat.text,
+    language: Language = None,
     workers: Annotated[int, typer.Option(help="Number of processes.")] = 4,
     work: Annotated[
         Path | None,
@@ -92,7 +119,9 @@ def index(
     from ldm.data.indexing import IndexOptions, make_index
     from ldm.data.storage import shown
 
-    options = IndexOptions(None if fields is None else tuple(fields.split(",")), caption_field)
+    options = IndexOptions(
+        _listed(fields) if fields is not None else None, caption_field, caption_format.value, _listed(language)
+    )
     made = make_index(source, out, workers=workers, work=work, options=options)
     samples = sum(shard.samples for shard in made.shards)
     print(f"{shown(made.location)}: {samples} samples in {len(made.shards)} shards")
@@ -141,6 +170,10 @@ def tokenizer(
     trained = train_byte_bpe([shards.text(i) for i in range(len(shards))], vocab_size, context_length)
     write_atomically(out, lambda path: path.write_text(trained.to_json(), encoding="utf-8"))
     print(f"{out}: {trained.vocab_size} tokens from {len(shards)} captions")
+
+
+def _listed(text: str | None) -> tuple[str, ...]:
+    return tuple(each.strip() for each in (text or "").split(",") if each.strip())
 
 
 def _shares(text: str) -> list[float]:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from ldm.data.captions import TEXT_SUFFIXES, FileNames, FolderCaptions
 from ldm.data.file_tree import find_files
-from ldm.data.indexing import IndexOptions, index_shards
+from ldm.data.indexing import index_shards
+from ldm.data.measures import IndexOptions, language_identifier
 from ldm.data.preparation_report import LeftOut, Report, printable
 from ldm.data.shard_set import INDEX, REPORT, has_set, replacement
 from ldm.data.shards import IMAGE_SUFFIXES, MEMBERS, SPLITS, Sample, checksum_of, write_shard
@@ -68,6 +69,7 @@ def prepare_folder(
     shares: Sequence[float] = (0.98, 0.01, 0.01),
     workers: int = 4,
     caption_field: str = "text",
+    languages: tuple[str, ...] = (),
 ) -> Report:
     """Write ``<split>/000000.tar``, ..., ``<split>/index.parquet`` and ``report.json`` under ``destination``.
 
@@ -86,6 +88,7 @@ def prepare_folder(
         shares: fractions of train, val and test; they add up to 1.
         workers: number of decoding threads.
         caption_field: column or field of metadata that holds the caption.
+        languages: languages of the captions, of which the index names one; see :class:`ldm.data.measures.IndexOptions`.
 
     Raises:
         DataError: an invalid setting, a missing folder, unreadable metadata, no usable image, or a file that cannot be written.
@@ -105,6 +108,8 @@ def prepare_folder(
         destination.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot create the folder {destination}: {error.strerror}; give another.") from None
+    if languages:
+        language_identifier(languages)  # a mistake ends here, before any image is read
     report = Report()
     splits: dict[str, list[_Candidate]] = {split: [] for split in SPLITS}
     try:
@@ -120,7 +125,7 @@ def prepare_folder(
             for split, usable in splits.items():
                 report.shards[split] = _write_split(temporary / split, usable, shard_size, max_size)
                 if usable:
-                    _write_index(temporary / split, workers)
+                    _write_index(temporary / split, workers, IndexOptions(languages=languages))
             (temporary / REPORT).write_text(report.as_json(), encoding="utf-8")
         (destination / FAILED).unlink(missing_ok=True)
     except OSError as error:
@@ -255,11 +260,11 @@ def _write_split(
     return checksums
 
 
-def _write_index(folder: Path, workers: int) -> None:
+def _write_index(folder: Path, workers: int, options: IndexOptions) -> None:
     paths = sorted(folder.glob("*.tar"))
     # A process starts slower than a few shards are read.
     processes = workers if len(paths) > _INDEXED_HERE else 1
-    index_shards(paths, folder / INDEX, workers=processes, work=folder / ".indexing", options=IndexOptions())
+    index_shards(paths, folder / INDEX, workers=processes, work=folder / ".indexing", options=options)
 
 
 def _sample(candidate: _Candidate, max_size: int | None) -> Sample:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from ldm.data.shard_format import (
     checksum_of,
     write_shard,
 )
-from ldm.data.shard_index import ShardIndex, joined_tables
+from ldm.data.shard_index import ShardIndex, Table, joined_tables
 from ldm.data.shard_parts import check_distinct, combined, names_of, open_parts
 from ldm.data.sources import EMOJI, find, find_shards
 from ldm.data.storage import Location, folder_of, shown
@@ -170,10 +170,10 @@ class Shards:
         Args:
             index: their numbers, in ascending order.
         """
-        assert np.all(np.diff(index) > 0), "the samples to keep are in another order"
+        assert np.all(index[1:] > index[:-1]), "the samples to keep are in another order"
         kept = copy.copy(self)
         kept.__dict__.pop("fingerprint", None)
-        kept._chosen += hashlib.blake2b(np.asarray(index, np.int64).tobytes(), digest_size=16).hexdigest()
+        kept._chosen += hashlib.blake2b(np.ascontiguousarray(index, np.int64).data, digest_size=16).hexdigest()
         kept._rows = self._row(np.asarray(index)).astype(np.uint32)
         kept._count()
         return kept
@@ -181,7 +181,7 @@ class Shards:
     @property
     def columns(self) -> list[str]:
         """Names of the columns that :meth:`column` returns."""
-        return list(dict.fromkeys(name for part in self._parts if part.index for name in part.index.columns))
+        return list(dict.fromkeys(name for part in self._parts for name in part.columns))
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return a column of the index, with a value for each sample; null where it is not known.
@@ -202,15 +202,37 @@ class Shards:
                     "tools/prepare.py index."
                 )
             raise DataError(unknown("column of the index", name, self.columns))
-        tables = []
-        for part in self._parts:
-            if part.index is not None and name in part.index.columns:
-                values = part.index.column(name)
-                tables.append(pa.table({name: values if part.complete else values.take(part.index_rows())}))
-            else:
-                tables.append(pa.table({name: pa.nulls(part.samples)}))
+        tables = [pa.table({name: part.column(name)}) for part in self._parts]
         column = joined_tables(tables).column(name)
         return column if self._rows is None else column.take(self._rows)
+
+    def evaluate(
+        self,
+        names: Sequence[str],
+        work: Callable[[Table], np.ndarray],
+        unindexed: Callable[[range], np.ndarray],
+    ) -> np.ndarray:
+        """Return a value for each sample, computed from columns of the index, of which only some rows are in memory at a time.
+
+        Args:
+            names: the columns.
+            work: function from a ``pyarrow.Table`` of them to the values of its samples.
+            unindexed: function from numbers of samples that have no index to their values.
+
+        Raises:
+            DataError: an index lacks a column.
+        """
+        values, start = [], 0
+        for part in self._parts:
+            end = start + part.samples
+            first, last = (start, end) if self._rows is None else np.searchsorted(self._rows, (start, end)).tolist()
+            if part.index is None:
+                values.append(unindexed(range(first, last)))
+            else:
+                found = part.evaluate(names, work)
+                values.append(found if self._rows is None else found[self._rows[first:last] - start])
+            start = end
+        return np.concatenate(values)
 
     def prepare(self, index: np.ndarray, ahead: Sequence[int] = ()) -> None:
         """Read what a batch needs of remote shards at once, or copy the shards that are read next in the background.
@@ -231,6 +253,10 @@ class Shards:
     def image(self, i: int) -> bytes:
         """Return the encoded image of sample ``i``."""
         return self._read(i, IMAGE)
+
+    def sidecar(self, i: int) -> bytes:
+        """Return the JSON file of sample ``i``; empty if it has none."""
+        return self._read(i, SIDECAR)
 
     def text(self, i: int) -> str:
         """Return the caption of sample ``i``; empty if it has none."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ldm.config import to_yaml
 from ldm.data.datamodule import DataModule, LatentSource
@@ -27,6 +29,9 @@ from ldm.training.lock import locked
 from ldm.training.modules import MODULES
 from ldm.training.resume import report_changes, settings_of
 from ldm.training.tasks import TASKS, VAETask
+
+DATA_FILE = "data.json"
+"""File of a run folder: for each split the number of samples before and after the filters, and what each one dropped."""
 
 
 @usual_torch_state()
@@ -58,6 +63,12 @@ def _train(experiment: Experiment, module: StageModule, files: Mapping[Path, str
         for path, text in files.items():
             _write_text(path, text)
         write_config(experiment, module.stage)
+        selections = data.selections()
+        for split, selection in selections.items():
+            for line in selection.describe(split):
+                tqdm.write(line)
+        content = {split: selection.to_dict() for split, selection in selections.items()}
+        _write_text(experiment.folder / DATA_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     if module.train_config.init and not resume_points(module.folder):
         initialize(module.task, module.train_config.init)
