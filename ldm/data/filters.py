@@ -21,7 +21,8 @@ from ldm.data.shards import Shards
 from ldm.errors import ConfigError, DataError
 from ldm.modalities.caption import CAPTION
 
-_AT_ONCE = 1 << 14  # samples without an index that are measured at a time
+_AT_ONCE = 1 << 16  # samples
+_MOST = 100  # filters, which are counted in a byte
 
 Values = tuple[str | int | float | bool, ...]
 
@@ -69,6 +70,8 @@ class FilterConfig:
     )
 
     def __post_init__(self) -> None:
+        if len(self.fields) > _MOST:
+            raise ConfigError(f"fields has conditions on {len(self.fields)} fields; give at most {_MOST}.")
         for name in ("side", "aspect_ratio", "caption_length"):
             _check_bounds(getattr(self, f"min_{name}"), getattr(self, f"max_{name}"), f"min_{name}", f"max_{name}")
 
@@ -95,12 +98,12 @@ class FilterConfig:
             lambda table: _first_failed(filters, table),
             lambda samples: np.concatenate(
                 [
-                    np.zeros(0, np.uint16),
+                    np.zeros(0, np.uint8),
                     *(_first_failed(filters, each) for each in _facts(shards, samples, names, options)),
                 ]
             ),
         )
-        counts = np.bincount(failed, minlength=2 * len(filters) + 2)[2:].reshape(-1, 2).tolist()
+        counts, kept = _counts(failed, len(filters))
         dropped = tuple(Dropped(str(each), sum(count), count[1]) for each, count in zip(filters, counts, strict=True))
         selection = Selection(len(shards), dropped)
         if selection.kept == 0:
@@ -109,7 +112,7 @@ class FilterConfig:
                 f"data.filters leaves none of the {len(shards)} samples of data.{split} ({steps}); relax it."
             )
         if selection.kept < len(shards):
-            shards = shards.keep(np.flatnonzero(failed == 0))
+            shards = shards.keep(kept)
         return shards, selection
 
     def _filters(self) -> Iterator[_Filter]:
@@ -247,9 +250,9 @@ class _Filter:
 
 
 def _first_failed(filters: Sequence[_Filter], table: Table) -> np.ndarray:
-    """Return uint16 ``[n]``: 0 for the samples that pass; 2 k for those that filter k (from 1) is the first to drop, and 2 k + 1
+    """Return uint8 ``[n]``: 0 for the samples that pass; 2 k for those that filter k (from 1) is the first to drop, and 2 k + 1
     if its value is not known."""
-    failed = np.zeros(len(table), np.uint16)
+    failed = np.zeros(len(table), np.uint8)
     for number, each in enumerate(filters, start=1):
         holds, known = each.holds(table)
         if each.condition.keep_missing:
@@ -257,6 +260,21 @@ def _first_failed(filters: Sequence[_Filter], table: Table) -> np.ndarray:
         failing = ~holds & (failed == 0)
         failed[failing] = 2 * number + ~known[failing]
     return failed
+
+
+def _counts(failed: np.ndarray, filters: int) -> tuple[list[list[int]], np.ndarray]:
+    """Return, for each filter, the samples with a value that it dropped and those without; and uint32 ``[m]``, the others.
+
+    Works on a part of the samples at a time: numpy counts and numbers in int64, which would be 80 MB for ten million.
+    """
+    counts, kept, place = np.zeros((filters, 2), np.int64), np.empty(np.count_nonzero(failed == 0), np.uint32), 0
+    for start in range(0, len(failed), _AT_ONCE):
+        part = failed[start : start + _AT_ONCE]
+        counts += np.bincount(part, minlength=2 * filters + 2)[2:].reshape(-1, 2)
+        found = np.flatnonzero(part == 0) + start
+        kept[place : place + len(found)] = found
+        place += len(found)
+    return counts.tolist(), kept
 
 
 def _facts(shards: Shards, samples: range, names: Sequence[str], options: IndexOptions) -> Iterator[Table]:

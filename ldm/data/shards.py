@@ -168,13 +168,13 @@ class Shards:
         """Return the set of only some samples, with a fingerprint of its own.
 
         Args:
-            index: their numbers, in ascending order.
+            index: their numbers, in ascending order; used without a copy if they are uint32.
         """
         assert np.all(index[1:] > index[:-1]), "the samples to keep are in another order"
         kept = copy.copy(self)
         kept.__dict__.pop("fingerprint", None)
-        kept._chosen += hashlib.blake2b(np.ascontiguousarray(index, np.int64).data, digest_size=16).hexdigest()
-        kept._rows = self._row(np.asarray(index)).astype(np.uint32)
+        kept._chosen += hashlib.blake2b(np.ascontiguousarray(index, np.uint32).data, digest_size=16).hexdigest()
+        kept._rows = self._row(np.asarray(index)).astype(np.uint32, copy=False)
         kept._count()
         return kept
 
@@ -225,7 +225,8 @@ class Shards:
         values, start = [], 0
         for part in self._parts:
             end = start + part.samples
-            first, last = (start, end) if self._rows is None else np.searchsorted(self._rows, (start, end)).tolist()
+            bounds = np.array((start, end), np.uint32)  # of the type of the rows, which would be copied otherwise
+            first, last = (start, end) if self._rows is None else np.searchsorted(self._rows, bounds).tolist()
             if part.index is None:
                 values.append(unindexed(range(first, last)))
             else:
@@ -352,7 +353,7 @@ class Shards:
     def _count(self) -> None:
         """Set what follows from the rows that are kept."""
         rows = self._rows
-        bounds = self._starts if rows is None else np.searchsorted(rows, self._starts)
+        bounds = self._starts if rows is None else np.searchsorted(rows, self._starts.astype(rows.dtype))
         self.lengths: list[int] = np.diff(bounds).tolist()
         self.keys: Sequence[str] = Names(self._table.keys, rows, self._prefixes, self._starts)
 
