@@ -34,8 +34,7 @@ LONGEST = 2048
 
 ALL_LANGUAGES = ("all",)
 
-_NO_EVIDENCE = -1e38  # score of py3langid for a text without known features
-_NOT_LANGUAGE = "zxx"
+_NOT_LANGUAGE = "zxx"  # py3langid's class of codes and numbers
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def language_identifier(languages: tuple[str, ...]) -> Callable[[str], str | None]:
-    """Return a function from a text to the ISO 639-1 code of its language; None if nothing in the text suggests one.
+    """Return a function from a text to the ISO 639-1 code of its language; None if it has no words.
 
     Args:
         languages: codes of the languages to choose from; ``("all",)`` for all.
@@ -153,7 +152,9 @@ def language_identifier(languages: tuple[str, ...]) -> Callable[[str], str | Non
         identifier.set_languages(list(languages))
 
     def identify(text: str) -> str | None:
-        language, score = identifier.classify(text)
-        return None if score <= _NO_EVIDENCE or language == _NOT_LANGUAGE else str(language)
+        if not any(map(str.isalpha, text)):
+            return None
+        language, _ = identifier.classify(text)
+        return None if language == _NOT_LANGUAGE else str(language)
 
     return identify
