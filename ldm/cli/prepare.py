@@ -5,12 +5,15 @@ from __future__ import annotations
 import warnings
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ldm.cli.common import Debug, new_app, run
 from ldm.errors import DataError
+
+if TYPE_CHECKING:
+    from ldm.data.preparation_report import Report
 
 app = new_app()
 
@@ -26,6 +29,16 @@ class CaptionFormat(str, Enum):
 Format = Annotated[
     CaptionFormat,
     typer.Option(help="Format of the captions, as data.captions.format; of several the first is measured."),
+]
+Shares = Annotated[
+    str | None,
+    typer.Option(
+        help="Fractions of train, val and test; the split of an image is chosen by a hash of its name. Default: train, "
+        "validation and test by the names of the folders or files, if all have such names, else 0.98,0.01,0.01."
+    ),
+]
+Template = Annotated[
+    str | None, typer.Option(help="Caption of images without one: {} is replaced by the name of the class.")
 ]
 Language = Annotated[
     str | None,
@@ -52,20 +65,28 @@ def folder(
     shard_size: Annotated[int, typer.Option(help="Images per shard.")] = 1000,
     min_size: Annotated[int, typer.Option(help="Shortest side in pixels; smaller images are skipped.")] = 1,
     max_size: Annotated[int | None, typer.Option(help="Longest side in pixels; larger images are scaled down.")] = None,
-    shares: Annotated[
-        str,
-        typer.Option(help="Fractions of train, val and test; the split of an image is chosen by a hash of its name."),
-    ] = "0.98,0.01,0.01",
+    shares: Shares = None,
     caption_field: Annotated[
         str, typer.Option(help="Column of metadata.csv, or field of metadata.jsonl and x.json, that holds the caption.")
     ] = "text",
+    class_folders: Annotated[
+        bool, typer.Option("--class-folders", help="Class number of an image by the name of its folder (.cls).")
+    ] = False,
+    caption_template: Template = None,
+    drop_duplicates: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BITS",
+            help="Drops near duplicates, whose perceptual hashes of 64 bits differ in at most BITS (4 finds copies that were "
+            "scaled or compressed again); the largest stays.",
+        ),
+    ] = None,
     language: Language = None,
     workers: Annotated[int, typer.Option(help="Number of decoding threads.")] = 4,
     debug: Debug = False,
 ) -> None:
     """Convert a folder of images with captions to shards; DST/report.json lists the images that were skipped."""
     from ldm.data.folder import prepare_folder
-    from ldm.data.shard_set import REPORT
 
     fractions = _shares(shares)
     report = prepare_folder(
@@ -78,13 +99,11 @@ def folder(
         workers=workers,
         caption_field=caption_field,
         languages=_listed(language),
+        drop_duplicates=drop_duplicates,
+        class_folders=class_folders,
+        caption_template=caption_template,
     )
-    print(report.summary())
-    if advice := report.advice_on_shares(fractions):
-        typer.echo(f"warning: {advice}", err=True)
-    print(f"Skipped images are listed in {destination / REPORT}")
-    sources = ", ".join(f"{split}: {destination / split}" for split, count in report.images.items() if count)
-    print(f"For the config: data: {{kind: shards, {sources}}}")
+    _print_report(report, destination, fractions)
 
 
 @app.command()
@@ -176,7 +195,22 @@ def _listed(text: str | None) -> tuple[str, ...]:
     return tuple(each.strip() for each in (text or "").split(",") if each.strip())
 
 
-def _shares(text: str) -> list[float]:
+def _print_report(report: Report, destination: Path, shares: list[float] | None, captions: str = "") -> None:
+    from ldm.data.set_writer import DEFAULT_SHARES
+    from ldm.data.shard_set import REPORT
+
+    print(report.summary())
+    advice = None if report.named_splits else report.advice_on_shares(shares or DEFAULT_SHARES)
+    if advice:
+        typer.echo(f"warning: {advice}", err=True)
+    print(f"Skipped images are listed in {destination / REPORT}")
+    sources = ", ".join(f"{split}: {destination / split}" for split, count in report.images.items() if count)
+    print(f"For the config: data: {{kind: shards, {sources}{captions}}}")
+
+
+def _shares(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
     try:
         return [float(share) for share in text.split(",")]
     except ValueError:

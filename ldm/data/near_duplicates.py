@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,8 +45,8 @@ class Look:
     pixels: int
 
 
-def look_of(image: Image.Image) -> Look:
-    """Return the appearance of an RGB image.
+def import_imagehash() -> Any:
+    """Return the module ``imagehash``.
 
     Raises:
         MissingExtraError: ImageHash is not installed.
@@ -55,9 +55,18 @@ def look_of(image: Image.Image) -> Look:
         import imagehash
     except ImportError:
         raise missing_extra("ImageHash", "finding near duplicates", "duplicates") from None
+    return imagehash
+
+
+def look_of(image: Image.Image) -> Look:
+    """Return the appearance of an RGB image.
+
+    Raises:
+        MissingExtraError: ImageHash is not installed.
+    """
     from PIL import Image
 
-    bits = np.packbits(imagehash.phash(image).hash)
+    bits = np.packbits(import_imagehash().phash(image).hash)
     red, green, blue = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))  # type: ignore[misc]
     return Look(int.from_bytes(bits.tobytes(), "big"), (red, green, blue), image.width * image.height)
 
