@@ -30,6 +30,10 @@ Format = Annotated[
     CaptionFormat,
     typer.Option(help="Format of the captions, as data.captions.format; of several the first is measured."),
 ]
+ShardSize = Annotated[int, typer.Option(help="Images per shard.")]
+MinSize = Annotated[int, typer.Option(help="Shortest side in pixels; smaller images are skipped.")]
+MaxSize = Annotated[int | None, typer.Option(help="Longest side in pixels; larger images are scaled down.")]
+Workers = Annotated[int, typer.Option(help="Number of decoding threads.")]
 Shares = Annotated[
     str | None,
     typer.Option(
@@ -62,9 +66,9 @@ def folder(
     destination: Annotated[
         Path, typer.Argument(metavar="DST", help="Output folder; gets DST/train, DST/val and DST/test.")
     ],
-    shard_size: Annotated[int, typer.Option(help="Images per shard.")] = 1000,
-    min_size: Annotated[int, typer.Option(help="Shortest side in pixels; smaller images are skipped.")] = 1,
-    max_size: Annotated[int | None, typer.Option(help="Longest side in pixels; larger images are scaled down.")] = None,
+    shard_size: ShardSize = 1000,
+    min_size: MinSize = 1,
+    max_size: MaxSize = None,
     shares: Shares = None,
     caption_field: Annotated[
         str, typer.Option(help="Column of metadata.csv, or field of metadata.jsonl and x.json, that holds the caption.")
@@ -82,7 +86,7 @@ def folder(
         ),
     ] = None,
     language: Language = None,
-    workers: Annotated[int, typer.Option(help="Number of decoding threads.")] = 4,
+    workers: Workers = 4,
     debug: Debug = False,
 ) -> None:
     """Convert a folder of images with captions to shards; DST/report.json lists the images that were skipped."""
@@ -102,6 +106,58 @@ def folder(
         drop_duplicates=drop_duplicates,
         class_folders=class_folders,
         caption_template=caption_template,
+    )
+    _print_report(report, destination, fractions)
+
+
+@app.command()
+def parquet(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SRC...",
+            help="Parquet files with images, as of Hugging Face: files, folders or patterns, also as s3:// and https://.",
+        ),
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="Output folder; gets DST/train, DST/val and DST/test.")
+    ],
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of the images. Default: the one that holds images.")
+    ] = None,
+    caption_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the captions, texts or lists of texts. Default: text, caption, captions or prompt."
+        ),
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of class numbers (.cls). Default: none.")] = None,
+    caption_template: Template = None,
+    shard_size: ShardSize = 1000,
+    min_size: MinSize = 1,
+    max_size: MaxSize = None,
+    shares: Shares = None,
+    language: Language = None,
+    workers: Workers = 4,
+    debug: Debug = False,
+) -> None:
+    """Convert parquet files with an image column to shards; DST/report.json lists the rows that were skipped."""
+    from ldm.data.parquet_images import prepare_parquet
+
+    fractions = _shares(shares)
+    report = prepare_parquet(
+        sources,
+        destination,
+        image_column=image_column,
+        caption_column=caption_column,
+        label_column=label_column,
+        caption_template=caption_template,
+        shard_size=shard_size,
+        min_size=min_size,
+        max_size=max_size,
+        shares=fractions,
+        workers=workers,
+        languages=_listed(language),
     )
     _print_report(report, destination, fractions)
 
@@ -195,7 +251,7 @@ def _listed(text: str | None) -> tuple[str, ...]:
     return tuple(each.strip() for each in (text or "").split(",") if each.strip())
 
 
-def _print_report(report: Report, destination: Path, shares: list[float] | None, captions: str = "") -> None:
+def _print_report(report: Report, destination: Path, shares: list[float] | None) -> None:
     from ldm.data.set_writer import DEFAULT_SHARES
     from ldm.data.shard_set import REPORT
 
@@ -205,6 +261,7 @@ def _print_report(report: Report, destination: Path, shares: list[float] | None,
         typer.echo(f"warning: {advice}", err=True)
     print(f"Skipped images are listed in {destination / REPORT}")
     sources = ", ".join(f"{split}: {destination / split}" for split, count in report.images.items() if count)
+    captions = "" if report.caption_format == "text" else f", captions: {{format: {report.caption_format}}}"
     print(f"For the config: data: {{kind: shards, {sources}{captions}}}")
 
 

@@ -7,8 +7,6 @@ image's name too; if one image has such a file, all need one. Images that cannot
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,22 +22,21 @@ from ldm.data.set_writer import (
     DEFAULT_SHARES,
     SetWriter,
     check_shares,
+    check_sizes,
+    image_member,
     named_splits,
+    place_of,
     split_named,
     split_of,
     write_set,
 )
 from ldm.data.shards import IMAGE_SUFFIXES, MEMBERS, Sample
-from ldm.data.transforms import decode, shrink
+from ldm.data.transforms import decode
 from ldm.errors import DataError
-from ldm.image_files import open_image
-from ldm.image_io import rgb_or_rgba
 from ldm.modalities.caption import CAPTION
 from ldm.modalities.label import LABEL
 
 READABLE = {f".{suffix}" for suffix in IMAGE_SUFFIXES}
-COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"}
-"""Suffixes of the formats of which shards get the files as they are; others are converted to PNG."""
 _EXAMINED_AT_ONCE = 1024
 _FILES = {suffix: modality for suffix, modality in MEMBERS.items() if modality != CAPTION}
 """Modalities with a file of their own next to an image; captions may also come from metadata."""
@@ -56,8 +53,7 @@ class _Candidate:
 
     @property
     def place(self) -> int:
-        """64 bits of the key's hash, which determine the split and the order in the shards."""
-        return int.from_bytes(hashlib.blake2b(self.key.encode(), digest_size=8).digest(), "big")
+        return place_of(self.key)
 
 
 def prepare_folder(
@@ -102,9 +98,7 @@ def prepare_folder(
         DataError: an invalid setting, a missing folder, unreadable metadata, no usable image, or a file that cannot be written.
     """
     check_shares(shares or DEFAULT_SHARES)
-    for name, size in {"smallest": min_size, "largest": max_size}.items():
-        if size is not None and size < 1:
-            raise DataError(f"the {name} size of an image is {size} pixels; give at least 1.")
+    check_sizes(min_size, max_size)
     if drop_duplicates is not None and not 0 <= drop_duplicates <= MOST_BITS:
         raise DataError(
             f"near duplicates are to differ in up to {drop_duplicates} bits; give a number from 0 to {MOST_BITS}."
@@ -301,17 +295,6 @@ def _members(candidate: _Candidate, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _sample(candidate: _Candidate, max_size: int | None) -> Sample:
-    data = candidate.path.read_bytes()
-    image = open_image(data)
-    suffix = COPIED.get(image.format or "")
-    if suffix is None or (max_size is not None and max(image.size) > max_size):
-        encoded = io.BytesIO()
-        small = rgb_or_rgba(image) if max_size is None else shrink(rgb_or_rgba(image), max_size)
-        if suffix == "jpg":
-            small.save(encoded, "JPEG", quality=95, subsampling=0)
-        else:
-            suffix = "png"
-            small.save(encoded, "PNG")
-        data = encoded.getvalue()
+    image, suffix, size = image_member(candidate.path.read_bytes(), max_size)
     label = {} if candidate.label is None else {LABEL.key: candidate.label}
-    return Sample(candidate.key, candidate.text, data, suffix, _members(candidate, image.size) | label)
+    return Sample(candidate.key, candidate.text, image, suffix, _members(candidate, size) | label)

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Literal
 
 from ldm.data.shards import SPLITS
 from ldm.errors import some
@@ -42,6 +43,7 @@ class Report:
         ignored: number of other files by suffix.
         aspect_ratios: width / height of each image that is used.
         classes: names of the classes, in the order of their numbers.
+        caption_format: ``data.captions.format`` of the captions.
         named_splits: whether the splits are those of folders or files named after them.
         shards: checksums of the shards of each split by file name; see :mod:`ldm.data.shard_set`.
     """
@@ -51,6 +53,7 @@ class Report:
     ignored: Counter[str] = field(default_factory=Counter)
     aspect_ratios: list[float] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
+    caption_format: Literal["text", "json"] = "text"
     named_splits: bool = False
     shards: dict[str, dict[str, str | None]] = field(default_factory=dict)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +15,11 @@ from ldm.data.measures import IndexOptions, language_identifier
 from ldm.data.preparation_report import Report
 from ldm.data.shard_format import SPLITS, Sample, ShardWriter
 from ldm.data.shard_set import INDEX, REPORT, has_set, replacement
+from ldm.data.transforms import shrink
 from ldm.errors import DataError
 from ldm.formats.tensors import write_atomically, written_atomically
+from ldm.image_files import open_image
+from ldm.image_io import rgb_or_rgba
 
 FAILED = f"failed_{REPORT}"  # written instead, if no image can be used and the set of an earlier run stays
 DEFAULT_SHARES = (0.98, 0.01, 0.01)
@@ -24,6 +29,9 @@ SPLIT_WORDS: Mapping[str, tuple[str, ...]] = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """First words of the names of folders and files that Hugging Face takes for splits."""
+
+COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"}
+"""Suffixes of the formats of which shards get the files as they are; others are converted to PNG."""
 
 _INDEXED_HERE = 16  # shards up to which the index is made without further processes
 
@@ -55,6 +63,39 @@ def check_shares(shares: Sequence[float]) -> None:
         raise DataError(
             f"the shares {', '.join(map(str, shares))} are not three non-negative numbers that add up to 1."
         )
+
+
+def check_sizes(min_size: int, max_size: int | None) -> None:
+    """Raise a DataError if these are not sizes of images in pixels."""
+    for name, size in {"smallest": min_size, "largest": max_size}.items():
+        if size is not None and size < 1:
+            raise DataError(f"the {name} size of an image is {size} pixels; give at least 1.")
+
+
+def place_of(key: str) -> int:
+    """Return 64 bits of the hash of a key, by which the split of a sample is chosen."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+def image_member(data: bytes, max_size: int | None) -> tuple[bytes, str, tuple[int, int]]:
+    """Return the file of an image as shards hold it, its suffix, and width and height of the original.
+
+    Args:
+        data: the file, which can be decoded.
+        max_size: longer side in pixels above which the image is scaled down; None: images keep their size.
+    """
+    image = open_image(data)
+    suffix = COPIED.get(image.format or "")
+    if suffix is None or (max_size is not None and max(image.size) > max_size):
+        encoded = io.BytesIO()
+        small = rgb_or_rgba(image) if max_size is None else shrink(rgb_or_rgba(image), max_size)
+        if suffix == "jpg":
+            small.save(encoded, "JPEG", quality=95, subsampling=0)
+        else:
+            suffix = "png"
+            small.save(encoded, "PNG")
+        data = encoded.getvalue()
+    return data, suffix, image.size
 
 
 class SetWriter:
