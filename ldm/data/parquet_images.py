@@ -1,8 +1,8 @@
 """Conversion of parquet files with images, as Hugging Face's data sets have them, to shards of train, val and test.
 
 An image column is a struct of ``bytes`` and ``path``, or holds the bytes themselves; a caption is a text or a list of texts. The
-columns are found by the features that the package `datasets` describes in the schema, or by their types and names. Files are
-read a few rows at a time, remote ones from a temporary copy.
+columns are found by the features that the package `datasets` describes in the schema, or by their types and names. Of a
+file, one row group is in memory at a time; remote files are read from a temporary copy.
 """
 
 from __future__ import annotations

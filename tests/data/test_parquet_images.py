@@ -198,12 +198,12 @@ print(peak() - before)
 """
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """One row group of 150 MB, as writers of large files make them."""
+@pytest.mark.slow
+def test_memory_is_that_of_a_row_group(tmp_path: Path) -> None:
     image = encoded(noise_picture(0)) + bytes(250_000)  # that much behind the end of a file is ignored
-    for name, rows in {"small": 64, "large": 600}.items():
+    for name, rows in {"small": 192, "large": 1280}.items():
         columns = {"image": [image] * rows, "text": [f"caption {i}" for i in range(rows)]}
-        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet", compression="none", use_dictionary=False)
+        write(tmp_path / f"{name}.parquet", columns, rows=64)
     command = [sys.executable, "-c", PEAK, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 60  # MB
+    assert int(done.stdout) < 100  # MB, of 320
