@@ -225,26 +225,55 @@ def emoji(
 @app.command()
 def tokenizer(
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(help="Shards whose captions are used, written as data.train; repeatable."),
-    ],
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of an experiment, instead of --data: its data.train, captions and filters are used."
+        ),
+    ] = None,
+    caption_field: Annotated[
+        str | None, typer.Option(help="With --data: field of the .json files that holds the caption. Default: .txt.")
+    ] = None,
+    caption_format: Annotated[
+        CaptionFormat, typer.Option(help="With --data: format of the captions, as data.captions.format.")
+    ] = CaptionFormat.text,
     out: Annotated[Path, typer.Option(help="Output file.")] = Path("tokenizer.json"),
     vocab_size: Annotated[int, typer.Option(help="Number of tokens, including the 256 bytes.")] = 2048,
     context_length: Annotated[int, typer.Option(help="Tokens per caption; longer captions are truncated.")] = 32,
     debug: Debug = False,
 ) -> None:
-    """Train a byte-level BPE tokenizer on the captions of the training shards."""
+    """Train a byte-level BPE tokenizer on all captions of the training shards."""
     from ldm.clip.tokenizer import train_byte_bpe
-    from ldm.data.shards import Shards
     from ldm.formats.tensors import write_atomically
-    from ldm.modalities.caption import CAPTION
 
-    shards = Shards.open(data, "train")
-    if CAPTION.key not in shards.modalities:
-        raise DataError(f"the data {', '.join(data)} has no captions to train a tokenizer on; give each sample a .txt.")
-    trained = train_byte_bpe([shards.text(i) for i in range(len(shards))], vocab_size, context_length)
+    captions = _captions(data, config, caption_field, caption_format)
+    trained = train_byte_bpe(captions, vocab_size, context_length)
     write_atomically(out, lambda path: path.write_text(trained.to_json(), encoding="utf-8"))
-    print(f"{out}: {trained.vocab_size} tokens from {len(shards)} captions")
+    print(f"{out}: {trained.vocab_size} tokens from {len(captions)} captions")
+
+
+def _captions(
+    data: list[str] | None, config: Path | None, caption_field: str | None, caption_format: CaptionFormat
+) -> list[str]:
+    """Return all captions of the training data, as a training reads them."""
+    from ldm.data import DataConfig, ShardsData
+    from ldm.data.caption_choice import CaptionConfig
+
+    if bool(data) == (config is not None):
+        raise DataError("the captions come from --data or from --config; give one of them.")
+    if config is not None:
+        if caption_field is not None or caption_format != CaptionFormat.text:
+            raise DataError(f"--caption-field and --caption-format are set by {config}; leave them out.")
+        from ldm.training.experiment import load_config
+
+        source: DataConfig = load_config(config).data.without_cache()
+    else:
+        captions = CaptionConfig(format=caption_format.value)
+        source = ShardsData(tuple(data or ()), caption_field=caption_field, captions=captions, workers=0)
+    return source.open("train").all_captions("the tokenizer")
 
 
 def _listed(text: str | None) -> tuple[str, ...]:
