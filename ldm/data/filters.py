@@ -16,6 +16,7 @@ import numpy as np
 
 from ldm.config import config_field
 from ldm.data.measures import LANGUAGE, IndexOptions, caption_facts, columns_of, field_facts, image_facts
+from ldm.data.shard_format import SIDECAR
 from ldm.data.shard_index import Table, typed
 from ldm.data.shards import Shards
 from ldm.errors import ConfigError, DataError
@@ -109,7 +110,7 @@ class FilterConfig:
         if selection.kept == 0:
             steps = "; ".join(f"{each.filter} drops {each.dropped}" for each in dropped if each.dropped)
             raise DataError(
-                f"data.filters leaves none of the {len(shards)} samples of data.{split} ({steps}); relax it."
+                f"data.filters leaves none of the {len(shards)} samples of data.{split} ({steps}); relax them."
             )
         if selection.kept < len(shards):
             shards = shards.keep(kept)
@@ -299,7 +300,7 @@ def _facts(shards: Shards, samples: range, names: Sequence[str], options: IndexO
                 facts = image_facts(shards.image(i)) if "width" in names else {}
                 if "caption_length" in names:
                     facts |= _caption(shards, i, options)
-                rows.append({**(field_facts(shards.sidecar(i), options) if fields else {}), **facts})
+                rows.append({**(field_facts(shards.member(i, SIDECAR), options) if fields else {}), **facts})
                 bar.update()
             columns = columns_of(rows)
             yield pa.table({name: typed(columns.get(name, [None] * len(rows))) for name in names})

@@ -18,6 +18,7 @@ from ldm.data.caption_choice import CaptionConfig
 from ldm.data.shard_format import IMAGE, SIDECAR
 from ldm.errors import DataError, missing_extra, unknown
 from ldm.image_files import image_size
+from ldm.modalities import Modality
 from ldm.modalities.caption import CAPTION
 
 NUMBERS = ("width", "height", "caption_length")
@@ -115,6 +116,24 @@ def _is_chosen(name: str, value: Any, options: IndexOptions) -> bool:
         return name in options.fields
     scalar = isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= LONGEST)
     return scalar and name not in LEFT_OUT and name != options.caption_field
+
+
+def field_member(sidecar: bytes, modality: Modality, field: str) -> bytes:
+    """Return the value of a field of a JSON file as a member of its own would hold it.
+
+    Raises:
+        DataError: there is none; the message is a clause.
+    """
+    try:
+        values = json.loads(sidecar)
+        value = values[field] if isinstance(values, dict) else None
+    except (ValueError, RecursionError):
+        raise DataError(f"is not readable, since its .{SIDECAR} is not valid JSON") from None
+    except KeyError:
+        raise DataError(f"is missing, since its .{SIDECAR} has no field {field!r}") from None
+    if isinstance(value, str):
+        return value.encode(errors="replace")
+    return b"" if value is None and modality.optional else json.dumps(value).encode()
 
 
 def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

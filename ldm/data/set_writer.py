@@ -135,7 +135,7 @@ class SetWriter:
                 stack,
             )
         _, writer, _ = self._open[split]
-        writer.add(sample)
+        writer.add(sample.key, sample.members())
         self.images[split] += 1
         if writer.count == self.shard_size:
             self._finish(split)

@@ -78,6 +78,16 @@ class Sample:
     suffix: str
     annotations: Mapping[str, Any] = field(default_factory=dict)
 
+    def members(self) -> dict[str, bytes]:
+        """Return the contents of its files by suffix."""
+        values = {**({} if self.text is None else {CAPTION.key: self.text}), **self.annotations}
+        members = {self.suffix: self.image}
+        for suffix, modality in MEMBERS.items():
+            if modality.key in values:
+                value = values[modality.key]
+                members[suffix] = value if isinstance(value, bytes) else modality.encode(value)
+        return members
+
 
 def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
     """Write a shard atomically and return the number of samples; equal samples give equal bytes.
@@ -87,7 +97,7 @@ def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
     """
     with written_atomically(path) as temporary, ShardWriter(temporary) as writer:
         for sample in samples:
-            writer.add(sample)
+            writer.add(sample.key, sample.members())
     return writer.count
 
 
@@ -120,16 +130,10 @@ class ShardWriter:
             if error == (None, None, None):
                 self._add(CHECKSUM, self.checksum.encode())
 
-    def add(self, sample: Sample) -> None:
-        """Append a sample."""
-        values = {**({} if sample.text is None else {CAPTION.key: sample.text}), **sample.annotations}
-        members = {sample.suffix: sample.image}
-        for suffix, modality in MEMBERS.items():
-            if modality.key in values:
-                value = values[modality.key]
-                members[suffix] = value if isinstance(value, bytes) else modality.encode(value)
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Append a sample, given by its members by suffix."""
         for suffix, data in members.items():
-            name = f"{sample.key}.{suffix}"
+            name = f"{key}.{suffix}"
             self._checksum.update(f"{name}/{len(data)}/".encode() + data)
             self._add(name, data)
         self.count += 1

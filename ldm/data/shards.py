@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.data.bad_samples import BadSample, Reason, dropped
+from ldm.data.bad_samples import Reason, dropped, warn_of
+from ldm.data.measures import field_member
 from ldm.data.remote_shards import RemoteShards
 from ldm.data.sample_table import Names, concatenate, repeated
 from ldm.data.shard_cache import ShardCache
@@ -114,7 +114,7 @@ class Shards:
         self._prefixes: list[str] | None = None
         self._chosen = ""
         self.dropped = [bad for part in self._parts for bad in part.dropped]
-        _warn_of(self.dropped)
+        warn_of(self.dropped)
         if not len(self._table):
             raise DataError(
                 f"there is no sample in {', '.join(map(shown, self.paths))}; make shards with tools/prepare.py."
@@ -255,9 +255,9 @@ class Shards:
         """Return the encoded image of sample ``i``."""
         return self._read(i, IMAGE)
 
-    def sidecar(self, i: int) -> bytes:
-        """Return the JSON file of sample ``i``; empty if it has none."""
-        return self._read(i, SIDECAR)
+    def member(self, i: int, column: str) -> bytes:
+        """Return the member of sample ``i`` in a column, as stored; empty if it has none."""
+        return self._read(i, column)
 
     def text(self, i: int) -> str:
         """Return the caption of sample ``i``; empty if it has none."""
@@ -268,7 +268,9 @@ class Shards:
         """Return the member of sample ``i`` with its value of a modality, as stored; empty if it has none."""
         assert modality.suffix is not None, f"{modality.noun} is not stored"
         field = self._fields.get(modality.key)
-        return self._read(i, modality.suffix) if field is None else self._from_json(i, modality, field)
+        if field is None:
+            return self._read(i, modality.suffix)
+        return field_member(self._read(i, SIDECAR), modality, field)
 
     def value(self, i: int, modality: Modality) -> Any:
         """Return the decoded value of a modality for sample ``i``.
@@ -399,23 +401,6 @@ class Shards:
             raise DataError(f"samples of {folder} have {modality.file}, but {lacking!r} has none.")
         return bool(has.any())
 
-    def _from_json(self, i: int, modality: Modality, field: str) -> bytes:
-        """Return the value of a field of a sample's JSON file as a member of its own would hold it.
-
-        Raises:
-            DataError: there is none; the message is a clause.
-        """
-        try:
-            values = json.loads(self._read(i, SIDECAR))
-            value = values[field] if isinstance(values, dict) else None
-        except (ValueError, RecursionError):
-            raise DataError(f"is not readable, since its .{SIDECAR} is not valid JSON") from None
-        except KeyError:
-            raise DataError(f"is missing, since its .{SIDECAR} has no field {field!r}") from None
-        if isinstance(value, str):
-            return value.encode(errors="replace")
-        return b"" if value is None and modality.optional else json.dumps(value).encode()
-
     def _read(self, i: int, column: str) -> bytes:
         row, shard = int(self._row(i)), self._shard(i)
         offset, size = self._table.span(column, row)
@@ -438,12 +423,3 @@ class Shards:
         if modified != self._modified[shard]:
             raise StorageError(f"the shard {path} was replaced since it was opened; run the same command again.")
         return data
-
-
-def _warn_of(bad: Sequence[BadSample]) -> None:
-    for reason in dict.fromkeys(each.reason for each in bad):
-        found = [each for each in bad if each.reason == reason]
-        warnings.warn(
-            f"{sum(each.count for each in found)} samples are skipped, the first of them {found[0].where}: {found[0].detail}.",
-            stacklevel=4,
-        )
