@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import tokenizers
@@ -117,14 +117,18 @@ class Tokenizer:
 
     def _tokens(self, text: str, index: int = 0) -> list[tuple[int, tuple[int, int]]]:
         """Return all tokens of a text, without start, end and padding, each with the place of its characters."""
-        encoding = self.backend.encode(_checked(text, index))
+        encoding = self._unlimited.encode(_checked(text, index))
         return [
             (each, span)
-            for part in (encoding, *encoding.overflowing)
-            for token, span, added in zip(part.ids, part.offsets, part.special_tokens_mask, strict=True)
+            for token, span, added in zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True)
             if not added
             for each in (token, *self._followers.get(token, ()))
         ]
+
+    @cached_property
+    def _unlimited(self) -> tokenizers.Tokenizer:
+        """The backend without truncation and padding; its ``overflowing`` is incomplete in tokenizers 0.23.2."""
+        return unlimited(self.backend)
 
     def _row(self, tokens: Sequence[int]) -> list[int]:
         padding = self.context_length - 2 - len(tokens)
@@ -364,6 +368,14 @@ def finish(backend: tokenizers.Tokenizer, context_length: int, pad_id: int | Non
     pad = EOS if pad_id is None else _token(backend, pad_id)
     backend.enable_padding(length=context_length, pad_id=backend.token_to_id(pad), pad_token=pad)
     return Tokenizer(backend)
+
+
+def unlimited(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Return a copy of a tokenizer that neither truncates nor pads."""
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def _followers(token: str, ids: Mapping[str, int]) -> Iterator[int]:
