@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from ldm.config import to_yaml
 from ldm.data import DataConfig
-from ldm.data.filters import FilterConfig
 from ldm.errors import ConfigError, LdmError
 from ldm.training.accelerators import Accelerator, accelerator, this_machine
 from ldm.training.config import TrainConfig
@@ -82,18 +81,16 @@ def describe(experiment: Experiment, stages: Sequence[str], machine: Machine | N
 
 
 def _filtered(data: DataConfig) -> list[str]:
-    """Return what the filters of the data drop, line by line.
-
-    Raises:
-        DataError: a filter cannot be applied, or leaves no sample.
-    """
-    if data.filters == FilterConfig():
-        return []
-    splits = [split for split in ("train", "val") if data.has(split)]
-    selections = {split: data.open(split).selection for split in splits}
-    return [line for split, selection in selections.items() if selection for line in [*selection.describe(split)]] + [
-        ""
-    ]
+    """Return what the filters of the data drop, line by line, or why they cannot be applied."""
+    lines: list[str] = []
+    for split in ("train", "val"):
+        if split in data.filters.splits and data.filters.given and data.has(split):
+            try:
+                selection = data.open(split).selection
+                lines += selection.describe(split) if selection is not None else []
+            except LdmError as error:
+                lines.append(f"data.filters cannot be applied to data.{split}: {error}")
+    return [*lines, ""] if lines else []
 
 
 def _stage(

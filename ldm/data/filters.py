@@ -76,6 +76,11 @@ class FilterConfig:
         for name in ("side", "aspect_ratio", "caption_length"):
             _check_bounds(getattr(self, f"min_{name}"), getattr(self, f"max_{name}"), f"min_{name}", f"max_{name}")
 
+    @property
+    def given(self) -> bool:
+        """True if there is a condition."""
+        return next(self._filters(), None) is not None
+
     def select(
         self, shards: Shards, split: str, *, caption_field: str | None, caption_format: Literal["text", "lines", "json"]
     ) -> tuple[Shards, Selection]:
@@ -118,23 +123,12 @@ class FilterConfig:
 
     def _filters(self) -> Iterator[_Filter]:
         """Yield the filters in the order of the fields."""
-        import pyarrow.compute as pc
-
-        def shorter(table: Table) -> Any:
-            return pc.min_element_wise(table["width"], table["height"], skip_nulls=False)
-
-        def longer(table: Table) -> Any:
-            return pc.max_element_wise(table["width"], table["height"], skip_nulls=False)
-
-        def ratio(table: Table) -> Any:
-            return pc.divide(pc.cast(table["width"], "double"), table["height"])
-
         sides = ("width", "height")
         computed: dict[str, tuple[tuple[str, ...], Callable[[Table], Any]]] = {
-            "min_side": (sides, shorter),
-            "max_side": (sides, longer),
-            "min_aspect_ratio": (sides, ratio),
-            "max_aspect_ratio": (sides, ratio),
+            "min_side": (sides, _shorter_side),
+            "max_side": (sides, _longer_side),
+            "min_aspect_ratio": (sides, _aspect_ratio),
+            "max_aspect_ratio": (sides, _aspect_ratio),
             "min_caption_length": (("caption_length",), _column("caption_length")),
             "max_caption_length": (("caption_length",), _column("caption_length")),
         }
@@ -329,6 +323,24 @@ def _as_type(values: Values, kind: Any) -> Any:
 def _check_bounds(low: float | None, high: float | None, low_name: str, high_name: str) -> None:
     if low is not None and high is not None and low > high:
         raise ConfigError(f"{low_name} is {low}, more than {high_name}, which is {high}; nothing is between them.")
+
+
+def _shorter_side(table: Table) -> Any:
+    import pyarrow.compute as pc
+
+    return pc.min_element_wise(table["width"], table["height"], skip_nulls=False)
+
+
+def _longer_side(table: Table) -> Any:
+    import pyarrow.compute as pc
+
+    return pc.max_element_wise(table["width"], table["height"], skip_nulls=False)
+
+
+def _aspect_ratio(table: Table) -> Any:
+    import pyarrow.compute as pc
+
+    return pc.divide(pc.cast(table["width"], "double"), table["height"])
 
 
 def _column(name: str) -> Callable[[Table], Any]:

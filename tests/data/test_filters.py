@@ -280,3 +280,10 @@ def test_a_dry_run_shows_what_the_filters_drop(tmp_path: Path) -> None:
     assert (
         "data.train: 3 of 8 samples are left by data.filters\n  min_caption_length: 9: 5 dropped, 3 left" in described
     )
+
+
+def test_a_dry_run_goes_on_where_the_filters_cannot_be_applied(tmp_path: Path) -> None:
+    changes = ["data.filters.fields.similarity.min=0.3", "data.val=null"]
+    described = describe(tiny_experiment(tmp_path, *changes), [])
+    assert "data.filters cannot be applied to data.train: data.filters leaves none of the 8 samples" in described
+    assert "fields.similarity: min 0.3 drops 8" in described
