@@ -44,6 +44,14 @@ Shares = Annotated[
 Template = Annotated[
     str | None, typer.Option(help="Caption of images without one: {} is replaced by the name of the class.")
 ]
+Duplicates = Annotated[
+    int | None,
+    typer.Option(
+        metavar="BITS",
+        help="Drops near duplicates, whose perceptual hashes of 64 bits differ in at most BITS (4 finds copies that were "
+        "scaled or compressed again); the largest stays.",
+    ),
+]
 Language = Annotated[
     str | None,
     typer.Option(
@@ -77,14 +85,7 @@ def folder(
         bool, typer.Option("--class-folders", help="Class number of an image by the name of its folder (.cls).")
     ] = False,
     caption_template: Template = None,
-    drop_duplicates: Annotated[
-        int | None,
-        typer.Option(
-            metavar="BITS",
-            help="Drops near duplicates, whose perceptual hashes of 64 bits differ in at most BITS (4 finds copies that were "
-            "scaled or compressed again); the largest stays.",
-        ),
-    ] = None,
+    drop_duplicates: Duplicates = None,
     language: Language = None,
     workers: Workers = 4,
     debug: Debug = False,
@@ -137,6 +138,7 @@ def parquet(
     min_size: MinSize = 1,
     max_size: MaxSize = None,
     shares: Shares = None,
+    drop_duplicates: Duplicates = None,
     language: Language = None,
     workers: Workers = 4,
     debug: Debug = False,
@@ -158,6 +160,7 @@ def parquet(
         shares=fractions,
         workers=workers,
         languages=_listed(language),
+        drop_duplicates=drop_duplicates,
     )
     _print_report(report, destination, fractions)
 

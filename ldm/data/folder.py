@@ -16,7 +16,7 @@ from typing import Any
 from ldm.data.captions import NO_CAPTION, TEXT_SUFFIXES, FileNames, FolderCaptions
 from ldm.data.file_tree import find_files
 from ldm.data.measures import IndexOptions
-from ldm.data.near_duplicates import MOST_BITS, Look, import_imagehash, look_of, originals
+from ldm.data.near_duplicates import Look, check_distance, look_of, originals
 from ldm.data.preparation_report import LeftOut, Report, printable
 from ldm.data.set_writer import (
     DEFAULT_SHARES,
@@ -99,10 +99,7 @@ def prepare_folder(
     """
     check_shares(shares or DEFAULT_SHARES)
     check_sizes(min_size, max_size)
-    if drop_duplicates is not None and not 0 <= drop_duplicates <= MOST_BITS:
-        raise DataError(
-            f"near duplicates are to differ in up to {drop_duplicates} bits; give a number from 0 to {MOST_BITS}."
-        )
+    check_distance(drop_duplicates)
     if caption_template is not None and (not class_folders or "{}" not in caption_template):
         raise DataError(
             f"the caption template {caption_template!r} needs class folders, and {{}} for the name of the class."
@@ -233,8 +230,6 @@ def _examined(
     """Yield the images that can be read and are large enough, in the order of their places."""
     from tqdm import tqdm
 
-    if looks:
-        import_imagehash()  # its absence ends here
     candidates = sorted(candidates, key=lambda candidate: candidate.place)
     with (
         ThreadPoolExecutor(max(1, workers)) as pool,

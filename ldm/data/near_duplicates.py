@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.errors import missing_extra
+from ldm.errors import DataError, missing_extra
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,12 +45,22 @@ class Look:
     pixels: int
 
 
-def import_imagehash() -> Any:
-    """Return the module ``imagehash``.
+def check_distance(distance: int | None) -> None:
+    """Raise an error if near duplicates cannot be found by this number of bits; None finds none.
 
     Raises:
+        DataError: there cannot be so many.
         MissingExtraError: ImageHash is not installed.
     """
+    if distance is not None:
+        if not 0 <= distance <= MOST_BITS:
+            raise DataError(
+                f"near duplicates are to differ in up to {distance} bits; give a number from 0 to {MOST_BITS}."
+            )
+        _imagehash()
+
+
+def _imagehash() -> Any:
     try:
         import imagehash
     except ImportError:
@@ -59,14 +69,10 @@ def import_imagehash() -> Any:
 
 
 def look_of(image: Image.Image) -> Look:
-    """Return the appearance of an RGB image.
-
-    Raises:
-        MissingExtraError: ImageHash is not installed.
-    """
+    """Return the appearance of an RGB image."""
     from PIL import Image
 
-    bits = np.packbits(import_imagehash().phash(image).hash)
+    bits = np.packbits(_imagehash().phash(image).hash)
     red, green, blue = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))  # type: ignore[misc]
     return Look(int.from_bytes(bits.tobytes(), "big"), (red, green, blue), image.width * image.height)
 

@@ -11,14 +11,15 @@ import glob
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.data.measures import IndexOptions
+from ldm.data.near_duplicates import Look, check_distance, look_of, originals
 from ldm.data.preparation_report import LeftOut, Report
 from ldm.data.set_writer import (
     DEFAULT_SHARES,
@@ -63,6 +64,23 @@ class _Columns:
     several: bool
 
 
+class _Image(NamedTuple):
+    """An image that can be decoded: its file, width and height, and appearance if near duplicates are dropped."""
+
+    data: bytes
+    size: tuple[int, int]
+    look: Look | None
+
+
+class _Row(NamedTuple):
+    """Content of a row that can be used."""
+
+    image: bytes
+    look: Look | None
+    text: str | None
+    label: int | None
+
+
 def prepare_parquet(
     sources: Sequence[str],
     destination: Path,
@@ -77,6 +95,7 @@ def prepare_parquet(
     shares: Sequence[float] | None = None,
     workers: int = 4,
     languages: tuple[str, ...] = (),
+    drop_duplicates: int | None = None,
 ) -> Report:
     """Write a set of shards with the images of parquet files; see :func:`ldm.data.set_writer.write_set`.
 
@@ -92,6 +111,7 @@ def prepare_parquet(
         shares: fractions of train, val and test, which a hash of the key chooses. None: the splits that the files are named
             after, as in ``train-00000-of-00002.parquet``, if all have such names and not all the same; else 0.98, 0.01, 0.01.
         shard_size, min_size, max_size, workers, languages: see :func:`ldm.data.folder.prepare_folder`.
+        drop_duplicates: see there; the files are then read twice.
 
     Raises:
         DataError: an invalid setting, a file that is missing or cannot be read, a column that is missing or of another type, no
@@ -99,6 +119,7 @@ def prepare_parquet(
     """
     check_shares(shares or DEFAULT_SHARES)
     check_sizes(min_size, max_size)
+    check_distance(drop_duplicates)
     paths = [path for source in sources for path in find_parquet(source, destination)]
     check_distinct(paths)
     report = Report()
@@ -111,26 +132,47 @@ def prepare_parquet(
         )
     report.classes, report.caption_format = list(first.classes), "json" if first.several else "text"
 
-    def fill(writer: SetWriter) -> None:
+    given = image_column, caption_column, label_column
+
+    def usable(
+        pool: ThreadPoolExecutor, task: str, looks: bool, leave_out: Callable[[str, str, str], None]
+    ) -> Iterator[tuple[str, str | None, _Row]]:
+        """Yield key, split by name, and content of the rows that can be used."""
         from tqdm import tqdm
 
         names = [name.replace(".", "_") for name in names_of(paths)]
-        with tqdm(desc="converting", unit="image") as bar, ThreadPoolExecutor(max(1, workers)) as pool:
+        with tqdm(desc=task, unit="image") as bar:
             for number, path in enumerate(paths):
                 bar.set_postfix_str(f"file {number + 1} of {len(paths)}")
-                given = image_column, caption_column, label_column
-                for i, (row, size) in enumerate(_rows(path, first, given, pool)):
+                for i, (row, found) in enumerate(_rows(path, first, given, pool, looks)):
                     bar.update()
                     key = f"{names[number]}/{i:08d}"
                     try:
-                        sample = _sample(key, row, size, first, caption_template, min_size, max_size)
+                        content = _content(row, found, first, caption_template, min_size)
                     except LeftOut as problem:
-                        report.leave_out(problem.reason, key, problem.detail)
+                        leave_out(problem.reason, key, problem.detail)
                         continue
-                    assert not isinstance(size, LeftOut)
-                    report.aspect_ratios.append(size[0] / size[1])
-                    named = by_name[number] if report.named_splits else None
-                    writer.add(named or split_of(place_of(key), shares or DEFAULT_SHARES), sample)
+                    yield key, by_name[number] if report.named_splits else None, content
+
+    def fill(writer: SetWriter) -> None:
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            duplicates: dict[str, str] = {}
+            if drop_duplicates is not None:
+                keys, looks = [], []
+                for key, _, row in usable(pool, "comparing", True, lambda *_: None):
+                    keys.append(key)
+                    looks.append(row.look)
+                found = enumerate(originals([look for look in looks if look is not None], drop_duplicates).tolist())
+                duplicates = {keys[i]: keys[original] for i, original in found if i != original}
+            for key, named, row in usable(pool, "converting", False, report.leave_out):
+                if key in duplicates:
+                    report.leave_out("near duplicate", key, f"of {duplicates[key]}")
+                    continue
+                image, suffix, size = image_member(row.image, max_size)
+                report.aspect_ratios.append(size[0] / size[1])
+                label = {} if row.label is None else {LABEL.key: row.label}
+                split = named or split_of(place_of(key), shares or DEFAULT_SHARES)
+                writer.add(split, Sample(key, row.text, image, suffix, label))
 
     options = IndexOptions(caption_format=report.caption_format, languages=languages)
     write_set(", ".join(sources), destination, fill, report, shard_size=shard_size, workers=workers, options=options)
@@ -269,9 +311,9 @@ def _is_image(kind: Any) -> bool:
 
 
 def _rows(
-    location: Location, columns: _Columns, given: Sequence[str | None], pool: ThreadPoolExecutor
-) -> Iterator[tuple[dict[str, Any], tuple[int, int] | LeftOut]]:
-    """Yield the values of each row of a file; and width and height of the image, or why it is left out."""
+    location: Location, columns: _Columns, given: Sequence[str | None], pool: ThreadPoolExecutor, looks: bool
+) -> Iterator[tuple[dict[str, Any], _Image | LeftOut]]:
+    """Yield the values of each row of a file, and its image, or why it is left out."""
     with _opened(location) as file:
         found = _columns_of(location, file.schema_arrow, *given)
         if found != columns:
@@ -281,39 +323,32 @@ def _rows(
         used = [name for name in (columns.image, columns.caption, columns.label) if name is not None]
         for batch in file.iter_batches(_ROWS, columns=used):
             rows = batch.to_pylist()
-            for row in rows:
-                image = row[columns.image]
-                row[columns.image] = image["bytes"] if isinstance(image, dict) else image
-            yield from zip(rows, pool.map(_size, [row[columns.image] for row in rows]), strict=True)
+            yield from zip(rows, pool.map(lambda row: _examine(row[columns.image], looks), rows), strict=True)
 
 
-def _size(data: bytes | None) -> tuple[int, int] | LeftOut:
+def _examine(value: Any, looks: bool) -> _Image | LeftOut:
+    data = value["bytes"] if isinstance(value, dict) else value
     if not data:
         return LeftOut("image is not embedded")
     try:
-        return decode(data).size
+        image = decode(data)
     except DataError as error:
         return LeftOut("unreadable", str(error))
+    return _Image(data, image.size, look_of(image) if looks else None)
 
 
-def _sample(
-    key: str,
-    row: Mapping[str, Any],
-    size: tuple[int, int] | LeftOut,
-    columns: _Columns,
-    template: str | None,
-    min_size: int,
-    max_size: int | None,
-) -> Sample:
-    """Return the sample of a row.
+def _content(
+    row: Mapping[str, Any], image: _Image | LeftOut, columns: _Columns, template: str | None, min_size: int
+) -> _Row:
+    """Return the content of a row.
 
     Raises:
         LeftOut: it cannot be used.
     """
-    if isinstance(size, LeftOut):
-        raise size
-    if min(size) < min_size:
-        raise LeftOut(f"smaller than {min_size} pixels", f"{size[0]} x {size[1]}")
+    if isinstance(image, LeftOut):
+        raise image
+    if min(image.size) < min_size:
+        raise LeftOut(f"smaller than {min_size} pixels", f"{image.size[0]} x {image.size[1]}")
     label = None if columns.label is None else row[columns.label]
     if columns.label is not None and (label is None or not 0 <= label < (len(columns.classes) or math.inf)):
         raise LeftOut("no class", "" if label is None else str(label))
@@ -322,8 +357,7 @@ def _sample(
         text = template.replace("{}", columns.classes[label].replace("_", " "))
     if text is None and (columns.caption is not None or label is None):
         raise LeftOut("no caption")
-    image, suffix, _ = image_member(row[columns.image], max_size)
-    return Sample(key, text, image, suffix, {} if label is None else {LABEL.key: label})
+    return _Row(image.data, image.look, text, label)
 
 
 def _caption(value: str | Sequence[str | None] | None) -> str | None:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from ldm.cli import prepare
 from ldm.data import BatchIndices, ShardsData
@@ -128,6 +129,20 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     ((key, text, _),) = everything(tmp_path / "shards")["train"]
     assert (key, text) == ("a/00000001", "b")
     assert Shards(find_shards(str(tmp_path / "shards" / "train"), "train")).column("height").to_pylist() == [20]
+
+
+def test_near_duplicates_are_dropped_over_all_files(tmp_path: Path) -> None:
+    for number, (name, side) in enumerate({"train": 64, "test": 96}.items()):
+        smooth = [
+            noise_picture(i, 6, 6).resize((side, side), Image.Resampling.BICUBIC) for i in range(number, 4 + number)
+        ]
+        files = [{"bytes": encoded(each), "path": None} for each in smooth]
+        write(tmp_path / f"{name}.parquet", {"image": files, "text": [f"image {i}" for i in range(number, 4 + number)]})
+    report = prepare_parquet([str(tmp_path)], tmp_path / "shards", drop_duplicates=4)
+    expected = {f"train/{i:08d}": f"of test/{i - 1:08d}" for i in (1, 2, 3)}
+    assert report.left_out == {"near duplicate": expected}
+    texts = {split: [text for _, text, _ in found] for split, found in everything(tmp_path / "shards").items()}
+    assert texts == {"train": ["image 0"], "test": [f"image {i}" for i in range(1, 5)]}
 
 
 NO_IMAGE = {"image": ["a"], "text": ["b"]}
