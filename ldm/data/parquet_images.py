@@ -1,25 +1,21 @@
 """Conversion of parquet files with images, as Hugging Face's data sets have them, to shards of train, val and test.
 
-An image column is a struct of ``bytes`` and ``path``, or holds the bytes themselves; a caption is a text or a list of texts. The
-columns are found by the features that the package `datasets` describes in the schema, or by their types and names. Of a
+An image column is a struct of ``bytes`` and ``path``, or holds the bytes themselves; a caption is a text or a list of texts. Of a
 file, one row group is in memory at a time; remote files are read from a temporary copy.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm.data.measures import IndexOptions
 from ldm.data.near_duplicates import Look, check_distance, look_of, originals
+from ldm.data.parquet_files import Columns, columns_of, find_parquet, opened, read_schema
 from ldm.data.preparation_report import LeftOut, Report
 from ldm.data.set_writer import (
     DEFAULT_SHARES,
@@ -35,33 +31,12 @@ from ldm.data.set_writer import (
 )
 from ldm.data.shard_format import Sample
 from ldm.data.shard_parts import check_distinct, names_of
-from ldm.data.sources import expand_braces
-from ldm.data.storage import Location, attempted, download, folder_of, is_url, matching, name_of, shown
+from ldm.data.storage import Location, folder_of, name_of, shown
 from ldm.data.transforms import decode
-from ldm.errors import DataError, first_line, unknown
+from ldm.errors import DataError
 from ldm.modalities.label import LABEL
-from ldm.paths import expanded
-
-CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
-"""Names of a column that is taken for the captions if none is given."""
 
 _ROWS = 64  # that are read and decoded at a time
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Columns of a file, by what they hold.
-
-    Attributes:
-        classes: names of the classes, if the file has them.
-        several: whether a caption is a list of texts.
-    """
-
-    image: str
-    caption: str | None
-    label: str | None
-    classes: tuple[str, ...]
-    several: bool
 
 
 class _Image(NamedTuple):
@@ -105,7 +80,7 @@ def prepare_parquet(
         sources: files, folders or patterns, local or as URLs.
         destination: folder of the shards.
         image_column: column of the images; None: the only one that holds images, or ``image``.
-        caption_column: column of the captions; None: the first of ``CAPTION_COLUMNS`` that there is.
+        caption_column: column of the captions; None: the first of ``parquet_files.CAPTION_COLUMNS`` that there is.
         label_column: column of class numbers; None: no classes.
         caption_template: caption of images without one, in which the name of the class replaces ``{}``.
         shares: fractions of train, val and test, which a hash of the key chooses. None: the splits that the files are named
@@ -125,7 +100,7 @@ def prepare_parquet(
     report = Report()
     by_name = [split_named(name_of(path)) or split_named(name_of(folder_of(path))) for path in paths]
     report.named_splits = shares is None and named_splits(by_name)
-    first = _columns_of(paths[0], _schema(paths[0]), image_column, caption_column, label_column)
+    first = columns_of(paths[0], read_schema(paths[0]), image_column, caption_column, label_column)
     if caption_template is not None and not (first.classes and "{}" in caption_template):
         raise DataError(
             f"the caption template {caption_template!r} needs {{}}, and a label column of which the files name the classes."
@@ -179,143 +154,12 @@ def prepare_parquet(
     return report
 
 
-def find_parquet(source: str, skip: Path) -> list[Location]:
-    """Return the parquet files of a source, in order, without those in the folder ``skip``.
-
-    Raises:
-        DataError: there are none.
-    """
-    found: list[Location] = []
-    for pattern in expand_braces(expanded(source)):
-        local = Path(pattern.removeprefix("file://"))
-        if is_url(pattern) and pattern.startswith("http"):
-            found.append(pattern)  # which cannot be listed, and where ? has another meaning
-        elif is_url(pattern):
-            files = pattern if name_of(pattern).endswith(".parquet") else f"{pattern.rstrip('/')}/**/*.parquet"
-            found += matching(files) if glob.has_magic(files) else [files]
-        elif local.is_dir():
-            found += sorted(path for path in local.rglob("*.parquet") if skip.resolve() not in path.resolve().parents)
-        elif local.is_file():
-            found.append(local)
-        else:
-            found += sorted(Path(name) for name in glob.glob(str(local), recursive=True))  # noqa: PTH207 (may be absolute)
-    if not found:
-        raise DataError(
-            f"there is no parquet file in {shown(source) if is_url(source) else source}; give files, a folder or a pattern."
-        )
-    return found
-
-
-def _schema(location: Location) -> Any:
-    """Return the Arrow schema of a file.
-
-    Raises:
-        DataError: it is missing or cannot be read.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if isinstance(location, Path):
-            return pq.read_schema(location)
-        return attempted(location, _schema_of)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{shown(location)} cannot be read ({first_line(error)}); copy it again.") from None
-
-
-def _schema_of(fs: Any, path: str) -> Any:
-    import pyarrow.parquet as pq
-
-    with fs.open(path, "rb") as file:
-        return pq.read_schema(file)
-
-
-@contextmanager
-def _opened(location: Location) -> Iterator[Any]:
-    """Yield the ``pyarrow.parquet.ParquetFile`` of a file, or of a temporary copy of a remote one.
-
-    Raises:
-        DataError: it is missing or cannot be read.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with tempfile.TemporaryDirectory() as temporary:
-        path = location
-        if not isinstance(path, Path):
-            path = Path(temporary) / "copy.parquet"
-            download(str(location), path)
-        try:
-            with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-                yield file
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{shown(location)} cannot be read ({first_line(error)}); copy it again.") from None
-
-
-def _columns_of(location: Location, schema: Any, image: str | None, caption: str | None, label: str | None) -> _Columns:
-    """Return the columns of a file by its Arrow schema.
-
-    Raises:
-        DataError: one is missing or of another type.
-    """
-    import pyarrow as pa
-
-    types: dict[str, Any] = {field.name: field.type for field in schema}
-    features = _features(schema)
-    for name in (image, caption, label):
-        if name is not None and name not in types:
-            raise DataError(f"{shown(location)}: {unknown('column', name, types)}")
-    if image is None:
-        images = [name for name in types if features.get(name, {}).get("_type") == "Image"]
-        images = images or [name for name, kind in types.items() if _is_image(kind)]
-        image = "image" if "image" in images else images[0] if len(images) == 1 else None
-        if image is None:
-            raise DataError(
-                f"{shown(location)} has {len(images) or 'no'} columns that hold images, of {', '.join(types)}; choose one with "
-                "--image-column."
-            )
-    if not _is_image(types[image]):
-        raise DataError(f"the column {image!r} of {shown(location)} holds {types[image]}, not the bytes of images.")
-    caption = caption or next((name for name in CAPTION_COLUMNS if name in types), None)
-    if caption is None and label is None:
-        raise DataError(
-            f"{shown(location)} has no column of captions among {', '.join(types)}; choose one with --caption-column, or classes "
-            "with --label-column."
-        )
-    kind: Any = types.get(caption or "")
-    several = kind is not None and (pa.types.is_list(kind) or pa.types.is_large_list(kind))
-    text = kind.value_type if several else kind
-    if kind is not None and not (pa.types.is_string(text) or pa.types.is_large_string(text)):
-        raise DataError(f"the column {caption!r} of {shown(location)} holds {kind}, not texts or lists of texts.")
-    if label is not None and not pa.types.is_integer(types[label]):
-        raise DataError(f"the column {label!r} of {shown(location)} holds {types[label]}, not class numbers.")
-    classes = features.get(label or "", {}).get("names") or ()
-    return _Columns(image, caption, label, tuple(map(str, classes)), several)
-
-
-def _features(schema: Any) -> Mapping[str, Any]:
-    """Return the features by column that the package ``datasets`` writes into a schema; empty if there are none."""
-    try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-    except (TypeError, KeyError, ValueError):
-        return {}
-    return {name: each for name, each in features.items() if isinstance(each, dict)}
-
-
-def _is_image(kind: Any) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
 def _rows(
-    location: Location, columns: _Columns, given: Sequence[str | None], pool: ThreadPoolExecutor, looks: bool
+    location: Location, columns: Columns, given: Sequence[str | None], pool: ThreadPoolExecutor, looks: bool
 ) -> Iterator[tuple[dict[str, Any], _Image | LeftOut]]:
     """Yield the values of each row of a file, and its image, or why it is left out."""
-    with _opened(location) as file:
-        found = _columns_of(location, file.schema_arrow, *given)
+    with opened(location) as file:
+        found = columns_of(location, file.schema_arrow, *given)
         if found != columns:
             raise DataError(
                 f"the columns of {shown(location)} are not those of the files before it; convert it by itself."
@@ -338,7 +182,7 @@ def _examine(value: Any, looks: bool) -> _Image | LeftOut:
 
 
 def _content(
-    row: Mapping[str, Any], image: _Image | LeftOut, columns: _Columns, template: str | None, min_size: int
+    row: Mapping[str, Any], image: _Image | LeftOut, columns: Columns, template: str | None, min_size: int
 ) -> _Row:
     """Return the content of a row.
 
