@@ -109,6 +109,8 @@ def prepare_folder(
     report = Report()
 
     def fill(writer: SetWriter) -> None:
+        from tqdm import tqdm
+
         candidates = _candidates(source, destination, caption_field, class_folders, report)
         by_name = {candidate.key: _split_folder(candidate.name) for candidate in candidates}
         in_split_folders = named_splits([*by_name.values()])
@@ -123,8 +125,6 @@ def prepare_folder(
             split = by_name[each.candidate.key] if report.named_splits else None
             split = split or split_of(each.candidate.place, shares or DEFAULT_SHARES)
             writer.add(split, _sample(each.candidate, max_size))
-
-    from tqdm import tqdm
 
     options = IndexOptions(languages=languages)
     write_set(str(source), destination, fill, report, shard_size=shard_size, workers=workers, options=options)
