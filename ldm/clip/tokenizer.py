@@ -128,7 +128,10 @@ class Tokenizer:
     @cached_property
     def _unlimited(self) -> tokenizers.Tokenizer:
         """The backend without truncation and padding; its ``overflowing`` is incomplete in tokenizers 0.23.2."""
-        return unlimited(self.backend)
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     def _row(self, tokens: Sequence[int]) -> list[int]:
         padding = self.context_length - 2 - len(tokens)
@@ -368,14 +371,6 @@ def finish(backend: tokenizers.Tokenizer, context_length: int, pad_id: int | Non
     pad = EOS if pad_id is None else _token(backend, pad_id)
     backend.enable_padding(length=context_length, pad_id=backend.token_to_id(pad), pad_token=pad)
     return Tokenizer(backend)
-
-
-def unlimited(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Return a copy of a tokenizer that neither truncates nor pads."""
-    copy = tokenizers.Tokenizer.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    return copy
 
 
 def _followers(token: str, ids: Mapping[str, int]) -> Iterator[int]:
