@@ -22,6 +22,9 @@ from ldm.data.shards import Shards
 from ldm.errors import ConfigError, DataError
 from ldm.modalities.caption import CAPTION
 
+DATA_FILE = "data.json"
+"""File of a run folder: for each split the number of samples before and after the filters, and what each one dropped."""
+
 _AT_ONCE = 1 << 16  # samples
 _MOST = 100  # filters, which are counted in a byte
 

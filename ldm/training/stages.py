@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ldm.config import to_yaml
 from ldm.data.datamodule import DataModule, LatentSource
+from ldm.data.filters import DATA_FILE
 from ldm.devices import usual_torch_state
 from ldm.errors import ConfigError, TrainingError
 from ldm.formats.native import save_state
@@ -31,9 +32,6 @@ from ldm.training.lock import locked
 from ldm.training.modules import MODULES
 from ldm.training.resume import report_changes, settings_of
 from ldm.training.tasks import TASKS, VAETask
-
-DATA_FILE = "data.json"
-"""File of a run folder: for each split the number of samples before and after the filters, and what each one dropped."""
 
 
 @usual_torch_state()

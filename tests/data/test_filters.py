@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from ldm.data.filters import FilterConfig, Selection
 from ldm.data.indexing import IndexOptions, make_index
 from ldm.data.shards import Shards
 from ldm.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from ldm.report.page import page
+from ldm.report.run import Run
 from ldm.training.stages import train_stage
 from tests.data.pictures import encoded, noise_picture, write_shards, write_tar
 from tests.experiments import tiny_experiment
@@ -271,6 +274,8 @@ def test_a_training_reports_its_filters_and_is_not_resumed_with_others(
         "kept": 5,
     }
     assert json.loads((tmp_path / "run" / "data.json").read_text()) == {"train": split, "val": split}
+    text = " ".join(re.sub(r"<[^>]+>", " ", page(Run(tmp_path / "run"))).split())
+    assert "filter dropped of unknown value left all samples 8 max_caption_length: 8 3 0 5" in text
     with pytest.raises(CheckpointError, match=r"data\.filters\.max_caption_length was 8 and is now 9"):
         train_stage(tiny_experiment(tmp_path, "vae.train.max_steps=2", "data.filters.max_caption_length=9"), "vae")
 
