@@ -10,6 +10,7 @@ from PIL import ImageColor
 from ldm.config import Kind, config_field
 from ldm.data.buckets import BucketConfig, Shape
 from ldm.data.caption_choice import CaptionConfig
+from ldm.data.filters import FilterConfig
 from ldm.data.images_in_memory import ImagesInMemory
 from ldm.data.mixture import WeightedSource
 from ldm.data.samples import Samples, SourceShare, StoredImages
@@ -27,6 +28,7 @@ class DataConfig(Kind):
     made_for: int | None = None
     max_bad_fraction: float = 0.01
     mixture: tuple[WeightedSource, ...] = ()
+    filters: FilterConfig = FilterConfig()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -149,6 +151,9 @@ class ShardsData(DataConfig, kind="shards"):
         "Number of training images that the config was made for; a warning is given if there are far fewer.",
         changeable=True,
     )
+    filters: FilterConfig = config_field(
+        FilterConfig(), "Conditions on the samples; others are left out of all stages.", omit_default=True
+    )
 
     mixture: tuple[WeightedSource, ...] = config_field(
         (), "Sources to train on, each with its weight, instead of train.", omit_default=True
@@ -221,20 +226,27 @@ class ShardsData(DataConfig, kind="shards"):
         for each in self.mixture if split == "train" else ():
             files = len(find_shards(each.source, split))
             if not sum(shards.lengths[first : first + files]):
-                raise DataError(f"the source {each.source} of data.mixture has no samples; remove it.")
+                raise DataError(
+                    f"the source {each.source} of data.mixture has no usable samples; remove it, or change data.filters."
+                )
             shares.append(SourceShare(files, each.weight))
             first += files
         return shares
 
     def open(self, split: str) -> Samples:
         source = require_split(split, self._sources)
-        shards = Shards.open(
-            source,
+        shards, selection = self.filters.select(
+            Shards.open(
+                source,
+                split,
+                caption_field=self.caption_field,
+                label_field=self.label_field,
+                cache=self.shard_cache.build(),
+                sequential=split != "train" or self.shuffle_buffer is not None,
+            ),
             split,
             caption_field=self.caption_field,
-            label_field=self.label_field,
-            cache=self.shard_cache.build(),
-            sequential=split != "train" or self.shuffle_buffer is not None,
+            caption_format=self.captions.format,
         )
         stored = StoredImages(
             shards,
@@ -248,6 +260,7 @@ class ShardsData(DataConfig, kind="shards"):
             mixture=self._shares(shards, split),
             shapes=self.bucket_shapes,
         )
+        stored.selection = selection
         return ImagesInMemory(stored) if self.cache == "ram" else stored
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from ldm.data.bad_samples import BAD, BadSample, Reason, SampleError
 from ldm.data.buckets import Buckets, Shape, image_sizes, nearest
 from ldm.data.caption_choice import CaptionConfig
+from ldm.data.filters import Selection
 from ldm.data.shards import Shards
 from ldm.data.transforms import decode, to_tensor
 from ldm.errors import DataError, StorageError
@@ -84,6 +85,7 @@ class Samples(Dataset[Batch]):
         mixture: files and weight of each of the sources that are mixed, in the order of the files; empty for a single source.
         fingerprint: text that depends on the images before augmentation.
         dropped: samples that the set does not contain, since they were found to be bad when it was opened.
+        selection: what ``data.filters`` dropped; None if the set has no filters.
     """
 
     lengths: Sequence[int]
@@ -91,6 +93,7 @@ class Samples(Dataset[Batch]):
     mixture: Sequence[SourceShare] = ()
     fingerprint: str
     dropped: Sequence[BadSample] = ()
+    selection: Selection | None = None
 
     def __len__(self) -> int:
         return sum(self.lengths)
@@ -120,7 +123,7 @@ class Samples(Dataset[Batch]):
     def describe_as(self, samples: Samples) -> None:
         """Take over the attributes of another set with the same samples."""
         self.lengths, self.mixture = samples.lengths, samples.mixture
-        self.fingerprint, self.dropped = samples.fingerprint, samples.dropped
+        self.fingerprint, self.dropped, self.selection = samples.fingerprint, samples.dropped, samples.selection
 
     def all_annotations(self) -> Batch:
         """Return the annotations of all samples, without augmentation."""
@@ -293,9 +296,13 @@ class StoredImages(Samples):
         except DataError as error:
             raise SampleError(Reason.MALFORMED_ANNOTATION, f"the {modality.noun} {error}") from None
 
+    def fit_of(self, draw: BatchIndices) -> Fit:
+        """Return how the images of a draw are resized."""
+        return self.fit if draw.shape is None else replace(self.fit, height=draw.shape[0], width=draw.shape[1])
+
     def _crops(self, draw: BatchIndices) -> Iterator[Crop]:
         """Yield the crop of each sample of a draw."""
-        fit = self.fit if draw.shape is None else replace(self.fit, height=draw.shape[0], width=draw.shape[1])
+        fit = self.fit_of(draw)
         centre = np.full((len(draw.index), 2), 0.5)
         places = draw.jitter[:, :2] if draw.jitter is not None and self.random_crop else centre
         for i, (y, x), flip in zip(draw.index, places, self._flips(draw), strict=True):

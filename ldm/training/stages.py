@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -9,9 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ldm.config import to_yaml
 from ldm.data.datamodule import DataModule, LatentSource
+from ldm.data.filters import DATA_FILE
 from ldm.data.order_table import order_table
 from ldm.devices import usual_torch_state
 from ldm.errors import ConfigError, TrainingError
@@ -58,11 +61,16 @@ def _train(experiment: Experiment, module: StageModule, files: Mapping[Path, str
     """Train a stage to its end, with ``files`` in the run folder, and write its result."""
 
     def begin() -> None:
-        from tqdm import tqdm
 
         for path, text in files.items():
             _write_text(path, text)
         write_config(experiment, module.stage)
+        selections = data.selections()
+        for split, selection in selections.items():
+            for line in selection.describe(split):
+                tqdm.write(line)
+        content = {split: selection.to_dict() for split, selection in selections.items()}
+        _write_text(experiment.folder / DATA_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         for line in order_table(data.samples("train"), module.train_config.batch_size * module.world_size):
             tqdm.write(line)
 
