@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -227,8 +227,8 @@ def style_transfer(
                 )
         if settings.pop("prompt", None) is not None:
             raise SamplingError("the style is a prompt already; leave prompt out.")
-        return image_to_image(pipe, style, image, strength, **settings)
-    condition = {**(settings.pop("condition", None) or {}), "image": [2 * read_image(style) - 1]}
+        return image_to_image(pipe, cast(Any, style), image, strength, **settings)
+    condition = {**(settings.pop("condition", None) or {}), "image": [2 * read_image(cast(Any, style)) - 1]}
     if "image" not in pipe.model.config.conditioner.input_keys:
         raise SamplingError("this model reads no image; describe the style in a prompt.")
     return image_to_image(pipe, settings.pop("prompt", None), image, strength, condition=condition, **settings)
