@@ -220,7 +220,8 @@ class Adapters(nn.ModuleList):
             new = new.detach().to(parameter)
             if not torch.equal(new, parameter):  # else it is the state of this model
                 self.originals[f"{path}.{name}"] = original = new.to("cpu", copy=True)
-                state[prefix + name] = self._merged(path, name, parameter, original)
+                value = self._merged(path, name, parameter, original)
+                state[prefix + name] = torch.empty_like(parameter).copy_(original if value is None else value).detach()
 
 
 class Adapted:
