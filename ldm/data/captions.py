@@ -25,6 +25,7 @@ from ldm.modalities.caption import CAPTION
 
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 TEXT_SUFFIXES = (f".{CAPTION.suffix}", ".caption")
+NO_CAPTION = "no caption"
 _NAME = "file_name"
 
 
@@ -78,13 +79,18 @@ class FolderCaptions:
                 else:
                     self._rows[image] = row
 
-    def of(self, image: Path) -> str:
-        """Return the caption of an image, without white space around it.
+    def of(self, image: Path, *, optional: bool = False) -> str | None:
+        """Return the caption of an image, without white space around it; None if it has none and that is allowed.
 
         Raises:
             LeftOut: it has none, or one that is empty or not text.
         """
-        text = self._found(image)
+        try:
+            text = self._found(image)
+        except LeftOut as problem:
+            if optional and problem.reason == NO_CAPTION:
+                return None
+            raise
         if not text.strip():
             raise LeftOut("empty caption")
         try:
@@ -103,9 +109,9 @@ class FolderCaptions:
         if any(self._field in values for values in seen):
             return ""
         names = [name for values in seen for name in values if name not in (_NAME, None)]
-        if row is None and not names:
-            raise LeftOut("no caption")
-        detail = f"it has {some(names) or 'no other field'}; choose one with --caption-field"
+        detail = f"its metadata has {some(names) or 'no other field'}; choose one with --caption-field"
+        if row is None:
+            raise LeftOut(NO_CAPTION, detail if names else "")
         raise LeftOut(f"metadata without {self._field}", detail)
 
     def _beside(self, image: Path) -> Iterator[Path]:

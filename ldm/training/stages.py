@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ldm.config import to_yaml
 from ldm.data.datamodule import DataModule, LatentSource
+from ldm.data.filters import DATA_FILE
 from ldm.devices import usual_torch_state
 from ldm.errors import ConfigError, TrainingError
 from ldm.formats.native import save_state
@@ -18,6 +22,7 @@ from ldm.formats.tensors import write_atomically
 from ldm.formats.training_checkpoint import resume_points
 from ldm.nn.gradient_checkpointing import set_gradient_checkpointing
 from ldm.training.callbacks.interruption import interruptible
+from ldm.training.costs import flops_per_sample
 from ldm.training.ema import not_finite
 from ldm.training.engine import StageModule, seed_of
 from ldm.training.experiment import Experiment, load_config
@@ -58,11 +63,17 @@ def _train(experiment: Experiment, module: StageModule, files: Mapping[Path, str
         for path, text in files.items():
             _write_text(path, text)
         write_config(experiment, module.stage)
+        selections = data.selections()
+        for split, selection in selections.items():
+            for line in selection.describe(split):
+                tqdm.write(line)
+        content = {split: selection.to_dict() for split, selection in selections.items()}
+        _write_text(experiment.folder / DATA_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     if module.train_config.init and not resume_points(module.folder):
         initialize(module.task, module.train_config.init)
     data = data_of(experiment, module)
-    trainer = fit(module, data, experiment.trainer, begin)
+    trainer = fit(module, data, experiment.trainer, begin, partial(flops_per_sample, experiment, module.stage))
     module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when it ends
     export, state = module.export(data.samples)
     if broken := not_finite(state):

@@ -110,7 +110,7 @@ def test_the_caption_may_be_in_a_field_of_another_name(tmp_path: Path, file: str
     [
         ({"a.png": None, "metadata.jsonl": '{"file_name": "a.png", "prompt": "a"}'}, "metadata without text"),
         ({"a.png": None, "metadata.csv": "file_name,prompt,more\na.png,red,1,2"}, "metadata without text"),
-        ({"a.png": None, "a.json": '{"prompt": "a"}'}, "metadata without text"),
+        ({"a.png": None, "a.json": '{"prompt": "a"}'}, "no caption"),
         ({"a.png": None, "a.json": "[1]"}, "no caption"),
         ({"a.png": None, "metadata.jsonl": '{"file_name": "a.png", "text": ["a"]}'}, "caption is not text"),
         ({"a.png": None, "a.txt": b"caf\xe9"}, "caption is not UTF-8"),
