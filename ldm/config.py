@@ -208,7 +208,7 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str], source: str
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
-        if not equals or not _names(key):
+        if not equals or not re.fullmatch(r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*", key):
             raise ConfigError(
                 f"the override {override!r} is not of the form key=value; example: denoiser.train.max_steps=2000."
             )
@@ -216,6 +216,10 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str], source: str
             raise ConfigError(
                 f"the key {key} is given twice, as {given[key][0]!r} and {override!r}; leave one out (a list is written "
                 f"{key}=[a,b])."
+            )
+        if text.strip() == "~":
+            raise ConfigError(
+                f"the override {override!r} means null in YAML; write {key}=null for that, or {key}=~/ for the home folder."
             )
         try:
             value = parse_value(text)

@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -205,30 +205,32 @@ def variations(pipe: Pipeline, image: ImageSource | Sequence[ImageSource], **set
 def style_transfer(
     pipe: Pipeline,
     image: ImageSource | Sequence[ImageSource],
-    style: Image.Image | Path | np.ndarray | Tensor | Prompt,
+    style: Image.Image | Path | np.ndarray | Tensor | Prompt | Sequence[Prompt],
     strength: float = 0.6,
     **settings: Any,
 ) -> Any:
     """Render the content of ``image`` in a style: that of a prompt, or of an image for models that read one.
 
-    A string is a prompt, whatever files there are; the file of an image is a :class:`pathlib.Path`. This is
-    :func:`image_to_image` whose denoiser attends to the style's embedding in all steps.
+    A string is a prompt, whatever files there are, and a list of strings has one for each image; the file of an image is a
+    :class:`pathlib.Path`. This is :func:`image_to_image` whose denoiser attends to the style's embedding in all steps.
 
     Raises:
         SamplingError: as :func:`image_to_image`; a style image for a model that reads none; the name of an image file as a
             string; a prompt in addition to a style that is a prompt.
     """
-    if isinstance(style, Prompt):
-        if isinstance(style, str) and Path(style).suffix.lower() in Image.registered_extensions():
-            raise SamplingError(
-                f"the style {style!r} is a string, hence a prompt; give pathlib.Path({style!r}) for an image."
-            )
+    prompts = style if isinstance(style, list | tuple) else [style]
+    if prompts and all(isinstance(each, Prompt) for each in prompts):
+        for each in prompts:
+            if isinstance(each, str) and Path(each).suffix.lower() in Image.registered_extensions():
+                raise SamplingError(
+                    f"the style {each!r} is a string, hence a prompt; give pathlib.Path({each!r}) for an image."
+                )
         if settings.pop("prompt", None) is not None:
             raise SamplingError("the style is a prompt already; leave prompt out.")
-        return image_to_image(pipe, style, image, strength, **settings)
+        return image_to_image(pipe, cast(Any, style), image, strength, **settings)
+    condition = {**(settings.pop("condition", None) or {}), "image": [2 * read_image(cast(Any, style)) - 1]}
     if "image" not in pipe.model.config.conditioner.input_keys:
         raise SamplingError("this model reads no image; describe the style in a prompt.")
-    condition = {**(settings.pop("condition", None) or {}), "image": [2 * read_image(style) - 1]}
     return image_to_image(pipe, settings.pop("prompt", None), image, strength, condition=condition, **settings)
 
 

@@ -43,6 +43,25 @@ class SamplingError(LdmError):
     """Invalid request to the pipeline: prompt, size, sampler, noise levels."""
 
 
+class ConditionError(SamplingError):
+    """Condition of one image of a batch, which the model does not support.
+
+    Args:
+        message: sentence about image ``row``, or about the batch if that is None.
+        row: number of the image in the batch.
+        problem: the sentence without its subject, to name the image otherwise.
+    """
+
+    def __init__(self, message: str, row: int | None = None, problem: str = ""):
+        super().__init__(message)
+        self.row, self.problem = row, problem
+
+    @classmethod
+    def of(cls, row: int, problem: str) -> ConditionError:
+        """Return the error for what is wrong with image ``row``, such as ``"has 9 boxes, but ..."``."""
+        return cls(f"image {row} {problem}.", row, problem)
+
+
 class TrainingError(LdmError):
     """Training that cannot start or continue: missing predecessor, loss that is not finite."""
 

@@ -25,7 +25,8 @@ class ImageFileError(DataError):
         self.problem = problem
 
 
-_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG, _JPEG_RESTART, _JPEG_END = b"\xff\xd8", b"\xff\xdd", b"\xff\xd9"
 _PNG_KEPT = ((b"tRNS", b"eXIf"), ())
 """Ancillary chunks of PNG that are kept in the second and third attempt: transparency and orientation, then none."""
 _JPEG_KEPT = ((0xE1, 0xEE), (0xEE,), ())
@@ -147,6 +148,21 @@ def _versions(data: bytes) -> Iterator[bytes]:
         yield from (b"".join(_png_chunks(data, kept)) for kept in _PNG_KEPT)
     elif data.startswith(_JPEG):
         yield from (b"".join(_jpeg_segments(data, kept)) for kept in _JPEG_KEPT)
+        if _lacks_only_its_end(data):
+            yield data + _JPEG_END
+
+
+def _lacks_only_its_end(data: bytes) -> bool:
+    """Return True if a JPEG is complete but for the marker at its end: if pixels were missing, what follows would change them.
+
+    Not for those that are progressive or have restart markers, of which complete scans or intervals may be missing.
+    """
+    try:
+        if _JPEG_RESTART in data or "progressive" in _opened(data).info:
+            return False
+        return len({_opened(data + 512 * byte + _JPEG_END).tobytes() for byte in (b"", b"\x55", b"\xaa")}) == 1
+    except Exception:  # of Pillow's plugin, as above
+        return False
 
 
 def _png_chunks(data: bytes, kept: tuple[bytes, ...]) -> Iterator[bytes]:

@@ -38,7 +38,7 @@ class LoadOptions:
         True, "use the averaged weights of an LDM file, or a checkpoint of a training, that has both"
     )
     checkpoint: str | None = config_field(
-        None, "best or last: checkpoint to use of a run folder, also before the end of its training"
+        None, "best, last or a step: checkpoint to use of a run folder, also before the end of its training"
     )
 
     @classmethod

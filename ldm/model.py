@@ -23,6 +23,7 @@ from ldm.errors import ConfigError, unknown
 from ldm.nn.adapters import Adapters
 from ldm.nn.attention import AttentionOptions
 from ldm.nn.conditioning import Conditioning
+from ldm.nn.wrappers import has_replaced_methods, with_own_methods
 from ldm.vae import FirstStage, FirstStageConfig, Tiling
 from ldm.vae.posterior import Posterior
 from ldm.vae.preview import preview
@@ -144,6 +145,26 @@ class LatentDiffusion(nn.Module):
         self.adapters = Adapters()
         self.textual_inversions = TextualInversions()
 
+    def __copy__(self) -> LatentDiffusion:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(vars(self))
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LatentDiffusion:
+        """Copy the model without methods that were replaced, which would go on using the weights of this one."""
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__dict__.update(copy.deepcopy(vars(self), memo))
+        return with_own_methods(new)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: compiled methods cannot be."""
+        return super(LatentDiffusion, copy.deepcopy(self) if has_replaced_methods(self) else self).__getstate__()
+
+    @property
+    def additions(self) -> dict[str, Any]:
+        """Adapters and textual inversions that are loaded, as entries of the record of a generated image."""
+        return self.adapters.record() | self.textual_inversions.record()
+
     @property
     def components(self) -> dict[str, Component]:
         """Networks of the model by name; see :func:`components`."""
@@ -196,7 +217,7 @@ class LatentDiffusion(nn.Module):
             if values(result).isfinite().all():
                 return result
         with torch.inference_mode(False), torch.no_grad():
-            wide = copy.deepcopy(self.first_stage)  # other threads may be using this one
+            wide = with_own_methods(copy.deepcopy(self.first_stage))  # other threads may be using this one
             for parameter in wide.parameters():
                 parameter.data = parameter.data.float()
         self.first_stage = wide

@@ -252,7 +252,7 @@ class Pipeline(TextualInversionLoader):
             from ldm.prompt_loras import prompt_models
 
             models = prompt_models(self.model, named, settings.lora_folder or self.lora_folder)
-        return SamplingStream(self._run(_Sampling(settings, request, models, levels, shape)))
+        return SamplingStream(self._run(_Sampling(settings, request, models, levels, shape)), self.model)
 
     def _run(self, sampling: _Sampling) -> Generator[SamplingStep, None, Any]:
         """Yield the steps of all batches, and return the result."""
@@ -270,7 +270,7 @@ class Pipeline(TextualInversionLoader):
         record |= {} if settings.latents is None else {"latents": "given"}
         record |= {"dtype": str(self.dtype).removeprefix("torch."), **(settings.sampler_options or {})}
         edit = (settings.edit or Edit()).record()
-        records = [record | each.adapters.record() | each.textual_inversions.record() | edit for each in models]
+        records = [record | each.additions | edit for each in models]
         model = {"model": self.model.fingerprint} if self.model.fingerprint else {}
         return Images.of(result, [request.record(index, each) | model for index, each in enumerate(records)])
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ldm.conditioning.textual_inversion import add_inversions, changed_modules
-from ldm.errors import SamplingError, unknown, warn
+from ldm.errors import SamplingError, some, unknown, warn
 from ldm.formats.lora import read_lora
 from ldm.formats.tensors import PICKLES, SAFETENSORS
 from ldm.formats.textual_inversion import read_bundled
@@ -34,15 +35,22 @@ def prompt_models(
         folder: folder of LoRA files, searched with its subfolders; None: such names have no effect, and a warning is issued.
 
     Raises:
-        SamplingError: a LoRA is neither loaded nor in the folder, or it is merged.
+        SamplingError: a LoRA is neither loaded nor in the folder, occurs there several times, or is merged.
         CheckpointError: a file cannot be read, or is for another model.
     """
-    files = {} if folder is None else _files(Path(folder))
+    found = {} if folder is None else _files(Path(folder))
+    files = {name: paths[0] for name, paths in found.items()}
     known = {*files, *model.adapters.loaded}
     for tag in dict.fromkeys(tag for tags in named for tag in tags if tag.name not in known):
         if folder is not None:
             raise SamplingError(f"{tag.written} in a prompt: {unknown('LoRA', tag.name, known)}")
         warn(f"{tag.written!r} in a prompt has no effect: no such LoRA is loaded, and lora_folder is not given.")
+    for tag in dict.fromkeys(tag for tags in named for tag in tags if tag.name not in model.adapters.loaded):
+        if len({path.resolve() for path in found.get(tag.name, ())}) > 1:
+            raise SamplingError(
+                f"{tag.written} in a prompt: {folder} has several LoRAs of this name "
+                f"({some([str(path.relative_to(str(folder))) for path in found[tag.name]])}); rename all but one."
+            )
     views: dict[tuple[tuple[str, tuple[float, float]], ...], LatentDiffusion] = {(): model}
     models = []
     for tags in named:
@@ -57,10 +65,13 @@ def prompt_models(
     return models
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Return the LoRA files of a folder by name, without ending."""
-    endings = (SAFETENSORS, *PICKLES)
-    return {path.stem: path for path in sorted(folder.rglob("*"), reverse=True) if path.suffix in endings}
+def _files(folder: Path) -> dict[str, list[Path]]:
+    """Return the LoRA files of a folder and its subfolders by name, without ending."""
+    files: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (SAFETENSORS, *PICKLES):
+            files[path.stem].append(path)
+    return files
 
 
 def _with_loras(model: LatentDiffusion, scales: Scales, files: Mapping[str, Path]) -> LatentDiffusion:

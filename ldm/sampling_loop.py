@@ -65,17 +65,25 @@ class SamplingStep(Step):
 class SamplingStream(Iterator[SamplingStep]):
     """Iterator over the steps of a sampling, each of which is computed when the iterator reaches it.
 
+    The adapters and textual inversions of ``model`` must stay as they are until the last step.
+
     >>> stream = pipe.stream("a red apple")
     >>> for step in stream:
     ...     step.preview()[0].save(f"{step.done}-of-{step.total}.png")
     >>> stream.result()[0].save("apple.png")
     """
 
-    def __init__(self, steps: Generator[SamplingStep, None, Any]):
-        self._steps = steps
+    def __init__(self, steps: Generator[SamplingStep, None, Any], model: LatentDiffusion):
+        self._steps, self._model, self._additions = steps, model, model.additions
         self._result: Any = None
 
     def __next__(self) -> SamplingStep:
+        if self._result is None and self._model.additions != self._additions:
+            self.close()
+            raise SamplingError(
+                "the LoRAs or textual inversions of the model were changed during the sampling; start it again, and change "
+                "them after its last step."
+            )
         try:
             with usual_torch_state():
                 return next(self._steps)

@@ -97,6 +97,7 @@ COLOUR: dict[str, bytes] = {
     "png-transparent-colour": encoded(IMAGE, "PNG", transparency=(1, 2, 3)),
     "png-16-bit": png_16(2, RGB_16),
     "png-16-bit-transparent-colour": png_16(2, RGB_16, struct.pack(">HHH", 1, 2, 3)),
+    "jpeg-without-end": jpeg()[:-2],
     "jpeg-exif-garbage": jpeg(exif=b"Exif\0\0garbage"),
     "jpeg-exif-cut": jpeg(exif=exif(ORIENTATION, 3, b"\6\0\0\0")[:16]),
     "jpeg-orientation-text": jpeg(exif=exif(ORIENTATION, 2, b"6\0\0\0")),

@@ -196,7 +196,23 @@ def test_a_kind_given_by_its_name_alone_is_overridden(tmp_path: Path) -> None:
     assert read_yaml(path, ["s.y.kind=circle"]) == {"s": {"y": {"kind": "circle"}}}
 
 
-@pytest.mark.parametrize("override", ["max_steps", "=3", "", "a.b=[1", "a.c.9.d=1", "a={x: ${nowhere}}"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "max_steps",
+        "=3",
+        "",
+        "a.b=[1",
+        "a.c.9.d=1",
+        "a={x: ${nowhere}}",
+        ".e=x",
+        "e.=x",
+        "a..b=2",
+        "a.c[]=2",
+        "e=~",
+        "a.b= ~ ",
+    ],
+)
 def test_an_override_that_does_not_fit_is_named(tmp_path: Path, override: str) -> None:
     path = write(tmp_path / "a.yaml", "a: {b: 1, c: [{d: 1}]}\ne: text")
     with pytest.raises(ConfigError) as raised:

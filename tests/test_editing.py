@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -206,6 +206,14 @@ def test_style_is_a_prompt_if_the_model_reads_no_image(pipe: Pipeline) -> None:
     assert same(styled, editing.image_to_image(pipe, "a blue sky", random_image(), **options)[0])
     with pytest.raises(SamplingError, match="reads no image; describe the style"):
         editing.style_transfer(pipe, random_image(), random_image(1))
+    both = editing.style_transfer(pipe, random_image(), ["a blue sky", "red"], **options)
+    expected = editing.image_to_image(pipe, ["a blue sky", "red"], random_image(), **options)
+    assert all(map(same, both, expected))
+    for style in ([], 3, None):
+        with pytest.raises(SamplingError, match=r"an image is a PIL\.Image or the name of a file, not"):
+            editing.style_transfer(pipe, random_image(), cast(Any, style))
+    with pytest.raises(SamplingError, match=r"nowhere\.png cannot be read"):
+        editing.style_transfer(pipe, random_image(), Path("nowhere.png"))
     with pytest.raises(SamplingError, match="reads no image, which variations need"):
         editing.variations(pipe, random_image())
 

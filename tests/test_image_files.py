@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,11 @@ from ldm.data.shards import Sample, Shards, find_shards, write_shard
 from ldm.data.transforms import decode
 from ldm.errors import DataError, SamplingError
 from ldm.image_arguments import read_image
-from ldm.image_files import image_size, open_image
+from ldm.image_files import ImageFileError, image_size, open_image
 from ldm.image_io import open_argument, rgb
 from ldm.modalities.edges import EDGES
 from ldm.modalities.semantic import SEMANTIC
-from tests.odd_images import LEFT_HALF_WHITE, PALETTE, SHOWN, WIDTH, differs, encoded, exif, with_chunk
+from tests.odd_images import IMAGE, LEFT_HALF_WHITE, PALETTE, SHOWN, WIDTH, differs, encoded, exif, with_chunk
 
 TOLERANCE = 8.0
 """Mean difference that lossy formats and conversions of colours may make, in levels of 255."""
@@ -38,6 +39,20 @@ def test_what_any_viewer_shows_is_read(name: str, tmp_path: Path) -> None:
     assert differs(rgb(open_argument(path)), image) == 0
     if not open_image(data).has_transparency_data:  # which is no edge
         assert differs(EDGES.decode_file(path).convert("RGB"), image.convert("L").convert("RGB")) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}], ids=str)
+@pytest.mark.parametrize("image", [IMAGE, Image.new("RGB", IMAGE.size, "white")], ids=["smooth", "white"])
+def test_a_cut_jpeg_is_refused_or_complete(image: Image.Image, options: dict[str, Any]) -> None:
+    data = encoded(image, "JPEG", **options)
+    whole, complete = open_image(data), 0
+    for cut in range(1, len(data)):
+        try:
+            assert differs(open_image(data[:-cut]), whole) == 0, cut
+            complete = cut
+        except ImageFileError:
+            pass
+    assert complete >= 2 or options, "the marker at the end is needed"
 
 
 @pytest.mark.parametrize("name", LEFT_HALF_WHITE)

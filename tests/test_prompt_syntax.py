@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -277,6 +278,25 @@ def test_lora_tags_that_cannot_act_are_refused_before_the_first_step(folder: Pat
     name = pipe.load_lora(folder / "style.safetensors", merge=True)
     with pytest.raises(SamplingError, match="the LoRA 'style' is merged into the weights; load it without merge=True"):
         pipe.stream(f"a <lora:{name}:1>", **QUIET)
+
+
+def test_a_name_that_several_loras_have_is_refused(folder: Path, tmp_path: Path) -> None:
+    pipe = Pipeline(tiny_model())
+    for place in ("a/x.safetensors", "b/x.safetensors", "c/y.safetensors"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "style.safetensors", tmp_path / place)
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "c" / "y.safetensors")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "y.safetensors").symlink_to(tmp_path / "c" / "y.safetensors")
+    with pytest.raises(
+        SamplingError, match=r"several LoRAs of this name \(a/x\.safetensors, b/x\.safetensors\); rename all but"
+    ):
+        pipe.stream("a <lora:x:1>", lora_folder=tmp_path, **QUIET)
+    for name in ("y", "link"):
+        pipe.stream(f"a <lora:{name}:1>", lora_folder=tmp_path, **QUIET).close()
+    name = pipe.load_lora(tmp_path / "a" / "x.safetensors")
+    assert name == "x"
+    pipe.stream("a <lora:x:1>", lora_folder=tmp_path, **QUIET).close()
 
 
 # What has no meaning

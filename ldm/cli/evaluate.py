@@ -52,7 +52,7 @@ def evaluate(
         Option(help="A model, VAE or CLIP to evaluate instead of the run's: a file, emoji, or any other source."),
     ] = None,
     checkpoint: Annotated[
-        str | None, Option(help="best or last: evaluate these checkpoints of the stages, finished or not.")
+        str | None, Option(help="best, last or a step: evaluate these checkpoints of the stages, finished or not.")
     ] = None,
     train_every: Annotated[int, Option(help="Also generate images for every n-th training caption.")] = 28,
     steps: Annotated[int | None, Option(help="Steps of the sampler; default: that of the model.")] = None,
@@ -98,26 +98,31 @@ def sources_of(experiment: Experiment, checkpoint: str | None) -> dict[str, Sour
     Raises:
         CheckpointError: there is none.
     """
+    from ldm.formats.training_checkpoint import checkpoint_in
     from ldm.training.handoff import result_file
     from ldm.training.tasks import TASKS
 
     sources: dict[str, Source] = {}
+    named = False  # whether a stage has a checkpoint of that name
     for stage in (stage for stage in TASKS if getattr(experiment, stage) is not None):
-        trained = [result_file(experiment, stage)]
-        if checkpoint is not None:
-            trained.insert(0, experiment.folder / stage / f"{checkpoint}.ckpt")
+        result = result_file(experiment, stage)
+        found = None if checkpoint is None else checkpoint_in(experiment.folder / stage, checkpoint)
+        named |= found is not None
         given = getattr(getattr(experiment, stage), "checkpoint", None)
-        source = given or next((path for path in trained if path.is_file()), None)
+        source = given or found or (result if result.is_file() else None)
         if source is not None:
             sources[stage] = source
         elif stage in experiment.stages:
-            print(f"stage {stage} is left out: there is no {' or '.join(map(str, trained))}", file=sys.stderr)
+            wanted = "" if checkpoint is None else f"checkpoint {checkpoint!r} of it and no "
+            print(f"stage {stage} is left out: there is no {wanted}{result}", file=sys.stderr)
     if not any(stage in sources for stage in experiment.stages):
         raise CheckpointError(
             f"{experiment.folder} holds no result of a stage; train one, or give --checkpoint best or last."
         )
-    if checkpoint is not None and not any(Path(source).stem == checkpoint for source in sources.values()):
-        raise CheckpointError(f"no stage of {experiment.folder} has a checkpoint {checkpoint}.ckpt; give best or last.")
+    if checkpoint is not None and not named:
+        raise CheckpointError(
+            f"no stage of {experiment.folder} has a checkpoint {checkpoint!r}; give best, last or a step."
+        )
     return sources
 
 

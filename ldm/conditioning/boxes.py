@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, check_dropout, dropped, input_of
 from ldm.config import config_field
-from ldm.errors import ConfigError, DataError, SamplingError
+from ldm.errors import ConditionError, ConfigError, DataError, SamplingError
 from ldm.modalities.boxes import Box, read_boxes
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import mlp
@@ -97,13 +97,13 @@ class BoxesConditioner(Conditioner):
         except DataError as error:
             raise SamplingError(f"the boxes of image {number} {error}; correct them.") from None
         if len(layout) > self.config.max_boxes:
-            raise SamplingError(
-                f"image {number} has {len(layout)} boxes, but the model takes at most {self.config.max_boxes} (max_boxes)."
+            raise ConditionError.of(
+                number, f"has {len(layout)} boxes, but the model takes at most {self.config.max_boxes} (max_boxes)"
             )
         for label, *_ in layout:
             if label >= self.config.classes:
-                raise SamplingError(
-                    f"image {number} has a box of class {label}, but the classes are 0 to {self.config.classes - 1}."
+                raise ConditionError.of(
+                    number, f"has a box of class {label}, but the classes are 0 to {self.config.classes - 1}"
                 )
         return layout
 

@@ -31,6 +31,13 @@ class PixelMapConditioner(Conditioner):
         assert factor is not None, "the factor comes from the experiment's first stage"
         self.size, self.factor, self.absent = size, factor, absent
 
+    def check(self, maps: Tensor, first: int = 0) -> None:
+        """Check the values of the maps ``[b h w]`` of images ``first``, ``first + 1``, ...
+
+        Raises:
+            ConditionError: one is invalid.
+        """
+
     def shrunk(self, maps: Tensor) -> Tensor:
         """Downsample maps ``[b h w] -> [b h/f w/f]``."""
         raise NotImplementedError
@@ -39,12 +46,17 @@ class PixelMapConditioner(Conditioner):
         """Return the downsampled maps of a batch, ``[b h/f w/f]``.
 
         Raises:
-            SamplingError: the maps differ in size.
+            SamplingError: the maps differ in size, or have invalid values.
         """
         given: Tensor | Sequence[Any] = input_of(inputs, self.modality.key)
         if isinstance(given, Tensor):
+            self.check(given)
             return self.shrunk(given)
-        maps = [None if each is None else self.shrunk(self.modality.entry(each)[None])[0] for each in given]
+        entries = [None if each is None else self.modality.entry(each)[None] for each in given]
+        for number, entry in enumerate(entries):
+            if entry is not None:
+                self.check(entry, number)
+        maps = [None if entry is None else self.shrunk(entry)[0] for entry in entries]
         present = [each for each in maps if each is not None]
         sizes = {each.shape for each in present}
         if len(sizes) > 1:

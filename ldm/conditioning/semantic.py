@@ -18,7 +18,7 @@ from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning.conditioner import ConditionerConfig, check_dropout, dropped
 from ldm.conditioning.pixel_map import PixelMapConditioner
 from ldm.config import config_field
-from ldm.errors import ConfigError, SamplingError
+from ldm.errors import ConditionError, ConfigError
 from ldm.modalities.semantic import SEMANTIC
 from ldm.nn.conditioning import Conditioning
 
@@ -77,16 +77,17 @@ class SemanticConditioner(PixelMapConditioner):
         rows = self.table(torch.where(drop[:, None, None], self.config.classes, labels))
         return Conditioning(concat=rows.permute(0, 3, 1, 2))
 
-    def shrunk(self, maps: Tensor) -> Tensor:
-        """Downsample class numbers ``[b h w] -> [b h/f w/f]``, taking the pixel nearest to the centre of each cell.
-
-        Raises:
-            SamplingError: a number is not one of the classes.
-        """
-        wrong = maps[(maps < 0) | (maps >= self.config.classes)]
-        if len(wrong):
-            raise SamplingError(
-                f"a semantic map holds {int(wrong[0])}, but its classes are 0 to {self.config.classes - 1}."
+    def check(self, maps: Tensor, first: int = 0) -> None:
+        wrong = (maps < 0) | (maps >= self.config.classes)
+        if wrong.any():
+            row = int(wrong.flatten(1).any(1).nonzero()[0])
+            value = int(maps[row][wrong[row]][0])
+            raise ConditionError.of(
+                first + row,
+                f"has a semantic map with the value {value}, but the classes are 0 to {self.config.classes - 1}",
             )
+
+    def shrunk(self, maps: Tensor) -> Tensor:
+        """Downsample class numbers ``[b h w] -> [b h/f w/f]``, taking the pixel nearest to the centre of each cell."""
         size = [side // self.factor for side in maps.shape[-2:]]
         return F.interpolate(maps[:, None].float(), size, mode="nearest-exact")[:, 0].long()

@@ -1,8 +1,9 @@
 """Captions of the images of a folder, as they are found: in a file next to the image, or in metadata.
 
-For ``x.jpg``, in this order: its row in a ``metadata.csv`` or ``metadata.jsonl`` in the same folder or above (columns
-``file_name`` and ``text``, as Hugging Face's imagefolder has them); ``x.json``, an object with the field ``text``; ``x.txt`` and
-``x.caption``, also as ``x.jpg.txt`` and ``x.jpg.caption``. Suffixes may be in upper case.
+For ``x.jpg``, in this order: its row in a ``metadata.csv``, ``metadata.tsv`` or ``metadata.jsonl`` in the same folder or above
+(columns ``file_name`` and ``text``, as Hugging Face's imagefolder has them; commas, semicolons or tabs separate those of a
+table); ``x.json``, an object with the field ``text``; ``x.txt`` and ``x.caption``, also as ``x.jpg.txt`` and ``x.jpg.caption``.
+Suffixes may be in upper case.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import itertools
 import json
 import os
 import unicodedata
@@ -21,7 +23,7 @@ from ldm.data.preparation_report import LeftOut, Report
 from ldm.errors import DataError, some
 from ldm.modalities.caption import CAPTION
 
-METADATA = ("metadata.csv", "metadata.jsonl")
+METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 TEXT_SUFFIXES = (f".{CAPTION.suffix}", ".caption")
 NO_CAPTION = "no caption"
 _NAME = "file_name"
@@ -99,20 +101,18 @@ class FolderCaptions:
 
     def _found(self, image: Path) -> str:
         row = self._rows.get(image)
-        blank = row is not None and self._field in row
-        if row is not None and not _is_blank(row.get(self._field)):
-            return _text(row[self._field])
-        for path in self._beside(image):
-            text = self._text_of(path)
-            if not _is_blank(text):
-                return _text(text)
-            blank = blank or text is not None
-        if blank:
+        seen: list[Mapping[str, Any]] = []
+        for values in itertools.chain([row or {}], map(self._values, self._beside(image))):
+            if not _is_blank(values.get(self._field)):
+                return _text(values[self._field])
+            seen.append(values)
+        if any(self._field in values for values in seen):
             return ""
-        if row is not None:
-            fields = some([name for name in row if name not in (_NAME, None)]) or "no other field"
-            raise LeftOut(f"metadata without {self._field}", f"it has {fields}; choose one with --caption-field")
-        raise LeftOut(NO_CAPTION)
+        names = [name for values in seen for name in values if name not in (_NAME, None)]
+        detail = f"its metadata has {some(names) or 'no other field'}; choose one with --caption-field"
+        if row is None:
+            raise LeftOut(NO_CAPTION, detail if names else "")
+        raise LeftOut(f"metadata without {self._field}", detail)
 
     def _beside(self, image: Path) -> Iterator[Path]:
         """Yield the files of an image that may hold its caption."""
@@ -122,18 +122,18 @@ class FolderCaptions:
                 if path is not None:
                     yield path
 
-    def _text_of(self, path: Path) -> Any:
-        """Return the caption in a file next to an image; None if a JSON file has none."""
+    def _values(self, path: Path) -> Mapping[str, Any]:
+        """Return the fields of a file next to an image: those of a JSON file, or the text as the caption."""
         try:
             text = _read_text(path)
         except OSError as error:
             raise LeftOut("unreadable caption", f"{path.name}: {error.strerror}") from None
         if path.suffix.lower() != ".json":
-            return text
+            return {self._field: text}
         values = _json_object(text)
         if self._field in values:
             self.read.add(path)
-        return values.get(self._field)
+        return values
 
 
 def _is_blank(value: Any) -> bool:
@@ -148,7 +148,7 @@ def _text(value: Any) -> str:
 
 def _listed(folder: Path, name: str, images: FileNames) -> Path | None:
     """Return the image that metadata in ``folder`` name, with slashes of either kind; None if it is not there."""
-    for each in (name, name.replace("\\", "/")):
+    for each in (name, name.replace("\\", "/").strip()):
         image = images.find(Path(os.path.normpath(folder / each)))
         if image is not None:
             return image
@@ -161,7 +161,7 @@ def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         text = _read_text(file)
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); make it readable, or move it.") from None
-    if file.suffix.lower() == ".csv":
+    if file.suffix.lower() in (".csv", ".tsv"):
         yield from _csv_rows(file, text)
         return
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
@@ -170,9 +170,11 @@ def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    first = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
-        columns = reader.fieldnames or ()
+        reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or ()]
     except csv.Error as error:
         raise DataError(f"the first line of {file} cannot be read ({error}); it names the columns.") from None
     if _NAME not in columns:

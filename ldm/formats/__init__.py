@@ -30,6 +30,9 @@ SHIPPED = "emoji"
 MODEL_FILE = "model.safetensors"
 """File of the complete model in a run folder, written after the last stage."""
 
+STAGE_FILE = "final.safetensors"
+"""File of the network that a stage has trained, in the folder of the stage."""
+
 ASSETS = Path(__file__).parents[1] / "assets"
 
 FORMATS = ("native", "ldm", "diffusers")
@@ -189,7 +192,7 @@ def find(
 
     Args:
         source, revision, subfolder, variant: see :func:`load` and :class:`LoadOptions`.
-        checkpoint: checkpoint of a training in a run folder, or in the folder of a stage: ``"best"`` or ``"last"``.
+        checkpoint: checkpoint of a training in a run folder, or in the folder of a stage: ``"best"``, ``"last"`` or a step.
 
     Raises:
         CheckpointError: there is no model; the message says what was found instead.
@@ -197,6 +200,9 @@ def find(
     if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
         raise CheckpointError(f"the subfolder {subfolder!r} is not within {source}; name a folder in it.")
     if checkpoint is not None:
+        for name, value in {"revision": revision, "variant": variant}.items():
+            if value is not None:
+                raise CheckpointError(f"the checkpoint {checkpoint!r} of a training has no {name} {value!r}; omit it.")
         folder = Path(expanded(source)) / (subfolder or "")
         if not folder.is_dir():
             raise CheckpointError(f"{source} is not a run folder, so it has no checkpoint {checkpoint!r}; omit it.")
@@ -234,8 +240,9 @@ def _find(source: Source, revision: str | None, subfolder: str | None, variant: 
     if path.is_dir() and not is_sharded(path):
         if is_folder(path) or is_clip(path):
             return path
-        if (path / MODEL_FILE).is_file():
-            return path / MODEL_FILE
+        for name in (MODEL_FILE, STAGE_FILE):
+            if (path / name).is_file():
+                return path / name
         raise CheckpointError(_without_model(path))
     _existing(
         path, f"there is no model {path}; name a run folder, a file, a diffusers folder, a hub id, or {SHIPPED!r}."

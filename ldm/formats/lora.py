@@ -11,6 +11,8 @@ spelled as each naming has it, and looked up.
 | kohya        | ``lora_unet_`` + name of a diffusers folder or an LDM file   | ``lora_te_`` or ``lora_te1_``, ``lora_te2_`` |
 | diffusers    | ``unet.`` or nothing + name of a diffusers folder            | ``text_encoder.``, ``text_encoder_2.``       |
 | PEFT         | ``base_model.model.`` + name of a diffusers folder           | ``base_model.model.``                        |
+| ComfyUI      | ``diffusion_model.`` + name of an LDM file                   |                                              |
+| SimpleTuner  | ``lycoris_`` + name of a diffusers folder, as in kohya's     |                                              |
 """
 
 from __future__ import annotations
@@ -60,6 +62,15 @@ OLD: Rules = (
     (r"\bself_attn\.to_out$", "self_attn.out_proj"),
 )
 """Names of layers in files of the diffusers versions in which LoRA was a kind of attention processor."""
+
+OTHERS: Rules = (
+    (r"\bbase_model\.model\.", ""),
+    (r"^lycoris_", "lora_unet_"),
+)
+"""Names of layers in files in which several programs had a part."""
+
+COMFY = re.compile(r"(?:model\.)?diffusion_model\.(.+)")
+"""Name of a layer in files of ComfyUI."""
 
 UNSUPPORTED = {
     r"\.b?oft_": "OFT",
@@ -231,7 +242,9 @@ def _by_layer(
         role, match = next(((role, match) for role, match in ends if match), ("", None))
         if match is None:
             raise CheckpointError(f"{path} holds {key}, which is not a LoRA tensor{looks}; name a LoRA file.")
-        layer = renamed(key[: match.start()], OLD)
+        layer = renamed(key[: match.start()], [*OLD, *OTHERS])
+        if comfy := COMFY.fullmatch(layer):  # kohya's names lead to the same layers
+            layer = f"lora_unet_{comfy[1].replace('.', '_')}"
         ours = layers.get(layer) or layers.get(prefix + layer)
         if ours is None:
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,15 @@ EMA_NAME = re.compile(r"((?:.+\.)?)(?:model_ema|ema_model|ema)\.(.+)")
 
 REFINER = "conditioner.embedders.0.model."
 """Prefix of the only text encoder of the SDXL refiner."""
+
+ALIASES = {
+    "diffusion_model.": "model.diffusion_model.",
+    "unet.": "model.diffusion_model.",
+    "vae.": "first_stage_model.",
+    "text_encoder.": "cond_stage_model.transformer.",
+    "text_encoders.clip_l.transformer.": "cond_stage_model.transformer.",
+}
+"""Prefixes of networks in files of other programs, by that of LDM files; of SDXL's text encoders, only LDM's are known."""
 
 TRAINING = ("model.denoiser.", "first_stage.", "clip.")
 """Prefixes in training checkpoints of ldm."""
@@ -57,8 +67,14 @@ def networks_in(
     """
     forms, described = _forms(), described or {}
     unused = [name for name in tensors if not is_weight(name)]
-    outer = outer_prefix(tensors, tuple(forms))
+    aliases = {
+        alias: tuple(alias + mark for form in forms[prefix] for mark in form.marks) for alias, prefix in ALIASES.items()
+    }
+    outer = outer_prefix(tensors, (*forms, *itertools.chain(*aliases.values())))
     tensors = {name.removeprefix(outer): tensor for name, tensor in tensors.items() if is_weight(name)}
+    for alias, marks in aliases.items():
+        if any(name.startswith(marks) for name in tensors):
+            tensors = _without_alias(tensors, alias, ALIASES[alias])
     has_prefix = any(name.startswith(tuple(forms)) for name in tensors)
     added = "" if has_prefix else _missing_prefix(tensors, forms)
     by_prefix: dict[str, dict[str, Tensor]] = {}
@@ -80,6 +96,16 @@ def networks_in(
         if used:
             found[component] = Found(prefix, form, used)
     return found, unused
+
+
+def _without_alias(tensors: Mapping[str, Tensor], alias: str, prefix: str) -> dict[str, Tensor]:
+    """Put ``prefix`` in place of its alias, unless the file has a network with the prefix, too."""
+    if any(name.startswith(prefix) for name in tensors):
+        return dict(tensors)
+    return {
+        prefix + name.removeprefix(alias) if name.startswith(alias) else name: tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _missing_prefix(tensors: Mapping[str, Tensor], forms: Mapping[str, list[SingleFileFormat]]) -> str:

@@ -47,6 +47,9 @@ PIVOTAL = "<s0>"
 BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\.\*|emb_params|clip_l|clip_g)")
 """Key of a textual inversion within a LoRA file."""
 
+WEIGHT = re.compile(r"\.(weight|bias|alpha|embeddings?)$")
+"""End of the name of a network's weight, which no token has."""
+
 FAMILIES = {(768,): "SD 1", (1024,): "SD 2", (768, 1280): "SDXL"}
 """Kinds of models by the widths of their text encoders."""
 
@@ -131,9 +134,14 @@ def _named(content: Any, path: Path) -> dict[str, Vectors]:
     elif isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
         if content.keys() <= ENCODERS.keys():
             return {path.stem if any(key.startswith("clip_") for key in content) else PIVOTAL: content}
+        if others := content.keys() - ENCODERS.keys() if content.keys() & ENCODERS.keys() else set():
+            raise CheckpointError(
+                f"{path} holds a textual inversion for {', '.join(sorted(others))} too, a text encoder that ldm does not have; "
+                "use one for SD 1, SD 2 or SDXL."
+            )
         if content.keys() == {"emb_params"}:
             return {path.stem: {"": content["emb_params"]}}
-        if all(value.ndim in (1, 2) for value in content.values()) and not any("." in key for key in content):
+        if all(value.ndim in (1, 2) and not WEIGHT.search(key) for key, value in content.items()):
             return {key: {"": value} for key, value in content.items()}
     raise CheckpointError(f"{path} holds no textual inversion; name a file such as {FILES[0]}.")
 

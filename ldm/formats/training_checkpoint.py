@@ -6,6 +6,7 @@ exported module in the state of the task. Checkpoints of earlier versions have n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,31 @@ ALWAYS = ("completed_steps", "state_dict", "loops")
 
 
 def find_checkpoint(folder: Path, name: str) -> Path:
-    """Return the checkpoint ``<name>.ckpt`` in the folder of a stage, or of stage 3 in a run folder.
+    """Return a checkpoint in the folder of a stage, or of stage 3 in a run folder; see :func:`checkpoint_in`.
 
     Raises:
         CheckpointError: there is none; the message names those that there are.
     """
     for place in (folder, folder / MODEL_STAGE):
-        candidates = resume_points(place) if name == "last" else [place / f"{name}.ckpt"]
-        for path in candidates:
-            if path.exists():
-                return path
+        if (path := checkpoint_in(place, name)) is not None:
+            return path
     there = checkpoints_in(folder)
     remedy = f"there are {some([str(path) for path in there])}" if there else "it holds no checkpoint of a training"
-    raise CheckpointError(f"{folder} holds no {MODEL_STAGE}/{name}.ckpt or {name}.ckpt; {remedy}.")
+    raise CheckpointError(f"{folder} holds no checkpoint {name!r} of stage {MODEL_STAGE}; {remedy}.")
+
+
+def checkpoint_in(folder: Path, name: str) -> Path | None:
+    """Return a checkpoint in the folder of a stage; None if there is none.
+
+    Args:
+        folder: the folder.
+        name: ``best``, ``last``, or the step of an earlier one, such as ``5000`` or ``step_5000``; also with ``.ckpt``.
+    """
+    name = str(name).removesuffix(".ckpt")
+    if step := re.fullmatch(r"(?:step_)?(\d+)", name):
+        return next((path for path in earlier_checkpoints(folder) if step_of(path) == int(step[1])), None)
+    candidates = resume_points(folder) if name == "last" else [folder / f"{name}.ckpt"]
+    return next((path for path in candidates if path.exists()), None)
 
 
 def earlier_checkpoints(folder: Path) -> list[Path]:
@@ -57,8 +70,8 @@ def resume_points(folder: Path) -> list[Path]:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the best and last checkpoints in the folder of a stage or a run."""
-    patterns = [f"{place}{name}.ckpt" for place in ("", "*/") for name in ("best", "last")]
+    """Return the checkpoints in the folder of a stage, or the best and last ones in that of a run."""
+    patterns = [f"{place}{name}.ckpt" for place in ("", "*/") for name in ("best", "last")] + ["step_*[0-9].ckpt"]
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 

@@ -1,19 +1,21 @@
 """Adapters: small sets of weights that change some layers of a trained model, such as LoRA.
 
 An adapter is live, adding to what its layers return, or merged into their weights. Merged weights are always computed from the
-original ones, which are kept, so unloading restores them bit for bit in whatever order adapters were loaded.
+original ones, which are kept, so unloading restores them bit for bit in whatever order adapters were loaded. A state dict that is
+loaded meanwhile replaces the original weights, to which the adapters are then applied, unless it is the present one.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ldm.checks import number
 from ldm.errors import SamplingError, unknown
@@ -111,6 +113,7 @@ class Adapters(nn.ModuleList):
     def __init__(self) -> None:
         super().__init__()
         self.originals: dict[str, Tensor] = {}
+        self._watched: dict[str, RemovableHandle] = {}  # hooks that notice new weights of layers, by their names
         self.register_state_dict_post_hook(_leave_out)
         self.register_load_state_dict_pre_hook(_keep)
 
@@ -184,20 +187,41 @@ class Adapters(nn.ModuleList):
 
     def _merge(self, layer: nn.Module, path: str) -> None:
         """Write the parameters of a layer: the original ones plus all merged changes, summed in fp32."""
-        changes = [change for each, change in self._changes(path) if each.merged]
         for name, parameter in layer.named_parameters(recurse=False):
             known = f"{path}.{name}" in self.originals
             original = self.originals.pop(f"{path}.{name}") if known else parameter.detach().cpu()
             original = original.to(parameter.dtype)
-            value = base = original.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
-            deltas = [(each.scale, each.delta(base) if name == "weight" else each.bias_delta(base)) for each in changes]
-            for scale, delta in deltas:
-                value = value if delta is None else value + scale * delta.detach()
-            if value is not base:
+            value = self._merged(path, name, parameter, original)
+            if value is not None:
                 self.originals[f"{path}.{name}"] = original
-            if known or value is not base:
+            if known or value is not None:
                 # never in place: the weight may be the original tensor, or memory-mapped from a file
-                parameter.data = torch.empty_like(parameter).copy_(original if value is base else value)
+                parameter.data = torch.empty_like(parameter).copy_(original if value is None else value)
+        if any(each.rpartition(".")[0] == path for each in self.originals):
+            if path not in self._watched:
+                self._watched[path] = layer.register_load_state_dict_pre_hook(partial(self._replace, path))
+        elif path in self._watched:
+            self._watched.pop(path).remove()
+
+    def _merged(self, path: str, name: str, parameter: Tensor, original: Tensor) -> Tensor | None:
+        """Return a parameter with all merged changes, in fp32 or its own dtype on its device; None if there are none."""
+        value = base = original.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+        for each in (change for adapter, change in self._changes(path) if adapter.merged):
+            delta = each.delta(base) if name == "weight" else each.bias_delta(base)
+            value = value if delta is None else value + each.scale * delta.detach()
+        return None if value is base else value
+
+    def _replace(self, path: str, layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Take the parameters of a state dict that a layer is about to load as its original ones, and merge into these."""
+        for name, parameter in layer.named_parameters(recurse=False):
+            new = state.get(prefix + name)
+            if f"{path}.{name}" not in self.originals or not isinstance(new, Tensor) or new.shape != parameter.shape:
+                continue
+            new = new.detach().to(parameter)
+            if not torch.equal(new, parameter):  # else it is the state of this model
+                self.originals[f"{path}.{name}"] = original = new.to("cpu", copy=True)
+                value = self._merged(path, name, parameter, original)
+                state[prefix + name] = torch.empty_like(parameter).copy_(original if value is None else value).detach()
 
 
 class Adapted:

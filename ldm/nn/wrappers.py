@@ -24,6 +24,26 @@ def without_replaced_methods(module: M) -> M:
 
     For example ``module.forward = torch.compile(module.forward)``.
     """
-    for name in [name for name, value in vars(module).items() if callable(value) and hasattr(type(module), name)]:
+    for name in _replaced_methods(module):
         del module.__dict__[name]
     return module
+
+
+def with_own_methods(module: M) -> M:
+    """Remove replaced methods from a deep copy of a module and its submodules, in place; wrappers have made their own."""
+    for each in module.modules():
+        if innermost(each) is each:
+            without_replaced_methods(each)
+    return module
+
+
+def has_replaced_methods(module: nn.Module) -> bool:
+    """Return True if a method was replaced, on the module or on a submodule, by what cannot be pickled."""
+    compiled_in_place = {"_compiled_call_impl"}  # is not pickled
+    return any(
+        innermost(each) is each and set(_replaced_methods(each)) - compiled_in_place for each in module.modules()
+    )
+
+
+def _replaced_methods(module: nn.Module) -> list[str]:
+    return [name for name, value in vars(module).items() if callable(value) and hasattr(type(module), name)]

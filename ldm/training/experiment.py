@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ class Experiment:
     trainer: TrainerConfig = config_field(TrainerConfig(), "devices and precision")
 
     def __post_init__(self) -> None:
+        if self.name in ("", ".", "..") or re.search(r"[/\\\0]", self.name):
+            raise ConfigError(f"name is {self.name!r}; give one without slashes, and the place as run_dir.")
         if self.clip is not None:
             tokenizer, text = self.clip.tokenizer, self.clip.model.text
             if tokenizer.vocab_size > text.vocab_size or tokenizer.context_length > text.context_length:

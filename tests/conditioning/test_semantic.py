@@ -66,15 +66,15 @@ def test_a_learnt_embedding_is_trained_and_stays_zero_without_a_map() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([[0, 3]], "a semantic map holds 3, but its classes are 0 to 2"),
-        ([[-1, 0]], "a semantic map holds -1"),
+        ([[0, 3]], "image 1 has a semantic map with the value 3, but the classes are 0 to 2"),
+        ([[-1, 0]], "image 1 has a semantic map with the value -1"),
         ([[0.5, 1.0]], r"a semantic map is \[h w\] of integers, not \[1, 2\] of float64"),
         (np.zeros((3, 4, 4), int), r"not \[3, 4, 4\]"),
     ],
 )
 def test_what_is_no_map_is_one_sentence(given: Any, message: str) -> None:
     with pytest.raises(SamplingError, match=message):
-        semantic()({"semantic": [given]})
+        semantic()({"semantic": [None, given]})
 
 
 def test_data_without_maps_is_refused() -> None:

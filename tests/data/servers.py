@@ -1,12 +1,13 @@
-"""A web server in a process of its own, for the tests of remote shards: Python's file server, with requests for ranges.
+"""Servers of the tests of remote shards: Python's file server, with requests for ranges, and moto's S3 server.
 
-It must not be part of the process of the tests: worker processes would inherit its connections, and keep them open.
+They have processes of their own: worker processes would inherit their connections, and keep them open.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
+
+from ldm.cli.bench_data import s3_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,6 +108,17 @@ def web_server(folder: Path) -> Iterator[WebServer]:
             yield WebServer(f"http://127.0.0.1:{process.stdout.readline().strip()}")
         finally:
             process.kill()
+
+
+@contextmanager
+def s3_bucket() -> Iterator[str]:
+    """An empty bucket of an S3 server, to which the environment leads."""
+    names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    with s3_server() as address, mock.patch.dict(os.environ, names | {"AWS_ENDPOINT_URL": address}):
+        import boto3
+
+        boto3.client("s3").create_bucket(Bucket="data")
+        yield "s3://data"
 
 
 if __name__ == "__main__":

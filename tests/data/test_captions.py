@@ -69,6 +69,11 @@ def prepared(folder: Path, **settings: Any) -> tuple[dict[str, str], Report]:
         ({"b/a.jpg": None, "metadata.csv": "file_name,text\n.\\b\\a.jpg,red"}, "red"),
         ({"b/a.jpg": None, "c/metadata.csv": "file_name,text\n../b/a.jpg,red"}, "red"),
         ({"b/a.jpg": None, "METADATA.CSV": "file_name,text\nb/a.jpg,red"}, "red"),
+        ({"a.jpg": None, "metadata.csv": "file_name;text\na.jpg;red, green"}, "red, green"),
+        ({"a.jpg": None, "metadata.csv": "text\tfile_name\nred; green\ta.jpg"}, "red; green"),
+        ({"a.jpg": None, "metadata.tsv": "file_name\ttext\r\na.jpg\tred\r\n"}, "red"),
+        ({"a.jpg": None, "metadata.csv": 'file_name , text\na.jpg , "red, green"'}, "red, green"),
+        ({"a.jpg": None, "metadata.jsonl": '{"file_name": " a.jpg ", "text": "red"}'}, "red"),
     ],
 )
 def test_captions_are_read_as_they_are_found(
@@ -105,6 +110,8 @@ def test_the_caption_may_be_in_a_field_of_another_name(tmp_path: Path, file: str
     [
         ({"a.png": None, "metadata.jsonl": '{"file_name": "a.png", "prompt": "a"}'}, "metadata without text"),
         ({"a.png": None, "metadata.csv": "file_name,prompt,more\na.png,red,1,2"}, "metadata without text"),
+        ({"a.png": None, "a.json": '{"prompt": "a"}'}, "no caption"),
+        ({"a.png": None, "a.json": "[1]"}, "no caption"),
         ({"a.png": None, "metadata.jsonl": '{"file_name": "a.png", "text": ["a"]}'}, "caption is not text"),
         ({"a.png": None, "a.txt": b"caf\xe9"}, "caption is not UTF-8"),
         ({"a.png": None, "metadata.csv": b"file_name,text\na.png,caf\xe9\n"}, "caption is not UTF-8"),

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ldm.cli.bench_data import s3_server
 from ldm.data import ShardsData, storage
 from ldm.data.filters import FilterConfig
 from ldm.data.indexing import make_index
@@ -22,7 +21,7 @@ from ldm.data.shards import Shards
 from ldm.data.stream import EvaluationLoader, TrainStream
 from ldm.errors import DataError, StorageError
 from tests.data.pictures import encoded, noise_picture, write_shards
-from tests.data.servers import WebServer, web_server
+from tests.data.servers import WebServer, s3_bucket, web_server
 
 
 @pytest.fixture(autouse=True)
@@ -32,15 +31,8 @@ def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """A bucket named data; the environment leads to it."""
-    names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
-    with s3_server() as address, pytest.MonkeyPatch.context() as patch:
-        for name, value in (names | {"AWS_ENDPOINT_URL": address}).items():
-            patch.setenv(name, value)
-        import s3fs
-
-        s3fs.S3FileSystem().mkdir("data")
-        yield "s3://data"
+    with s3_bucket() as url:
+        yield url
 
 
 @pytest.fixture

@@ -317,6 +317,30 @@ def test_names_of_the_text_encoder_go_with_and_without_their_infix(pipelines: An
             assert torch.equal(found.layers[layer].down, update.down)
 
 
+PREFIXES = [
+    "",
+    "unet.",
+    "base_model.model.",
+    "unet.base_model.model.",
+    "diffusion_model.",
+    "model.diffusion_model.",
+    "lycoris_",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_other_programs_lead_to_the_same_layers(prefix: str, tmp_path: Path) -> None:
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    given = "input_blocks.1.1.transformer_blocks.0.attn2.to_k" if "diffusion_model" in prefix else layer
+    given = given.replace(".", "_") if prefix.endswith("_") else given
+    save_file(
+        {f"{prefix}{given}.lora_A.weight": torch.ones(2, 16), f"{prefix}{given}.lora_B.weight": torch.ones(16, 2)},
+        tmp_path / "a.safetensors",
+    )
+    adapter = read_lora(tmp_path / "a.safetensors", tiny_model())
+    assert list(adapter.layers) == ["denoiser.down.0.transformer.blocks.0.attn2.to_k"]
+
+
 def test_alpha_is_r_unless_the_file_says_otherwise(tmp_path: Path) -> None:
     model, key = tiny_model(), "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     tensors = {f"{key}.lora_A.weight": torch.randn(4, 16), f"{key}.lora_B.weight": torch.randn(16, 4)}

@@ -191,6 +191,14 @@ def test_files_of_every_origin_give_the_same_tokens(written: Any, tmp_path: Path
     assert len(entry["file"]) == 16
 
 
+@pytest.mark.parametrize("token", ["style-v1.5", "<猫>", "a/b (x)"])
+def test_any_text_can_be_a_token(token: str, tmp_path: Path) -> None:
+    save_file({token: vectors(2, 16)}, tmp_path / "toy.safetensors")
+    pipe = Pipeline(tiny_model())
+    assert pipe.load_textual_inversion(tmp_path / "toy.safetensors") == [token]
+    assert not torch.equal(pipe(f"a {token} b", **QUIET), Pipeline(tiny_model())(f"a {token} b", **QUIET))
+
+
 def test_each_vector_can_have_a_token_of_its_own(tmp_path: Path) -> None:
     save_file({"text_encoders_0": vectors(2, 16)}, tmp_path / "emb.safetensors")
     pipe, joint = Pipeline(tiny_model()), Pipeline(tiny_model())
@@ -232,6 +240,8 @@ def test_textual_inversions_within_a_lora_come_and_go_with_it(form: str, tmp_pat
         ("sd1", {"clip_l": (1, 32), "clip_g": (1, 64)}, "of width 32 and 64, but this model needs width 32"),
         ("sdxl", {"<toy>": (1, 32)}, "of width 32, but this model needs width 32 and 64"),
         ("sdxl", {"clip_l": (1, 32), "clip_g": (2, 64)}, "different numbers of vectors for the two text encoders"),
+        ("sd1", {"clip_l": (1, 32), "t5xxl": (1, 32)}, "for t5xxl too, a text encoder that ldm does not have; use one"),
+        ("sdxl", {"clip_l": (1, 32), "clip_g": (1, 64), "t5xxl": (1, 9)}, "for t5xxl too, a text encoder"),
         ("sd1", {"<toy>": (2, 2, 32)}, "holds no textual inversion"),
         ("sd1", {"down.weight": (2, 32)}, "holds no textual inversion"),
         ("sd1", {"a</w>": (2, 32)}, "the token 'a</w>' is in the vocabulary already; give another token"),

@@ -143,6 +143,34 @@ def test_a_prefix_of_all_names_of_a_model_is_known(tensors: dict[str, Tensor], t
         assert not found.unused
 
 
+@pytest.mark.parametrize(
+    "aliases",
+    [
+        {UNET: "diffusion_model."},
+        {UNET: "unet."},
+        {VAE: "vae."},
+        {OPENAI: "text_encoder."},
+        {OPENAI: "text_encoders.clip_l.transformer."},
+        {UNET: "unet.", VAE: "vae.", OPENAI: "text_encoder."},
+        {UNET: "model.unet.", VAE: "model.vae.", OPENAI: "model.text_encoder."},
+    ],
+)
+def test_networks_of_a_model_are_known_by_the_prefixes_of_other_programs(
+    aliases: dict[str, str], tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    def varied(name: str) -> str:
+        prefix = next((each for each in aliases if name.startswith(each)), "")
+        return aliases.get(prefix, "") + name.removeprefix(prefix)
+
+    save_file(tensors, tmp_path / "plain.safetensors")
+    save_file({varied(name): tensor for name, tensor in tensors.items()}, tmp_path / "varied.safetensors")
+    expected, found = (read(tmp_path / f"{name}.safetensors") for name in ("plain", "varied"))
+    assert found.config() == expected.config()
+    assert not found.unused
+    for prefix in (VAE, UNET, OPENAI):
+        assert_same(tmp_path / "varied.safetensors", prefix, of_network(tensors, prefix), tmp_path)
+
+
 def test_a_name_that_occurs_twice_is_refused(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     twice = {VAE + name: tensor for name, tensor in of_network(tensors, VAE).items()}
     query = f"{VAE}encoder.mid.attn_1.to_q.weight"

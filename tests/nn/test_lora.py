@@ -22,6 +22,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from ldm.diffusion import Guidance
 from ldm.errors import ConfigError, LdmError, SamplingError
 from ldm.formats.lora import read_lora, write_lora
+from ldm.model import LatentDiffusion
 from ldm.nn.adapters import Adapter, AdapterLayer
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.lora import new_lora
@@ -345,6 +346,67 @@ def test_copies_and_pickles_of_a_model_have_adapters_of_their_own(three: list[Pa
     assert torch.equal(network(pipe), expected)
 
 
+@pytest.mark.parametrize("how", ["as a whole", "by network", "assigned", "in a deep copy", "in a pickle"])
+def test_weights_loaded_while_loras_are_merged_stay_after_unloading(three: list[Path], how: str) -> None:
+    """The LoRAs are merged into the new weights; the state of the model itself changes nothing."""
+    pipe, fresh = Pipeline(tiny_model()), Pipeline(other_model())
+    for each in (pipe, fresh):
+        each.load_lora(three[0], merge=True)
+        each.load_lora(three[1], 0.5, merge=True)
+    pipe = {"in a deep copy": copy.deepcopy, "in a pickle": COPIES["pickle"]}.get(how, copy.copy)(pipe)
+    before = copy.deepcopy(pipe)
+    pipe.model.load_state_dict(pipe.model.state_dict())
+    assert_equal_states(pipe, before)
+    state = other_model().state_dict()
+    if how == "by network":
+        for name, child in pipe.model.named_children():
+            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            child.load_state_dict(own)
+    else:
+        pipe.model.load_state_dict(state, assign=how == "assigned")
+    assert_equal_states(pipe, fresh)
+    pipe.set_lora_scale("0", 0.3)
+    fresh.set_lora_scale("0", 0.3)
+    assert_equal_states(pipe, fresh)
+    pipe.unload_lora()
+    assert_equal_states(pipe, Pipeline(other_model()))
+
+
+def other_model() -> LatentDiffusion:
+    """The tiny model with other weights."""
+    model, generator = tiny_model(), torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+CHANGES: dict[str, Callable[[Pipeline, list[Path]], object]] = {
+    "load": lambda pipe, files: pipe.load_lora(files[1]),
+    "merge": lambda pipe, files: pipe.load_lora(files[1], merge=True),
+    "scale": lambda pipe, _: pipe.set_lora_scale("0", 0.5),
+    "unload": lambda pipe, _: pipe.unload_lora(),
+}
+
+
+@pytest.mark.parametrize(("change", "steps"), [("load", 0), ("merge", 1), ("scale", 2), ("unload", 1)])
+def test_loras_cannot_change_during_a_sampling(three: list[Path], change: str, steps: int) -> None:
+    pipe = Pipeline(tiny_model())
+    pipe.load_lora(three[0])
+    settings: dict[str, Any] = {"num_inference_steps": 2, "progress": False}
+    stream = pipe.stream([PROMPT] * 2, **settings)
+    for _ in range(steps):
+        next(stream)
+    CHANGES[change](pipe, three)
+    with pytest.raises(
+        SamplingError, match="the LoRAs or textual inversions of the model were changed during the sampl"
+    ):
+        stream.result()
+    stream = pipe.stream(PROMPT, **settings)
+    image = stream.result()[0]
+    pipe.unload_lora()
+    assert stream.result()[0] is image
+
+
 COPIES: dict[str, Callable[[Any], Any]] = {
     "copy.copy": copy.copy,
     "copy.deepcopy": copy.deepcopy,
@@ -380,6 +442,39 @@ def test_pipelines_are_copied_and_pickled(three: list[Path], how: str, state: st
         ) else None
         assert list(pipe.model.adapters.loaded) == ["0", "1"]
         assert torch.equal(pipe(PROMPT, **settings), expected)
+
+
+REPLACED: dict[str, Callable[[Any], object]] = {
+    "forward of a network": lambda model: compile_method(model.denoiser, "forward"),
+    "decode": lambda model: compile_method(model.first_stage, "decode"),
+    "denoise of the model": lambda model: compile_method(model, "denoise"),
+    "forward of the conditioner": lambda model: compile_method(model.conditioner, "forward"),
+    "forward of each block": lambda model: [compile_method(each, "forward") for each in model.denoiser.children()],
+    "forward in a wrapper": lambda model: (
+        compile_method(model.denoiser, "forward"),
+        setattr(model, "denoiser", nn.DataParallel(model.denoiser)),
+    ),
+}
+
+
+def compile_method(module: nn.Module, name: str) -> None:
+    setattr(module, name, torch.compile(getattr(module, name), backend="eager"))
+
+
+@pytest.mark.parametrize("replaced", REPLACED)
+def test_copies_use_their_own_weights_where_methods_are_compiled(three: list[Path], replaced: str) -> None:
+    pipe = Pipeline(tiny_model())
+    pipe.load_lora(three[0], merge=True)
+    settings: dict[str, Any] = {"seed": 1, "num_inference_steps": 1, "progress": False, "output_type": "pt"}
+    expected = pipe(PROMPT, **settings)
+    REPLACED[replaced](pipe.model)
+    twins = [COPIES[how](pipe) for how in ("copy.deepcopy", "pickle")]
+    for parameter in pipe.model.parameters():
+        parameter.data *= 0.5
+    for twin in twins:
+        torch.testing.assert_close(twin(PROMPT, **settings), expected)
+        twin.model.load_state_dict(twin.model.state_dict())
+        twin.unload_lora()
 
 
 def test_a_lora_of_a_prompt_acts_in_networks_whose_methods_are_compiled(three: list[Path]) -> None:

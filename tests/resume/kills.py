@@ -1,6 +1,7 @@
 """Trains a stage straight and with ``kill -9`` at random moments, and compares all that the two leave.
 
     python tests/resume/kills.py --stage vae --workers 2 --kills 10
+    python tests/resume/kills.py --stage clip --workers 2 --source s3
     python tests/resume/kills.py --stage vae --at 7+0.01 last.part*2
 
 Compared are the weights, their average, the optimizers, the position in the data, ``metrics.csv`` and the TensorBoard events
@@ -11,6 +12,7 @@ forked from this one, since starting Python takes longer than the training.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import math
 import os
@@ -32,17 +34,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from ldm.data.indexing import make_index
 from ldm.data.shards import Sample, write_shard
 from ldm.errors import LdmError
 from ldm.training.handoff import result_file
 from ldm.training.stages import train_stage
 from ldm.training.system_metrics import SYSTEM
 from tests.data.pictures import encoded, noise_picture
+from tests.data.servers import s3_bucket
 from tests.experiments import tiny_experiment
 from tests.resume.logged import log_keys, read_keys
 
 STEPS = 24
-SAMPLES = 40
+SAMPLES, SHARDS = 40, 5
+CACHED = 4  # shards that fit into the cache, so that each validation deletes some that training then copies again
 SCHEDULE = {
     "max_steps": STEPS,
     "log_every": 3,
@@ -52,6 +57,9 @@ SCHEDULE = {
     "keep_checkpoints": 2,
 }
 """Intervals without a common multiple, so that a kill may separate any two of them; an epoch has ten steps."""
+
+SOURCES = ("local", "s3", "s3-ranges")
+"""The images as one local shard; as shards of a bucket, read through the cache; the same, read by a request for each sample."""
 
 PARTS = ("state_dict", "optimizer_states", "ema", "completed_steps", "interrupted", "samples_per_batch", "loops")
 """What two checkpoints have in common if their trainings have done the same."""
@@ -63,7 +71,15 @@ class Training:
 
     folder: Path
     stage: str
-    overrides: Sequence[str]
+    source: Sequence[str]
+    """Overrides for the data."""
+    overrides: Sequence[str] = ()
+    kills: int = 0
+
+    @property
+    def cache(self) -> Path:
+        """The copies of remote shards."""
+        return self.folder / "cache"
 
     @property
     def keys(self) -> Path:
@@ -91,7 +107,8 @@ class Training:
             os.dup2(log, 1)
             os.dup2(log, 2)
             log_keys(self.keys)
-            train_stage(tiny_experiment(self.folder, *self.overrides), self.stage)
+            cache = f"data.shard_cache.folder={self.cache}"
+            train_stage(tiny_experiment(self.folder, *self.source, cache, *self.overrides), self.stage)
             status = 0
         except LdmError as error:
             print(f"error: {error}", flush=True)
@@ -108,7 +125,9 @@ class Training:
             if kill():
                 os.kill(process, signal.SIGKILL)
             time.sleep(0.0005)
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        self.kills += status == -signal.SIGKILL
+        return status
 
     @property
     def log(self) -> str:
@@ -119,13 +138,21 @@ class Training:
 # Moments, as texts
 
 
+def random_moments(training: Training, generator: random.Random, kills: int) -> Iterator[str]:
+    """Yield moments until that many of them have come before the end of the training."""
+    while training.kills < kills:
+        yield random_moment(training, generator)
+
+
 def random_moment(training: Training, generator: random.Random) -> str:
-    """A moment while a file is written, within the rest of the training, or at its end."""
+    """A moment while a file is written, within the next quarter of the training, or at its end."""
     kind = generator.random()
     if kind < 0.3:
-        return f"{generator.choice(['last.part', 'best.part', 'metrics.part'])}*{generator.randint(1, 3)}"
+        names = ["last.part", "best.part", "metrics.part", *(["shard.part"] if training.cache.exists() else [])]
+        return f"{generator.choice(names)}*{generator.randint(1, 3)}"
     keys = read_keys(training.keys)
-    batch = STEPS - 1 if kind < 0.4 else generator.randint(keys[-1][0] if keys else 0, STEPS - 1)
+    reached = keys[-1][0] if keys else 0
+    batch = STEPS - 1 if kind < 0.4 else generator.randint(reached, min(reached + STEPS // 4, STEPS - 1))
     return f"{batch}+{generator.uniform(0, 0.1):.3f}"
 
 
@@ -133,7 +160,7 @@ def condition(training: Training, moment: str) -> Callable[[], bool]:
     """Whether a moment of the next session has come.
 
     ``7+0.01`` is 0.01 seconds after batch 7, or a later one, has begun; ``last.part*2`` is while that file is written
-    for the second time.
+    for the second time, ``shard.part*2`` while a second shard is copied to the cache.
     """
     if "*" in moment:
         return _while_writing(training, *moment.split("*"))
@@ -153,13 +180,14 @@ def _after_batch(training: Training, batch: str, delay: str) -> Callable[[], boo
 
 
 def _while_writing(training: Training, name: str, times: str) -> Callable[[], bool]:
-    path, left = training.stage_folder / name, int(times)
-    existed = path.exists()  # an earlier kill may have left it
+    folder, pattern = (training.cache, ".part-*") if name == "shard.part" else (training.stage_folder, name)
+    left = int(times)
+    existed = set(folder.glob(pattern))  # earlier kills may have left some
 
     def due() -> bool:
         nonlocal left, existed
-        exists = path.exists()
-        left, existed = left - (exists and not existed), exists
+        exists = set(folder.glob(pattern))
+        left, existed = left - len(exists - existed), exists
         return left <= 0
 
     return due
@@ -231,19 +259,42 @@ def compare(straight: Training, killed: Training) -> list[str]:
 # Experiments
 
 
-def prepare(folder: Path, stage: str, workers: int, source: str | None = None) -> tuple[Training, Training]:
+def source_overrides(folder: Path, source: str, bucket: str) -> list[str]:
+    """Make the images, locally in ``folder`` or in a bucket; return the overrides for the data."""
+    samples = [Sample(f"{i:02d}", f"number {i}", encoded(noise_picture(i, 16, 16)), "png") for i in range(SAMPLES)]
+    if source == "local":
+        write_shard(folder / "images.tar", samples)
+        return [f"data.{split}={folder / 'images.tar'}" for split in ("train", "val")]
+    shards, size = folder / "shards", SAMPLES // SHARDS
+    shards.mkdir()
+    for i in range(SHARDS):
+        write_shard(shards / f"{i}.tar", samples[i * size : (i + 1) * size])
+    largest = max(path.stat().st_size for path in shards.iterdir())
+    make_index(str(shards), workers=1)
+    upload(shards, bucket)
+    cached, buffer = (CACHED, size) if source == "s3" else (1.5, "null")
+    size_of_cache = f"data.shard_cache.size={cached * largest / 2**30:.12f}"
+    return [f"data.train={bucket}", f"data.val={bucket}/0.tar", f"data.shuffle_buffer={buffer}", size_of_cache]
+
+
+def upload(folder: Path, bucket: str) -> None:
+    """Copy the files of a folder to a bucket without threads, after which this process can be forked."""
+    import boto3
+    import s3fs  # noqa: F401  the forked processes need it, and importing takes long
+
+    client = boto3.client("s3")
+    for path in folder.iterdir():
+        client.put_object(Bucket=bucket.removeprefix("s3://"), Key=path.name, Body=path.read_bytes())
+
+
+def prepare(folder: Path, stage: str, workers: int, source: Sequence[str]) -> tuple[Training, Training]:
     """A straight training, which is finished, and one of the same config to be killed; both in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if source is None:
-        source = str(folder / "images.tar")
-        samples = (Sample(f"{i:02d}", f"number {i}", encoded(noise_picture(i, 16, 16)), "png") for i in range(SAMPLES))
-        write_shard(Path(source), samples)
-    sections = [f"{stage}.train.{name}={value}" for name, value in SCHEDULE.items()]
-    overrides = [*sections, f"data.train={source}", f"data.val={source}", f"data.workers={workers}"]
-    trainings = [Training(folder / name, stage, overrides) for name in ("straight", "killed")]
+    source = [*source, f"data.workers={workers}"]
+    schedule = [f"{stage}.train.{name}={value}" for name, value in SCHEDULE.items()]
+    trainings = [Training(folder / name, stage, source, schedule) for name in ("straight", "killed")]
     before = {"vae": (), "clip": (), "denoiser": ("vae", "clip")}[stage]
     for each in before:
-        base = Training(folder / "base", each, [*overrides[-3:], "data.workers=0", f"{each}.train.max_steps=1"])
+        base = Training(folder / "base", each, [*source, "data.workers=0"], [f"{each}.train.max_steps=1"])
         base.folder.mkdir(exist_ok=True)
         assert base.run() == 0, base.log
     for training in trainings:
@@ -276,21 +327,25 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that read data")
     parser.add_argument("--kills", type=int, default=10, help="number of random moments")
     parser.add_argument("--at", nargs="*", help="these moments instead of random ones")
-    parser.add_argument("--source", help="shards to train on, as data.train; by default 40 small images")
+    parser.add_argument(
+        "--source", choices=SOURCES, default="local", help="where the shards are; s3: on a local server"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--folder", type=Path, help="working folder, which is kept; by default a temporary one")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a process with more threads cannot be forked
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        bucket = "" if arguments.source == "local" else stack.enter_context(s3_bucket())
         folder = arguments.folder or Path(temporary)
-        straight, killed = prepare(folder, arguments.stage, arguments.workers, arguments.source)
+        folder.mkdir(parents=True, exist_ok=True)
+        source = source_overrides(folder, arguments.source, bucket)
+        straight, killed = prepare(folder, arguments.stage, arguments.workers, source)
         generator = random.Random(arguments.seed)
-        moments = arguments.at or (random_moment(killed, generator) for _ in range(arguments.kills))
+        moments = arguments.at or random_moments(killed, generator, arguments.kills)
         problems = kill_and_compare(straight, killed, iter(moments))
     print("\n".join(problems[:20]))
-    print(
-        f"{arguments.stage}, {arguments.workers} workers: {f'{len(problems)} differences' if problems else 'all equal'}"
-    )
+    found = f"{len(problems)} differences" if problems else "all equal"
+    print(f"{arguments.stage}, {arguments.workers} workers, {arguments.source}: {found}")
     sys.exit(bool(problems))
 
 

@@ -40,6 +40,13 @@ def test_the_run_folder_goes_by_the_name(tmp_path: Path) -> None:
     assert tiny_experiment(tmp_path, "run_dir=elsewhere").folder == Path("elsewhere")
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../mine", "/tmp/mine", "a/b", "a\\b", "~/mine", "a\0b"])
+def test_a_name_cannot_lead_out_of_the_folder_of_runs(tmp_path: Path, name: str) -> None:
+    values = to_dict(tiny_experiment(tmp_path))
+    with pytest.raises(ConfigError, match=r"config: name is .*; give one without slashes, and the place as run_dir"):
+        from_dict(Experiment, values | {"name": name})
+
+
 def test_stages_that_are_only_used_are_not_trained(tmp_path: Path) -> None:
     assert tiny_experiment(tmp_path).stages == ("vae", "clip", "denoiser")
     assert tiny_experiment(tmp_path, "vae.train=null", "clip.train=null").stages == ("denoiser",)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from ldm.data.shards import Sample, Shards, write_shard
-from ldm.errors import ConfigError, LdmError
+from ldm.errors import ConfigError, LdmError, TrainingError
 from ldm.training.engine import StageModule
+from ldm.training.experiment import load_config
 from ldm.training.stages import build_module, train_stage
 from ldm.training.tasks.vae import VAETask
 from ldm.vae.discriminator import PatchDiscriminator, largest_number_of_layers
+from tests.data.pictures import encoded, noise_picture
 from tests.experiments import EXPERIMENT, tiny_experiment, write_experiment
 
 PIXELS: dict[str, Any] = {"vae": {"model": {"kind": "identity"}}, "clip": None}
@@ -139,6 +143,40 @@ def test_a_label_that_is_no_class_is_found_before_the_first_step(tmp_path: Path,
         with pytest.raises(LdmError, match=r"its annotations do not fit: label 3 is not one of the 3 classes, 0 to 2"):
             train_stage(labelled_experiment(tmp_path, override), "denoiser")
     assert not began
+
+
+@pytest.mark.parametrize(
+    ("name", "member", "problem"),
+    [
+        (
+            "semantic",
+            encoded(Image.new("L", (16, 16), 7)),
+            "has a semantic map with the value 7, but the classes are 0",
+        ),
+        ("boxes", b"[[7, 0, 0, 1, 1]]", "has a box of class 7, but the classes are 0"),
+    ],
+    ids=["semantic", "boxes"],
+)
+def test_a_condition_that_the_model_does_not_support_is_named_with_its_sample(
+    tmp_path: Path, began: list[int], name: str, member: bytes, problem: str
+) -> None:
+    """At the batch that has it: to check all before would take as long as to decode the set."""
+    good = {"semantic": encoded(Image.new("L", (16, 16), 2)), "boxes": b"[[2, 0, 0, 1, 1]]"}[name]
+    samples = [Sample(f"{i}", "", encoded(noise_picture(i, 16, 16)), "png", {name: good}) for i in range(30)]
+    write_shard(
+        tmp_path / "train.tar", [*samples[:20], replace(samples[20], annotations={name: member}), *samples[21:]]
+    )
+    model = MODEL | ({"context_width": 8} if name == "boxes" else {"in_channels": 6})
+    model |= {"vector_width": None}
+    conditioner = {"kind": name, "classes": 3} | ({"width": 8} if name == "boxes" else {})
+    stage = EXPERIMENT["denoiser"] | {"model": model, "conditioner": conditioner, "prompts": []}
+    write_experiment(tmp_path, PIXELS | {"denoiser": stage})
+    experiment = load_config(tmp_path / "tiny.yaml", ["data.val=null", "denoiser.train.max_steps=8"])
+    with pytest.raises(
+        TrainingError, match=f"the sample '20' {problem} to 2; correct the data or denoiser.conditioner"
+    ):
+        train_stage(experiment, "denoiser")
+    assert began, "found before the training"
 
 
 def test_preview_classes_that_the_model_or_the_data_lack_are_named(tmp_path: Path, began: list[int]) -> None:

@@ -78,7 +78,21 @@ def test_a_run_folder_or_stage_folder_has_its_checkpoints_by_name(unfinished: Pa
     expected = load(unfinished / "denoiser" / f"{name}.ckpt")
     for folder in (unfinished, unfinished / "denoiser"):
         assert load(folder, checkpoint=name).fingerprint == expected.fingerprint
+        assert load(folder, checkpoint=f"{name}.ckpt").fingerprint == expected.fingerprint
     assert read(unfinished / "vae", checkpoint=name).parts.keys() == {"first_stage"}
+
+
+@pytest.mark.parametrize("name", ["1", "step_1", "step_1.ckpt", "step_0000001.ckpt"])
+def test_an_earlier_checkpoint_is_named_by_its_step(unfinished: Path, name: str) -> None:
+    expected = load(unfinished / "denoiser" / "step_0000001.ckpt")
+    assert expected.provenance["steps"] == 1
+    for folder in (unfinished, unfinished / "denoiser"):
+        assert load(folder, checkpoint=name).fingerprint == expected.fingerprint
+
+
+def test_the_folder_of_a_finished_stage_is_its_network(trained: Path) -> None:
+    for stage in ("vae", "clip"):
+        assert read(trained / "run" / stage).fingerprint == read(trained / "run" / RESULTS[stage]).fingerprint
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -204,8 +218,10 @@ def test_a_first_stage_or_a_clip_is_evaluated_by_itself(
 def messages(trained: Path, folder: Path) -> Iterator[tuple[Path, dict[str, Any], str]]:
     run, last = folder / "run", (trained / "run" / "vae" / "last.ckpt").read_bytes()
     yield run, {}, r"run holds no model\.safetensors; .* until then use a checkpoint of it \(.*best\.ckpt"
-    yield run, {"checkpoint": "first"}, r"holds no denoiser/first\.ckpt or first\.ckpt; there are .*best\.ckpt"
+    yield run, {"checkpoint": "first"}, r"holds no checkpoint 'first' of stage denoiser; there are .*best\.ckpt"
     yield run / "vae" / "last.ckpt", {"checkpoint": "best"}, "is not a run folder, so it has no checkpoint 'best'"
+    yield run, {"checkpoint": "7"}, r"holds no checkpoint '7' of stage denoiser; there are .*best\.ckpt"
+    yield run, {"checkpoint": "best", "variant": "fp16"}, "the checkpoint 'best' of a training has no variant 'fp16'"
     yield run / "vae", {}, r"holds no model\.safetensors"
     (run / "cut.ckpt").write_bytes(last[: len(last) // 2])
     yield run / "cut.ckpt", {}, r"cut\.ckpt is not a complete file of torch\.save .*download or write it again"

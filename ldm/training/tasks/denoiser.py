@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from ldm.denoiser.config import DenoiserConfig
 from ldm.diffusion.loss import DenoisingLossConfig, WeightedLossConfig
 from ldm.diffusion.noise_level_samplers import Stratified
 from ldm.diffusion.parametrization import Diffusion
+from ldm.errors import ConditionError, TrainingError
 from ldm.formats import MODEL_FILE, native
 from ldm.formats.checkpoint import Checkpoint, part_prefixes
 from ldm.image_output import Images
@@ -156,7 +158,8 @@ class DenoiserTask(Task):
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
         generator = step.generator
         batch = self._conditions(batch, generator)
-        cond = self.model.conditioner(batch, generator)
+        with _naming_sample(batch["key"]):
+            cond = self.model.conditioner(batch, generator)
         x0, model = self._latents(batch, generator), self.model
         loss, sigma = self.loss(model.denoiser, model.diffusion, x0, cond, generator, **self.features.argument)
         yield TrainLoss(loss.mean(), by_noise_level={"loss": (loss.detach(), sigma)})
@@ -192,7 +195,8 @@ class DenoiserTask(Task):
         x0 = self._latents(batch, generator)
         sigma = draw_rows(lambda n: Stratified().sample(n, schedule, generator), len(x0), generator)
         noise = randn_rows(x0.shape, generator)
-        cond = self.model.conditioner(batch)
+        with _naming_sample(batch["key"]):
+            cond = self.model.conditioner(batch)
         fixed: dict[str, Any] = {"sigma": sigma, "noise": noise, **self.features.argument}
         loss, sigma = self.loss(self.model.denoiser, self.model.diffusion, x0, cond, **fixed)
         share = schedule.t(sigma.cpu()) / schedule.num_timesteps
@@ -298,6 +302,19 @@ class DenoiserTask(Task):
         rows = [*(each for each in previews if each is not None), 2 * generated - 1, originals]
         scale = max(1, LEAST_SIDE // originals.shape[-2])
         return Images.of((torch.cat(rows) + 1) / 2).grid(columns=len(originals), scale=scale)
+
+
+@contextmanager
+def _naming_sample(keys: Sequence[str]) -> Iterator[None]:
+    """Name the sample, by its key, of which a condition is invalid, instead of its number in the batch."""
+    try:
+        yield
+    except ConditionError as error:
+        if error.row is None:
+            raise
+        raise TrainingError(
+            f"the sample {keys[error.row]!r} {error.problem}; correct the data or denoiser.conditioner."
+        ) from None
 
 
 def _any_tokenizer(kind: TokenizerConfig) -> Tokenizer:
