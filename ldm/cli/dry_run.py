@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ldm.config import to_yaml
 from ldm.data import DataConfig
+from ldm.data.order_table import order_table
 from ldm.errors import ConfigError, LdmError
 from ldm.training.accelerators import Accelerator, accelerator, this_machine
 from ldm.training.config import TrainConfig
@@ -117,6 +118,7 @@ def _stage(
         ),
         f"trained: {trained:,} parameters, for {train.max_steps:,} steps",
         f"batch: {train.batch_size} x {train.accumulate} accumulated = {batch} per device",
+        *_order(experiment, stage, train.batch_size * count),
         f"learning rate: {train.learning_rate:g} after {train.warmup_steps} steps, then {train.decay}",
         f"operations: {_flops(last.flops / batch)} per sample, {_flops(last.flops)} per step and device, forward and backward",
     ]
@@ -136,6 +138,17 @@ def _stage(
         )
     lines += _memory(last, cost(checkpointing=not train.gradient_checkpointing), train, precision, count)
     return lines + _disk(experiment, task, last), hours
+
+
+def _order(experiment: Experiment, stage: str, batch: int) -> list[str]:
+    """Return the tables of sources and aspect buckets, if there are any and the data can be read."""
+    data = experiment.data_of(stage)
+    if not (data.bucket_shapes or data.mixture):
+        return []
+    try:
+        return order_table(data.open("train"), batch)
+    except LdmError as error:
+        return [f"the sources and buckets cannot be counted: {error}"]
 
 
 def _memory(cost: StepCost, other: StepCost, train: TrainConfig, precision: str, count: int) -> list[str]:
@@ -160,13 +173,15 @@ def _disk(experiment: Experiment, task: Task, cost: StepCost) -> list[str]:
     if first_stage is None:
         return lines
     try:
-        images = sum(len(data.open(split)) for split in ("train", "val") if data.has(split))
+        by_shape = [data.open(split).by_shape() for split in ("train", "val") if data.has(split)]
     except LdmError:
         return lines
-    height, width = (side // first_stage.factor for side in data.image_shape[1:])
-    values = len(first_stage.posterior_type.cached) * first_stage.latent_channels * height * width
+    sizes = [(len(each), shape or data.image_shape[1:]) for split in by_shape for shape, each in split.items()]
+    images = sum(count for count, _ in sizes)
+    pixels = sum(count * math.prod(side // first_stage.factor for side in shape) for count, shape in sizes)
+    values = len(first_stage.posterior_type.cached) * first_stage.latent_channels * pixels
     cached = "" if data.cache_latents else ", if data.cache_latents were true"
-    return [*lines, f"      {_gib(2 * values * images)} for the latents of {images:,} images{cached}"]
+    return [*lines, f"      {_gib(2 * values)} for the latents of {images:,} images{cached}"]
 
 
 def _flops(flops: float) -> str:

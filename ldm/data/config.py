@@ -8,11 +8,14 @@ from typing import Literal
 from PIL import ImageColor
 
 from ldm.config import Kind, config_field
+from ldm.data.buckets import BucketConfig, Shape
 from ldm.data.caption_choice import CaptionConfig
 from ldm.data.filters import FilterConfig
-from ldm.data.samples import ImagesInMemory, Samples, StoredImages
+from ldm.data.images_in_memory import ImagesInMemory
+from ldm.data.mixture import WeightedSource
+from ldm.data.samples import Samples, SourceShare, StoredImages
 from ldm.data.shard_cache import ShardCacheConfig
-from ldm.data.shards import SPLITS, Shards
+from ldm.data.shards import SPLITS, Shards, find_shards
 from ldm.errors import ConfigError, DataError, unknown
 from ldm.modalities.crop import FITS, Color
 
@@ -24,12 +27,22 @@ class DataConfig(Kind):
     shuffle_buffer: int | None = None
     made_for: int | None = None
     max_bad_fraction: float = 0.01
+    mixture: tuple[WeightedSource, ...] = ()
     filters: FilterConfig = FilterConfig()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
         raise NotImplementedError
+
+    @property
+    def bucket_shapes(self) -> tuple[Shape, ...]:
+        """Height and width of the aspect buckets in pixels; empty if all images are of one size."""
+        return ()
+
+    def of_one_size(self) -> DataConfig:
+        """Return a config of the same images without buckets, for networks that take one size."""
+        return self
 
     def open(self, split: str) -> Samples:
         """Open the samples of ``train``, ``val`` or ``test``.
@@ -52,8 +65,9 @@ class DataConfig(Kind):
 class ShardsData(DataConfig, kind="shards"):
     """Images with captions in webdataset shards, as tools/prepare.py makes them."""
 
-    train: str | tuple[str, ...] = config_field(
-        help="Shards to train on: a .tar, a folder of them, a pattern (a/{000..012}.tar), a list, or emoji.",
+    train: str | tuple[str, ...] | None = config_field(
+        None,
+        "Shards to train on: a .tar, a folder of them, a pattern (a/{000..012}.tar), a list, or emoji; null: those of mixture.",
         changeable=True,
         path=True,
     )
@@ -141,7 +155,20 @@ class ShardsData(DataConfig, kind="shards"):
         FilterConfig(), "Conditions on the samples; others are left out of all stages.", omit_default=True
     )
 
+    mixture: tuple[WeightedSource, ...] = config_field(
+        (), "Sources to train on, each with its weight, instead of train.", omit_default=True
+    )
+    buckets: BucketConfig | None = config_field(
+        None,
+        "Shapes of about the area of data.size for images of different aspect ratios, in stages vae and denoiser; null: all "
+        "images have data.size.",
+        omit_default=True,
+    )
+
     def __post_init__(self) -> None:
+        if (self.train is None) == (not self.mixture):
+            given = "neither is given" if self.train is None else "both are given; set one of them to null"
+            raise ConfigError(f"the shards to train on are named by train or by mixture, but {given}.")
         if min(self._height_width) < 1:
             raise ConfigError(f"size must be positive, not {self.size}.")
         for name in ("background", "pad_color"):
@@ -156,6 +183,8 @@ class ShardsData(DataConfig, kind="shards"):
             raise ConfigError("cache: ram keeps one crop of each image; use crop: center with it, or cache: none.")
         if self.cache_latents and (self.crop == "random" or self.flip):
             raise ConfigError("cache_latents keeps one latent of each image; use crop: center and flip: false with it.")
+        if self.buckets is not None:
+            _ = self.buckets.shapes(*self._height_width)  # raises if it is not a multiple of the step
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -165,6 +194,13 @@ class ShardsData(DataConfig, kind="shards"):
     def _height_width(self) -> tuple[int, int]:
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
+    @property
+    def bucket_shapes(self) -> tuple[Shape, ...]:
+        return () if self.buckets is None else tuple(self.buckets.shapes(*self._height_width))
+
+    def of_one_size(self) -> ShardsData:
+        return replace(self, buckets=None)
+
     def has(self, split: str) -> bool:
         return bool(self._sources.get(split))
 
@@ -173,7 +209,29 @@ class ShardsData(DataConfig, kind="shards"):
 
     @property
     def _sources(self) -> dict[str, str | tuple[str, ...] | None]:
-        return {"train": self.train, "val": self.val, "test": self.test}
+        return {"train": self.train or self._mixed, "val": self.val, "test": self.test}
+
+    @property
+    def _mixed(self) -> tuple[str, ...]:
+        """All shards of the mixture."""
+        return tuple(name for each in self.mixture for name in _listed(each.source))
+
+    def _shares(self, shards: Shards, split: str) -> list[SourceShare]:
+        """Return the sources of a split by their files, if they are mixed.
+
+        Raises:
+            DataError: one has no samples.
+        """
+        shares, first = [], 0
+        for each in self.mixture if split == "train" else ():
+            files = len(find_shards(each.source, split))
+            if not sum(shards.lengths[first : first + files]):
+                raise DataError(
+                    f"the source {each.source} of data.mixture has no usable samples; remove it, or change data.filters."
+                )
+            shares.append(SourceShare(files, each.weight))
+            first += files
+        return shares
 
     def open(self, split: str) -> Samples:
         source = require_split(split, self._sources)
@@ -199,9 +257,15 @@ class ShardsData(DataConfig, kind="shards"):
             sizes=self.sizes,
             captions=self.captions,
             workers=self.workers,
+            mixture=self._shares(shards, split),
+            shapes=self.bucket_shapes,
         )
         stored.selection = selection
         return ImagesInMemory(stored) if self.cache == "ram" else stored
+
+
+def _listed(source: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (source,) if isinstance(source, str) else source
 
 
 def _rgb(field: str, color: str | Color) -> Color:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -102,10 +103,10 @@ class DataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> EvaluationLoader:
-        return EvaluationLoader(self.samples("val"), self.batch_size, **self._place())
+        return EvaluationLoader(self.samples("val"), self.batch_size, bucketed=True, **self._place())
 
     def test_dataloader(self) -> EvaluationLoader:
-        return EvaluationLoader(self.samples("test"), self.batch_size, **self._place())
+        return EvaluationLoader(self.samples("test"), self.batch_size, bucketed=True, **self._place())
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move the tensors, but not lists of captions and keys, each entry of which Lightning would inspect."""
@@ -144,7 +145,7 @@ class DataModule(L.LightningDataModule):
             self._opened[split] = samples
         return self._opened[split]
 
-    def _place(self) -> dict[str, int]:
+    def _place(self) -> dict[str, Any]:
         if self.trainer is None:
             return {}
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}

@@ -1,8 +1,9 @@
 """Latent cache: the posterior of each image, encoded once into a file, for the denoiser to sample from.
 
 The file is safetensors with one tensor ``posterior``, fp16 ``[n k z h w]``: the k tensors by which the first stage's class of
-posteriors is cached (:attr:`ldm.vae.Posterior.cached`; of a Gaussian mean and standard deviation). It can be written and read
-one image at a time whatever its size. Its metadata hold the fingerprints of the first stage and of the samples; if one of them
+posteriors is cached (:attr:`ldm.vae.Posterior.cached`; of a Gaussian mean and standard deviation). Of images in aspect buckets
+it has one tensor for each bucket, ``posterior.<height>x<width>``. It can be written and read one image at a time whatever its
+size. Its metadata hold the fingerprints of the first stage and of the samples; if one of them
 differs, the file is rewritten. The posterior of a bad sample is NaN; what is wrong with it is found by reading it again.
 """
 
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm.data.bad_samples import BAD, BadSample
+from ldm.data.buckets import Buckets, Shape
 from ldm.data.samples import Batch, BatchIndices, Samples
 from ldm.data.stream import batches_in_order, none_good
 from ldm.errors import DataError
@@ -40,25 +43,49 @@ class CachedLatents(Samples):
 
     def __init__(self, samples: Samples, path: Path, names: Sequence[str]):
         self._samples, self._path, self._names = samples, path, names
-        self.lengths, self.fingerprint, self.dropped = samples.lengths, samples.fingerprint, samples.dropped
-        self._posteriors = safe_open(str(path), "pt").get_slice(_TENSOR)
+        self.describe_as(samples)
+        file = safe_open(str(path), "pt")
+        self._posteriors, self._row_of = {}, np.empty(len(samples), np.int64)
+        for shape, numbers in samples.by_shape().items():
+            self._posteriors[shape] = file.get_slice(_name(shape))
+            self._row_of[numbers] = np.arange(len(numbers))
+
+    def buckets(self) -> Buckets | None:
+        return self._samples.buckets()
 
     def annotations(self, draw: BatchIndices) -> Batch:
         return self._samples.annotations(draw)
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
-        rows = torch.cat([self._posteriors[i : i + 1] for i in draw.index.tolist()]).float()
+        """Return the latents of a draw; images if they are not to have the shape of their buckets, as in previews."""
+        if draw.shape not in self._posteriors:
+            return self._samples[draw]
+        self._check_shape(draw)
+        posteriors, places = self._posteriors[draw.shape], self._row_of[draw.index].tolist()
+        rows = torch.cat([posteriors[i : i + 1] for i in places]).float()
         missing = np.flatnonzero(rows.flatten(1)[:, 0].isnan().numpy()).tolist()
         if missing:
-            bad = self._bad(BatchIndices(draw.index[missing]))
+            bad = self._bad(BatchIndices(draw.index[missing], shape=draw.shape))
             rows, draw = rows[~np.isin(np.arange(len(rows)), missing)], draw.without(missing)
             return {**(self._batch(rows, draw) if len(draw) else {}), BAD: dict(zip(missing, bad, strict=True))}
         return self._batch(rows, draw)
 
     def _batch(self, rows: Tensor, draw: BatchIndices) -> Batch:
         parts = {name: rows[:, i].contiguous(memory_format=torch.channels_last) for i, name in enumerate(self._names)}
-        unchanged = BatchIndices(draw.index)  # as the images were encoded
+        unchanged = BatchIndices(draw.index, shape=draw.shape)  # as the images were encoded
         return {**parts, **self.annotations(draw), **self._samples.spatial_annotations(unchanged)}
+
+    def _check_shape(self, draw: BatchIndices) -> None:
+        """Raise a DataError if a sample is of another bucket, which replaces those of a bucket that are all bad."""
+        buckets = self.buckets()
+        if buckets is not None and draw.shape is not None:
+            number = buckets.shapes.index(draw.shape)
+            if (buckets.of[draw.index] != number).any():
+                height, width = draw.shape
+                raise DataError(
+                    f"none of the {len(buckets.members(number))} images of the bucket {height} x {width} can be used, and "
+                    "latents of other shapes are not cached; remove them, or set data.cache_latents to false."
+                )
 
     def _bad(self, draw: BatchIndices) -> list[BadSample]:
         """Return what is wrong with the samples of a draw, none of which has latents.
@@ -120,39 +147,64 @@ def _encode(
     from tqdm import tqdm
 
     first_stage.to(device)
+    groups = samples.by_shape()
     with (
         path.open("wb") as file,
         tqdm(total=len(samples), desc="encoding", unit="image", leave=False) as bar,
     ):
         bad: list[BadSample] = []
-        skipped = 0  # bad samples before the first good one, which shows the shape of a posterior
-        for batch in batches_in_order(samples, np.arange(len(samples)), _BATCH):
-            failed = batch.pop(BAD, {})
-            bad += failed.values()
-            count = len(failed) + len(batch.get("key", ()))
-            bar.update(count)
-            if not batch and file.tell() == 0:
-                skipped += count
-                continue
-            if batch:
-                encoded = first_stage.encode(batch["image"].to(device)).to_cache().to("cpu", torch.float16)
-            rows = torch.full((count, *encoded.shape[1:]), math.nan, dtype=torch.float16)
-            rows[[row for row in range(count) if row not in failed]] = encoded[: len(batch.get("key", ()))]
-            if file.tell() == 0:
-                file.write(_header((len(samples), *encoded.shape[1:]), metadata))
-                file.write(torch.full((skipped, *encoded.shape[1:]), math.nan, dtype=torch.float16).numpy().tobytes())
-            file.write(rows.numpy().tobytes())
-        if file.tell() == 0:
+        skipped: list[tuple[Shape | None, int]] = []  # bad samples before the first good one
+        shapes: dict[Shape | None, tuple[int, ...]] = {}  # of a posterior of each bucket, as the first good one shows
+        for shape, numbers in groups.items():
+            for batch in batches_in_order(samples, numbers, _BATCH, shape):
+                failed = batch.pop(BAD, {})
+                bad += failed.values()
+                count = len(failed) + len(batch.get("key", ()))
+                bar.update(count)
+                if not batch and not shapes:
+                    skipped.append((shape, count))
+                    continue
+                if batch:
+                    encoded = first_stage.encode(batch["image"].to(device)).to_cache().to("cpu", torch.float16)
+                if not shapes:
+                    shapes = {each: _posterior_shape(encoded, first_stage.factor, each) for each in groups}
+                    sizes = {_name(each): (len(groups[each]), *shapes[each]) for each in groups}
+                    file.write(_header(sizes, metadata))
+                    for each, missing in skipped:
+                        file.write(_missing(missing, shapes[each]).numpy().tobytes())
+                rows = _missing(count, shapes[shape])
+                if batch:
+                    rows[[row for row in range(count) if row not in failed]] = encoded
+                file.write(rows.numpy().tobytes())
+        if not shapes:
             raise none_good(bad)
 
 
-def _header(shape: Sequence[int], metadata: dict[str, str]) -> bytes:
-    """Return the bytes before the data of a safetensors file with one fp16 tensor: the length of a JSON header, and the header.
+def _name(shape: Shape | None) -> str:
+    """Return the name of the tensor of a bucket."""
+    return _TENSOR if shape is None else f"{_TENSOR}.{shape[0]}x{shape[1]}"
+
+
+def _posterior_shape(encoded: Tensor, factor: int, shape: Shape | None) -> tuple[int, ...]:
+    """Return the shape ``[k z h w]`` of the posterior of an image in a bucket, given some of any other."""
+    return tuple(encoded.shape[1:]) if shape is None else (*encoded.shape[1:3], shape[0] // factor, shape[1] // factor)
+
+
+def _missing(count: int, shape: Sequence[int]) -> Tensor:
+    """Return the posteriors of ``count`` bad samples."""
+    return torch.full((count, *shape), math.nan, dtype=torch.float16)
+
+
+def _header(tensors: Mapping[str, Sequence[int]], metadata: dict[str, str]) -> bytes:
+    """Return the bytes before the data of a safetensors file with fp16 tensors: the length of a JSON header, and the header.
 
     Written here because the library writes only tensors that are in memory.
     """
-    size = 2 * int(np.prod(shape, dtype=np.int64))
-    entry = {"dtype": "F16", "shape": list(shape), "data_offsets": [0, size]}
-    header = json.dumps({"__metadata__": metadata, _TENSOR: entry}).encode()
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, shape in tensors.items():
+        start, end = end, end + 2 * int(np.prod(shape, dtype=np.int64))
+        entries[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header

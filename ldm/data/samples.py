@@ -13,8 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.bad_samples import BAD, BadSample, Reason, SampleError
+from ldm.data.buckets import Buckets, Shape, image_sizes, nearest
 from ldm.data.caption_choice import CaptionConfig
 from ldm.data.filters import Selection
 from ldm.data.shards import Shards
@@ -49,12 +49,14 @@ class BatchIndices:
             of its caption. None: no augmentation.
         start: position of the first sample in the sequence of a training; None outside of training.
         ahead: numbers of the shards that are read now and next, in order, if shards are read in sequence.
+        shape: height and width of the images, that of their bucket; None: the size of the set.
     """
 
     index: np.ndarray
     jitter: np.ndarray | None = None
     start: int | None = None
     ahead: tuple[int, ...] = ()
+    shape: Shape | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -63,7 +65,15 @@ class BatchIndices:
         """Return the draw without some of its rows."""
         kept = np.ones(len(self), bool)
         kept[list(rows)] = False
-        return BatchIndices(self.index[kept], None if self.jitter is None else self.jitter[kept])
+        return BatchIndices(self.index[kept], None if self.jitter is None else self.jitter[kept], shape=self.shape)
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """One of several sources of a set: the number of its files, and its weight among the sources."""
+
+    files: int
+    weight: float
 
 
 class Samples(Dataset[Batch]):
@@ -72,6 +82,7 @@ class Samples(Dataset[Batch]):
     Attributes:
         lengths: number of samples of each file that is best read in sequence; they add up to ``len``.
         workers: number of processes that prefetch batches; 0 if prefetching costs more than it saves.
+        mixture: files and weight of each of the sources that are mixed, in the order of the files; empty for a single source.
         fingerprint: text that depends on the images before augmentation.
         dropped: samples that the set does not contain, since they were found to be bad when it was opened.
         selection: what ``data.filters`` dropped; None if the set has no filters.
@@ -79,6 +90,7 @@ class Samples(Dataset[Batch]):
 
     lengths: Sequence[int]
     workers: int = 0
+    mixture: Sequence[SourceShare] = ()
     fingerprint: str
     dropped: Sequence[BadSample] = ()
     selection: Selection | None = None
@@ -96,6 +108,22 @@ class Samples(Dataset[Batch]):
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
         raise NotImplementedError
+
+    def buckets(self) -> Buckets | None:
+        """Return the aspect buckets of the samples; None if all images are of one size."""
+        return None
+
+    def by_shape(self) -> dict[Shape | None, np.ndarray]:
+        """Return the numbers of the samples of each bucket by its shape; of all, by None, if all images are of one size."""
+        buckets = self.buckets()
+        if buckets is None:
+            return {None: np.arange(len(self))}
+        return {shape: buckets.members(number) for number, shape in enumerate(buckets.shapes)}
+
+    def describe_as(self, samples: Samples) -> None:
+        """Take over the attributes of another set with the same samples."""
+        self.lengths, self.mixture = samples.lengths, samples.mixture
+        self.fingerprint, self.dropped, self.selection = samples.fingerprint, samples.dropped, samples.selection
 
     def all_annotations(self) -> Batch:
         """Return the annotations of all samples, without augmentation."""
@@ -123,6 +151,8 @@ class StoredImages(Samples):
         sizes: add the modalities that are computed from the crop; this reads the header of each image's file.
         captions: reading and choice of captions.
         workers: number of processes that decode.
+        mixture: see :class:`Samples`.
+        shapes: shapes of the aspect buckets; none if all images are of one size.
     """
 
     def __init__(
@@ -136,14 +166,33 @@ class StoredImages(Samples):
         sizes: bool = False,
         captions: CaptionConfig = CaptionConfig(),  # noqa: B008 (frozen)
         workers: int = 0,
+        mixture: Sequence[SourceShare] = (),
+        shapes: Sequence[Shape] = (),
     ):
         self.shards, self.fit, self.background, self.workers = shards, fit, background, workers
         self.random_crop, self.flip, self.sizes, self.captions = random_crop, flip, sizes, captions
-        self.lengths, self.dropped = shards.lengths, shards.dropped
+        self.lengths, self.dropped, self.mixture = shards.lengths, shards.dropped, mixture
         self.fingerprint = f"{shards.fingerprint}-{fit.height}x{fit.width}"
         if type(fit) is not Fit or background != WHITE:  # earlier versions had neither
             self.fingerprint += f"-{fit}-{background}"
+        self.shapes = shapes
+        if shapes:
+            self.fingerprint += f"-{shapes}"
         self._bad: dict[int, BadSample] = {}  # those that were read already, in this process
+
+    def buckets(self) -> Buckets | None:
+        """Return the bucket of each sample, by the sizes in the index or else in the headers of the images."""
+        return self._buckets
+
+    @functools.cached_property
+    def _buckets(self) -> Buckets | None:
+        if not self.shapes:
+            return None
+        width, height = image_sizes(self.shards, self._size)
+        known = width > 0  # a broken image has no size
+        of = np.full(len(self), self.shapes.index((self.fit.height, self.fit.width)), np.uint8)
+        of[known] = nearest(self.shapes, width[known], height[known])
+        return Buckets(self.shapes, of)
 
     def annotations(self, draw: BatchIndices) -> Batch:
         return self.with_captions(self.stored_annotations(draw), draw)
@@ -178,9 +227,9 @@ class StoredImages(Samples):
         batch = self._load(draw, self._pixels, self._annotations, self._spatial_annotations)
         return self.with_captions(batch, draw)
 
-    def image(self, i: int) -> np.ndarray | BadSample:
+    def image(self, i: int, shape: Shape | None = None) -> np.ndarray | BadSample:
         """Return image ``i`` as uint8 ``[h w 3]``, cropped in the centre, if its annotations for that crop can be read too."""
-        (crop,) = self._crops(BatchIndices(np.array([i])))
+        (crop,) = self._crops(BatchIndices(np.array([i]), shape=shape))
         values = self._read(i, crop, [self._pixels, self._spatial_annotations])
         return values if isinstance(values, BadSample) else values["image"]
 
@@ -222,8 +271,8 @@ class StoredImages(Samples):
 
     def _pixels(self, i: int, crop: Crop) -> dict[str, Any]:
         # Twice the target size leaves enough pixels for Lanczos to average.
-        enough = (2 * self.fit.height, 2 * self.fit.width)
-        pixels = self.fit(decode(self.shards.image(i), enough, self.background), crop.y, crop.x)
+        enough = (2 * crop.fit.height, 2 * crop.fit.width)
+        pixels = crop.fit(decode(self.shards.image(i), enough, self.background), crop.y, crop.x)
         return {"image": pixels[:, ::-1] if crop.flip else pixels}
 
     def _annotations(self, i: int, crop: Crop) -> dict[str, Any]:
@@ -247,12 +296,17 @@ class StoredImages(Samples):
         except DataError as error:
             raise SampleError(Reason.MALFORMED_ANNOTATION, f"the {modality.noun} {error}") from None
 
+    def fit_of(self, draw: BatchIndices) -> Fit:
+        """Return how the images of a draw are resized."""
+        return self.fit if draw.shape is None else replace(self.fit, height=draw.shape[0], width=draw.shape[1])
+
     def _crops(self, draw: BatchIndices) -> Iterator[Crop]:
         """Yield the crop of each sample of a draw."""
+        fit = self.fit_of(draw)
         centre = np.full((len(draw.index), 2), 0.5)
         places = draw.jitter[:, :2] if draw.jitter is not None and self.random_crop else centre
         for i, (y, x), flip in zip(draw.index, places, self._flips(draw), strict=True):
-            yield Crop(self.fit, y, x, flip, functools.partial(self._size, i))
+            yield Crop(fit, y, x, flip, functools.partial(self._size, i))
 
     def _flips(self, draw: BatchIndices) -> np.ndarray:
         """Return ``[b]`` of bool: True for each mirrored image."""
@@ -267,80 +321,6 @@ class StoredImages(Samples):
             raise
         except DataError as error:
             raise SampleError(Reason.BROKEN_IMAGE, f"the image {error}") from None
-
-
-class ImagesInMemory(Samples):
-    """All images of a stored set as uint8, decoded once, at the first draw; each batch is then a gather.
-
-    Args:
-        stored: the set; its crop must not be random, since an image is cropped once.
-    """
-
-    def __init__(self, stored: StoredImages):
-        assert not stored.random_crop
-        self._stored = stored
-        self.lengths, self.fingerprint, self.dropped = stored.lengths, stored.fingerprint, stored.dropped
-        self.selection = stored.selection
-
-    def annotations(self, draw: BatchIndices) -> Batch:
-        stored, bad, row_of = self._annotations
-        return self._batch(draw, bad, lambda good: self._stored.with_captions(take(stored, row_of[good.index]), good))
-
-    def spatial_annotations(self, draw: BatchIndices) -> Batch:
-        return self._stored.spatial_annotations(draw)
-
-    def all_captions(self, reader: str) -> list[str]:
-        return self._stored.all_captions(reader)
-
-    @property
-    def captions_fingerprint(self) -> str:
-        return self._stored.captions_fingerprint
-
-    def __getitem__(self, draw: BatchIndices) -> Batch:
-        images, bad = self._images
-
-        def load(good: BatchIndices) -> Batch:
-            image = to_tensor(self._stored.mirrored(images[good.index], good))
-            return {"image": image, **self.annotations(good), **self.spatial_annotations(good)}
-
-        return self._batch(draw, bad, load)
-
-    @staticmethod
-    def _batch(draw: BatchIndices, bad: Mapping[int, BadSample], load: Callable[[BatchIndices], Batch]) -> Batch:
-        """Return the batch of a draw, of which ``load`` loads the samples that are not bad."""
-        found = {row: bad[i] for row, i in enumerate(draw.index.tolist()) if i in bad} if bad else {}
-        if not found:
-            return load(draw)
-        good = draw.without(found)
-        return {**(load(good) if len(good) else {}), BAD: found}
-
-    @functools.cached_property
-    def _annotations(self) -> tuple[Batch, dict[int, BadSample], np.ndarray]:
-        """Annotations of the good samples, the bad ones by number, and ``[n]``, the row of each good sample."""
-        batch = self._stored.stored_annotations(BatchIndices(np.arange(len(self))))
-        bad = batch.pop(BAD, {})
-        good = np.ones(len(self), bool)
-        good[list(bad)] = False
-        return batch, bad, np.cumsum(good) - 1
-
-    @functools.cached_property
-    def _images(self) -> tuple[np.ndarray, dict[int, BadSample]]:
-        """uint8 ``[n h w 3]``, and the samples of which a part is bad, by number."""
-        from tqdm import tqdm
-
-        fit = self._stored.fit
-        images = np.zeros((len(self), fit.height, fit.width, 3), np.uint8)
-        bad = dict(self._annotations[1])
-        with ThreadPoolExecutor(
-            max(1, self._stored.workers)
-        ) as pool:  # Pillow decodes outside of the interpreter's lock
-            decoded = pool.map(self._stored.image, range(len(self)))
-            for i, image in enumerate(tqdm(decoded, "decoding", len(self), unit="image", leave=False)):
-                if isinstance(image, BadSample):
-                    bad[i] = image
-                else:
-                    images[i] = image
-        return images, bad
 
 
 class TensorsInMemory(Samples):

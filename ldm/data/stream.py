@@ -1,23 +1,27 @@
 """Batches in an order that depends only on (seed, epoch), so that a stream can start anywhere.
 
-A training run reads one endless sequence of samples, epoch after epoch, each a permutation of the set. Step
-``k`` of a run on ``w`` ranks with ``b`` samples a rank takes positions ``k w b`` to ``(k + 1) w b`` of it,
-rank ``r`` the ``r``-th block of ``b``. A batch may span two epochs; nothing is dropped. The order does not depend on
-the number of workers. A run that is resumed with another ``w`` or ``b`` continues at the same position of the sequence.
+A training run reads one endless sequence of samples, epoch after epoch, each a permutation of the set. Step ``k`` of a run on
+``w`` ranks with ``b`` samples a rank takes positions ``k w b`` to ``(k + 1) w b`` of it, rank ``r`` the ``r``-th block of
+``b``. A batch may span two epochs; nothing is dropped. The order does not depend on the number of workers. A run that is
+resumed with another ``w`` or ``b`` continues at the same position of the sequence.
 
-A bad sample is replaced in its position; the other positions keep their samples. Of an epoch of ``n`` samples, position ``i`` is
-given to the first good one of those at ``i``, ``i + s``, ``i + 2 s``, ... (modulo ``n``), where the stride ``s`` depends on ``n``
-and the shuffle buffer alone. What replaces a sample is thus a function of its position, whatever the batches, ranks and workers,
-and wherever the run was resumed. A replacement is used at its own position too, so it is not the next one, which would put the
-same sample twice into a batch: it comes from ``shuffle_buffer`` positions ahead, where shards are read next, or without a buffer
-from another part of the epoch. It gets the crop, flip and caption choice of the position that it fills.
+A set of several sources with weights has such a sequence for each source, and a position takes the next sample of its source
+(:mod:`ldm.data.mixture`). A set with aspect buckets has one for each bucket, and each batch takes the next samples of a bucket
+(:mod:`ldm.data.bucket_order`).
+
+A bad sample is replaced in its position; the other positions keep their samples. Of an epoch of ``n`` samples, position ``i``
+is given to the first good one of those at ``i``, ``i + s``, ``i + 2 s``, ... (modulo ``n``), where the stride ``s`` depends on
+``n`` and the shuffle buffer alone; with several sources or buckets, this holds for the sequence of each. What replaces a sample
+is thus a function of its position, whatever the batches, ranks and workers, and wherever the run was resumed. A replacement is
+used at its own position too, so it is not the next one, which would put the same sample twice into a batch: it comes from
+``shuffle_buffer`` positions ahead, where shards are read next, or without a buffer from another part of the epoch. It gets the
+crop, flip and caption choice of the position that it fills.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +35,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.data.bad_samples import BAD, BadSample
+from ldm.data.bucket_order import order_of
+from ldm.data.buckets import Shape
+from ldm.data.order import SampleOrder
 from ldm.data.samples import Batch, BatchIndices, Samples, take
 from ldm.errors import DataError
 from ldm.processes import STOP_SIGNALS
@@ -38,109 +45,7 @@ from ldm.processes import STOP_SIGNALS
 MAX_REPLACED = 100
 """Number of bad samples in succession after which a position is given up, since hardly any sample can be good."""
 
-_STRIDE = 0.618  # of an epoch: multiples of the golden section are far from each other
-
-READ_AHEAD = 3
-"""Number of shards that are copied to the cache before they are read."""
-
-_SHUFFLED_AT_ONCE = 1 << 20  # samples
-
 _ENDING = 1.0  # seconds in which a worker that is ending has ended
-
-
-class Order:
-    """Endless, shuffled sequence of the samples of a set.
-
-    Args:
-        lengths: number of samples of each shard.
-        seed: seed of the shuffling and the jitter.
-        shuffle_buffer: None shuffles the complete set. A number keeps reading nearly sequential: shards come in
-            random order, and samples are shuffled within blocks of that size.
-    """
-
-    def __init__(self, lengths: Sequence[int], seed: int, shuffle_buffer: int | None = None):
-        self.seed, self.shuffle_buffer = seed, shuffle_buffer
-        self._starts = np.cumsum((0, *lengths))
-        self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)  # two, since a batch may span two epochs
-
-    def __len__(self) -> int:
-        """Number of samples of an epoch."""
-        return int(self._starts[-1])
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        """Return the samples of an epoch in order, uint32 ``[n]``."""
-        return self._epoch(epoch)[0]
-
-    def _shuffled(self, epoch: int) -> tuple[np.ndarray, Any, np.ndarray]:
-        """Return the permutation of an epoch, the state of the generator after it, and the order of the shards."""
-        generator = np.random.default_rng([self.seed, epoch])
-        n, size = len(self), self.shuffle_buffer
-        if size is None:
-            order = np.arange(n, dtype=np.uint32)
-            generator.shuffle(order)  # as generator.permutation(n), in half of the memory
-            return order, generator.bit_generator.state, np.arange(0)
-        shards = generator.permutation(len(self._starts) - 1)
-        order = np.empty(n, np.uint32)  # first as the shards are read
-        place = 0
-        for first, end in zip(self._starts[shards], self._starts[shards + 1], strict=True):
-            order[place : place + end - first] = np.arange(first, end, dtype=np.uint32)
-            place += end - first
-        blocks = max(1, _SHUFFLED_AT_ONCE // size)  # of the size of the buffer
-        for start in range(0, n, blocks * size):
-            part = order[start : start + blocks * size]
-            whole = len(part) // size * size
-            numbers = generator.random(len(part))
-            rows = np.argsort(numbers[:whole].reshape(-1, size), axis=1, kind="stable")
-            rows += np.arange(0, whole, size)[:, None]
-            last = np.argsort(numbers[whole:], kind="stable") + whole
-            part[:] = part[np.concatenate([rows.ravel(), last])]
-        return order, generator.bit_generator.state, shards
-
-    def draw(self, start: int, count: int) -> BatchIndices:
-        """Return the samples at positions ``start`` to ``start + count`` of the sequence."""
-        index, jitter, ahead = [], [], self._ahead(*divmod(start, len(self)))
-        while count > 0:
-            epoch, first = divmod(start, len(self))
-            order, state, _ = self._epoch(epoch)
-            index.append(order[first : first + count].astype(np.int64))
-            jitter.append(_rows(state, first, len(index[-1])))
-            start, count = start + len(index[-1]), count - len(index[-1])
-        return BatchIndices(np.concatenate(index), np.concatenate(jitter), ahead=ahead)
-
-    def _ahead(self, epoch: int, position: int) -> tuple[int, ...]:
-        """Return the numbers of the shards that are read from a position of an epoch on, if they are read in sequence."""
-        shards = self._epoch(epoch)[2]
-        if self.shuffle_buffer is None:
-            return ()
-        ends = np.cumsum((self._starts[1:] - self._starts[:-1])[shards])
-        block = position - position % self.shuffle_buffer
-        first = int(np.searchsorted(ends, block, "right"))
-        last = int(np.searchsorted(ends, block + self.shuffle_buffer, "left"))  # is read in this block
-        return tuple(shards[first : last + 1 + READ_AHEAD].tolist())
-
-
-def _rows(state: Any, first: int, count: int) -> np.ndarray:
-    """Return rows ``first`` to ``first + count`` of the ``random((n, 3), float32)`` that a generator in this state would draw.
-
-    Such a number takes half of a 64-bit number of PCG64, which can skip numbers; the generator may hold one half already.
-    """
-    if state["has_uint32"]:
-        generator = _generator(state)
-        held = generator.random(1, np.float32)
-        skipped = 3 * first - 1
-        if skipped < 0:
-            return np.concatenate([held, generator.random(3 * count - 1, np.float32)]).reshape(-1, 3)
-    else:
-        generator, skipped = _generator(state), 3 * first
-    generator.bit_generator.advance(skipped // 2)  # type: ignore[attr-defined]
-    generator.random(skipped % 2, np.float32)
-    return generator.random((count, 3), np.float32)
-
-
-def _generator(state: Any) -> np.random.Generator:
-    bits = np.random.PCG64()
-    bits.state = state
-    return np.random.Generator(bits)
 
 
 class TrainStream:
@@ -179,7 +84,9 @@ class TrainStream:
         self.batch = start_batch
         self.waited = 0.0  # seconds spent to get batches
         self._origin = 0  # position of batch 0, if all batches had the present size
-        self._order = Order(samples.lengths, seed, shuffle_buffer)
+        self._history = [(0, batch_size * world_size)]
+        self._make_order = functools.partial(order_of, samples, seed, shuffle_buffer)
+        self._order = self._make_order(self._history)
 
     def __len__(self) -> int:
         return self.total_batches
@@ -208,19 +115,28 @@ class TrainStream:
     def state_dict(self) -> dict[str, Any]:
         """Return the number of batches yielded so far, including those before ``start_batch``.
 
-        After a change of the batch size also ``origin``, the position in the sequence at which batch 0 would have begun.
+        After a change of the batch size also ``origin``, the position in the sequence at which batch 0 would have begun. With
+        buckets also ``history``, the sizes of batches on all ranks; see :mod:`ldm.data.bucket_order`.
         """
-        return {"batch": self.batch} | ({"origin": self._origin} if self._origin else {})
+        state: dict[str, Any] = {"batch": self.batch} | ({"origin": self._origin} if self._origin else {})
+        return state if self.samples.buckets() is None else {**state, "history": list(map(list, self._history))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after that many batches."""
         self.batch, self._origin = state["batch"], state.get("origin", 0)
+        if "history" in state:
+            size = self.batch_size * self.world_size
+            self._history = [(position, batch) for position, batch in state["history"]]
+            if self._history[-1][1] != size:
+                self._history.append((self._origin + self.batch * size, size))
+            self._order = self._make_order(self._history)
 
 
 class EvaluationLoader:
     """Loader of every sample once and in order, without augmentation; the last batch may be smaller.
 
-    Each batch of all ranks consists of the next ``world_size * batch_size`` samples, of which rank ``r`` reads the ``r``-th part.
+    Each batch of all ranks consists of the next ``world_size * batch_size`` samples, of which rank ``r`` reads the ``r``-th part;
+    with ``bucketed``, of the next samples of one bucket, one bucket after another.
     All ranks have the same number of batches. Where the last one has fewer samples than there are ranks, a rank without a
     sample reads one that is not its own, and :meth:`rows` is empty.
 
@@ -229,20 +145,35 @@ class EvaluationLoader:
 
     Raises:
         DataError: when iterating, if all samples are bad.
+
+    Args:
+        samples: the set.
+        batch_size: samples per batch on this rank.
+        rank: index of this process.
+        world_size: number of processes that share the batches.
+        bucketed: whether images have the shapes of their buckets, if the set has them; otherwise all have its size.
     """
 
-    def __init__(self, samples: Samples, batch_size: int, *, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, samples: Samples, batch_size: int, *, rank: int = 0, world_size: int = 1, bucketed: bool = False
+    ):
         self.samples, self.batch_size = samples, batch_size
         self.rank, self.world_size = rank, world_size
         self._without: set[int] = set()  # batches of which no sample of this rank is good
+        groups = samples.by_shape() if bucketed else {None: np.arange(len(samples))}
+        most = world_size * batch_size
+        self._draws = [  # of all ranks
+            BatchIndices(numbers[start : start + most], shape=shape)
+            for shape, numbers in groups.items()
+            for start in range(0, len(numbers), most)
+        ]
 
     def __len__(self) -> int:
-        return math.ceil(len(self.samples) / (self.world_size * self.batch_size))
+        return len(self._draws)
 
     def size(self, batch: int) -> int:
         """Return the number of samples of a batch on all ranks."""
-        most = self.world_size * self.batch_size
-        return min(most, len(self.samples) - batch * most)
+        return len(self._draws[batch])
 
     def rows(self, batch: int) -> range:
         """Return which of the samples of a batch belong to this rank."""
@@ -271,14 +202,23 @@ class EvaluationLoader:
             raise none_good(bad)
 
     def _indices(self, batch: int) -> BatchIndices:
-        rows = self.rows(batch) or range(1)
-        return BatchIndices(batch * self.world_size * self.batch_size + np.arange(rows.start, rows.stop))
+        draw, rows = self._draws[batch], self.rows(batch) or range(1)
+        return replace(draw, index=draw.index[rows.start : rows.stop])
 
 
-def batches_in_order(samples: Samples, index: np.ndarray, batch_size: int) -> Iterator[Batch]:
-    """Yield the samples ``index`` in batches without augmentation, and without bad samples, as :class:`Samples` returns them."""
+def batches_in_order(
+    samples: Samples, index: np.ndarray, batch_size: int, shape: Shape | None = None
+) -> Iterator[Batch]:
+    """Yield the samples ``index`` in batches without augmentation, and without bad samples, as :class:`Samples` returns them.
+
+    Args:
+        samples: the set.
+        index: int64 ``[n]``, sample numbers.
+        batch_size: samples per batch.
+        shape: height and width of the images, that of their bucket; None: the size of the set.
+    """
     starts = range(0, len(index), batch_size)
-    draws = (BatchIndices(index[start : start + batch_size]) for start in starts)
+    draws = (BatchIndices(index[start : start + batch_size], shape=shape) for start in starts)
     return _batches(samples, draws, samples.workers)
 
 
@@ -364,12 +304,8 @@ def _batches(samples: Dataset[Batch], draws: Iterator[BatchIndices], workers: in
 class _Replaced(Dataset[Batch]):
     """Samples by positions of an order, with bad ones replaced as the module says; the batch lists them as ``bad``."""
 
-    def __init__(self, samples: Samples, order: Order):
+    def __init__(self, samples: Samples, order: SampleOrder):
         self._samples, self._order = samples, order
-        self._size = len(samples)
-        buffer = order.shuffle_buffer or self._size
-        far = buffer if buffer < self._size else max(1, round(_STRIDE * self._size))
-        self._stride = next(stride for stride in itertools.count(far) if math.gcd(stride, self._size) == 1)
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
         batch = self._samples[draw]
@@ -389,15 +325,13 @@ class _Replaced(Dataset[Batch]):
             if not missing:
                 return {**take(_joined(parts), np.argsort(rows)), BAD: bad}
             attempt += 1
-            if attempt == min(MAX_REPLACED, self._size):
-                raise none_good([each for each in bad if each.position == draw.start + missing[0]])
-            index = [self._replacement(draw.start + row, attempt) for row in missing]
-            batch = self._samples[BatchIndices(np.array(index), None if draw.jitter is None else draw.jitter[missing])]
-
-    def _replacement(self, position: int, attempt: int) -> int:
-        """Return the sample that is tried for a position after ``attempt`` bad ones."""
-        epoch, place = divmod(position, self._size)
-        return int(self._order.draw(epoch * self._size + (place + attempt * self._stride) % self._size, 1).index[0])
+            positions = [draw.start + row for row in missing]
+            for position in positions:
+                if attempt == min(MAX_REPLACED, self._order.candidates(position)):
+                    raise none_good([each for each in bad if each.position == position])
+            index = [self._order.replacement(position, attempt) for position in positions]
+            jitter = None if draw.jitter is None else draw.jitter[missing]
+            batch = self._samples[replace(draw, index=np.array(index), jitter=jitter)]
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:

@@ -22,6 +22,11 @@ class DenoiserConfig(Kind):
     """Number of timesteps that the network has embeddings for; None = it embeds any real number."""
 
     @property
+    def factor(self) -> int:
+        """Downsampling of its coarsest features: sides that are multiples of it are not rounded."""
+        return 1
+
+    @property
     def has_perturbed_attention(self) -> bool:
         """True if there is a self-attention that ``AttentionOptions.identity`` can replace."""
         return False

@@ -61,6 +61,10 @@ class UNetConfig(DenoiserConfig, kind="unet"):
                 raise ConfigError(f"levels[{i}].width {level.width} is not divisible by {given}.")
 
     @property
+    def factor(self) -> int:
+        return int(2 ** (len(self.levels) - 1))
+
+    @property
     def has_perturbed_attention(self) -> bool:
         return self.middle_depth > 0
 

@@ -59,10 +59,17 @@ class Experiment:
                 )
         if self.vae.train is not None:
             try:
-                self.vae.loss.check_size(*self.data.image_shape[1:])
+                for shape in (self.data.image_shape[1:], *self.data.bucket_shapes):
+                    self.vae.loss.check_size(*shape)
             except ConfigError as error:
                 raise ConfigError(f"vae.loss: {error}") from None
         _ = self.model_config  # raises if the stages do not fit
+        multiple = self.vae.model.factor * self.denoiser.model.factor
+        if any(side % multiple for shape in self.data.bucket_shapes for side in shape):
+            raise ConfigError(
+                f"the sides of data.buckets must be multiples of {multiple}, the downsampling of first stage "
+                f"({self.vae.model.factor}) and denoiser ({self.denoiser.model.factor}); set data.buckets.step to one."
+            )
         try:
             _check_sampling(self.denoiser.sampling, self.denoiser.diffusion.schedule)
         except SamplingError as error:
@@ -77,6 +84,10 @@ class Experiment:
         """Stages that this experiment trains, in order."""
         sections = {stage: getattr(self, stage) for stage in TASKS}
         return tuple(stage for stage, section in sections.items() if section is not None and section.train is not None)
+
+    def data_of(self, stage: str) -> DataConfig:
+        """Return the data of a stage: without aspect buckets, if its networks take images of one size only."""
+        return self.data.of_one_size() if TASKS[stage].one_size else self.data
 
     @property
     def model_config(self) -> ModelConfig:

@@ -88,7 +88,7 @@ class Handoff:
         if source.kind == FIRST_STAGE and source.part(FIRST_STAGE_PART).inferred and not resumed:
             train = experiment.vae.train or getattr(experiment, self.stage).train
             device = torch.device("cpu") if experiment.trainer.accelerator == "cpu" else default_device()
-            batches = EvaluationLoader(experiment.data.open("train"), train.batch_size)
+            batches = EvaluationLoader(experiment.data.open("train"), train.batch_size, bucketed=True)
             measure_latents(first_stage.to(device).eval(), batches, device)
             first_stage.to("cpu").train()
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def settings_of(experiment: Experiment, stage: str) -> dict[str, Any]:
     """Return the sections of an experiment on which the training of a stage depends, by name."""
-    return {stage: getattr(experiment, stage), "data": experiment.data, "seed": experiment.seed}
+    return {stage: getattr(experiment, stage), "data": experiment.data_of(stage), "seed": experiment.seed}
 
 
 def differences(before: Any, now: Any, where: str = "", changeable: bool = False) -> Iterator[str]:
@@ -49,6 +49,8 @@ def differences(before: Any, now: Any, where: str = "", changeable: bool = False
     elif dataclasses.is_dataclass(now) and type(before) is type(now):
         fields = [each for each in dataclasses.fields(now) if changeable or not each.metadata.get("changeable")]
         pairs = {each.name: (getattr(before, each.name), getattr(now, each.name)) for each in fields}
+    elif isinstance(now, tuple) and isinstance(before, tuple) and len(now) == len(before) and _are_configs(now):
+        pairs = {str(i): pair for i, pair in enumerate(zip(before, now, strict=True))}
     else:
         if before != now:
             yield f"{where} was {_shown(before)} and is now {_shown(now)}"
@@ -188,7 +190,8 @@ def _check(module: StageModule, data: DataModule, last: Path, checkpoint: Mappin
         )
     changes = list(differences(recorded_settings(checkpoint, module.settings), module.settings))
     fingerprint = data.fingerprints()["train"]
-    if checkpoint.get("samples", {}).get("train", fingerprint) != fingerprint:
+    same = checkpoint.get("samples", {}).get("train", fingerprint) == fingerprint
+    if not same and not any(change.startswith("data.") for change in changes):  # which may be why
         changes.append("the images or captions of data.train are not those that it was trained on")
     if changes:
         raise CheckpointError(
@@ -226,6 +229,10 @@ def report_changes(module: StageModule, result: Path) -> None:
             f"another run_dir; to train it further, raise {module.stage}.train.max_steps.",
             stacklevel=3,
         )
+
+
+def _are_configs(values: tuple[Any, ...]) -> bool:
+    return all(map(dataclasses.is_dataclass, values))
 
 
 def _family(config: Any) -> type[Any]:

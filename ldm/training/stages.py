@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ldm.config import to_yaml
 from ldm.data.datamodule import DataModule, LatentSource
 from ldm.data.filters import DATA_FILE
+from ldm.data.order_table import order_table
 from ldm.devices import usual_torch_state
 from ldm.errors import ConfigError, TrainingError
 from ldm.formats.native import save_state
@@ -60,6 +61,7 @@ def _train(experiment: Experiment, module: StageModule, files: Mapping[Path, str
     """Train a stage to its end, with ``files`` in the run folder, and write its result."""
 
     def begin() -> None:
+
         for path, text in files.items():
             _write_text(path, text)
         write_config(experiment, module.stage)
@@ -69,6 +71,8 @@ def _train(experiment: Experiment, module: StageModule, files: Mapping[Path, str
                 tqdm.write(line)
         content = {split: selection.to_dict() for split, selection in selections.items()}
         _write_text(experiment.folder / DATA_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        for line in order_table(data.samples("train"), module.train_config.batch_size * module.world_size):
+            tqdm.write(line)
 
     if module.train_config.init and not resume_points(module.folder):
         initialize(module.task, module.train_config.init)
@@ -116,7 +120,7 @@ def data_of(experiment: Experiment, module: StageModule) -> DataModule:
     if experiment.data.cache_latents and first_stage is not None:
         latents = LatentSource(first_stage, module.handoff[VAETask.stage], experiment.folder / "latents")
     return DataModule(
-        experiment.data,
+        experiment.data_of(module.stage),
         train.batch_size,
         experiment.seed,
         train.max_steps * train.accumulate,

@@ -15,9 +15,10 @@ from PIL import Image
 from ldm.data.bad_samples import BAD, MAX_NAMED, BadSample, BadSamplesFile, Reason, dropped, read_counts
 from ldm.data.config import ShardsData
 from ldm.data.latents import cache_latents
+from ldm.data.order import Order
 from ldm.data.samples import Batch, BatchIndices, Samples
 from ldm.data.shards import write_shard
-from ldm.data.stream import MAX_REPLACED, EvaluationLoader, Order, TrainStream, first_batch
+from ldm.data.stream import MAX_REPLACED, EvaluationLoader, TrainStream, first_batch
 from ldm.data.transforms import decode
 from ldm.errors import DataError
 from tests.data.pictures import encoded, sample

@@ -16,9 +16,10 @@ from ldm.data.bad_samples import Reason, SampleError
 from ldm.data.caption_choice import MAX_BYTES, CaptionConfig
 from ldm.data.config import ShardsData
 from ldm.data.latents import cache_latents
+from ldm.data.order import Order
 from ldm.data.samples import BatchIndices
 from ldm.data.shards import write_shard
-from ldm.data.stream import EvaluationLoader, Order, TrainStream
+from ldm.data.stream import EvaluationLoader, TrainStream
 from ldm.errors import ConfigError
 from tests.data.pictures import sample
 from tests.data.test_latents import TinyFirstStage

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.data.config import ShardsData
+from ldm.data.order import Order
 from ldm.data.samples import Batch, BatchIndices, Samples, take
 from ldm.data.shards import write_shard
-from ldm.data.stream import EvaluationLoader, Order, TrainStream, dead_worker
+from ldm.data.stream import EvaluationLoader, TrainStream, dead_worker
 from tests.data.pictures import sample, write_shards
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)

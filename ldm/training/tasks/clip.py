@@ -73,6 +73,7 @@ class CLIPTask(Task):
     result = Path("clip/final.safetensors")
     monitor = "text_to_image_R@1"
     higher_is_better = True
+    one_size = True
 
     def __init__(self, config: CLIPStage, tokenizer: Tokenizer):
         super().__init__()

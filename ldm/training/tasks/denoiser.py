@@ -166,10 +166,17 @@ class DenoiserTask(Task):
 
     def _conditions(self, batch: Mapping[str, Any], generator: torch.Generator) -> Mapping[str, Any]:
         """Return the batch with default values of missing raw conditions, and with those that are made from its images."""
-        defaults = self.model.config.conditioner.defaults(*self.model.config.size)
+        defaults = self.model.config.conditioner.defaults(*self._image_size(batch))
         batch = {**{name: [pair] * len(batch["key"]) for name, pair in defaults.items()}, **batch}
         with torch.no_grad():
             return self.model.conditioner.prepare_batch(batch, self.model.encode, generator)
+
+    def _image_size(self, batch: Mapping[str, Any]) -> Sequence[int]:
+        """Return height and width of the images of a batch, which may be that of an aspect bucket."""
+        if "image" in batch:
+            return batch["image"].shape[-2:]
+        factor = self.model.first_stage.factor
+        return [factor * side for side in self.model.first_stage.posterior(batch).mode.shape[-2:]]
 
     def _latents(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Sample normalized latents from the posteriors of cached latents or of images encoded here."""

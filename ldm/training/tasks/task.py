@@ -97,13 +97,15 @@ class Task(nn.Module):
     """Training task of one stage.
 
     Class attributes: ``stage``, its name and config section; ``result``, its result file in the run folder; ``monitor``,
-    the validation metric that selects the best checkpoint; ``higher_is_better``.
+    the validation metric that selects the best checkpoint; ``higher_is_better``; ``one_size``, whether its networks take images
+    of one size only, so that they are trained without aspect buckets.
     """
 
     stage: ClassVar[str]
     result: ClassVar[Path]
     monitor: ClassVar[str]
     higher_is_better: ClassVar[bool]
+    one_size: ClassVar[bool] = False
 
     @classmethod
     def build(cls, experiment: Experiment, handoff: Handoff) -> Task:

@@ -176,7 +176,7 @@ class VAETask(Task):
     def finish(self, splits: Splits) -> None:
         """Measure the latents of the training images, which the next stage normalizes by."""
         assert self.config.train is not None
-        batches = EvaluationLoader(splits("train"), self.config.train.batch_size)
+        batches = EvaluationLoader(splits("train"), self.config.train.batch_size, bucketed=True)
         measure_latents(self.first_stage, batches, self.device)
 
     def export(self) -> Export:
