@@ -151,7 +151,7 @@ def _disk(experiment: Experiment, task: Task, cost: StepCost) -> list[str]:
         return lines
     height, width = (side // first_stage.factor for side in data.image_shape[1:])
     values = len(first_stage.posterior_type.cached) * first_stage.latent_channels * height * width
-    cached = "" if data.cache_latents else ", if data.cache_latents were true"
+    cached = "" if data.has_latents else ", if data.cache_latents were true"
     return [*lines, f"      {_gib(2 * values * images)} for the latents of {images:,} images{cached}"]
 
 

@@ -181,6 +181,27 @@ class StoredImages(Samples):
         values = self._read(i, crop, [self._pixels, self._spatial_annotations])
         return values if isinstance(values, BadSample) else values["image"]
 
+    def crops(self, i: int, places: np.ndarray) -> np.ndarray | BadSample:
+        """Return several crops of image ``i``, uint8 ``[n h w 3]``, if its annotations can be read too.
+
+        Args:
+            i: number of the sample.
+            places: ``[n 2]``, the position (y, x) of each crop, in [0, 1].
+        """
+        images = []
+        for y, x in places:
+            crop = Crop(self.fit, y, x, False, functools.partial(self.original_size, i))
+            values = self._read(i, crop, [self._pixels, self._annotations, self._spatial_annotations])
+            if isinstance(values, BadSample):
+                return values
+            images.append(values["image"])
+        return np.stack(images)
+
+    def members(self, i: int) -> dict[str, bytes]:
+        """Return the annotations of sample ``i`` as stored, by suffix."""
+        stored = {modality.suffix: self.shards.encoded(i, modality) for modality in self.shards.modalities.values()}
+        return {suffix: data for suffix, data in stored.items() if suffix is not None}
+
     def mirrored(self, images: np.ndarray, draw: BatchIndices) -> np.ndarray:
         """Return the images ``[b h w ...]`` of a draw, mirrored where the draw requires it."""
         flips = self._flips(draw)
@@ -204,7 +225,10 @@ class StoredImages(Samples):
             if key == "image":
                 batch[key] = to_tensor(np.stack(column))
             else:
-                batch[key] = MODALITIES[key].collate(column) if key in MODALITIES else column
+                tensors = isinstance(column[0], Tensor)
+                batch[key] = (
+                    MODALITIES[key].collate(column) if key in MODALITIES else torch.stack(column) if tensors else column
+                )
         return batch
 
     def _read(self, i: int, crop: Crop, readers: Sequence[Reader]) -> dict[str, Any] | BadSample:
@@ -249,7 +273,7 @@ class StoredImages(Samples):
         centre = np.full((len(draw.index), 2), 0.5)
         places = draw.jitter[:, :2] if draw.jitter is not None and self.random_crop else centre
         for i, (y, x), flip in zip(draw.index, places, self._flips(draw), strict=True):
-            yield Crop(self.fit, y, x, flip, functools.partial(self._size, i))
+            yield Crop(self.fit, y, x, flip, functools.partial(self.original_size, i))
 
     def _flips(self, draw: BatchIndices) -> np.ndarray:
         """Return ``[b]`` of bool: True for each mirrored image."""
@@ -257,7 +281,12 @@ class StoredImages(Samples):
             return np.zeros(len(draw.index), bool)
         return draw.jitter[:, 2] < 0.5
 
-    def _size(self, i: int) -> tuple[int, int]:
+    def original_size(self, i: int) -> tuple[int, int]:
+        """Return width and height of the stored image ``i`` in pixels.
+
+        Raises:
+            SampleError: the image is broken.
+        """
         try:
             return image_size(self.shards.image(i))
         except StorageError:

@@ -2,6 +2,7 @@
 
 A sample is an image with members of the modalities that have a suffix, such as ``key.cls`` (a class number) or
 ``key.boxes.json``; see :mod:`ldm.modalities`. ``key.json``, as img2dataset writes it, holds further fields of a sample.
+Encoded samples have ``key.latents.safetensors`` instead of an image; see :mod:`ldm.data.encoded`.
 """
 
 from __future__ import annotations
@@ -52,9 +53,15 @@ MEMBERS: dict[str, Modality] = {suffix: _STORED[suffix] for suffix in (*FIRST, *
 IMAGE = "image"
 """Name of the column of images, whose suffixes vary; the other members go by their suffix."""
 
+LATENTS, STATES = "latents.safetensors", "text.safetensors"
+"""Suffixes of the posteriors and of the outputs of text encoders of an encoded sample."""
+
 CHECKSUM = "__checksum__"
 
-_COLUMNS = {**dict.fromkeys(IMAGE_SUFFIXES, IMAGE), **{suffix: suffix for suffix in (*MEMBERS, SIDECAR)}}
+_COLUMNS = {
+    **dict.fromkeys(IMAGE_SUFFIXES, IMAGE),
+    **{suffix: suffix for suffix in (*MEMBERS, SIDECAR, LATENTS, STATES)},
+}
 _BLOCK = 512  # bytes: tar's unit
 _LARGEST = 2**31 - 1  # bytes of a member
 
@@ -77,27 +84,40 @@ class Sample:
     suffix: str
     annotations: Mapping[str, Any] = field(default_factory=dict)
 
+    def members(self) -> dict[str, bytes]:
+        """Return the contents of its files by suffix."""
+        values = {"text": self.text, **self.annotations}
+        members = {self.suffix: self.image}
+        for suffix, modality in MEMBERS.items():
+            if modality.key in values:
+                value = values[modality.key]
+                members[suffix] = value if isinstance(value, bytes) else modality.encode(value)
+        return members
+
 
 def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
+    """Write a shard atomically and return the number of samples; see :func:`write_members`."""
+    return write_members(path, ((sample.key, sample.members()) for sample in samples))
+
+
+def write_members(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
     """Write a shard atomically and return the number of samples; equal samples give equal bytes.
 
     The last member, ``__checksum__``, is the BLAKE2b hash of the names and contents of the others; webdataset ignores members
     with such names.
+
+    Args:
+        path: the shard.
+        samples: key of each sample, and its members by suffix.
     """
     count, checksum = 0, hashlib.blake2b(digest_size=16)
 
     def write(temporary: Path) -> None:
         nonlocal count
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
-            for sample in samples:
-                values = {"text": sample.text, **sample.annotations}
-                members = {sample.suffix: sample.image}
-                for suffix, modality in MEMBERS.items():
-                    if modality.key in values:
-                        value = values[modality.key]
-                        members[suffix] = value if isinstance(value, bytes) else modality.encode(value)
+            for key, members in samples:
                 for suffix, data in members.items():
-                    name = f"{sample.key}.{suffix}"
+                    name = f"{key}.{suffix}"
                     checksum.update(f"{name}/{len(data)}/".encode() + data)
                     _add(tar, name, data)
                 count += 1
