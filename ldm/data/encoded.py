@@ -27,14 +27,14 @@ from torch import Tensor
 from ldm.conditioning.text_states import TEXT_STATES
 from ldm.config import config_field
 from ldm.data.samples import Batch, BatchIndices, StoredImages
-from ldm.data.shard_format import LATENTS, STATES
+from ldm.data.shard_format import LATENTS, ORIGINAL_SIZE, STATES
 from ldm.data.shards import Shards
 from ldm.errors import ConfigError, DataError
 from ldm.modalities.caption import CAPTION
 from ldm.modalities.crop import Crop
 
-POSTERIOR, SIZE = "posterior", "size"
-"""Names of the tensors in ``latents.safetensors``."""
+POSTERIOR = "posterior"
+"""Name of the tensor in ``latents.safetensors`` with the variants of an image."""
 
 CENTER = (0.5, 0.5)
 
@@ -138,7 +138,7 @@ class EncodedImages(StoredImages):
             yield Variant(self.fit, y, x, flip, functools.partial(self.original_size, i), row)
 
     def original_size(self, i: int) -> tuple[int, int]:
-        width, height = self._tensors(i, LATENTS)[SIZE].tolist()
+        width, height = self._tensors(i, LATENTS)[ORIGINAL_SIZE].tolist()
         return width, height
 
     def _tensors(self, i: int, column: str) -> dict[str, Tensor]:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ldm.conditioning import Conditioner
 from ldm.data.bad_samples import BadSample
-from ldm.data.encoded import POSTERIOR, SIZE, EncodedConfig, crop_places
+from ldm.data.encoded import POSTERIOR, EncodedConfig, crop_places
 from ldm.data.samples import Batch, BatchIndices, Samples, StoredImages
-from ldm.data.shard_format import LATENTS, STATES
+from ldm.data.shard_format import LATENTS, ORIGINAL_SIZE, STATES
 from ldm.data.stream import READ_AHEAD, batches_in_order
 from ldm.data.transforms import to_tensor
 from ldm.errors import DataError
@@ -139,7 +139,7 @@ class Encoder:
     def _encoded(
         self, sample: DecodedSample, latents: Iterator[Tensor], texts: Iterator[dict[str, Tensor]]
     ) -> EncodedSample:
-        tensors = {POSTERIOR: next(latents), SIZE: torch.tensor(sample.size, dtype=torch.int32, device="cpu")}
+        tensors = {POSTERIOR: next(latents), ORIGINAL_SIZE: torch.tensor(sample.size, dtype=torch.int32, device="cpu")}
         members = {LATENTS: save(tensors), **sample.members}
         if self.conditioner is not None:
             members[STATES] = save(next(texts))

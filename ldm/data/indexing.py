@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load
 
 from ldm.data.bad_samples import BadSample
-from ldm.data.shard_format import IMAGE, SIDECAR, scan_shard
+from ldm.data.shard_format import IMAGE, LATENTS, ORIGINAL_SIZE, SIDECAR, scan_shard
 from ldm.data.shard_index import (
     IndexedShard,
     ShardIndex,
@@ -273,6 +274,9 @@ def _measured(column: str, data: bytes, options: IndexOptions) -> dict[str, Any]
             width, height = image_size(data)
         except DataError:  # which training notices and counts
             return {}
+        return {"width": width, "height": height}
+    if column == LATENTS:
+        width, height = load(data)[ORIGINAL_SIZE].tolist()
         return {"width": width, "height": height}
     if column == CAPTION.suffix and options.caption_field is None:
         return {"caption_length": len(data.decode(errors="replace").strip())}

@@ -186,11 +186,10 @@ class StoredImages(Samples):
 
         Args:
             i: number of the sample.
-            places: ``[n 2]``, the position (y, x) of each crop, in [0, 1].
+            places: ``[n 2]``, the position (y, x) of each crop in [0, 1]; the center if crops are not random.
         """
         images = []
-        for y, x in places:
-            crop = Crop(self.fit, y, x, False, functools.partial(self.original_size, i))
+        for crop in self._crops(BatchIndices(np.full(len(places), i), np.c_[places, np.ones(len(places))])):
             values = self._read(i, crop, [self._pixels, self._annotations, self._spatial_annotations])
             if isinstance(values, BadSample):
                 return values

@@ -56,6 +56,9 @@ IMAGE = "image"
 LATENTS, STATES = "latents.safetensors", "text.safetensors"
 """Suffixes of the posteriors and of the outputs of text encoders of an encoded sample."""
 
+ORIGINAL_SIZE = "size"
+"""Name of the tensor in ``latents.safetensors`` with width and height of the image."""
+
 CHECKSUM = "__checksum__"
 
 _COLUMNS = {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from ldm.cli.bench_data import s3_server
 from ldm.cli.encode import encode
+from ldm.data.bad_samples import Reason
 from ldm.data.encoded import EncodedImages, crop_places
+from ldm.data.encoding import Encoder
 from ldm.data.samples import BatchIndices, StoredImages
+from ldm.data.shards import Sample, write_shard
 from ldm.data.stream import TrainStream
-from ldm.training.stages import build_module, data_of
+from ldm.errors import ConfigError, DataError
+from ldm.training.handoff import result_file
+from ldm.training.stages import build_module, data_of, train_stage
 from ldm.training.tasks.task import Step
 from tests.training import encoding
 
@@ -69,3 +76,128 @@ def test_encoded_data_give_the_losses_of_live_encoding(
         batch = data.transfer_batch_to_device(batch, torch.device("cpu"), 0)
         assert loss(module, batch) == pytest.approx(loss(module, live), rel=tolerance)
     assert len(variants) == 6
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of all files of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_an_interrupted_encoding_continues_with_the_same_bytes(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, stopped = (f"data.encoded.folder={tmp_path / name}" for name in ("complete", "stopped"))
+    encode(config=trained, overrides=[complete])
+    assert sorted(contents(tmp_path / "complete")) == [
+        "empty.safetensors",
+        *(f"train/{name}" for name in ("000000.tar", "000001.tar", "000002.tar", "index.parquet")),
+        *(f"val/{name}" for name in ("000000.tar", "index.parquet")),
+    ]
+    batches = []
+    call = Encoder.__call__
+
+    def interrupted(self: Encoder, batch: Any) -> Any:
+        batches.append(len(batch))
+        if len(batches) == 4:  # the second shard is incomplete
+            raise KeyboardInterrupt
+        return call(self, batch)
+
+    monkeypatch.setattr(Encoder, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode(config=trained, overrides=[stopped])
+    assert sorted(contents(tmp_path / "stopped")) == ["train/000000.tar", "train/parts/000000.parquet"]
+    encode(config=trained, overrides=[stopped])
+    assert batches == [4, 4, 4, 4, 4, 4, 4, 1, 4, 1]  # the first shard is not encoded again
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "complete")
+    encode(config=trained, overrides=[stopped])
+    assert len(batches) == 10
+
+
+def test_samples_of_other_settings_are_refused(trained: Path, tmp_path: Path) -> None:
+    folder = f"data.encoded.folder={tmp_path}"
+    encode(config=trained, overrides=[folder])
+
+    def refusal(*overrides: str) -> str:
+        experiment = encoding.experiment(trained, folder, *overrides)
+        with pytest.raises(DataError) as caught:
+            data_of(experiment, build_module(experiment, "denoiser")).samples("train")
+        return str(caught.value)
+
+    assert "do not fit the config: size is [16, 16] there and [8, 8] here; encode the data" in refusal("data.size=8")
+    assert "config: crops is 1 there and 4 here; flip is False there and True here;" in refusal(
+        "data.crop=random", "data.flip=true"
+    )
+    assert "config: fit is crop there and pad here;" in refusal("data.fit=pad")
+    assert "config: text is fp16 there and bf16 here;" in refusal("data.encoded.text=bf16")
+    assert "config: data is " in refusal(f"data.train={trained.parent / 'images' / '0.tar'}")
+    assert "there are no encoded samples in" in refusal(f"data.encoded.folder={tmp_path / 'none'}")
+    with pytest.raises(DataError, match=r"do not fit the config: shard_size is 8 there and 4 here"):
+        encode(config=trained, overrides=[folder, "data.encoded.shard_size=4"])
+    with pytest.raises(ConfigError, match=r"data\.captions shuffles or drops tags, .* set data\.encoded\.text to null"):
+        encode(config=trained, overrides=[folder, "data.captions.shuffle_tags=true"])
+    # Latents alone are used where the captions are encoded in training.
+    experiment = encoding.experiment(trained, folder, "denoiser.conditioner.trainable=true")
+    batch = next(iter(TrainStream(data_of(experiment, build_module(experiment, "denoiser")).samples("train"), 4, 0, 1)))
+    assert sorted(batch) == ["boxes", "key", "label", "mean", "std", "text"]
+
+
+def test_another_first_stage_is_refused(trained: Path, tmp_path: Path) -> None:
+    folder = f"data.encoded.folder={tmp_path / 'encoded'}"
+    encode(config=trained, overrides=[folder])
+    other = f"run_dir={shutil.copytree(trained.parent / 'run', tmp_path / 'run')}"
+    for stage, name in (("vae", "vae"), ("clip", "text_encoder")):
+        shutil.rmtree(tmp_path / "run" / stage)
+        result_file(encoding.experiment(trained, other), stage).unlink(missing_ok=True)
+        train_stage(encoding.experiment(trained, other, f"{stage}.train.max_steps=1"), stage)
+        experiment = encoding.experiment(trained, folder, other)
+        with pytest.raises(
+            DataError, match=rf"do not fit the config: .*\b{name} is [0-9a-f]+ there and [0-9a-f]+ here"
+        ):
+            data_of(experiment, build_module(experiment, "denoiser")).samples("train")
+
+
+def test_bad_samples_are_left_out_and_listed(trained: Path, tmp_path: Path) -> None:
+    encoding.write_images(tmp_path / "shards" / "0.tar", 6)
+    broken = [Sample("x", "broken", b"\x89PNG nothing", "png", {"label": 0, "boxes": b"[]"})]
+    write_shard(tmp_path / "shards" / "1.tar", broken)
+    settings = [f"data.encoded.folder={tmp_path / 'encoded'}", f"data.train={tmp_path / 'shards'}"]
+    encode(config=trained, overrides=settings)
+    experiment = encoding.experiment(trained, *settings)
+    samples = data_of(experiment, build_module(experiment, "denoiser")).samples("train")
+    assert len(samples) == 6
+    assert [(bad.key, bad.reason) for bad in samples.dropped] == [("x", Reason.UNKNOWN_FORMAT)]
+
+
+def test_a_denoiser_is_trained_on_a_bucket(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with s3_server() as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        import s3fs
+
+        s3fs.S3FileSystem().mkdir("encoded")
+        settings = [*AUGMENTED, f"data.shard_cache.folder={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
+        shutil.copytree(trained.parent / "run", tmp_path / "run")
+        losses = []
+        for folder in ("s3://encoded/set", str(tmp_path / "local")):
+            encode(config=trained, overrides=[*settings, f"data.encoded.folder={folder}"])
+            experiment = encoding.experiment(trained, *settings, f"data.encoded.folder={folder}")
+            module = build_module(experiment, "denoiser")
+            data = data_of(experiment, module)
+            stream = TrainStream(data.samples("train"), 8, 0, 2)
+            batches = [data.transfer_batch_to_device(batch, torch.device("cpu"), 0) for batch in stream]
+            losses.append([loss(module, batch) for batch in batches])
+        assert losses[0] == losses[1]
+        found = {path.partition("/set/")[2] for path in s3fs.S3FileSystem().find("encoded/set")}
+        assert found == {*contents(tmp_path / "local")}
+        train_stage(encoding.experiment(trained, *settings, "data.encoded.folder=s3://encoded/set"), "denoiser")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["--engine=ray", "--encoders=2", "--device=cpu"], []])
+def test_all_engines_write_the_same_bytes(trained: Path, tmp_path: Path, arguments: list[str]) -> None:
+    """Two actors of a local Ray, and two ranks of torchrun."""
+    for name, options, ranks in (("one", [], 1), ("two", arguments, 1 if arguments else 2)):
+        encoding.encode(trained, f"data.encoded.folder={tmp_path / name}", *AUGMENTED, *options, ranks=ranks)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
