@@ -49,10 +49,10 @@ def encoded_source(
         ConfigError: there is nothing to encode.
     """
     data = experiment.data
-    if not isinstance(data, ShardsData) or data.encoded.folder is None:
-        raise ConfigError(
-            "data.encoded.folder is null or the data are not shards; name the folder for latents and text states."
-        )
+    if not isinstance(data, ShardsData):
+        raise ConfigError("the data are not shards, which alone can be encoded; set data.kind to shards.")
+    if data.encoded.folder is None:
+        raise ConfigError("data.encoded.folder is null; name the folder or URL for latents and text states.")
     if not experiment.vae.model.has_weights:
         raise ConfigError("the first stage has no weights, so there are no latents; set data.encoded.folder to null.")
     return EncodedSource(data, first_stage, fingerprints[VAETask.stage], conditioner)

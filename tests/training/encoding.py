@@ -35,15 +35,16 @@ def write_images(path: Path, count: int, captions: int = 1, first: int = 0) -> N
 
 def write_config(folder: Path, **changes: Any) -> Path:
     """Write the config of the experiment; ``changes`` replace top-level sections."""
-    training = {stage: {**EXPERIMENT[stage], "train": EXPERIMENT[stage]["train"] | STEPS} for stage in ("vae", "clip")}
-    denoiser = {**EXPERIMENT["denoiser"], "conditioner": {"kind": "text", "pooled": True}}
+    stages = ("vae", "clip", "denoiser")
+    training = {stage: {**EXPERIMENT[stage], "train": EXPERIMENT[stage]["train"] | STEPS} for stage in stages}
+    training["denoiser"]["conditioner"] = {"kind": "text", "pooled": True}
     data = EXPERIMENT["data"] | {
         "train": [str(folder / "images" / f"{i}.tar") for i in range(2)],
         "val": str(folder / "images" / "val.tar"),
         "captions": {"format": "lines"},
         "encoded": {"batch_size": 4, "shard_size": 8},
     }
-    content = {**EXPERIMENT, **training, "denoiser": denoiser, "data": data, "run_dir": str(folder / "run"), **changes}
+    content = {**EXPERIMENT, **training, "data": data, "run_dir": str(folder / "run"), **changes}
     path = folder / "encoding.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
@@ -62,8 +63,8 @@ def prepared(folder: Path, captions: int = 2) -> Path:
 
 
 def experiment(config: Path, *overrides: str) -> Experiment:
-    """Return the experiment with overrides."""
-    return load_config(config, overrides)
+    """Return the experiment with overrides, of which the last counts if a key is given twice."""
+    return load_config(config, [*{each.partition("=")[0]: each for each in overrides}.values()])
 
 
 def encode(config: Path, *arguments: str, ranks: int = 1) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from ldm.data.samples import BatchIndices, StoredImages
 from ldm.data.shards import Sample, write_shard
 from ldm.data.stream import TrainStream
 from ldm.errors import ConfigError, DataError
-from ldm.training.handoff import result_file
+from ldm.training.engine import StageModule
 from ldm.training.stages import build_module, data_of, train_stage
 from ldm.training.tasks.task import Step
+from tests.tiny import TOKENIZER
 from tests.training import encoding
 
 AUGMENTED = ["data.crop=random", "data.flip=true", "data.encoded.crops=3"]
@@ -135,25 +137,37 @@ def test_samples_of_other_settings_are_refused(trained: Path, tmp_path: Path) ->
         encode(config=trained, overrides=[folder, "data.encoded.shard_size=4"])
     with pytest.raises(ConfigError, match=r"data\.captions shuffles or drops tags, .* set data\.encoded\.text to null"):
         encode(config=trained, overrides=[folder, "data.captions.shuffle_tags=true"])
+    with pytest.raises(DataError, match=r"nothing can be written to https://host/set/train; give a local folder or"):
+        encode(config=trained, overrides=["data.encoded.folder=https://host/set"])
+    with pytest.raises(ConfigError, match=r"data\.encoded\.folder is null; name the folder or URL"):
+        encode(config=trained)
     # Latents alone are used where the captions are encoded in training.
     experiment = encoding.experiment(trained, folder, "denoiser.conditioner.trainable=true")
     batch = next(iter(TrainStream(data_of(experiment, build_module(experiment, "denoiser")).samples("train"), 4, 0, 1)))
     assert sorted(batch) == ["boxes", "key", "label", "mean", "std", "text"]
 
 
-def test_another_first_stage_is_refused(trained: Path, tmp_path: Path) -> None:
-    folder = f"data.encoded.folder={tmp_path / 'encoded'}"
+def test_other_encoders_are_refused(trained: Path, tmp_path: Path) -> None:
+    folder = f"data.encoded.folder={tmp_path}"
     encode(config=trained, overrides=[folder])
-    other = f"run_dir={shutil.copytree(trained.parent / 'run', tmp_path / 'run')}"
-    for stage, name in (("vae", "vae"), ("clip", "text_encoder")):
-        shutil.rmtree(tmp_path / "run" / stage)
-        result_file(encoding.experiment(trained, other), stage).unlink(missing_ok=True)
-        train_stage(encoding.experiment(trained, other, f"{stage}.train.max_steps=1"), stage)
-        experiment = encoding.experiment(trained, folder, other)
-        with pytest.raises(
-            DataError, match=rf"do not fit the config: .*\b{name} is [0-9a-f]+ there and [0-9a-f]+ here"
-        ):
-            data_of(experiment, build_module(experiment, "denoiser")).samples("train")
+    experiment = encoding.experiment(trained, folder)
+
+    def refusal(change: Callable[[StageModule], None]) -> str:
+        module = build_module(experiment, "denoiser")
+        change(module)
+        with pytest.raises(DataError) as caught:
+            data_of(experiment, module).samples("val")
+        return str(caught.value)
+
+    def other_tower(module: StageModule) -> None:
+        torch.nn.init.zeros_(module.task.model.conditioner.tower.token_embedding.weight)
+
+    def other_tokenizer(module: StageModule) -> None:
+        module.task.model.conditioner.tokenizer = TOKENIZER
+
+    assert "config: vae is " in refusal(lambda module: module.handoff.update({"vae": "another"}))
+    assert "config: text_encoder is " in refusal(other_tower)
+    assert "config: tokenizer of text_encoder is " in refusal(other_tokenizer)
 
 
 def test_bad_samples_are_left_out_and_listed(trained: Path, tmp_path: Path) -> None:
@@ -163,7 +177,10 @@ def test_bad_samples_are_left_out_and_listed(trained: Path, tmp_path: Path) -> N
     settings = [f"data.encoded.folder={tmp_path / 'encoded'}", f"data.train={tmp_path / 'shards'}"]
     encode(config=trained, overrides=settings)
     experiment = encoding.experiment(trained, *settings)
-    samples = data_of(experiment, build_module(experiment, "denoiser")).samples("train")
+    with pytest.warns(
+        UserWarning, match=r"1 samples are skipped, the first of them 'x' in .*: the image cannot be read"
+    ):
+        samples = data_of(experiment, build_module(experiment, "denoiser")).samples("train")
     assert len(samples) == 6
     assert [(bad.key, bad.reason) for bad in samples.dropped] == [("x", Reason.UNKNOWN_FORMAT)]
 
