@@ -5,6 +5,7 @@ The functions and the batches are those of :func:`ldm.data.encoding.local_engine
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -37,6 +38,7 @@ def ray_engine(images: StoredImages, encoder: Encoder, crops: int, actors: int) 
     kind, size = encoder.device.type, encoder.config.batch_size
 
     def encoded(index: np.ndarray) -> Iterator[Sequence[EncodedSample | BadSample]]:
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         if not ray.is_initialized():
             ray.init(log_to_driver=False)
         context = ray.data.DataContext.get_current()
@@ -51,6 +53,7 @@ def ray_engine(images: StoredImages, encoder: Encoder, crops: int, actors: int) 
                 _Encode,
                 fn_constructor_args=(ray.put(encoder.to("cpu")), kind),
                 compute=ray.data.ActorPoolStrategy(size=actors),
+                num_cpus=0,  # so that decoding always finds a CPU, and is not made part of the actors
                 num_gpus=int(kind == "cuda"),
             )
         )
