@@ -44,15 +44,13 @@ def bench_latents(config: Path, rounds: int, compare: Compare) -> None:
     print(f"{config}: cpu, batch {size}, {torch.get_num_threads()} threads, median of {rounds} rounds")
     for text in (None, "fp16"):
         with tempfile.TemporaryDirectory() as folder:
-            data: Any = replace(experiment.data, encoded=replace(experiment.data.encoded, folder=folder, text=text))
+            data: Any = experiment.data
+            data = replace(data, encoded=replace(data.encoded, folder=folder, text=text))
             source = EncodedSource(data, model.first_stage, "none", model.conditioner)
-            stored = _encoded(source, BATCHES * size)
-            steps = {
-                name: _Steps(task, source, each, size)
-                for name, each in (("live", data.open("train")), ("stored", stored))
-            }
-            times = compare(*(each.train for each in steps.values()), rounds)
-            losses = [float(each.loss(0).detach()) for each in steps.values()]
+            live = _Steps(task, source, data.open("train"), size)
+            stored = _Steps(task, source, _encoded(source, BATCHES * size), size)
+            times = compare(live.train, stored.train, rounds)
+            losses = [float(each.loss(0).detach()) for each in (live, stored)]
         name = "latents and text" if text else "latents"
         print(
             f"stored {name:18}{1e3 * times[1]:8.1f}ms{'live':>8}{1e3 * times[0]:8.1f}ms{'live/stored':>14}"

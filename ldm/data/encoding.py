@@ -118,7 +118,7 @@ class Encoder:
     ):
         self.first_stage = first_stage.eval().to(device)
         self.conditioner = None if conditioner is None else conditioner.eval().to(device)
-        self.config, self.flips, self.device = config, flips, device
+        self.config, self.flips, self.device = config, flips, torch.device(device)
 
     def to(self, device: torch.device | str) -> Encoder:
         """Return an encoder on another device; the networks are moved."""

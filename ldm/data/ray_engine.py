@@ -50,7 +50,7 @@ def ray_engine(images: StoredImages, encoder: Encoder, crops: int, actors: int) 
             ray.data.range(count, override_num_blocks=count)
             .map(_Decode(shared))
             .map(
-                _Encode,
+                _Encode,  # type: ignore[arg-type]  # Ray declares functions alone, but makes an actor of a class
                 fn_constructor_args=(ray.put(encoder.to("cpu")), kind),
                 compute=ray.data.ActorPoolStrategy(size=actors),
                 num_cpus=0,  # so that decoding always finds a CPU, and is not made part of the actors
