@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lint format train install clean
+.PHONY: help demo test test-long test-gpu lint format train install clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: $(VENV)/.dev  ## run the tests (JOBS=2 processes; ARGS="tests/vae -k parit
 
 test-long: $(VENV)/.dev  ## run the tests that make test leaves out: trainings, several processes, kills, large images
 	$(PYTEST) -m slow $(ARGS)
+
+test-gpu: $(VENV)/.dev  ## run the tests on a CUDA device, which the other targets do not use
+	LDM_TEST_GPU=1 $(PYTEST) tests/test_cuda.py $(ARGS)
 
 lint: $(VENV)/.dev  ## check style, formatting and types
 	$(BIN)/ruff check

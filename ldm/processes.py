@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Signals that stop a training at the end of a step; SIGUSR1 is what SLURM is usually told to announce the end of a job with."""
@@ -20,3 +21,16 @@ def is_running(pid: int) -> bool:
     except OSError:  # of another user
         return True
     return True
+
+
+def resident_bytes() -> int:
+    """Return the bytes of physical memory that this process occupies; outside of Linux, the most that it has occupied."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        import resource
+        import sys
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -33,7 +33,7 @@ ROWS = [
     {"pipeline"},
     {"data", "editing", "animation"},
     {"training"},
-    {"diagnosis"},
+    {"diagnosis", "report"},
     {"ldm"},
     {"cli"},
 ]

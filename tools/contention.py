@@ -88,7 +88,9 @@ def _speeds(metrics: Path) -> list[float]:
         return []
     with metrics.open(newline="") as file:
         return [
-            float(row["train/images_per_second"]) for row in csv.DictReader(file) if row.get("train/images_per_second")
+            float(row["system/samples_per_second"])
+            for row in csv.DictReader(file)
+            if row.get("system/samples_per_second")
         ]
 
 

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import tokenizers
@@ -117,14 +117,21 @@ class Tokenizer:
 
     def _tokens(self, text: str, index: int = 0) -> list[tuple[int, tuple[int, int]]]:
         """Return all tokens of a text, without start, end and padding, each with the place of its characters."""
-        encoding = self.backend.encode(_checked(text, index))
+        encoding = self._unlimited.encode(_checked(text, index))
         return [
             (each, span)
-            for part in (encoding, *encoding.overflowing)
-            for token, span, added in zip(part.ids, part.offsets, part.special_tokens_mask, strict=True)
+            for token, span, added in zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True)
             if not added
             for each in (token, *self._followers.get(token, ()))
         ]
+
+    @cached_property
+    def _unlimited(self) -> tokenizers.Tokenizer:
+        """The backend without truncation and padding; its ``overflowing`` is incomplete in tokenizers 0.23.2."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     def _row(self, tokens: Sequence[int]) -> list[int]:
         padding = self.context_length - 2 - len(tokens)

@@ -19,6 +19,7 @@ import functools
 import itertools
 import math
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -176,6 +177,7 @@ class TrainStream:
         self.samples, self.batch_size, self.total_batches = samples, batch_size, total_batches
         self.rank, self.world_size = rank, world_size
         self.batch = start_batch
+        self.waited = 0.0  # seconds spent to get batches
         self._origin = 0  # position of batch 0, if all batches had the present size
         self._order = Order(samples.lengths, seed, shuffle_buffer)
 
@@ -183,8 +185,19 @@ class TrainStream:
         return self.total_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in _batches(_Replaced(self.samples, self._order), self._draws(), self.samples.workers):
+        batches = _batches(_Replaced(self.samples, self._order), self._draws(), self.samples.workers)
+        for batch in self._timed(batches):
             self.batch += 1
+            yield batch
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches, adding the time for which each is waited to ``waited``."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
             yield batch
 
     def _draws(self) -> Iterator[BatchIndices]:

@@ -11,6 +11,8 @@ import torch
 from ldm.config import config_field
 from ldm.devices import default_device, default_dtype
 from ldm.errors import ConfigError
+from ldm.training.loggers import LoggerConfig
+from ldm.training.loggers.tensorboard import TensorBoardConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -120,6 +122,9 @@ class TrainerConfig:
         "auto", "autocast precision of the networks; auto = bf16 where the hardware supports it natively, else fp32"
     )
     compile: bool = config_field(False, "torch.compile the networks; worthwhile for long trainings")
+    loggers: tuple[LoggerConfig, ...] = config_field(
+        (TensorBoardConfig(),), "where metrics are written beside metrics.csv"
+    )
     threads: int | None = config_field(None, "CPU threads; null = one for each core that other processes leave idle")
 
     def precision_of(self, train: TrainConfig) -> str:

@@ -180,8 +180,7 @@ def _step(
                 with torch.autocast("cpu", enabled=False):
                     loss.backward()
                 if last == 0:
-                    if gradient_clip is not None:
-                        clip_gradients(own, gradient_clip)
+                    clip_gradients(own, gradient_clip)
                     optimizer.step()
                     optimizer.zero_grad()
 

@@ -82,6 +82,8 @@ class StageModule(L.LightningModule):
         self.gradient_norm: Tensor | None = None  # of the newest optimizer step, until it is checked
         self.ema: EMA | None = None
         self.latest: dict[str, Tensor | float] = {}  # metrics of the newest training batch
+        self.latest_norms: dict[str, Tensor] = {}  # its gradient norms before clipping, if it ended an optimizer step
+        self.latest_by_noise_level: dict[str, tuple[Tensor, Tensor]] = {}  # its metrics by noise level
         self.validation: dict[str, float] = {}  # metrics of the newest validation
         self.results: list[Mapping[str, Tensor]] = []  # results of the batches of the current validation
         self.shared_draws = True  # see TrainerConfig.shared_draws
@@ -152,7 +154,7 @@ class StageModule(L.LightningModule):
         optimizers = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         losses = self.task.losses(batch, step)
-        self.latest = {}
+        self.latest, self.latest_norms, self.latest_by_noise_level = {}, {}, {}
         for index, (spec, optimizer) in enumerate(zip(self.specs, optimizers, strict=True)):
             if step.number < spec.start:
                 continue
@@ -161,10 +163,15 @@ class StageModule(L.LightningModule):
                 value, metrics = self._over_ranks(loss)
                 self.latest[spec.name] = self._finite(value, loss.value, batch)
                 self.latest |= metrics
+                self.latest_by_noise_level |= loss.by_noise_level
                 self._backward(loss.value / self.train_config.accumulate, sync=due)
                 if due:
                     optimizer.step()
                     optimizer.zero_grad()
+                    assert self.gradient_norm is not None
+                    self.latest_norms["gradient_norm" if index == 0 else f"{spec.name}_gradient_norm"] = (
+                        self.gradient_norm
+                    )
         if due:
             self.task.after_step()
             self.completed_steps += 1
@@ -201,9 +208,8 @@ class StageModule(L.LightningModule):
         config = self.train_config
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * config.learning_rate_factor(self.completed_steps)
-        if config.gradient_clip is not None:
-            parameters = (p for group in optimizer.param_groups for p in group["params"])
-            self.gradient_norm = clip_gradients(parameters, config.gradient_clip)
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        self.gradient_norm = clip_gradients(parameters, config.gradient_clip)
 
     def _over_ranks(self, loss: TrainLoss) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """Return the value of a loss and its metrics, averaged over the ranks, so that all ranks see if one is not finite."""

@@ -21,6 +21,7 @@ from ldm.training.callbacks.interruption import Interruption
 from ldm.training.callbacks.metrics import Metrics
 from ldm.training.callbacks.previews import Previews
 from ldm.training.callbacks.progress import Progress, Trial
+from ldm.training.callbacks.sessions import Sessions
 from ldm.training.callbacks.validation import Validation
 from ldm.training.checkpoint_io import CheckpointFiles
 from ldm.training.config import TrainerConfig
@@ -46,7 +47,11 @@ def _plugins() -> list[Any]:
 
 @usual_torch_state()
 def fit(
-    module: StageModule, data: DataModule, config: TrainerConfig, begin: Callable[[], object] = lambda: None
+    module: StageModule,
+    data: DataModule,
+    config: TrainerConfig,
+    begin: Callable[[], object] = lambda: None,
+    flops_per_sample: Callable[[], float] | None = None,
 ) -> L.Trainer:
     """Train a stage to its last step, from its newest intact checkpoint if there is one.
 
@@ -55,14 +60,18 @@ def fit(
         data: its training loader holds the batches of the complete run and can start at any of them.
         config: machine settings.
         begin: called by the first rank before the first step, after the settings were tried.
+        flops_per_sample: returns the floating-point operations of a step for one sample; on a GPU, the MFU is logged.
 
     Raises:
         CheckpointError: the checkpoint cannot be continued; see :func:`ldm.training.resume.resume_point`.
+        ConfigError: the package of a logger is not installed.
         Interrupted: a signal stopped the training.
-        TrainingError: Ctrl-C stopped it, the loss is not finite, a checkpoint cannot be written, or too many
-            samples are bad.
+        TrainingError: Ctrl-C stopped it, the loss is not finite, a checkpoint cannot be written, a logger cannot be used, or
+            too many samples are bad.
         DataError: a shard cannot be read, or a process that reads data has ended.
     """
+    for logger in config.loggers:
+        logger.check()
     train, start = module.train_config, resume_point(module, data)
     for problem in start.warnings if start and is_first_process() else ():
         warnings.warn(problem, stacklevel=2)
@@ -96,7 +105,8 @@ def fit(
         callbacks=[
             Trial(begin),
             BadSamples(),
-            Metrics(),
+            Sessions(config),
+            Metrics(config, flops_per_sample),
             Progress(),
             Interruption(checkpoints),
             Previews(),

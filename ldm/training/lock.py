@@ -56,6 +56,12 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(folder: Path) -> bool:
+    """Return True if a process holds the lock of ``folder``, or may hold it on another host."""
+    holder = _read(folder / ".lock.json")
+    return bool(holder) and _may_run(holder)
+
+
 def _read(owner: Path) -> dict[str, Any]:
     """Return the description of the process that holds a lock; empty if it has not been written yet."""
     try:

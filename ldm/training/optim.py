@@ -46,14 +46,15 @@ def adamw(modules: Iterable[nn.Module], config: TrainConfig) -> AdamW:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients in place so that their total L2 norm is at most ``max_norm``; return the norm before scaling.
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale gradients in place so that their total L2 norm is at most ``max_norm``, if given; return the norm before scaling.
 
     Like ``torch.nn.utils.clip_grad_norm_``, but the norm of sharded gradients is reduced over all ranks first.
     """
     parts = by_sharding(parameters)
     norms = [full_tensor(get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-    for part in parts:
-        clip_grads_with_norm_(part, max_norm, norm)
+    if max_norm is not None:
+        for part in parts:
+            clip_grads_with_norm_(part, max_norm, norm)
     return norm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import html
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ldm.cli.diagnose import app
 from ldm.diagnosis import runner
 from ldm.diagnosis.association import caption_dependence
 from ldm.diagnosis.check import Check, Clock, Finding, Item, Measured, Topic, checks_in_order
+from ldm.diagnosis.checks.loss_history import loss_history
 from ldm.diagnosis.features import distance, reference
 from ldm.diagnosis.opened_run import OpenedRun
 from ldm.diagnosis.pool import Pool, make_pool
@@ -23,6 +25,7 @@ from ldm.diagnosis.runner import diagnose
 from ldm.diagnosis.short_training import falls, restarted, trained_names
 from ldm.diagnosis.statistics import paired, unpaired
 from ldm.errors import CheckpointError, DataError
+from ldm.training.metrics import MetricsFile
 from ldm.training.stages import train_stage
 from tests.diagnosis.runs import rectangles
 from tests.experiments import tiny_experiment
@@ -110,6 +113,23 @@ def test_a_run_folder_may_be_moved(run: Path, tmp_path: Path) -> None:
     opened = OpenedRun(moved)
     assert opened.experiment.folder == moved
     assert list(opened.stages) == ["vae", "clip", "denoiser"]
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_the_history_is_read_from_metrics_of_this_and_of_earlier_versions(
+    run: Path, tmp_path: Path, earlier: bool
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/denoiser/metrics.csv").unlink()
+    file = MetricsFile(tmp_path / "run/denoiser/metrics.csv", 0)
+    norms = {} if earlier else {"train/gradient_norm": 0.5, "train/gradient_norm_max": 2.0}
+    speed = "train/images_per_second" if earlier else "system/samples_per_second"
+    for step in range(1, 41):
+        file.write(step, {"train/loss": 1 / step, **norms, "train/learning_rate": 1e-3, speed: 7.0})
+    [item] = loss_history(OpenedRun(tmp_path / "run"), Clock(60))
+    assert isinstance(item, Measured)
+    assert "train/loss of stage denoiser from 0.521 to 0.026" in item.text
+    assert ("gradient norm 0.5, at most 2, clipped at 1" in item.text) is not earlier
 
 
 def test_a_folder_without_weights_is_named(run: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from ldm.data.shards import Sample, write_shard
 from ldm.errors import LdmError
 from ldm.training.handoff import result_file
 from ldm.training.stages import train_stage
+from ldm.training.system_metrics import SYSTEM
 from tests.data.pictures import encoded, noise_picture
 from tests.experiments import tiny_experiment
 from tests.resume.logged import log_keys, read_keys
@@ -51,9 +52,6 @@ SCHEDULE = {
     "keep_checkpoints": 2,
 }
 """Intervals without a common multiple, so that a kill may separate any two of them; an epoch has ten steps."""
-
-TIMINGS = ("train/images_per_second",)
-"""Columns of ``metrics.csv`` that depend on the machine."""
 
 PARTS = ("state_dict", "optimizer_states", "ema", "completed_steps", "interrupted", "samples_per_batch", "loops")
 """What two checkpoints have in common if their trainings have done the same."""
@@ -185,13 +183,13 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 def rows(path: Path) -> list[dict[str, str]]:
     """The rows of ``metrics.csv`` without timings; the names are in the order of the columns."""
     with path.open(newline="") as file:
-        return [{name: row[name] for name in row if name not in TIMINGS} for row in csv.DictReader(file)]
+        return [{name: row[name] for name in row if not name.startswith(SYSTEM)} for row in csv.DictReader(file)]
 
 
 def events(folder: Path) -> dict[str, dict[int, float]]:
     """The TensorBoard scalars by name and step."""
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    names = [name for name in board.Tags()["scalars"] if name not in TIMINGS]
+    names = [name for name in board.Tags()["scalars"] if not name.startswith(SYSTEM)]
     return {name: {event.step: event.value for event in board.Scalars(name)} for name in names}
 
 

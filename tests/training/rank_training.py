@@ -76,6 +76,7 @@ def _record(keys: list[list[str]], rows: list[dict[str, float]]) -> None:
     """Let streams and metrics of this process add to the lists what they yield and write."""
     from ldm.data.stream import TrainStream
     from ldm.training.callbacks.metrics import Metrics
+    from ldm.training.system_metrics import SYSTEM
 
     iterate, write = TrainStream.__iter__, Metrics.write
 
@@ -85,7 +86,9 @@ def _record(keys: list[list[str]], rows: list[dict[str, float]]) -> None:
             yield batch
 
     def recorded_row(self: Metrics, step: int, row: dict[str, float]) -> None:
-        rows.append({"step": step, **{name: float(value) for name, value in row.items() if "per_second" not in name}})
+        rows.append(
+            {"step": step, **{name: float(value) for name, value in row.items() if not name.startswith(SYSTEM)}}
+        )
         write(self, step, row)
 
     TrainStream.__iter__, Metrics.write = recorded, recorded_row  # type: ignore[method-assign]

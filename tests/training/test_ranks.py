@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from safetensors.torch import load_file
 from ldm.data.shards import Sample, write_shard
 from ldm.formats.sharded_checkpoint import is_sharded, load_sharded
 from ldm.formats.tensors import read_tensors
+from ldm.training.system_metrics import SYSTEM
 from tests.data.pictures import encoded, noise_picture
 from tests.experiments import write_experiment
 from tests.training.rank_training import record, train
+from tests.training.test_losses import DENOISER
 
 STAGES = ("vae", "clip", "denoiser")
 STEPS = 20
@@ -48,6 +51,42 @@ def test_two_ranks_train_as_one(tmp_path: Path, strategy: str) -> None:
         assert len(rows) == len(expected["rows"]) == STEPS + 2
         for row, wanted in zip(rows, expected["rows"], strict=True):
             assert row == pytest.approx(wanted, rel=1e-5, abs=1e-7), (stage, row["step"])
+
+
+@pytest.mark.slow
+def test_averages_do_not_depend_on_the_ranks_that_computed_them(tmp_path: Path) -> None:
+    """Each row covers steps of two ranks and of one, before and after a resume."""
+    fields = ("log_every=5", "max_steps=10", "validate_every=100", "accumulate=2", "learning_rate=1e-4")
+    stage = "denoiser"
+    common = [*DENOISER, "denoiser.model.dropout=0", *(f"{stage}.train.{field}" for field in fields)]
+    config = write_experiment(tmp_path)
+
+    def run(name: str, ranks: int, strategy: str, killed_after: int | None = None) -> Path:
+        settings = [
+            f"run_dir={tmp_path / name}",
+            f"trainer.strategy={strategy}",
+            f"{stage}.train.batch_size={8 // ranks}",
+        ]
+        return train(config, [stage], [*common, *settings], ranks, killed_after)
+
+    for session in ((2, "fsdp2", 3), (1, "auto", 7), (2, "ddp")):
+        folder = run("many", *session)
+    expected, found = (logged(each / stage) for each in (run("one", 1, "auto"), folder))
+    assert [row["step"] for row in found] == [5, 10, 10]
+    assert {"train/loss", "train/gradient_norm", "train/gradient_norm_max", "train/loss_sigma_0.32_1"} <= found[
+        0
+    ].keys()
+    for row, wanted in zip(found, expected, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5)
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """The rows of ``metrics.csv`` without the columns of the machine."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [
+            {name: float(value) for name, value in row.items() if value and not name.startswith(SYSTEM)}
+            for row in csv.DictReader(file)
+        ]
 
 
 @pytest.mark.slow

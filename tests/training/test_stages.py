@@ -22,6 +22,7 @@ from ldm.training.config import TrainConfig
 from ldm.training.experiment import load_config
 from ldm.training.handoff import result_file
 from ldm.training.stages import train_stage
+from ldm.training.system_metrics import SYSTEM
 from tests.experiments import CAPTIONS, tiny_experiment, write_experiment
 
 TRAIN_KEYS = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -45,10 +46,10 @@ PIXELS = ["vae.model.kind=identity", "denoiser.model.in_channels=3", "denoiser.m
 
 
 def rows(folder: Path, stage: str) -> list[dict[str, str]]:
-    """metrics.csv without what a clock says."""
+    """metrics.csv without the columns of the machine."""
     with (folder / "run" / stage / "metrics.csv").open(newline="") as file:
         return [
-            {name: value for name, value in row.items() if "per_second" not in name} for row in csv.DictReader(file)
+            {name: value for name, value in row.items() if not name.startswith(SYSTEM)} for row in csv.DictReader(file)
         ]
 
 

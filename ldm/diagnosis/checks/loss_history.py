@@ -48,10 +48,12 @@ def loss_history(run: OpenedRun, clock: Clock) -> Iterator[Item]:
         f"{name} of stage {stage} from {first:.3g} to {last:.3g}, lowest {float(parts[best].mean()):.3g}; in its second half it "
         f"changes as step^{slope:.2f}; largest learning rate {max(rates, default=math.nan):g}"
     )
-    norms = [row["train/gradient_norm"] for row in rows if "train/gradient_norm" in row]
-    if norms:
+    with_norm = [row for row in rows if "train/gradient_norm" in row]  # earlier versions have not logged it
+    if with_norm:
         clip = getattr(run.experiment, stage).train.gradient_clip
-        text += f"; gradient norm {median(norms):.3g}, at most {max(norms):.3g}, clipped at {clip}"
+        typical = median(row["train/gradient_norm"] for row in with_norm)
+        largest = max(row.get("train/gradient_norm_max", row["train/gradient_norm"]) for row in with_norm)
+        text += f"; gradient norm {typical:.3g}, at most {largest:.3g}, clipped at {clip}"
     yield Measured(text)
     if compared.is_greater and compared.ratio > 1.5:
         yield Finding(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,9 @@ class Progress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.bar.set_postfix({name: f"{float(value):.4g}" for name, value in module.latest.items()}, refresh=False)
+        if not self.bar.disable and time.time() - self.bar.last_print_t >= self.bar.mininterval:  # else it is not drawn
+            values = {name: f"{float(value):.4g}" for name, value in module.latest.items()}
+            self.bar.set_postfix(values, refresh=False)
         self.bar.update(module.completed_steps - self.bar.n)
 
     def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:

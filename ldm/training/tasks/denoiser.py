@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from ldm.modalities.label import LABEL
 from ldm.model import LatentDiffusion, SamplingConfig
 from ldm.nn.ranks import draw_rows, randn_rows
 from ldm.pipeline import Pipeline
+from ldm.training import noise_level_bins
 from ldm.training.config import TrainConfig
 from ldm.training.tasks.task import (
     DENOISER,
@@ -150,8 +152,8 @@ class DenoiserTask(Task):
         batch = self._conditions(batch, generator)
         cond = self.model.conditioner(batch, generator)
         x0, model = self._latents(batch, generator), self.model
-        loss, _ = self.loss(model.denoiser, model.diffusion, x0, cond, generator, **self.features.argument)
-        yield TrainLoss(loss.mean())
+        loss, sigma = self.loss(model.denoiser, model.diffusion, x0, cond, generator, **self.features.argument)
+        yield TrainLoss(loss.mean(), by_noise_level={"loss": (loss.detach(), sigma)})
 
     def _conditions(self, batch: Mapping[str, Any], generator: torch.Generator) -> Mapping[str, Any]:
         """Return the batch with default values of missing raw conditions, and with those that are made from its images."""
@@ -168,7 +170,7 @@ class DenoiserTask(Task):
             return self.model.first_stage.normalize(posterior.sample(noise))
 
     def evaluate(self, batch: Mapping[str, Any], step: Step) -> Mapping[str, Tensor]:
-        """Return the loss of each image and its bin of the schedule, ``[b]`` each.
+        """Return the loss of each image, its noise level and the bin of the schedule, ``[b]`` each.
 
         Noise is fixed and noise levels are stratified, so that the losses of two validations differ by the weights alone.
         """
@@ -181,10 +183,11 @@ class DenoiserTask(Task):
         fixed: dict[str, Any] = {"sigma": sigma, "noise": noise, **self.features.argument}
         loss, sigma = self.loss(self.model.denoiser, self.model.diffusion, x0, cond, **fixed)
         share = schedule.t(sigma.cpu()) / schedule.num_timesteps
-        return {"bin": (share * BINS).long().clamp(max=BINS - 1), "loss": loss.double().cpu()}
+        bins = (share * BINS).long().clamp(max=BINS - 1)
+        return {"bin": bins, "loss": loss.double().cpu(), "sigma": sigma.double().cpu()}
 
     def metrics(self, results: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the mean loss, and that of each part of the schedule that has a sample."""
+        """Return the mean loss, that of each part of the schedule, and that of each range of noise levels that has a sample."""
         bins, losses = results["bin"], results["loss"]
         totals = torch.zeros(BINS, dtype=torch.float64, device="cpu").index_add_(0, bins, losses)
         counts = torch.zeros(BINS, dtype=torch.float64, device="cpu").index_add_(0, bins, torch.ones_like(losses))
@@ -193,7 +196,9 @@ class DenoiserTask(Task):
             for i in range(BINS)
             if counts[i]
         }
-        return {"loss": float(totals.sum() / counts.sum())} | parts
+        by_level = np.zeros((2, len(noise_level_bins.NAMES)))
+        noise_level_bins.add_to_bins(by_level, losses.numpy(), results["sigma"].numpy())
+        return {"loss": float(totals.sum() / counts.sum())} | parts | noise_level_bins.means("loss", by_level)
 
     def export(self) -> Export:
         return Export(native.MODEL, self.model, self.model.config, self.model.tokenizer)

@@ -61,10 +61,11 @@ class Step:
 
 
 class TrainLoss(NamedTuple):
-    """Loss to minimize, and metrics to log with it."""
+    """Loss to minimize, and metrics to log with it; of those by noise level, values and noise levels ``[b]`` of the samples."""
 
     value: Tensor
     metrics: Mapping[str, Tensor | float] = MappingProxyType({})
+    by_noise_level: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""The page: heading, summary of the stages, and the sections."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from ldm import __version__
+from ldm.report.charts import number
+from ldm.report.html import render
+from ldm.report.run import Run, Stage
+from ldm.report.sections import PARTS, SECTIONS
+from ldm.training.tasks import TASKS
+
+TITLES = {"vae": "VAE", "clip": "CLIP", "denoiser": "Denoiser"}
+"""Headings of the stages."""
+
+
+def page(run: Run) -> str:
+    """Return the report of a run as one HTML page without references to other files."""
+    stages = [
+        {"id": stage.name, "title": TITLES[stage.name], "parts": [part(stage) for part in PARTS]}
+        for stage in run.stages
+    ]
+    sections = [(title.lower().replace(" ", "-"), title, section(run)) for title, section in SECTIONS.items()]
+    return render(
+        _TEMPLATE,
+        run=run,
+        cards=[_card(stage) for stage in run.stages],
+        stages=stages,
+        sections=[each for each in sections if each[2]],
+        style=_asset("style.css"),
+        script=_asset("script.js"),
+        version=__version__,
+        now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def _card(stage: Stage) -> dict[str, Any]:
+    """Return what is most important of a stage."""
+    metric, best = TASKS[stage.name].monitor, stage.best
+    speed = next((stage.metrics[name] for name in _SPEEDS if name in stage.metrics), None)
+    return {
+        "id": stage.name,
+        "title": TITLES[stage.name],
+        "status": stage.status,
+        "step": stage.step,
+        "max_steps": stage.max_steps,
+        "share": min(1.0, stage.step / stage.max_steps) if stage.max_steps else None,
+        "metric": _METRICS.get(metric, metric),
+        "best": f"{number(best[1])} at step {best[0]:,}" if best else None,
+        "speed": f"{number(speed[-1][1])} samples/s" if speed else None,
+    }
+
+
+_METRICS = {"psnr": "PSNR", "text_to_image_R@1": "R@1", "loss": "validation loss"}
+_SPEEDS = ("system/samples_per_second", "train/images_per_second")
+
+
+def _asset(name: str) -> Markup:
+    return Markup(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+_TEMPLATE = """
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
+script-src 'unsafe-inline'">
+<title>{{ run.name }}: report of the training</title>
+<link rel="icon" href="data:,">
+<style>{{ style }}</style>
+</head>
+<body>
+<header><h1>{{ run.name }}</h1><p><code>{{ run.folder }}</code></p>
+<nav aria-label="Sections">{% for each in stages %}<a href="#{{ each.id }}">{{ each.title }}</a>{% endfor %}
+{% for id, title, _ in sections %}<a href="#{{ id }}">{{ title }}</a>{% endfor %}</nav></header>
+<main>
+<div class="cards">{% for card in cards %}<a class="card" href="#{{ card.id }}"><span class="status {{ card.status }}">
+{{ card.status }}</span><strong>{{ card.title }}</strong>
+{% if card.share is not none %}<span class="bar"><i style="width: {{ (100 * card.share) | round(1) }}%"></i></span>{% endif %}
+<dl><dt>steps</dt><dd>{{ "{:,}".format(card.step) }}{% if card.max_steps %} of {{ "{:,}".format(card.max_steps) }}{% endif %}</dd>
+{% if card.best %}<dt>best {{ card.metric }}</dt><dd>{{ card.best }}</dd>{% endif %}
+{% if card.speed %}<dt>speed</dt><dd>{{ card.speed }}</dd>{% endif %}</dl></a>{% endfor %}</div>
+{% for each in stages %}<section id="{{ each.id }}"><h2>{{ each.title }}</h2>{% for part in each.parts %}{{ part }}
+{% endfor %}</section>{% endfor %}
+{% for id, title, content in sections %}<section id="{{ id }}"><h2>{{ title }}</h2>{{ content }}</section>{% endfor %}
+</main>
+<footer>Made by ldm {{ version }} on {{ now }}.</footer>
+<script>{{ script }}</script>
+</body>
+</html>
+"""

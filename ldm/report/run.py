@@ -1,0 +1,259 @@
+"""Contents of a run folder, as far as they are there: runs may be unfinished, or of earlier versions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ldm.data.bad_samples import BAD_SAMPLES_FILE, read_counts
+from ldm.errors import ConfigError, TrainingError
+from ldm.training.environment import SESSIONS
+from ldm.training.lock import is_locked
+from ldm.training.tasks import TASKS
+from ldm.yaml_text import parse
+
+Points = list[tuple[int, float]]
+"""Steps and values of a metric."""
+
+
+@dataclass
+class Session:
+    """One call of the training command for a stage.
+
+    Attributes:
+        start: record of its beginning, see :mod:`ldm.training.callbacks.sessions`.
+        end: record of its end; None if it was killed, or is running.
+    """
+
+    start: Mapping[str, Any]
+    end: Mapping[str, Any] | None = None
+
+
+@dataclass
+class Stage:
+    """What is there of a stage.
+
+    Args:
+        name: name of the stage.
+        folder: its folder.
+        result: file of its result, which may not exist yet.
+        settings: its section of the config; empty if unknown.
+    """
+
+    name: str
+    folder: Path
+    result: Path
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def metrics(self) -> dict[str, Points]:
+        """Finite values of each column of ``metrics.csv``."""
+        columns: dict[str, Points] = {}
+        for row in _csv_rows(self.folder / "metrics.csv"):
+            step = row.pop("step", None)
+            for name, text in row.items():
+                value = _number(text)
+                if step is not None and step.isdigit() and value is not None:
+                    columns.setdefault(name, []).append((int(step), value))
+        return columns
+
+    @cached_property
+    def images(self) -> dict[str, list[tuple[int, Path]]]:
+        """Image files of each preview with their steps, in order."""
+        found: dict[str, list[tuple[int, Path]]] = {}
+        for path in sorted(self._images_folder.glob("*.png")):
+            if match := re.fullmatch(r"(.+)_(\d+)", path.stem):
+                found.setdefault(match[1], []).append((int(match[2]), path))
+        return {name: sorted(files) for name, files in found.items()}
+
+    @property
+    def bad_samples(self) -> list[dict[str, str]]:
+        """Rows of ``bad_samples.csv``."""
+        return _csv_rows(self.folder / BAD_SAMPLES_FILE)
+
+    @property
+    def bad_sample_counts(self) -> dict[str, Counter[str]]:
+        """Number of samples that could not be used, by reason, for each split; empty if the file cannot be read."""
+        try:
+            return read_counts(self.folder / BAD_SAMPLES_FILE)
+        except (OSError, csv.Error, KeyError, TypeError, ValueError):
+            return {}
+
+    @property
+    def animations(self) -> list[Path]:
+        return sorted(self._images_folder.glob("*.gif"))
+
+    @property
+    def _images_folder(self) -> Path:
+        former = self.folder / "pictures"  # its name in earlier versions
+        return former if former.is_dir() else self.folder / "images"
+
+    @cached_property
+    def sessions(self) -> list[Session]:
+        """Sessions in order; empty for runs of earlier versions."""
+        sessions: list[Session] = []
+        for record in _json_lines(self.folder / SESSIONS):
+            if record.get("event") == "start":
+                sessions.append(Session(record))
+            elif sessions and record.get("pid") == sessions[-1].start.get("pid"):
+                sessions[-1].end = record
+        return sessions
+
+    @cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """Metadata of the result file, with ``provenance`` as a mapping; empty if there is none."""
+        try:
+            with safe_open(self.result, framework="numpy") as file:
+                metadata: dict[str, Any] = dict(file.metadata() or {})
+            return {**metadata, "provenance": json.loads(metadata.get("provenance", "{}"))}
+        except (OSError, SafetensorError, ValueError):
+            return {}
+
+    @property
+    def is_running(self) -> bool:
+        """True if a process trains the stage now."""
+        return is_locked(self.folder)
+
+    @property
+    def step(self) -> int:
+        """Newest step that is known to be completed."""
+        steps = [points[-1][0] for points in self.metrics.values()]
+        steps += [record.get("step", 0) for session in self.sessions for record in (session.start, session.end or {})]
+        return max([*steps, int(self.metadata.get("provenance", {}).get("steps", 0))])
+
+    @property
+    def max_steps(self) -> int | None:
+        return (self.settings.get("train") or {}).get("max_steps")
+
+    @property
+    def status(self) -> str:
+        """``training``, ``finished`` or ``stopped``."""
+        if self.is_running:
+            return "training"
+        return "finished" if self.metadata and self.step >= (self.max_steps or 0) else "stopped"
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and value of the best validation of the metric that selects ``best.ckpt``."""
+        task = TASKS[self.name]
+        points = self.metrics.get(f"val/{task.monitor}", [])
+        return (max if task.higher_is_better else min)(points, key=lambda point: point[1], default=None)
+
+
+@dataclass
+class Run:
+    """What is there of a run.
+
+    Args:
+        folder: the run folder.
+
+    Raises:
+        TrainingError: the folder does not exist, or holds no stage.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if not self.folder.is_dir():
+            raise TrainingError(
+                f"{self.folder} is not a folder; name the run folder of a training, such as runs/emoji_64."
+            )
+        if not self.stages:
+            raise TrainingError(
+                f"{self.folder} holds nothing of a training (no folder {', '.join(TASKS)} with metrics, images or a result); "
+                "name the run folder of a training that has begun."
+            )
+
+    @cached_property
+    def config_text(self) -> str | None:
+        """Text of ``config.yaml``."""
+        try:
+            return (self.folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """Values of ``config.yaml``; empty if it cannot be read."""
+        try:
+            config = parse(self.config_text or "")
+        except (ConfigError, ValueError):
+            return {}
+        return config if isinstance(config, Mapping) else {}
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """Stages of which there is anything, in the order of training."""
+        every = [
+            Stage(name, self.folder / name, self.folder / task.result, self.config.get(name) or {})
+            for name, task in TASKS.items()
+        ]
+        return [each for each in every if each.metrics or each.images or each.sessions or each.metadata]
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name") or self.folder.resolve().name)
+
+    @cached_property
+    def preparation_reports(self) -> dict[Path, Mapping[str, Any]]:
+        """Contents of the ``report.json`` beside the shards of the data, by path."""
+        data, found = self.config.get("data") or {}, {}
+        for split in ("train", "val", "test"):
+            sources = data.get(split)
+            for source in sources if isinstance(sources, list) else [sources]:
+                for folder in (Path(source), Path(source).parent) if isinstance(source, str) else ():
+                    path = folder / "report.json"
+                    content = _json(path)
+                    if isinstance(content, Mapping):
+                        found[path] = content
+        return found
+
+
+def _csv_rows(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            return list(csv.DictReader(file))
+    except (OSError, csv.Error):
+        return []
+
+
+def _number(text: Any) -> float | None:
+    """Return the number in a cell; None if there is none, or it is not finite."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if abs(value) < float("inf") else None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one in each line; a line that was cut by a kill is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
