@@ -40,7 +40,9 @@ def bench(
     ] = Path("runs/bench"),
     samples: Annotated[int, Option(help="For index: number of samples.")] = 10_000_000,
     workers: Annotated[int, Option(help="For stream: number of processes that decode.")] = 0,
-    config: Annotated[Path, Option(help="For latents: the experiment.")] = Path("configs/emoji_64.yaml"),
+    experiment: Annotated[Path, Option(help="For latents: YAML file of the experiment.")] = Path(
+        "configs/emoji_64.yaml"
+    ),
     compiled: Annotated[bool, Option("--compile", help="Compile both sides with torch.compile.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -58,7 +60,7 @@ def bench(
         bench_stream(rounds, workers)
     keep_freed_memory()
     if names and "latents" in names:
-        bench_latents(config, rounds, compare)
+        bench_latents(experiment, rounds, compare)
     if names and "load" in names:
         bench_load(folder, dtype or "float32", rounds)
     names = [name for name in names or PAIRS if name in PAIRS]
