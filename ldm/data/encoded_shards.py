@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import shutil
 import tempfile
@@ -83,18 +82,11 @@ class EncodedShards:
         location, part = self._shard(number), self._part(number)
         with _local(location) as path:
             write_members(path, good)
-            options = IndexOptions(fields=())
-            with _local(part) as rows:
-                rows.parent.mkdir(parents=True, exist_ok=True)
-                # After the shard, since it tells that the shard is complete.
-                finish = functools.partial(
-                    write_part, location, path, checksum(path), rows, self.encoding, options, bad
-                )
-                if isinstance(location, str):
-                    upload(path, location)
-                finish()
-                if isinstance(part, str):
-                    upload(rows, part)
+            if isinstance(location, str):
+                upload(path, location)
+            digest, options = checksum(path), IndexOptions(fields=())
+            # After the shard, since it tells that the shard is complete.
+            write_file(part, lambda rows: write_part(location, path, digest, rows, self.encoding, options, bad))
 
     def finish(self) -> ShardIndex:
         """Write the index of all shards, which are finished, and return it."""
