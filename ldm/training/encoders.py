@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from ldm.conditioning import Conditioner
 from ldm.data.config import ShardsData
 from ldm.data.encoded_source import EncodedSource
 from ldm.errors import ConfigError
-from ldm.training.engine import seed_of
 from ldm.training.experiment import Experiment
 from ldm.training.handoff import Handoff
 from ldm.training.tasks import DenoiserTask, VAETask
@@ -26,7 +23,6 @@ def frozen_encoders(experiment: Experiment) -> EncodedSource:
         CheckpointError: a predecessor does not fit the config.
         ConfigError: there is nothing to encode.
     """
-    torch.manual_seed(seed_of(experiment.seed, DenoiserTask.stage, "weights"))
     handoff, config = Handoff(experiment, DenoiserTask.stage), experiment.model_config
     clip = None if experiment.clip is None else handoff.predecessor("clip")
     first_stage = config.first_stage.build()
