@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,15 +19,27 @@ from ldm.errors import LdmError, missing_extra
 SHARD = 1000
 """Samples of a shard of the synthetic index."""
 
+FILTERS: dict[str, Any] = {
+    "min_side": 300,
+    "max_aspect_ratio": 3.0,
+    "min_caption_length": 30,
+    "languages": ["en", "de"],
+    "fields": {"similarity": {"min": 0.1}, "pwatermark": {"max": 0.95}, "NSFW": {"none_of": ["NSFW"]}},
+}
+"""Filters of the samples of the synthetic index, of which they keep a part."""
+
 START = """
-import re, sys, time
+import json, re, sys, time
 start = time.perf_counter()
 from pathlib import Path
 from torch.utils.data import DataLoader
 from ldm.data import ShardsData, TrainStream
 def memory(pid, name): return int(re.search(name + r":\\s+(\\d+)", Path(f"/proc/{pid}/" + file).read_text())[1]) / 1e6
 file = "status"
-data = ShardsData(sys.argv[1], size=64, workers=2, shuffle_buffer=None if sys.argv[2] == "None" else int(sys.argv[2]))
+from ldm.config import from_dict
+from ldm.data.filters import FilterConfig
+buffer, filters = json.loads(sys.argv[2]), from_dict(FilterConfig, json.loads(sys.argv[3]))
+data = ShardsData(sys.argv[1], size=64, workers=2, shuffle_buffer=buffer, filters=filters)
 samples = data.open("train")
 opened = time.perf_counter() - start
 stream = TrainStream(samples, 64, 0, 10, shuffle_buffer=data.shuffle_buffer)
@@ -62,7 +75,7 @@ def bench_index(folder: Path, samples: int) -> None:
 
     The index is created if it does not exist; the shards that it lists do not exist, since none is read.
     """
-    path = folder / f"index-{samples}.parquet"
+    path = folder / f"synthetic-{samples}.parquet"
     if not path.is_file():
         start = time.perf_counter()
         make_index(path, samples)
@@ -70,11 +83,15 @@ def bench_index(folder: Path, samples: int) -> None:
             f"made an index of {samples:,} samples, {path.stat().st_size / 1e6:.0f} MB, {time.perf_counter() - start:.0f} s"
         )
     print(
-        f"{'shuffle_buffer':>15}{'open':>8}{'first batch':>13}{'of CPU time':>13}{'peak':>10}{'shares of rank and 2 workers':>42}"
+        f"{'shuffle_buffer':>15}{'samples':>12}{'open':>8}{'first batch':>13}{'of CPU time':>13}{'peak':>10}"
+        f"{'shares of rank and 2 workers':>30}"
     )
-    for buffer in (None, 10_000):
+    for buffer, filters in ((None, {}), (10_000, {}), (None, FILTERS), (10_000, FILTERS)):
         done = subprocess.run(
-            [sys.executable, "-c", START, str(path), str(buffer)], capture_output=True, text=True, check=False
+            [sys.executable, "-c", START, str(path), json.dumps(buffer), json.dumps(filters)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith(("measured", "shares"))]
         if len(lines) < 2:
@@ -83,7 +100,11 @@ def bench_index(folder: Path, samples: int) -> None:
             )
         opened, first, cpu, peak = (float(number) for number in lines[0][:4])
         shares = " + ".join(f"{float(number):.2f}" for number in lines[1][:3])
-        print(f"{buffer!s:>15}{opened:7.1f}s{first:12.1f}s{cpu:12.1f}s{peak:7.2f} GB{f'{shares} GB':>42}")
+        count = int(lines[0][4])
+        print(
+            f"{buffer!s:>15}{count:12,}{opened:7.1f}s{first:12.1f}s{cpu:12.1f}s{peak:7.2f} GB{f'{shares} GB':>30}",
+            flush=True,
+        )
 
 
 def make_index(path: Path, samples: int) -> None:
@@ -104,7 +125,9 @@ def make_index(path: Path, samples: int) -> None:
         place = place + high
     for name, (low, high) in {"width": (256, 2048), "height": (256, 2048), "caption_length": (20, 200)}.items():
         columns[name] = pa.array(generator.integers(low, high, samples).astype(np.int32))
-    columns |= {name: pa.array(generator.random(samples)) for name in ("similarity", "aesthetic", "watermark")}
+    columns |= {name: pa.array(generator.random(samples)) for name in ("similarity", "aesthetic", "pwatermark")}
+    for name, values in {"language": ("en", "de", "fr"), "NSFW": ("UNLIKELY", "UNSURE", "NSFW")}.items():
+        columns[name] = pa.array(np.array(values)[generator.integers(0, 3, samples)])
     shards = [
         IndexedShard(f"{i:08d}.tar", min(SHARD, samples - i * SHARD), SHARD * 100_000, f"{i:032x}", f"{i:032x}", None)
         for i in range(-(-samples // SHARD))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ldm.config import to_yaml
+from ldm.data import DataConfig
 from ldm.errors import ConfigError, LdmError
 from ldm.training.accelerators import Accelerator, accelerator, this_machine
 from ldm.training.config import TrainConfig
@@ -66,7 +67,7 @@ def describe(experiment: Experiment, stages: Sequence[str], machine: Machine | N
     device = _Device("gpu", None) if name is None else _Device(name.lower(), accelerator(name))
     count = machine.devices or experiment.trainer.devices
     count = count if isinstance(count, int) else 1
-    lines, total = [to_yaml(experiment).rstrip(), ""], 0.0
+    lines, total = [to_yaml(experiment).rstrip(), "", *_filtered(experiment.data)], 0.0
     for stage in stages:
         text, hours = _stage(experiment, stage, machine, device, count)
         lines += [f"stage {stage}", *(f"  {line}" for line in text)]
@@ -77,6 +78,19 @@ def describe(experiment: Experiment, stages: Sequence[str], machine: Machine | N
     shape = (experiment.vae.model.latent_channels, *(side // factor for side in experiment.model_config.size))
     lines.append(f"the stages fit each other: latents {' x '.join(map(str, shape))}")
     return "\n".join(lines)
+
+
+def _filtered(data: DataConfig) -> list[str]:
+    """Return what the filters of the data drop, line by line, or why they cannot be applied."""
+    lines: list[str] = []
+    for split in ("train", "val"):
+        if split in data.filters.splits and data.filters.given and data.has(split):
+            try:
+                selection = data.open(split).selection
+                lines += selection.describe(split) if selection is not None else []
+            except LdmError as error:
+                lines.append(f"data.filters cannot be applied to data.{split}: {error}")
+    return [*lines, ""] if lines else []
 
 
 def _stage(

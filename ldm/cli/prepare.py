@@ -3,15 +3,63 @@
 from __future__ import annotations
 
 import warnings
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ldm.cli.common import Debug, new_app, run
 from ldm.errors import DataError
 
+if TYPE_CHECKING:
+    from ldm.data.preparation_report import Report
+
 app = new_app()
+
+
+class CaptionFormat(str, Enum):
+    """Values of ``data.captions.format``."""
+
+    text = "text"
+    lines = "lines"
+    json = "json"
+
+
+Format = Annotated[
+    CaptionFormat,
+    typer.Option(help="Format of the captions, as data.captions.format; of several the first is measured."),
+]
+ShardSize = Annotated[int, typer.Option(help="Images per shard.")]
+MinSize = Annotated[int, typer.Option(help="Shortest side in pixels; smaller images are skipped.")]
+MaxSize = Annotated[int | None, typer.Option(help="Longest side in pixels; larger images are scaled down.")]
+Workers = Annotated[int, typer.Option(help="Number of decoding threads.")]
+Shares = Annotated[
+    str | None,
+    typer.Option(
+        help="Fractions of train, val and test; the split of an image is chosen by a hash of its name. Default: train, "
+        "validation and test by the names of the folders or files, if all have such names, else 0.98,0.01,0.01."
+    ),
+]
+Template = Annotated[
+    str | None, typer.Option(help="Caption of images without one: {} is replaced by the name of the class.")
+]
+Duplicates = Annotated[
+    int | None,
+    typer.Option(
+        metavar="BITS",
+        help="Drops near duplicates, whose perceptual hashes of 64 bits differ in at most BITS (4 finds copies that were "
+        "scaled or compressed again); the largest stays.",
+    ),
+]
+Language = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CODES",
+        help="Adds the language of each caption to the index, for data.filters.languages: the languages that occur, as ISO "
+        "639-1 codes with commas (fewer are told apart better), or all.",
+    ),
+]
 
 
 @app.command()
@@ -26,22 +74,24 @@ def folder(
     destination: Annotated[
         Path, typer.Argument(metavar="DST", help="Output folder; gets DST/train, DST/val and DST/test.")
     ],
-    shard_size: Annotated[int, typer.Option(help="Images per shard.")] = 1000,
-    min_size: Annotated[int, typer.Option(help="Shortest side in pixels; smaller images are skipped.")] = 1,
-    max_size: Annotated[int | None, typer.Option(help="Longest side in pixels; larger images are scaled down.")] = None,
-    shares: Annotated[
-        str,
-        typer.Option(help="Fractions of train, val and test; the split of an image is chosen by a hash of its name."),
-    ] = "0.98,0.01,0.01",
+    shard_size: ShardSize = 1000,
+    min_size: MinSize = 1,
+    max_size: MaxSize = None,
+    shares: Shares = None,
     caption_field: Annotated[
         str, typer.Option(help="Column of metadata.csv, or field of metadata.jsonl and x.json, that holds the caption.")
     ] = "text",
-    workers: Annotated[int, typer.Option(help="Number of decoding threads.")] = 4,
+    class_folders: Annotated[
+        bool, typer.Option("--class-folders", help="Class number of an image by the name of its folder (.cls).")
+    ] = False,
+    caption_template: Template = None,
+    drop_duplicates: Duplicates = None,
+    language: Language = None,
+    workers: Workers = 4,
     debug: Debug = False,
 ) -> None:
     """Convert a folder of images with captions to shards; DST/report.json lists the images that were skipped."""
     from ldm.data.folder import prepare_folder
-    from ldm.data.shard_set import REPORT
 
     fractions = _shares(shares)
     report = prepare_folder(
@@ -53,13 +103,66 @@ def folder(
         shares=fractions,
         workers=workers,
         caption_field=caption_field,
+        languages=_listed(language),
+        drop_duplicates=drop_duplicates,
+        class_folders=class_folders,
+        caption_template=caption_template,
     )
-    print(report.summary())
-    if advice := report.advice_on_shares(fractions):
-        typer.echo(f"warning: {advice}", err=True)
-    print(f"Skipped images are listed in {destination / REPORT}")
-    sources = ", ".join(f"{split}: {destination / split}" for split, count in report.images.items() if count)
-    print(f"For the config: data: {{kind: shards, {sources}}}")
+    _print_report(report, destination, fractions)
+
+
+@app.command()
+def parquet(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SRC...",
+            help="Parquet files with images, as of Hugging Face: files, folders or patterns, also as s3:// and https://.",
+        ),
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="Output folder; gets DST/train, DST/val and DST/test.")
+    ],
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of the images. Default: the one that holds images.")
+    ] = None,
+    caption_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the captions, texts or lists of texts. Default: text, caption, captions or prompt."
+        ),
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of class numbers (.cls). Default: none.")] = None,
+    caption_template: Template = None,
+    shard_size: ShardSize = 1000,
+    min_size: MinSize = 1,
+    max_size: MaxSize = None,
+    shares: Shares = None,
+    drop_duplicates: Duplicates = None,
+    language: Language = None,
+    workers: Workers = 4,
+    debug: Debug = False,
+) -> None:
+    """Convert parquet files with an image column to shards; DST/report.json lists the rows that were skipped."""
+    from ldm.data.parquet_images import prepare_parquet
+
+    fractions = _shares(shares)
+    report = prepare_parquet(
+        sources,
+        destination,
+        image_column=image_column,
+        caption_column=caption_column,
+        label_column=label_column,
+        caption_template=caption_template,
+        shard_size=shard_size,
+        min_size=min_size,
+        max_size=max_size,
+        shares=fractions,
+        workers=workers,
+        languages=_listed(language),
+        drop_duplicates=drop_duplicates,
+    )
+    _print_report(report, destination, fractions)
 
 
 @app.command()
@@ -81,6 +184,8 @@ def index(
     caption_field: Annotated[
         str | None, typer.Option(help="Field of the .json files that holds the caption. Default: it is in .txt.")
     ] = None,
+    caption_format: Format = CaptionFormat.text,
+    language: Language = None,
     workers: Annotated[int, typer.Option(help="Number of processes.")] = 4,
     work: Annotated[
         Path | None,
@@ -92,7 +197,9 @@ def index(
     from ldm.data.indexing import IndexOptions, make_index
     from ldm.data.storage import shown
 
-    options = IndexOptions(None if fields is None else tuple(fields.split(",")), caption_field)
+    options = IndexOptions(
+        _listed(fields) if fields is not None else None, caption_field, caption_format.value, _listed(language)
+    )
     made = make_index(source, out, workers=workers, work=work, options=options)
     samples = sum(shard.samples for shard in made.shards)
     print(f"{shown(made.location)}: {samples} samples in {len(made.shards)} shards")
@@ -121,29 +228,78 @@ def emoji(
 @app.command()
 def tokenizer(
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(help="Shards whose captions are used, written as data.train; repeatable."),
-    ],
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of an experiment, instead of --data: its data.train, captions and filters are used."
+        ),
+    ] = None,
+    caption_field: Annotated[
+        str | None, typer.Option(help="With --data: field of the .json files that holds the caption. Default: .txt.")
+    ] = None,
+    caption_format: Annotated[
+        CaptionFormat, typer.Option(help="With --data: format of the captions, as data.captions.format.")
+    ] = CaptionFormat.text,
     out: Annotated[Path, typer.Option(help="Output file.")] = Path("tokenizer.json"),
     vocab_size: Annotated[int, typer.Option(help="Number of tokens, including the 256 bytes.")] = 2048,
     context_length: Annotated[int, typer.Option(help="Tokens per caption; longer captions are truncated.")] = 32,
     debug: Debug = False,
 ) -> None:
-    """Train a byte-level BPE tokenizer on the captions of the training shards."""
+    """Train a byte-level BPE tokenizer on all captions of the training shards."""
     from ldm.clip.tokenizer import train_byte_bpe
-    from ldm.data.shards import Shards
     from ldm.formats.tensors import write_atomically
-    from ldm.modalities.caption import CAPTION
 
-    shards = Shards.open(data, "train")
-    if CAPTION.key not in shards.modalities:
-        raise DataError(f"the data {', '.join(data)} has no captions to train a tokenizer on; give each sample a .txt.")
-    trained = train_byte_bpe([shards.text(i) for i in range(len(shards))], vocab_size, context_length)
+    captions = _captions(data, config, caption_field, caption_format)
+    trained = train_byte_bpe(captions, vocab_size, context_length)
     write_atomically(out, lambda path: path.write_text(trained.to_json(), encoding="utf-8"))
-    print(f"{out}: {trained.vocab_size} tokens from {len(shards)} captions")
+    print(f"{out}: {trained.vocab_size} tokens from {len(captions)} captions")
 
 
-def _shares(text: str) -> list[float]:
+def _captions(
+    data: list[str] | None, config: Path | None, caption_field: str | None, caption_format: CaptionFormat
+) -> list[str]:
+    """Return all captions of the training data, as a training reads them."""
+    from ldm.data import DataConfig, ShardsData
+    from ldm.data.caption_choice import CaptionConfig
+
+    if bool(data) == (config is not None):
+        raise DataError("the captions come from --data or from --config; give one of them.")
+    if config is not None:
+        if caption_field is not None or caption_format != CaptionFormat.text:
+            raise DataError(f"--caption-field and --caption-format are set by {config}; leave them out.")
+        from ldm.training.experiment import load_config
+
+        source: DataConfig = load_config(config).data.without_cache()
+    else:
+        captions = CaptionConfig(format=caption_format.value)
+        source = ShardsData(tuple(data or ()), caption_field=caption_field, captions=captions, workers=0)
+    return source.open("train").all_captions("the tokenizer")
+
+
+def _listed(text: str | None) -> tuple[str, ...]:
+    return tuple(each.strip() for each in (text or "").split(",") if each.strip())
+
+
+def _print_report(report: Report, destination: Path, shares: list[float] | None) -> None:
+    from ldm.data.set_writer import DEFAULT_SHARES
+    from ldm.data.shard_set import REPORT
+
+    print(report.summary())
+    advice = None if report.named_splits else report.advice_on_shares(shares or DEFAULT_SHARES)
+    if advice:
+        typer.echo(f"warning: {advice}", err=True)
+    print(f"Skipped images are listed in {destination / REPORT}")
+    sources = ", ".join(f"{split}: {destination / split}" for split, count in report.images.items() if count)
+    captions = "" if report.caption_format == "text" else f", captions: {{format: {report.caption_format}}}"
+    print(f"For the config: data: {{kind: shards, {sources}{captions}}}")
+
+
+def _shares(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
     try:
         return [float(share) for share in text.split(",")]
     except ValueError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,16 @@ def dropped(
     named = [BadSample(reason, keys[i], path(i), detail) for i in index[:MAX_NAMED].tolist()]
     rest = len(index) - len(named)
     return [*named, *([BadSample(reason, detail="further samples", count=rest)] if rest else [])]
+
+
+def warn_of(bad: Sequence[BadSample]) -> None:
+    """Warn of the samples that shards have no complete content of, once for each reason."""
+    for reason in dict.fromkeys(each.reason for each in bad):
+        found = [each for each in bad if each.reason == reason]
+        warnings.warn(
+            f"{sum(each.count for each in found)} samples are skipped, the first of them {found[0].where}: {found[0].detail}.",
+            stacklevel=4,
+        )
 
 
 def duplicates(shard: Path, repeated: Iterable[tuple[str, str]]) -> list[BadSample]:

@@ -23,6 +23,7 @@ from ldm.modalities.caption import CAPTION
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 TEXT_SUFFIXES = (f".{CAPTION.suffix}", ".caption")
+NO_CAPTION = "no caption"
 _NAME = "file_name"
 
 
@@ -76,13 +77,18 @@ class FolderCaptions:
                 else:
                     self._rows[image] = row
 
-    def of(self, image: Path) -> str:
-        """Return the caption of an image, without white space around it.
+    def of(self, image: Path, *, optional: bool = False) -> str | None:
+        """Return the caption of an image, without white space around it; None if it has none and that is allowed.
 
         Raises:
             LeftOut: it has none, or one that is empty or not text.
         """
-        text = self._found(image)
+        try:
+            text = self._found(image)
+        except LeftOut as problem:
+            if optional and problem.reason == NO_CAPTION:
+                return None
+            raise
         if not text.strip():
             raise LeftOut("empty caption")
         try:
@@ -106,7 +112,7 @@ class FolderCaptions:
         if row is not None:
             fields = some([name for name in row if name not in (_NAME, None)]) or "no other field"
             raise LeftOut(f"metadata without {self._field}", f"it has {fields}; choose one with --caption-field")
-        raise LeftOut("no caption")
+        raise LeftOut(NO_CAPTION)
 
     def _beside(self, image: Path) -> Iterator[Path]:
         """Yield the files of an image that may hold its caption."""

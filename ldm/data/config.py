@@ -10,6 +10,7 @@ from PIL import ImageColor
 from ldm.config import Kind, config_field
 from ldm.data.caption_choice import CaptionConfig
 from ldm.data.encoded import EncodedConfig
+from ldm.data.filters import FilterConfig
 from ldm.data.samples import ImagesInMemory, Samples, StoredImages
 from ldm.data.shard_cache import ShardCacheConfig
 from ldm.data.shards import SPLITS, Shards
@@ -25,6 +26,7 @@ class DataConfig(Kind):
     shuffle_buffer: int | None = None
     made_for: int | None = None
     max_bad_fraction: float = 0.01
+    filters: FilterConfig = FilterConfig()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -148,6 +150,9 @@ class ShardsData(DataConfig, kind="shards"):
         changeable=True,
         omit_default=True,
     )
+    filters: FilterConfig = config_field(
+        FilterConfig(), "Conditions on the samples; others are left out of all stages.", omit_default=True
+    )
 
     def __post_init__(self) -> None:
         if min(self._height_width) < 1:
@@ -185,7 +190,7 @@ class ShardsData(DataConfig, kind="shards"):
 
     def open(self, split: str) -> Samples:
         source = require_split(split, self._sources)
-        stored = StoredImages(
+        shards, selection = self.filters.select(
             Shards.open(
                 source,
                 split,
@@ -194,6 +199,12 @@ class ShardsData(DataConfig, kind="shards"):
                 cache=self.shard_cache.build(),
                 sequential=split != "train" or self.shuffle_buffer is not None,
             ),
+            split,
+            caption_field=self.caption_field,
+            caption_format=self.captions.format,
+        )
+        stored = StoredImages(
+            shards,
             FITS[self.fit](*self._height_width, _rgb("pad_color", self.pad_color or self.background)),
             background=_rgb("background", self.background),
             random_crop=self.crop == "random",
@@ -202,6 +213,7 @@ class ShardsData(DataConfig, kind="shards"):
             captions=self.captions,
             workers=self.workers,
         )
+        stored.selection = selection
         return ImagesInMemory(stored) if self.cache == "ram" else stored
 
 

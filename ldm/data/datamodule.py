@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.config import DataConfig
+from ldm.data.filters import Selection
 from ldm.data.latents import cache_latents
 from ldm.data.samples import Batch, Samples
 from ldm.data.stream import EvaluationLoader, TrainStream
@@ -133,6 +134,11 @@ class DataModule(L.LightningDataModule):
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of each split that training reads."""
         return {split: self._images(split).fingerprint for split in ("train", "val")[: 1 + self.validates]}
+
+    def selections(self) -> dict[str, Selection]:
+        """Return what the filters dropped of each split that training reads."""
+        opened = {split: self._images(split) for split in ("train", "val")[: 1 + self.validates]}
+        return {split: images.selection or Selection(len(images)) for split, images in opened.items()}
 
     def _images(self, split: str) -> Samples:
         if split not in self._stored:

@@ -100,6 +100,7 @@ class EncodedImages(StoredImages):
             captions=images.captions,
             workers=images.workers,
         )
+        self.selection = images.selection
         self.dropped, self.fingerprint = [*images.dropped, *shards.dropped], images.fingerprint
         self._names, self._crop_count, self._flipped, self._text = names, crops, flips, text
 

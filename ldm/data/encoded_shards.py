@@ -17,13 +17,14 @@ from ldm.data.bad_samples import BadSample
 from ldm.data.encoded import EncodedConfig
 from ldm.data.encoded_source import EMPTY, check_encoding
 from ldm.data.encoding import EncodedSample, Encoder, Engine
-from ldm.data.indexing import IndexOptions, fingerprint_of_shards, join_parts, stamp_of, write_part
-from ldm.data.shard_format import write_members
+from ldm.data.indexing import fingerprint_of_shards, join_parts, stamp_of, write_part
+from ldm.data.measures import IndexOptions
+from ldm.data.shard_format import ShardWriter
 from ldm.data.shard_index import ShardIndex, write_index
 from ldm.data.shard_set import INDEX
 from ldm.data.storage import Location, checksum, download, exists, joined, remove_folder, shown, upload
 from ldm.errors import DataError
-from ldm.formats.tensors import write_atomically
+from ldm.formats.tensors import write_atomically, written_atomically
 
 PARTS = "parts"
 """Folder of the rows of the index, a file for each finished shard; it exists while the encoding is incomplete."""
@@ -81,7 +82,9 @@ class EncodedShards:
         bad = [replace(each, index=None) for each in content if isinstance(each, BadSample)]
         location, part = self._shard(number), self._part(number)
         with _local(location) as path:
-            write_members(path, good)
+            with written_atomically(path) as temporary, ShardWriter(temporary) as writer:
+                for key, members in good:
+                    writer.add(key, members)
             if isinstance(location, str):
                 upload(path, location)
             digest, options = checksum(path), IndexOptions(fields=())

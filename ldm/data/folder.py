@@ -7,33 +7,37 @@ image's name too; if one image has such a file, all need one. Images that cannot
 
 from __future__ import annotations
 
-import hashlib
-import io
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from ldm.data.captions import TEXT_SUFFIXES, FileNames, FolderCaptions
+from ldm.data.captions import NO_CAPTION, TEXT_SUFFIXES, FileNames, FolderCaptions
 from ldm.data.file_tree import find_files
-from ldm.data.indexing import IndexOptions, index_shards
+from ldm.data.measures import IndexOptions
+from ldm.data.near_duplicates import Look, check_distance, look_of, originals
 from ldm.data.preparation_report import LeftOut, Report, printable
-from ldm.data.shard_set import INDEX, REPORT, has_set, replacement
-from ldm.data.shards import IMAGE_SUFFIXES, MEMBERS, SPLITS, Sample, checksum_of, write_shard
-from ldm.data.transforms import decode, shrink
+from ldm.data.set_writer import (
+    DEFAULT_SHARES,
+    SetWriter,
+    check_shares,
+    check_sizes,
+    image_member,
+    named_splits,
+    place_of,
+    split_named,
+    split_of,
+    write_set,
+)
+from ldm.data.shards import IMAGE_SUFFIXES, MEMBERS, Sample
+from ldm.data.transforms import decode
 from ldm.errors import DataError
-from ldm.formats.tensors import write_atomically
-from ldm.image_files import open_image
-from ldm.image_io import rgb_or_rgba
 from ldm.modalities.caption import CAPTION
+from ldm.modalities.label import LABEL
 
 READABLE = {f".{suffix}" for suffix in IMAGE_SUFFIXES}
-COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"}
-"""Suffixes of the formats of which shards get the files as they are; others are converted to PNG."""
-FAILED = f"failed_{REPORT}"  # written instead, if no image can be used and the set of an earlier run stays
 _EXAMINED_AT_ONCE = 1024
-_INDEXED_HERE = 16  # shards up to which the index is made without further processes
 _FILES = {suffix: modality for suffix, modality in MEMBERS.items() if modality != CAPTION}
 """Modalities with a file of their own next to an image; captions may also come from metadata."""
 
@@ -43,19 +47,13 @@ class _Candidate:
     path: Path
     name: str
     key: str
-    text: str
+    text: str | None
     files: Mapping[str, Path]  # of further modalities, by suffix
+    label: int | None = None  # of its folder
 
     @property
     def place(self) -> int:
-        """64 bits of the key's hash, which determine the split and the order in the shards."""
-        return int.from_bytes(hashlib.blake2b(self.key.encode(), digest_size=8).digest(), "big")
-
-
-def split_of(place: int, shares: Sequence[float]) -> str:
-    """Return the split into whose share of the 64-bit numbers ``place`` falls; it does not change when the folder grows."""
-    bounds = itertools.accumulate(shares)
-    return next((split for split, bound in zip(SPLITS, bounds, strict=True) if place < bound * 2**64), SPLITS[0])
+        return place_of(self.key)
 
 
 def prepare_folder(
@@ -65,15 +63,17 @@ def prepare_folder(
     shard_size: int = 1000,
     min_size: int = 1,
     max_size: int | None = None,
-    shares: Sequence[float] = (0.98, 0.01, 0.01),
+    shares: Sequence[float] | None = None,
     workers: int = 4,
     caption_field: str = "text",
+    languages: tuple[str, ...] = (),
+    drop_duplicates: int | None = None,
+    class_folders: bool = False,
+    caption_template: str | None = None,
 ) -> Report:
-    """Write ``<split>/000000.tar``, ..., ``<split>/index.parquet`` and ``report.json`` under ``destination``.
+    """Write a set of shards with the images of a folder; see :func:`ldm.data.set_writer.write_set`.
 
     A second run writes the same bytes.
-
-    The set of an earlier run is replaced once the new one is complete; an error or an interruption leaves it as it was.
 
     Args:
         source: folder of images and captions, searched recursively.
@@ -83,55 +83,64 @@ def prepare_folder(
         max_size: longer side, in pixels, above which an image is scaled down and encoded again (JPEG as JPEG
             of quality 95, others as PNG). None copies the files' bytes; formats that shards do not
             support are always converted to PNG.
-        shares: fractions of train, val and test; they add up to 1.
+        shares: fractions of train, val and test; they add up to 1. None: the splits are the folders ``train``, ``validation``
+            and ``test`` of ``source``, as in Hugging Face's imagefolder, if all images are in them; else 0.98, 0.01, 0.01.
         workers: number of decoding threads.
         caption_field: column or field of metadata that holds the caption.
+        languages: languages of the captions, of which the index names one; see :class:`ldm.data.measures.IndexOptions`.
+        drop_duplicates: number of bits up to which the perceptual hashes of near duplicates differ, of which only the largest is
+            used, over all splits; None: all are used. See :mod:`ldm.data.near_duplicates`.
+        class_folders: whether the folder of an image is the name of its class; the class numbers are those of the sorted names.
+        caption_template: caption of an image without one, in which the name of the class replaces ``{}``. None: with
+            ``class_folders``, the images may have no captions.
 
     Raises:
         DataError: an invalid setting, a missing folder, unreadable metadata, no usable image, or a file that cannot be written.
     """
-    if len(shares) != len(SPLITS) or min(shares) < 0 or not abs(sum(shares) - 1) <= 1e-6:
+    check_shares(shares or DEFAULT_SHARES)
+    check_sizes(min_size, max_size)
+    check_distance(drop_duplicates)
+    if caption_template is not None and (not class_folders or "{}" not in caption_template):
         raise DataError(
-            f"the shares {', '.join(map(str, shares))} are not three non-negative numbers that add up to 1."
+            f"the caption template {caption_template!r} needs class folders, and {{}} for the name of the class."
         )
-    if shard_size < 1:
-        raise DataError(f"the shard size is {shard_size}; a shard needs at least one image.")
-    for name, size in {"smallest": min_size, "largest": max_size}.items():
-        if size is not None and size < 1:
-            raise DataError(f"the {name} size of an image is {size} pixels; give at least 1.")
     if not source.is_dir():
         raise DataError(f"the folder {source} does not exist; give the folder of your images.")
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot create the folder {destination}: {error.strerror}; give another.") from None
     report = Report()
-    splits: dict[str, list[_Candidate]] = {split: [] for split in SPLITS}
-    try:
-        with replacement(destination, SPLITS) as temporary:
-            candidates = _candidates(source, destination, caption_field, report)
-            for candidate in _examined(candidates, min_size, workers, report):
-                splits[split_of(candidate.place, shares)].append(candidate)
-            report.images = {split: len(usable) for split, usable in splits.items()}
-            if not splits["train"]:
-                path = destination / (FAILED if has_set(destination) else REPORT)
-                write_atomically(path, lambda file: file.write_text(report.as_json(), encoding="utf-8"))
-                raise DataError(f"no image of {source} is left to train on; see the reasons in {path}.")
-            for split, usable in splits.items():
-                report.shards[split] = _write_split(temporary / split, usable, shard_size, max_size)
-                if usable:
-                    _write_index(temporary / split, workers)
-            (temporary / REPORT).write_text(report.as_json(), encoding="utf-8")
-        (destination / FAILED).unlink(missing_ok=True)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise DataError(
-            f"cannot prepare {destination}: {error.strerror or error}{where}; the shards in it are unchanged."
-        ) from None
+
+    def fill(writer: SetWriter) -> None:
+        from tqdm import tqdm
+
+        candidates = _candidates(source, destination, caption_field, class_folders, report)
+        by_name = {candidate.key: _split_folder(candidate.name) for candidate in candidates}
+        in_split_folders = named_splits([*by_name.values()])
+        if class_folders:
+            candidates = _with_classes(candidates, caption_template, in_split_folders, report)
+        report.named_splits = shares is None and in_split_folders
+        usable = list(_examined(candidates, min_size, workers, drop_duplicates is not None, report))
+        if drop_duplicates is not None:
+            usable = _without_duplicates(usable, drop_duplicates, report)
+        report.aspect_ratios = [each.size[0] / each.size[1] for each in usable]
+        for each in tqdm(usable, "writing", unit="image"):
+            split = by_name[each.candidate.key] if report.named_splits else None
+            split = split or split_of(each.candidate.place, shares or DEFAULT_SHARES)
+            writer.add(split, _sample(each.candidate, max_size))
+
+    options = IndexOptions(languages=languages)
+    write_set(str(source), destination, fill, report, shard_size=shard_size, workers=workers, options=options)
     return report
 
 
-def _candidates(source: Path, destination: Path, caption_field: str, report: Report) -> list[_Candidate]:
+@dataclass(frozen=True)
+class _Usable:
+    candidate: _Candidate
+    size: tuple[int, int]  # width and height
+    look: Look | None  # if near duplicates are dropped
+
+
+def _candidates(
+    source: Path, destination: Path, caption_field: str, without_captions: bool, report: Report
+) -> list[_Candidate]:
     """List the images that have a caption, a unique key and all files, in the order of their names."""
     source = source.resolve()
 
@@ -155,7 +164,7 @@ def _candidates(source: Path, destination: Path, caption_field: str, report: Rep
         key = path.relative_to(source).with_name(path.stem.replace(".", "_")).as_posix()
         try:
             _check_name(name)
-            text = captions.of(path)
+            text = captions.of(path, optional=without_captions)
             if key in candidates:
                 raise LeftOut("same name but for suffix or dots", candidates[key].name)
             candidates[key] = _Candidate(path, name, key, text, _annotation_files(path, annotations))
@@ -189,8 +198,36 @@ def _has(path: Path, suffix: str) -> bool:
     return path.name.lower().endswith(f".{suffix}")
 
 
-def _examined(candidates: list[_Candidate], min_size: int, workers: int, report: Report) -> Iterator[_Candidate]:
-    """Yield the candidates whose files can be read and whose image is large enough, in the order of their places."""
+def _split_folder(name: str) -> str | None:
+    """Return the split that the first folder of a path is named after; None if it is after none."""
+    folder, slash, _ = name.partition("/")
+    return split_named(folder) if slash and folder.isalpha() else None
+
+
+def _with_classes(
+    candidates: Sequence[_Candidate], template: str | None, in_split_folders: bool, report: Report
+) -> list[_Candidate]:
+    """Return the images with the classes of their folders; if some have captions, without those that have none."""
+    folders = {each.key: PurePosixPath(each.name).parts[int(in_split_folders) : -1] for each in candidates}
+    names = {key: parts[-1] if parts else "" for key, parts in folders.items()}
+    report.classes = sorted({*names.values()} - {""})
+    captioned, found = template is not None or any(each.text is not None for each in candidates), []
+    for each in candidates:
+        name = names[each.key]
+        text = template.replace("{}", name.replace("_", " ")) if template and each.text is None else each.text
+        if not name:
+            report.leave_out("no class folder", each.name)
+        elif captioned and text is None:
+            report.leave_out(NO_CAPTION, each.name)
+        else:
+            found.append(replace(each, text=text, label=report.classes.index(name)))
+    return found
+
+
+def _examined(
+    candidates: Sequence[_Candidate], min_size: int, workers: int, looks: bool, report: Report
+) -> Iterator[_Usable]:
+    """Yield the images that can be read and are large enough, in the order of their places."""
     from tqdm import tqdm
 
     candidates = sorted(candidates, key=lambda candidate: candidate.place)
@@ -200,26 +237,39 @@ def _examined(candidates: list[_Candidate], min_size: int, workers: int, report:
     ):
         for start in range(0, len(candidates), _EXAMINED_AT_ONCE):
             part = candidates[start : start + _EXAMINED_AT_ONCE]
-            for candidate, size in zip(part, pool.map(_size, part), strict=True):
+            for candidate, found in zip(part, pool.map(lambda each: _examine(each, looks), part), strict=True):
                 bar.update()
-                if isinstance(size, DataError):
-                    report.leave_out("unreadable", candidate.name, str(size))
-                elif problem := _problem_of_files(candidate, size):
+                if isinstance(found, DataError):
+                    report.leave_out("unreadable", candidate.name, str(found))
+                elif problem := _problem_of_files(candidate, found.size):
                     report.leave_out("unusable annotation", candidate.name, problem)
-                elif min(size) < min_size:
-                    report.leave_out(f"smaller than {min_size} pixels", candidate.name, f"{size[0]} x {size[1]}")
+                elif min(found.size) < min_size:
+                    report.leave_out(
+                        f"smaller than {min_size} pixels", candidate.name, f"{found.size[0]} x {found.size[1]}"
+                    )
                 else:
-                    report.aspect_ratios.append(size[0] / size[1])
-                    yield candidate
+                    yield found
 
 
-def _size(candidate: _Candidate) -> tuple[int, int] | DataError:
+def _examine(candidate: _Candidate, looks: bool) -> _Usable | DataError:
     try:
-        return decode(candidate.path.read_bytes()).size
+        image = decode(candidate.path.read_bytes())
     except OSError as error:
         return DataError(f"cannot be opened ({error.strerror})")
     except DataError as error:
         return error
+    return _Usable(candidate, image.size, look_of(image) if looks else None)
+
+
+def _without_duplicates(usable: Sequence[_Usable], distance: int, report: Report) -> list[_Usable]:
+    """Return the images without the near duplicates of others that are as large or larger."""
+    kept = []
+    for i, original in enumerate(originals([each.look for each in usable if each.look is not None], distance).tolist()):
+        if i == original:
+            kept.append(usable[i])
+        else:
+            report.leave_out("near duplicate", usable[i].candidate.name, f"of {usable[original].candidate.name}")
+    return kept
 
 
 def _problem_of_files(candidate: _Candidate, size: tuple[int, int]) -> str | None:
@@ -231,7 +281,7 @@ def _problem_of_files(candidate: _Candidate, size: tuple[int, int]) -> str | Non
     return None
 
 
-def _members(candidate: _Candidate, size: tuple[int, int]) -> dict[str, bytes]:
+def _members(candidate: _Candidate, size: tuple[int, int]) -> dict[str, Any]:
     """Return the members of a shard for the files of an image of that width and height, by the key of their modality."""
     return {
         _FILES[suffix].key: _FILES[suffix].to_member(path.read_bytes(), size)
@@ -239,40 +289,7 @@ def _members(candidate: _Candidate, size: tuple[int, int]) -> dict[str, bytes]:
     }
 
 
-def _write_split(
-    folder: Path, candidates: list[_Candidate], shard_size: int, max_size: int | None
-) -> dict[str, str | None]:
-    """Write the shards of a split; return the checksum of each by file name."""
-    from tqdm import tqdm
-
-    checksums: dict[str, str | None] = {}
-    with tqdm(total=len(candidates), desc=f"writing {folder.name}", unit="image", disable=not candidates) as bar:
-        for number, start in enumerate(range(0, len(candidates), shard_size)):
-            path = folder / f"{number:06d}.tar"
-            part = candidates[start : start + shard_size]
-            bar.update(write_shard(path, (_sample(candidate, max_size) for candidate in part)))
-            checksums[path.name] = checksum_of(path)
-    return checksums
-
-
-def _write_index(folder: Path, workers: int) -> None:
-    paths = sorted(folder.glob("*.tar"))
-    # A process starts slower than a few shards are read.
-    processes = workers if len(paths) > _INDEXED_HERE else 1
-    index_shards(paths, folder / INDEX, workers=processes, work=folder / ".indexing", options=IndexOptions())
-
-
 def _sample(candidate: _Candidate, max_size: int | None) -> Sample:
-    data = candidate.path.read_bytes()
-    image = open_image(data)
-    suffix = COPIED.get(image.format or "")
-    if suffix is None or (max_size is not None and max(image.size) > max_size):
-        encoded = io.BytesIO()
-        small = rgb_or_rgba(image) if max_size is None else shrink(rgb_or_rgba(image), max_size)
-        if suffix == "jpg":
-            small.save(encoded, "JPEG", quality=95, subsampling=0)
-        else:
-            suffix = "png"
-            small.save(encoded, "PNG")
-        data = encoded.getvalue()
-    return Sample(candidate.key, candidate.text, data, suffix, _members(candidate, image.size))
+    image, suffix, size = image_member(candidate.path.read_bytes(), max_size)
+    label = {} if candidate.label is None else {LABEL.key: candidate.label}
+    return Sample(candidate.key, candidate.text, image, suffix, _members(candidate, size) | label)

@@ -11,15 +11,12 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.torch import load
-
 from ldm.data.bad_samples import BadSample
-from ldm.data.shard_format import IMAGE, LATENTS, ORIGINAL_SIZE, SIDECAR, scan_shard
+from ldm.data.measures import IndexOptions, columns_of, language_identifier, measured
+from ldm.data.shard_format import scan_shard
 from ldm.data.shard_index import (
     IndexedShard,
     ShardIndex,
@@ -46,33 +43,8 @@ from ldm.data.storage import (
 )
 from ldm.errors import DataError
 from ldm.formats.tensors import write_atomically
-from ldm.image_files import image_size
-from ldm.modalities.caption import CAPTION
-
-MEASURED = ("width", "height", "caption_length")
-"""Columns that are computed from image and caption."""
-
-LEFT_OUT = {"key", "width", "height", "caption_length", "caption", "status", "error_message", "exif", "sha256", "md5"}
-"""Fields of JSON files that are not copied to the index unless they are named: what it has already, or what img2dataset
-records of its own work."""
-
-LONGEST = 2048
-"""Characters of a text of a JSON file above which it is not copied to the index."""
 
 _PART = b"ldm.part"
-
-
-@dataclass(frozen=True)
-class IndexOptions:
-    """Content of an index besides keys, offsets and sizes.
-
-    Attributes:
-        fields: fields of the samples' JSON files; None: all that are numbers, booleans or short texts.
-        caption_field: field that holds the caption; None: it is in ``.txt``.
-    """
-
-    fields: tuple[str, ...] | None = None
-    caption_field: str | None = None
 
 
 def make_index(
@@ -96,6 +68,9 @@ def make_index(
     Raises:
         DataError: the shards lie in several folders, or cannot be read.
     """
+    options = options or IndexOptions()
+    if options.languages:
+        language_identifier(options.languages)  # a mistake ends here, before any shard is read
     paths = find_unindexed(source)
     folder = folder_of(paths[0])
     if any(folder_of(path) != folder for path in paths):
@@ -114,7 +89,7 @@ def make_index(
         target,
         workers=workers,
         work=work,
-        options=options or IndexOptions(),
+        options=options,
         folder=None if folder_of(target) == folder else str(elsewhere),
     )
     return ShardIndex(target)
@@ -247,62 +222,16 @@ def write_part(
     rows: dict[int, dict[str, Any]] = {}
 
     def visit(row: int, column: str, data: bytes) -> None:
-        rows.setdefault(row, {}).update(_measured(column, data, options))
+        rows.setdefault(row, {}).update(measured(column, data, options))
 
     try:
         content = scan_shard(path, visit)
     except DataError as error:
         raise DataError(str(error).replace(str(path), shown(location))) from None
     n = len(content.table)
-    names = dict.fromkeys([*MEASURED, *(name for row in rows.values() for name in row)])
-    columns: dict[str, Any] = {name: [rows.get(row, {}).get(name) for row in range(n)] for name in names}
-    for name in MEASURED:
-        known = np.array([value is not None for value in columns[name]], bool)
-        values = np.array([value or 0 for value in columns[name]], np.int32)
-        columns[name] = np.ma.array(values, mask=~known)
+    columns = columns_of([rows.get(row, {}) for row in range(n)])
     dropped = (*(dataclasses.replace(each, shard=shown(location)) for each in content.dropped), *bad)
     shard = IndexedShard(name_of(location), n, path.stat().st_size, digest, tail_of(path), content.checksum, dropped)
     about = json.dumps({"stamp": stamp, "shard": dataclasses.asdict(shard)})
     table = table_of(content.table, columns).replace_schema_metadata({_PART: about})
     write_atomically(part, lambda file: pq.write_table(table, file))
-
-
-def _measured(column: str, data: bytes, options: IndexOptions) -> dict[str, Any]:
-    """Return what a member says of its sample."""
-    if column == IMAGE:
-        try:
-            width, height = image_size(data)
-        except DataError:  # which training notices and counts
-            return {}
-        return {"width": width, "height": height}
-    if column == LATENTS:
-        width, height = load(data)[ORIGINAL_SIZE].tolist()
-        return {"width": width, "height": height}
-    if column == CAPTION.suffix and options.caption_field is None:
-        return {"caption_length": len(data.decode(errors="replace").strip())}
-    if column == SIDECAR:
-        return _fields(data, options)
-    return {}
-
-
-def _fields(data: bytes, options: IndexOptions) -> dict[str, Any]:
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(values, dict):
-        return {}
-    chosen = {name: value for name, value in values.items() if _is_chosen(name, value, options)}
-    caption = values.get(options.caption_field)
-    if isinstance(caption, str):
-        chosen["caption_length"] = len(caption.strip())
-    return chosen
-
-
-def _is_chosen(name: str, value: Any, options: IndexOptions) -> bool:
-    if name in (*MEASURED, "key") or name.endswith((".offset", ".size")):
-        return False
-    if options.fields is not None:
-        return name in options.fields
-    scalar = isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= LONGEST)
-    return scalar and name not in LEFT_OUT and name != options.caption_field

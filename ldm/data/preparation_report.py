@@ -10,8 +10,10 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Literal
 
 from ldm.data.shards import SPLITS
+from ldm.errors import some
 
 SMALL_SPLIT = 16
 """Number of images under which val or test is reported as too small."""
@@ -40,6 +42,9 @@ class Report:
         left_out: reason to names, relative to the folder, each with a detail or an empty text.
         ignored: number of other files by suffix.
         aspect_ratios: width / height of each image that is used.
+        classes: names of the classes, in the order of their numbers.
+        caption_format: ``data.captions.format`` of the captions.
+        named_splits: whether the splits are those of folders or files named after them.
         shards: checksums of the shards of each split by file name; see :mod:`ldm.data.shard_set`.
     """
 
@@ -47,6 +52,9 @@ class Report:
     left_out: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
     ignored: Counter[str] = field(default_factory=Counter)
     aspect_ratios: list[float] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    caption_format: Literal["text", "json"] = "text"
+    named_splits: bool = False
     shards: dict[str, dict[str, str | None]] = field(default_factory=dict)
 
     def leave_out(self, reason: str, name: str, detail: str = "") -> None:
@@ -60,6 +68,7 @@ class Report:
             "left_out": self.left_out,
             "ignored_files": dict(sorted(self.ignored.items())),
             "area_outside_of_square": round(cropped_area(self.aspect_ratios, 1.0), 4),
+            **({"classes": self.classes} if self.classes else {}),
             "shards": self.shards,
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -67,6 +76,12 @@ class Report:
     def summary(self) -> str:
         """Return lines for the terminal: the splits, and each reason to leave images out with the first three names."""
         lines = [", ".join(f"{count} {split}" for split, count in self.images.items())]
+        if self.named_splits:
+            lines.append("splits: by the names of the source, such as train and validation; --shares makes others")
+        if self.classes:
+            lines.append(
+                f"classes: {len(self.classes)} ({some(self.classes)}), listed in report.json in the order of their numbers"
+            )
         for reason, names in self.left_out.items():
             first = ", ".join(itertools.islice(names, 3)) + (", ..." if len(names) > 3 else "")
             lines.append(f"left out, {reason}: {len(names)} ({first})")

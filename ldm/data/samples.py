@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.bad_samples import BAD, BadSample, Reason, SampleError
 from ldm.data.caption_choice import CaptionConfig
+from ldm.data.filters import Selection
 from ldm.data.shards import Shards
 from ldm.data.transforms import decode, to_tensor
 from ldm.errors import DataError, StorageError
@@ -73,12 +74,14 @@ class Samples(Dataset[Batch]):
         workers: number of processes that prefetch batches; 0 if prefetching costs more than it saves.
         fingerprint: text that depends on the images before augmentation.
         dropped: samples that the set does not contain, since they were found to be bad when it was opened.
+        selection: what ``data.filters`` dropped; None if the set has no filters.
     """
 
     lengths: Sequence[int]
     workers: int = 0
     fingerprint: str
     dropped: Sequence[BadSample] = ()
+    selection: Selection | None = None
 
     def __len__(self) -> int:
         return sum(self.lengths)
@@ -305,6 +308,7 @@ class ImagesInMemory(Samples):
         assert not stored.random_crop
         self._stored = stored
         self.lengths, self.fingerprint, self.dropped = stored.lengths, stored.fingerprint, stored.dropped
+        self.selection = stored.selection
 
     def annotations(self, draw: BatchIndices) -> Batch:
         stored, bad, row_of = self._annotations

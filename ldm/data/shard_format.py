@@ -7,6 +7,7 @@ Encoded samples have ``key.latents.safetensors`` instead of an image; see :mod:`
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import tarfile
@@ -20,7 +21,7 @@ import numpy as np
 from ldm.data.bad_samples import BadSample, Reason, duplicates, is_cut
 from ldm.data.sample_table import SIDECAR, SampleTable
 from ldm.errors import DataError
-from ldm.formats.tensors import write_atomically
+from ldm.formats.tensors import written_atomically
 from ldm.modalities import MODALITIES, Modality
 from ldm.modalities.caption import CAPTION
 
@@ -75,21 +76,21 @@ class Sample:
 
     Attributes:
         key: unique name.
-        text: caption.
+        text: caption; None: the sample has none.
         image: encoded bytes.
         suffix: suffix of the image's file.
         annotations: values of further modalities by key: as :meth:`Modality.encode` takes them, or already encoded.
     """
 
     key: str
-    text: str
+    text: str | None
     image: bytes
     suffix: str
     annotations: Mapping[str, Any] = field(default_factory=dict)
 
     def members(self) -> dict[str, bytes]:
         """Return the contents of its files by suffix."""
-        values = {"text": self.text, **self.annotations}
+        values = {**({} if self.text is None else {CAPTION.key: self.text}), **self.annotations}
         members = {self.suffix: self.image}
         for suffix, modality in MEMBERS.items():
             if modality.key in values:
@@ -99,41 +100,58 @@ class Sample:
 
 
 def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
-    """Write a shard atomically and return the number of samples; see :func:`write_members`."""
-    return write_members(path, ((sample.key, sample.members()) for sample in samples))
-
-
-def write_members(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
     """Write a shard atomically and return the number of samples; equal samples give equal bytes.
 
     The last member, ``__checksum__``, is the BLAKE2b hash of the names and contents of the others; webdataset ignores members
     with such names.
+    """
+    with written_atomically(path) as temporary, ShardWriter(temporary) as writer:
+        for sample in samples:
+            writer.add(sample.key, sample.members())
+    return writer.count
+
+
+class ShardWriter:
+    """Writer of a shard, sample by sample; see :func:`write_shard`.
 
     Args:
-        path: the shard.
-        samples: key of each sample, and its members by suffix.
+        file: the file to write, which is complete when the ``with`` block ends.
+
+    Attributes:
+        count: number of samples so far.
     """
-    count, checksum = 0, hashlib.blake2b(digest_size=16)
 
-    def write(temporary: Path) -> None:
-        nonlocal count
-        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
-            for key, members in samples:
-                for suffix, data in members.items():
-                    name = f"{key}.{suffix}"
-                    checksum.update(f"{name}/{len(data)}/".encode() + data)
-                    _add(tar, name, data)
-                count += 1
-            _add(tar, CHECKSUM, checksum.hexdigest().encode())
+    def __init__(self, file: Path):
+        self.count = 0
+        self._checksum = hashlib.blake2b(digest_size=16)
+        self._tar = tarfile.open(file, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed by __exit__)
 
-    write_atomically(path, write)
-    return count
+    @property
+    def checksum(self) -> str:
+        """Checksum of the samples so far."""
+        return self._checksum.hexdigest()
 
+    def __enter__(self) -> ShardWriter:
+        return self
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
+    def __exit__(self, *error: Any) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.push(self._tar)
+            if error == (None, None, None):
+                self._add(CHECKSUM, self.checksum.encode())
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Append a sample, given by its members by suffix."""
+        for suffix, data in members.items():
+            name = f"{key}.{suffix}"
+            self._checksum.update(f"{name}/{len(data)}/".encode() + data)
+            self._add(name, data)
+        self.count += 1
+
+    def _add(self, name: str, data: bytes) -> None:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._tar.addfile(info, io.BytesIO(data))
 
 
 @dataclass(frozen=True)

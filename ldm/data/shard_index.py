@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -40,6 +41,8 @@ _TAIL = 16 << 10  # bytes; includes the checksum at the end of the shards that l
 
 Table = Any
 """``pyarrow.Table``."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,10 @@ class ShardIndex:
         """Read a further column, of all samples."""
         return self._open(lambda file: file.read([name])).column(0)
 
+    def map_rows(self, names: Sequence[str], work: Callable[[Table], T]) -> list[T]:
+        """Return ``work(table)`` for tables of some columns of consecutive samples, of which only one is in memory at a time."""
+        return self._open(lambda file: [work(file.read_row_group(i, list(names))) for i in range(file.num_row_groups)])
+
     def check(self, numbers: Sequence[int]) -> None:
         """Raise a DataError if one of these shards, on a local disk, is not the file that was indexed.
 
@@ -191,6 +198,20 @@ class ShardIndex:
                 f"the shards in {shown(self.folder)} are not those that {self._named} lists ({some(sorted(differing))}); "
                 f"{self.remedy}."
             )
+
+    def missing_column(self, name: str) -> str:
+        """Return the sentence for a column that the index does not have."""
+        folder = shown(self.folder)
+        if name == "language":
+            return (
+                f"{self._named} has no column 'language'; add it with tools/prepare.py index {folder} --language all."
+            )
+        near = difflib.get_close_matches(name, self.columns, n=1)
+        guess = f"did you mean {near[0]!r}? If not, " if near else ""
+        return (
+            f"{self._named} has no column {name!r}, only {', '.join(self.columns)}; {guess}make it again with tools/prepare.py "
+            f"index {folder} --fields {name}, if the .json files of the samples have this field."
+        )
 
     @property
     def _named(self) -> str:
@@ -262,10 +283,10 @@ def table_of(content: SampleTable, columns: Mapping[str, Sequence[Any] | np.ma.M
     arrays = {"key": keys}
     for member, (offsets, sizes) in content.members.items():
         arrays |= {f"{member}.offset": pa.array(offsets), f"{member}.size": pa.array(sizes)}
-    return pa.table(arrays | {name: _typed(values) for name, values in columns.items()})
+    return pa.table(arrays | {name: typed(values) for name, values in columns.items()})
 
 
-def _typed(values: Sequence[Any] | np.ma.MaskedArray) -> Any:
+def typed(values: Sequence[Any] | np.ma.MaskedArray) -> Any:
     """Return values as an Arrow array of the type that fits all of them: bool, int64, double, or else string."""
     import pyarrow as pa
 

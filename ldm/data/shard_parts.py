@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from ldm.data.bad_samples import BadSample
 from ldm.data.sample_table import SampleTable, concatenate
 from ldm.data.shard_format import scan_shard
-from ldm.data.shard_index import IndexedShard, ShardIndex
+from ldm.data.shard_index import IndexedShard, ShardIndex, Table
 from ldm.data.shard_set import check_shards
 from ldm.data.sources import index_of
 from ldm.data.storage import Location, folder_of, name_of, shown
@@ -63,6 +64,33 @@ class Part:
         if self.complete:
             return self.index.fingerprint
         return combined([self.index.shards[i].checksum for i in self.numbers])
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns of the index."""
+        return [] if self.index is None else self.index.columns
+
+    def column(self, name: str) -> Any:
+        """Return an Arrow array with the value of a column for each sample; nulls if the index has no such column."""
+        import pyarrow as pa
+
+        if self.index is None or name not in self.columns:
+            return pa.nulls(self.samples)
+        values = self.index.column(name)
+        return values if self.complete else values.take(self.index_rows())
+
+    def evaluate(self, names: Sequence[str], work: Callable[[Table], np.ndarray]) -> np.ndarray:
+        """Return the values that ``work`` computes for the samples from columns of the index; see :meth:`Shards.evaluate`.
+
+        Raises:
+            DataError: the index lacks one of the columns.
+        """
+        assert self.index is not None
+        for name in names:
+            if name not in self.columns:
+                raise DataError(self.index.missing_column(name))
+        values = np.concatenate(self.index.map_rows(names, work))
+        return values if self.complete else values[self.index_rows()]
 
     def index_rows(self) -> np.ndarray:
         """Return the rows of the index that are those of the part."""

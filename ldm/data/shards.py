@@ -9,16 +9,16 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.data.bad_samples import BadSample, Reason, dropped
+from ldm.data.bad_samples import Reason, dropped, warn_of
+from ldm.data.measures import field_member
 from ldm.data.remote_shards import RemoteShards
 from ldm.data.sample_table import Names, concatenate, repeated
 from ldm.data.shard_cache import ShardCache
@@ -33,7 +33,7 @@ from ldm.data.shard_format import (
     checksum_of,
     write_shard,
 )
-from ldm.data.shard_index import ShardIndex, joined_tables
+from ldm.data.shard_index import ShardIndex, Table, joined_tables
 from ldm.data.shard_parts import check_distinct, combined, names_of, open_parts
 from ldm.data.sources import EMOJI, find, find_shards
 from ldm.data.storage import Location, folder_of, shown
@@ -116,7 +116,7 @@ class Shards:
         self._prefixes: list[str] | None = None
         self._chosen = ""
         self.dropped = [bad for part in self._parts for bad in part.dropped]
-        _warn_of(self.dropped)
+        warn_of(self.dropped)
         if not len(self._table):
             raise DataError(
                 f"there is no sample in {', '.join(map(shown, self.paths))}; make shards with tools/prepare.py."
@@ -177,20 +177,20 @@ class Shards:
         """Return the set of only some samples, with a fingerprint of its own.
 
         Args:
-            index: their numbers, in ascending order.
+            index: their numbers, in ascending order; used without a copy if they are uint32.
         """
-        assert np.all(np.diff(index) > 0), "the samples to keep are in another order"
+        assert np.all(index[1:] > index[:-1]), "the samples to keep are in another order"
         kept = copy.copy(self)
         kept.__dict__.pop("fingerprint", None)
-        kept._chosen += hashlib.blake2b(np.asarray(index, np.int64).tobytes(), digest_size=16).hexdigest()
-        kept._rows = self._row(np.asarray(index)).astype(np.uint32)
+        kept._chosen += hashlib.blake2b(np.ascontiguousarray(index, np.uint32).data, digest_size=16).hexdigest()
+        kept._rows = self._row(np.asarray(index)).astype(np.uint32, copy=False)
         kept._count()
         return kept
 
     @property
     def columns(self) -> list[str]:
         """Names of the columns that :meth:`column` returns."""
-        return list(dict.fromkeys(name for part in self._parts if part.index for name in part.index.columns))
+        return list(dict.fromkeys(name for part in self._parts for name in part.columns))
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return a column of the index, with a value for each sample; null where it is not known.
@@ -211,15 +211,38 @@ class Shards:
                     "tools/prepare.py index."
                 )
             raise DataError(unknown("column of the index", name, self.columns))
-        tables = []
-        for part in self._parts:
-            if part.index is not None and name in part.index.columns:
-                values = part.index.column(name)
-                tables.append(pa.table({name: values if part.complete else values.take(part.index_rows())}))
-            else:
-                tables.append(pa.table({name: pa.nulls(part.samples)}))
+        tables = [pa.table({name: part.column(name)}) for part in self._parts]
         column = joined_tables(tables).column(name)
         return column if self._rows is None else column.take(self._rows)
+
+    def evaluate(
+        self,
+        names: Sequence[str],
+        work: Callable[[Table], np.ndarray],
+        unindexed: Callable[[range], np.ndarray],
+    ) -> np.ndarray:
+        """Return a value for each sample, computed from columns of the index, of which only some rows are in memory at a time.
+
+        Args:
+            names: the columns.
+            work: function from a ``pyarrow.Table`` of them to the values of its samples.
+            unindexed: function from numbers of samples that have no index to their values.
+
+        Raises:
+            DataError: an index lacks a column.
+        """
+        values, start = [], 0
+        for part in self._parts:
+            end = start + part.samples
+            bounds = np.array((start, end), np.uint32)  # of the type of the rows, which would be copied otherwise
+            first, last = (start, end) if self._rows is None else np.searchsorted(self._rows, bounds).tolist()
+            if part.index is None:
+                values.append(unindexed(range(first, last)))
+            else:
+                found = part.evaluate(names, work)
+                values.append(found if self._rows is None else found[self._rows[first:last] - start])
+            start = end
+        return np.concatenate(values)
 
     def prepare(self, index: np.ndarray, ahead: Sequence[int] = ()) -> None:
         """Read what a batch needs of remote shards at once, or copy the shards that are read next in the background.
@@ -254,7 +277,9 @@ class Shards:
         """Return the member of sample ``i`` with its value of a modality, as stored; empty if it has none."""
         assert modality.suffix is not None, f"{modality.noun} is not stored"
         field = self._fields.get(modality.key)
-        return self._read(i, modality.suffix) if field is None else self._from_json(i, modality, field)
+        if field is None:
+            return self._read(i, modality.suffix)
+        return field_member(self._read(i, SIDECAR), modality, field)
 
     def value(self, i: int, modality: Modality) -> Any:
         """Return the decoded value of a modality for sample ``i``.
@@ -339,7 +364,7 @@ class Shards:
     def _count(self) -> None:
         """Set what follows from the rows that are kept."""
         rows = self._rows
-        bounds = self._starts if rows is None else np.searchsorted(rows, self._starts)
+        bounds = self._starts if rows is None else np.searchsorted(rows, self._starts.astype(rows.dtype))
         self.lengths: list[int] = np.diff(bounds).tolist()
         self.keys: Sequence[str] = Names(self._table.keys, rows, self._prefixes, self._starts)
 
@@ -385,23 +410,6 @@ class Shards:
             raise DataError(f"samples of {folder} have {modality.file}, but {lacking!r} has none.")
         return bool(has.any())
 
-    def _from_json(self, i: int, modality: Modality, field: str) -> bytes:
-        """Return the value of a field of a sample's JSON file as a member of its own would hold it.
-
-        Raises:
-            DataError: there is none; the message is a clause.
-        """
-        try:
-            values = json.loads(self._read(i, SIDECAR))
-            value = values[field] if isinstance(values, dict) else None
-        except (ValueError, RecursionError):
-            raise DataError(f"is not readable, since its .{SIDECAR} is not valid JSON") from None
-        except KeyError:
-            raise DataError(f"is missing, since its .{SIDECAR} has no field {field!r}") from None
-        if isinstance(value, str):
-            return value.encode(errors="replace")
-        return b"" if value is None and modality.optional else json.dumps(value).encode()
-
     def _read(self, i: int, column: str) -> bytes:
         row, shard = int(self._row(i)), self._shard(i)
         offset, size = self._table.span(column, row)
@@ -424,12 +432,3 @@ class Shards:
         if modified != self._modified[shard]:
             raise StorageError(f"the shard {path} was replaced since it was opened; run the same command again.")
         return data
-
-
-def _warn_of(bad: Sequence[BadSample]) -> None:
-    for reason in dict.fromkeys(each.reason for each in bad):
-        found = [each for each in bad if each.reason == reason]
-        warnings.warn(
-            f"{sum(each.count for each in found)} samples are skipped, the first of them {found[0].where}: {found[0].detail}.",
-            stacklevel=4,
-        )

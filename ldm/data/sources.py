@@ -53,7 +53,7 @@ def find(source: str | Sequence[str], split: str) -> Found:
             folder = Path(str(importlib.resources.files("ldm"))) / "assets" / "emoji"
             found.paths += sorted(folder.glob(f"emoji-{split}-*.tar"))
             continue
-        for pattern in _expanded(expanded(part)):
+        for pattern in expand_braces(expanded(part)):
             if pattern.endswith(".parquet"):
                 _add_index(found, ShardIndex(located(pattern)))
             elif is_url(pattern):
@@ -70,7 +70,7 @@ def find_unindexed(source: str) -> list[Location]:
         DataError: there are none, or they cannot be listed.
     """
     paths: list[Location] = []
-    for pattern in _expanded(expanded(source)):
+    for pattern in expand_braces(expanded(source)):
         if not is_url(pattern):
             paths += _matches(pattern.removeprefix("file://"))
         elif glob.has_magic(pattern) or name_of(pattern).endswith(".tar"):
@@ -84,8 +84,8 @@ def find_unindexed(source: str) -> list[Location]:
     return paths
 
 
-def _expanded(source: str) -> list[str]:
-    """Expand ``{000..002}`` and ``{a,b}`` by webdataset."""
+def expand_braces(source: str) -> list[str]:
+    """Return the names that a pattern with ``{000..002}`` or ``{a,b}`` stands for, as webdataset expands it."""
     if "{" not in source:
         return [source]
     from webdataset.shardlists import expand_urls  # slow to import

@@ -15,7 +15,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,13 +54,20 @@ STEMS = (DIFFUSERS, *TRANSFORMERS)
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Write a temporary file in the same folder with ``write``, sync it to disk and rename it to ``path``."""
+    with written_atomically(path) as temporary:
+        write(temporary)
+
+
+@contextmanager
+def written_atomically(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary file in the same folder; after the block, unless it fails, sync it to disk and rename it to ``path``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
     try:
-        write(temporary)
+        yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ldm.data.bad_samples import BAD_SAMPLES_FILE, read_counts
+from ldm.data.filters import DATA_FILE
 from ldm.errors import ConfigError, TrainingError
 from ldm.training.environment import SESSIONS
 from ldm.training.lock import is_locked
@@ -202,6 +203,13 @@ class Run:
     @property
     def name(self) -> str:
         return str(self.config.get("name") or self.folder.resolve().name)
+
+    @cached_property
+    def selections(self) -> dict[str, Mapping[str, Any]]:
+        """Content of ``data.json`` by split: the samples before and after the filters; empty for runs of earlier versions."""
+        content = _json(self.folder / DATA_FILE)
+        items = content.items() if isinstance(content, dict) else ()
+        return {split: each for split, each in items if isinstance(each, dict)}
 
     @cached_property
     def preparation_reports(self) -> dict[Path, Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -9,9 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ldm.config import to_yaml
 from ldm.data.datamodule import DataModule, Encoded, LatentSource
+from ldm.data.filters import DATA_FILE
 from ldm.devices import usual_torch_state
 from ldm.errors import ConfigError, TrainingError
 from ldm.formats.native import save_state
@@ -61,6 +64,12 @@ def _train(experiment: Experiment, module: StageModule, files: Mapping[Path, str
         for path, text in files.items():
             _write_text(path, text)
         write_config(experiment, module.stage)
+        selections = data.selections()
+        for split, selection in selections.items():
+            for line in selection.describe(split):
+                tqdm.write(line)
+        content = {split: selection.to_dict() for split, selection in selections.items()}
+        _write_text(experiment.folder / DATA_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     if module.train_config.init and not resume_points(module.folder):
         initialize(module.task, module.train_config.init)

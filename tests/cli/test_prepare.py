@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ldm.cli import prepare
 from ldm.clip.tokenizer import Tokenizer
 from ldm.data.shards import Shards, find_shards
-from tests.data.pictures import encoded, noise_picture, write_shards
+from tests.data.pictures import encoded, noise_picture, write_shards, write_tar
+from tests.experiments import write_experiment
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +58,36 @@ def test_tokenizer_reads_the_captions_of_the_shards(monkeypatch: pytest.MonkeyPa
     assert tokenizer.decode(tokenizer("Caption 3")[0]) == "caption 3"
 
 
+def test_tokenizer_reads_captions_as_training_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = write_experiment(tmp_path)
+    texts = [b'["first caption", "second one"]', b'{"alt": "unused", "good": "third"}']
+    image = encoded(noise_picture(0))
+    members = [(f"{i}.png", image) for i in range(3)]
+    members += [(f"{i}.txt", text) for i, text in enumerate(texts)] + [("2.txt", b'["too short"]')]
+    write_tar(tmp_path / "train.tar", members)
+    settings = yaml.safe_load(config.read_text())
+    settings["data"] |= {
+        "captions": {"format": "json", "weights": {"good": 1}},
+        "filters": {"min_caption_length": 5, "fields": {}},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    expected = {"--config": 4, "--data": 5}
+    for option, count in expected.items():
+        source = [config] if option == "--config" else [tmp_path / "train.tar", "--caption-format", "json"]
+        out = tmp_path / f"{option}.json"
+        assert run(monkeypatch, "tokenizer", option, *source, "--out", out, "--vocab-size", 300) == 0
+        assert f"tokens from {count} captions" in capsys.readouterr().out
+        tokenizer = Tokenizer.from_json(out.read_text(encoding="utf-8"))
+        assert tokenizer.decode(tokenizer("second one")[0]) == "second one"
+    fields = [(f"{i}.json", b'{"words": "from a field"}') for i in range(3)]
+    write_tar(tmp_path / "train.tar", members + fields)
+    source = [tmp_path / "train.tar", "--caption-field", "words"]
+    assert run(monkeypatch, "tokenizer", "--data", *source, "--out", out) == 0
+    assert "tokens from 3 captions" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -63,6 +95,8 @@ def test_tokenizer_reads_the_captions_of_the_shards(monkeypatch: pytest.MonkeyPa
         (["folder", "{tmp}", "{tmp}/shards", "--shares", "most,few"], "'most,few' are not numbers"),
         (["tokenizer", "--data", "{tmp}"], r"contains no .tar shards"),
         (["tokenizer", "--data", "{tmp}/a.tar"], r"a.tar does not exist"),
+        (["tokenizer"], "come from --data or from --config; give one of them"),
+        (["tokenizer", "--config", "a.yaml", "--caption-field", "text"], "are set by a.yaml; leave them out"),
         (["emoji", "{tmp}", "--font", "{tmp}/none.ttf"], "none.ttf is missing"),
     ],
 )

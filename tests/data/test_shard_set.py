@@ -14,6 +14,7 @@ import pytest
 
 from ldm.data import ShardsData
 from ldm.data.folder import prepare_folder
+from ldm.data.set_writer import SetWriter
 from ldm.data.shards import SPLITS, Shards, find_shards, write_shard
 from ldm.errors import DataError
 from tests.data.pictures import encoded, noise_picture, sample
@@ -115,7 +116,7 @@ def test_an_interruption_at_any_place_leaves_the_set_of_before(
     write_images(tmp_path / "images", 24, first=100)
     with monkeypatch.context() as patch:
         if place == "writing":
-            patch.setattr("ldm.data.folder.write_shard", fail_after(write_shard, calls, error))
+            patch.setattr(SetWriter, "add", fail_after(SetWriter.add, 3 * calls, error))
         else:
             replace, done = Path.replace, []
 

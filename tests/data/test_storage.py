@@ -7,17 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ldm.cli.bench_data import s3_server
 from ldm.data import ShardsData, storage
+from ldm.data.filters import FilterConfig
 from ldm.data.indexing import make_index
+from ldm.data.parquet_images import prepare_parquet
 from ldm.data.samples import Batch
 from ldm.data.shard_cache import ShardCacheConfig
 from ldm.data.shards import Shards
-from ldm.data.stream import TrainStream
+from ldm.data.stream import EvaluationLoader, TrainStream
 from ldm.errors import DataError, StorageError
-from tests.data.pictures import write_shards
+from tests.data.pictures import encoded, noise_picture, write_shards
 from tests.data.servers import WebServer, web_server
 
 
@@ -151,6 +155,37 @@ def test_shards_that_vanish_or_change_are_one_sentence(http: WebServer, local: P
     with pytest.raises(StorageError, match=r"000\.tar does not exist"):
         shards.image(0)
     assert len(http.requests()) == before + 1
+
+
+def test_filters_read_the_index_alone(http: WebServer, local: Path) -> None:
+    make_index(str(local))
+    data = ShardsData(f"{http.url}/shards", size=8, workers=0, filters=FilterConfig(min_side=12, max_caption_length=9))
+    http.fail("index.parquet", 2)
+    samples = data.open("train")
+    keys = [f"{i:04d}" for i in range(15) if 10 + i % 5 >= 12 and i < 10]  # of 10 to 14 x 12 pixels
+    assert list(samples.shards.keys) == keys  # type: ignore[attr-defined]
+    assert not [request for request in http.requests() if ".tar" in request]
+    (batch,) = EvaluationLoader(samples, 100)
+    assert batch["key"] == keys
+
+
+def test_parquet_files_are_read_from_servers(s3: str, http: WebServer, tmp_path: Path) -> None:
+    images = [encoded(noise_picture(i)) for i in range(3)]
+    for split in ("train", "validation"):
+        table = pa.table({"image": [{"bytes": each, "path": None} for each in images], "text": ["a", "b", "c"]})
+        pq.write_table(table, tmp_path / f"{split}-0.parquet")
+        storage.upload(tmp_path / f"{split}-0.parquet", f"{s3}/parquet/{split}/0.parquet")
+    urls = [f"{http.url}/{{train,validation}}-0.parquet"], [f"{s3}/parquet"], [f"{s3}/parquet/*/0.parquet"]
+    http.fail("train-0.parquet", 3)
+    for number, sources in enumerate(urls):
+        report = prepare_parquet(sources, tmp_path / str(number))
+        assert report.images == {"train": 3, "val": 3, "test": 0}
+        shards = Shards.open(str(tmp_path / str(number) / "val"), "val")
+        assert [shards.image(i) for i in range(3)] == images
+    with pytest.raises(DataError, match=r"no parquet file in s3://data/none; give files"):
+        prepare_parquet([f"{s3}/none"], tmp_path / "none")
+    with pytest.raises(StorageError, match=r"none\.parquet does not exist"):
+        prepare_parquet([f"{http.url}/none.parquet"], tmp_path / "none")
 
 
 def test_a_password_in_an_address_is_not_shown() -> None:

@@ -17,6 +17,7 @@ from ldm.report.sections import (
     curves,
     data,
     environment,
+    filters,
     noise_levels,
     previews,
     provenance,
@@ -34,6 +35,7 @@ PARTS: tuple[Callable[[Stage], Markup], ...] = (
 
 SECTIONS: dict[str, Callable[[Run], Markup]] = {
     "Data": data.section,
+    "Filters of the data": filters.section,
     "Sessions and environment": environment.section,
     "Provenance": provenance.section,
     "Config": config.section,
