@@ -185,6 +185,7 @@ def test_bad_samples_are_left_out_and_listed(trained: Path, tmp_path: Path) -> N
     assert [(bad.key, bad.reason) for bad in samples.dropped] == [("x", Reason.UNKNOWN_FORMAT)]
 
 
+@pytest.mark.slow
 def test_a_denoiser_is_trained_on_a_bucket(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
