@@ -126,7 +126,8 @@ def test_a_checkpoint_says_what_its_encoder_says(checkpoint: tuple[Path, Any]) -
 def test_stored_states_give_the_conditioning_of_live_encoding(tmp_path: Path) -> None:
     write_bert(tmp_path)
     write_tokenizer(tmp_path)
-    built, captions = conditioner(checkpoint=str(tmp_path), context_length=8, dropout=0.5), ["a red car", "", "a sky"]
+    built = conditioner(checkpoint=str(tmp_path), context_length=8, dropout=0.5).train()  # the encoder is frozen
+    captions = ["a red car", "", "a sky"]
     states = TextStates(captions, built.encode_texts(captions), built.encode_texts([""]))
     live, cached = (
         built({"text": captions, **stored}, torch.Generator().manual_seed(2)) for stored in ({}, {TEXT_STATES: states})
