@@ -191,9 +191,10 @@ def _stored(values: Tensor, field: str, dtype: str) -> Tensor:
         return values.cpu()
     converted = values.to("cpu", DTYPES[dtype])
     if not converted.isfinite().all():
+        if not values.isfinite().all():
+            raise DataError(f"some of the encoded {field} values are NaN or infinite; train or choose the encoder again.")
         other = "data.encoded.text to bf16" if field == "text" else "data.encoded.latents to fp32"
-        reason = f"{dtype} cannot hold" if values.isfinite().all() else "are not finite:"
-        raise DataError(f"{reason} some of the encoded {field} values; set {other}, or check the encoder.")
+        raise DataError(f"{dtype} cannot hold some of the encoded {field} values; set {other}.")
     return converted
 
 
