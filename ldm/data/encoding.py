@@ -192,7 +192,9 @@ def _stored(values: Tensor, field: str, dtype: str) -> Tensor:
     converted = values.to("cpu", DTYPES[dtype])
     if not converted.isfinite().all():
         if not values.isfinite().all():
-            raise DataError(f"some of the encoded {field} values are NaN or infinite; train or choose the encoder again.")
+            raise DataError(
+                f"some of the encoded {field} values are NaN or infinite; train or choose the encoder again."
+            )
         other = "data.encoded.text to bf16" if field == "text" else "data.encoded.latents to fp32"
         raise DataError(f"{dtype} cannot hold some of the encoded {field} values; set {other}.")
     return converted
