@@ -12,11 +12,12 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from ldm.cli.bench_data import bench_index, bench_stream
+from ldm.cli.bench_latents import bench_latents
 from ldm.cli.bench_load import bench_load
 from ldm.cli.common import Debug, keep_freed_memory, new_app, run
 from ldm.errors import LdmError, missing_extra, unknown
 
-OTHERS = ("load", "index", "stream")
+OTHERS = ("load", "index", "stream", "latents")
 """Benchmarks that have a module of their own."""
 
 Side = tuple[Any, Callable[[], Any]]
@@ -28,7 +29,7 @@ app = new_app()
 @app.command()
 def bench(
     names: Annotated[
-        list[str] | None, Argument(help="unet, vae, text (default: all three), load, index, or stream.")
+        list[str] | None, Argument(help="unet, vae, text (default: all three), load, index, stream, or latents.")
     ] = None,
     device: Annotated[str | None, Option(help="cpu or cuda. Default: the GPU if there is one.")] = None,
     dtype: Annotated[str | None, Option(help="float32 or bfloat16. Default: bfloat16 if it is native.")] = None,
@@ -39,6 +40,9 @@ def bench(
     ] = Path("runs/bench"),
     samples: Annotated[int, Option(help="For index: number of samples.")] = 10_000_000,
     workers: Annotated[int, Option(help="For stream: number of processes that decode.")] = 0,
+    experiment: Annotated[Path, Option(help="For latents: YAML file of the experiment.")] = Path(
+        "configs/emoji_64.yaml"
+    ),
     compiled: Annotated[bool, Option("--compile", help="Compile both sides with torch.compile.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -55,6 +59,8 @@ def bench(
     if names and "stream" in names:
         bench_stream(rounds, workers)
     keep_freed_memory()
+    if names and "latents" in names:
+        bench_latents(experiment, rounds, compare)
     if names and "load" in names:
         bench_load(folder, dtype or "float32", rounds)
     names = [name for name in names or PAIRS if name in PAIRS]

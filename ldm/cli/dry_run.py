@@ -180,7 +180,7 @@ def _disk(experiment: Experiment, task: Task, cost: StepCost) -> list[str]:
     images = sum(count for count, _ in sizes)
     pixels = sum(count * math.prod(side // first_stage.factor for side in shape) for count, shape in sizes)
     values = len(first_stage.posterior_type.cached) * first_stage.latent_channels * pixels
-    cached = "" if data.cache_latents else ", if data.cache_latents were true"
+    cached = "" if data.has_latents else ", if data.cache_latents were true"
     return [*lines, f"      {_gib(2 * values)} for the latents of {images:,} images{cached}"]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
 from ldm.conditioning.conditioner import Conditioner, ConditionerConfig
+from ldm.conditioning.text_states import TEXT_STATES, TextEncoder
 from ldm.config import config_field
 from ldm.errors import ConfigError
 from ldm.modalities.sizes import Pair
@@ -96,7 +97,20 @@ class CompositeConditioner(Conditioner):
         self.parts = nn.ModuleDict({name: part.build(tokenizer) for name, part in config.parts.items()})
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        return side_by_side([part(inputs, generator) for part in self.parts.values()])
+        stored = inputs.get(TEXT_STATES)
+        own = {name: {} if stored is None else {TEXT_STATES: stored.of_part(name)} for name in self.parts}
+        return side_by_side([part({**inputs, **own[name]}, generator) for name, part in self.parts.items()])
+
+    def text_encoders(self) -> Iterator[TextEncoder]:
+        for name, part in zip(self.parts, self._conditioners(), strict=True):
+            yield from (each._replace(name=f"{name}.{each.name}") for each in part.text_encoders())
+
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        parts = dict(zip(self.parts, self._conditioners(), strict=True))
+        frozen = {name: part for name, part in parts.items() if any(True for _ in part.text_encoders())}
+        return {
+            f"{name}.{key}": each for name, part in frozen.items() for key, each in part.encode_texts(texts).items()
+        }
 
     def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
         return side_by_side([part.unconditional(inputs, negative) for part in self._conditioners()])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
+from ldm.conditioning.text_states import TEXT_STATES, TextEncoder, TextStates
 from ldm.config import Kind
 from ldm.errors import ConfigError, DataError
 from ldm.modalities.arguments import of_key
@@ -147,6 +148,23 @@ class Conditioner(nn.Module):
         """Yield the encoders that start from pretrained weights, by component: ``text_encoder``, ``image_encoder``, ..."""
         return iter(())
 
+    def text_encoders(self) -> Iterator[TextEncoder]:
+        """Yield the frozen text encoders, whose outputs may be stored; see :meth:`encode_texts`."""
+        return iter(())
+
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the outputs of the text encoders for ``b`` texts: tensors ``[b ...]`` by name, such as ``context``.
+
+        They depend on the texts alone, and :meth:`forward` needs nothing else of the encoders.
+        """
+        return {}
+
+    def text_states(self, inputs: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return :meth:`encode_texts`, from the :class:`TextStates` in the inputs if they have these texts."""
+        stored: TextStates | None = inputs.get(TEXT_STATES)
+        found = None if stored is None else stored.select(texts)
+        return self.encode_texts(texts) if found is None else found
+
     def set_vocabulary(self, config: Any, tokenizer: Tokenizer) -> None:
         """Set the config and tokenizer of a conditioner whose text encoders have got other token embeddings."""
 
@@ -174,7 +192,7 @@ def training_images(batch: Mapping[str, Any], kind: str) -> Tensor:
     if "image" not in batch:
         raise DataError(
             f"the conditioner {kind} is computed from the training images, which cached latents do not contain; "
-            "set data.cache_latents to false."
+            "set data.cache_latents to false and data.encoded.folder to null."
         )
     images: Tensor = batch["image"]
     return images

@@ -22,7 +22,8 @@ from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning import long_prompts
 from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, captions, check_dropout
-from ldm.config import config_field
+from ldm.conditioning.text_states import TextEncoder
+from ldm.config import config_field, to_dict
 from ldm.errors import ConfigError
 from ldm.modalities.sizes import SIZES, Pair
 from ldm.nn.conditioning import Conditioning
@@ -112,15 +113,24 @@ class SDXLConditioner(Conditioner):
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         given = captions(inputs, self.config.dropout, generator)
-        texts = ["" if caption is None else caption for caption in given]
-        with nullcontext() if self.config.trainable else torch.no_grad():
-            (first, _), mask = long_prompts.read(texts, self.tokenizers[0], self.first)
-            (second, pooled), second_mask = long_prompts.read(texts, self.tokenizers[1], self.second)
-        context, mask = _side_by_side([first, second], [mask, second_mask])
+        states = self.text_states(inputs, ["" if caption is None else caption for caption in given])
+        context, mask, pooled = states["context"], states.get("mask"), states["pooled"]
         if self.config.zeros_for_empty:
             absent = torch.tensor([caption is None for caption in given], device="cpu").to(context.device)
             context, pooled = context.masked_fill(absent[:, None, None], 0), pooled.masked_fill(absent[:, None], 0)
         return Conditioning(context, mask, vector=torch.cat([pooled, self._sizes(inputs).to(pooled)], dim=1))
+
+    def text_encoders(self) -> Iterator[TextEncoder]:
+        for (name, tower), tokenizer in zip(self.pretrained_encoders(), self.tokenizers, strict=True):
+            if not self.config.trainable:
+                yield TextEncoder(name, tower, to_dict(tower.config), tokenizer.to_json())
+
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        with nullcontext() if self.config.trainable else torch.no_grad():
+            (first, _), mask = long_prompts.read(texts, self.tokenizers[0], self.first)
+            (second, pooled), second_mask = long_prompts.read(texts, self.tokenizers[1], self.second)
+        context, mask = _side_by_side([first, second], [mask, second_mask])
+        return {"context": context, "pooled": pooled} | ({} if mask is None else {"mask": mask})
 
     def unconditional(self, inputs: Mapping[str, Sequence[Any]], negative: Sequence[str] | None = None) -> Conditioning:
         """Compute the conditioning of no text, or of the ``negative`` one, for images of the same sizes."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.clip.model import CLIPConfig
 from ldm.clip.text import TextTowerConfig
 from ldm.clip.tokenizer import Tokenizer
 from ldm.conditioning import long_prompts
 from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, check_dropout, texts
-from ldm.config import config_field
+from ldm.conditioning.text_states import TextEncoder
+from ldm.config import config_field, to_dict
 from ldm.errors import ConfigError
 from ldm.nn.conditioning import Conditioning
 
@@ -75,10 +76,18 @@ class TextConditioner(Conditioner):
         self.tower = tower.build().requires_grad_(config.trainable)
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
-        captions = texts(inputs, self.config.dropout, generator)
+        states = self.text_states(inputs, texts(inputs, self.config.dropout, generator))
+        return Conditioning(context=states["context"], mask=states.get("mask"), vector=states.get("pooled"))
+
+    def text_encoders(self) -> Iterator[TextEncoder]:
+        if not self.config.trainable:
+            yield TextEncoder("text_encoder", self.tower, to_dict(self.tower.config), self.tokenizer.to_json())
+
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         with nullcontext() if self.config.trainable else torch.no_grad():
-            (context, pooled), mask = long_prompts.read(captions, self.tokenizer, self.tower)
-        return Conditioning(context=context, mask=mask, vector=pooled if self.config.pooled else None)
+            (context, pooled), mask = long_prompts.read(texts, self.tokenizer, self.tower)
+        states = {"context": context} if mask is None else {"context": context, "mask": mask}
+        return states | ({"pooled": pooled} if self.config.pooled else {})
 
     def set_vocabulary(self, config: TextConditionerConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer

@@ -8,17 +8,18 @@ need the checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import tokenizers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.clip.model import CLIPConfig
 from ldm.clip.tokenizer import ByteBPEConfig, Tokenizer, TokenizerConfig, backend_from_json
 from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, check_dropout, texts
+from ldm.conditioning.text_states import TextEncoder
 from ldm.config import config_field
 from ldm.errors import CheckpointError, ConfigError, SamplingError, first_line
 from ldm.nn.conditioning import Conditioning
@@ -169,7 +170,15 @@ class TransformerConditioner(Conditioner):
         if any(caption.weights or caption.breaks for caption in weighted):
             what = "word weights" if any(caption.weights for caption in weighted) else "BREAK"
             raise SamplingError(f"this model's encoder does not support {what}; set prompt_syntax to 'plain'.")
-        encodings = self.tokenizer.encode_batch(captions)
+        states = self.text_states(inputs, captions)
+        return Conditioning(context=states["context"], mask=states["mask"])
+
+    def text_encoders(self) -> Iterator[TextEncoder]:
+        if not self.trained:
+            yield TextEncoder("encoder", self.encoder, self.config.architecture or {}, self.tokenizer.to_str())
+
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        encodings = self.tokenizer.encode_batch(list(texts))
         device = next(self.encoder.parameters()).device
         tokens = torch.tensor([encoding.ids for encoding in encodings], device=device)
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool, device=device)
@@ -177,8 +186,7 @@ class TransformerConditioner(Conditioner):
         attended = (
             None if mask.is_meta else mask.long()
         )  # transformers reads its values; meta tensors of --dry-run have none
-        states = self.encoder(input_ids=tokens, attention_mask=attended).last_hidden_state
-        return Conditioning(context=states, mask=mask)
+        return {"context": self.encoder(input_ids=tokens, attention_mask=attended).last_hidden_state, "mask": mask}
 
     def fits(self, text: str) -> bool:
         return not self.tokenizer.encode(text).overflowing

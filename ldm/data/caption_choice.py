@@ -59,10 +59,11 @@ class CaptionConfig:
     @property
     def varies(self) -> bool:
         """True if the caption of a sample depends on the position in training."""
-        return self.format != "text" or self._changes_tags
+        return self.format != "text" or self.changes_tags
 
     @property
-    def _changes_tags(self) -> bool:
+    def changes_tags(self) -> bool:
+        """True if the tags of a caption are shuffled or dropped."""
         return self.shuffle_tags or self.drop_tags > 0
 
     def parse(self, data: bytes) -> Captions:
@@ -120,7 +121,7 @@ class CaptionConfig:
         generator = np.random.default_rng(np.ascontiguousarray(jitter).view(np.uint32))
         edges = np.cumsum([weight for _, weight in captions])
         text = captions[int(np.searchsorted(edges, generator.random() * edges[-1], side="right"))][0]
-        return self._with_tags(text, generator) if self._changes_tags else text
+        return self._with_tags(text, generator) if self.changes_tags else text
 
     def _with_tags(self, text: str, generator: np.random.Generator) -> str:
         """Return a caption with the tags behind the first ``keep_tags`` shuffled and dropped."""

@@ -10,6 +10,7 @@ from PIL import ImageColor
 from ldm.config import Kind, config_field
 from ldm.data.buckets import BucketConfig, Shape
 from ldm.data.caption_choice import CaptionConfig
+from ldm.data.encoded import EncodedConfig
 from ldm.data.filters import FilterConfig
 from ldm.data.images_in_memory import ImagesInMemory
 from ldm.data.mixture import WeightedSource
@@ -24,6 +25,7 @@ class DataConfig(Kind):
     """Family of data sets; ``open(split)`` gives the :class:`~ldm.data.samples.Samples` of a split."""
 
     cache_latents: bool = False
+    encoded: EncodedConfig = EncodedConfig()
     shuffle_buffer: int | None = None
     made_for: int | None = None
     max_bad_fraction: float = 0.01
@@ -55,6 +57,11 @@ class DataConfig(Kind):
     def has(self, split: str) -> bool:
         """Return True if there are data for a split."""
         return True
+
+    @property
+    def has_latents(self) -> bool:
+        """True if the denoiser is trained on latents that were encoded before, which leave out the images."""
+        return self.cache_latents or self.encoded.folder is not None
 
     def without_cache(self) -> DataConfig:
         """Return a config of the same data that keeps no images in memory, for reading them once."""
@@ -151,6 +158,12 @@ class ShardsData(DataConfig, kind="shards"):
         "Number of training images that the config was made for; a warning is given if there are far fewer.",
         changeable=True,
     )
+    encoded: EncodedConfig = config_field(
+        EncodedConfig(),
+        "Latents and text states of the data, encoded once; used instead of cache_latents.",
+        changeable=True,
+        omit_default=True,
+    )
     filters: FilterConfig = config_field(
         FilterConfig(), "Conditions on the samples; others are left out of all stages.", omit_default=True
     )
@@ -181,8 +194,12 @@ class ShardsData(DataConfig, kind="shards"):
             raise ConfigError(f"shuffle_buffer must be at least 1 or null, not {self.shuffle_buffer}.")
         if self.cache == "ram" and self.crop == "random":
             raise ConfigError("cache: ram keeps one crop of each image; use crop: center with it, or cache: none.")
-        if self.cache_latents and (self.crop == "random" or self.flip):
+        if self.cache_latents and self.encoded.folder is None and (self.crop == "random" or self.flip):
             raise ConfigError("cache_latents keeps one latent of each image; use crop: center and flip: false with it.")
+        if self.encoded.folder is not None and self.mixture:
+            raise ConfigError(
+                "encoded samples have no sources that can be mixed; set mixture to [] or encoded.folder to null."
+            )
         if self.buckets is not None:
             _ = self.buckets.shapes(*self._height_width)  # raises if it is not a multiple of the step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
@@ -22,6 +22,16 @@ FAR_SMALLER = 3
 """Ratio of the images that a config was made for to those there are, above which a warning is given."""
 
 
+class Encoded(Protocol):
+    """Source of latents in place of images."""
+
+    def open(self, split: str, samples: Samples, device: torch.device | str) -> Samples:
+        """Return the latents of the images of a split, on whose ``device`` they may be encoded."""
+
+    def complete(self, batch: Batch, device: torch.device) -> Batch:
+        """Return a batch, which is on ``device``, as the task takes it."""
+
+
 @dataclass(frozen=True)
 class LatentSource:
     """Source of cached latents: the first stage that encodes the images once if ``cache_latents`` is true.
@@ -36,6 +46,14 @@ class LatentSource:
     fingerprint: str
     folder: Path
 
+    def open(self, split: str, samples: Samples, device: torch.device | str) -> Samples:
+        """Return the latents of a split, from its file or encoded here."""
+        return cache_latents(self.first_stage, self.fingerprint, samples, self.folder / f"{split}.safetensors", device)
+
+    def complete(self, batch: Batch, device: torch.device) -> Batch:
+        """Return the batch."""
+        return batch
+
 
 class DataModule(L.LightningDataModule):
     """Batches of one stage.
@@ -49,7 +67,7 @@ class DataModule(L.LightningDataModule):
         seed: seed of order and augmentation.
         total_batches: training batches of the complete run, on each rank.
         start_batch: first batch, if a run is resumed without Lightning's own resume.
-        latents: if given, batches contain ``mean`` and ``std`` of latents instead of ``image``.
+        latents: if given, batches contain what determines the posterior (``mean`` and ``std``) instead of ``image``.
     """
 
     def __init__(
@@ -60,7 +78,7 @@ class DataModule(L.LightningDataModule):
         total_batches: int,
         *,
         start_batch: int = 0,
-        latents: LatentSource | None = None,
+        latents: Encoded | None = None,
     ):
         super().__init__()
         self.data, self.batch_size, self.seed = data, batch_size, seed
@@ -110,7 +128,8 @@ class DataModule(L.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move the tensors, but not lists of captions and keys, each entry of which Lightning would inspect."""
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return batch if self.latents is None else self.latents.complete(batch, device)
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of each split that training reads."""
@@ -135,13 +154,8 @@ class DataModule(L.LightningDataModule):
         if split not in self._opened:
             samples = self._images(split)
             if self.latents is not None:
-                samples = cache_latents(
-                    self.latents.first_stage,
-                    self.latents.fingerprint,
-                    samples,
-                    self.latents.folder / f"{split}.safetensors",
-                    self.trainer.strategy.root_device if self.trainer is not None else "cpu",
-                )
+                device = self.trainer.strategy.root_device if self.trainer is not None else "cpu"
+                samples = self.latents.open(split, samples, device)
             self._opened[split] = samples
         return self._opened[split]
 

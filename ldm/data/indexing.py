@@ -14,9 +14,18 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ldm.data.bad_samples import BadSample
 from ldm.data.measures import IndexOptions, columns_of, language_identifier, measured
 from ldm.data.shard_format import scan_shard
-from ldm.data.shard_index import IndexedShard, ShardIndex, joined_tables, table_of, tail_of, write_index
+from ldm.data.shard_index import (
+    IndexedShard,
+    ShardIndex,
+    Table,
+    joined_tables,
+    table_of,
+    tail_of,
+    write_index,
+)
 from ldm.data.shard_set import INDEX
 from ldm.data.shards import Shards
 from ldm.data.sources import find_unindexed
@@ -108,12 +117,7 @@ def index_shards(
     work.mkdir(parents=True, exist_ok=True)
     parts = [work / f"{name_of(path)}.parquet" for path in paths]
     _measure_all(paths, parts, workers, options)
-    import pyarrow.parquet as pq
-
-    tables = [pq.read_table(part) for part in parts]
-    shards = [IndexedShard.from_dict(json.loads(table.schema.metadata[_PART])["shard"]) for table in tables]
-    table = joined_tables(tables)
-    del tables
+    table, shards = join_parts(parts)
     provisional, fingerprint = work / INDEX, fingerprint_of_shards(shards)
     write = functools.partial(write_index, table=table, shards=shards)
     write(provisional, fingerprint=fingerprint, unique=False, folder=str(folder_of(paths[0])))
@@ -126,6 +130,15 @@ def index_shards(
     if not isinstance(target, Path):
         upload(provisional, target)
     shutil.rmtree(work)
+
+
+def join_parts(parts: Sequence[Path]) -> tuple[Table, list[IndexedShard]]:
+    """Return the rows of the shards that :func:`write_part` wrote, and the shards."""
+    import pyarrow.parquet as pq
+
+    tables = [pq.read_table(part) for part in parts]
+    shards = [IndexedShard.from_dict(json.loads(table.schema.metadata[_PART])["shard"]) for table in tables]
+    return joined_tables(tables), shards
 
 
 def fingerprint_of_shards(shards: Sequence[IndexedShard]) -> str:
@@ -153,11 +166,11 @@ def _measure(path: Location, part: Path, options: IndexOptions) -> None:
     if _is_made(part, stamp):
         return
     if isinstance(path, Path):
-        _write_part(path, path, checksum(path), part, stamp, options)
+        write_part(path, path, checksum(path), part, stamp, options)
         return
     with tempfile.TemporaryDirectory(dir=part.parent) as folder:
         copy = Path(folder) / name_of(path)
-        _write_part(path, copy, download(path, copy), part, stamp, options)
+        write_part(path, copy, download(path, copy), part, stamp, options)
 
 
 def _stamp(path: Location) -> str:
@@ -170,18 +183,40 @@ def _stamp(path: Location) -> str:
 
 
 def _is_made(part: Path, stamp: list[Any]) -> bool:
+    return bool(stamp_of(part) == json.loads(json.dumps(stamp)))
+
+
+def stamp_of(part: Path) -> Any:
+    """Return the stamp of a file of rows, as :func:`write_part` got it; None if there is no complete one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return bool(json.loads(pq.read_schema(part).metadata[_PART])["stamp"] == json.loads(json.dumps(stamp)))
+        return json.loads(pq.read_schema(part).metadata[_PART])["stamp"]
     except (OSError, pa.ArrowException, TypeError, KeyError, ValueError):
-        return False
+        return None
 
 
-def _write_part(
-    location: Location, path: Path, digest: str, part: Path, stamp: list[Any], options: IndexOptions
+def write_part(
+    location: Location,
+    path: Path,
+    digest: str,
+    part: Path,
+    stamp: Any,
+    options: IndexOptions,
+    bad: Sequence[BadSample] = (),
 ) -> None:
+    """Write the rows of a shard to a file of its own.
+
+    Args:
+        location: the shard.
+        path: a local copy of it.
+        digest: its checksum.
+        part: the file.
+        stamp: JSON value that tells whether the rows are still those of the shard; see :func:`stamp_of`.
+        options: what the index holds.
+        bad: further samples that the shard does not contain, since they were bad.
+    """
     import pyarrow.parquet as pq
 
     rows: dict[int, dict[str, Any]] = {}
@@ -195,7 +230,7 @@ def _write_part(
         raise DataError(str(error).replace(str(path), shown(location))) from None
     n = len(content.table)
     columns = columns_of([rows.get(row, {}) for row in range(n)])
-    dropped = tuple(dataclasses.replace(bad, shard=shown(location)) for bad in content.dropped)
+    dropped = (*(dataclasses.replace(each, shard=shown(location)) for each in content.dropped), *bad)
     shard = IndexedShard(name_of(location), n, path.stat().st_size, digest, tail_of(path), content.checksum, dropped)
     about = json.dumps({"stamp": stamp, "shard": dataclasses.asdict(shard)})
     table = table_of(content.table, columns).replace_schema_metadata({_PART: about})

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from safetensors.torch import load
 
 from ldm.data.bad_samples import SampleError
 from ldm.data.caption_choice import CaptionConfig
-from ldm.data.shard_format import IMAGE, SIDECAR
+from ldm.data.shard_format import IMAGE, LATENTS, ORIGINAL_SIZE, SIDECAR
 from ldm.errors import DataError, missing_extra, unknown
 from ldm.image_files import image_size
 from ldm.modalities import Modality
@@ -62,6 +63,9 @@ def measured(column: str, data: bytes, options: IndexOptions) -> dict[str, Any]:
         return image_facts(data)
     if column == CAPTION.suffix and options.caption_field is None:
         return caption_facts(data, options)
+    if column == LATENTS:
+        width, height = load(data)[ORIGINAL_SIZE].tolist()
+        return {"width": width, "height": height}
     if column == SIDECAR:
         return field_facts(data, options)
     return {}

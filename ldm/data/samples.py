@@ -188,7 +188,7 @@ class StoredImages(Samples):
     def _buckets(self) -> Buckets | None:
         if not self.shapes:
             return None
-        width, height = image_sizes(self.shards, self._size)
+        width, height = image_sizes(self.shards, self.original_size)
         known = width > 0  # a broken image has no size
         of = np.full(len(self), self.shapes.index((self.fit.height, self.fit.width)), np.uint8)
         of[known] = nearest(self.shapes, width[known], height[known])
@@ -233,6 +233,28 @@ class StoredImages(Samples):
         values = self._read(i, crop, [self._pixels, self._spatial_annotations])
         return values if isinstance(values, BadSample) else values["image"]
 
+    def crops(self, i: int, places: np.ndarray) -> np.ndarray | BadSample:
+        """Return several crops of image ``i``, uint8 ``[n h w 3]``, if its annotations can be read too.
+
+        Args:
+            i: number of the sample.
+            places: ``[n 2]``, the position (y, x) of each crop in [0, 1]; the center if crops are not random.
+        """
+        images, buckets = [], self.buckets()
+        shape = None if buckets is None else buckets.shapes[buckets.of[i]]
+        draw = BatchIndices(np.full(len(places), i), np.c_[places, np.ones(len(places))], shape=shape)
+        for crop in self._crops(draw):
+            values = self._read(i, crop, [self._pixels, self._annotations, self._spatial_annotations])
+            if isinstance(values, BadSample):
+                return values
+            images.append(values["image"])
+        return np.stack(images)
+
+    def members(self, i: int) -> dict[str, bytes]:
+        """Return the annotations of sample ``i`` as stored, by suffix."""
+        stored = {modality.suffix: self.shards.encoded(i, modality) for modality in self.shards.modalities.values()}
+        return {suffix: data for suffix, data in stored.items() if suffix is not None}
+
     def mirrored(self, images: np.ndarray, draw: BatchIndices) -> np.ndarray:
         """Return the images ``[b h w ...]`` of a draw, mirrored where the draw requires it."""
         flips = self._flips(draw)
@@ -256,7 +278,10 @@ class StoredImages(Samples):
             if key == "image":
                 batch[key] = to_tensor(np.stack(column))
             else:
-                batch[key] = MODALITIES[key].collate(column) if key in MODALITIES else column
+                tensors = isinstance(column[0], Tensor)
+                batch[key] = (
+                    MODALITIES[key].collate(column) if key in MODALITIES else torch.stack(column) if tensors else column
+                )
         return batch
 
     def _read(self, i: int, crop: Crop, readers: Sequence[Reader]) -> dict[str, Any] | BadSample:
@@ -306,7 +331,7 @@ class StoredImages(Samples):
         centre = np.full((len(draw.index), 2), 0.5)
         places = draw.jitter[:, :2] if draw.jitter is not None and self.random_crop else centre
         for i, (y, x), flip in zip(draw.index, places, self._flips(draw), strict=True):
-            yield Crop(fit, y, x, flip, functools.partial(self._size, i))
+            yield Crop(fit, y, x, flip, functools.partial(self.original_size, i))
 
     def _flips(self, draw: BatchIndices) -> np.ndarray:
         """Return ``[b]`` of bool: True for each mirrored image."""
@@ -314,7 +339,12 @@ class StoredImages(Samples):
             return np.zeros(len(draw.index), bool)
         return draw.jitter[:, 2] < 0.5
 
-    def _size(self, i: int) -> tuple[int, int]:
+    def original_size(self, i: int) -> tuple[int, int]:
+        """Return width and height of the stored image ``i`` in pixels.
+
+        Raises:
+            SampleError: the image is broken.
+        """
         try:
             return image_size(self.shards.image(i))
         except StorageError:

@@ -2,6 +2,7 @@
 
 A sample is an image with members of the modalities that have a suffix, such as ``key.cls`` (a class number) or
 ``key.boxes.json``; see :mod:`ldm.modalities`. ``key.json``, as img2dataset writes it, holds further fields of a sample.
+Encoded samples have ``key.latents.safetensors`` instead of an image; see :mod:`ldm.data.encoded`.
 """
 
 from __future__ import annotations
@@ -53,9 +54,18 @@ MEMBERS: dict[str, Modality] = {suffix: _STORED[suffix] for suffix in (*FIRST, *
 IMAGE = "image"
 """Name of the column of images, whose suffixes vary; the other members go by their suffix."""
 
+LATENTS, STATES = "latents.safetensors", "text.safetensors"
+"""Suffixes of the posteriors and of the outputs of text encoders of an encoded sample."""
+
+ORIGINAL_SIZE = "size"
+"""Name of the tensor in ``latents.safetensors`` with width and height of the image."""
+
 CHECKSUM = "__checksum__"
 
-_COLUMNS = {**dict.fromkeys(IMAGE_SUFFIXES, IMAGE), **{suffix: suffix for suffix in (*MEMBERS, SIDECAR)}}
+_COLUMNS = {
+    **dict.fromkeys(IMAGE_SUFFIXES, IMAGE),
+    **{suffix: suffix for suffix in (*MEMBERS, SIDECAR, LATENTS, STATES)},
+}
 _BLOCK = 512  # bytes: tar's unit
 _LARGEST = 2**31 - 1  # bytes of a member
 

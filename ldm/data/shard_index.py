@@ -86,6 +86,7 @@ class ShardIndex:
         shards: the shards, in the order of their samples.
         fingerprint: fingerprint of the complete set.
         unique: whether all keys differ.
+        encoding: what encoded samples depend on, by name; None for images.
         columns: names of the columns for :meth:`column`.
 
     Raises:
@@ -107,6 +108,7 @@ class ShardIndex:
         self.shards = [IndexedShard.from_dict(shard) for shard in content["shards"]]
         self._key_bytes = int(content["key_bytes"])
         self.fingerprint, self.unique = str(content["fingerprint"]), bool(content["unique"])
+        self.encoding: dict[str, Any] | None = content.get("encoding")
         self._members = list(
             dict.fromkeys(name[: -len(".offset")] for name in schema.names if name.endswith(".offset"))
         )
@@ -349,6 +351,7 @@ def write_index(
     fingerprint: str,
     unique: bool,
     folder: str | None = None,
+    encoding: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an index; equal arguments give equal bytes.
 
@@ -359,6 +362,7 @@ def write_index(
         fingerprint: fingerprint of the set.
         unique: whether all keys differ.
         folder: folder of the shards; None: that of the index.
+        encoding: what encoded samples depend on; see :attr:`ShardIndex.encoding`.
     """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -371,6 +375,7 @@ def write_index(
         "unique": unique,
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }
+    content |= {} if encoding is None else {"encoding": encoding}
     table = table.replace_schema_metadata({_METADATA: json.dumps(content)})
     packed = {name: "DELTA_BINARY_PACKED" for name in table.column_names if name.endswith((".offset", ".size"))}
     repeating = [name for name in table.column_names if name not in packed and name != "key"]

@@ -75,6 +75,7 @@ class Shards:
         caption_field: field of the samples' JSON files that holds the caption, instead of ``.txt``.
         label_field: field of the samples' JSON files that holds the class number, instead of ``.cls``.
         cache: cache of remote shards, which are then copied completely. None: each sample is read by a request of its own.
+        content: column of the member that each sample must have: the image, or for encoded samples its latents.
 
     Attributes:
         paths: the shards.
@@ -98,6 +99,7 @@ class Shards:
         caption_field: str | None = None,
         label_field: str | None = None,
         cache: ShardCache | None = None,
+        content: str = IMAGE,
     ):
         self.paths = list(paths)
         assert self.paths, "no shards are given"
@@ -120,7 +122,8 @@ class Shards:
                 f"there is no sample in {', '.join(map(shown, self.paths))}; make shards with tools/prepare.py."
             )
         self._count()
-        self._drop(self._table.has(IMAGE), f"no image ({', '.join(IMAGE_SUFFIXES)})", Reason.NO_IMAGE)
+        lack = f"no image ({', '.join(IMAGE_SUFFIXES)})" if content == IMAGE else f"no .{content}"
+        self._drop(self._table.has(content), lack, Reason.NO_IMAGE)
         describing = {suffix: modality for suffix, modality in MEMBERS.items() if modality.describes}
         nouns = " nor ".join(f"{modality.noun} ({self._file(modality)})" for modality in describing.values())
         described = np.any([self._has(modality) for modality in describing.values()], axis=0)
@@ -142,6 +145,7 @@ class Shards:
         label_field: str | None = None,
         cache: ShardCache | None = None,
         sequential: bool = False,
+        content: str = IMAGE,
     ) -> Shards:
         """Open the shards that a source names; see :func:`find_shards` and the class.
 
@@ -150,7 +154,12 @@ class Shards:
         """
         found = find(source, split)
         shards = cls(
-            found.paths, indices=found.indices, caption_field=caption_field, label_field=label_field, cache=cache
+            found.paths,
+            indices=found.indices,
+            caption_field=caption_field,
+            label_field=label_field,
+            cache=cache,
+            content=content,
         )
         if cache is not None and not sequential and shards.remote.total_bytes > cache.size:
             shards.remote.cache = None

@@ -169,6 +169,15 @@ def upload(path: Path, url: str) -> None:
     attempted(url, lambda fs, target: fs.put_file(str(path), target), "written")
 
 
+def remove_folder(url: str) -> None:
+    """Delete a folder with its files.
+
+    Raises:
+        StorageError: it cannot be deleted, also after further attempts.
+    """
+    attempted(url, lambda fs, target: fs.rm(target, recursive=True), "deleted")
+
+
 def attempted(url: str, work: Callable[[Any, str], T], done: str = "read") -> T:
     """Return the result of ``work(filesystem, path)``, which is tried again after errors that may pass.
 

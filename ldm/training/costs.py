@@ -190,7 +190,7 @@ def _batch(experiment: Experiment, task: Task, captions: Sequence[str]) -> Batch
     n, (channels, height, width) = len(captions), experiment.data.image_shape
     conditions = dict.fromkeys(experiment.denoiser.conditioner.input_keys, [None] * n)
     batch: Batch = {**conditions, "key": [str(i) for i in range(n)], "text": captions}
-    first_stage = task.frozen_first_stage if experiment.data.cache_latents else None
+    first_stage = task.frozen_first_stage if experiment.data.has_latents else None
     if first_stage is None:
         return batch | {"image": torch.zeros(n, channels, height, width)}
     shape = (n, first_stage.latent_channels, height // first_stage.factor, width // first_stage.factor)

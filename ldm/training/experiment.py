@@ -49,9 +49,10 @@ class Experiment:
                     f"clip needs images with 3 channels, but those of the data have {self.data.image_shape[0]}."
                 )
         if "image" in self.denoiser.conditioner.input_keys:
-            if self.data.cache_latents:
+            if self.data.has_latents:
                 raise ConfigError(
-                    "denoiser.conditioner reads images, which cached latents lack; set data.cache_latents to false."
+                    "denoiser.conditioner reads images, which cached latents lack; set data.cache_latents to false and "
+                    "data.encoded.folder to null."
                 )
             if self.data.image_shape[0] != 3:
                 raise ConfigError(

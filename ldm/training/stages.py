@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ldm.config import to_yaml
-from ldm.data.datamodule import DataModule, LatentSource
+from ldm.data.datamodule import DataModule, Encoded, LatentSource
 from ldm.data.filters import DATA_FILE
 from ldm.data.order_table import order_table
 from ldm.devices import usual_torch_state
@@ -25,6 +25,7 @@ from ldm.nn.gradient_checkpointing import set_gradient_checkpointing
 from ldm.training.callbacks.interruption import interruptible
 from ldm.training.costs import flops_per_sample
 from ldm.training.ema import not_finite
+from ldm.training.encoders import encoded_source
 from ldm.training.engine import StageModule, seed_of
 from ldm.training.experiment import Experiment, load_config
 from ldm.training.fit import fit, is_first_process
@@ -32,7 +33,7 @@ from ldm.training.handoff import Handoff, initialize, is_finished, result_file
 from ldm.training.lock import locked
 from ldm.training.modules import MODULES
 from ldm.training.resume import report_changes, settings_of
-from ldm.training.tasks import TASKS, VAETask
+from ldm.training.tasks import TASKS, DenoiserTask, VAETask
 
 
 @usual_torch_state()
@@ -115,9 +116,14 @@ def _build(experiment: Experiment, stage: str) -> tuple[StageModule, Mapping[Pat
 
 
 def data_of(experiment: Experiment, module: StageModule) -> DataModule:
-    """Return the batches of a stage; latents in place of images if the config asks for ``cache_latents``."""
-    train, first_stage, latents = module.train_config, module.task.frozen_first_stage, None
-    if experiment.data.cache_latents and first_stage is not None:
+    """Return the batches of a stage; latents in place of images if the config asks for encoded data or ``cache_latents``."""
+    train, first_stage = module.train_config, module.task.frozen_first_stage
+    latents: Encoded | None = None
+    if isinstance(module.task, DenoiserTask) and experiment.data.encoded.folder is not None:
+        latents = encoded_source(
+            experiment, module.task.model.first_stage, module.task.model.conditioner, module.handoff
+        )
+    elif experiment.data.cache_latents and first_stage is not None:
         latents = LatentSource(first_stage, module.handoff[VAETask.stage], experiment.folder / "latents")
     return DataModule(
         experiment.data_of(module.stage),

@@ -17,6 +17,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from ldm.cli.dry_run import describe
 from ldm.clip.tokenizer import ByteBPEConfig, Tokenizer, TokenizerConfig, train_byte_bpe
 from ldm.conditioning import ConditionerConfig, TransformerConditioner
+from ldm.conditioning.text_states import TEXT_STATES, TextStates
 from ldm.config import from_dict, to_dict
 from ldm.errors import CheckpointError, ConfigError
 from ldm.formats import load
@@ -120,6 +121,20 @@ def test_a_checkpoint_says_what_its_encoder_says(checkpoint: tuple[Path, Any]) -
     torch.testing.assert_close(cond.context[4], cond.context[3])  # an absent caption is the empty one
     assert cond.mask.sum(1).tolist() == [5, 5, 4, 2, 2]
     assert built.config.context_width == 16
+
+
+def test_stored_states_give_the_conditioning_of_live_encoding(tmp_path: Path) -> None:
+    write_bert(tmp_path)
+    write_tokenizer(tmp_path)
+    built = conditioner(checkpoint=str(tmp_path), context_length=8, dropout=0.5).train()  # the encoder is frozen
+    captions = ["a red car", "", "a sky"]
+    states = TextStates(captions, built.encode_texts(captions), built.encode_texts([""]))
+    live, cached = (
+        built({"text": captions, **stored}, torch.Generator().manual_seed(2)) for stored in ({}, {TEXT_STATES: states})
+    )
+    for a, b in ((live.context, cached.context), (live.mask, cached.mask)):
+        assert torch.allclose(a.float(), b.float(), atol=1e-6)
+    assert [each.name for each in built.text_encoders()] == ["encoder"]
 
 
 def test_a_long_caption_is_cut_with_its_end(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.clip.tokenizer import Tokenizer, TokenizerConfig, train_byte_bpe
-from ldm.conditioning import ConditionerConfig
+from ldm.conditioning import Conditioner, ConditionerConfig
 from ldm.conditioning.conditioner import input_of
 from ldm.conditioning.label import ClassConditioner
 from ldm.config import config_field
@@ -108,13 +108,7 @@ class DenoiserTask(Task):
         config = experiment.model_config
         conditioner = config.conditioner.with_tokenizer(handoff.tokenizer)
         model = LatentDiffusion(replace(config, conditioner=conditioner), None if clip is None else clip.tokenizer)
-        if config.first_stage.has_weights:
-            handoff.load_first_stage(model.first_stage)
-        if clip is not None:
-            for name, encoder in model.conditioner.pretrained_encoders():
-                if name in clip.parts or not any(parameter.requires_grad for parameter in encoder.parameters()):
-                    handoff.load_part(clip, name, encoder)  # otherwise it is trained from random weights
-        model.conditioner.load_pretrained()
+        load_encoders(handoff, clip, model.first_stage, model.conditioner)
         return cls(experiment.denoiser, model)
 
     @classmethod
@@ -315,6 +309,17 @@ def _naming_sample(keys: Sequence[str]) -> Iterator[None]:
         raise TrainingError(
             f"the sample {keys[error.row]!r} {error.problem}; correct the data or denoiser.conditioner."
         ) from None
+
+
+def load_encoders(handoff: Handoff, clip: Checkpoint | None, first_stage: FirstStage, conditioner: Conditioner) -> None:
+    """Load the weights that first stage and conditioner have when the training of the denoiser begins."""
+    if handoff.experiment.vae.model.has_weights:
+        handoff.load_first_stage(first_stage)
+    if clip is not None:
+        for name, encoder in conditioner.pretrained_encoders():
+            if name in clip.parts or not any(parameter.requires_grad for parameter in encoder.parameters()):
+                handoff.load_part(clip, name, encoder)  # otherwise it is trained from random weights
+    conditioner.load_pretrained()
 
 
 def _any_tokenizer(kind: TokenizerConfig) -> Tokenizer:
