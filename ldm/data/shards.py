@@ -11,7 +11,7 @@ import functools
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,6 +220,7 @@ class Shards:
         names: Sequence[str],
         work: Callable[[Table], np.ndarray],
         unindexed: Callable[[range], np.ndarray],
+        optional: Collection[str] = (),
     ) -> np.ndarray:
         """Return a value for each sample, computed from columns of the index, of which only some rows are in memory at a time.
 
@@ -227,11 +228,12 @@ class Shards:
             names: the columns.
             work: function from a ``pyarrow.Table`` of them to the values of its samples.
             unindexed: function from numbers of samples that have no index to their values.
+            optional: columns that an index may lack if that of another source has them; they are then null.
 
         Raises:
             DataError: an index lacks a column.
         """
-        values, start = [], 0
+        values, start, optional = [], 0, {*optional} & {*self.columns}
         for part in self._parts:
             end = start + part.samples
             bounds = np.array((start, end), np.uint32)  # of the type of the rows, which would be copied otherwise
@@ -239,7 +241,7 @@ class Shards:
             if part.index is None:
                 values.append(unindexed(range(first, last)))
             else:
-                found = part.evaluate(names, work)
+                found = part.evaluate(names, work, optional)
                 values.append(found if self._rows is None else found[self._rows[first:last] - start])
             start = end
         return np.concatenate(values)
