@@ -102,7 +102,7 @@ def prepare_parquet(
     for name, times in Counter(names).items():
         if times > 1:
             raise DataError(
-                f"{times} parquet files have the name {name} apart from suffix and dots, so their samples would have the same keys; "
+                f"{times} parquet files have the name {name} apart from suffix and dots, so keys of their samples would be equal; "
                 "rename them."
             )
     report = Report()
