@@ -102,7 +102,7 @@ def prepare_parquet(
     for name, times in Counter(names).items():
         if times > 1:
             raise DataError(
-                f"{times} parquet files have the name {name} apart from suffix and dots, so keys of their samples would be equal; "
+                f"{times} parquet files have the name {name} apart from suffix and dots, so keys would not be unique; "
                 "rename them."
             )
     report = Report()
