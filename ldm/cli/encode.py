@@ -98,6 +98,7 @@ def _encode_split(source: EncodedSource, split: str, device: torch.device, ranks
                 write_empty(source.folder, encoder)
             shards.finish()
     if first:
+        shards.clean()
         print(f"{split}: {len(images):,} samples are encoded in {shown(shards.folder)}")
 
 

@@ -114,12 +114,17 @@ class EncodedShards:
                 )
 
             write_file(target, write)
-        folder = joined(self.folder, PARTS)
-        if isinstance(folder, str):
-            remove_folder(folder)
-        else:
-            shutil.rmtree(folder)
         return ShardIndex(target)
+
+    def clean(self) -> None:
+        """Remove the rows of the finished shards, and incomplete files that a kill has left; the index exists."""
+        parts = joined(self.folder, PARTS)
+        if isinstance(parts, str):
+            remove_folder(parts)
+            return
+        shutil.rmtree(parts, ignore_errors=True)
+        for path in parts.parent.glob(".*"):
+            path.unlink()
 
     def _shard(self, number: int) -> Location:
         return joined(self.folder, f"{number:06d}.tar")

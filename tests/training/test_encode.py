@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,12 @@ def test_an_interrupted_encoding_continues_with_the_same_bytes(
     encode(config=trained, overrides=[stopped])
     assert batches == [4, 4, 4, 4, 4, 4, 4, 1, 4, 1]  # the first shard is not encoded again
     assert contents(tmp_path / "stopped") == contents(tmp_path / "complete")
+    # Left by a kill while the index was written, and after it.
+    (tmp_path / "stopped" / "train" / ".index.parquet.abc").touch()
+    (tmp_path / "stopped" / "train" / "parts").mkdir()
     encode(config=trained, overrides=[stopped])
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "complete")
+    assert not (tmp_path / "stopped" / "train" / "parts").exists()
     assert len(batches) == 10
 
 
@@ -183,6 +189,22 @@ def test_bad_samples_are_left_out_and_listed(trained: Path, tmp_path: Path) -> N
         samples = data_of(experiment, build_module(experiment, "denoiser")).samples("train")
     assert len(samples) == 6
     assert [(bad.key, bad.reason) for bad in samples.dropped] == [("x", Reason.UNKNOWN_FORMAT)]
+
+
+@pytest.mark.slow
+def test_an_encoding_that_is_killed_continues_with_the_same_bytes(trained: Path, tmp_path: Path) -> None:
+    settings = [*AUGMENTED, "data.encoded.shard_size=4"]
+    complete, killed = (tmp_path / name for name in ("complete", "killed"))
+    encode(config=trained, overrides=[f"data.encoded.folder={complete}", *settings])
+    process = encoding.started(trained, f"data.encoded.folder={killed}", *settings)
+    while not (killed / "train" / "000001.tar").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not (killed / "train" / "index.parquet").exists()
+    encode(config=trained, overrides=[f"data.encoded.folder={killed}", *settings])
+    assert contents(killed) == contents(complete)
 
 
 @pytest.mark.slow
