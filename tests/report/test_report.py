@@ -128,6 +128,13 @@ def test_damaged_files_are_left_out(tmp_path: Path, damage: bytes) -> None:
     assert "Loss training 0.025" in text_of(page(Run(run)))
 
 
+def test_a_cut_number_is_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    with (run / "vae" / "metrics.csv").open("a") as file:
+        file.write("41,9")  # of 9.5e-05
+    assert Run(run).stages[0].metrics["train/loss"][-1] == (40, 0.025)
+
+
 def test_a_folder_without_a_run_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="holds nothing of a training"):
         Run(tmp_path)
