@@ -100,7 +100,7 @@ def _encoded(source: EncodedSource, samples: int) -> Samples:
     encoding, crops = source.encoding("train", images), source.crops("train")
     conditioner = source.conditioner if "text" in encoding else None
     encoder = Encoder(source.first_stage, conditioner, config, flips=source.flips("train"))
-    shards = EncodedShards(joined(source.folder, "train"), encoding, config, samples)
+    shards = EncodedShards(joined(source.folder, "train"), encoding, config, [samples])
     encode_shards(shards, range(len(shards)), local_engine(images, encoder, crops), int)
     if conditioner is not None:
         write_empty(source.folder, encoder)

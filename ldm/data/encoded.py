@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ldm.conditioning.text_states import TEXT_STATES
 from ldm.config import config_field
-from ldm.data.samples import Batch, BatchIndices, StoredImages
+from ldm.data.samples import Batch, BatchIndices, SourceShare, StoredImages
 from ldm.data.shard_format import LATENTS, ORIGINAL_SIZE, STATES
 from ldm.data.shards import Shards
 from ldm.errors import ConfigError, DataError
@@ -85,10 +85,19 @@ class EncodedImages(StoredImages):
         crops: number of crops of each image.
         flips: whether each crop is followed by its mirror image.
         text: whether to read text states.
+        mixture: see :class:`~ldm.data.samples.Samples`; of the encoded shards.
     """
 
     def __init__(
-        self, images: StoredImages, shards: Shards, names: tuple[str, ...], *, crops: int, flips: bool, text: bool
+        self,
+        images: StoredImages,
+        shards: Shards,
+        names: tuple[str, ...],
+        *,
+        crops: int,
+        flips: bool,
+        text: bool,
+        mixture: Sequence[SourceShare] = (),
     ):
         super().__init__(
             shards,
@@ -99,6 +108,7 @@ class EncodedImages(StoredImages):
             sizes=images.sizes,
             captions=images.captions,
             workers=images.workers,
+            mixture=mixture,
             shapes=images.shapes,
         )
         self._images = images

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -232,6 +233,27 @@ def test_a_denoiser_is_trained_on_a_bucket(trained: Path, tmp_path: Path, monkey
         found = {path.partition("/set/")[2] for path in s3fs.S3FileSystem().find("encoded/set")}
         assert found == {*contents(tmp_path / "local")}
         train_stage(encoding.experiment(trained, *settings, "data.encoded.folder=s3://encoded/set"), "denoiser")
+
+
+def test_encoded_sources_are_mixed_by_their_weights(trained: Path, tmp_path: Path) -> None:
+    """A shard holds samples of one source, also where one has bad samples alone."""
+    broken = [Sample(f"x{i}", "broken", b"\x89PNG nothing", "png", {"label": 0, "boxes": b"[]"}) for i in range(9)]
+    write_shard(tmp_path / "bad.tar", broken)
+    images = trained.parent / "images"
+    first = [str(tmp_path / "bad.tar"), str(images / "0.tar")]
+    mixture = [{"source": first, "weight": 1.5}, {"source": str(images / "1.tar"), "weight": 0.5}]
+    settings = ["data.train=null", f"data.mixture={json.dumps(mixture)}", f"data.encoded.folder={tmp_path / 'encoded'}"]
+    encode(config=trained, overrides=settings)
+    experiment = encoding.experiment(trained, *settings)
+    with pytest.warns(UserWarning, match=r"9 samples are skipped"):
+        samples = data_of(experiment, build_module(experiment, "denoiser")).samples("train")
+    assert samples.lengths == [0, 7, 4, 8, 2]
+    assert [(source.files, source.weight) for source in samples.mixture] == [(3, 1.5), (2, 0.5)]
+    keys = [key for batch in TrainStream(samples, 4, 0, 21) for key in batch["key"]]
+    assert sum(int(key) < 11 for key in keys) == 63
+    with pytest.raises(DataError, match=r"samples of each source is \[20, 10\] there and \[10, 20\] here"):
+        other = encoding.experiment(trained, *settings, f"data.mixture={json.dumps(mixture[::-1])}")
+        data_of(other, build_module(other, "denoiser")).samples("train")
 
 
 @pytest.mark.slow
