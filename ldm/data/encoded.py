@@ -56,6 +56,9 @@ class EncodedConfig:
     text: Literal["fp16", "bf16", "fp32"] | None = config_field(
         "fp16", "Type of the stored outputs of frozen text encoders; null: captions are encoded in training."
     )
+    precision: Literal["fp32", "bf16"] = config_field(
+        "fp32", "Precision in which the encoders compute; bf16 is autocast, which is faster on GPUs."
+    )
     batch_size: int = config_field(32, "Number of images or captions that are encoded at once.")
     shard_size: int = config_field(1024, "Number of samples in a shard; a multiple of batch_size.")
 

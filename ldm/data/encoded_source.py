@@ -99,6 +99,7 @@ class EncodedSource:
             "crops": self.crops(split),
             "flip": self.flips(split),
             "latents": data.encoded.latents,
+            "precision": data.encoded.precision,
             "data": images.fingerprint,
         }
         if data.bucket_shapes:

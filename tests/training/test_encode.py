@@ -52,7 +52,7 @@ def sensitive(module: Any) -> None:
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
 
 
-@pytest.mark.parametrize(("types", "tolerance"), [(EXACT, 1e-6), ([], 1e-4)])
+@pytest.mark.parametrize(("types", "tolerance"), [(EXACT, 1e-6), ([], 1e-4), (["data.encoded.precision=bf16"], 1e-2)])
 def test_encoded_data_give_the_losses_of_live_encoding(
     trained: Path, tmp_path: Path, types: list[str], tolerance: float
 ) -> None:
@@ -138,6 +138,7 @@ def test_samples_of_other_settings_are_refused(trained: Path, tmp_path: Path) ->
     )
     assert "config: fit is crop there and pad here;" in refusal("data.fit=pad")
     assert "config: text is fp16 there and bf16 here;" in refusal("data.encoded.text=bf16")
+    assert "config: precision is fp32 there and bf16 here;" in refusal("data.encoded.precision=bf16")
     assert "config: data is " in refusal(f"data.train={trained.parent / 'images' / '0.tar'}")
     assert "there are no encoded samples in" in refusal(f"data.encoded.folder={tmp_path / 'none'}")
     with pytest.raises(DataError, match=r"do not fit the config: shard_size is 8 there and 4 here"):
@@ -251,9 +252,10 @@ def test_encoded_sources_are_mixed_by_their_weights(trained: Path, tmp_path: Pat
     assert [(source.files, source.weight) for source in samples.mixture] == [(3, 1.5), (2, 0.5)]
     keys = [key for batch in TrainStream(samples, 4, 0, 21) for key in batch["key"]]
     assert sum(int(key) < 11 for key in keys) == 63
+    other = encoding.experiment(trained, *settings, f"data.mixture={json.dumps(mixture[::-1])}")
+    data = data_of(other, build_module(other, "denoiser"))
     with pytest.raises(DataError, match=r"samples of each source is \[20, 10\] there and \[10, 20\] here"):
-        other = encoding.experiment(trained, *settings, f"data.mixture={json.dumps(mixture[::-1])}")
-        data_of(other, build_module(other, "denoiser")).samples("train")
+        data.samples("train")
 
 
 @pytest.mark.slow
