@@ -177,6 +177,11 @@ def test_a_loss_over_orders_of_magnitude_has_a_logarithmic_axis() -> None:
     assert not Chart("Loss", [Line("a", [])]).html
 
 
+@pytest.mark.parametrize(("values", "texts"), [([14.28, 14.33], "14.28 14.3 14.32 14.34"), ([1, 2], "1 1.5 2")])
+def test_the_ticks_of_an_axis_have_different_texts(values: list[float], texts: str) -> None:
+    assert " ".join(text for _, text in Axis.of(values, False, 100, 0).labels) == texts
+
+
 def test_numbers_have_three_digits() -> None:
     assert [number(each) for each in (0.0, 0.00012, 0.5, 12.34, 1500, 2e6)] == [
         "0",
