@@ -294,7 +294,8 @@ _CHART = """
 {% if chart.last_values %}<b>{{ number(each.last) }}</b>{% endif %}</li>{% endfor %}</ul></figcaption>
 <svg viewBox="0 0 {{ width }} {{ height }}" role="img" aria-label="{{ chart.title }}: {% for each in drawn -%}
 {{ each.line.label }} ends at {{ number(each.last) }}{{ "; " if not loop.last }}{% endfor %}">
-<g class="grid">{% for tick, text in y.labels %}<line x1="{{ left }}" x2="{{ right }}" y1="{{ y.at(tick) }}" y2="{{ y.at(tick) }}"/>
+<g class="grid">{% for tick, text in y.labels %}
+<line x1="{{ left }}" x2="{{ right }}" y1="{{ y.at(tick) }}" y2="{{ y.at(tick) }}"/>
 <text class="y" x="{{ left - 7 }}" y="{{ y.at(tick) + 3.5 }}">{{ text }}</text>{% endfor %}
 {% for tick, text in x.labels %}<text class="x" x="{{ x.at(tick) }}" y="{{ bottom + 16 }}">{{ text }}</text>{% endfor %}
 <text class="label" x="{{ right }}" y="{{ bottom + 32 }}">{{ chart.x_label }}</text>
