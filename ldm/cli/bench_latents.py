@@ -108,7 +108,7 @@ def _encoded(source: EncodedSource, samples: int) -> Samples:
     conditioner = source.conditioner if "text" in encoding else None
     device = next(source.first_stage.parameters()).device
     encoder = Encoder(source.first_stage, conditioner, config, flips=source.flips("train"), device=device)
-    shards = EncodedShards(joined(source.folder, "train"), encoding, config, samples)
+    shards = EncodedShards(joined(source.folder, "train"), encoding, config, [samples])
     encode_shards(shards, range(len(shards)), local_engine(images, encoder, crops), int)
     if conditioner is not None:
         write_empty(source.folder, encoder)

@@ -73,11 +73,12 @@ def _encode_split(source: EncodedSource, split: str, device: torch.device, ranks
 
     from ldm.data.encoded_shards import EncodedShards, encode_shards, write_empty
     from ldm.data.encoding import Encoder, local_engine
+    from ldm.data.mixture import source_sizes
     from ldm.data.storage import joined, shown
 
     images, crops, first = source.images(split), source.crops(split), ranks.rank == 0
     encoding = source.encoding(split, images)
-    shards = EncodedShards(joined(source.folder, split), encoding, source.data.encoded, len(images))
+    shards = EncodedShards(joined(source.folder, split), encoding, source.data.encoded, source_sizes(images))
     if not shards.finished():
         own = range(ranks.rank, len(shards), ranks.world_size)
         conditioner = source.conditioner if "text" in encoding else None
@@ -98,6 +99,7 @@ def _encode_split(source: EncodedSource, split: str, device: torch.device, ranks
                 write_empty(source.folder, encoder)
             shards.finish()
     if first:
+        shards.clean()
         print(f"{split}: {len(images):,} samples are encoded in {shown(shards.folder)}")
 
 

@@ -196,10 +196,6 @@ class ShardsData(DataConfig, kind="shards"):
             raise ConfigError("cache: ram keeps one crop of each image; use crop: center with it, or cache: none.")
         if self.cache_latents and self.encoded.folder is None and (self.crop == "random" or self.flip):
             raise ConfigError("cache_latents keeps one latent of each image; use crop: center and flip: false with it.")
-        if self.encoded.folder is not None and self.mixture:
-            raise ConfigError(
-                "encoded samples have no sources that can be mixed; set mixture to [] or encoded.folder to null."
-            )
         if self.buckets is not None:
             _ = self.buckets.shapes(*self._height_width)  # raises if it is not a multiple of the step
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ldm.conditioning.text_states import TEXT_STATES
 from ldm.config import config_field
-from ldm.data.samples import Batch, BatchIndices, StoredImages
+from ldm.data.samples import Batch, BatchIndices, SourceShare, StoredImages
 from ldm.data.shard_format import LATENTS, ORIGINAL_SIZE, STATES
 from ldm.data.shards import Shards
 from ldm.errors import ConfigError, DataError
@@ -55,6 +55,9 @@ class EncodedConfig:
     latents: Literal["fp16", "fp32"] = config_field("fp16", "Type of the stored latents.")
     text: Literal["fp16", "bf16", "fp32"] | None = config_field(
         "fp16", "Type of the stored outputs of frozen text encoders; null: captions are encoded in training."
+    )
+    precision: Literal["fp32", "bf16"] = config_field(
+        "fp32", "Precision in which the encoders compute; bf16 is autocast, which is faster on GPUs."
     )
     batch_size: int = config_field(32, "Number of images or captions that are encoded at once.")
     shard_size: int = config_field(1024, "Number of samples in a shard; a multiple of batch_size.")
@@ -85,10 +88,19 @@ class EncodedImages(StoredImages):
         crops: number of crops of each image.
         flips: whether each crop is followed by its mirror image.
         text: whether to read text states.
+        mixture: see :class:`~ldm.data.samples.Samples`; of the encoded shards.
     """
 
     def __init__(
-        self, images: StoredImages, shards: Shards, names: tuple[str, ...], *, crops: int, flips: bool, text: bool
+        self,
+        images: StoredImages,
+        shards: Shards,
+        names: tuple[str, ...],
+        *,
+        crops: int,
+        flips: bool,
+        text: bool,
+        mixture: Sequence[SourceShare] = (),
     ):
         super().__init__(
             shards,
@@ -99,6 +111,7 @@ class EncodedImages(StoredImages):
             sizes=images.sizes,
             captions=images.captions,
             workers=images.workers,
+            mixture=mixture,
             shapes=images.shapes,
         )
         self._images = images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import tempfile
@@ -39,23 +40,32 @@ class EncodedShards:
         folder: folder of the split.
         encoding: what the samples depend on; see :meth:`EncodedSource.encoding`.
         config: sizes of batches and shards.
-        samples: number of samples.
+        samples: number of samples of each source of a mixture, or of all; a shard holds samples of one source.
     """
 
-    def __init__(self, folder: Location, encoding: Mapping[str, Any], config: EncodedConfig, samples: int):
+    def __init__(self, folder: Location, encoding: Mapping[str, Any], config: EncodedConfig, samples: Sequence[int]):
         if isinstance(folder, str) and folder.startswith("http"):
             raise DataError(f"nothing can be written to {shown(folder)}; give a local folder or a bucket (s3://).")
-        self.folder, self.samples = folder, samples
-        self.batch_size, self.shard_size = config.batch_size, config.shard_size
+        self.folder, self.batch_size, size = folder, config.batch_size, config.shard_size
+        self._ranges = [
+            (source, first, min(first + size, end))
+            for source, (start, end) in enumerate(itertools.pairwise(np.cumsum((0, *samples)).tolist()))
+            for first in range(start, end, size)
+        ]
         self.encoding = {**encoding, "batch_size": config.batch_size, "shard_size": config.shard_size}
 
     def __len__(self) -> int:
         """Number of shards."""
-        return math.ceil(self.samples / self.shard_size)
+        return len(self._ranges)
 
     def index_of(self, number: int) -> np.ndarray:
         """Return the numbers of the samples of a shard."""
-        return np.arange(number * self.shard_size, min((number + 1) * self.shard_size, self.samples))
+        _, first, end = self._ranges[number]
+        return np.arange(first, end)
+
+    def by_source(self, numbers: Iterable[int]) -> list[list[int]]:
+        """Return numbers of shards, which ascend, for each source."""
+        return [list(group) for _, group in itertools.groupby(numbers, lambda number: self._ranges[number][0])]
 
     def finished(self) -> bool:
         """Return True if the index exists.
@@ -100,7 +110,7 @@ class EncodedShards:
             if not len(table):
                 bad = next(each for shard in shards for each in shard.dropped)
                 raise DataError(
-                    f"none of {self.samples} samples can be used, the first of them {bad.where}: {bad.detail}."
+                    f"none of {self._ranges[-1][2]} samples can be used, the first of them {bad.where}: {bad.detail}."
                 )
 
             def write(path: Path) -> None:
@@ -114,12 +124,17 @@ class EncodedShards:
                 )
 
             write_file(target, write)
-        folder = joined(self.folder, PARTS)
-        if isinstance(folder, str):
-            remove_folder(folder)
-        else:
-            shutil.rmtree(folder)
         return ShardIndex(target)
+
+    def clean(self) -> None:
+        """Remove the rows of the finished shards, and incomplete files that a kill has left; the index exists."""
+        parts = joined(self.folder, PARTS)
+        if isinstance(parts, str):
+            remove_folder(parts)
+            return
+        shutil.rmtree(parts, ignore_errors=True)
+        for path in parts.parent.glob(".*"):
+            path.unlink()
 
     def _shard(self, number: int) -> Location:
         return joined(self.folder, f"{number:06d}.tar")
@@ -180,15 +195,14 @@ def encode_shards(
     missing = shards.missing(numbers)
     for number in set(numbers) - set(missing):
         progress(len(shards.index_of(number)))
-    if not missing:
-        return
-    batches = engine(np.concatenate([shards.index_of(number) for number in missing]))
-    for number in missing:
-        content: list[EncodedSample | BadSample] = []
-        for _ in range(math.ceil(len(shards.index_of(number)) / shards.batch_size)):
-            content += (batch := next(batches))
-            progress(len(batch))
-        shards.write(number, content)
+    for group in shards.by_source(missing):
+        batches = engine(np.concatenate([shards.index_of(number) for number in group]))
+        for number in group:
+            content: list[EncodedSample | BadSample] = []
+            for _ in range(math.ceil(len(shards.index_of(number)) / shards.batch_size)):
+                content += (batch := next(batches))
+                progress(len(batch))
+            shards.write(number, content)
 
 
 def write_empty(folder: Location, encoder: Encoder) -> None:

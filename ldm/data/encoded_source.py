@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +16,8 @@ from ldm.conditioning import Conditioner
 from ldm.conditioning.text_states import TEXT_STATES, TextStates
 from ldm.data.config import ShardsData
 from ldm.data.encoded import EncodedImages
-from ldm.data.samples import Batch, Samples, StoredImages
+from ldm.data.mixture import source_sizes
+from ldm.data.samples import Batch, Samples, SourceShare, StoredImages
 from ldm.data.shard_format import LATENTS
 from ldm.data.shard_index import ShardIndex
 from ldm.data.shard_set import INDEX
@@ -97,10 +99,13 @@ class EncodedSource:
             "crops": self.crops(split),
             "flip": self.flips(split),
             "latents": data.encoded.latents,
+            "precision": data.encoded.precision,
             "data": images.fingerprint,
         }
         if data.bucket_shapes:
             entries["buckets"] = [list(shape) for shape in data.bucket_shapes]
+        if images.mixture:
+            entries["samples of each source"] = source_sizes(images)
         if self.has_text and CAPTION.key in images.shards.modalities:
             weights = sorted(name for name, weight in data.captions.weights.items() if weight > 0)
             entries |= {"text": data.encoded.text, "captions": [data.captions.format, *weights]}
@@ -132,6 +137,10 @@ class EncodedSource:
         cache = self.data.shard_cache.build()
         sequential = split != "train" or self.data.shuffle_buffer is not None
         shards = Shards.open(str(folder), split, cache=cache, sequential=sequential, content=LATENTS)
+        mixture = [
+            SourceShare(math.ceil(size / (found.encoding or {})["shard_size"]), share.weight)
+            for size, share in zip(source_sizes(images), images.mixture, strict=False)
+        ]
         return EncodedImages(
             images,
             shards,
@@ -139,6 +148,7 @@ class EncodedSource:
             crops=self.crops(split),
             flips=self.flips(split),
             text="text" in expected,
+            mixture=mixture,
         )
 
     def complete(self, batch: Batch, device: torch.device) -> Batch:

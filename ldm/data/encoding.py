@@ -137,6 +137,9 @@ class Encoder:
         with torch.inference_mode():
             return save(self._states([""]))
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
     def _encoded(
         self, sample: DecodedSample, latents: Iterator[Tensor], texts: Iterator[dict[str, Tensor]]
     ) -> EncodedSample:
@@ -157,9 +160,9 @@ class Encoder:
                 for crop in range(shape[0])
                 for each in (images[:, crop], images[:, crop, :, ::-1])[: 1 + self.flips]
             ]
-            encoded = [
-                self.first_stage.encode(to_tensor(np.ascontiguousarray(each)).to(self.device)) for each in variants
-            ]
+            tensors = (to_tensor(np.ascontiguousarray(each)).to(self.device) for each in variants)
+            with self._autocast():
+                encoded = [self.first_stage.encode(each) for each in tensors]
             stacked = torch.stack([each.to_cache() for each in encoded], dim=1)
             latents |= zip(rows, _stored(stacked, "latents", self.config.latents), strict=True)
         return [latents[row] for row in range(len(samples))]
@@ -178,7 +181,8 @@ class Encoder:
     def _states(self, texts: Sequence[str]) -> dict[str, Tensor]:
         assert self.conditioner is not None
         assert self.config.text is not None
-        states = self.conditioner.encode_texts(texts)
+        with self._autocast():
+            states = self.conditioner.encode_texts(texts)
         return {name: _stored(each, "text", self.config.text) for name, each in states.items()}
 
 

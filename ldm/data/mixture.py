@@ -113,6 +113,14 @@ def mixed_order(
     return MixedOrder(parts, [share / total for share in shares], places, seed, (1, *of_bucket)), total
 
 
+def source_sizes(samples: Samples) -> list[int]:
+    """Return the number of samples of each source of a set; of all, if it has a single one."""
+    starts = np.cumsum((0, *samples.lengths))
+    ends = np.cumsum([source.files for source in samples.mixture] or [len(samples.lengths)])
+    sizes: list[int] = np.diff(starts[[0, *ends]]).tolist()
+    return sizes
+
+
 def source_shares(samples: Samples) -> list[Fraction]:
     """Return the share of each source of a set in its training samples."""
     weights = [Fraction(str(source.weight)) for source in samples.mixture] or [Fraction(1)]

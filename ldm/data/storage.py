@@ -170,12 +170,12 @@ def upload(path: Path, url: str) -> None:
 
 
 def remove_folder(url: str) -> None:
-    """Delete a folder with its files.
+    """Delete a folder with its files, if it exists.
 
     Raises:
         StorageError: it cannot be deleted, also after further attempts.
     """
-    attempted(url, lambda fs, target: fs.rm(target, recursive=True), "deleted")
+    attempted(url, lambda fs, target: fs.exists(target) and fs.rm(target, recursive=True), "deleted")
 
 
 def attempted(url: str, work: Callable[[Any, str], T], done: str = "read") -> T:

@@ -154,6 +154,14 @@ class Axis:
             axis.ticks = linear_ticks(axis.low, axis.high, count)
         return axis
 
+    @property
+    def labels(self) -> list[tuple[float, str]]:
+        """Ticks with their texts, which have more than three digits if these do not tell them apart."""
+        texts = [number(tick) for tick in self.ticks]
+        if len({*texts}) < len(texts):
+            texts = [f"{tick:.10g}" for tick in self.ticks]
+        return list(zip(self.ticks, texts, strict=True))
+
     def at(self, value: float) -> float:
         """Return the coordinate of a value."""
         scale: Callable[[float], float] = math.log if self.log else float
@@ -286,9 +294,10 @@ _CHART = """
 {% if chart.last_values %}<b>{{ number(each.last) }}</b>{% endif %}</li>{% endfor %}</ul></figcaption>
 <svg viewBox="0 0 {{ width }} {{ height }}" role="img" aria-label="{{ chart.title }}: {% for each in drawn -%}
 {{ each.line.label }} ends at {{ number(each.last) }}{{ "; " if not loop.last }}{% endfor %}">
-<g class="grid">{% for tick in y.ticks %}<line x1="{{ left }}" x2="{{ right }}" y1="{{ y.at(tick) }}" y2="{{ y.at(tick) }}"/>
-<text class="y" x="{{ left - 7 }}" y="{{ y.at(tick) + 3.5 }}">{{ number(tick) }}</text>{% endfor %}
-{% for tick in x.ticks %}<text class="x" x="{{ x.at(tick) }}" y="{{ bottom + 16 }}">{{ number(tick) }}</text>{% endfor %}
+<g class="grid">{% for tick, text in y.labels %}
+<line x1="{{ left }}" x2="{{ right }}" y1="{{ y.at(tick) }}" y2="{{ y.at(tick) }}"/>
+<text class="y" x="{{ left - 7 }}" y="{{ y.at(tick) + 3.5 }}">{{ text }}</text>{% endfor %}
+{% for tick, text in x.labels %}<text class="x" x="{{ x.at(tick) }}" y="{{ bottom + 16 }}">{{ text }}</text>{% endfor %}
 <text class="label" x="{{ right }}" y="{{ bottom + 32 }}">{{ chart.x_label }}</text>
 <text class="label side" transform="translate(10 {{ (top + bottom) / 2 }}) rotate(-90)">{{ chart.y_label }}
 {%- if y.log %} (log){% endif %}</text></g>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections import Counter
@@ -227,9 +228,11 @@ class Run:
 
 
 def _csv_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; a last one that is incomplete, whose last number may be cut, is left out."""
     try:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            return list(csv.DictReader(file))
+            text = file.read()
+        return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
     except (OSError, csv.Error):
         return []
 

@@ -127,6 +127,15 @@ class TrainerConfig:
     )
     threads: int | None = config_field(None, "CPU threads; null = one for each core that other processes leave idle")
 
+    def __post_init__(self) -> None:
+        twice = sorted(
+            {each.kind for each in self.loggers if sum(other.kind == each.kind for other in self.loggers) > 1}
+        )
+        if twice:
+            raise ConfigError(
+                f"loggers contains the kind {twice[0]} more than once, which would share its files; remove one."
+            )
+
     def precision_of(self, train: TrainConfig) -> str:
         """Return fp32, bf16 or fp16 for a stage; ``auto`` is resolved for this machine."""
         precision = train.precision or self.precision

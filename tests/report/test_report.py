@@ -97,7 +97,7 @@ def test_everything_measured_is_shown(tmp_path: Path) -> None:
 
 
 def test_names_and_captions_are_escaped(tmp_path: Path) -> None:
-    run = write_run(tmp_path, "name='</script><script>alert(1)</script>'")
+    run = write_run(tmp_path, "name='<script>alert(1)<script>'")
     MetricsFile(run / "vae" / "metrics.csv", 40).write(41, {"train/<img src=x onerror=alert(2)>": 1.0})
     bad = BadSample(Reason.BROKEN_IMAGE, "<b onclick=alert(3)>", "a.tar")
     BadSamplesFile(run / "clip" / BAD_SAMPLES_FILE).start({"train": [bad]})
@@ -126,6 +126,13 @@ def test_damaged_files_are_left_out(tmp_path: Path, damage: bytes) -> None:
         path.write_bytes(damage)
     (run / "vae" / "final.safetensors").write_bytes(damage)
     assert "Loss training 0.025" in text_of(page(Run(run)))
+
+
+def test_a_cut_number_is_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    with (run / "vae" / "metrics.csv").open("a") as file:
+        file.write("41,9")  # of 9.5e-05
+    assert Run(run).stages[0].metrics["train/loss"][-1] == (40, 0.025)
 
 
 def test_a_folder_without_a_run_is_one_sentence(tmp_path: Path) -> None:
@@ -168,6 +175,11 @@ def test_a_loss_over_orders_of_magnitude_has_a_logarithmic_axis() -> None:
     assert "loss (log)" in wide
     assert "(log)" not in Chart("Loss", [Line("a", [(1, 1.0), (2, 0.5)])], "loss").html
     assert not Chart("Loss", [Line("a", [])]).html
+
+
+@pytest.mark.parametrize(("values", "texts"), [([14.28, 14.33], "14.28 14.3 14.32 14.34"), ([1, 2], "1 1.5 2")])
+def test_the_ticks_of_an_axis_have_different_texts(values: list[float], texts: str) -> None:
+    assert " ".join(text for _, text in Axis.of(values, False, 100, 0).labels) == texts
 
 
 def test_numbers_have_three_digits() -> None:

@@ -67,12 +67,18 @@ def experiment(config: Path, *overrides: str) -> Experiment:
     return load_config(config, [*{each.partition("=")[0]: each for each in overrides}.values()])
 
 
-def encode(config: Path, *arguments: str, ranks: int = 1) -> str:
-    """Run tools/encode.py, with several ranks by torchrun, and return what it prints."""
+def started(config: Path, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]:
+    """Start tools/encode.py, with several ranks by torchrun."""
     start = (
         [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     )
     command = [*start, str(ROOT / "tools" / "encode.py"), "--config", str(config), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def encode(config: Path, *arguments: str, ranks: int = 1) -> str:
+    """Run tools/encode.py and return what it prints."""
+    process = started(config, *arguments, ranks=ranks)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return out

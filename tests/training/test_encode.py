@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ def sensitive(module: Any) -> None:
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
 
 
-@pytest.mark.parametrize(("types", "tolerance"), [(EXACT, 1e-6), ([], 1e-4)])
+@pytest.mark.parametrize(("types", "tolerance"), [(EXACT, 1e-6), ([], 1e-4), (["data.encoded.precision=bf16"], 1e-2)])
 def test_encoded_data_give_the_losses_of_live_encoding(
     trained: Path, tmp_path: Path, types: list[str], tolerance: float
 ) -> None:
@@ -111,7 +113,12 @@ def test_an_interrupted_encoding_continues_with_the_same_bytes(
     encode(config=trained, overrides=[stopped])
     assert batches == [4, 4, 4, 4, 4, 4, 4, 1, 4, 1]  # the first shard is not encoded again
     assert contents(tmp_path / "stopped") == contents(tmp_path / "complete")
+    # Left by a kill while the index was written, and after it.
+    (tmp_path / "stopped" / "train" / ".index.parquet.abc").touch()
+    (tmp_path / "stopped" / "train" / "parts").mkdir()
     encode(config=trained, overrides=[stopped])
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "complete")
+    assert not (tmp_path / "stopped" / "train" / "parts").exists()
     assert len(batches) == 10
 
 
@@ -131,6 +138,7 @@ def test_samples_of_other_settings_are_refused(trained: Path, tmp_path: Path) ->
     )
     assert "config: fit is crop there and pad here;" in refusal("data.fit=pad")
     assert "config: text is fp16 there and bf16 here;" in refusal("data.encoded.text=bf16")
+    assert "config: precision is fp32 there and bf16 here;" in refusal("data.encoded.precision=bf16")
     assert "config: data is " in refusal(f"data.train={trained.parent / 'images' / '0.tar'}")
     assert "there are no encoded samples in" in refusal(f"data.encoded.folder={tmp_path / 'none'}")
     with pytest.raises(DataError, match=r"do not fit the config: shard_size is 8 there and 4 here"):
@@ -186,6 +194,22 @@ def test_bad_samples_are_left_out_and_listed(trained: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_an_encoding_that_is_killed_continues_with_the_same_bytes(trained: Path, tmp_path: Path) -> None:
+    settings = [*AUGMENTED, "data.encoded.shard_size=4"]
+    complete, killed = (tmp_path / name for name in ("complete", "killed"))
+    encode(config=trained, overrides=[f"data.encoded.folder={complete}", *settings])
+    process = encoding.started(trained, f"data.encoded.folder={killed}", *settings)
+    while not (killed / "train" / "000001.tar").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not (killed / "train" / "index.parquet").exists()
+    encode(config=trained, overrides=[f"data.encoded.folder={killed}", *settings])
+    assert contents(killed) == contents(complete)
+
+
+@pytest.mark.slow
 def test_a_denoiser_is_trained_on_a_bucket(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
@@ -210,6 +234,28 @@ def test_a_denoiser_is_trained_on_a_bucket(trained: Path, tmp_path: Path, monkey
         found = {path.partition("/set/")[2] for path in s3fs.S3FileSystem().find("encoded/set")}
         assert found == {*contents(tmp_path / "local")}
         train_stage(encoding.experiment(trained, *settings, "data.encoded.folder=s3://encoded/set"), "denoiser")
+
+
+def test_encoded_sources_are_mixed_by_their_weights(trained: Path, tmp_path: Path) -> None:
+    """A shard holds samples of one source, also where one has bad samples alone."""
+    broken = [Sample(f"x{i}", "broken", b"\x89PNG nothing", "png", {"label": 0, "boxes": b"[]"}) for i in range(9)]
+    write_shard(tmp_path / "bad.tar", broken)
+    images = trained.parent / "images"
+    first = [str(tmp_path / "bad.tar"), str(images / "0.tar")]
+    mixture = [{"source": first, "weight": 1.5}, {"source": str(images / "1.tar"), "weight": 0.5}]
+    settings = ["data.train=null", f"data.mixture={json.dumps(mixture)}", f"data.encoded.folder={tmp_path / 'encoded'}"]
+    encode(config=trained, overrides=settings)
+    experiment = encoding.experiment(trained, *settings)
+    with pytest.warns(UserWarning, match=r"9 samples are skipped"):
+        samples = data_of(experiment, build_module(experiment, "denoiser")).samples("train")
+    assert samples.lengths == [0, 7, 4, 8, 2]
+    assert [(source.files, source.weight) for source in samples.mixture] == [(3, 1.5), (2, 0.5)]
+    keys = [key for batch in TrainStream(samples, 4, 0, 21) for key in batch["key"]]
+    assert sum(int(key) < 11 for key in keys) == 63
+    other = encoding.experiment(trained, *settings, f"data.mixture={json.dumps(mixture[::-1])}")
+    data = data_of(other, build_module(other, "denoiser"))
+    with pytest.raises(DataError, match=r"samples of each source is \[20, 10\] there and \[10, 20\] here"):
+        data.samples("train")
 
 
 @pytest.mark.slow

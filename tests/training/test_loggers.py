@@ -82,6 +82,11 @@ def test_a_logger_whose_package_is_missing_is_named_before_the_training(monkeypa
         WandbConfig(project="ldm-test").check()
 
 
+def test_two_loggers_of_one_kind_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trainer: loggers contains the kind tensorboard more than once"):
+        tiny_experiment(tmp_path, "trainer.loggers=[tensorboard, tensorboard]")
+
+
 def test_loggers_are_chosen_by_the_config(tmp_path: Path) -> None:
     trainer = tiny_experiment(tmp_path, "trainer.loggers=[tensorboard, {kind: wandb, project: mine}]").trainer
     assert trainer.loggers == (TensorBoardConfig(), WandbConfig(project="mine"))
