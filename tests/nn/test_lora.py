@@ -417,7 +417,13 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("state", ["new", "sampled", "compiled in place", "with a compiled denoiser", "wrapped"])
+@pytest.mark.parametrize(
+    "state",
+    [
+        *("new", "sampled", "with a compiled denoiser"),
+        *(pytest.param(state, marks=pytest.mark.slow) for state in ("compiled in place", "wrapped")),
+    ],
+)
 @pytest.mark.parametrize("how", COPIES)
 def test_pipelines_are_copied_and_pickled(three: list[Path], how: str, state: str) -> None:
     """With their adapters, before and after sampling; a deep copy shares nothing with the original."""
