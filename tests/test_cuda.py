@@ -27,6 +27,11 @@ STAGES = ("vae", "clip", "denoiser")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and make test-gpu")
 
 
+@pytest.fixture(autouse=True)
+def _as_precise_as_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def images(pipe: Pipeline, prompts: Any = PROMPTS, **settings: Any) -> torch.Tensor:
     defaults: dict[str, Any] = {"seed": 3, "num_inference_steps": 10, "output_type": "pt", "progress": False}
     made: torch.Tensor = pipe(prompts, **(defaults | settings)).float().cpu()
@@ -74,7 +79,7 @@ def test_every_sampler_gives_the_same_latents_as_on_the_cpu(sampler: str) -> Non
     settings: dict[str, Any] = {"sampler": sampler, "output_type": "latent", "num_inference_steps": 6}
     expected = images(pipe, "a red car", **settings)
     made = images(Pipeline(copy.deepcopy(pipe.model)).to(DEVICE), "a red car", **settings)
-    torch.testing.assert_close(made, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3)
 
 
 def train(folder: Path, *overrides: str) -> list[dict[str, str]]:
@@ -131,7 +136,7 @@ def test_a_resumed_training_continues_as_without_interruption(tmp_path: Path) ->
 def test_predicted_memory_is_within_a_tenth_of_a_real_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
 ) -> None:
-    """At the size of the shipped model, without what libraries reserve once for their workspaces."""
+    """At the size of the shipped model, with 0.1 GiB for the workspaces of cuBLAS and cuDNN, which are not predicted."""
     overrides = [f"run_dir={tmp_path / 'run'}", f"{stage}.train.max_steps=4", "data.workers=0", "data.cache=none"]
     overrides += ["data.cache_latents=false", "vae.loss.disc_start=0", f"{stage}.train.validate_every=100"]
     if stage == "denoiser":
@@ -157,4 +162,4 @@ def test_predicted_memory_is_within_a_tenth_of_a_real_step(
     monkeypatch.setattr(StageModule, "training_step", training_step)
     train_stage(experiment, stage)
     predicted = step_cost(experiment, stage, device_type=DEVICE).memory
-    assert peaks[-1] - before_training == pytest.approx(predicted, rel=0.1)
+    assert 0.9 * predicted < peaks[-1] - before_training < 1.1 * predicted + 2**30 / 10

@@ -111,6 +111,7 @@ class FilterConfig:
                     *(_first_failed(filters, each) for each in _facts(shards, samples, names, options)),
                 ]
             ),
+            optional=[name for name, condition in self.fields.items() if condition.keep_missing],
         )
         counts, kept = _counts(failed, len(filters))
         dropped = tuple(Dropped(str(each), sum(count), count[1]) for each, count in zip(filters, counts, strict=True))
@@ -284,7 +285,7 @@ def _facts(shards: Shards, samples: range, names: Sequence[str], options: IndexO
     import pyarrow as pa
     from tqdm import tqdm
 
-    if LANGUAGE in names and samples:
+    if LANGUAGE in names and samples and LANGUAGE not in (options.fields or ()):
         raise DataError(
             f"data.filters.languages needs an index with the languages, but the shard {shards.path(samples[0])} has none; "
             "make it with tools/prepare.py index --language all."

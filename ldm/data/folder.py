@@ -16,7 +16,7 @@ from typing import Any
 from ldm.data.captions import NO_CAPTION, TEXT_SUFFIXES, FileNames, FolderCaptions
 from ldm.data.file_tree import find_files
 from ldm.data.measures import IndexOptions
-from ldm.data.near_duplicates import Look, check_distance, look_of, originals
+from ldm.data.near_duplicates import BACKGROUND, Look, check_distance, look_of, originals
 from ldm.data.preparation_report import LeftOut, Report, printable
 from ldm.data.set_writer import (
     DEFAULT_SHARES,
@@ -253,7 +253,7 @@ def _examined(
 
 def _examine(candidate: _Candidate, looks: bool) -> _Usable | DataError:
     try:
-        image = decode(candidate.path.read_bytes())
+        image = decode(candidate.path.read_bytes(), background=BACKGROUND)
     except OSError as error:
         return DataError(f"cannot be opened ({error.strerror})")
     except DataError as error:

@@ -121,6 +121,7 @@ def cache_latents(
     path = Path(path)
     metadata = {"first_stage": fingerprint, "samples": samples.fingerprint}
     if _metadata(path) != metadata:
+        first_stage.to(device)  # not in inference mode, in which moved parameters could not be used in training
         write_atomically(path, lambda temporary: _encode(first_stage, samples, temporary, metadata, device))
     return CachedLatents(samples, path, first_stage.posterior_type.cached)
 
@@ -146,7 +147,6 @@ def _encode(
 ) -> None:
     from tqdm import tqdm
 
-    first_stage.to(device)
     groups = samples.by_shape()
     with (
         path.open("wb") as file,

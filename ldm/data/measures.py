@@ -168,7 +168,7 @@ def language_identifier(languages: tuple[str, ...]) -> Callable[[str], str | Non
         raise missing_extra("py3langid", "the language of captions", "language") from None
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
     if languages != ALL_LANGUAGES:
-        known = list(identifier.labels)
+        known = [each for each in identifier.labels if each != _NOT_LANGUAGE]
         for each in languages:
             if each not in known:
                 raise DataError(unknown("language", each, known))

@@ -24,6 +24,9 @@ BITS = 64
 MOST_BITS = 10
 """Greatest distance of hashes: beyond it, images that have nothing in common are near each other, and the search is slow."""
 
+BACKGROUND = (128, 128, 128)
+"""Color behind transparency when images are compared, on which both white and black icons are visible."""
+
 SAME_COLOR = 24
 """Greatest difference of the mean of a color channel, in [0, 255]."""
 
@@ -69,7 +72,7 @@ def _imagehash() -> Any:
 
 
 def look_of(image: Image.Image) -> Look:
-    """Return the appearance of an RGB image."""
+    """Return the appearance of an RGB image, whose transparent parts have the color ``BACKGROUND``."""
     from PIL import Image
 
     bits = np.packbits(_imagehash().phash(image).hash)

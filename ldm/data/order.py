@@ -119,16 +119,21 @@ class Order:
         return int(self.draw(epoch * len(self) + (place + attempt * self._stride) % len(self), 1).index[0])
 
     def ahead(self, start: int) -> tuple[int, ...]:
-        """Return the numbers of the shards that are read from a position on, if they are read in sequence."""
+        """Return the numbers of the shards that are read from a position on, if they are read in sequence.
+
+        Shards without samples, all of which a filter has dropped or which are in other buckets, are left out.
+        """
         if self.shuffle_buffer is None:
             return ()
         epoch, position = divmod(start, len(self))
         shards = self._epoch(epoch)[2]
-        ends = np.cumsum((self._starts[1:] - self._starts[:-1])[shards])
+        lengths = np.diff(self._starts)
+        ends = np.cumsum(lengths[shards])
         block = position - position % self.shuffle_buffer
         first = int(np.searchsorted(ends, block, "right"))
         last = int(np.searchsorted(ends, block + self.shuffle_buffer, "left"))  # is read in this block
-        return tuple((shards[first : last + 1 + READ_AHEAD] + self._first_shard).tolist())
+        near = shards[first : last + 1 + READ_AHEAD]
+        return tuple((near[lengths[near] > 0] + self._first_shard).tolist())
 
 
 def _rows(state: Any, first: int, count: int) -> np.ndarray:

@@ -143,9 +143,8 @@ def columns_of(location: Location, schema: Any, image: str | None, caption: str 
             "with --label-column."
         )
     kind: Any = types.get(caption or "")
-    several = kind is not None and (pa.types.is_list(kind) or pa.types.is_large_list(kind))
-    text = kind.value_type if several else kind
-    if kind is not None and not (pa.types.is_string(text) or pa.types.is_large_string(text)):
+    several = isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType)
+    if kind is not None and not _is_text(kind.value_type if several else kind):
         raise DataError(f"the column {caption!r} of {shown(location)} holds {kind}, not texts or lists of texts.")
     if label is not None and not pa.types.is_integer(types[label]):
         raise DataError(f"the column {label!r} of {shown(location)} holds {types[label]}, not class numbers.")
@@ -167,4 +166,11 @@ def _is_image(kind: Any) -> bool:
 
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return kind in (pa.binary(), pa.large_binary(), pa.binary_view())
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind  # as pandas writes categories
+    return values in (pa.string(), pa.large_string(), pa.string_view())

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm.data.measures import IndexOptions
-from ldm.data.near_duplicates import Look, check_distance, look_of, originals
+from ldm.data.near_duplicates import BACKGROUND, Look, check_distance, look_of, originals
 from ldm.data.parquet_files import Columns, columns_of, find_parquet, opened, read_schema
 from ldm.data.preparation_report import LeftOut, Report
 from ldm.data.set_writer import (
@@ -97,6 +98,13 @@ def prepare_parquet(
     check_distance(drop_duplicates)
     paths = [path for source in sources for path in find_parquet(source, destination)]
     check_distinct(paths)
+    names = [name.replace(".", "_") for name in names_of(paths)]  # a key ends at the first dot of a shard's file name
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise DataError(
+                f"{times} parquet files have the name {name} apart from suffix and dots, so keys would not be unique; "
+                "rename them."
+            )
     report = Report()
     by_name = [split_named(name_of(path)) or split_named(name_of(folder_of(path))) for path in paths]
     report.named_splits = shares is None and named_splits(by_name)
@@ -115,7 +123,6 @@ def prepare_parquet(
         """Yield key, split by name, and content of the rows that can be used."""
         from tqdm import tqdm
 
-        names = [name.replace(".", "_") for name in names_of(paths)]
         with tqdm(desc=task, unit="image") as bar:
             for number, path in enumerate(paths):
                 bar.set_postfix_str(f"file {number + 1} of {len(paths)}")
@@ -175,7 +182,7 @@ def _examine(value: Any, looks: bool) -> _Image | LeftOut:
     if not data:
         return LeftOut("image is not embedded")
     try:
-        image = decode(data)
+        image = decode(data, background=BACKGROUND)
     except DataError as error:
         return LeftOut("unreadable", str(error))
     return _Image(data, image.size, look_of(image) if looks else None)

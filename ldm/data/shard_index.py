@@ -307,17 +307,21 @@ def joined_tables(tables: Sequence[Table]) -> Table:
     """Return the rows of several tables in one.
 
     A column that some lack is filled with nulls (the places of members with -1); one whose type differs becomes a double if all
-    are numbers, else text.
+    are numbers, else text. The type of a column of which a table has no value does not count.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     types: dict[str, set[Any]] = {}
+    empty: dict[str, set[Any]] = {}
     for table in tables:
-        for field in table.schema:
-            types.setdefault(field.name, set()).add(field.type)
+        for field, column in zip(table.schema, table.columns, strict=True):
+            types.setdefault(field.name, set())
+            has_values = column.null_count < len(column)
+            (types if has_values else empty).setdefault(field.name, set()).add(field.type)
     chosen = {}
-    for name, found in types.items():
+    for name, with_values in types.items():
+        found = with_values or empty[name]
         numbers = all(pa.types.is_integer(each) or pa.types.is_floating(each) for each in found)
         binary = pa.binary() in found
         chosen[name] = (

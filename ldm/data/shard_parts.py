@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -79,17 +79,28 @@ class Part:
         values = self.index.column(name)
         return values if self.complete else values.take(self.index_rows())
 
-    def evaluate(self, names: Sequence[str], work: Callable[[Table], np.ndarray]) -> np.ndarray:
+    def evaluate(
+        self, names: Sequence[str], work: Callable[[Table], np.ndarray], optional: Collection[str] = ()
+    ) -> np.ndarray:
         """Return the values that ``work`` computes for the samples from columns of the index; see :meth:`Shards.evaluate`.
 
         Raises:
-            DataError: the index lacks one of the columns.
+            DataError: the index lacks one of the columns that are not optional.
         """
-        assert self.index is not None
-        for name in names:
-            if name not in self.columns:
-                raise DataError(self.index.missing_column(name))
-        values = np.concatenate(self.index.map_rows(names, work))
+        import pyarrow as pa
+
+        index, missing = self.index, [name for name in names if name not in self.columns]
+        assert index is not None
+        for name in missing:
+            if name not in optional:
+                raise DataError(index.missing_column(name))
+
+        def with_missing(table: Table) -> np.ndarray:
+            for name in missing:
+                table = table.append_column(name, pa.nulls(len(table)))
+            return work(table)
+
+        values = np.concatenate(index.map_rows([name for name in names if name not in missing], with_missing))
         return values if self.complete else values[self.index_rows()]
 
     def index_rows(self) -> np.ndarray:
@@ -151,13 +162,11 @@ def combined(texts: Sequence[str]) -> str:
 
 
 def check_distinct(paths: Sequence[Location]) -> None:
-    """Raise a DataError if a shard is listed twice."""
+    """Raise a DataError if a file is listed twice."""
     resolved = Counter(path.resolve() if isinstance(path, Path) else path for path in paths)
     for path, times in resolved.items():
         if times > 1:
-            raise DataError(
-                f"the shard {shown(path)} occurs twice among the sources of the data; list each shard once."
-            )
+            raise DataError(f"the file {shown(path)} occurs twice among the sources of the data; list each file once.")
 
 
 def names_of(paths: Sequence[Location]) -> list[str]:

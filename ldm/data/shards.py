@@ -11,7 +11,7 @@ import functools
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,6 +220,7 @@ class Shards:
         names: Sequence[str],
         work: Callable[[Table], np.ndarray],
         unindexed: Callable[[range], np.ndarray],
+        optional: Collection[str] = (),
     ) -> np.ndarray:
         """Return a value for each sample, computed from columns of the index, of which only some rows are in memory at a time.
 
@@ -227,11 +228,12 @@ class Shards:
             names: the columns.
             work: function from a ``pyarrow.Table`` of them to the values of its samples.
             unindexed: function from numbers of samples that have no index to their values.
+            optional: columns that an index may lack if that of another source has them; they are then null.
 
         Raises:
             DataError: an index lacks a column.
         """
-        values, start = [], 0
+        values, start, optional = [], 0, {*optional} & {*self.columns}
         for part in self._parts:
             end = start + part.samples
             bounds = np.array((start, end), np.uint32)  # of the type of the rows, which would be copied otherwise
@@ -239,7 +241,7 @@ class Shards:
             if part.index is None:
                 values.append(unindexed(range(first, last)))
             else:
-                found = part.evaluate(names, work)
+                found = part.evaluate(names, work, optional)
                 values.append(found if self._rows is None else found[self._rows[first:last] - start])
             start = end
         return np.concatenate(values)
@@ -308,19 +310,21 @@ class Shards:
 
         That of a complete set with an index is in the index; that of a part of it follows from the checksums of the shards.
         """
-        indices = [part.index for part in self._parts]
-        if None in indices:
-            text = self.content_fingerprint()
+        indexed = [part.fingerprint for part in self._parts if part.index is not None]
+        if len(indexed) == len(self._parts):
+            text = combined(indexed)
         else:
-            text = combined([part.fingerprint for part in self._parts])
+            text = combined([self.content_fingerprint(), *(indexed if self.remote.shards else ())])
         fields = "".join(f"{key}:{field}" for key, field in self._fields.items() if field is not None)
         return combined([text, *filter(None, (self._chosen, fields))])
 
     def content_fingerprint(self) -> str:
-        """Return a hash of the keys, and of the offsets and last bytes of members; this reads the shards, which are local."""
+        """Return a hash of the keys, and of the offsets and, in local shards, last bytes of members, which are read."""
         digest = hashlib.blake2b(digest_size=16)
+        # Local shards have always been hashed with the names that tell them apart; those of remote ones depend on their place.
+        keys = Names(self._table.keys, self._rows, None, self._starts) if self.remote.shards else self.keys
         for start in range(0, len(self), _BATCH):
-            names = "\n".join(self.keys[start : start + _BATCH])
+            names = "\n".join(keys[start : start + _BATCH])
             digest.update(("\n" * (start > 0) + names).encode(errors="surrogateescape"))
         digest.update(self._tails())
         columns = (IMAGE, *FIRST)
@@ -335,7 +339,7 @@ class Shards:
         return digest.hexdigest()
 
     def _tails(self) -> bytes:
-        """Return a hash of the last ``_TAIL`` bytes of the members of up to ``_HASHED`` samples.
+        """Return a hash of the last ``_TAIL`` bytes of the members of up to ``_HASHED`` samples of local shards.
 
         All of a short caption, and of an image its checksum (PNG) or the end of its entropy code, which any change alters.
         """
@@ -343,15 +347,16 @@ class Shards:
         every = -(-len(self) // _HASHED)
         columns = [column for column in (IMAGE, *MEMBERS) if column in self._table.members]
         for path, length in zip(self.paths, self.lengths, strict=True):
-            assert isinstance(path, Path)
             rows = self._row(np.arange(first, first + length, every))
+            first += length
+            if not isinstance(path, Path):
+                continue
             spans = np.stack([self._table.spans(column, rows) for column in columns], axis=1)
             with path.open("rb") as file:
                 for offset, size in spans.reshape(-1, 2).tolist():
                     if size > 0:
                         file.seek(offset + max(0, size - _TAIL))
                         digest.update(file.read(min(size, _TAIL)))
-            first += length
         return digest.digest()
 
     def _row(self, i: Any) -> Any:
@@ -405,9 +410,8 @@ class Shards:
         """
         has = self._has(modality) if self._rows is None else self._has(modality)[self._rows]
         if has.any() and not has.all() and not modality.optional:
-            lacking = self.keys[int(np.argmin(has))]
-            folder = shown(folder_of(self.paths[0]))
-            raise DataError(f"samples of {folder} have {modality.file}, but {lacking!r} has none.")
+            having, lacking = (self.where(int(each)) for each in (np.argmax(has), np.argmin(has)))
+            raise DataError(f"the sample {having} has {modality.file}, but {lacking} has none; all samples need one.")
         return bool(has.any())
 
     def _read(self, i: int, column: str) -> bytes:

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import shutil
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -283,6 +284,21 @@ def test_the_buckets_follow_from_the_index_as_from_the_images(data: ShardsData, 
     width, height = image_sizes(samples.shards, lambda i: pytest.fail(f"the size of image {i} was read"))
     assert list(zip(width.tolist(), height.tolist(), strict=True)) == 3 * ASPECTS
     assert_same(list(TrainStream(samples, 4, 3, 6)), list(TrainStream(without, 4, 3, 6)))
+
+
+def test_sources_with_and_without_an_index_have_buckets_together(data: ShardsData, tmp_path: Path) -> None:
+    from ldm.data.indexing import make_index
+
+    folders = [tmp_path / "indexed", tmp_path / "plain"]
+    for folder in folders:
+        shutil.copytree(str(data.train), folder)
+    make_index(str(folders[0]), workers=1)
+    sources = tuple(map(str, folders))
+    buckets = dataclasses.replace(data, train=sources).open("train").buckets()
+    alone = data.open("train").buckets()
+    assert buckets is not None
+    assert alone is not None
+    assert buckets.of.tolist() == 2 * alone.of.tolist()
 
 
 def assert_same(a: list[Batch], b: list[Batch]) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,52 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch,
     language_identifier.cache_clear()
     with pytest.raises(MissingExtraError, match=r"py3langid.*ldm\[language\]"):
         make_index(str(tmp_path), options=IndexOptions(languages=("all",)))
+
+
+def shard_with_fields(path: Path, rows: Sequence[Mapping[str, Any] | None]) -> Path:
+    """A shard with a JSON file for each sample, unless it is None."""
+    members = []
+    for i, fields in enumerate(rows):
+        members += [(f"{path.stem}{i}.png", encoded(noise_picture(i))), (f"{path.stem}{i}.txt", b"a caption")]
+        members += [] if fields is None else [(f"{path.stem}{i}.json", json.dumps(fields).encode())]
+    return write_tar(path, members)
+
+
+def kept(source: Sequence[str], **fields: Mapping[str, Any]) -> list[str]:
+    return list(
+        ShardsData(tuple(source), filters=from_dict(FilterConfig, {"fields": fields}))
+        .open("train")
+        .all_annotations()["key"]
+    )
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_shard_in_which_a_field_is_null_everywhere_has_unknown_values(tmp_path: Path, indexed: bool) -> None:
+    shard_with_fields(tmp_path / "a.tar", [{"score": None}, {"score": None}])
+    shard_with_fields(tmp_path / "b.tar", [{"score": 0.2}, {"score": 0.8}])
+    if indexed:
+        make_index(str(tmp_path), workers=1, options=IndexOptions(fields=("score",)))
+    assert kept([str(tmp_path)], score={"min": 0.5}) == ["b1"]
+    assert kept([str(tmp_path)], score={"min": 0.5, "keep_missing": True}) == ["a0", "a1", "b1"]
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_field_that_one_source_lacks_is_missing_there(tmp_path: Path, indexed: bool) -> None:
+    sources = [str(tmp_path / "with"), str(tmp_path / "without")]
+    shard_with_fields(tmp_path / "with" / "a.tar", [{"score": 0.2}, {"score": 0.8}])
+    shard_with_fields(tmp_path / "without" / "b.tar", [None, None])
+    for source in sources if indexed else ():
+        make_index(source, workers=1)
+    assert kept(sources, score={"min": 0.5, "keep_missing": True}) == ["a1", "b0", "b1"]
+    if indexed:  # a filter that would drop all of a source, and a misspelled one that would keep all of both
+        for name, condition in {"score": {"min": 0.5}, "scor": {"min": 0.5, "keep_missing": True}}.items():
+            with pytest.raises(DataError, match=f"no column '{name}'"):
+                kept(sources, **{name: condition})
+
+
+def test_a_field_named_language_needs_no_index(tmp_path: Path) -> None:
+    shard_with_fields(tmp_path / "a.tar", [{"language": "en"}, {"language": "de"}])
+    assert kept([str(tmp_path)], language={"one_of": ["de"]}) == ["a1"]
 
 
 def test_captions_in_lists_are_measured_by_the_first(tmp_path: Path) -> None:

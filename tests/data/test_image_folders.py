@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from ldm.data.folder import prepare_folder
 from ldm.data.set_writer import named_splits, split_named
@@ -56,6 +56,20 @@ def test_of_near_duplicates_the_largest_stays_in_its_split(tmp_path: Path) -> No
     assert (tmp_path / "shards" / "train" / "000000.tar").read_bytes() == (
         tmp_path / "again" / "train" / "000000.tar"
     ).read_bytes()
+
+
+def test_white_and_black_icons_on_transparency_are_not_near_duplicates(tmp_path: Path) -> None:
+    for seed in range(6):
+        shape = noise_picture(seed, 5, 5).convert("L").point(lambda value: 255 * (value > 127)).resize((64, 64), 0)
+        for color in ("white", "black"):
+            icon = Image.new("RGBA", shape.size, (*ImageColor.getrgb(color), 0))
+            icon.putalpha(shape)
+            path = tmp_path / "images" / f"{color} {seed}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(encoded(icon))
+            path.with_suffix(".txt").write_text("an icon")
+    report = prepare_folder(tmp_path / "images", tmp_path / "shards", shares=(1, 0, 0), drop_duplicates=4)
+    assert report.images["train"] == 12
 
 
 def test_without_imagehash_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,26 @@ def test_lists_of_captions_are_read_as_data_captions_format_json(
     assert samples.shards.column("caption_length").to_pylist() == [3, 5]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.list_(pa.string(), 2),
+        pa.large_list(pa.string()),
+    ],
+    ids=str,
+)
+def test_captions_of_all_arrow_types_of_text_are_read(tmp_path: Path, kind: pa.DataType) -> None:
+    texts = [["a", "b"], ["c", "d"]] if hasattr(kind, "value_field") else ["a", "c"]
+    data = pa.array([each["bytes"] for each in images(2)], pa.binary_view())
+    path = write(tmp_path / "a.parquet", {"image": data, "text": pa.array(texts, kind)})
+    report = prepare_parquet([str(path)], tmp_path / "shards", shares=(1, 0, 0))
+    captions = [text for _, text, _ in everything(tmp_path / "shards")["train"]]
+    assert captions == (texts if report.caption_format == "text" else list(map(json.dumps, texts)))
+
+
 def test_class_labels_bring_their_names(tmp_path: Path) -> None:
     features = {"photo": {"_type": "Image"}, "kind": {"_type": "ClassLabel", "names": ["cat", "sea_lion"]}}
     columns = {"photo": images(4), "thumbnail": images(4, 9), "kind": [1, 0, -1, 7]}
@@ -187,6 +207,10 @@ def test_other_mistakes(tmp_path: Path) -> None:
         prepare_parquet([str(tmp_path / "b")], tmp_path / "shards")
     with pytest.raises(DataError, match=r"0\.parquet occurs twice"):
         prepare_parquet([str(tmp_path / "b"), str(tmp_path / "b" / "0.parquet")], tmp_path / "shards")
+    for name in ("x.y", "x_y"):
+        write(tmp_path / "c" / f"{name}.parquet", {"image": images(1), "text": ["a"]})
+    with pytest.raises(DataError, match=r"2 parquet files have the name x_y apart from"):
+        prepare_parquet([str(tmp_path / "c")], tmp_path / "shards")
 
 
 def test_a_parquet_file_gives_the_samples_that_a_folder_gives(tmp_path: Path) -> None:

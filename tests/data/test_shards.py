@@ -163,7 +163,7 @@ def tar(path: Path, members: dict[str, bytes]) -> Path:
         ({"readme.md": b"text"}, "there is no sample"),
         ({"a.txt": b"caption"}, "'a' in .* has no image"),
         ({"a.jpg": b""}, "'a' in .* has neither caption"),
-        ({"a.jpg": b"", "a.cls": b"1", "b.jpg": b"", "b.txt": b"b"}, "'b' has none"),
+        ({"a.jpg": b"", "a.cls": b"1", "b.jpg": b"", "b.txt": b"b"}, "'b' in .* has none"),
     ],
 )
 def test_shards_that_lack_something(tmp_path: Path, members: dict[str, bytes], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ldm.data import ShardsData, storage
+from ldm.data.buckets import BucketConfig
 from ldm.data.filters import FilterConfig
 from ldm.data.indexing import make_index
+from ldm.data.mixture import WeightedSource
 from ldm.data.parquet_images import prepare_parquet
 from ldm.data.samples import Batch
 from ldm.data.shard_cache import ShardCacheConfig
@@ -63,6 +66,10 @@ def batches(source: Any, workers: int = 0, rank: int = 0, start: int = 0) -> lis
 
 def assert_same(found: list[Batch], expected: list[Batch]) -> None:
     assert [batch["key"] for batch in found] == [batch["key"] for batch in expected]
+    assert_same_images(found, expected)
+
+
+def assert_same_images(found: list[Batch], expected: list[Batch]) -> None:
     assert [batch["text"] for batch in found] == [batch["text"] for batch in expected]
     assert all((a["image"] == b["image"]).all() for a, b in zip(found, expected, strict=True))
 
@@ -159,6 +166,38 @@ def test_filters_read_the_index_alone(http: WebServer, local: Path) -> None:
     assert not [request for request in http.requests() if ".tar" in request]
     (batch,) = EvaluationLoader(samples, 100)
     assert batch["key"] == keys
+
+
+def test_a_bucket_and_a_disk_without_an_index_are_mixed_filtered_and_read_in_buckets(
+    s3: str, local: Path, tmp_path: Path
+) -> None:
+    write_shards(tmp_path / "own", [6, 3], labelled=True)
+    settings: Any = {
+        "size": 12,
+        "workers": 0,
+        "buckets": BucketConfig(1),
+        "shuffle_buffer": 6,
+        "shard_cache": ShardCacheConfig(str(tmp_path / "cache")),
+        "filters": FilterConfig(min_side=11),
+    }
+
+    def mixed(source: str, folder: Path = tmp_path) -> list[Batch]:
+        mixture = (WeightedSource(source, 2), WeightedSource(str(folder / "own")))
+        samples = ShardsData(mixture=mixture, **settings).open("train")
+        fingerprints.append(samples.fingerprint)
+        return list(TrainStream(samples, 3, 0, 12, shuffle_buffer=6))
+
+    fingerprints: list[str] = []
+    make_index(str(local))
+    expected = mixed(str(local))
+    assert {batch["image"].shape[2:] for batch in expected} > {(12, 12)}
+    url = put(local, f"{s3}/mixed")
+    assert_same_images(mixed(url), expected)
+    shutil.copytree(tmp_path / "own", tmp_path / "elsewhere" / "own")
+    mixed(url, tmp_path / "elsewhere")
+    write_shards(tmp_path / "own", [5, 4], labelled=True)
+    mixed(url)
+    assert fingerprints[1] == fingerprints[2] != fingerprints[3]
 
 
 def test_parquet_files_are_read_from_servers(s3: str, http: WebServer, tmp_path: Path) -> None:

@@ -108,6 +108,14 @@ def test_the_shards_of_a_batch_are_announced(lengths: list[int], seed: int, buff
     assert len(set(draw.ahead)) == len(draw.ahead)
 
 
+def test_shards_without_samples_are_not_announced() -> None:
+    """Such as those of which filters drop all samples: they would be copied for nothing."""
+    lengths = [0, 3, 0, 0, 2, 0, 4, 0, 0, 1]
+    order = Order(lengths, 7, 2)
+    ahead = [order.draw(start, 2).ahead for start in range(0, len(order), 2)]
+    assert {shard for shards in ahead for shard in shards} == {1, 4, 6, 9}
+
+
 def test_epochs_and_seeds_differ() -> None:
     orders = {tuple(Order([50], seed).permutation(epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
