@@ -192,7 +192,8 @@ def test_validation_draws_the_same_masks_each_time(tmp_path: Path, flat: list[np
     torch.nn.init.normal_(module.task.model.denoiser.conv_out.weight)  # a fresh U-Net answers 0 whatever it is shown
     seen: list[Tensor] = []
     module.task.model.denoiser.register_forward_pre_hook(lambda module, args: seen.append(args[2].concat[:, :1]))
-    batch = {"image": torch.from_numpy(np.stack(flat[:8])).permute(0, 3, 1, 2) / 127.5 - 1}
+    images = torch.from_numpy(np.stack(flat[:8])).permute(0, 3, 1, 2) / 127.5 - 1
+    batch = {"image": images, "key": [f"{i}" for i in range(8)]}
     steps = [module.batch_step("validation", index, rows=range(8), size=8) for index in (0, 0, 1)]
     with torch.no_grad():
         losses = [module.task.evaluate(batch, step)["loss"] for step in steps]

@@ -399,6 +399,7 @@ def sized_experiment(folder: Path) -> Experiment:
     return load_config(path)
 
 
+@pytest.mark.slow
 def test_the_original_size_steers_the_sample(tmp_path: Path) -> None:
     experiment = sized_experiment(tmp_path)
     assert re.search(r"conditioner: [\d,]+ parameters", describe(experiment, ["denoiser"]))

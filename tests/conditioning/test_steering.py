@@ -62,6 +62,7 @@ def contrast(pictures: Tensor, inside: Tensor, colours: list[int]) -> Tensor:
     return (means * towards).sum(1) / towards.square().sum(1)
 
 
+@pytest.mark.slow
 def test_boxes_say_what_is_drawn_where(tmp_path: Path) -> None:
     """Of four layouts that it has learnt by heart; two are of one colour, told apart by the place alone."""
     pipe, batch = trained(tmp_path, "boxes", 140, "data.samples=4", "data.seed=1")

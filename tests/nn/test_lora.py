@@ -206,7 +206,9 @@ def test_requests_that_cannot_be_met_are_told(three: list[Path], tmp_path: Path)
     assert list(pipe.model.adapters.loaded) == ["style"]
 
 
-@pytest.mark.parametrize("how", ["in place", "wrapped", "wrapped first"])
+@pytest.mark.parametrize(
+    "how", ["in place", *(pytest.param(how, marks=pytest.mark.slow) for how in ("wrapped", "wrapped first"))]
+)
 def test_live_ones_act_in_a_compiled_network(three: list[Path], how: str) -> None:
     """Loaded, scaled and unloaded before and after compiling, and stacked, as in the network that is not compiled."""
     pipe, plain = Pipeline(tiny_model()), Pipeline(tiny_model())
@@ -415,7 +417,13 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("state", ["new", "sampled", "compiled in place", "with a compiled denoiser", "wrapped"])
+@pytest.mark.parametrize(
+    "state",
+    [
+        *("new", "sampled", "with a compiled denoiser"),
+        *(pytest.param(state, marks=pytest.mark.slow) for state in ("compiled in place", "wrapped")),
+    ],
+)
 @pytest.mark.parametrize("how", COPIES)
 def test_pipelines_are_copied_and_pickled(three: list[Path], how: str, state: str) -> None:
     """With their adapters, before and after sampling; a deep copy shares nothing with the original."""

@@ -97,12 +97,12 @@ def test_everything_measured_is_shown(tmp_path: Path) -> None:
 
 
 def test_names_and_captions_are_escaped(tmp_path: Path) -> None:
-    run = write_run(tmp_path, "name='<script>alert(1)<script>'")
+    run = write_run(tmp_path, "name='<i>alert'", "denoiser.prompts=['</script><script>alert(1)</script>']")
     MetricsFile(run / "vae" / "metrics.csv", 40).write(41, {"train/<img src=x onerror=alert(2)>": 1.0})
     bad = BadSample(Reason.BROKEN_IMAGE, "<b onclick=alert(3)>", "a.tar")
     BadSamplesFile(run / "clip" / BAD_SAMPLES_FILE).start({"train": [bad]})
     html = page(Run(run))
-    for each in ("<script>alert(1)", "<img src=x", "<b onclick"):
+    for each in ("<i>alert", "</script><script>alert(1)", "<img src=x", "<b onclick"):
         assert each not in html
         assert each.replace("<", "&lt;").replace(">", "&gt;") in html
 
