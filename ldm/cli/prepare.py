@@ -57,7 +57,7 @@ Language = Annotated[
     typer.Option(
         metavar="CODES",
         help="Adds the language of each caption to the index, for data.filters.languages: the languages that occur, as ISO "
-        "639-1 codes with commas (fewer are told apart better), or all.",
+        "639-1 codes with commas (the fewer, the more reliable), or all.",
     ),
 ]
 

@@ -42,7 +42,7 @@ class Session:
 
 @dataclass
 class Stage:
-    """What is there of a stage.
+    """Files of a stage, read when they are needed.
 
     Args:
         name: name of the stage.
@@ -153,7 +153,7 @@ class Stage:
 
 @dataclass
 class Run:
-    """What is there of a run.
+    """Files of a run, read when they are needed.
 
     Args:
         folder: the run folder.
@@ -214,7 +214,7 @@ class Run:
 
     @cached_property
     def preparation_reports(self) -> dict[Path, Mapping[str, Any]]:
-        """Contents of the ``report.json`` beside the shards of the data, by path."""
+        """Contents of the ``report.json`` in the folders of the shards, by path."""
         data, found = self.config.get("data") or {}, {}
         for split in ("train", "val", "test"):
             sources = data.get(split)

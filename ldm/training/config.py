@@ -123,7 +123,7 @@ class TrainerConfig:
     )
     compile: bool = config_field(False, "torch.compile the networks; worthwhile for long trainings")
     loggers: tuple[LoggerConfig, ...] = config_field(
-        (TensorBoardConfig(),), "where metrics are written beside metrics.csv"
+        (TensorBoardConfig(),), "where metrics are written in addition to metrics.csv"
     )
     threads: int | None = config_field(None, "CPU threads; null = one for each core that other processes leave idle")
 

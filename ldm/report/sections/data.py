@@ -1,4 +1,4 @@
-"""What the data are, and what their preparation left out."""
+"""Sources of the data, and the images that their preparation left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMED = 10
 
 
 def section(run: Run) -> Markup:
-    """Return the reports of ``prepare.py`` that are beside the shards."""
+    """Return the reports of ``prepare.py`` in the folders of the shards."""
     config = run.config.get("data") or {}
     sources = [(split, config[split]) for split in ("train", "val", "test") if config.get(split)]
     reports = []
@@ -57,5 +57,5 @@ of the images.</p>{% endif %}
 {{ "{:,}".format(count - names | length) }} more</li>{% endif %}</ul></details>{% endfor %}
 {% if report.ignored %}<p class="note">Other files: {% for suffix, count in report.ignored.items() %}{{ count }}
 {{ suffix or "(no suffix)" }}{{ ", " if not loop.last else "." }}{% endfor %}</p>{% endif %}
-{% else %}<p class="note">There is no report.json of <code>prepare.py</code> beside these data.</p>{% endfor %}
+{% else %}<p class="note">There is no report.json of <code>prepare.py</code> in the folder of these data.</p>{% endfor %}
 """

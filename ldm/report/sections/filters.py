@@ -1,4 +1,4 @@
-"""What the filters of the data dropped."""
+"""Samples that the filters of the data dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loggers: where metrics are written beside ``metrics.csv``, one kind in each file."""
+"""Loggers: where metrics are written in addition to ``metrics.csv``, one kind in each file."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Logger(Protocol):
 
 
 class LoggerConfig(Kind):
-    """Family of the loggers, which write the metrics of a training beside ``metrics.csv``."""
+    """Family of the loggers, which write the metrics of a training in addition to ``metrics.csv``."""
 
     def check(self) -> None:
         """Check that the packages of the logger are installed.
