@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ldm.config import to_yaml
 from ldm.data import DataConfig
 from ldm.data.order_table import order_table
+from ldm.data.samples import Samples
 from ldm.errors import ConfigError, LdmError
 from ldm.training.accelerators import Accelerator, accelerator, this_machine
 from ldm.training.config import TrainConfig
@@ -68,9 +69,10 @@ def describe(experiment: Experiment, stages: Sequence[str], machine: Machine | N
     device = _Device("gpu", None) if name is None else _Device(name.lower(), accelerator(name))
     count = machine.devices or experiment.trainer.devices
     count = count if isinstance(count, int) else 1
-    lines, total = [to_yaml(experiment).rstrip(), "", *_filtered(experiment.data)], 0.0
+    opened = _Opened()
+    lines, total = [to_yaml(experiment).rstrip(), "", *_filtered(experiment.data, opened)], 0.0
     for stage in stages:
-        text, hours = _stage(experiment, stage, machine, device, count)
+        text, hours = _stage(experiment, stage, machine, device, count, opened)
         lines += [f"stage {stage}", *(f"  {line}" for line in text)]
         total += hours
     if device.speed is not None and len(stages) > 1:
@@ -81,13 +83,27 @@ def describe(experiment: Experiment, stages: Sequence[str], machine: Machine | N
     return "\n".join(lines)
 
 
-def _filtered(data: DataConfig) -> list[str]:
+class _Opened:
+    """Splits of the data, each opened once, since filters read all samples of a set without an index."""
+
+    def __init__(self) -> None:
+        self._samples: dict[tuple[str, bool], Samples] = {}
+
+    def open(self, data: DataConfig, split: str) -> Samples:
+        """Open a split of the data of a stage, with aspect buckets or without."""
+        key = split, bool(data.bucket_shapes)
+        if key not in self._samples:
+            self._samples[key] = data.open(split)
+        return self._samples[key]
+
+
+def _filtered(data: DataConfig, opened: _Opened) -> list[str]:
     """Return what the filters of the data drop, line by line, or why they cannot be applied."""
     lines: list[str] = []
     for split in ("train", "val"):
         if split in data.filters.splits and data.filters.given and data.has(split):
             try:
-                selection = data.open(split).selection
+                selection = opened.open(data, split).selection
                 lines += selection.describe(split) if selection is not None else []
             except LdmError as error:
                 lines.append(f"data.filters cannot be applied to data.{split}: {error}")
@@ -95,7 +111,7 @@ def _filtered(data: DataConfig) -> list[str]:
 
 
 def _stage(
-    experiment: Experiment, stage: str, machine: Machine, device: _Device, count: int
+    experiment: Experiment, stage: str, machine: Machine, device: _Device, count: int, opened: _Opened
 ) -> tuple[list[str], float]:
     """Return the description of a stage, and its hours (0 if the throughput of the device is not known)."""
     train: TrainConfig = getattr(experiment, stage).train
@@ -118,7 +134,7 @@ def _stage(
         ),
         f"trained: {trained:,} parameters, for {train.max_steps:,} steps",
         f"batch: {train.batch_size} x {train.accumulate} accumulated = {batch} per device",
-        *_order(experiment, stage, train.batch_size * count),
+        *_order(experiment, stage, train.batch_size * count, opened),
         f"learning rate: {train.learning_rate:g} after {train.warmup_steps} steps, then {train.decay}",
         f"operations: {_flops(last.flops / batch)} per sample, {_flops(last.flops)} per step and device, forward and backward",
     ]
@@ -137,16 +153,16 @@ def _stage(
             f"{precision}{_price(hours * count, machine)}"
         )
     lines += _memory(last, cost(checkpointing=not train.gradient_checkpointing), train, precision, count)
-    return lines + _disk(experiment, task, last), hours
+    return lines + _disk(experiment, task, last, opened), hours
 
 
-def _order(experiment: Experiment, stage: str, batch: int) -> list[str]:
+def _order(experiment: Experiment, stage: str, batch: int, opened: _Opened) -> list[str]:
     """Return the tables of sources and aspect buckets, if there are any and the data can be read."""
     data = experiment.data_of(stage)
     if not (data.bucket_shapes or data.mixture):
         return []
     try:
-        return order_table(data.open("train"), batch)
+        return order_table(opened.open(data, "train"), batch)
     except LdmError as error:
         return [f"the sources and buckets cannot be counted: {error}"]
 
@@ -166,14 +182,14 @@ def _memory(cost: StepCost, other: StepCost, train: TrainConfig, precision: str,
     return lines
 
 
-def _disk(experiment: Experiment, task: Task, cost: StepCost) -> list[str]:
+def _disk(experiment: Experiment, task: Task, cost: StepCost, opened: _Opened) -> list[str]:
     """Return the lines on disk space; that of latents if the images can be counted."""
     lines = [f"disk: {_gib(cost.weights + cost.optimizer + cost.ema)} for each checkpoint"]
     first_stage, data = task.frozen_first_stage, experiment.data
     if first_stage is None:
         return lines
     try:
-        by_shape = [data.open(split).by_shape() for split in ("train", "val") if data.has(split)]
+        by_shape = [opened.open(data, split).by_shape() for split in ("train", "val") if data.has(split)]
     except LdmError:
         return lines
     sizes = [(len(each), shape or data.image_shape[1:]) for split in by_shape for shape, each in split.items()]
