@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
+from tqdm import tqdm
 from typer import Option
 
 from ldm.cli.common import new_app, run
@@ -27,9 +28,9 @@ from ldm.errors import LdmError
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 8
 
-WITH = "from ldm.cli.train import main; main()"
-WITHOUT = f"import torch; from ldm.cli import cores; cores.START = None; {WITH}"
-"""Commands; OpenMP reads its variables when torch is imported."""
+TRAIN = "from ldm.cli.train import main; main()"
+COMMANDS = {"without": f"import torch; from ldm.cli import cores; cores.START = None; {TRAIN}", "with": TRAIN}
+"""Python code of each case; OpenMP reads its variables when torch is imported."""
 
 app = new_app()
 
@@ -37,22 +38,22 @@ app = new_app()
 @app.command()
 def contention(
     stage: Annotated[str, Option(help="vae, clip or denoiser of configs/emoji_64.yaml.")] = "vae",
-    busy: Annotated[int, Option(help="Number of busy processes.")] = 1,
+    busy: Annotated[int, Option(min=0, help="Number of busy processes; with 0, steps are measured alone only.")] = 1,
     steps: Annotated[int, Option(help="Training steps per measurement, after as many to warm up.")] = 10,
     rounds: Annotated[int, Option(help="Measurements of each case; the median is printed.")] = 3,
 ) -> None:
-    """Print the median seconds of a step in each case."""
-    seconds: dict[tuple[str, int], list[float]] = {}
-    for _ in range(rounds):
-        for name, code in (("without", WITHOUT), ("with", WITH)):
-            for count in (0, busy):
-                seconds.setdefault((name, count), []).append(step_seconds(code, stage, count, steps))
+    """Print the median seconds of a step in each case, and the ratio of neighbouring measurements alone."""
+    cases = [(name, count) for name in COMMANDS for count in sorted({0, busy})]
+    seconds: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    for name, count in tqdm(cases * rounds, unit="measurement", leave=False):
+        seconds[name, count].append(step_seconds(COMMANDS[name], stage, count, steps))
     medians = {case: median(values) for case, values in seconds.items()}
     print(f"{'':10}{'alone':>10}{f'{busy} busy':>10}{'busy/alone':>14}")
-    for name in ("without", "with"):
+    for name in COMMANDS:
         alone, contended = medians[name, 0], medians[name, busy]
         print(f"{name:10}{alone:9.3f}s{contended:9.3f}s{contended / alone:14.2f}")
-    print(f"alone, with / without: {medians['with', 0] / medians['without', 0]:.3f}")
+    ratios = [ours / theirs for ours, theirs in zip(seconds["with", 0], seconds["without", 0], strict=True)]
+    print(f"alone, with / without: median {median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
 
 
 def step_seconds(code: str, stage: str, busy: int, steps: int) -> float:
