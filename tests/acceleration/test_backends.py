@@ -58,7 +58,6 @@ def test_the_default_is_the_fastest_that_is_installed(monkeypatch: pytest.Monkey
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    torch._inductor.cpp_builder.get_cpp_compiler.cache_clear()
     with pytest.raises(SamplingError, match=r"the backend 'inductor' needs a C\+\+ compiler, but none is found"):
         Pipeline(tiny_model()).compile("inductor")
 
