@@ -26,7 +26,7 @@ ROWS = [
     {"vae", "clip", "denoiser"},
     {"conditioning"},
     {"model"},
-    {"formats"},
+    {"formats", "acceleration"},
     {"image_output"},
     {"inputs", "prompt_loras", "sampling_loop", "textual_inversion_loader"},
     {"sampling_settings"},
