@@ -291,7 +291,7 @@ class Pipeline(TextualInversionLoader, Compilable):
                     unit = latents[rows].to(self.device, torch.float32)
                 x = edit.start(starting_point(diffusion, unit, start, sampler, spacing), unit, start, rows)
                 x = x.contiguous(memory_format=torch.channels_last)
-                pipe = self if model is self.model else Pipeline(model)
+                pipe = self if model is self.model else type(self)(model)
                 denoise = edit.wrap(pipe.denoiser(request[rows], levels), rows)
                 for step in solve(diffusion, sampler, denoise, x, levels, noise, options, request.seeds[rows]):
                     x, done = step.x, done + 1

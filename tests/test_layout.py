@@ -32,7 +32,7 @@ ROWS = [
     {"sampling_settings"},
     {"pipeline"},
     {"data", "editing", "animation"},
-    {"training"},
+    {"training", "serving"},
     {"diagnosis", "report"},
     {"ldm"},
     {"cli"},

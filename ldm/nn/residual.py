@@ -39,10 +39,10 @@ class ResidualBlock(CheckpointedBlock):
         self.shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """``x [b c h w], embedding [b e]`` (already through SiLU) ``-> [b width h w]``"""
+        """``x [b c h w], embedding [b e]`` (already through SiLU; further rows are ignored) ``-> [b width h w]``"""
         h = self.conv1(F.silu(self.norm1(x)))
         if self.embedding is not None:
-            h = h + self.embedding(embedding)[:, :, None, None]
+            h = h + self.embedding(embedding)[: len(h), :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.shortcut(x) + h
 
