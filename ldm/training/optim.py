@@ -16,6 +16,14 @@ from ldm.training.sharded_tensors import by_sharding, full_tensor
 class AdamW(torch.optim.AdamW):
     """AdamW whose groups may hold sharded parameters and others."""
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, each tensor in the memory format of its parameter, which the fused kernel relies on."""
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.ndim and value.stride() != parameter.stride():
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:  # before the groups are divided, since it may change their hyperparameters
