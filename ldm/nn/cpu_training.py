@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def trains_on_cpu(*tensors: Tensor) -> bool:
-    """Return True if gradients of any of the tensors are computed on a CPU; False under ``torch.compile``, which has own kernels."""
+    """Return True if gradients of any of the tensors are computed on a CPU, by kernels of torch and not of ``torch.compile``."""
     return (
         tensors[0].device.type == "cpu"
         and torch.is_grad_enabled()

@@ -133,7 +133,7 @@ class StageModule(L.LightningModule):
     # Optimization
 
     def configure_model(self) -> None:
-        """Shard the networks, if the strategy does; else convert the kernels of convolutions to channels_last, as their inputs."""
+        """Shard the networks, if the strategy does; else convert the weights of convolutions to channels_last."""
         shard = getattr(self.trainer.strategy, "shard", None)
         if shard is not None:
             shard(self.task)  # of contiguous parameters only
