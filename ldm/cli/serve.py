@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,11 +64,13 @@ def serve(
     limits: dict[str, Any],
 ) -> None:
     """Serve models over HTTP: OpenAI's images API, and jobs with previews."""
-    try:
-        import uvicorn
-    except ImportError:
-        raise missing_extra("uvicorn", "serving", "serve") from None
+    for package in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
+        try:
+            import_module(package)
+        except ImportError:
+            raise missing_extra(package, "serving", "serve") from None
     import torch
+    import uvicorn
 
     from ldm.devices import default_device, usable
     from ldm.serving.app import create_app

@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-import ldm
+from ldm import __version__
 from ldm.errors import LdmError
 from ldm.serving import a1111_api, jobs_api, openai_api, system_api
 from ldm.serving.models import UnknownModelError
@@ -43,7 +43,7 @@ def create_app(
 
     app = FastAPI(
         title="ldm",
-        version=ldm.__version__,
+        version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
         responses={400: ERROR, 422: ERROR, 429: ERROR, 503: ERROR},

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import FileResponse
 
-import ldm
+from ldm import __version__
 from ldm.serving.responses import service_of
 
 router = APIRouter(tags=["system"])
@@ -19,7 +19,7 @@ async def health(request: Request) -> dict[str, Any]:
     service = service_of(request)
     return {
         "status": "ok",
-        "version": ldm.__version__,
+        "version": __version__,
         "loaded": list(service.models.loaded),
         "waiting": service.scheduler.waiting,
         "running": service.scheduler.running,

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from PIL import Image
@@ -106,6 +108,16 @@ def test_images_create_variation(server: Running, client: openai.OpenAI, image: 
     for entry, seed in zip(result.data, (2, 3), strict=True):
         expected = editing.image_to_image(server.pipe, "", image, VARIATION_STRENGTH, seed=seed, **QUIET)
         assert decoded(entry).tobytes() == expected[0].tobytes()
+
+
+def test_a_client_that_goes_away_cancels_its_work(server: Running) -> None:
+    body = {"prompt": "a red apple", "extra": {"num_inference_steps": 150, "sampler": "heun"}}
+    with httpx.Client(base_url=server.url, timeout=0.5) as impatient, pytest.raises(httpx.ReadTimeout):
+        impatient.post("/v1/images/generations", json=body)
+    before = len(list(server.service.gallery.folder.iterdir()))
+    while server.http.get("/health").json()["running"]:
+        time.sleep(0.01)
+    assert len(list(server.service.gallery.folder.iterdir())) == before
 
 
 def test_models_are_those_of_the_list(client: openai.OpenAI) -> None:
