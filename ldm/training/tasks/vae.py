@@ -62,6 +62,7 @@ class VAETask(Task):
     """Autoencoder against discriminator: two optimizers, one after the other on the same batch."""
 
     stage = "vae"
+    title = "VAE"
     result = Path("vae/final.safetensors")
     monitor = "psnr"
     higher_is_better = True
