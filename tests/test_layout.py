@@ -32,9 +32,10 @@ ROWS = [
     {"sampling_settings"},
     {"pipeline"},
     {"data", "editing", "animation"},
-    {"training"},
+    {"training", "serving"},
     {"diagnosis", "report"},
     {"ldm"},
+    {"benchmarks"},
     {"cli"},
 ]
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
