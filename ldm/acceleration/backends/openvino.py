@@ -24,7 +24,7 @@ from ldm import __version__
 from ldm.acceleration.backend import Backend
 from ldm.acceleration.constant_weights import ConstantWeights, FlatNetwork, Program
 from ldm.config import config_field
-from ldm.errors import SamplingError, missing_extra
+from ldm.errors import SamplingError, first_line, missing_extra
 from ldm.paths import expanded
 
 MODEL, ANGLES = "model.xml", "angles.xml"
@@ -33,11 +33,8 @@ MODEL, ANGLES = "model.xml", "angles.xml"
 CONVERSION = 1
 """Number of the way in which networks are converted; raising it, with every change of that way, leaves stored programs aside."""
 
-CHUNK = 4096
-"""Number of values that add up to one number of a fingerprint."""
-
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers by their size in bytes."""
+CHUNK = 512
+"""Number of 64-bit words that add up to one number of a fingerprint."""
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """OpenVINO's names of the dtypes in which it computes; all others become fp32."""
@@ -96,30 +93,46 @@ class OpenVINO(Backend, kind="openvino"):
         key = fingerprint(network, (versions, properties, quantization, shapes, network.constants()))
         with tempfile.TemporaryDirectory() if self.cache is None else nullcontext(expanded(self.cache)) as cache:
             folder = Path(cache) / key
-            if not folder.is_dir():
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-                    _write(Path(temporary) / "new", network, tensors, quantization, precision)
-                    (Path(temporary) / "new").replace(folder)
-                gc.collect()  # graphs of the conversion, which hold copies of the weights
-            # from files, whose weights are mapped into memory; OpenVINO puts the compiled program beside them
-            properties |= {"INFERENCE_NUM_THREADS": str(torch.get_num_threads()), "CACHE_DIR": str(folder)}
-            angles = None
-            if (folder / ANGLES).is_file():
-                angles = core.compile_model(folder / ANGLES, "CPU", properties | {"INFERENCE_PRECISION_HINT": "f32"})
-            return Infer(angles, core.compile_model(folder / MODEL, "CPU", properties))
+            try:
+                if not folder.is_dir():
+                    _write(folder, network, tensors, quantization, precision)
+                # from files, whose weights are mapped into memory; OpenVINO puts the compiled program beside them
+                properties |= {"INFERENCE_NUM_THREADS": str(torch.get_num_threads()), "CACHE_DIR": str(folder)}
+                angles = None
+                if (folder / ANGLES).is_file():
+                    angles = core.compile_model(
+                        folder / ANGLES, "CPU", properties | {"INFERENCE_PRECISION_HINT": "f32"}
+                    )
+                return Infer(angles, core.compile_model(folder / MODEL, "CPU", properties))
+            except OSError as error:
+                raise SamplingError(
+                    f"the cache {folder.parent} cannot be used ({first_line(error)}); set the option cache to another folder, or "
+                    "to None."
+                ) from None
+            except RuntimeError as error:
+                raise SamplingError(
+                    f"OpenVINO cannot compile this {type(network.network).__name__} ({first_line(error)}); compile with "
+                    "the backend 'inductor'."
+                ) from error
 
 
 def _write(folder: Path, network: FlatNetwork, tensors: list[Tensor], quantization: str | None, precision: str) -> None:
-    """Convert a network and write it into a new folder."""
+    """Convert a network and write it into a new folder, if no other process has done so meanwhile."""
     import openvino
 
-    model = convert(network, tensors)
-    if precision != "f32" and (angles := split_angles(model)) is not None:
-        openvino.save_model(angles, folder / ANGLES, compress_to_fp16=False)
-    if quantization is not None:
-        model = with_int8_weights(model)
-    openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        new = Path(temporary) / "new"
+        model = convert(network, tensors)
+        if precision != "f32" and (angles := split_angles(model)) is not None:
+            openvino.save_model(angles, new / ANGLES, compress_to_fp16=False)
+        if quantization is not None:
+            model = with_int8_weights(model)
+        openvino.save_model(model, new / MODEL, compress_to_fp16=False)
+        del model
+        if not folder.is_dir():
+            new.replace(folder)
+    gc.collect()  # graphs of the conversion, which hold copies of the weights
 
 
 class Infer:
@@ -209,8 +222,10 @@ def fingerprint(network: nn.Module, about: object) -> str:
 
 
 def _sums(tensor: Tensor) -> bytes:
-    """Return sums of the bits of neighbouring values: a checksum at the speed of memory, in the order of the storage."""
+    """Return sums of neighbouring 64-bit words: a checksum at the speed of memory, in the order of the storage."""
     values = tensor.detach().permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).reshape(-1)
-    bits = values.view(INTEGERS[values.element_size()])
-    padded = torch.nn.functional.pad(bits, (0, -len(bits) % CHUNK))
-    return bytes(padded.view(-1, CHUNK).sum(1).numpy().tobytes())
+    data = values.view(torch.uint8)
+    missing = -len(data) % (8 * CHUNK)
+    if missing or data.storage_offset() % 8:
+        data = torch.nn.functional.pad(data, (0, missing))  # a copy
+    return bytes(data.view(torch.int64).view(-1, CHUNK).sum(1).numpy().tobytes())
