@@ -327,7 +327,7 @@ def test_lengths_of_other_captions_than_those_of_the_training_are_not_used(tmp_p
     make_index(str(tmp_path), options=IndexOptions(caption_field="long"))
     data = ShardsData(str(tmp_path), size=8, filters=short, caption_field="long")
     assert data.open("train").all_captions("") == ["b"]
-    with pytest.raises(DataError, match="in the field 'long' as text, but .* read .txt as text; make it again"):
+    with pytest.raises(DataError, match=r"in the field 'long' as text, but .* read \.txt as text; make it again"):
         replace(data, caption_field=None).open("train")
 
 
