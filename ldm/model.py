@@ -205,6 +205,12 @@ class LatentDiffusion(nn.Module):
         image = self._within_range(run, lambda image: image)
         return image.to(latent.dtype).clamp(-1, 1)
 
+    def decode_each(self, latent: Tensor) -> Tensor:
+        """Call :meth:`decode`, on the CPU for one image at a time: each is bitwise the same in any batch, and memory is saved."""
+        return torch.cat(
+            [self.decode(part) for part in latent.split(1 if latent.device.type == "cpu" else len(latent))]
+        )
+
     def _within_range(self, run: Callable[[FirstStage], R], values: Callable[[R], Tensor]) -> R:
         """Return what ``run`` computes with the first stage, which is put into fp32 if fp16 cannot hold its values.
 

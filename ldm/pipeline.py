@@ -305,7 +305,7 @@ class Pipeline(TextualInversionLoader):
                     yield seen
                 x = self._finite(diffusion.finish(x, float(levels[-1])), "sample")
                 if settings.output_type != "latent":
-                    x = edit.finish(self._finite((self.model.decode(x) + 1) / 2, "decoded image"), rows)
+                    x = edit.finish(self._finite((self.model.decode_each(x) + 1) / 2, "decoded image"), rows)
                 results.append(x)
         return results
 

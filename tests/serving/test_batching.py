@@ -98,6 +98,22 @@ def test_an_evaluation_with_guidance_does_not_depend_on_its_batch_to_the_bit() -
                 assert torch.equal(model.denoise(x[part], sigma[part], cond[part]), full[part]), (n, start)
 
 
+@pytest.mark.parametrize("n", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
+def test_the_pipeline_makes_bitwise_the_same_guided_images_in_any_batch(n: int) -> None:
+    """With the shipped model in fp32 on the CPU; eight images on two threads, see docs/serving.md."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if n == 8 else threads)
+    try:
+        pipe = Pipeline.from_pretrained(device="cpu", dtype=torch.float32)
+        settings: dict[str, Any] = {"num_inference_steps": 2, **QUIET}
+        prompts = [f"{index} apples" for index in range(n)]
+        together = pipe(prompts, seed=0, **settings)
+        for index in {0, 1, n - 1}:
+            assert torch.equal(pipe(prompts[index], seed=index, **settings)[0], together[index])
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_in_exact_mode_numbers_of_rows_that_change_the_images_are_not_used(make: Any, rows: list[int]) -> None:
     class Rounding(torch.nn.Module):
         """A network that rounds differently in batches of more than four rows."""
