@@ -233,8 +233,8 @@ class BatchedModel(LatentDiffusion):
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.batcher.run(lambda: super(BatchedModel, self).encode(image, noise))
 
-    def decode(self, latent: Tensor) -> Tensor:
-        return self.batcher.run(lambda: super(BatchedModel, self).decode(latent))
+    def decode(self, latent: Tensor, decoder: str = "full") -> Tensor:
+        return self.batcher.run(lambda: super(BatchedModel, self).decode(latent, decoder))
 
 
 class BatchedPipeline(Pipeline):
