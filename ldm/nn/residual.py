@@ -75,8 +75,9 @@ class Upsample(nn.Module):
 
 
 MIN_POSITIONS = 256
-"""Positions of an image from which on :func:`upsample_conv` is faster, at any number of channels. With 16 images it is from 16 positions
-on, but the choice does not depend on the batch, so that an image does not either."""
+"""Positions of an image from which on :func:`upsample_conv` is faster, at any number of channels.
+
+In a batch it is faster from fewer on; the choice does not depend on the batch, so that the bits of an image do not either."""
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
