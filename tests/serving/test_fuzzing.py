@@ -15,7 +15,7 @@ from ldm.serving.limits import Limits
 from tests.serving.servers import serving
 
 LIMITS = Limits(max_steps=2, max_pixels=32 * 32, max_n=2, max_seconds=2.0)
-EXAMPLES = 40  # of each operation and mode: about 1100 requests
+EXAMPLES = 30  # of each operation and mode: about 800 requests
 
 
 @pytest.mark.slow

@@ -215,15 +215,17 @@ def test_clients_take_turns(server: Running) -> None:
     scheduler = Scheduler(server.service.models, server.service.gallery, Limits(max_running=1))
     try:
         jobs = []
-        for client, n in (("greedy", 5), ("modest", 2), ("other", 1)):
+        for client, n in (("first", 1), ("greedy", 5), ("modest", 2), ("other", 1)):
             settings = [(SamplingSettings(client), seed) for seed in range(n)]
             jobs.append(Job(client, "tiny", work, settings))
             scheduler.submit(jobs[-1])
+            while not scheduler.running:  # the first is computed while the others come
+                time.sleep(0.01)
         release.set()
         while not all(job.ended for job in jobs):
             time.sleep(0.01)
-        assert [job.status for job in jobs] == ["succeeded"] * 3
-        assert order == ["greedy", "modest", "other", "greedy", "modest", "greedy", "greedy", "greedy"]
+        assert [job.status for job in jobs] == ["succeeded"] * 4
+        assert order == ["first", "greedy", "modest", "other", "greedy", "modest", "greedy", "greedy", "greedy"]
     finally:
         scheduler.close()
 
