@@ -117,6 +117,7 @@ def test_image_to_image_and_inpainting_are_those_of_the_pipeline(server: Running
     assert found.tobytes() == expected.tobytes()
 
 
+@pytest.mark.slow
 def test_prompts_name_loras_of_the_servers_folder_and_no_others(server: Running) -> None:
     body = {"prompt": "a red apple <lora:style:0.8>", "prompt_syntax": "weighted", "seed": 1}
     job = ended(server, body)
