@@ -74,12 +74,14 @@ class Upsample(nn.Module):
         plain = type(self.conv) is nn.Conv2d and type(self.conv.weight) is nn.Parameter
         hooked = self.conv._forward_hooks or self.conv._forward_pre_hooks
         traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        large = x.shape[0] * x.shape[-2] * x.shape[-1] >= MIN_POSITIONS
+        large = x.shape[-2] * x.shape[-1] >= MIN_POSITIONS
         return plain and large and x.device.type == "cpu" and not (hooked or traced)
 
 
 MIN_POSITIONS = 256
-"""Positions of a batch from which on :func:`upsample_conv` is faster, at any number of channels."""
+"""Positions of an image from which on :func:`upsample_conv` is faster, at any number of channels.
+
+In a batch it is faster from fewer on; the choice does not depend on the batch, so that the bits of an image do not either."""
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
