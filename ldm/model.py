@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,22 @@ def components(config: ModelConfig, conditioner: Conditioner) -> dict[str, Compo
     return own | encoders
 
 
+class Accelerator(Protocol):
+    """Interface of what runs the networks of a model in their place; see :mod:`ldm.acceleration`."""
+
+    def denoiser(self, network: nn.Module, /) -> nn.Module:
+        """Return what is called in place of the denoiser."""
+
+    def first_stage(self, stage: FirstStage, /) -> FirstStage:
+        """Return what is called in place of the first stage."""
+
+    def check_weights(self) -> None:
+        """Find out which weights have changed; called before each sampling."""
+
+    def check_prompt_loras(self) -> None:
+        """Check that LoRAs named in prompts can act."""
+
+
 class LatentDiffusion(nn.Module):
     """A text-to-image (or unconditional, or two-dimensional) diffusion model.
 
@@ -126,6 +142,7 @@ class LatentDiffusion(nn.Module):
 
     ``fingerprint`` and ``provenance`` are those of the file that the model was loaded from; None and empty if it was not loaded.
     ``tiling`` bounds how much the first stage processes at once, and may be set to another :class:`ldm.vae.Tiling`.
+    ``accelerator`` runs the networks if it is not None; :meth:`ldm.pipeline.Pipeline.compile` sets it.
     ``adapters`` are the LoRAs in use; see :meth:`ldm.pipeline.Pipeline.load_lora` and :func:`ldm.nn.lora.new_lora`.
     ``textual_inversions`` are the tokens that :meth:`ldm.pipeline.Pipeline.load_textual_inversion` has added.
     Parameters may be in low precision: the inputs of a network are cast to its precision, and its outputs are cast back.
@@ -142,6 +159,7 @@ class LatentDiffusion(nn.Module):
         self.conditioner = config.conditioner.build(tokenizer)
         self.denoiser = config.denoiser.build()
         self.tiling = Tiling()
+        self.accelerator: Accelerator | None = None
         self.adapters = Adapters()
         self.textual_inversions = TextualInversions()
 
@@ -182,13 +200,16 @@ class LatentDiffusion(nn.Module):
     ) -> Tensor:
         precision = _precision(self.denoiser, x.dtype)
         inputs = x.to(precision), noise_level, cond.to(dtype=precision)
-        return self.denoiser(*inputs) if options is None else self.denoiser(*inputs, options)
+        denoiser = self.denoiser if self.accelerator is None else self.accelerator.denoiser(self.denoiser)
+        result: Tensor = denoiser(*inputs) if options is None else denoiser(*inputs, options)
+        return result
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Encode images ``[b 3 h w]`` in [-1, 1] to normalised latents: a posterior sample, or its mode without ``noise``."""
 
         def run(stage: FirstStage) -> Posterior:
-            return self.tiling.encode(stage, image.to(_precision(stage, image.dtype)))
+            x = image.to(_precision(stage, image.dtype))
+            return self.tiling.encode(self._accelerated(stage, x, self.first_stage.factor), x)
 
         posterior = self._within_range(run, lambda posterior: posterior.mode)
         return self.first_stage.normalize(
@@ -200,10 +221,17 @@ class LatentDiffusion(nn.Module):
         z = self.first_stage.denormalize(latent)
 
         def run(stage: FirstStage) -> Tensor:
-            return self.tiling.decode(stage, z.to(_precision(stage, z.dtype)))
+            x = z.to(_precision(stage, z.dtype))
+            return self.tiling.decode(self._accelerated(stage, x, 1), x)
 
         image = self._within_range(run, lambda image: image)
         return image.to(latent.dtype).clamp(-1, 1)
+
+    def _accelerated(self, stage: FirstStage, x: Tensor, scale: int) -> FirstStage:
+        """Return what encodes or decodes ``x [b c scale*h scale*w]``; tiles share statistics, which no accelerator computes."""
+        if self.accelerator is None or self.tiling.in_tiles(x, scale):
+            return stage
+        return self.accelerator.first_stage(stage)
 
     def _within_range(self, run: Callable[[FirstStage], R], values: Callable[[R], Tensor]) -> R:
         """Return what ``run`` computes with the first stage, which is put into fp32 if fp16 cannot hold its values.

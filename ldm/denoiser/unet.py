@@ -16,7 +16,7 @@ from ldm.denoiser.spatial_transformer import SpatialTransformer
 from ldm.errors import ConfigError, SamplingError
 from ldm.nn.attention import AttentionOptions
 from ldm.nn.conditioning import Conditioning
-from ldm.nn.embeddings import NoiseEmbedding, mlp
+from ldm.nn.embeddings import NoiseEmbedding, mlp, pad_rows
 from ldm.nn.residual import ResidualBlock, Upsample
 
 
@@ -130,7 +130,7 @@ class Features(NamedTuple):
     Attributes:
         skips: ``[b skip_widths[i] h_i w_i]``, the outputs of ``conv_in`` and of each block of ``down``.
         middle: ``[b width h w]``, the output of the middle blocks at the lowest resolution.
-        embedding: ``[b e]``, of noise level and vector, after SiLU.
+        embedding: ``[b e]``, of noise level and vector, after SiLU; b rounded up by :func:`ldm.nn.embeddings.pad_rows`.
     """
 
     skips: list[Tensor]
@@ -181,10 +181,10 @@ class UNetEncoder(nn.Module):
                     "give the height and width that fit the condition."
                 )
             x = torch.cat([x, cond.concat.to(x)], dim=1)
-        embedding = self.noise_embedding(noise_level)
+        embedding = self.noise_embedding(pad_rows(noise_level))
         if self.vector_embedding is not None:
             assert cond.vector is not None, "the conditioner gives a vector if the config has a vector_width"
-            embedding = embedding + self.vector_embedding(cond.vector.to(embedding))
+            embedding = embedding + self.vector_embedding(pad_rows(cond.vector.to(embedding)))
         embedding = F.silu(embedding)
 
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,10 +39,10 @@ class ResidualBlock(CheckpointedBlock):
         self.shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """``x [b c h w], embedding [b e]`` (already through SiLU) ``-> [b width h w]``"""
+        """``x [b c h w], embedding [b e]`` (already through SiLU; further rows are ignored) ``-> [b width h w]``"""
         h = self.conv1(F.silu(self.norm1(x)))
         if self.embedding is not None:
-            h = h + self.embedding(embedding)[:, :, None, None]
+            h = h + self.embedding(embedding)[: len(h), :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.shortcut(x) + h
 
@@ -55,5 +56,52 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """``[b c h w] -> [b c 2h 2w]``, or to ``size`` where downsampling has rounded an odd size up."""
-        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        doubled = (2 * x.shape[-2], 2 * x.shape[-1])
+        if size in (None, doubled) and self._pays_in_phases(x):
+            return upsample_conv(x, self.conv.weight, self.conv.bias)
+        return self.conv(F.interpolate(x, size=size or doubled, mode="nearest"))
+
+    def _pays_in_phases(self, x: Tensor) -> bool:
+        """Return True for inference on a CPU, if the kernels, which are summed at each call, are small compared to ``x``.
+
+        A convolution with adapters (a subclass), hooks or a special kind of weight is called as a module instead.
+        """
+        plain = type(self.conv) is nn.Conv2d and type(self.conv.weight) is nn.Parameter
+        hooked = self.conv._forward_hooks or self.conv._forward_pre_hooks
+        traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+        large = x.shape[0] * x.shape[-2] * x.shape[-1] >= MIN_POSITIONS
+        return plain and large and x.device.type == "cpu" and not (hooked or traced or torch.is_grad_enabled())
+
+
+MIN_POSITIONS = 256
+"""Positions of a batch from which on :func:`upsample_conv` is faster, at any number of channels."""
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Upsample by nearest neighbour to twice the size and convolve with a 3 x 3 kernel, with 4/9 of the operations.
+
+    Each pixel of the result sees only 2 x 2 different values of ``x``. So each of its four phases (even and odd rows and
+    columns) is a convolution of ``x`` with a 2 x 2 kernel, whose elements are sums of those of the 3 x 3 kernel.
+
+    Args:
+        x: ``[b c h w]``.
+        weight: ``[d c 3 3]``.
+        bias: ``[d]`` or None.
+
+    Returns:
+        ``[b d 2h 2w]`` in channels_last.
+    """
+    b, _, h, w = x.shape
+    shape = (b, weight.shape[0], 2 * h, 2 * w)
+    result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    for row, kernels in enumerate(_phases(weight, dim=2)):
+        for column, kernel in enumerate(_phases(kernels, dim=3)):
+            phase = F.conv2d(x, kernel, bias, padding=1)  # one row and one column more than the phase has
+            result[..., row::2, column::2] = phase[..., row : row + h, column : column + w]
+    return result
+
+
+def _phases(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the kernels of two taps for the even and the odd positions, of a kernel of three taps along ``dim``."""
+    before, centre, after = kernel.split(1, dim)
+    return torch.cat([before, centre + after], dim), torch.cat([before + centre, after], dim)

@@ -109,6 +109,10 @@ class Tiling:
         parts = self._in_parts(first_stage.encode, in_tiles, image, first_stage.factor)
         return first_stage.posterior_type.cat(parts)
 
+    def in_tiles(self, x: Tensor, scale: int) -> bool:
+        """Return True if each image of ``x [b c scale*h scale*w]`` is too large to be processed at once."""
+        return x.shape[-2] * x.shape[-1] // scale**2 > self.tile**2
+
     def spans(self, length: int) -> list[Span]:
         """Return the fewest tiles that cover ``length`` positions, of equal size and evenly spaced."""
         count = max(1, -(-(length - self.overlap) // (self.tile - self.overlap)))
@@ -132,9 +136,9 @@ class Tiling:
         self, at_once: Callable[[Tensor], T], in_tiles: Callable[[Tensor], T], x: Tensor, scale: int
     ) -> list[T]:
         """Process a batch ``x [b c scale*h scale*w]``: large images ``in_tiles``, small ones ``at_once``, several per call."""
-        positions = x.shape[-2] * x.shape[-1] // scale**2
-        if positions > self.tile**2:
+        if self.in_tiles(x, scale):
             return [in_tiles(image) for image in x.split(1)]
+        positions = x.shape[-2] * x.shape[-1] // scale**2
         return [at_once(part) for part in x.split(self.tile**2 // positions)]
 
     def _tiled(self, network: Callable[[Tensor], Tensor], x: Tensor, inner: int, outer: int) -> Tensor:

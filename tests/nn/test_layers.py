@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from ldm.nn.attention import GEGLU, Attention
 from ldm.nn.embeddings import sinusoidal
-from ldm.nn.residual import ResidualBlock, Upsample
+from ldm.nn.residual import ResidualBlock, Upsample, upsample_conv
 
 
 @pytest.mark.parametrize("width", [8, 32])
@@ -67,3 +68,38 @@ def test_upsampling_repeats_pixels_to_the_size_that_is_asked_for() -> None:
     x = torch.arange(6.0).reshape(1, 1, 2, 3)
     assert torch.equal(layer(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
     assert layer(x, (3, 5)).shape == (1, 1, 3, 5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_upsampling_in_phases_equals_upsampling_before_the_convolution(dtype: torch.dtype, tolerance: float) -> None:
+    layer = Upsample(8)
+    x = torch.randn(2, 8, 16, 13)
+    expected = layer(x)
+    with torch.no_grad():
+        result = layer.to(dtype)(x.to(dtype))
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_upsampling_in_phases_uses_the_current_weights() -> None:
+    layer, x = Upsample(4), torch.randn(1, 4, 16, 16)
+    with torch.inference_mode():
+        layer(x)
+        layer.conv.weight.mul_(2)
+        layer.conv.bias.zero_()
+        expected = F.conv2d(F.interpolate(x, scale_factor=2.0), layer.conv.weight, padding=1)
+        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_upsampling_calls_a_convolution_that_has_hooks() -> None:
+    layer, calls = Upsample(4), []
+    layer.conv.register_forward_hook(lambda module, args, out: calls.append(out.shape))
+    with torch.no_grad():
+        layer(torch.randn(1, 4, 16, 16))
+    assert calls == [(1, 4, 32, 32)]
+
+
+def test_upsample_conv_without_bias() -> None:
+    x, weight = torch.randn(1, 3, 5, 4), torch.randn(2, 3, 3, 3)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, padding=1)
+    torch.testing.assert_close(upsample_conv(x, weight, None), expected, atol=1e-5, rtol=1e-5)
