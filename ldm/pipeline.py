@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -223,6 +222,7 @@ class Pipeline(TextualInversionLoader, Compilable):
         settings, conditioner = settings.resolved(self.model.config.sampling), self.model.config.conditioner
         assert settings.guidance is not None
         self._check_output_type(settings.output_type)
+        self.model.check_decoder(settings.decoder)
         shape = self.latent_shape(settings.height, settings.width)
         request = inputs.request(
             conditioner.input_keys,
@@ -302,7 +302,8 @@ class Pipeline(TextualInversionLoader, Compilable):
                     yield seen
                 x = self._finite(diffusion.finish(x, float(levels[-1])), "sample")
                 if settings.output_type != "latent":
-                    x = edit.finish(self._finite((self.model.decode(x) + 1) / 2, "decoded image"), rows)
+                    image = self.model.decode(x, settings.decoder)
+                    x = edit.finish(self._finite((image + 1) / 2, "decoded image"), rows)
                 results.append(x)
         return results
 
@@ -322,10 +323,8 @@ class Pipeline(TextualInversionLoader, Compilable):
     def preview(self, latents: Tensor) -> Images:
         """Decode normalized latents ``[n c h/f w/f]``, such as ``step.denoised``, roughly, without the decoder."""
         self._check_output_type("pil")
-        with torch.inference_mode(), _LOCK:  # the first preview may fit the map from latents to colours
-            small = self.model.preview(latents.to(self.device, torch.float32))
-            large = F.interpolate(small, scale_factor=self.model.config.first_stage.factor, mode="bicubic")
-        return Images.of((large.clamp(-1, 1) + 1) / 2)
+        with torch.inference_mode():
+            return Images.of((self.model.full_size_preview(latents.to(self.device, torch.float32)) + 1) / 2)
 
     @usual_torch_state()
     def encode(self, images: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ldm.errors import SamplingError
 from ldm.vae.first_stage import FirstStage
 from ldm.vae.posterior import Posterior
+from ldm.vae.tiny_decoder import TinyDecoder
 
 T = TypeVar("T")
 
@@ -87,8 +88,8 @@ class Tiling:
                 f"tiles of {self.tile} cannot overlap by {self.overlap}; give from 0 to {self.tile - 1}."
             )
 
-    def decode(self, first_stage: FirstStage, latent: Tensor) -> Tensor:
-        """Call :meth:`FirstStage.decode` in parts: ``[b z h w] -> [b c fh fw]``."""
+    def decode(self, first_stage: FirstStage | TinyDecoder, latent: Tensor) -> Tensor:
+        """Call ``decode`` of a first stage or a tiny decoder in parts: ``[b z h w] -> [b c fh fw]``."""
 
         def in_tiles(latent: Tensor) -> Tensor:
             if not isinstance(first_stage, Tileable):
