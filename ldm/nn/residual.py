@@ -100,9 +100,9 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     b, _, h, w = x.shape
     if torch.is_grad_enabled():
-        kernels = [kernel for row in _phases(weight, dim=2) for kernel in _phases(row, dim=3)]
+        four = [kernel for row in _phases(weight, dim=2) for kernel in _phases(row, dim=3)]
         joined: Tensor = _Joined.apply(
-            F.conv2d(x, torch.cat(kernels), None if bias is None else bias.repeat(4), padding=1)
+            F.conv2d(x, torch.cat(four), None if bias is None else bias.repeat(4), padding=1)
         )
         return joined
     shape = (b, weight.shape[0], 2 * h, 2 * w)
