@@ -35,6 +35,7 @@ ROWS = [
     {"training", "serving"},
     {"diagnosis", "report"},
     {"ldm"},
+    {"benchmarks"},
     {"cli"},
 ]
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}

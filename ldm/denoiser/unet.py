@@ -17,6 +17,7 @@ from ldm.errors import ConfigError, SamplingError
 from ldm.nn.attention import AttentionOptions
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import NoiseEmbedding, mlp, pad_rows
+from ldm.nn.group_norm import GroupNorm
 from ldm.nn.residual import ResidualBlock, Upsample
 
 OUTER = 1
@@ -241,7 +242,7 @@ class UNet(UNetEncoder):
                 self.up.append(UNetBlock(config, width + skips.pop(), level.width, level.depth, upsample, merges))
                 width = level.width
 
-        self.norm_out = nn.GroupNorm(config.groups, width)
+        self.norm_out = GroupNorm(config.groups, width)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         start_as_identity(self.up)
         set_to_zero(self.conv_out)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
+from ldm.nn.group_norm import GroupNorm
 
 
 class ResidualBlock(CheckpointedBlock):
@@ -30,10 +31,10 @@ class ResidualBlock(CheckpointedBlock):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_width, eps)
+        self.norm1 = GroupNorm(groups, in_width, eps)
         self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
         self.embedding = nn.Linear(embedding_width, width) if embedding_width else None
-        self.norm2 = nn.GroupNorm(groups, width, eps)
+        self.norm2 = GroupNorm(groups, width, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +133,40 @@ def _lpips() -> nn.Module:
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Return the hinge loss of the logits for images and for reconstructions (Lim & Ye 2017, arXiv 1705.02894)."""
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+class GeneratorLoss(NamedTuple):
+    """The loss of a generator that is differentiated once, as far as to the image that it made.
+
+    Attributes:
+        value: minus the mean of the logits; its derivative with respect to ``reconstruction`` is ``gradient``.
+        logits: the discriminator's output, with gradients for its parameters only.
+    """
+
+    value: Tensor
+    logits: Tensor
+
+    @classmethod
+    def of(cls, discriminator: nn.Module, reconstruction: Tensor) -> GeneratorLoss:
+        """Compute it for ``reconstruction [b c h w]``, with its graph."""
+        image = reconstruction.detach().requires_grad_()
+        logits = discriminator(image)
+        value = -logits.mean()
+        scale = torch.full_like(value, image.numel())  # fp16 could not hold the gradients of single values of the image
+        gradient = torch.autograd.grad(value, image, scale, retain_graph=True)[0].float() / image.numel()
+        return cls(_WithGradient.apply(value, reconstruction, gradient), logits)
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = x.dtype
+        return value.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor, None]:
+        return None, (outer * ctx.saved_tensors[0]).to(ctx.dtype), None
 
 
 def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:

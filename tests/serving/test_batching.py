@@ -174,6 +174,7 @@ def test_an_error_reaches_the_sampling_that_caused_it_and_no_other(make: Any) ->
         assert torch.equal(batched("a red apple", seed=1, **QUIET), pipe("a red apple", seed=1, **QUIET))
 
 
+@pytest.mark.slow
 def test_loras_of_prompts_apply_to_their_own_images(make: Any, tmp_path: Path) -> None:
     save_file(tiny_lora(), tmp_path / "style.safetensors")
     pipe, batched, batcher = make()
