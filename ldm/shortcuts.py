@@ -22,7 +22,7 @@ def check_shortcuts(model: LatentDiffusion, settings: SamplingSettings) -> None:
         "token_merging": (
             settings.token_merging > 0,
             denoiser.has_token_merging,
-            "has no self-attention on feature maps",
+            "has no self-attention outside of its middle",
         ),
     }
     for name, (used, possible, lack) in given.items():

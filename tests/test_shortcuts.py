@@ -99,9 +99,15 @@ def test_a_denoiser_without_the_structure_is_refused_in_a_sentence() -> None:
         "none", denoiser=UNET | {"levels": [{"width": 16, "blocks": 1}], "context_width": None}
     )
     with pytest.raises(
-        SamplingError, match=r"^the denoiser unet of this model has no self-attention on feature maps; leave"
+        SamplingError, match=r"^the denoiser unet of this model has no self-attention outside of its middle; leave"
     ):
         Pipeline(without_attention)(token_merging=0.5)
+    points = {"kind": "mlp", "width": 8, "layers": 1, "num_timesteps": 1000}
+    toy = tiny_model("none", denoiser=points, first_stage={"kind": "identity", "image_channels": 2}, size=[1, 1])
+    with pytest.raises(
+        SamplingError, match=r"^the denoiser mlp of this model stores no deep features; leave cache_interval"
+    ):
+        Pipeline(toy)(cache_interval=2, output_type="latent")
     with pytest.raises(SamplingError, match=r"token_merging.*0\.75"):
         Pipeline(without_attention)(token_merging=0.9)
     with pytest.raises(SamplingError, match="cache_interval"):
