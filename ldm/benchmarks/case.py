@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -70,10 +70,14 @@ class Work(NamedTuple):
     Attributes:
         run: computes once; a returned tensor is compared with that of the other side.
         network: module whose parameters are counted; None if there is none.
+        parts: parts of the work that are also measured by themselves, by title.
+        task: what the other side needs to do the same work.
     """
 
     run: Callable[[], Tensor | None]
     network: Any = None
+    parts: Mapping[str, Callable[[], Tensor | None]] = MappingProxyType({})
+    task: Any = None
 
 
 class Case(ABC):

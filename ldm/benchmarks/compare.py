@@ -28,7 +28,6 @@ class Comparison(Case):
         ours: builds our side.
         theirs: builds the other side with the weights of ours.
         packages: packages of the other side.
-        parts: further comparisons of parts of the work, by title, such as a step without its optimizer.
     """
 
     name: str
@@ -56,6 +55,10 @@ class Comparison(Case):
         output, operations = _first_run(ours, setup.compile is not None)
         their_output, their_operations = _first_run(theirs, setup.compile_peer)
         seconds = alternate(ours.run, theirs.run, setup)
+        parts = []
+        for title in ours.parts.keys() & theirs.parts.keys():
+            times = alternate(ours.parts[title], theirs.parts[title], setup)
+            parts.append(Result(self.name, title, self.peer, Side(times[0]), Side(times[1])))
         parameters = tuple(_parameters(work.network) for work in (ours, theirs) if work.network is not None)
         difference = _difference(output, their_output)
         del ours, theirs, output, their_output
@@ -67,7 +70,7 @@ class Comparison(Case):
             for times, used, each in zip(seconds, memory, counted, strict=True)
         ]
         both = (parameters[0], parameters[1]) if len(parameters) == 2 else None
-        return Result(self.name, self.title, self.peer, sides[0], sides[1], difference, both)
+        return Result(self.name, self.title, self.peer, sides[0], sides[1], difference, both, tuple(parts))
 
     def _check_packages(self) -> None:
         for package in self.packages:

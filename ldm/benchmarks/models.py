@@ -82,12 +82,7 @@ def initialized(built: Any, setup: Setup) -> Any:
         LdmError: the memory of the machine does not suffice for the weights.
     """
     size = sum(parameter.numel() for parameter in built.parameters()) * setup.dtype.itemsize
-    free = _free_memory(setup.device)
-    if free is not None and 1.5 * size > free:
-        raise LdmError(
-            f"the weights of this case take {size / 1e9:.1f} GB of the {free / 1e9:.1f} GB of free memory, which leaves too "
-            "little for its computation; use another dtype or machine."
-        )
+    require_memory(size + size // 2, setup)
     built.to(setup.dtype, memory_format=torch.channels_last).to_empty(device=setup.device).eval().requires_grad_(False)
     for name, buffer in built.named_buffers():
         buffer.data = torch.full_like(buffer, 1 / SCALE if name.endswith("latent_std") else 0, dtype=torch.float32)
@@ -100,6 +95,20 @@ def initialized(built: Any, setup: Setup) -> Any:
             values.copy_(block[: len(values)])
         parameter.mul_(parameter[0].numel() ** -0.5)
     return built
+
+
+def require_memory(needed: int, setup: Setup) -> None:
+    """Check that the device has so many bytes of free memory.
+
+    Raises:
+        LdmError: it has less.
+    """
+    free = _free_memory(setup.device)
+    if free is not None and needed > free:
+        raise LdmError(
+            f"this case needs about {needed / 1e9:.0f} GB of memory, but only {free / 1e9:.0f} GB are free; use a machine with "
+            "more, or another dtype."
+        )
 
 
 def sd15(setup: Setup, *, whole: bool = True, **parts: Any) -> LatentDiffusion:
@@ -133,25 +142,26 @@ def sd15(setup: Setup, *, whole: bool = True, **parts: Any) -> LatentDiffusion:
 
 def pipeline(model: LatentDiffusion, setup: Setup) -> Pipeline:
     """Return the pipeline of a model, compiled if the run is."""
-    pipe: Any = Pipeline(model)
+    pipe: Pipeline = Pipeline(model)
     if setup.compile is not None:
-        if not hasattr(pipe, "compile"):
-            raise LdmError("this version of ldm has no Pipeline.compile; leave --compile out.")
-        pipe.compile(backend=setup.compile)
+        pipe.compile(setup.compile)
     return pipe
 
 
-def peer_of(ours: nn.Module, form: FolderFormat, build: Callable[[Mapping[str, Any]], nn.Module], **extra: Any) -> Any:
-    """Build another library's network with the weights of ours, which it shares where the layout of a tensor is the same.
+def peer_of(
+    ours: Any, form: FolderFormat, build: Callable[[Mapping[str, Any]], nn.Module], copied: bool = False
+) -> Any:
+    """Build another library's network with the weights of ours.
 
     Args:
         ours: network with a ``config``.
         form: format of the folder that the other library opens.
         build: builds the network from the JSON config.
-        extra: JSON values that our config does not determine.
+        copied: False to share the weights whose layout is the same, True to copy them.
     """
-    part = Part(ours.config, ours.state_dict())
-    values = form.write_config(part.config, (64, 64), extra)
+    state = ours.state_dict()
+    part = Part(ours.config, {name: tensor.clone() for name, tensor in state.items()} if copied else state)
+    values = form.write_config(part.config, (64, 64), {})
     peer = build(values)
     names = peer.state_dict()
     weights = form.export(part.config, part.weights, values).items()
@@ -161,31 +171,32 @@ def peer_of(ours: nn.Module, form: FolderFormat, build: Callable[[Mapping[str, A
     return peer.to(next(ours.parameters()).device).eval().requires_grad_(False)
 
 
-def diffusers_unet(ours: nn.Module) -> Any:
-    """Build diffusers' ``UNet2DConditionModel`` with the weights of ours."""
+def diffusers_unet(ours: nn.Module, copied: bool = False) -> Any:
+    """Build diffusers' ``UNet2DConditionModel`` with the weights of ours; see :func:`peer_of`."""
     from diffusers import UNet2DConditionModel
 
     from ldm.denoiser.unet_formats import UNetFolder
 
-    return peer_of(ours, UNetFolder(), lambda values: _on_meta(UNet2DConditionModel, values))
+    return peer_of(ours, UNetFolder(), lambda values: _on_meta(UNet2DConditionModel, values), copied)
 
 
-def diffusers_vae(ours: nn.Module) -> Any:
-    """Build diffusers' ``AutoencoderKL`` with the weights of ours."""
+def diffusers_vae(ours: nn.Module, copied: bool = False) -> Any:
+    """Build diffusers' ``AutoencoderKL`` with the weights of ours; see :func:`peer_of`."""
     from diffusers import AutoencoderKL
 
     from ldm.vae.autoencoder_formats import AutoencoderFolder
 
-    return peer_of(ours, AutoencoderFolder(), lambda values: _on_meta(AutoencoderKL, values))
+    return peer_of(ours, AutoencoderFolder(), lambda values: _on_meta(AutoencoderKL, values), copied)
 
 
-def transformers_text(ours: nn.Module) -> Any:
-    """Build transformers' ``CLIPTextModel`` with the weights of ours."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def transformers_text(ours: Any) -> Any:
+    """Build transformers' ``CLIPTextModel`` with the weights of ours, or the class with projection if ours has one."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from ldm.clip.text_formats import TextFolder
 
-    return peer_of(ours, TextFolder(), lambda values: CLIPTextModel(CLIPTextConfig(**values)))
+    kind = CLIPTextModelWithProjection if ours.config.embed_dim else CLIPTextModel
+    return peer_of(ours, TextFolder(), lambda values: kind(CLIPTextConfig(**values)))
 
 
 def _on_meta(kind: Any, values: Mapping[str, Any]) -> Any:

@@ -28,10 +28,11 @@ class Inputs:
 def ours(setup: Setup, sdxl: bool) -> Work:
     """Build our U-Net in a pipeline."""
     unet_config = sdxl_unet(setup.small) if sdxl else sd15_unet(setup.small)
-    unet = pipeline(sd15(setup, whole=False, denoiser=unet_config), setup).model.denoiser
-    inputs = Inputs(unet, setup, *((1, 128) if sdxl else (2, 64)))
+    model = pipeline(sd15(setup, whole=False, denoiser=unet_config), setup).model
+    unet: Any = model.denoiser if model.accelerator is None else model.accelerator.denoiser(model.denoiser)
+    inputs = Inputs(model.denoiser, setup, *((1, 128) if sdxl else (2, 64)))
     cond = Conditioning(context=inputs.context, vector=inputs.vector)
-    return Work(inference(lambda: unet(inputs.x, inputs.t, cond)), unet)
+    return Work(inference(lambda: unet(inputs.x, inputs.t, cond)), model.denoiser)
 
 
 def theirs(setup: Setup, ours: Work, sdxl: bool) -> Work:

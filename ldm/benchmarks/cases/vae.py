@@ -14,8 +14,9 @@ def _side(setup: Setup) -> int:
 def decoder(setup: Setup) -> Work:
     """Build our decoder in a pipeline."""
     model = pipeline(sd15(setup, whole=False, first_stage=sd_vae(setup.small)), setup).model
+    stage = model.first_stage if model.accelerator is None else model.accelerator.first_stage(model.first_stage)
     z = setup.randn(setup.batch_size or 1, 4, _side(setup) // 8, _side(setup) // 8)
-    return Work(inference(lambda: model.tiling.decode(model.first_stage, z)), model.first_stage)
+    return Work(inference(lambda: stage.decode(z)), model.first_stage)
 
 
 def their_decoder(setup: Setup, ours: Work) -> Work:
@@ -30,8 +31,9 @@ def their_decoder(setup: Setup, ours: Work) -> Work:
 def encoder(setup: Setup) -> Work:
     """Build our encoder in a pipeline."""
     model = pipeline(sd15(setup, whole=False, first_stage=sd_vae(setup.small)), setup).model
+    stage = model.first_stage if model.accelerator is None else model.accelerator.first_stage(model.first_stage)
     image = setup.randn(setup.batch_size or 1, 3, _side(setup), _side(setup))
-    return Work(inference(lambda: model.tiling.encode(model.first_stage, image).mode), model.first_stage)
+    return Work(inference(lambda: stage.encode(image).mode), model.first_stage)
 
 
 def their_encoder(setup: Setup, ours: Work) -> Work:
