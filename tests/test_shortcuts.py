@@ -22,6 +22,9 @@ from tests.tiny import tiny_model
 
 LEVELS = [{"width": 16, "blocks": 2, "depth": 1}, {"width": 16, "blocks": 1, "depth": 1}]
 UNET = {"kind": "unet", "levels": LEVELS, "heads": 2, "groups": 4, "context_width": 16}
+QUICK = ("heun", "dpmpp_2m", "dpmpp_2m_sde")
+"""Solvers that are tried in the quick suite: with two evaluations a step, multistep, stochastic."""
+
 SHORTCUTS: list[dict[str, Any]] = [
     {"cache_interval": 3},
     {"token_merging": 0.5},
@@ -70,7 +73,9 @@ def test_images_change_a_little_and_do_not_depend_on_their_batch(
     torch.testing.assert_close(in_parts[1:], alone, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler", [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in SAMPLERS]
+)
 def test_every_solver_runs_with_both(model: LatentDiffusion, sampler: str) -> None:
     levels: dict[str, Any] = {"num_inference_steps": 3}
     assert sampled(model, sampler=sampler, cache_interval=2, token_merging=0.5, **levels).isfinite().all()
