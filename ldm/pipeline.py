@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from ldm.nn.attention import AttentionOptions
 from ldm.prompts import Prompt
 from ldm.sampling_loop import Edit, SamplingStep, SamplingStream, batches_of, solve, starting_point
 from ldm.sampling_settings import SamplingSettings, takes_settings
+from ldm.shortcuts import check_shortcuts, evaluation_options
 from ldm.textual_inversion_loader import TextualInversionLoader
 
 
@@ -222,7 +224,7 @@ class Pipeline(TextualInversionLoader, Compilable):
         settings, conditioner = settings.resolved(self.model.config.sampling), self.model.config.conditioner
         assert settings.guidance is not None
         self._check_output_type(settings.output_type)
-        self.model.check_decoder(settings.decoder)
+        check_shortcuts(self.model, settings)
         shape = self.latent_shape(settings.height, settings.width)
         request = inputs.request(
             conditioner.input_keys,
@@ -292,7 +294,7 @@ class Pipeline(TextualInversionLoader, Compilable):
                 x = edit.start(starting_point(diffusion, unit, start, sampler, spacing), unit, start, rows)
                 x = x.contiguous(memory_format=torch.channels_last)
                 pipe = self if model is self.model else type(self)(model)
-                denoise = edit.wrap(pipe.denoiser(request[rows], levels), rows)
+                denoise = edit.wrap(pipe.denoiser(request[rows], levels, evaluation_options(settings)), rows)
                 for step in solve(diffusion, sampler, denoise, x, levels, noise, options, request.seeds[rows]):
                     x, done = step.x, done + 1
                     bar.update()
@@ -387,7 +389,7 @@ class Pipeline(TextualInversionLoader, Compilable):
         return self.model.latent_shape(*sides)
 
     @usual_torch_state()
-    def denoiser(self, request: inputs.Request, levels: Tensor) -> Denoiser:
+    def denoiser(self, request: inputs.Request, levels: Tensor, options: AttentionOptions | None = None) -> Denoiser:
         """Return the model under its conditions and guidance, as the denoiser of solvers along ``levels [steps + 1]``."""
         guidance, conditions, negatives = request.guidance, request.conditions, request.negative_prompts
         *both, composition = conditioning_schedules(
@@ -397,7 +399,7 @@ class Pipeline(TextualInversionLoader, Compilable):
         unconditional = negative if self.model.config.conditioner.input_keys else None
 
         def network(x: Tensor, sigma: Tensor, phases: ConditioningSchedule) -> Tensor:
-            return self.model.denoise(x, sigma, phases.at(sigma))
+            return self.model.denoise(x, sigma, phases.at(sigma), options)
 
         if not guidance.perturbed:
             return guided(network, conditional, unconditional, guidance, composition=composition)
@@ -405,7 +407,8 @@ class Pipeline(TextualInversionLoader, Compilable):
             raise SamplingError("perturbed guidance needs self-attention in the middle of the U-Net, which this lacks.")
 
         def perturbable(x: Tensor, sigma: Tensor, batch: Perturbable[ConditioningSchedule]) -> Tensor:
-            return self.model.denoise(x, sigma, batch.conditioning.at(sigma), AttentionOptions(identity=batch.rows))
+            perturbed = replace(options or AttentionOptions(), identity=batch.rows)
+            return self.model.denoise(x, sigma, batch.conditioning.at(sigma), perturbed)
 
         rows = torch.ones(len(request), dtype=torch.bool, device=self.device)
         prompts = rows if composition is None else rows[[*composition.rows]]

@@ -291,6 +291,19 @@ class SamplingSettings:
         _one_of(DECODERS),
         recorded=True,
     )
+    cache_interval: int = _setting(
+        1,
+        "Number of evaluations of the outermost blocks of the U-Net for one of all blocks, whose deep features the others "
+        "reuse; 1 = all blocks each time.",
+        whole_number,
+        recorded=True,
+    )
+    token_merging: float = _setting(
+        0.0,
+        "Share of the positions, 0 to 0.75, that are merged with similar ones in the largest self-attentions of the U-Net.",
+        lambda name, value: number(name, value, 0, 0.75),
+        recorded=True,
+    )
     callback: Callable[[SamplingStep], object] | None = _setting(
         None,
         "Called with each ldm.sampling_loop.SamplingStep; an exception in it ends the sampling.",

@@ -9,7 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,9 +58,17 @@ def evaluate(
     steps: Annotated[int | None, Option(help="Steps of the sampler; default: that of the model.")] = None,
     guidance: Annotated[float | None, Option(help="Guidance scale; default: that of the model.")] = None,
     sampler: Annotated[str | None, Option(help="Name of the sampler; default: that of the model.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        Option(
+            help="Further sampling settings, repeatable, such as cache_interval=3; the images are also compared with those "
+            "without them."
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Measure reconstruction, retrieval, and how well generated images match their captions, as far as stages are trained."""
+    from ldm.config import with_overrides
     from ldm.formats import read
     from ldm.formats.training_checkpoint import training_note
     from ldm.training.experiment import load_config
@@ -82,6 +90,7 @@ def evaluate(
         split=split,
         train_every=train_every,
         settings={"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler},
+        further=with_overrides({}, setting or [], "--setting"),
     )
     results: dict[str, Any] = {"model": run.pipe.model.fingerprint if run.pipe else None, "split": split}
     notes = [note for each in found if (note := training_note(each.provenance))]
@@ -165,6 +174,14 @@ class Run:
     split: str
     train_every: int
     settings: Mapping[str, Any]
+    further: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that :func:`distance` measures the effect of."""
+
+    def generate(self, captions: Sequence[str], seed: int, settings: Mapping[str, Any]) -> Tensor:
+        """Generate an image for each caption, ``[n 3 h w]`` in [-1, 1] on the CPU; image i has the seed ``seed + i``."""
+        assert self.pipe is not None
+        made = self.pipe(captions, seed=seed, output_type="pt", batch_size=BATCH, progress=False, **settings)
+        return made.cpu() * 2 - 1
 
 
 def good_batches(run: Run, split: str) -> Iterator[Batch]:
@@ -181,25 +198,32 @@ def good_batches(run: Run, split: str) -> Iterator[Batch]:
 
 
 def reconstruction(run: Run) -> dict[str, Any]:
-    """Measure the mean PSNR in dB over the split, of the decoded mode of the posterior, if there is a first stage."""
+    """Measure the mean PSNR in dB over the split, of the decoded mode of the posterior, if there is a first stage.
+
+    Also that of the tiny decoder, if there is one.
+    """
     import torch
 
     from ldm.vae.metrics import psnr
 
     if run.first_stage is None:
         return {}
-    device, values = run.pipe.device if run.pipe else next(run.first_stage.parameters()).device, []
+    device = run.pipe.device if run.pipe else next(run.first_stage.parameters()).device
+    tiny = run.pipe is not None and run.pipe.model.tiny_decoder is not None
+    values: dict[str, list[Tensor]] = {"full": [], **({"tiny": []} if tiny else {})}
     with torch.inference_mode():
         for batch in good_batches(run, run.split):
             image = batch["image"].to(device)
-            values.append(psnr(image, _reconstructed(run, image)))
-    return {"psnr": float(torch.cat(values).mean())}
+            for decoder, measured in values.items():
+                measured.append(psnr(image, _reconstructed(run, image, decoder)))
+    names = {"full": "psnr", "tiny": "psnr_tiny_decoder"}
+    return {names[decoder]: float(torch.cat(measured).mean()) for decoder, measured in values.items()}
 
 
-def _reconstructed(run: Run, image: Tensor) -> Tensor:
+def _reconstructed(run: Run, image: Tensor, decoder: str) -> Tensor:
     """Return the decoded modes of the posteriors of images ``[b c h w]`` in [-1, 1]."""
     if run.pipe is not None:
-        return run.pipe.model.decode(run.pipe.model.encode(image))
+        return run.pipe.model.decode(run.pipe.model.encode(image), decoder)
     from ldm.vae import Tiling
 
     assert run.first_stage is not None, "reconstruction needs a first stage"
@@ -269,9 +293,7 @@ def caption_match(run: Run) -> dict[str, Any]:
             captions = captions_of(
                 sets[of].annotations(BatchIndices(good[of][batch_rows])), "the evaluation of generated images"
             )
-            # Image i of a call has the seed seed + i.
-            made = run.pipe(captions, seed=start, output_type="pt", batch_size=BATCH, progress=False, **run.settings)
-            made = made.cpu() * 2 - 1
+            made = run.generate(captions, start, {**run.settings, **run.further})
             reduced.append(reduce_images(made))
             if name == split:
                 places = shown[(shown >= start) & (shown < start + BATCH)] - start
@@ -288,6 +310,23 @@ def caption_match(run: Run) -> dict[str, Any]:
     return {"samples": results}
 
 
+def distance(run: Run) -> dict[str, Any]:
+    """Measure how far images are from those without the further settings, at equal seeds, for the first captions of the split.
+
+    PSNR in dB, the mean over images, and the mean absolute difference in levels of 255.
+    """
+    from ldm.data.samples import captions_of
+    from ldm.vae.metrics import psnr
+
+    if run.pipe is None or not run.further or run.pipe.model.config.conditioner.input_keys != ("text",):
+        return {}
+    captions = captions_of(next(good_batches(run, run.split)), "the evaluation of generated images")
+    exact = run.generate(captions, 0, run.settings)
+    changed = run.generate(captions, 0, {**run.settings, **run.further})
+    values = {"psnr": float(psnr(exact, changed).mean()), "levels": float((exact - changed).abs().mean()) * 127.5}
+    return {"distance": {**run.further, "captions": len(captions), **values}}
+
+
 def side_by_side(made: Tensor, truths: Tensor, captions: Sequence[str]) -> Image:
     """Arrange generated above true images, both ``[n 3 h w]`` in [-1, 1], with a caption under each pair."""
     import torch
@@ -298,7 +337,7 @@ def side_by_side(made: Tensor, truths: Tensor, captions: Sequence[str]) -> Image
     return Images.of(pairs).grid(columns=COLUMNS, captions=captions)
 
 
-MEASUREMENTS: tuple[Callable[[Run], dict[str, Any]], ...] = (reconstruction, retrieval, caption_match)
+MEASUREMENTS: tuple[Callable[[Run], dict[str, Any]], ...] = (reconstruction, retrieval, caption_match, distance)
 """Measurements in the order of their results; one that does not apply to a run returns none."""
 
 

@@ -11,7 +11,7 @@ class DenoiserConfig(Kind):
     """Config of F(x, noise level, conditioning), the network that a parametrization turns into a denoiser.
 
     ``build()`` returns a module ``forward(x [b c h w], noise_level [b], cond: Conditioning) -> [b out_channels h w]``; if
-    ``has_perturbed_attention``, it also takes ``options``, a :class:`ldm.nn.attention.AttentionOptions`.
+    one of the properties ``has_...`` is True, it also takes ``options``, a :class:`ldm.nn.attention.AttentionOptions`.
     """
 
     in_channels: int
@@ -29,6 +29,16 @@ class DenoiserConfig(Kind):
     @property
     def has_perturbed_attention(self) -> bool:
         """True if there is a self-attention that ``AttentionOptions.identity`` can replace."""
+        return False
+
+    @property
+    def has_deep_features(self) -> bool:
+        """True if it can store and reuse ``AttentionOptions.deep_features``."""
+        return False
+
+    @property
+    def has_token_merging(self) -> bool:
+        """True if there are self-attentions on which ``AttentionOptions.token_merging`` acts."""
         return False
 
     def build(self) -> nn.Module:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ldm.nn.attention import AttentionOptions, TransformerBlock
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.group_norm import GroupNorm
+from ldm.nn.token_merging import TokenMerging
 
 
 class SpatialTransformer(nn.Module):
@@ -20,6 +21,7 @@ class SpatialTransformer(nn.Module):
         context_width: channels of ``Conditioning.context``; None = no cross-attention.
         linear: True for projections as linear layers on the positions (SD 2, SDXL), False for 1 x 1 convolutions (SD 1).
         groups: groups of the group norm.
+        merges: True if ``AttentionOptions.token_merging`` acts on its self-attentions.
         dropout: dropout rate in the feed-forward layers.
     """
 
@@ -32,9 +34,11 @@ class SpatialTransformer(nn.Module):
         linear: bool,
         groups: int,
         dropout: float,
+        merges: bool = False,
     ):
         super().__init__()
         self.linear = linear
+        self.merges = merges
         self.norm = GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, context_width, dropout) for _ in range(depth))
@@ -45,8 +49,11 @@ class SpatialTransformer(nn.Module):
         h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         h = rearrange(h, "b c h w -> b (h w) c")  # a view, for a channels_last tensor
         h = self.proj_in(h) if self.linear else h
+        merging = None
+        if self.merges and options is not None and options.token_merging is not None:
+            merging = TokenMerging(h, (x.shape[2], x.shape[3]), options.token_merging)
         for block in self.blocks:
-            h = block(h, cond, options)
+            h = block(h, cond, options, merging)
         h = self.proj_out(h) if self.linear else h
         h = rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
         return x + (h if self.linear else self.proj_out(h))

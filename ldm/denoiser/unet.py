@@ -20,6 +20,9 @@ from ldm.nn.embeddings import NoiseEmbedding, mlp, pad_rows
 from ldm.nn.group_norm import GroupNorm
 from ldm.nn.residual import ResidualBlock, Upsample
 
+OUTER = 1
+"""Number of blocks of ``down`` that are evaluated in spite of stored deep features; one more is of ``up``."""
+
 
 @dataclass(frozen=True)
 class LevelSpec:
@@ -69,6 +72,19 @@ class UNetConfig(DenoiserConfig, kind="unet"):
     def has_perturbed_attention(self) -> bool:
         return self.middle_depth > 0
 
+    @property
+    def has_deep_features(self) -> bool:
+        return True
+
+    @property
+    def has_token_merging(self) -> bool:
+        return self.finest_attention is not None
+
+    @property
+    def finest_attention(self) -> int | None:
+        """The first level with attention, whose self-attentions are the largest."""
+        return next((i for i, level in enumerate(self.levels) if level.depth), None)
+
     def build(self) -> UNet:
         return UNet(self)
 
@@ -76,7 +92,15 @@ class UNetConfig(DenoiserConfig, kind="unet"):
 class UNetBlock(nn.Module):
     """Residual block, then a spatial transformer if the level has attention; in the decoder, a skip is concatenated first."""
 
-    def __init__(self, config: UNetConfig, in_width: int, width: int, depth: int, upsample: int | None = None):
+    def __init__(
+        self,
+        config: UNetConfig,
+        in_width: int,
+        width: int,
+        depth: int,
+        upsample: int | None = None,
+        merges: bool = False,
+    ):
         super().__init__()
         self.upsample = Upsample(upsample) if upsample else None
         self.residual = ResidualBlock(
@@ -92,6 +116,7 @@ class UNetBlock(nn.Module):
                 config.projection == "linear",
                 config.groups,
                 config.dropout,
+                merges,
             )
             if depth
             else None
@@ -120,7 +145,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, embedding: Tensor, cond: Conditioning) -> Tensor:
+    def forward(self, x: Tensor, *unused: object) -> Tensor:
         """``[b c h w] -> [b c ceil(h/2) ceil(w/2)]``; takes the arguments of a block, but uses only ``x``."""
         return self.conv(x)
 
@@ -161,7 +186,8 @@ class UNetEncoder(nn.Module):
                 self.down.append(Downsample(width))
                 self.skip_widths.append(width)
             for _ in range(level.blocks):
-                self.down.append(UNetBlock(config, width, level.width, level.depth))
+                merges = i == config.finest_attention
+                self.down.append(UNetBlock(config, width, level.width, level.depth, merges=merges))
                 width = level.width
                 self.skip_widths.append(width)
 
@@ -174,6 +200,17 @@ class UNetEncoder(nn.Module):
         self, x: Tensor, noise_level: Tensor, cond: Conditioning, options: AttentionOptions | None = None
     ) -> Features:
         """Encode ``x``; the arguments are those of :meth:`UNet.forward`."""
+        x, embedding = self.embed(x, noise_level, cond)
+        skips, outer = [x], _without_identity(options)
+        for block in self.down:
+            x = block(x, embedding, cond, None, outer)
+            skips.append(x)
+        for block in self.middle:
+            x = block(x, embedding, cond, options=options)
+        return Features(skips, x, embedding)
+
+    def embed(self, x: Tensor, noise_level: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
+        """Return the output of ``conv_in`` and the embedding of noise level and vector, as in :class:`Features`."""
         if cond.concat is not None:
             if cond.concat.shape[-2:] != x.shape[-2:]:
                 given, needed = (" x ".join(map(str, each.shape[-2:])) for each in (cond.concat, x))
@@ -188,14 +225,7 @@ class UNetEncoder(nn.Module):
             embedding = embedding + self.vector_embedding(pad_rows(cond.vector.to(embedding)))
         embedding = F.silu(embedding)
 
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
-        skips = [x]
-        for block in self.down:
-            x = block(x, embedding, cond)
-            skips.append(x)
-        for block in self.middle:
-            x = block(x, embedding, cond, options=options)
-        return Features(skips, x, embedding)
+        return self.conv_in(x.contiguous(memory_format=torch.channels_last)), embedding
 
 
 class UNet(UNetEncoder):
@@ -208,7 +238,8 @@ class UNet(UNetEncoder):
         for i, level in reversed(list(enumerate(config.levels))):
             for j in range(level.blocks + 1):
                 upsample = width if j == 0 and i < len(config.levels) - 1 else None
-                self.up.append(UNetBlock(config, width + skips.pop(), level.width, level.depth, upsample))
+                merges = i == config.finest_attention
+                self.up.append(UNetBlock(config, width + skips.pop(), level.width, level.depth, upsample, merges))
                 width = level.width
 
         self.norm_out = GroupNorm(config.groups, width)
@@ -230,7 +261,7 @@ class UNet(UNetEncoder):
             x: ``[b in_channels h w]``, scaled by the parametrization; any height and width.
             noise_level: ``[b]``, as the parametrization embeds it (the timestep in SD).
             cond: the conditions: ``context [b n context_width]``, ``vector [b vector_width]``, ``concat [b c h w]``.
-            options: changes to the attention of the middle blocks.
+            options: changes to the evaluation; ``identity`` acts on the middle blocks.
             residuals: tensors that are added to each skip and, the last, to the middle; empty = none. The output of a ControlNet
                 (Zhang et al. 2023, arXiv 2302.05543).
 
@@ -240,13 +271,41 @@ class UNet(UNetEncoder):
         Raises:
             SamplingError: ``cond.concat`` has another height or width than ``x``.
         """
+        deep = None if options is None else options.deep_features
+        if deep is not None and (features := deep.reusable(len(x))) is not None:
+            return self._outer(x, noise_level, cond, options, residuals, features)
         skips, x, embedding = super().forward(x, noise_level, cond, options)
         if residuals:
             *for_skips, for_middle = residuals
             skips = [skip + residual for skip, residual in zip(skips, for_skips, strict=True)]
             x = x + for_middle
+        outer = _without_identity(options)
         for block in self.up:
-            x = block(x, embedding, cond, skips.pop())
+            if deep is not None and len(skips) == OUTER + 1:
+                deep.store(x)
+            x = block(x, embedding, cond, skips.pop(), outer)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+    def _outer(
+        self,
+        x: Tensor,
+        noise_level: Tensor,
+        cond: Conditioning,
+        options: AttentionOptions | None,
+        residuals: Sequence[Tensor],
+        features: Tensor,
+    ) -> Tensor:
+        """Evaluate ``conv_in`` and the first and last blocks alone, given the ``features`` that the others would return."""
+        x, embedding = self.embed(x, noise_level, cond)
+        skips, outer = [x], _without_identity(options)
+        for block in self.down[:OUTER]:
+            x = block(x, embedding, cond, None, outer)
+            skips.append(x)
+        if residuals:
+            skips = [skip + residual for skip, residual in zip(skips, residuals, strict=False)]
+        x = features
+        for block in self.up[-len(skips) :]:
+            x = block(x, embedding, cond, skips.pop(), outer)
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def copy_encoder(self) -> UNetEncoder:
@@ -256,6 +315,13 @@ class UNet(UNetEncoder):
         weights = self.state_dict()
         encoder.load_state_dict({name: weights[name].clone() for name in encoder.state_dict()}, assign=True)
         return encoder.train(self.training)
+
+
+def _without_identity(options: AttentionOptions | None) -> AttentionOptions | None:
+    """Return the options that act outside of the middle blocks."""
+    if options is None or options.token_merging is None:
+        return None
+    return AttentionOptions(token_merging=options.token_merging)
 
 
 def start_as_identity(module: nn.Module) -> None:

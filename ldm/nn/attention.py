@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.cpu_training import trains_on_cpu
+from ldm.nn.deep_features import DeepFeatures
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
+from ldm.nn.token_merging import TokenMerging
 
 SHORT = 256
 """Number of keys up to which bf16 attention is computed in fp32 in training on a CPU.
@@ -20,14 +22,18 @@ Its backward pass takes up to five times as long in bf16, and with more keys abo
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """Changes to the attention of a network for one forward pass, used by guidance.
+    """Changes to the evaluation of a network, above all to its attention, for one forward pass.
 
     Attributes:
         identity: ``[b]`` of bool, True where the self-attention in the middle of the network is replaced by the identity
             (perturbed-attention guidance, Ahn et al. 2024, arXiv 2403.17377); None = nowhere.
+        token_merging: share of the positions that are merged in the largest self-attentions; see :mod:`ldm.nn.token_merging`.
+        deep_features: store of the features of a U-Net's inner blocks; see :class:`ldm.nn.deep_features.DeepFeatures`.
     """
 
     identity: Tensor | None = None
+    token_merging: float | None = None
+    deep_features: DeepFeatures | None = None
 
 
 def scaled_dot_product_attention(
@@ -120,10 +126,16 @@ class TransformerBlock(CheckpointedBlock):
         self.norm3 = nn.LayerNorm(width)
         self.ff = nn.Sequential(GEGLU(width, 4 * width), nn.Dropout(dropout), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, cond: Conditioning, options: AttentionOptions | None = None) -> Tensor:
-        """``x [b n d] -> [b n d]``"""
+    def forward(
+        self,
+        x: Tensor,
+        cond: Conditioning,
+        options: AttentionOptions | None = None,
+        merging: TokenMerging | None = None,
+    ) -> Tensor:
+        """``x [b n d] -> [b n d]``; ``merging`` is for the self-attention."""
         h = self.norm1(x)
-        attended = self.attn1(h)
+        attended = self.attn1(h) if merging is None else merging.unmerge(self.attn1(merging.merge(h)))
         if options is not None and options.identity is not None:
             attended = torch.where(options.identity[:, None, None], self.attn1.identity(h), attended)
         x = x + attended

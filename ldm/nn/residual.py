@@ -53,14 +53,19 @@ class ResidualBlock(CheckpointedBlock):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour, then a 3 x 3 convolution."""
+    """Nearest neighbour, then a 3 x 3 convolution.
 
-    def __init__(self, width: int):
+    Args:
+        width: channels of the input.
+        out_width: channels of the result; None = ``width``.
+    """
+
+    def __init__(self, width: int, out_width: int | None = None):
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv = nn.Conv2d(width, out_width or width, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """``[b c h w] -> [b c 2h 2w]``, or to ``size`` where downsampling has rounded an odd size up."""
+        """``[b c h w] -> [b out_width 2h 2w]``, or to ``size`` where downsampling has rounded an odd size up."""
         doubled = (2 * x.shape[-2], 2 * x.shape[-1])
         if size in (None, doubled) and self._pays_in_phases(x):
             return upsample_conv(x, self.conv.weight, self.conv.bias)

@@ -224,6 +224,8 @@ class BatchedModel(LatentDiffusion):
         return new
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning, options: AttentionOptions | None = None) -> Tensor:
+        if options is not None and (options.deep_features is not None or options.token_merging is not None):
+            return self.batcher.run(lambda: self.denoise_at_once(x, sigma, cond, options))
         return self.batcher.denoise(self, x, sigma, cond, options)
 
     def denoise_at_once(self, *inputs: Any) -> Tensor:
@@ -240,7 +242,7 @@ class BatchedModel(LatentDiffusion):
 class BatchedPipeline(Pipeline):
     """A pipeline of a :class:`BatchedModel`; it encodes prompts in the thread of the networks, too."""
 
-    def denoiser(self, request: inputs.Request, levels: Tensor) -> Denoiser:
+    def denoiser(self, request: inputs.Request, levels: Tensor, options: AttentionOptions | None = None) -> Denoiser:
         model = self.model
         assert isinstance(model, BatchedModel)
-        return model.batcher.run(lambda: super(BatchedPipeline, self).denoiser(request, levels))
+        return model.batcher.run(lambda: super(BatchedPipeline, self).denoiser(request, levels, options))

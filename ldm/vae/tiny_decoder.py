@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldm.config import config_field
 from ldm.errors import ConfigError
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
+from ldm.nn.residual import Upsample
 from ldm.vae.first_stage import FirstStageConfig
 
 
@@ -89,7 +90,7 @@ class TinyDecoder(nn.Module):
         layers += [TinyBlock(coarsest) for _ in range(config.blocks)]
         width = coarsest
         for each in finer:
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, each, 3, padding=1)]
+            layers += [Upsample(width, each)]
             layers += [TinyBlock(each) for _ in range(config.blocks)]
             width = each
         layers += [nn.ReLU(), nn.Conv2d(width, config.image_channels * config.patch**2, 3, padding=1)]
