@@ -245,6 +245,11 @@ class LatentDiffusion(nn.Module):
         image = self._within_range(run, lambda image: image)
         return image.to(latent.dtype).clamp(-1, 1)
 
+    def decode_each(self, latent: Tensor, decoder: str = "full") -> Tensor:
+        """Call :meth:`decode`, on the CPU for one image at a time: each is bitwise the same in any batch, and memory is saved."""
+        size = 1 if latent.device.type == "cpu" and self.accelerator is None else len(latent)
+        return torch.cat([self.decode(part, decoder) for part in latent.split(size)])
+
     def check_decoder(self, decoder: str) -> None:
         """Check that the model has the ``full`` or ``tiny`` decoder.
 

@@ -302,7 +302,7 @@ class Pipeline(TextualInversionLoader, Compilable):
                     yield seen
                 x = self._finite(diffusion.finish(x, float(levels[-1])), "sample")
                 if settings.output_type != "latent":
-                    image = self.model.decode(x, settings.decoder)
+                    image = self.model.decode_each(x, settings.decoder)
                     x = edit.finish(self._finite((image + 1) / 2, "decoded image"), rows)
                 results.append(x)
         return results

@@ -153,20 +153,17 @@ def test_a_resumed_training_continues_as_without_interruption(tmp_path: Path) ->
         assert losses(list(csv.DictReader(file))) == pytest.approx(losses(expected), rel=1e-3)
 
 
-@pytest.mark.parametrize("stage", ["vae", "denoiser"])
+@pytest.mark.parametrize("stage", ["vae", "clip", "denoiser"])
 def test_predicted_memory_is_within_a_tenth_of_a_real_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
 ) -> None:
-    """At the size of the shipped model, with 0.1 GiB for the workspaces of cuBLAS and cuDNN, which are not predicted."""
+    """At the size of the shipped model; workspaces of cuBLAS that earlier tests left are freed before."""
     overrides = [f"run_dir={tmp_path / 'run'}", f"{stage}.train.max_steps=4", "data.workers=0", "data.cache=none"]
     overrides += ["data.cache_latents=false", "vae.loss.disc_start=0", f"{stage}.train.validate_every=100"]
+    if stage != "vae":
+        overrides += ["vae.train.init=emoji", "vae.train.max_steps=1"]
     if stage == "denoiser":
-        overrides += [
-            "vae.train.init=emoji",
-            "vae.train.max_steps=1",
-            "clip.train.max_steps=1",
-            "clip.train.batch_size=8",
-        ]
+        overrides += ["clip.train.max_steps=1", "clip.train.batch_size=8"]
     experiment = load_config("configs/emoji_64.yaml", overrides)
     for before in STAGES[: STAGES.index(stage)]:
         train_stage(experiment, before)
@@ -179,8 +176,9 @@ def test_predicted_memory_is_within_a_tenth_of_a_real_step(
         torch.cuda.synchronize()
         peaks.append(torch.cuda.max_memory_allocated())
 
+    torch._C._cuda_clearCublasWorkspaces()
     before_training = torch.cuda.memory_allocated()
     monkeypatch.setattr(StageModule, "training_step", training_step)
     train_stage(experiment, stage)
     predicted = step_cost(experiment, stage, device_type=DEVICE).memory
-    assert 0.9 * predicted < peaks[-1] - before_training < 1.1 * predicted + 2**30 / 10
+    assert peaks[-1] - before_training == pytest.approx(predicted, rel=0.1)

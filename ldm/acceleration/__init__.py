@@ -15,6 +15,7 @@ from ldm.acceleration.backend import Accelerator, Backend
 from ldm.config import from_dict
 from ldm.errors import SamplingError, unknown
 from ldm.model import LatentDiffusion
+from ldm.nn.wrappers import innermost
 
 
 def known_backends() -> dict[str, type[Backend]]:
@@ -51,4 +52,4 @@ def accelerate(model: LatentDiffusion, name: str, **options: Any) -> None:
         raise SamplingError(unknown("backend", name, [*known, "auto"]))
     backend = from_dict(known[name], options, f"the backend {name!r}")
     backend.check(device)
-    model.accelerator = Accelerator(backend)
+    innermost(model).accelerator = Accelerator(backend)

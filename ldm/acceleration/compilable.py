@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from ldm.model import LatentDiffusion
+from ldm.nn.wrappers import innermost
 
 P = TypeVar("P", bound="Compilable")
 
@@ -43,5 +44,5 @@ class Compilable:
 
     def decompile(self: P) -> P:
         """Run the networks as they are again, and return the pipeline."""
-        self.model.accelerator = None
+        innermost(self.model).accelerator = None
         return self

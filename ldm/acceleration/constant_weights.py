@@ -123,7 +123,7 @@ class ConstantWeights(ChecksWeights):
         self.backend.announce(f"{self.backend.kind}: compiling the {self.name} for the input {size} ...")
         with torch.inference_mode(False), torch.no_grad():
             examples = [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in tensors]
-            program = self.build(FlatNetwork(self._alive(), inputs).eval(), examples)
+            program = self.build(FlatNetwork(self._alive(), inputs), examples)
         self.backend.announce(
             f"{self.backend.kind}: the {self.name} is ready after {time.perf_counter() - start:.1f} s."
         )

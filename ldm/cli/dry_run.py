@@ -119,7 +119,13 @@ def _stage(
 
     def cost(step: int | None = None, checkpointing: bool | None = None) -> StepCost:
         return step_cost(
-            experiment, stage, step, precision=precision, device_type=device.type, gradient_checkpointing=checkpointing
+            experiment,
+            stage,
+            step,
+            precision=precision,
+            device_type=device.type,
+            device=None if device.speed is None or device.type == "cpu" else device.name,
+            gradient_checkpointing=checkpointing,
         )
 
     last = cost()
@@ -172,7 +178,7 @@ def _memory(cost: StepCost, other: StepCost, train: TrainConfig, precision: str,
     fixed = cost.weights + cost.optimizer + cost.ema
     lines = [
         f"memory: about {_gib(cost.memory)} per device in {precision} ({_gib(fixed)} weights, optimizer and EMA, "
-        f"{_gib(cost.memory - fixed)} gradients and activations)"
+        f"{_gib(cost.memory - fixed)} gradients, activations and workspaces)"
     ]
     costs = {f"{'without' if train.gradient_checkpointing else 'with'} gradient checkpointing": other}
     lines += [f"        {_gib(each.memory)} {name}" for name, each in costs.items()]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ldm.clip.transformer import Activation, check_shape, stack
 from ldm.config import config_field
 from ldm.errors import ConfigError
+from ldm.nn.embeddings import pad_rows
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ class TextTower(nn.Module):
         if self.config.context_norm:
             context = self.final_norm(context)
         pooled = self.final_norm(x[torch.arange(len(x), device=x.device), self._end_of_text(tokens)])
-        return TextOutput(context, pooled if self.projection is None else self.projection(pooled))
+        if self.projection is not None:
+            pooled = self.projection(pad_rows(pooled))[: len(pooled)]
+        return TextOutput(context, pooled)
 
     def _end_of_text(self, tokens: Tensor) -> Tensor:
         """Return the position of the first end-of-text token, ``[b]``; argmax returns the first of equal values."""

@@ -37,22 +37,32 @@ class BucketConfig:
     max_aspect: float = config_field(
         2.0, "Largest ratio of the sides of a shape; images that are longer are cropped to it."
     )
+    shapes: tuple[tuple[int, int], ...] | None = config_field(
+        None,
+        "Shapes as a list of [height, width] in pixels, instead of those that follow from data.size, step and max_aspect.",
+        omit_default=True,
+    )
 
     def __post_init__(self) -> None:
+        if self.shapes is not None:
+            self._check_shapes(self.shapes)
         if self.step < 1:
             raise ConfigError(f"step must be at least 1, not {self.step}.")
         if not 1 < self.max_aspect < math.inf:
             raise ConfigError(f"max_aspect must be greater than 1, not {self.max_aspect}.")
 
-    def shapes(self, height: int, width: int) -> list[Shape]:
-        """Return the shapes in ascending order of width / height, each with at most ``height * width`` pixels.
+    def table(self, height: int, width: int) -> list[Shape]:
+        """Return the shapes in ascending order of width / height: those that are given, or else derived ones.
 
-        For each side there is the longest other one. Of shapes of equal aspect ratio, the largest is used.
+        These have at most ``height * width`` pixels. For each side there is the longest other one, and of shapes of equal aspect
+        ratio, the largest is used.
 
         Raises:
             ConfigError: ``height`` or ``width`` is not a multiple of the step, so that the size itself is not a shape; or there
                 are too many shapes.
         """
+        if self.shapes is not None:
+            return sorted(self.shapes, key=_aspect)
         step = self.step
         if height % step or width % step:
             raise ConfigError(
@@ -64,12 +74,34 @@ class BucketConfig:
             if max(side, other) <= self.max_aspect * min(side, other):
                 found |= {(side, other), (other, side)}
         ascending = sorted(found, key=math.prod)
-        by_aspect = {Fraction(across, down): (down, across) for down, across in ascending}
+        by_aspect = {_aspect(shape): shape for shape in ascending}
         if len(by_aspect) > MOST:
             raise ConfigError(
                 f"buckets.step is {step}, which gives {len(by_aspect)} shapes, more than {MOST}; raise it."
             )
         return [by_aspect[aspect] for aspect in sorted(by_aspect)]
+
+    def _check_shapes(self, shapes: Sequence[Shape]) -> None:
+        """Raise a ConfigError if these cannot be the shapes of the buckets."""
+        if not 0 < len(shapes) <= MOST:
+            raise ConfigError(f"shapes lists {len(shapes)} shapes; give from 1 to {MOST}.")
+        if min(map(min, shapes)) < 1:
+            raise ConfigError(f"shapes is {[list(shape) for shape in shapes]}; the sides must be at least 1 pixel.")
+        by_aspect: dict[Fraction, Shape] = {}
+        for shape in shapes:
+            other = by_aspect.setdefault(_aspect(shape), shape)
+            if other is not shape:
+                raise ConfigError(
+                    f"shapes lists {list(other)} and {list(shape)}, which have the same aspect ratio, so that one of them would "
+                    "get no images; leave one out."
+                )
+        if (self.step, self.max_aspect) != (BucketConfig.step, BucketConfig.max_aspect):
+            raise ConfigError("step and max_aspect have no effect on shapes that are given; leave them out, or shapes.")
+
+
+def _aspect(shape: Shape) -> Fraction:
+    """Return width / height."""
+    return Fraction(shape[1], shape[0])
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ class ShardsData(DataConfig, kind="shards"):
         if self.cache_latents and self.encoded.folder is None and (self.crop == "random" or self.flip):
             raise ConfigError("cache_latents keeps one latent of each image; use crop: center and flip: false with it.")
         if self.buckets is not None:
-            _ = self.buckets.shapes(*self._height_width)  # raises if it is not a multiple of the step
+            _ = self.buckets.table(*self._height_width)  # raises if it is not a multiple of the step
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -209,7 +209,7 @@ class ShardsData(DataConfig, kind="shards"):
 
     @property
     def bucket_shapes(self) -> tuple[Shape, ...]:
-        return () if self.buckets is None else tuple(self.buckets.shapes(*self._height_width))
+        return () if self.buckets is None else tuple(self.buckets.table(*self._height_width))
 
     def of_one_size(self) -> ShardsData:
         return replace(self, buckets=None)

@@ -15,7 +15,15 @@ from typing import Any, Literal
 import numpy as np
 
 from ldm.config import config_field
-from ldm.data.measures import LANGUAGE, IndexOptions, caption_facts, columns_of, field_facts, image_facts
+from ldm.data.measures import (
+    CAPTION_LENGTH,
+    LANGUAGE,
+    IndexOptions,
+    caption_facts,
+    columns_of,
+    field_facts,
+    image_facts,
+)
 from ldm.data.shard_format import SIDECAR
 from ldm.data.shard_index import Table, typed
 from ldm.data.shards import Shards
@@ -95,13 +103,16 @@ class FilterConfig:
             caption_field, caption_format: reading of captions, for shards without an index.
 
         Raises:
-            DataError: an index lacks a column, a condition does not suit a column, or no sample is left.
+            DataError: an index lacks a column or measured other captions, a condition does not suit a column, or no sample is
+                left.
         """
         filters = list(self._filters()) if split in self.splits else []
         if not filters:
             return shards, Selection(len(shards))
         names = list(dict.fromkeys(column for each in filters for column in each.columns))
         options = IndexOptions(tuple(self.fields), caption_field, caption_format)
+        for index in shards.indices if {CAPTION_LENGTH, LANGUAGE} & {*names} else ():
+            index.check_captions(caption_field, caption_format)
         failed = shards.evaluate(
             names,
             lambda table: _first_failed(filters, table),
@@ -133,8 +144,8 @@ class FilterConfig:
             "max_side": (sides, _longer_side),
             "min_aspect_ratio": (sides, _aspect_ratio),
             "max_aspect_ratio": (sides, _aspect_ratio),
-            "min_caption_length": (("caption_length",), _column("caption_length")),
-            "max_caption_length": (("caption_length",), _column("caption_length")),
+            "min_caption_length": ((CAPTION_LENGTH,), _column(CAPTION_LENGTH)),
+            "max_caption_length": ((CAPTION_LENGTH,), _column(CAPTION_LENGTH)),
         }
         for name, (columns, value) in computed.items():
             bound = getattr(self, name)
@@ -296,7 +307,7 @@ def _facts(shards: Shards, samples: range, names: Sequence[str], options: IndexO
             rows = []
             for i in samples[start : start + _AT_ONCE]:
                 facts = image_facts(shards.image(i)) if "width" in names else {}
-                if "caption_length" in names:
+                if CAPTION_LENGTH in names:
                     facts |= _caption(shards, i, options)
                 rows.append({**(field_facts(shards.member(i, SIDECAR), options) if fields else {}), **facts})
                 bar.update()

@@ -119,7 +119,8 @@ def index_shards(
     _measure_all(paths, parts, workers, options)
     table, shards = join_parts(parts)
     provisional, fingerprint = work / INDEX, fingerprint_of_shards(shards)
-    write = functools.partial(write_index, table=table, shards=shards)
+    captions = {"field": options.caption_field, "format": options.caption_format}
+    write = functools.partial(write_index, table=table, shards=shards, captions=captions)
     write(provisional, fingerprint=fingerprint, unique=False, folder=str(folder_of(paths[0])))
     opened = Shards(paths, indices={folder_of(paths[0]): ShardIndex(provisional)})
     if all(isinstance(path, Path) for path in paths):

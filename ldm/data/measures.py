@@ -22,7 +22,10 @@ from ldm.image_files import image_size
 from ldm.modalities import Modality
 from ldm.modalities.caption import CAPTION
 
-NUMBERS = ("width", "height", "caption_length")
+CAPTION_LENGTH = "caption_length"
+"""Column of the number of characters of the caption."""
+
+NUMBERS = ("width", "height", CAPTION_LENGTH)
 """Columns of numbers that are computed from image and caption."""
 
 LANGUAGE = "language"
@@ -89,7 +92,7 @@ def caption_facts(data: bytes, options: IndexOptions) -> dict[str, Any]:
             text = CaptionConfig(format=options.caption_format).parse(data)[0][0]
         except SampleError:  # which training notices and counts
             return {}
-    facts: dict[str, Any] = {"caption_length": len(text)}
+    facts: dict[str, Any] = {CAPTION_LENGTH: len(text)}
     if options.languages and text:
         facts[LANGUAGE] = language_identifier(options.languages)(text)
     return facts

@@ -190,7 +190,8 @@ class StoredImages(Samples):
             return None
         width, height = image_sizes(self.shards, self.original_size)
         known = width > 0  # a broken image has no size
-        of = np.full(len(self), self.shapes.index((self.fit.height, self.fit.width)), np.uint8)
+        usual = nearest(self.shapes, np.array([self.fit.width]), np.array([self.fit.height]))
+        of = np.full(len(self), usual, np.uint8)
         of[known] = nearest(self.shapes, width[known], height[known])
         return Buckets(self.shapes, of)
 

@@ -29,7 +29,7 @@ import numpy as np
 from ldm.data.bad_samples import BadSample, Reason
 from ldm.data.sample_table import SIDECAR, Keys, SampleTable, ends_of
 from ldm.data.storage import Location, attempted, folder_of, joined, located, shown
-from ldm.errors import DataError, first_line, some
+from ldm.errors import DataError, first_line, some, warn
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -87,6 +87,7 @@ class ShardIndex:
         fingerprint: fingerprint of the complete set.
         unique: whether all keys differ.
         encoding: what encoded samples depend on, by name; None for images.
+        captions: ``field`` and ``format`` by which captions were measured; None in an index of an earlier version.
         columns: names of the columns for :meth:`column`.
 
     Raises:
@@ -109,6 +110,7 @@ class ShardIndex:
         self._key_bytes = int(content["key_bytes"])
         self.fingerprint, self.unique = str(content["fingerprint"]), bool(content["unique"])
         self.encoding: dict[str, Any] | None = content.get("encoding")
+        self.captions: dict[str, str | None] | None = content.get("captions")
         self._members = list(
             dict.fromkeys(name[: -len(".offset")] for name in schema.names if name.endswith(".offset"))
         )
@@ -198,6 +200,37 @@ class ShardIndex:
                 f"the shards in {shown(self.folder)} are not those that {self._named} lists ({some(sorted(differing))}); "
                 f"{self.remedy}."
             )
+
+    def check_captions(self, field: str | None, form: str) -> None:
+        """Check that the length and language of captions are those of the captions that a training reads.
+
+        Args:
+            field: ``data.caption_field``.
+            form: ``data.captions.format``.
+
+        Raises:
+            DataError: other captions were measured. For an index that does not say which, there is a warning.
+        """
+        if self.captions == {"field": field, "format": form}:
+            return
+        options = (f" --caption-field {field}" if field else "") + (
+            f" --caption-format {form}" if form != "text" else ""
+        )
+        again = f"make it again with tools/prepare.py index {shown(self.folder)}{options}"
+        if self.captions is None:
+            warn(
+                f"{self._named} was made by an earlier version and does not say which captions it measured; if it was not made "
+                f"with the same caption field and format, {again}."
+            )
+            return
+        used, measured = (
+            f"{'.txt' if source is None else f'the field {source!r}'} as {kind}"
+            for source, kind in ((field, form), (self.captions["field"], self.captions["format"]))
+        )
+        raise DataError(
+            f"{self._named} has the length and language of the captions in {measured}, but data.caption_field and "
+            f"data.captions.format read {used}; {again}."
+        )
 
     def missing_column(self, name: str) -> str:
         """Return the sentence for a column that the index does not have."""
@@ -356,6 +389,7 @@ def write_index(
     unique: bool,
     folder: str | None = None,
     encoding: Mapping[str, Any] | None = None,
+    captions: Mapping[str, str | None] | None = None,
 ) -> None:
     """Write an index; equal arguments give equal bytes.
 
@@ -367,6 +401,7 @@ def write_index(
         unique: whether all keys differ.
         folder: folder of the shards; None: that of the index.
         encoding: what encoded samples depend on; see :attr:`ShardIndex.encoding`.
+        captions: which captions were measured; see :attr:`ShardIndex.captions`.
     """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -380,6 +415,7 @@ def write_index(
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }
     content |= {} if encoding is None else {"encoding": encoding}
+    content |= {} if captions is None else {"captions": captions}
     table = table.replace_schema_metadata({_METADATA: json.dumps(content)})
     packed = {name: "DELTA_BINARY_PACKED" for name in table.column_names if name.endswith((".offset", ".size"))}
     repeating = [name for name in table.column_names if name not in packed and name != "key"]

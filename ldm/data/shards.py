@@ -192,6 +192,11 @@ class Shards:
         """Names of the columns that :meth:`column` returns."""
         return list(dict.fromkeys(name for part in self._parts for name in part.columns))
 
+    @property
+    def indices(self) -> list[ShardIndex]:
+        """Indices of those shards that have one."""
+        return [part.index for part in self._parts if part.index is not None]
+
     def column(self, name: str) -> pa.ChunkedArray:
         """Return a column of the index, with a value for each sample; null where it is not known.
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
 from ldm.nn.group_norm import GroupNorm
@@ -63,19 +67,21 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size or doubled, mode="nearest"))
 
     def _pays_in_phases(self, x: Tensor) -> bool:
-        """Return True for inference on a CPU, if the kernels, which are summed at each call, are small compared to ``x``.
+        """Return True on a CPU without autocast, if the kernels, which are summed at each call, are small compared to ``x``.
 
         A convolution with adapters (a subclass), hooks or a special kind of weight is called as a module instead.
         """
         plain = type(self.conv) is nn.Conv2d and type(self.conv.weight) is nn.Parameter
         hooked = self.conv._forward_hooks or self.conv._forward_pre_hooks
         traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        large = x.shape[0] * x.shape[-2] * x.shape[-1] >= MIN_POSITIONS
-        return plain and large and x.device.type == "cpu" and not (hooked or traced or torch.is_grad_enabled())
+        large = x.shape[-2] * x.shape[-1] >= MIN_POSITIONS
+        return plain and large and x.device.type == "cpu" and not (hooked or traced)
 
 
 MIN_POSITIONS = 256
-"""Positions of a batch from which on :func:`upsample_conv` is faster, at any number of channels."""
+"""Positions of an image from which on :func:`upsample_conv` is faster, at any number of channels.
+
+In a batch it is faster from fewer on; the choice does not depend on the batch, so that the bits of an image do not either."""
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -93,6 +99,12 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ``[b d 2h 2w]`` in channels_last.
     """
     b, _, h, w = x.shape
+    if torch.is_grad_enabled():
+        kernels = [kernel for row in _phases(weight, dim=2) for kernel in _phases(row, dim=3)]
+        joined: Tensor = _Joined.apply(
+            F.conv2d(x, torch.cat(kernels), None if bias is None else bias.repeat(4), padding=1)
+        )
+        return joined
     shape = (b, weight.shape[0], 2 * h, 2 * w)
     result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     for row, kernels in enumerate(_phases(weight, dim=2)):
@@ -100,6 +112,42 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             phase = F.conv2d(x, kernel, bias, padding=1)  # one row and one column more than the phase has
             result[..., row::2, column::2] = phase[..., row : row + h, column : column + w]
     return result
+
+
+class _Joined(torch.autograd.Function):
+    """The four phases of an image, ``[b 4d h+1 w+1] -> [b d 2h 2w]``, in channels_last; each has a row and a column too many."""
+
+    @staticmethod
+    def forward(ctx: Any, phases: Tensor) -> Tensor:
+        b, channels, h, w = phases.shape
+        result = _empty(phases, (b, channels // 4, 2 * h - 2, 2 * w - 2))
+        for ours, theirs in zip(_parts(phases), _interleaved(result), strict=True):
+            theirs.copy_(ours)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        b, channels, h, w = gradient.shape
+        phases = _empty(gradient, (b, 4 * channels, h // 2 + 1, w // 2 + 1)).zero_()
+        for ours, theirs in zip(_parts(phases), _interleaved(gradient), strict=True):
+            ours.copy_(theirs)
+        return phases
+
+
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _parts(phases: Tensor) -> list[Tensor]:
+    """Return the phases of even and odd rows and columns without the row and the column too many."""
+    h, w = phases.shape[-2] - 1, phases.shape[-1] - 1
+    return [part[..., i // 2 : i // 2 + h, i % 2 : i % 2 + w] for i, part in enumerate(phases.chunk(4, dim=1))]
+
+
+def _interleaved(image: Tensor) -> list[Tensor]:
+    """Return the same positions of an image."""
+    return [image[..., i // 2 :: 2, i % 2 :: 2] for i in range(4)]
 
 
 def _phases(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:

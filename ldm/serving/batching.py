@@ -98,7 +98,7 @@ class Batcher:
         """Context of a thread that samples: a call waits, for a moment, until all of them have their next evaluation.
 
         Args:
-            check: called before each evaluation; an exception that it raises ends the sampling.
+            check: called before each call of a network; an exception that it raises ends the sampling.
         """
         with self._changed:
             self._samplings += 1
@@ -115,7 +115,6 @@ class Batcher:
         self, model: BatchedModel, x: Tensor, sigma: Tensor, cond: Conditioning, options: AttentionOptions | None
     ) -> Tensor:
         """Evaluate :meth:`LatentDiffusion.denoise`, together with what other samplings wait for."""
-        getattr(self._of_thread, "check", lambda: None)()
         return self._submit(_Evaluation(model, x, sigma, cond, options))
 
     def run(self, function: Callable[[], R]) -> R:
@@ -132,6 +131,7 @@ class Batcher:
         self._thread.join()
 
     def _submit(self, call: Any) -> Any:
+        getattr(self._of_thread, "check", lambda: None)()
         with self._changed:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
@@ -233,8 +233,8 @@ class BatchedModel(LatentDiffusion):
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.batcher.run(lambda: super(BatchedModel, self).encode(image, noise))
 
-    def decode(self, latent: Tensor) -> Tensor:
-        return self.batcher.run(lambda: super(BatchedModel, self).decode(latent))
+    def decode(self, latent: Tensor, decoder: str = "full") -> Tensor:
+        return self.batcher.run(lambda: super(BatchedModel, self).decode(latent, decoder))
 
 
 class BatchedPipeline(Pipeline):

@@ -35,6 +35,13 @@ MISSING_MODEL: dict[int | str, dict[str, Any]] = {404: {"description": "There is
 
 ResponseFormat = Literal["url", "b64_json"]
 
+# Fields of the forms
+ModelField = Annotated[str | None, Form(description="Name of the model; default: the first of the server.")]
+NumberField = Annotated[int | None, Form(description="Number of images.")]
+SizeField = Annotated[str | None, Form(description="WIDTHxHEIGHT in pixels to which the image is scaled first.")]
+FormatField = Annotated[ResponseFormat | None, Form(description="Default: url.")]
+ExtraField = Annotated[str | None, Form(description="Further settings as JSON, or as fields extra[NAME].")]
+
 
 class Extra(SamplingFields):
     """Settings that OpenAI's API has no fields for, and the strength of an edit."""
@@ -96,11 +103,11 @@ async def edits(
     image: Annotated[UploadFile | None, File(description="The image, a PNG, JPEG or WebP.")] = None,
     image_list: Annotated[list[UploadFile] | None, File(alias="image[]", description="The image, in a list.")] = None,
     mask: Annotated[UploadFile | None, File(description="Transparent where the image is repainted.")] = None,
-    model: Annotated[str | None, Form()] = None,
-    n: Annotated[int | None, Form()] = None,
-    size: Annotated[str | None, Form(description="Size to which the image is scaled first.")] = None,
-    response_format: Annotated[ResponseFormat | None, Form()] = None,
-    extra: Annotated[str | None, Form(description="Further settings as JSON, or as fields extra[NAME].")] = None,
+    model: ModelField = None,
+    n: NumberField = None,
+    size: SizeField = None,
+    response_format: FormatField = None,
+    extra: ExtraField = None,
 ) -> dict[str, Any]:
     """Repaint an image where the mask (or the image itself) is transparent; without transparency, change all of it."""
     files = [image] if image is not None else image_list or []
@@ -124,11 +131,11 @@ async def variations(
     request: Request,
     response: Response,
     image: Annotated[UploadFile, File(description="The image, a PNG, JPEG or WebP.")],
-    model: Annotated[str | None, Form()] = None,
-    n: Annotated[int | None, Form()] = None,
-    size: Annotated[str | None, Form(description="Size to which the image is scaled first.")] = None,
-    response_format: Annotated[ResponseFormat | None, Form()] = None,
-    extra: Annotated[str | None, Form(description="Further settings as JSON, or as fields extra[NAME].")] = None,
+    model: ModelField = None,
+    n: NumberField = None,
+    size: SizeField = None,
+    response_format: FormatField = None,
+    extra: ExtraField = None,
 ) -> dict[str, Any]:
     """Vary an image."""
     given = await _extra(request, extra)

@@ -64,7 +64,6 @@ class Scheduler:
         self._observe = observe
         self._changed = threading.Condition()
         self._queues: OrderedDict[str, deque[Task]] = OrderedDict()  # of each client; the first is the next one's turn
-        self._running: set[Job] = set()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._draining = self._closed = False
         self._seconds = 5.0  # that an image takes, a running mean

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from dataclasses import dataclass
 
@@ -12,6 +14,9 @@ from ldm.errors import ConfigError, unknown
 
 TFLOPS = 1e12
 
+WORKSPACE, WORKSPACE_HOPPER = 2 * 4096 * 1024 + 8 * 16 * 1024, 32 * 1024 * 1024
+"""Bytes that torch gives a handle of cuBLAS, and from compute capability 9 on (``CublasHandlePool.cpp``)."""
+
 
 @dataclass(frozen=True)
 class Accelerator:
@@ -21,11 +26,13 @@ class Accelerator:
         half: dense matrix products in bf16, or in fp16 if there is no bf16.
         fp32: operations in fp32, without TF32.
         bf16: whether the device computes in bf16 natively.
+        workspace: bytes that torch gives a handle of cuBLAS on it.
     """
 
     half: float
     fp32: float
     bf16: bool = True
+    workspace: int = WORKSPACE
 
     def peak(self, precision: str) -> float:
         """Return the peak in fp32, bf16 or fp16."""
@@ -33,8 +40,8 @@ class Accelerator:
 
 
 ACCELERATORS = {
-    "h200": Accelerator(989 * TFLOPS, 67 * TFLOPS),
-    "h100": Accelerator(989 * TFLOPS, 67 * TFLOPS),
+    "h200": Accelerator(989 * TFLOPS, 67 * TFLOPS, workspace=WORKSPACE_HOPPER),
+    "h100": Accelerator(989 * TFLOPS, 67 * TFLOPS, workspace=WORKSPACE_HOPPER),
     "a100": Accelerator(312 * TFLOPS, 19.5 * TFLOPS),
     "l40s": Accelerator(362 * TFLOPS, 91.6 * TFLOPS),
     "4090": Accelerator(165 * TFLOPS, 82.6 * TFLOPS),
@@ -58,6 +65,23 @@ def accelerator(name: str) -> Accelerator:
     if name not in ACCELERATORS:
         raise ConfigError(unknown("device", name, [*ACCELERATORS, "cpu"]))
     return ACCELERATORS[name]
+
+
+def cublas_workspace(name: str | None = None) -> int:
+    """Return the bytes of memory that torch gives each handle of cuBLAS.
+
+    A handle belongs to a thread and a stream. The environment variable ``CUBLAS_WORKSPACE_CONFIG`` (``:4096:8``, which
+    reproducible results need) replaces the default of the device.
+
+    Args:
+        name: a device of :data:`ACCELERATORS`; None: this machine's.
+    """
+    if chosen := re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")):
+        return sum(1024 * int(size) * int(count) for size, count in chosen)
+    if name is not None:
+        return ACCELERATORS[name].workspace
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10, 12)
+    return WORKSPACE_HOPPER if hopper else WORKSPACE
 
 
 def this_machine() -> str | None:

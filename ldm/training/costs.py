@@ -6,7 +6,8 @@ activations and the precision of each operation are counted as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.data.buckets import Shape
 from ldm.data.samples import Batch, BatchIndices, captions_of
 from ldm.errors import LdmError
 from ldm.formats import native
 from ldm.nn.gradient_checkpointing import set_gradient_checkpointing
+from ldm.training.accelerators import cublas_workspace
 from ldm.training.config import TrainConfig
 from ldm.training.ema import EMA
 from ldm.training.optim import adamw, clip_gradients
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
 
 CAPTIONS, BATCHES = 4096, 256
 """Numbers of training captions, and of random batches of them, from which the length of a batch in tokens is estimated."""
+
+
+CUBLAS_HANDLES = 2
+"""Handles of cuBLAS in a training: torch computes the backward pass of a device in a thread of its own."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class StepCost:
         ema: averaged weights.
         gradients: gradients.
         activations: the batch, and what is computed from it.
+        workspaces: memory of cuBLAS on CUDA.
     """
 
     samples: int
@@ -56,11 +64,12 @@ class StepCost:
     ema: int
     gradients: int
     activations: int
+    workspaces: int = 0
 
     @property
     def memory(self) -> int:
-        """Most bytes of tensors at any time of the step."""
-        return self.weights + self.optimizer + self.ema + self.gradients + self.activations
+        """Most bytes of tensors and workspaces at any time of the step."""
+        return self.weights + self.optimizer + self.ema + self.gradients + self.activations + self.workspaces
 
     def sharded_memory(self, devices: int) -> int:
         """Return :attr:`memory` for each of ``devices`` that share trained weights, gradients, moments and averages (FSDP).
@@ -71,7 +80,28 @@ class StepCost:
         return self.memory - shared + shared // devices
 
 
-def flops_per_sample(experiment: Experiment, stage: str, step: int | None = None) -> float:
+def flops_by_shape(experiment: Experiment, stage: str) -> Callable[[Shape], float]:
+    """Return a function from the shape of a batch's images to :func:`flops_per_sample`.
+
+    Convolutions take operations in proportion to the number of pixels, and attention to its square, so that a parabola through
+    the values of three of the shapes of the aspect buckets gives those of all.
+    """
+    data = experiment.data_of(stage)
+    by_pixels = {math.prod(shape): shape for shape in data.bucket_shapes or (data.image_shape[1:],)}
+    pixels = sorted(by_pixels)
+    chosen = sorted({pixels[0], pixels[len(pixels) // 2], pixels[-1]})
+    flops = [flops_per_sample(experiment, stage, shape=by_pixels[each]) for each in chosen]
+
+    def interpolated(shape: Shape) -> float:
+        at, total = math.prod(shape), 0.0
+        for here, value in zip(chosen, flops, strict=True):  # Lagrange's formula
+            total += value * math.prod((at - other) / (here - other) for other in chosen if other != here)
+        return total
+
+    return interpolated
+
+
+def flops_per_sample(experiment: Experiment, stage: str, step: int | None = None, shape: Shape | None = None) -> float:
     """Return the floating-point operations that the networks need for a training sample, forward and backward.
 
     Activations that gradient checkpointing computes again do not count: this is the numerator of MFU (Chowdhery et al. 2022,
@@ -81,8 +111,9 @@ def flops_per_sample(experiment: Experiment, stage: str, step: int | None = None
         experiment: the experiment.
         stage: the stage.
         step: number of the optimizer step; None = the last, when all losses are active.
+        shape: as in :func:`step_cost`.
     """
-    cost = step_cost(experiment, stage, step, gradient_checkpointing=False)
+    cost = step_cost(experiment, stage, step, gradient_checkpointing=False, shape=shape)
     return cost.flops / cost.samples
 
 
@@ -99,7 +130,9 @@ def step_cost(
     *,
     precision: str | None = None,
     device_type: str = "cpu",
+    device: str | None = None,
     gradient_checkpointing: bool | None = None,
+    shape: Shape | None = None,
 ) -> StepCost:
     """Count the costs of one optimizer step of a stage on one device.
 
@@ -109,10 +142,12 @@ def step_cost(
         step: number of the step; None = the last, when all losses are active.
         precision: fp32, bf16 or fp16; None = as the config says, on this machine.
         device_type: ``cpu`` or ``cuda``, whose autocast differs in what is computed in fp32.
+        device: CUDA device of :data:`ldm.training.accelerators.ACCELERATORS`; None = this machine's.
         gradient_checkpointing: whether activations are computed again; None = as the config says.
+        shape: height and width of the images in pixels; None = the largest that the data have.
     """
     train: TrainConfig = getattr(experiment, stage).train
-    captions = _captions(experiment, stage)
+    captions, data = _captions(experiment, stage), experiment.data_of(stage)
     task = outline(experiment, stage, captions)
     remove_values(task)
     if device_type == "cuda":
@@ -136,7 +171,8 @@ def step_cost(
     precision = precision or experiment.trainer.precision_of(train)
 
     with CostCounter([*weights, *moments, *average], trained) as counter:
-        batch = _batch(experiment, task, [_typical(captions, task, train.batch_size)] * train.batch_size)
+        shape = shape or max(data.bucket_shapes or (data.image_shape[1:],), key=math.prod)
+        batch = _batch(experiment, task, [_typical(captions, task, train.batch_size)] * train.batch_size, shape)
         batches = min(train.accumulate, 2)
         _step(task, optimizers, parameters, batch, batches, number, train.gradient_clip, precision)
         if ema is not None:
@@ -151,6 +187,7 @@ def step_cost(
         ema=fixed[2],
         gradients=counter.gradients,
         activations=counter.peak - sum(fixed) - counter.gradients,
+        workspaces=CUBLAS_HANDLES * cublas_workspace(device) if device_type == "cuda" else 0,
     )
 
 
@@ -185,9 +222,9 @@ def _step(
                     optimizer.zero_grad()
 
 
-def _batch(experiment: Experiment, task: Task, captions: Sequence[str]) -> Batch:
+def _batch(experiment: Experiment, task: Task, captions: Sequence[str], shape: Shape) -> Batch:
     """Return a batch of black images or cached latents, or both, with these captions and without other conditions."""
-    n, (channels, height, width) = len(captions), experiment.data.image_shape
+    n, channels, (height, width) = len(captions), experiment.data.image_shape[0], shape
     conditions = dict.fromkeys(experiment.denoiser.conditioner.input_keys, [None] * n)
     batch: Batch = {**conditions, "key": [str(i) for i in range(n)], "text": captions}
     first_stage = task.frozen_first_stage if experiment.data.has_latents else None
@@ -195,8 +232,8 @@ def _batch(experiment: Experiment, task: Task, captions: Sequence[str]) -> Batch
         batch["image"] = torch.zeros(n, channels, height, width)
     if first_stage is None:
         return batch
-    shape = (n, first_stage.latent_channels, height // first_stage.factor, width // first_stage.factor)
-    return batch | {name: torch.zeros(shape) for name in first_stage.posterior_type.cached}
+    size = (n, first_stage.latent_channels, height // first_stage.factor, width // first_stage.factor)
+    return batch | {name: torch.zeros(size) for name in first_stage.posterior_type.cached}
 
 
 def _captions(experiment: Experiment, stage: str) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from ldm.data.buckets import Shape
 from ldm.data.datamodule import DataModule
 from ldm.data.stream import worker_death
 from ldm.devices import usual_torch_state
@@ -51,7 +52,7 @@ def fit(
     data: DataModule,
     config: TrainerConfig,
     begin: Callable[[], object] = lambda: None,
-    flops_per_sample: Callable[[], float] | None = None,
+    count_flops: Callable[[], Callable[[Shape], float]] | None = None,
 ) -> L.Trainer:
     """Train a stage to its last step, from its newest intact checkpoint if there is one.
 
@@ -60,7 +61,7 @@ def fit(
         data: its training loader holds the batches of the complete run and can start at any of them.
         config: machine settings.
         begin: called by the first rank before the first step, after the settings were tried.
-        flops_per_sample: returns the floating-point operations of a step for one sample; on a GPU, the MFU is logged.
+        count_flops: counts floating-point operations, see :class:`ldm.training.system_metrics.SystemMetrics`.
 
     Raises:
         CheckpointError: the checkpoint cannot be continued; see :func:`ldm.training.resume.resume_point`.
@@ -106,7 +107,7 @@ def fit(
             Trial(begin),
             BadSamples(),
             Sessions(config),
-            Metrics(config, flops_per_sample),
+            Metrics(config, count_flops),
             Progress(),
             Interruption(checkpoints),
             Previews(),

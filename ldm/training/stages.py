@@ -23,7 +23,7 @@ from ldm.formats.tensors import write_atomically
 from ldm.formats.training_checkpoint import resume_points
 from ldm.nn.gradient_checkpointing import set_gradient_checkpointing
 from ldm.training.callbacks.interruption import interruptible
-from ldm.training.costs import flops_per_sample
+from ldm.training.costs import flops_by_shape
 from ldm.training.ema import not_finite
 from ldm.training.encoders import encoded_source
 from ldm.training.engine import StageModule, seed_of
@@ -80,7 +80,7 @@ def _train(experiment: Experiment, module: StageModule, files: Mapping[Path, str
     if module.train_config.init and not resume_points(module.folder):
         initialize(module.task, module.train_config.init)
     data = data_of(experiment, module)
-    trainer = fit(module, data, experiment.trainer, begin, partial(flops_per_sample, experiment, module.stage))
+    trainer = fit(module, data, experiment.trainer, begin, partial(flops_by_shape, experiment, module.stage))
     module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when it ends
     export, state = module.export(data.samples)
     if broken := not_finite(state):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
 import torch
 
+from ldm.data.buckets import Shape
 from ldm.errors import first_line, warn
 from ldm.processes import resident_bytes
 from ldm.training.accelerators import accelerator, this_machine
@@ -29,8 +31,9 @@ class SystemMetrics:
         precision: fp32, bf16 or fp16.
         samples_per_step: samples of an optimizer step, on all ranks.
         devices: number of ranks.
-        flops_per_sample: returns the floating-point operations of forward and backward pass for one sample; it is called on a
-            CUDA device of which the peak is known. If it fails, a warning says why, and there is no MFU.
+        count_flops: returns a function from the shape of images to the floating-point operations of forward and backward pass
+            for one sample; it is called on a CUDA device of which the peak is known. If it fails, a warning says why, and there
+            is no MFU.
     """
 
     def __init__(
@@ -39,15 +42,16 @@ class SystemMetrics:
         precision: str,
         samples_per_step: int,
         devices: int,
-        flops_per_sample: Callable[[], float] | None = None,
+        count_flops: Callable[[], Callable[[Shape], float]] | None = None,
     ):
         self.device = device
         self.samples_per_step = samples_per_step
-        self.peak_rate: float | None = None  # samples per second at the peak of all devices
+        self.flops_of: Callable[[Shape], float] | None = None
+        self.peak = math.inf  # operations per second of all devices
         name = this_machine() if device.type == "cuda" else None
-        if name is not None and flops_per_sample is not None:
+        if name is not None and count_flops is not None:
             try:
-                self.peak_rate = accelerator(name).peak(precision) * devices / flops_per_sample()
+                self.flops_of, self.peak = count_flops(), accelerator(name).peak(precision) * devices
             except Exception as error:  # a network that cannot be counted can still be trained
                 warn(
                     f"the operations of a step cannot be counted ({first_line(error)}), so that {SYSTEM}mfu is not logged."
@@ -61,9 +65,14 @@ class SystemMetrics:
             step: steps completed so far.
             waited: seconds for which the training has waited for data so far.
         """
-        self.start = (time.perf_counter(), step, waited)
+        self.start, self.flops = (time.perf_counter(), step, waited), 0.0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    def add(self, samples: int, shape: Shape) -> None:
+        """Count a batch of this number of samples, on all ranks, of images of height and width ``shape``."""
+        if self.flops_of is not None:
+            self.flops += samples * self.flops_of(shape)
 
     def row(self, step: int, waited: float) -> dict[str, float]:
         """Return the columns for the steps since the last call or restart, and begin the next measurement."""
@@ -73,7 +82,7 @@ class SystemMetrics:
         cuda = self.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(self.device) if cuda else resident_bytes()
         row = {"samples_per_second": rate, "data_wait": (waited - waited_then) / seconds, "memory_gib": memory / GIB}
-        if self.peak_rate is not None:
-            row["mfu"] = rate / self.peak_rate
+        if self.flops_of is not None:
+            row["mfu"] = self.flops / seconds / self.peak
         self.restart(step, waited)
         return {SYSTEM + name: value for name, value in row.items()}

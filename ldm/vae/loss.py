@@ -136,11 +136,11 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 class GeneratorLoss(NamedTuple):
-    """The loss of a generator that is differentiated once, as far as to the image that it made.
+    """The adversarial loss of a first stage, for which the discriminator is evaluated and differentiated once.
 
     Attributes:
-        value: minus the mean of the logits; its derivative with respect to ``reconstruction`` is ``gradient``.
-        logits: the discriminator's output, with gradients for its parameters only.
+        value: minus the mean of the logits, with gradients for the first stage alone.
+        logits: output of the discriminator, with gradients for its parameters alone.
     """
 
     value: Tensor
@@ -148,21 +148,24 @@ class GeneratorLoss(NamedTuple):
 
     @classmethod
     def of(cls, discriminator: nn.Module, reconstruction: Tensor) -> GeneratorLoss:
-        """Compute it for ``reconstruction [b c h w]``, with its graph."""
+        """Compute the loss of ``reconstruction [b c h w]``."""
         image = reconstruction.detach().requires_grad_()
         logits = discriminator(image)
-        value = -logits.mean()
+        value = -logits.float().mean()
         scale = torch.full_like(value, image.numel())  # fp16 could not hold the gradients of single values of the image
-        gradient = torch.autograd.grad(value, image, scale, retain_graph=True)[0].float() / image.numel()
-        return cls(_WithGradient.apply(value, reconstruction, gradient), logits)
+        with torch.autocast(image.device.type, enabled=False):  # as torch recommends for a backward pass
+            gradient = torch.autograd.grad(value, image, scale, retain_graph=True)[0].float() / image.numel()
+        return cls(_WithGradient.apply(value.detach(), reconstruction, gradient), logits)
 
 
 class _WithGradient(torch.autograd.Function):
+    """A value whose gradient with respect to ``x`` is known."""
+
     @staticmethod
     def forward(ctx: Any, value: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         ctx.dtype = x.dtype
-        return value.detach().clone()
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor, None]:

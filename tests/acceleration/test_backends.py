@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._dynamo.testing import CompileCounter
 
 from ldm import Pipeline
 from ldm.acceleration import default_backend, known_backends
@@ -16,13 +17,12 @@ from ldm.cli.sample import main
 from ldm.diffusion import SAMPLERS, SPECS, Guidance
 from ldm.errors import ConfigError, MissingExtraError, SamplingError
 from tests.acceleration.cases import CONDITIONERS, GUIDANCE, model_with
-from tests.acceleration.test_constant_weights import PROMPT, QUIET, assert_same, changes
+from tests.acceleration.test_constant_weights import LATENTS, PROMPT, QUIET, assert_same, changes
 from tests.tiny import tiny_lora, tiny_model
 
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="needs the package openvino, of the extra openvino")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LATENTS: dict[str, Any] = {"output_type": "latent"}
 
 
 @pytest.fixture
@@ -58,7 +58,6 @@ def test_the_default_is_the_fastest_that_is_installed(monkeypatch: pytest.Monkey
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    torch._inductor.cpp_builder.get_cpp_compiler.cache_clear()
     with pytest.raises(SamplingError, match=r"the backend 'inductor' needs a C\+\+ compiler, but none is found"):
         Pipeline(tiny_model()).compile("inductor")
 
@@ -118,7 +117,7 @@ def test_inductor_makes_the_same_images(options: dict[str, Any]) -> None:
 
 def test_equal_blocks_share_their_code() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     model = tiny_model(denoiser=UNET | {"middle_depth": 6})
     compiled = known_backends()["inductor"](progress=False).compile(model.denoiser, "denoiser")
     blocks = [each for each in compiled.modules() if each._compiled_call_impl is not None]
@@ -159,6 +158,14 @@ def test_openvino_makes_the_same_images_and_loads_programs_from_its_cache(
     other = Pipeline(tiny_model(seed=1)).compile("openvino", cache=cache, progress=False)
     with pytest.raises(TypeError, match="NoneType"):
         other(PROMPT, **QUIET)
+
+
+@needs_openvino
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    pipe = Pipeline(tiny_model()).compile("openvino", cache=str(tmp_path / "file"), progress=False)
+    with pytest.raises(SamplingError, match=r"the cache .*file cannot be used .* another folder, or to None"):
+        pipe(PROMPT, **QUIET)
 
 
 @needs_openvino

@@ -25,6 +25,7 @@ from tests.acceleration.cases import CONDITIONERS, GUIDANCE, model_with
 from tests.tiny import tiny_lora, tiny_model
 
 QUIET: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "progress": False, "output_type": "pt"}
+LATENTS: dict[str, Any] = {"output_type": "latent"}
 PROMPT = "a red car"
 
 
@@ -66,7 +67,7 @@ def lora(tmp_path: Path) -> Path:
 def test_every_conditioner_works(kind: str) -> None:
     conditioner, conditions = CONDITIONERS[kind]
     model = model_with(conditioner)
-    assert_same(compiled(copy.deepcopy(model)), Pipeline(model), **conditions)
+    assert_same(compiled(copy.deepcopy(model)), Pipeline(model), **conditions, **LATENTS)
 
 
 def test_the_cases_have_every_conditioner() -> None:
@@ -75,9 +76,10 @@ def test_the_cases_have_every_conditioner() -> None:
 
 @pytest.mark.parametrize("kind", GUIDANCE)
 def test_every_kind_of_guidance_works(kind: str) -> None:
-    assert_same(compiled(), Pipeline(tiny_model()), PROMPT, guidance=GUIDANCE[kind], num_inference_steps=4)
+    assert_same(compiled(), Pipeline(tiny_model()), PROMPT, guidance=GUIDANCE[kind], num_inference_steps=4, **LATENTS)
 
 
+@pytest.mark.slow
 def test_every_sampler_and_batch_size_works() -> None:
     pipe, plain = compiled(), Pipeline(tiny_model())
     for sampler in SAMPLERS:

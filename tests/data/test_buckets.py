@@ -35,7 +35,7 @@ from tests.data.test_bad_samples import WithBad
 from tests.data.test_latents import TinyFirstStage
 from tests.data.test_stream import assert_equal, buffers
 
-SHAPES = BucketConfig(8, 2.5).shapes(64, 64)
+SHAPES = BucketConfig(8, 2.5).table(64, 64)
 
 
 class Bucketed(WithBad):
@@ -59,7 +59,7 @@ sets = st.lists(st.integers(0, len(SHAPES) - 1), min_size=1, max_size=40)
 @given(st.sampled_from([8, 16, 32, 64]), st.integers(1, 16), st.integers(1, 16), st.floats(1.01, 9))
 def test_the_table_has_shapes_of_about_the_area_of_the_size(step: int, down: int, across: int, aspect: float) -> None:
     height, width = step * down, step * across
-    shapes = BucketConfig(step, aspect).shapes(height, width)
+    shapes = BucketConfig(step, aspect).table(height, width)
     assert (height, width) in shapes
     assert all(h % step == w % step == 0 and h * w <= height * width for h, w in shapes)
     assert all((h + step) * w > height * width or h * (w + step) > height * width for h, w in shapes)
@@ -70,8 +70,8 @@ def test_the_table_has_shapes_of_about_the_area_of_the_size(step: int, down: int
 
 
 def test_the_tables_of_common_sizes() -> None:
-    assert BucketConfig().shapes(512, 512) == [(640, 384), (576, 448), (512, 512), (448, 576), (384, 640)]
-    sdxl = BucketConfig(64, 4).shapes(1024, 1024)
+    assert BucketConfig().table(512, 512) == [(640, 384), (576, 448), (512, 512), (448, 576), (384, 640)]
+    sdxl = BucketConfig(64, 4).table(1024, 1024)
     assert {(1024, 1024), (896, 1152), (832, 1216), (768, 1344), (640, 1536), (512, 2048)} < set(sdxl)
     message = (
         r"^data: size is 500 x 500, whose sides are not multiples of buckets\.step, which is 64; change one of them\.$"
@@ -79,7 +79,41 @@ def test_the_tables_of_common_sizes() -> None:
     with pytest.raises(ConfigError, match=message):
         from_dict(DataConfig, {"kind": "shards", "train": "a", "size": 500, "buckets": {}}, "data")
     with pytest.raises(ConfigError, match=r"buckets\.step is 1, which gives \d+ shapes, more than 256; raise it\.$"):
-        BucketConfig(1).shapes(512, 512)
+        BucketConfig(1).table(512, 512)
+
+
+def test_shapes_may_be_given_as_a_list(tmp_path: Path) -> None:
+    """In any order and without data.size; a broken image goes to the bucket that is nearest to data.size."""
+    config = from_dict(
+        DataConfig,
+        {"kind": "shards", "train": str(tmp_path), "size": 32, "buckets": {"shapes": [[24, 48], [40, 24], [16, 64]]}},
+    )
+    assert config.bucket_shapes == ((40, 24), (24, 48), (16, 64))
+    samples = [
+        Sample(str(i), "a", encoded(Image.new("RGB", size)), "png")
+        for i, size in enumerate([(30, 60), (60, 30), (60, 15)])
+    ]
+    write_shard(tmp_path / "0.tar", [*samples, Sample("3", "b", b"broken", "png")])
+    buckets = config.open("train").buckets()
+    assert buckets is not None
+    assert buckets.of.tolist() == [0, 1, 2, 0]
+    assert config.open("train")[BatchIndices(np.array([1]), shape=(24, 48))]["image"].shape == (1, 3, 24, 48)
+
+
+@pytest.mark.parametrize(
+    ("buckets", "message"),
+    [
+        ({"shapes": []}, "shapes lists 0 shapes; give from 1 to 256"),
+        ({"shapes": [[0, 8]]}, r"shapes is \[\[0, 8\]\]; the sides must be at least 1 pixel"),
+        ({"shapes": [[8, 16], [16, 32]]}, r"lists \[8, 16\] and \[16, 32\], which have the same aspect ratio"),
+        ({"shapes": [[8, 16]], "step": 8}, "step and max_aspect have no effect on shapes that are given"),
+        ({"shapes": [[8, 16, 3]]}, r"shapes\[0\]: expected 2 values, found 3"),
+        ({"shapes": [8, 16]}, r"shapes\[0\]: expected a list, found 8"),
+    ],
+)
+def test_lists_of_shapes_that_cannot_be_used_are_refused(buckets: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(DataConfig, {"kind": "shards", "train": "a", "size": 32, "buckets": buckets}, "data")
 
 
 @given(st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1))

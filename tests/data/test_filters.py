@@ -4,15 +4,18 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from ldm.cli.dry_run import describe
 from ldm.config import from_dict, to_dict
 from ldm.data import ShardsData, TrainStream
+from ldm.data.caption_choice import CaptionConfig
 from ldm.data.filters import FilterConfig, Selection
 from ldm.data.indexing import IndexOptions, make_index
 from ldm.data.shards import Shards
@@ -304,6 +307,39 @@ def test_captions_in_lists_are_measured_by_the_first(tmp_path: Path) -> None:
     )
     make_index(str(tmp_path), options=IndexOptions(caption_format="json"))
     assert Shards.open(str(tmp_path), "train").column("caption_length").to_pylist() == [4, None]
+
+
+def test_lengths_of_other_captions_than_those_of_the_training_are_not_used(tmp_path: Path) -> None:
+    shard_with_fields(tmp_path / "a.tar", [{"long": "a caption of a sidecar"}, {"long": "b"}])
+    make_index(str(tmp_path), options=IndexOptions())
+    short = FilterConfig(max_caption_length=3)
+    for settings, measured, used, option in (
+        ({"caption_field": "long"}, "in .txt as text", "the field 'long' as text", "--caption-field long"),
+        ({"captions": CaptionConfig(format="lines")}, "in .txt as text", ".txt as lines", "--caption-format lines"),
+    ):
+        data = ShardsData(str(tmp_path), size=8, filters=short, **settings)
+        with pytest.raises(
+            DataError, match=f"{measured}, but data.caption_field and data.captions.format read {used}"
+        ) as error:
+            data.open("train")
+        assert option in str(error.value)
+        assert len(replace(data, filters=FilterConfig(min_side=1)).open("train")) == 2  # which no caption matters to
+    make_index(str(tmp_path), options=IndexOptions(caption_field="long"))
+    data = ShardsData(str(tmp_path), size=8, filters=short, caption_field="long")
+    assert data.open("train").all_captions("") == ["b"]
+    with pytest.raises(DataError, match=r"in the field 'long' as text, but .* read \.txt as text; make it again"):
+        replace(data, caption_field=None).open("train")
+
+
+def test_an_index_that_does_not_say_what_it_measured_is_used_with_a_warning(tmp_path: Path) -> None:
+    shard_with_fields(tmp_path / "a.tar", [{}, {}])
+    index = make_index(str(tmp_path))
+    table = pq.read_table(index.location)
+    content = json.loads(table.schema.metadata[b"ldm"])
+    del content["captions"]
+    pq.write_table(table.replace_schema_metadata({b"ldm": json.dumps(content)}), index.location)
+    with pytest.warns(UserWarning, match="made by an earlier version and does not say which captions it measured"):
+        ShardsData(str(tmp_path), size=8, filters=FilterConfig(min_caption_length=1)).open("train")
 
 
 def test_a_training_reports_its_filters_and_is_not_resumed_with_others(

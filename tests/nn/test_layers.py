@@ -74,11 +74,19 @@ def test_upsampling_repeats_pixels_to_the_size_that_is_asked_for() -> None:
 def test_upsampling_in_phases_equals_upsampling_before_the_convolution(dtype: torch.dtype, tolerance: float) -> None:
     layer = Upsample(8)
     x = torch.randn(2, 8, 16, 13)
-    expected = layer(x)
+    expected = layer.conv(F.interpolate(x, scale_factor=2.0))
     with torch.no_grad():
         result = layer.to(dtype)(x.to(dtype))
     assert result.dtype == dtype
     torch.testing.assert_close(result.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_upsampling_in_phases_has_the_gradients_of_upsampling_before_the_convolution() -> None:
+    layer, x, upstream = Upsample(8), torch.randn(2, 8, 16, 13, requires_grad=True), torch.randn(2, 8, 32, 26)
+    inputs = (x, layer.conv.weight, layer.conv.bias)
+    ours, plain = layer(x), layer.conv(F.interpolate(x, scale_factor=2.0))
+    found, expected = (torch.autograd.grad(each, inputs, upstream) for each in (ours, plain))
+    torch.testing.assert_close((ours, *found), (plain, *expected), atol=2e-4, rtol=1e-4)
 
 
 def test_upsampling_in_phases_uses_the_current_weights() -> None:

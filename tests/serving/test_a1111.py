@@ -72,7 +72,7 @@ def test_img2img_changes_an_image(server: Running) -> None:
 def test_progress_is_that_of_the_clients_images_and_interrupt_ends_them(server: Running) -> None:
     assert server.http.get("/sdapi/v1/progress").json()["progress"] == 0
     responses: list[Any] = []
-    body = {"prompt": "a red apple", "steps": 150, "sampler_name": "Heun"}
+    body = {"prompt": "a red apple", "steps": 150, "sampler_name": "Heun", "width": 64, "height": 64}
     thread = threading.Thread(target=lambda: responses.append(server.http.post("/sdapi/v1/txt2img", json=body)))
     thread.start()
     state: dict[str, Any] = {"current_image": None}

@@ -72,7 +72,7 @@ def test_images_of_mixed_requests_are_bitwise_those_of_the_pipeline(make: Any, r
     assert max(rows) > 3, "nothing was batched"
 
 
-@pytest.mark.parametrize("n", [1, 3, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8))])
 def test_images_of_the_shipped_model_are_bitwise_those_of_the_pipeline(make: Any, rows: list[int], n: int) -> None:
     pipe, batched, batcher = make(Pipeline.from_pretrained(device="cpu", dtype=torch.float32))
     requests = [
@@ -96,6 +96,22 @@ def test_an_evaluation_with_guidance_does_not_depend_on_its_batch_to_the_bit() -
             for start in (0, 8 - n):
                 part = slice(start, start + n)
                 assert torch.equal(model.denoise(x[part], sigma[part], cond[part]), full[part]), (n, start)
+
+
+@pytest.mark.parametrize("n", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
+def test_the_pipeline_makes_bitwise_the_same_guided_images_in_any_batch(n: int) -> None:
+    """With the shipped model in fp32 on the CPU; eight images on two threads, see docs/serving.md."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if n == 8 else threads)
+    try:
+        pipe = Pipeline.from_pretrained(device="cpu", dtype=torch.float32)
+        settings: dict[str, Any] = {"num_inference_steps": 2, **QUIET}
+        prompts = [f"{index} apples" for index in range(n)]
+        together = pipe(prompts, seed=0, **settings)
+        for index in {0, 1, n - 1}:
+            assert torch.equal(pipe(prompts[index], seed=index, **settings)[0], together[index])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_in_exact_mode_numbers_of_rows_that_change_the_images_are_not_used(make: Any, rows: list[int]) -> None:

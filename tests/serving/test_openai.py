@@ -111,7 +111,7 @@ def test_images_create_variation(server: Running, client: openai.OpenAI, image: 
 
 
 def test_a_client_that_goes_away_cancels_its_work(server: Running) -> None:
-    body = {"prompt": "a red apple", "extra": {"num_inference_steps": 150, "sampler": "heun"}}
+    body = {"prompt": "a red apple", "size": "128x128", "extra": {"num_inference_steps": 150, "sampler": "heun"}}
     with httpx.Client(base_url=server.url, timeout=0.5) as impatient, pytest.raises(httpx.ReadTimeout):
         impatient.post("/v1/images/generations", json=body)
     before = len(list(server.service.gallery.folder.iterdir()))

@@ -32,7 +32,7 @@ KEY, OTHER_KEY = "k" * 32, "o" * 32
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    limits = Limits(max_upload_bytes=200_000, upload_seconds=1.0)
+    limits = Limits(max_upload_bytes=200_000, upload_seconds=2.0)
     with serving(tmp_path_factory.mktemp("security"), limits=limits, origins=["https://good.example"]) as running:
         yield running
 

@@ -27,7 +27,7 @@ from tests.experiments import CAPTIONS, tiny_experiment
 from tests.training.rank_training import record, train
 from tests.training.test_ranks import COMMON, STEPS
 
-SHAPES = BucketConfig(4).shapes(16, 16)
+SHAPES = BucketConfig(4).table(16, 16)
 ASPECTS = [(16, 16), (20, 12), (12, 20), (30, 18), (40, 15), (11, 20), (17, 16)]  # width, height
 BUCKETS = ["data.buckets={step: 4}", "data.sizes=true"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import logging
@@ -9,6 +10,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -22,17 +24,17 @@ from ldm import __version__
 from ldm.acceleration.backend import Backend
 from ldm.acceleration.constant_weights import ConstantWeights, FlatNetwork, Program
 from ldm.config import config_field
-from ldm.errors import SamplingError, missing_extra
+from ldm.errors import SamplingError, first_line, missing_extra
 from ldm.paths import expanded
 
-MODEL = "model.xml"
-"""Name of a converted model within its folder of the cache."""
+MODEL, ANGLES = "model.xml", "angles.xml"
+"""Names of a converted model, and of the part that is computed in fp32, within its folder of the cache."""
 
-CHUNK = 4096
-"""Number of values that add up to one number of a fingerprint."""
+CONVERSION = 1
+"""Number of the way in which networks are converted; raising it, with every change of that way, leaves stored programs aside."""
 
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers by their size in bytes."""
+CHUNK = 512
+"""Number of 64-bit words that add up to one number of a fingerprint."""
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """OpenVINO's names of the dtypes in which it computes; all others become fp32."""
@@ -78,75 +80,136 @@ class OpenVINO(Backend, kind="openvino"):
 
         core = openvino.Core()
         dtype = next((each.dtype for each in network.parameters()), torch.float32)
-        properties = {"INFERENCE_PRECISION_HINT": PRECISIONS.get(dtype, "f32"), "PERFORMANCE_HINT": "LATENCY"}
-        threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        if self.cache is None:
-            return Infer(core.compile_model(convert(network, tensors, quantization), "CPU", properties | threads))
-        versions = __version__, torch.__version__, openvino.__version__, core.get_property("CPU", "FULL_DEVICE_NAME")
+        precision = PRECISIONS.get(dtype, "f32")
+        properties = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        versions = (
+            CONVERSION,
+            __version__,
+            torch.__version__,
+            openvino.__version__,
+            core.get_property("CPU", "FULL_DEVICE_NAME"),
+        )
         shapes = [(tuple(each.shape), each.dtype) for each in tensors]
         key = fingerprint(network, (versions, properties, quantization, shapes, network.constants()))
-        folder = Path(expanded(self.cache)) / key
-        if not (folder / MODEL).is_file():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-                new = Path(temporary) / "new"
-                openvino.save_model(convert(network, tensors, quantization), new / MODEL, compress_to_fp16=False)
-                new.replace(folder)
-            gc.collect()  # graphs of the conversion, which hold copies of the weights
-        # from the file, whose weights are mapped into memory; OpenVINO puts the compiled program beside it
-        return Infer(core.compile_model(folder / MODEL, "CPU", properties | threads | {"CACHE_DIR": str(folder)}))
+        with tempfile.TemporaryDirectory() if self.cache is None else nullcontext(expanded(self.cache)) as cache:
+            folder = Path(cache) / key
+            try:
+                if not folder.is_dir():
+                    _write(folder, network, tensors, quantization, precision)
+                # from files, whose weights are mapped into memory; OpenVINO puts the compiled program beside them
+                properties |= {"INFERENCE_NUM_THREADS": str(torch.get_num_threads()), "CACHE_DIR": str(folder)}
+                angles = None
+                if (folder / ANGLES).is_file():
+                    angles = core.compile_model(
+                        folder / ANGLES, "CPU", properties | {"INFERENCE_PRECISION_HINT": "f32"}
+                    )
+                return Infer(angles, core.compile_model(folder / MODEL, "CPU", properties))
+            except OSError as error:
+                raise SamplingError(
+                    f"the cache {folder.parent} cannot be used ({first_line(error)}); set the option cache to another folder, or "
+                    "to None."
+                ) from None
+            except RuntimeError as error:
+                raise SamplingError(
+                    f"OpenVINO cannot compile this {type(network.network).__name__} ({first_line(error)}); compile with "
+                    "the backend 'inductor'."
+                ) from error
+
+
+def _write(folder: Path, network: FlatNetwork, tensors: list[Tensor], quantization: str | None, precision: str) -> None:
+    """Convert a network and write it into a new folder, if no other process has done so meanwhile."""
+    import openvino
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        new = Path(temporary) / "new"
+        model = convert(network, tensors)
+        if precision != "f32" and (angles := split_angles(model)) is not None:
+            openvino.save_model(angles, new / ANGLES, compress_to_fp16=False)
+        if quantization is not None:
+            model = with_int8_weights(model)
+        openvino.save_model(model, new / MODEL, compress_to_fp16=False)
+        del model
+        if not folder.is_dir():
+            new.replace(folder)
+    gc.collect()  # graphs of the conversion, which hold copies of the weights
 
 
 class Infer:
-    """A compiled program as a function of tensors; calls of several threads take turns."""
+    """Compiled programs as a function of tensors; calls of several threads take turns.
 
-    def __init__(self, program: Any):
-        self.request, self.lock = program.create_infer_request(), threading.Lock()
+    Args:
+        angles: computes further inputs of ``main`` from its other inputs; None if there are none.
+        main: computes the output.
+    """
+
+    def __init__(self, angles: Any, main: Any):
+        self.angles = None if angles is None else angles.create_infer_request()
+        self.main, self.lock = main.create_infer_request(), threading.Lock()
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         import openvino
 
         arrays = [(each.float() if each.is_floating_point() else each).contiguous().numpy() for each in tensors]
+        inputs = [openvino.Tensor(each, shared_memory=True) for each in arrays]
         with self.lock:
-            for index, array in enumerate(arrays):
-                self.request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
-            self.request.infer()
-            return torch.from_numpy(self.request.get_output_tensor(0).data).clone()
+            if self.angles is not None:
+                self.angles.infer(inputs)
+                inputs += self.angles.output_tensors
+            self.main.infer(inputs)
+            return torch.from_numpy(self.main.output_tensors[0].data).clone()
 
 
-class Widened(nn.Module):
-    """A network with inputs and output in fp32, for which numpy has a type, whatever its own dtype."""
+def convert(network: FlatNetwork, tensors: Sequence[Tensor]) -> Any:
+    """Return a network as a model of OpenVINO in fp32, for the shapes of ``tensors``.
 
-    def __init__(self, network: nn.Module, dtypes: Sequence[torch.dtype]):
-        super().__init__()
-        self.network, self.dtypes = network, dtypes
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        result: Tensor = self.network(*(each.to(dtype) for each, dtype in zip(tensors, self.dtypes, strict=True)))
-        return result.float()
-
-
-def convert(network: FlatNetwork, tensors: Sequence[Tensor], quantization: str | None) -> Any:
-    """Return a network as a model of OpenVINO for the shapes of ``tensors``, with all floating-point inputs in fp32."""
+    In whatever precision a program computes, the model is in fp32: with weights and inputs in bf16, the convolutions of few
+    channels gave NaN (OpenVINO 2026.4).
+    """
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
     from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
 
+    if any(each.dtype != torch.float32 for each in network.parameters()):
+        network = copy.deepcopy(network).float()
     examples = tuple(each.float() if each.is_floating_point() else each for each in tensors)
-    exported = torch.export.export(Widened(network, [each.dtype for each in tensors]), examples, strict=False)
+    exported = torch.export.export(network, examples, strict=False)
     known = set(ops_to_not_decompose())
     table = {op: function for op, function in torch.export.default_decompositions().items() if op not in known}
     decoder = TorchFXPythonDecoder(exported.run_decompositions(table).module(), dynamic_shapes=False)
     frontend = FrontEndManager().load_by_framework("pytorch")  # not openvino.convert_model, which reports its use
     model = frontend.convert(frontend.load(decoder))
     model.reshape({port: list(each.shape) for port, each in zip(model.inputs, examples, strict=True)})
-    if quantization is not None:
-        os.environ.setdefault("NNCF_CI", "1")  # nncf reports its use otherwise
-        import nncf
-
-        nncf.set_log_level(logging.ERROR)
-        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
     return model
+
+
+def split_angles(model: Any) -> Any:
+    """Remove sines and cosines from a model, which gets their values as further inputs, and return a model that computes them.
+
+    In bf16 or fp16 the angle of a timestep can be off by a radian, so that these have to be computed in fp32.
+    """
+    import openvino
+    from openvino import opset13
+
+    waves = [op for op in model.get_ordered_ops() if op.get_type_name() in ("Sin", "Cos")]
+    if not waves:
+        return None
+    angles = openvino.Model([op.output(0) for op in waves], model.get_parameters()).clone()
+    values = [opset13.parameter(op.get_output_shape(0), openvino.Type.f32) for op in waves]
+    for op, value in zip(waves, values, strict=True):
+        op.output(0).replace(value.output(0))
+    model.add_parameters(values)
+    model.validate_nodes_and_infer_types()
+    return angles
+
+
+def with_int8_weights(model: Any) -> Any:
+    """Return a model whose linear layers and convolutions have weights in 8 bits, with a scale for each output channel."""
+    os.environ.setdefault("NNCF_CI", "1")  # nncf reports its use otherwise
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
 
 
 def fingerprint(network: nn.Module, about: object) -> str:
@@ -159,8 +222,10 @@ def fingerprint(network: nn.Module, about: object) -> str:
 
 
 def _sums(tensor: Tensor) -> bytes:
-    """Return sums of the bits of neighbouring values: a checksum at the speed of memory, in the order of the storage."""
+    """Return sums of neighbouring 64-bit words: a checksum at the speed of memory, in the order of the storage."""
     values = tensor.detach().permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).reshape(-1)
-    bits = values.view(INTEGERS[values.element_size()])
-    padded = torch.nn.functional.pad(bits, (0, -len(bits) % CHUNK))
-    return bytes(padded.view(-1, CHUNK).sum(1).numpy().tobytes())
+    data = values.view(torch.uint8)
+    missing = -len(data) % (8 * CHUNK)
+    if missing or data.storage_offset() % 8:
+        data = torch.nn.functional.pad(data, (0, missing))  # a copy
+    return bytes(data.view(torch.int64).view(-1, CHUNK).sum(1).numpy().tobytes())

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 
 from ldm.config import to_dict
+from ldm.data.buckets import Shape
 from ldm.training.averages import Averages
 from ldm.training.config import TrainerConfig
 from ldm.training.engine import StageModule
@@ -27,11 +28,11 @@ class Metrics(L.Callback):
 
     Args:
         config: machine settings, with the loggers.
-        flops_per_sample: returns the floating-point operations of a training step for one sample.
+        count_flops: see :class:`SystemMetrics`.
     """
 
-    def __init__(self, config: TrainerConfig, flops_per_sample: Callable[[], float] | None = None):
-        self.config, self.flops_per_sample = config, flops_per_sample
+    def __init__(self, config: TrainerConfig, count_flops: Callable[[], Callable[[Shape], float]] | None = None):
+        self.config, self.count_flops = config, count_flops
         self.averages = Averages()
         self.saved: dict[str, Any] | None = None  # state at the checkpoint from which training resumes
         self.file: MetricsFile | None = None  # on the first rank
@@ -53,7 +54,7 @@ class Metrics(L.Callback):
             self.config.precision_of(train),
             train.batch_size * train.accumulate * trainer.world_size,
             trainer.world_size,
-            self.flops_per_sample if trainer.is_global_zero else None,
+            self.count_flops if trainer.is_global_zero else None,
         )
         self.system.restart(step, self._waited(trainer))
         if trainer.is_global_zero:
@@ -66,6 +67,8 @@ class Metrics(L.Callback):
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.averages.add(module.latest, module.latest_norms, module.latest_by_noise_level)
+        if self.system.flops_of is not None:
+            self.system.add(module.train_config.batch_size * trainer.world_size, _shape(module, batch))
         if not (module.is_optimizer_step(batch_idx) and module.is_due(module.train_config.log_every)):
             return
         step = module.completed_steps
@@ -99,3 +102,14 @@ class Metrics(L.Callback):
     def _waited(trainer: L.Trainer) -> float:
         """Return the seconds for which the training has waited for data in this session."""
         return float(getattr(trainer.train_dataloader, "waited", 0.0))
+
+
+def _shape(module: StageModule, batch: Mapping[str, Any]) -> Shape:
+    """Return height and width in pixels of the images of a batch, which may be of latents."""
+    if "image" in batch:
+        height, width = batch["image"].shape[-2:]
+        return height, width
+    first_stage = module.task.frozen_first_stage
+    assert first_stage is not None, "only a denoiser is trained on latents"
+    height, width = batch[first_stage.posterior_type.cached[0]].shape[-2:]
+    return height * first_stage.factor, width * first_stage.factor
