@@ -72,12 +72,14 @@ class Work(NamedTuple):
         network: module whose parameters are counted; None if there is none.
         parts: parts of the work that are also measured by themselves, by title.
         task: what the other side needs to do the same work.
+        compiled: whether its operations cannot be counted, since they are compiled in any run.
     """
 
     run: Callable[[], Tensor | None]
     network: Any = None
     parts: Mapping[str, Callable[[], Tensor | None]] = MappingProxyType({})
     task: Any = None
+    compiled: bool = False
 
 
 class Case(ABC):
@@ -141,15 +143,25 @@ def selected(names: Iterable[str]) -> list[Case]:
     return [cases[each] for each in dict.fromkeys(found for name in names for found in of(name.replace("_", "-")))]
 
 
-def peer_package(name: str, extra: str = "dev") -> ModuleType:
+SEPARATE = {"optimum": "optimum-intel"}
+"""Distributions that no extra installs, since they require older versions of its other packages, by the package to import."""
+
+
+def peer_package(name: str) -> ModuleType:
     """Import a package of the other side.
 
     Raises:
         LdmError: it is not installed, or does not work with the installed versions of others.
     """
+    package = name.split(".", maxsplit=1)[0]
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        if (error.name or "").split(".")[0] == name.split(".", maxsplit=1)[0]:
-            raise missing_extra(name.split(".", maxsplit=1)[0], "this case", extra) from None
-        raise LdmError(f"the package {name} cannot be imported ({error}); install a version that fits.") from None
+        if (error.name or "").split(".")[0] != package:
+            raise LdmError(f"the package {name} cannot be imported ({error}); install a version that fits.") from None
+        if package in SEPARATE:
+            raise LdmError(
+                f"this case needs {SEPARATE[package]}, which requires an older transformers than the extra dev installs; install "
+                f"both ldm and {SEPARATE[package]} in another environment, and run the case there."
+            ) from None
+        raise missing_extra(package, "this case", "dev") from None

@@ -19,6 +19,9 @@ from ldm.benchmarks.result import Result, Side
 LEAST_SECONDS = 0.2
 """Shorter work is repeated within a round, up to this time."""
 
+WARM_SECONDS = 20.0
+"""Work that takes longer on both sides together is run once before it is measured, shorter work twice."""
+
 
 @dataclass(frozen=True)
 class Comparison(Case):
@@ -52,9 +55,10 @@ class Comparison(Case):
         self._check_packages()
         ours = self.ours(setup)
         theirs = self.theirs(setup, ours)
-        output, operations = _first_run(ours, setup.compile is not None)
-        their_output, their_operations = _first_run(theirs, setup.compile_peer)
-        seconds = alternate(ours.run, theirs.run, setup)
+        start = time.perf_counter()
+        output, operations = _first_run(ours, setup.compile is not None or ours.compiled)
+        their_output, their_operations = _first_run(theirs, setup.compile_peer or theirs.compiled)
+        seconds = alternate(ours.run, theirs.run, setup, warm=time.perf_counter() - start > WARM_SECONDS)
         parts = []
         for title in ours.parts.keys() & theirs.parts.keys():
             times = alternate(ours.parts[title], theirs.parts[title], setup)
@@ -78,13 +82,13 @@ class Comparison(Case):
 
 
 def alternate(
-    ours: Callable[[], object], theirs: Callable[[], object], setup: Setup
+    ours: Callable[[], object], theirs: Callable[[], object], setup: Setup, warm: bool = False
 ) -> tuple[list[float], list[float]]:
     """Return the seconds of ``setup.rounds`` rounds of each side, which take turns, so that drift affects both equally.
 
-    Both run once more before. The order within a round alternates.
+    Unless they are ``warm``, both run once before. The order within a round alternates.
     """
-    longest = max(_timed(work, setup, 1) for work in (ours, theirs))
+    longest = LEAST_SECONDS if warm else max(_timed(work, setup, 1) for work in (ours, theirs))
     repeats = 1 if setup.small else max(1, math.ceil(LEAST_SECONDS / longest))
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(setup.rounds):

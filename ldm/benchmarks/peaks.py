@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from ldm.benchmarks.case import Setup
 
@@ -56,11 +58,33 @@ def measure_peaks(setup: Setup, seconds: float = 1.0) -> Peaks:
 
 def count_operations(work: Callable[[], object]) -> Operations:
     """Count the operations of a computation while it runs, by the formulas of ``torch.utils.flop_counter``."""
-    with FlopCounterMode(display=False) as counter:
+    with _Counter() as counter:
         work()
-    counts = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
-    convolution = sum(count for operation, count in counts.items() if "conv" in operation)
-    return Operations(convolution, sum(counts.values()) - convolution)
+    return Operations(counter.convolution, counter.matmul)
+
+
+class _Counter(TorchDispatchMode):
+    """Counter as ``FlopCounterMode``, whose hooks of modules do not allow ``torch.autograd.grad`` within the computation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = self.matmul = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, formula = kwargs or {}, flop_registry.get(func._overloadpacket)
+        if formula is None and func is not torch.ops.prim.device.default:
+            with self:  # composite operators, which reach a mode under inference mode
+                out = func.decompose(*args, **kwargs)
+                if out is not NotImplemented:
+                    return out
+        out = func(*args, **kwargs)
+        if formula is not None:
+            count = formula(*args, **kwargs, out_val=out)
+            if "conv" in str(func):
+                self.convolution += count
+            else:
+                self.matmul += count
+        return out
 
 
 def synchronize(device: torch.device) -> None:

@@ -33,6 +33,10 @@ def bench(
         str | None, Option("--compile", help="Backend of Pipeline.compile for our side, such as inductor or openvino.")
     ] = None,
     compile_peer: Annotated[bool, Option(help="Compile the networks of the other side with torch.compile.")] = False,
+    profile: Annotated[
+        bool,
+        Option("--profile", help="Print the share of each operator in the time of both sides, instead of comparing."),
+    ] = False,
     batch_size: Annotated[
         int | None, Option("--batch-size", "--batch", min=1, help="Batch size. Default: the case's own.")
     ] = None,
@@ -52,7 +56,9 @@ def bench(
     import torch
 
     from ldm.benchmarks.case import Setup, all_cases, selected
+    from ldm.benchmarks.compare import Comparison
     from ldm.benchmarks.peaks import measure_peaks
+    from ldm.benchmarks.profiling import profiled
     from ldm.benchmarks.result import HEADER
     from ldm.formats.tensors import write_atomically
 
@@ -69,6 +75,11 @@ def bench(
     options = {"samples": samples, "workers": workers, "experiment": experiment}
     setup = Setup(place, precision, small, rounds, batch_size, steps, folder, compiled, compile_peer, memory, options)
     keep_freed_memory()
+    if profile:
+        for case in cases:
+            if isinstance(case, Comparison):
+                print("\n".join(profiled(case, setup)), flush=True)
+        return
     peaks = measure_peaks(setup)
     machine = {
         "device": _device_name(place),

@@ -13,6 +13,7 @@ from ldm.benchmarks.compare import Comparison
 from ldm.benchmarks.memory import peak_memory
 from ldm.benchmarks.new_process import ProcessComparison
 from ldm.benchmarks.peaks import Peaks, count_operations
+from ldm.benchmarks.profiling import profiled
 from ldm.benchmarks.result import HEADER, Result, Side
 from ldm.cli.bench import app
 from ldm.errors import LdmError, MissingExtraError
@@ -21,7 +22,12 @@ PEAKS = Peaks(1e11, 1e11)
 COMPARISONS = sorted(name for name, case in all_cases().items() if isinstance(case, Comparison))
 EXACT = [name for name in COMPARISONS if not name.startswith(("train-emoji", "train-sd15", "end-to-end", "train-vae"))]
 """Cases whose output does not depend on random numbers that the sides draw differently."""
-NOT_COMPILED = [name for name in COMPARISONS if name not in ("end-to-end-inductor", "end-to-end-openvino")]
+COMPILED = ("end-to-end-inductor", "end-to-end-openvino")
+QUICK = ("unet-sd15", "vae-decode", "train-vae-gan")
+
+
+def marked(name: str) -> Any:
+    return pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
 
 
 def small(tmp_path: Path, **changes: Any) -> Setup:
@@ -34,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bench")
 
 
-@pytest.mark.parametrize("name", NOT_COMPILED)
+@pytest.mark.parametrize("name", [marked(name) for name in COMPARISONS if name not in COMPILED])
 def test_both_sides_do_the_same_work(name: str, folder: Path) -> None:
     setup = small(folder)
     result = CASES[name].measure(setup, PEAKS)
@@ -50,6 +56,7 @@ def test_both_sides_do_the_same_work(name: str, folder: Path) -> None:
     assert len(result.rows()) == 1 + len(result.parts) + len(result.values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["latents", "latents-text", "stream"])
 def test_a_case_of_the_data_gives_a_result(name: str, folder: Path) -> None:
     result = CASES[name].measure(small(folder), None)
@@ -78,8 +85,8 @@ def test_peak_memory_is_that_of_weights_and_activations(tmp_path: Path) -> None:
 def test_a_family_and_all_select_their_cases() -> None:
     assert [case.name for case in selected(["vae", "vae-decode"])] == ["vae-decode", "vae-encode"]
     assert [case.name for case in selected(["all"])] == list(all_cases())
-    with pytest.raises(LdmError, match="unknown case 'unett'; did you mean"):
-        selected(["unett"])
+    with pytest.raises(LdmError, match="unknown case 'unet-sd1'; did you mean 'unet-sd15'"):
+        selected(["unet-sd1"])
 
 
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
@@ -130,6 +137,15 @@ def test_the_command_writes_the_results_as_json(tmp_path: Path) -> None:
     assert [each["case"] for each in content["results"]] == ["vae-decode", "vae-encode"]
     assert content["machine"]["dtype"] == "float32"
     assert content["machine"]["peak_matmul"] > 0
+
+
+def test_the_profile_lists_operators_of_both_sides(tmp_path: Path) -> None:
+    case = CASES["vae-decode"]
+    assert isinstance(case, Comparison)
+    lines = profiled(case, small(tmp_path))
+    assert sum("convolution" in line for line in lines) >= 2
+    shares = [float(line.split()[-2]) for line in lines if line.endswith("%")]
+    assert sum(shares) == pytest.approx(200, abs=2)
 
 
 def test_the_command_lists_the_cases_and_needs_one() -> None:

@@ -57,7 +57,7 @@ def ours(setup: Setup, settings: Settings) -> Work:
         result: Tensor = pipe(PROMPT, seed=0, progress=False, output_type="pt", **arguments)
         return result
 
-    return Work(run, pipe.model)
+    return Work(run, compiled=backend is not None)
 
 
 def theirs(setup: Setup, ours: Work, settings: Settings) -> Work:
@@ -80,10 +80,13 @@ def theirs(setup: Setup, ours: Work, settings: Settings) -> Work:
         pipe.scheduler = _scheduler(pipe, settings.sampler)
     pipe.set_progress_bar_config(disable=True)
 
-    def run() -> None:
-        pipe(PROMPT, generator=torch.Generator().manual_seed(0), output_type="np", **_arguments(setup))
+    def run() -> Tensor | None:
+        generator = torch.Generator().manual_seed(0)
+        images = pipe(PROMPT, generator=generator, output_type=output_type, **_arguments(setup)).images
+        return images if settings.sampler is not None and isinstance(images, Tensor) else None
 
-    return Work(run)
+    output_type = "np" if settings.openvino_peer else "pt"
+    return Work(run, compiled=bool(settings.compile_peer or settings.openvino_peer))
 
 
 def _arguments(setup: Setup) -> dict[str, Any]:

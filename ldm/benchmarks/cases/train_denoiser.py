@@ -41,7 +41,9 @@ def emoji_task(setup: Setup) -> DenoiserTask:
     return _trained(DenoiserTask(experiment.denoiser, LatentDiffusion(experiment.model_config, tokenizer)), setup)
 
 
-def sd15_task(setup: Setup, checkpointing: bool = True, batch_size: int = 1, states: int = 2 * STATES) -> DenoiserTask:
+def sd15_task(
+    setup: Setup, checkpointing: bool = True, batch_size: int = 1, states: int = 2 * STATES, ema_decay: float = 0.9999
+) -> DenoiserTask:
     """Build the task of a U-Net of SD 1.5 with the text encoder of SD 1.5; the first stage is tiny, since it is not used.
 
     Args:
@@ -49,6 +51,7 @@ def sd15_task(setup: Setup, checkpointing: bool = True, batch_size: int = 1, sta
         checkpointing: whether gradient checkpointing is used.
         batch_size: of a step.
         states: tensors of the size of the U-Net's weights that both sides need in all.
+        ema_decay: decay of the averaged weights; 0 = there are none.
     """
     require_memory(0 if setup.small else int(states * BILLIONS * 4e9), setup)
     unet, train = sd15_unet(setup.small), TrainConfig(1000, setup.batch_size or batch_size, 1e-5)
@@ -56,7 +59,7 @@ def sd15_task(setup: Setup, checkpointing: bool = True, batch_size: int = 1, sta
     stage = DenoiserStage(
         model=model.config.denoiser,
         conditioner=model.config.conditioner,
-        train=replace(train, gradient_checkpointing=checkpointing),
+        train=replace(train, gradient_checkpointing=checkpointing, ema_decay=ema_decay),
         diffusion=Diffusion(),
     )
     return _trained(DenoiserTask(stage, model), setup)
@@ -135,9 +138,8 @@ def _noise(batch: Batch) -> Tensor:
 
 def our_gradients(setup: Setup) -> Work:
     """Build the forward and backward pass of a U-Net of SD 1.5, which needs no optimizer's memory."""
-    task = sd15_task(setup, states=3)
-    config = replace(task.config.train, ema_decay=0.0)
-    training = OurTraining(task, config, Batch(task, setup).ours, setup)
+    task = sd15_task(setup, states=3, ema_decay=0.0)
+    training = OurTraining(task, task.config.train, Batch(task, setup).ours, setup)
     return Work(training.gradients, task.model.denoiser, task=task)
 
 
