@@ -92,7 +92,7 @@ class Tiling:
         """Call ``decode`` of a first stage or a tiny decoder in parts: ``[b z h w] -> [b c fh fw]``."""
 
         def in_tiles(latent: Tensor) -> Tensor:
-            if not isinstance(first_stage, Tileable):
+            if isinstance(first_stage, TinyDecoder) or not isinstance(first_stage, Tileable):
                 return first_stage.decode(latent)
             return self._tiled(first_stage.fine_decode, first_stage.coarse_decode(latent), 1, first_stage.factor)
 
