@@ -80,8 +80,8 @@ def networks_in(
     present = [alias for alias, marks in aliases.items() if any(name.startswith(marks) for name in tensors)]
     two_encoders = any(ALIASES[alias].startswith("conditioner.embedders.1.") for alias in present)
     for alias in present:
-        prefix = ALIASES[alias]
-        tensors = _without_alias(tensors, alias, FIRST_OF_TWO.get(prefix, prefix) if two_encoders else prefix)
+        alone = ALIASES[alias]
+        tensors = _without_alias(tensors, alias, FIRST_OF_TWO.get(alone, alone) if two_encoders else alone)
     has_prefix = any(name.startswith(tuple(forms)) for name in tensors)
     added = "" if has_prefix else _missing_prefix(tensors, forms)
     by_prefix: dict[str, dict[str, Tensor]] = {}
