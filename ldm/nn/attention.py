@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.conditioning import Conditioning
+from ldm.nn.cpu_attention import scaled_dot_product_attention
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
+from ldm.nn.inference import Linear, is_plain, onednn_linear, uses_onednn
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ class Attention(nn.Module):
         super().__init__()
         assert width % heads == 0, f"{heads} heads do not divide the width {width}"
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k = nn.Linear(context_width or width, width, bias=bias)
-        self.to_v = nn.Linear(context_width or width, width, bias=bias)
-        self.to_out = nn.Linear(width, width)
+        self.to_q = Linear(width, width, bias=bias)
+        self.to_k = Linear(context_width or width, width, bias=bias)
+        self.to_v = Linear(context_width or width, width, bias=bias)
+        self.to_out = Linear(width, width)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, causal: bool = False
@@ -53,8 +55,11 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """Attend with all heads: ``q [b n d], k [b m d], v [b m d], mask [b m]`` (True = attend) ``-> [b n d]``"""
         q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (q, k, v))
-        allowed = None if mask is None else mask[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
+        if mask is None and not causal:
+            out = scaled_dot_product_attention(q, k, v)
+        else:
+            allowed = None if mask is None else mask[:, None, None, :]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
         return out.transpose(1, 2).flatten(2)
 
     def identity(self, x: Tensor) -> Tensor:
@@ -82,6 +87,9 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[... width] -> [... hidden]``"""
+        if is_plain(self.proj, nn.Linear) and uses_onednn(x, self.proj.weight):
+            (value, gate), (shift, gate_shift) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+            return onednn_linear(x, value, shift).mul_(onednn_linear(x, gate, gate_shift, "gelu"))
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -99,7 +107,7 @@ class TransformerBlock(CheckpointedBlock):
         self.norm2 = nn.LayerNorm(width) if context_width else None
         self.attn2 = CrossAttention(width, heads, context_width) if context_width else None
         self.norm3 = nn.LayerNorm(width)
-        self.ff = nn.Sequential(GEGLU(width, 4 * width), nn.Dropout(dropout), nn.Linear(4 * width, width))
+        self.ff = nn.Sequential(GEGLU(width, 4 * width), nn.Dropout(dropout), Linear(4 * width, width))
 
     def forward(self, x: Tensor, cond: Conditioning, options: AttentionOptions | None = None) -> Tensor:
         """``x [b n d] -> [b n d]``"""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.config import config_field
 from ldm.errors import ConfigError
+from ldm.nn.cpu_attention import scaled_dot_product_attention
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
 from ldm.nn.residual import ResidualBlock, Upsample
 from ldm.vae.first_stage import FirstStage, FirstStageConfig
@@ -69,7 +70,7 @@ class SpatialAttention(CheckpointedBlock):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (projection(h).flatten(2).transpose(1, 2).unsqueeze(1) for projection in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)  # b 1 (h w) c
+        h = scaled_dot_product_attention(q, k, v)  # b 1 (h w) c
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[-2:]))
 
 
