@@ -12,13 +12,16 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-gpu lint format train install clean
+.PHONY: help demo serve test test-long test-gpu lint format train install clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.run  ## sample eight prompts from the shipped model; prints the path of the image
 	@$(BIN)/python tools/sample.py --demo
+
+serve: $(VENV)/.serve  ## serve the shipped model over HTTP; prints the address (ARGS="--model mine=runs/mine" for others)
+	$(BIN)/python tools/serve.py $(ARGS)
 
 test: $(VENV)/.dev  ## run the tests (JOBS=2 processes; ARGS="tests/vae -k parity" for a part)
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -55,6 +58,10 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --editable .
 	@touch $@
 
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[serve]'
+	@touch $(VENV)/.run $@
+
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[dev]'
-	@touch $(VENV)/.run $@
+	@touch $(VENV)/.run $(VENV)/.serve $@

@@ -341,7 +341,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        options = [option for option in args if option is not type(None)]
+        # 1 and 1.0 may have two meanings, as a number of steps and a fraction: the type of the value is the first choice
+        options = sorted(
+            (option for option in args if option is not type(None)), key=lambda each: each is not type(value)
+        )
         for option in options[:-1]:
             try:
                 return _convert(option, value, where)
@@ -386,7 +389,9 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
         raise wrong("; write it without the zero in front, which YAML 1.1 takes for octal")
     if hint is bool and isinstance(value, str):
         value = BOOLEANS.get(value.lower(), value)
-    if hint is float and isinstance(value, str):  # in quotes, or from an environment variable
+    if hint is int and isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+", value):  # in quotes, or from a variable
+        value = int(value)
+    if hint is float and isinstance(value, str):
         try:
             value = float(value)
         except ValueError:

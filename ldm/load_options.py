@@ -26,6 +26,7 @@ class LoadOptions:
     )
     text_encoder: Source | None = config_field(None, "source of a text encoder in place of the model's own")
     text_encoder_2: Source | None = config_field(None, "source of a second text encoder in place of the model's own")
+    tiny_decoder: Source | None = config_field(None, "source of a tiny decoder, also for a model that has none")
     revision: str | None = config_field(None, "branch, tag or commit of a hub id")
     subfolder: str | None = config_field(None, "folder of the model within the source, such as unet")
     variant: str | None = config_field(
@@ -67,5 +68,8 @@ class LoadOptions:
         return {name: source for name, source in given.items() if source is not None}
 
 
-ARGUMENTS = {"first_stage": "vae", **{name: name for name in ("denoiser", "text_encoder", "text_encoder_2")}}
+ARGUMENTS = {
+    "first_stage": "vae",
+    **{name: name for name in ("denoiser", "text_encoder", "text_encoder_2", "tiny_decoder")},
+}
 """Components of a model that can be replaced, and the option of each."""

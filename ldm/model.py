@@ -6,9 +6,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.clip.tokenizer import Tokenizer
@@ -19,12 +20,12 @@ from ldm.denoiser import DenoiserConfig
 from ldm.diffusion.parametrization import Diffusion
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import SPACINGS, Final
-from ldm.errors import ConfigError, unknown
+from ldm.errors import ConfigError, SamplingError, unknown
 from ldm.nn.adapters import Adapters
 from ldm.nn.attention import AttentionOptions
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.wrappers import has_replaced_methods, with_own_methods
-from ldm.vae import FirstStage, FirstStageConfig, Tiling
+from ldm.vae import FirstStage, FirstStageConfig, Tiling, TinyDecoderConfig
 from ldm.vae.posterior import Posterior
 from ldm.vae.preview import preview
 
@@ -68,6 +69,9 @@ class ModelConfig:
     diffusion: Diffusion = config_field(help="schedule and parametrization")
     size: tuple[int, int] = config_field(help="height and width of the training images, in pixels")
     sampling: SamplingConfig = config_field(SamplingConfig(), "default sampling settings of the pipeline")
+    tiny_decoder: TinyDecoderConfig | None = config_field(
+        None, "small decoder for previews and fast sampling; null = none", omit_default=True
+    )
 
     def __post_init__(self) -> None:
         channels, denoiser = self.first_stage.latent_channels, self.denoiser
@@ -96,6 +100,8 @@ class ModelConfig:
                 f"the denoiser's num_timesteps is {rows}, but the schedule's is {timesteps}; make them equal."
             )
         factor = self.first_stage.factor
+        if self.tiny_decoder is not None:
+            self.tiny_decoder.check_fit(self.first_stage)
         if self.size[0] % factor or self.size[1] % factor:
             raise ConfigError(
                 f"the size {self.size[0]} x {self.size[1]} is not divisible by the first stage's factor {factor}."
@@ -110,11 +116,30 @@ class Component(NamedTuple):
 
 
 def components(config: ModelConfig, conditioner: Conditioner) -> dict[str, Component]:
-    """Return the networks of a model by name: ``first_stage``, ``denoiser``, and the encoders of the conditioner."""
+    """Return the networks of a model by name.
+
+    They are ``first_stage``, ``denoiser``, ``tiny_decoder`` if there is one, and the encoders of the conditioner.
+    """
     modules = {module: f"conditioner.{name}" for name, module in conditioner.named_modules()}
     encoders = {name: Component(modules[each], each.config) for name, each in conditioner.pretrained_encoders()}
-    own = {name: Component(name, getattr(config, name)) for name in ("first_stage", "denoiser")}
-    return own | encoders
+    names = ("first_stage", "denoiser", *(["tiny_decoder"] if config.tiny_decoder else []))
+    return {name: Component(name, getattr(config, name)) for name in names} | encoders
+
+
+class Accelerator(Protocol):
+    """Interface of what runs the networks of a model in their place; see :mod:`ldm.acceleration`."""
+
+    def denoiser(self, network: nn.Module, /) -> nn.Module:
+        """Return what is called in place of the denoiser."""
+
+    def first_stage(self, stage: FirstStage, /) -> FirstStage:
+        """Return what is called in place of the first stage."""
+
+    def check_weights(self) -> None:
+        """Find out which weights have changed; called before each sampling."""
+
+    def check_prompt_loras(self) -> None:
+        """Check that LoRAs named in prompts can act."""
 
 
 class LatentDiffusion(nn.Module):
@@ -126,6 +151,7 @@ class LatentDiffusion(nn.Module):
 
     ``fingerprint`` and ``provenance`` are those of the file that the model was loaded from; None and empty if it was not loaded.
     ``tiling`` bounds how much the first stage processes at once, and may be set to another :class:`ldm.vae.Tiling`.
+    ``accelerator`` runs the networks if it is not None; :meth:`ldm.pipeline.Pipeline.compile` sets it.
     ``adapters`` are the LoRAs in use; see :meth:`ldm.pipeline.Pipeline.load_lora` and :func:`ldm.nn.lora.new_lora`.
     ``textual_inversions`` are the tokens that :meth:`ldm.pipeline.Pipeline.load_textual_inversion` has added.
     Parameters may be in low precision: the inputs of a network are cast to its precision, and its outputs are cast back.
@@ -141,7 +167,9 @@ class LatentDiffusion(nn.Module):
         self.first_stage = config.first_stage.build()
         self.conditioner = config.conditioner.build(tokenizer)
         self.denoiser = config.denoiser.build()
+        self.tiny_decoder = config.tiny_decoder.build() if config.tiny_decoder else None
         self.tiling = Tiling()
+        self.accelerator: Accelerator | None = None
         self.adapters = Adapters()
         self.textual_inversions = TextualInversions()
 
@@ -182,28 +210,58 @@ class LatentDiffusion(nn.Module):
     ) -> Tensor:
         precision = _precision(self.denoiser, x.dtype)
         inputs = x.to(precision), noise_level, cond.to(dtype=precision)
-        return self.denoiser(*inputs) if options is None else self.denoiser(*inputs, options)
+        denoiser = self.denoiser if self.accelerator is None else self.accelerator.denoiser(self.denoiser)
+        result: Tensor = denoiser(*inputs) if options is None else denoiser(*inputs, options)
+        return result
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Encode images ``[b 3 h w]`` in [-1, 1] to normalised latents: a posterior sample, or its mode without ``noise``."""
 
         def run(stage: FirstStage) -> Posterior:
-            return self.tiling.encode(stage, image.to(_precision(stage, image.dtype)))
+            x = image.to(_precision(stage, image.dtype))
+            return self.tiling.encode(self._accelerated(stage, x, self.first_stage.factor), x)
 
         posterior = self._within_range(run, lambda posterior: posterior.mode)
         return self.first_stage.normalize(
             (posterior.mode if noise is None else posterior.sample(noise)).to(image.dtype)
         )
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Decode normalised latents ``[b c h w]`` to images ``[b 3 fh fw]`` in [-1, 1]."""
+    def decode(self, latent: Tensor, decoder: str = "full") -> Tensor:
+        """Decode normalised latents ``[b c h w]`` to images ``[b 3 fh fw]`` in [-1, 1], by the ``full`` or the ``tiny`` decoder.
+
+        Raises:
+            SamplingError: there is no tiny decoder.
+        """
+        self.check_decoder(decoder)
+        if decoder == "tiny" and self.tiny_decoder is not None:
+            image = self.tiling.decode(self.tiny_decoder, latent.to(_precision(self.tiny_decoder, latent.dtype)))
+            return image.to(latent.dtype).clamp(-1, 1)
         z = self.first_stage.denormalize(latent)
 
         def run(stage: FirstStage) -> Tensor:
-            return self.tiling.decode(stage, z.to(_precision(stage, z.dtype)))
+            x = z.to(_precision(stage, z.dtype))
+            return self.tiling.decode(self._accelerated(stage, x, 1), x)
 
         image = self._within_range(run, lambda image: image)
         return image.to(latent.dtype).clamp(-1, 1)
+
+    def check_decoder(self, decoder: str) -> None:
+        """Check that the model has the ``full`` or ``tiny`` decoder.
+
+        Raises:
+            SamplingError: it does not.
+        """
+        if decoder == "tiny" and self.tiny_decoder is None:
+            raise SamplingError(
+                "this model has no tiny decoder; train one with tools/train.py --stage decoder, or load the file of one with the "
+                "option tiny_decoder."
+            )
+
+    def _accelerated(self, stage: FirstStage, x: Tensor, scale: int) -> FirstStage:
+        """Return what encodes or decodes ``x [b c scale*h scale*w]``; tiles share statistics, which no accelerator computes."""
+        if self.accelerator is None or self.tiling.in_tiles(x, scale):
+            return stage
+        return self.accelerator.first_stage(stage)
 
     def _within_range(self, run: Callable[[FirstStage], R], values: Callable[[R], Tensor]) -> R:
         """Return what ``run`` computes with the first stage, which is put into fp32 if fp16 cannot hold its values.
@@ -226,6 +284,13 @@ class LatentDiffusion(nn.Module):
     def preview(self, latent: Tensor) -> Tensor:
         """Estimate :meth:`decode` cheaply, without the decoder, one pixel per position: ``[b c h w] -> [b 3 h w]``."""
         return preview(self.first_stage, latent).clamp(-1, 1)
+
+    def full_size_preview(self, latent: Tensor) -> Tensor:
+        """Return a preview ``[b 3 fh fw]`` in [-1, 1]: by the tiny decoder if there is one, else :meth:`preview` enlarged."""
+        if self.tiny_decoder is not None:
+            return self.decode(latent, "tiny")
+        small = self.preview(latent)
+        return F.interpolate(small, scale_factor=self.config.first_stage.factor, mode="bicubic").clamp(-1, 1)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Return the shape ``(c, h, w)`` of the latent of an image, by default of the size that the model was trained on."""

@@ -10,25 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from ldm import inputs
+from ldm.acceleration.compilable import Compilable
 from ldm.checks import whole_number
 from ldm.conditioning import ConditioningSchedule, conditioning_schedules
 from ldm.conditioning.long_prompts import check_clip_skip
 from ldm.conditioning.textual_inversion import add_inversions, remove_inversions
 from ldm.devices import check_dtype, default_device, default_dtype, usable, usual_torch_state
-from ldm.diffusion import (
-    SPECS,
-    Denoiser,
-    Perturbable,
-    guided,
-    seeded_noise,
-    sigmas_from_timesteps,
-    sigmas_from_values,
-)
+from ldm.diffusion import SPECS, Denoiser, Perturbable, guided, seeded_noise, sigmas_from_timesteps, sigmas_from_values
 from ldm.diffusion import sigmas as spaced_sigmas
 from ldm.errors import CheckpointError, SamplingError
 from ldm.formats import SHIPPED, Source, load, save
@@ -53,7 +45,7 @@ class _Sampling(NamedTuple):
     shape: tuple[int, int, int]  # of one latent
 
 
-class Pipeline(TextualInversionLoader):
+class Pipeline(TextualInversionLoader, Compilable):
     """Generates images with a model. Several threads may call one pipeline at once.
 
     >>> Pipeline.from_pretrained("runs/emoji_64")("a red apple", seed=1)[0].save("apple.png")
@@ -230,6 +222,7 @@ class Pipeline(TextualInversionLoader):
         settings, conditioner = settings.resolved(self.model.config.sampling), self.model.config.conditioner
         assert settings.guidance is not None
         self._check_output_type(settings.output_type)
+        self.model.check_decoder(settings.decoder)
         shape = self.latent_shape(settings.height, settings.width)
         request = inputs.request(
             conditioner.input_keys,
@@ -251,6 +244,8 @@ class Pipeline(TextualInversionLoader):
         if any(named):
             from ldm.prompt_loras import prompt_models
 
+            if self.model.accelerator is not None:
+                self.model.accelerator.check_prompt_loras()
             models = prompt_models(self.model, named, settings.lora_folder or self.lora_folder)
         return SamplingStream(self._run(_Sampling(settings, request, models, levels, shape)), self.model)
 
@@ -278,6 +273,8 @@ class Pipeline(TextualInversionLoader):
     def _steps(self, sampling: _Sampling) -> Generator[SamplingStep, None, list[Tensor]]:
         """Yield the steps of all batches, and return the batches' images or latents. Inference mode ends at each yield."""
         self._lay_out_weights()
+        if self.model.accelerator is not None:
+            self.model.accelerator.check_weights()
         settings, request, models, levels, shape = sampling
         sampler, options, edit = str(settings.sampler), settings.sampler_options or {}, settings.edit or Edit()
         spacing = settings.spacing or self.model.config.sampling.spacing
@@ -294,7 +291,7 @@ class Pipeline(TextualInversionLoader):
                     unit = latents[rows].to(self.device, torch.float32)
                 x = edit.start(starting_point(diffusion, unit, start, sampler, spacing), unit, start, rows)
                 x = x.contiguous(memory_format=torch.channels_last)
-                pipe = self if model is self.model else Pipeline(model)
+                pipe = self if model is self.model else type(self)(model)
                 denoise = edit.wrap(pipe.denoiser(request[rows], levels), rows)
                 for step in solve(diffusion, sampler, denoise, x, levels, noise, options, request.seeds[rows]):
                     x, done = step.x, done + 1
@@ -305,7 +302,8 @@ class Pipeline(TextualInversionLoader):
                     yield seen
                 x = self._finite(diffusion.finish(x, float(levels[-1])), "sample")
                 if settings.output_type != "latent":
-                    x = edit.finish(self._finite((self.model.decode(x) + 1) / 2, "decoded image"), rows)
+                    image = self.model.decode(x, settings.decoder)
+                    x = edit.finish(self._finite((image + 1) / 2, "decoded image"), rows)
                 results.append(x)
         return results
 
@@ -325,10 +323,8 @@ class Pipeline(TextualInversionLoader):
     def preview(self, latents: Tensor) -> Images:
         """Decode normalized latents ``[n c h/f w/f]``, such as ``step.denoised``, roughly, without the decoder."""
         self._check_output_type("pil")
-        with torch.inference_mode(), _LOCK:  # the first preview may fit the map from latents to colours
-            small = self.model.preview(latents.to(self.device, torch.float32))
-            large = F.interpolate(small, scale_factor=self.model.config.first_stage.factor, mode="bicubic")
-        return Images.of((large.clamp(-1, 1) + 1) / 2)
+        with torch.inference_mode():
+            return Images.of((self.model.full_size_preview(latents.to(self.device, torch.float32)) + 1) / 2)
 
     @usual_torch_state()
     def encode(self, images: Tensor) -> Tensor:

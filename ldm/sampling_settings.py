@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ldm.sampling_loop import Edit, SamplingStep
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DECODERS = ("full", "tiny")
 
 Check = Callable[[str, Any], Any]
 """Name and value of a setting to the normalized value; raises a SamplingError if the value is not valid."""
@@ -283,6 +284,12 @@ class SamplingSettings:
         "latents [n c h/f w/f] in fp32.",
         _one_of(OUTPUT_TYPES),
         flags=(),
+    )
+    decoder: str = _setting(
+        "full",
+        "full for the decoder of the first stage, or tiny for the tiny decoder of the model, which is faster and less exact.",
+        _one_of(DECODERS),
+        recorded=True,
     )
     callback: Callable[[SamplingStep], object] | None = _setting(
         None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,26 @@ def test_compiled_networks_make_the_same_images(shipped: Pipeline, mode: str) ->
     for seed in (3, 4):  # the second time, graphs are replayed
         expected, made = (images(each, seed=seed) for each in (shipped, pipe))
         assert (made - expected).abs().max() < 2 / 255
+
+
+@pytest.mark.parametrize("backend", ["cudagraphs", "inductor"])
+def test_backends_make_the_same_images(shipped: Pipeline, backend: str) -> None:
+    """Also with other seeds, numbers of images and weights, when graphs are replayed or recorded again."""
+    pipe, plain = copy.deepcopy(shipped).compile(backend, progress=False), copy.deepcopy(shipped)
+    for seed, prompts in ((3, PROMPTS), (4, PROMPTS), (3, PROMPTS[0]), (5, PROMPTS)):
+        assert (images(pipe, prompts, seed=seed) - images(plain, prompts, seed=seed)).abs().max() < 2 / 255
+    for each in (pipe, plain):
+        each.model.load_state_dict({name: 0.95 * value for name, value in each.model.state_dict().items()})
+    assert (images(pipe) - images(plain)).abs().max() < 2 / 255
+
+
+def test_threads_share_a_pipeline_of_cuda_graphs(shipped: Pipeline) -> None:
+    pipe = copy.deepcopy(shipped).compile(progress=False)
+    assert pipe.model.accelerator.backend.kind == "cudagraphs"
+    with ThreadPoolExecutor(2) as threads:
+        made = list(threads.map(lambda seed: images(pipe, seed=seed), range(4)))
+    for seed, image in enumerate(made):
+        assert (image - images(shipped, seed=seed)).abs().max() < 2 / 255
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -26,15 +26,16 @@ ROWS = [
     {"vae", "clip", "denoiser"},
     {"conditioning"},
     {"model"},
-    {"formats"},
+    {"formats", "acceleration"},
     {"image_output"},
     {"inputs", "prompt_loras", "sampling_loop", "textual_inversion_loader"},
     {"sampling_settings"},
     {"pipeline"},
     {"data", "editing", "animation"},
-    {"training"},
+    {"training", "serving"},
     {"diagnosis", "report"},
     {"ldm"},
+    {"benchmarks"},
     {"cli"},
 ]
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}

@@ -71,6 +71,18 @@ def sample(
     dtype: Annotated[
         str | None, Option(help="fp32, bf16 or fp16; default: bf16 if the device has it natively.")
     ] = None,
+    compile_with: Annotated[
+        str | None,
+        Option(
+            "--compile",
+            metavar="BACKEND",
+            help="Compile the networks: auto (the fastest that is installed), openvino, inductor, or cudagraphs; pays for "
+            "large images or many.",
+        ),
+    ] = None,
+    compile_option: Annotated[
+        list[str] | None, Option(help="Option of --compile, repeatable: quantization=int8_weights, freezing=true, ...")
+    ] = None,
     demo: Annotated[bool, Option("--demo", help="Eight fixed prompts as a grid with captions.")] = False,
     list_samplers: Annotated[bool, Option("--list-samplers", help="List the solvers and exit.")] = False,
     debug: Debug = False,
@@ -94,6 +106,8 @@ def sample(
         raise SamplingError(unknown("dtype", dtype, DTYPES))
     if demo and prompts:
         raise SamplingError("--demo has prompts of its own; leave either it or yours out.")
+    if compile_option and not compile_with:
+        raise SamplingError("--compile-option is about compiled networks; give --compile with a backend too.")
     if not image and (mask or strength is not None):
         raise SamplingError("--mask and --strength are about an image to begin with; give --image too.")
     target = check_target(out or ("demo.png" if demo else "sample.png"))
@@ -107,6 +121,8 @@ def sample(
     for given in textual_inversion or []:
         *token, file = [given] if Path(given).exists() else given.split("=", 1)
         pipe.load_textual_inversion(file, *token[:1])
+    if compile_with:
+        pipe.compile(compile_with, **_values(compile_option))
     frames = Animation(pipe)
     settings |= {"sampler_options": _values(option), "callback": frames if animate else None}
     if guide:

@@ -11,7 +11,7 @@ from ldm.cli.common import Debug, keep_freed_memory, new_app, run
 from ldm.cli.cores import use_idle_cores
 from ldm.errors import TrainingError, unknown
 
-STAGES = ("vae", "clip", "denoiser", "all")
+STAGES = ("vae", "clip", "denoiser", "decoder", "all")
 
 app = new_app()
 
@@ -19,7 +19,7 @@ app = new_app()
 @app.command()
 def train(
     config: Annotated[Path, Option(help="YAML file of the experiment.")],
-    stage: Annotated[str, Option(help="Stage to train: vae, clip, denoiser, or all for each in turn.")],
+    stage: Annotated[str, Option(help="Stage to train: vae, clip, denoiser, decoder, or all for each in turn.")],
     overrides: Annotated[
         list[str] | None, Argument(help="Overrides of the config as key=value, such as denoiser.train.max_steps=2000.")
     ] = None,

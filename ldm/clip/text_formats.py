@@ -157,7 +157,7 @@ class TextFolder(FolderFormat):
                 vocab_size=given["vocab_size"],
                 context_length=given["max_position_embeddings"],
                 **read_transformer(given),
-                embed_dim=given["projection_dim"] if "text_projection.weight" in names else None,
+                embed_dim=given["projection_dim"] if {"text_projection.weight", "text_projection"} & {*names} else None,
                 eos_id=None if eos in (None, LEGACY_EOS) or eos >= given["vocab_size"] - 1 else eos,
             )
 
@@ -207,6 +207,7 @@ class OpenAITextSingleFile(SingleFileFormat):
         "conditioner.embedders.0.transformer.": "text_encoder",
     }
     marks = ("text_model.", "embeddings.token_embedding.")
+    activation = "quick_gelu"
 
     def key_table(self, config: TextTowerConfig, names: Iterable[str], values: Values) -> KeyTable:
         return transformers_table(names)
@@ -222,7 +223,7 @@ class OpenAITextSingleFile(SingleFileFormat):
             position="text_model.embeddings.position_embedding.weight",
             blocks="text_model.encoder.layers",
             hidden="mlp.fc1.weight",
-            activation="quick_gelu",
+            activation=self.activation,
             embed_dim=_length(tensors, "text_projection.weight", 0),
         )
 
@@ -232,6 +233,16 @@ class OpenAITextSingleFile(SingleFileFormat):
         if component != "text_encoder":
             return None
         return first_of_two if "text_encoder_2" in components else single if config.activation == "quick_gelu" else None
+
+
+class SecondTextSingleFile(OpenAITextSingleFile):
+    """Format of SDXL's second text encoder with names of transformers, as some programs write it; it is only read."""
+
+    prefixes: ClassVar = {"conditioner.embedders.1.transformer.": "text_encoder_2"}
+    activation = "gelu"
+
+    def prefix(self, config: TextTowerConfig, component: str, components: Collection[str]) -> str | None:
+        return None
 
 
 class OpenCLIPTextSingleFile(SingleFileFormat):
@@ -337,7 +348,7 @@ register(
     NetworkKind(
         TextTowerConfig,
         "text encoder",
-        (OpenAITextSingleFile(), OpenCLIPTextSingleFile()),
+        (OpenAITextSingleFile(), SecondTextSingleFile(), OpenCLIPTextSingleFile()),
         (TextFolder(),),
         lora_names,
         in_place_of,

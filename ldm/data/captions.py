@@ -3,7 +3,7 @@
 For ``x.jpg``, in this order: its row in a ``metadata.csv``, ``metadata.tsv`` or ``metadata.jsonl`` in the same folder or above
 (columns ``file_name`` and ``text``, as Hugging Face's imagefolder has them; commas, semicolons or tabs separate those of a
 table); ``x.json``, an object with the field ``text``; ``x.txt`` and ``x.caption``, also as ``x.jpg.txt`` and ``x.jpg.caption``.
-Suffixes may be in upper case.
+Suffixes may be in upper case, and so may other letters of a name as long as only one image can be meant.
 """
 
 from __future__ import annotations
@@ -30,19 +30,46 @@ _NAME = "file_name"
 
 
 class FileNames:
-    """Files by path, where the suffix may be in another case and the name in another Unicode normal form."""
+    """Files by path, where letters may be in another case and the name in another Unicode normal form.
 
-    def __init__(self, paths: Iterable[Path]):
+    Args:
+        paths: the files.
+        images: the images that they belong to. Those whose names differ only in the case of letters need files whose names
+            differ likewise.
+    """
+
+    def __init__(self, paths: Iterable[Path], images: Iterable[Path] = ()):
         self._exact = set(paths)
         self._loose = {_loose(path): path for path in sorted(self._exact, reverse=True)}
+        self._lower_case = _by_lower_case(self._exact)
+        names = {name for image in images for name in (image, image.parent / image.stem)}
+        self._ambiguous = {name for name, path in _by_lower_case(names).items() if path is None}
 
     def find(self, path: Path) -> Path | None:
-        """Return the file with this name, or else one whose name differs only so; None if there is none."""
-        return path if path in self._exact else self._loose.get(_loose(path))
+        """Return the file with this name, or else the one whose name differs only so; None if there is none, or several."""
+        if path in self._exact:
+            return path
+        found = self._loose.get(_loose(path))
+        if found is None and _lower_case(path.parent / path.stem) not in self._ambiguous:
+            found = self._lower_case.get(_lower_case(path))
+        return found
 
 
 def _loose(path: Path) -> str:
     return unicodedata.normalize("NFC", str(path).removesuffix(path.suffix) + path.suffix.lower())
+
+
+def _lower_case(path: Path) -> str:
+    return unicodedata.normalize("NFC", str(path)).casefold()
+
+
+def _by_lower_case(paths: Iterable[Path]) -> dict[str, Path | None]:
+    """Return paths by their names in lower case; None where several have the same."""
+    found: dict[str, Path | None] = {}
+    for path in paths:
+        name = _lower_case(path)
+        found[name] = None if name in found else path
+    return found
 
 
 class FolderCaptions:
@@ -61,12 +88,13 @@ class FolderCaptions:
 
     def __init__(self, source: Path, files: Sequence[Path], images: Iterable[Path], field: str, report: Report):
         self._field = field
-        self._files = FileNames(files)
+        images = set(images)
+        self._files = FileNames(files, images)
         self._rows: dict[Path, Mapping[str, Any]] = {}
         self.read: set[Path] = {path for path in files if path.name.lower() in METADATA}
         by_name = FileNames(images)
         for file in sorted(self.read):
-            for line, row in _rows(file):
+            for line, row in sorted(_rows(file), key=lambda each: file.parent / str(each[1].get(_NAME)) not in images):
                 where = f"{file.relative_to(source).as_posix()}:{line}"
                 name = row.get(_NAME)
                 image = _listed(file.parent, name, by_name) if isinstance(name, str) else None

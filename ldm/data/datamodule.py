@@ -23,7 +23,7 @@ FAR_SMALLER = 3
 
 
 class Encoded(Protocol):
-    """Source of latents in place of images."""
+    """Source of latents, in place of the images or with them."""
 
     def open(self, split: str, samples: Samples, device: torch.device | str) -> Samples:
         """Return the latents of the images of a split, on whose ``device`` they may be encoded."""
@@ -40,15 +40,18 @@ class LatentSource:
         first_stage: frozen, in evaluation mode.
         fingerprint: fingerprint of its weights.
         folder: folder of the latents, one file per split.
+        with_images: True to give the images with their latents.
     """
 
     first_stage: FirstStage
     fingerprint: str
     folder: Path
+    with_images: bool = False
 
     def open(self, split: str, samples: Samples, device: torch.device | str) -> Samples:
         """Return the latents of a split, from its file or encoded here."""
-        return cache_latents(self.first_stage, self.fingerprint, samples, self.folder / f"{split}.safetensors", device)
+        path = self.folder / f"{split}.safetensors"
+        return cache_latents(self.first_stage, self.fingerprint, samples, path, device, self.with_images)
 
     def complete(self, batch: Batch, device: torch.device) -> Batch:
         """Return the batch."""
@@ -67,7 +70,7 @@ class DataModule(L.LightningDataModule):
         seed: seed of order and augmentation.
         total_batches: training batches of the complete run, on each rank.
         start_batch: first batch, if a run is resumed without Lightning's own resume.
-        latents: if given, batches contain what determines the posterior (``mean`` and ``std``) instead of ``image``.
+        latents: if given, batches contain what determines the posterior (``mean`` and ``std``), instead of ``image`` or with it.
     """
 
     def __init__(

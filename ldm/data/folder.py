@@ -149,13 +149,13 @@ def _candidates(
 
     files = find_files(source, destination.resolve(), unreadable)
     suffixes = {path: next((suffix for suffix in _FILES if _has(path, suffix)), None) for path in files}
+    files = [path for path, suffix in suffixes.items() if suffix is None]
+    images = [path for path in files if path.suffix.lower() in READABLE]
     annotations = {
-        suffix: FileNames(path for path, found in suffixes.items() if found == suffix)
+        suffix: FileNames((path for path, found in suffixes.items() if found == suffix), images)
         for suffix in _FILES
         if suffix in suffixes.values()
     }
-    files = [path for path, suffix in suffixes.items() if suffix is None]
-    images = [path for path in files if path.suffix.lower() in READABLE]
     captions = FolderCaptions(source, files, images, caption_field, report)
     candidates: dict[str, _Candidate] = {}
     for path in images:

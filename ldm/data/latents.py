@@ -33,16 +33,17 @@ _BATCH = 32  # images encoded at once
 
 
 class CachedLatents(Samples):
-    """Samples with the tensors ``names`` of their posteriors, fp32 ``[b z h w]`` channels_last, instead of ``image``.
+    """Samples with the tensors ``names`` of their posteriors, fp32 ``[b z h w]`` channels_last, in place of or with ``image``.
 
     Args:
         samples: source of captions, keys and class numbers.
         path: file that :func:`cache_latents` wrote for it.
         names: names of the tensors in the file, in order: ``cached`` of the class of posteriors.
+        with_images: True to give the images as they were encoded as well.
     """
 
-    def __init__(self, samples: Samples, path: Path, names: Sequence[str]):
-        self._samples, self._path, self._names = samples, path, names
+    def __init__(self, samples: Samples, path: Path, names: Sequence[str], with_images: bool = False):
+        self._samples, self._path, self._names, self._with_images = samples, path, names, with_images
         self.describe_as(samples)
         file = safe_open(str(path), "pt")
         self._posteriors, self._row_of = {}, np.empty(len(samples), np.int64)
@@ -73,7 +74,8 @@ class CachedLatents(Samples):
     def _batch(self, rows: Tensor, draw: BatchIndices) -> Batch:
         parts = {name: rows[:, i].contiguous(memory_format=torch.channels_last) for i, name in enumerate(self._names)}
         unchanged = BatchIndices(draw.index, shape=draw.shape)  # as the images were encoded
-        return {**parts, **self.annotations(draw), **self._samples.spatial_annotations(unchanged)}
+        images = {"image": self._samples[unchanged]["image"]} if self._with_images else {}
+        return {**parts, **images, **self.annotations(draw), **self._samples.spatial_annotations(unchanged)}
 
     def _check_shape(self, draw: BatchIndices) -> None:
         """Raise a DataError if a sample is of another bucket, which replaces those of a bucket that are all bad."""
@@ -108,6 +110,7 @@ def cache_latents(
     samples: Samples,
     path: str | Path,
     device: torch.device | str = "cpu",
+    with_images: bool = False,
 ) -> CachedLatents:
     """Encode every sample, without augmentation, unless ``path`` already holds these latents.
 
@@ -117,13 +120,14 @@ def cache_latents(
         samples: the images.
         path: ``run_dir/latents/<split>.safetensors``; written atomically.
         device: where to encode.
+        with_images: True to give the images with their latents.
     """
     path = Path(path)
     metadata = {"first_stage": fingerprint, "samples": samples.fingerprint}
     if _metadata(path) != metadata:
         first_stage.to(device)  # not in inference mode, in which moved parameters could not be used in training
         write_atomically(path, lambda temporary: _encode(first_stage, samples, temporary, metadata, device))
-    return CachedLatents(samples, path, first_stage.posterior_type.cached)
+    return CachedLatents(samples, path, first_stage.posterior_type.cached, with_images)
 
 
 def _metadata(path: Path) -> dict[str, str] | None:

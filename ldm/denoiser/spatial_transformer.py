@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ldm.nn.attention import AttentionOptions, TransformerBlock
 from ldm.nn.conditioning import Conditioning
+from ldm.nn.group_norm import GroupNorm
 
 
 class SpatialTransformer(nn.Module):
@@ -34,7 +35,7 @@ class SpatialTransformer(nn.Module):
     ):
         super().__init__()
         self.linear = linear
-        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.norm = GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, context_width, dropout) for _ in range(depth))
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)

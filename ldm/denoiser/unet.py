@@ -16,7 +16,8 @@ from ldm.denoiser.spatial_transformer import SpatialTransformer
 from ldm.errors import ConfigError, SamplingError
 from ldm.nn.attention import AttentionOptions
 from ldm.nn.conditioning import Conditioning
-from ldm.nn.embeddings import NoiseEmbedding, mlp
+from ldm.nn.embeddings import NoiseEmbedding, mlp, pad_rows
+from ldm.nn.group_norm import GroupNorm
 from ldm.nn.residual import ResidualBlock, Upsample
 
 
@@ -130,7 +131,7 @@ class Features(NamedTuple):
     Attributes:
         skips: ``[b skip_widths[i] h_i w_i]``, the outputs of ``conv_in`` and of each block of ``down``.
         middle: ``[b width h w]``, the output of the middle blocks at the lowest resolution.
-        embedding: ``[b e]``, of noise level and vector, after SiLU.
+        embedding: ``[b e]``, of noise level and vector, after SiLU; b rounded up by :func:`ldm.nn.embeddings.pad_rows`.
     """
 
     skips: list[Tensor]
@@ -181,10 +182,10 @@ class UNetEncoder(nn.Module):
                     "give the height and width that fit the condition."
                 )
             x = torch.cat([x, cond.concat.to(x)], dim=1)
-        embedding = self.noise_embedding(noise_level)
+        embedding = self.noise_embedding(pad_rows(noise_level))
         if self.vector_embedding is not None:
             assert cond.vector is not None, "the conditioner gives a vector if the config has a vector_width"
-            embedding = embedding + self.vector_embedding(cond.vector.to(embedding))
+            embedding = embedding + self.vector_embedding(pad_rows(cond.vector.to(embedding)))
         embedding = F.silu(embedding)
 
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
@@ -210,7 +211,7 @@ class UNet(UNetEncoder):
                 self.up.append(UNetBlock(config, width + skips.pop(), level.width, level.depth, upsample))
                 width = level.width
 
-        self.norm_out = nn.GroupNorm(config.groups, width)
+        self.norm_out = GroupNorm(config.groups, width)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         start_as_identity(self.up)
         set_to_zero(self.conv_out)

@@ -191,21 +191,9 @@ class UNetSingleFile(SingleFileFormat):
                 raise CheckpointError(
                     f"{source}: the blocks of a level of its U-Net differ, which ldm does not support; use another model."
                 )
-            keys = [name for name in tensors if name.endswith("attn2.to_k.weight")]
-            projections = {tensors[name].ndim for name in tensors if name.endswith(".proj_in.weight")}
-            conv = 4 in projections
-            vector = tensors.get("label_emb.0.0.weight")
-            return UNetConfig(
-                levels=tuple(LevelSpec(level[0][0], len(level), level[0][1]) for level in levels),
-                in_channels=tensors["input_blocks.0.0.weight"].shape[1],
-                out_channels=tensors["out.2.weight"].shape[0],
-                context_width=tensors[keys[0]].shape[1] if keys else None,
-                vector_width=None if vector is None else vector.shape[1],
-                middle_depth=count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
-                heads=HEADS if conv else None,
-                head_width=None if conv else HEAD_WIDTH,
-                projection="conv" if conv else "linear",
-            )
+            specs = [LevelSpec(level[0][0], len(level), level[0][1]) for level in levels]
+            ends = ("input_blocks.0.0", "out.2", "label_emb.0.0", "middle_block.1")
+            return _inferred(tensors, specs, *ends)
 
     def prefix(self, config: UNetConfig, component: str, components: Collection[str]) -> str | None:
         if config.context_width is None and any(level.depth for level in config.levels):
@@ -213,6 +201,32 @@ class UNetSingleFile(SingleFileFormat):
                 "the U-Net of an LDM file attends to a context, but this one has none; write a native file."
             )
         return super().prefix(config, component, components)
+
+
+class UNetDiffusersFile(SingleFileFormat):
+    """Format of the U-Net in single files with the names of a diffusers folder, which are only read."""
+
+    prefixes: ClassVar = UNetSingleFile.prefixes
+    marks = ("up_blocks.",)
+
+    def key_table(self, config: UNetConfig, names: Iterable[str], values: Values) -> KeyTable:
+        return UNetFolder().key_table(config, names, values)
+
+    def canonical_name(self, name: str) -> str:
+        return _with_usual_names(re.sub(r"^class_embedding\.", "add_embedding.", name))
+
+    def infer_config(self, tensors: State, source: object) -> UNetConfig:
+        with inferring("U-Net", source):
+            levels = []
+            for block in (f"down_blocks.{number}" for number in range(count(tensors, r"down_blocks\.(\d+)\."))):
+                blocks = count(tensors, rf"{re.escape(block)}\.resnets\.(\d+)\.")
+                depth = count(tensors, rf"{re.escape(block)}\.attentions\.0\.transformer_blocks\.(\d+)\.")
+                levels.append(LevelSpec(tensors[f"{block}.resnets.0.conv2.weight"].shape[0], blocks, depth))
+            ends = ("conv_in", "conv_out", "add_embedding.linear_1", "mid_block.attentions.0")
+            return _inferred(tensors, levels, *ends)
+
+    def prefix(self, config: UNetConfig, component: str, components: Collection[str]) -> str | None:
+        return None
 
 
 class UNetFolder(FolderFormat):
@@ -339,6 +353,26 @@ def lora_names(config: UNetConfig, names: Sequence[str], component: str, compone
     return lora_spellings([*folders, file], ("unet.", ""), "lora_unet_")
 
 
+def _inferred(
+    tensors: State, levels: Sequence[LevelSpec], first: str, last: str, vector: str, middle: str
+) -> UNetConfig:
+    """Infer a config from the levels, and the names of first and last convolution, vector embedding and middle transformer."""
+    keys = [name for name in tensors if name.endswith("attn2.to_k.weight")]
+    conv = any(tensors[name].ndim == 4 for name in tensors if name.endswith(".proj_in.weight"))
+    embedding = tensors.get(f"{vector}.weight")
+    return UNetConfig(
+        levels=tuple(levels),
+        in_channels=tensors[f"{first}.weight"].shape[1],
+        out_channels=tensors[f"{last}.weight"].shape[0],
+        context_width=tensors[keys[0]].shape[1] if keys else None,
+        vector_width=None if embedding is None else embedding.shape[1],
+        middle_depth=count(tensors, rf"{re.escape(middle)}\.transformer_blocks\.(\d+)\."),
+        heads=HEADS if conv else None,
+        head_width=None if conv else HEAD_WIDTH,
+        projection="conv" if conv else "linear",
+    )
+
+
 def _with_usual_names(name: str) -> str:
     return name if ".attn" not in name or name.endswith(USUAL) else renamed(name, NAMES)
 
@@ -374,4 +408,4 @@ def _any(value: Any) -> bool:
     return any(value) if isinstance(value, list | tuple) else bool(value)
 
 
-register(NetworkKind(UNetConfig, "U-Net", (UNetSingleFile(),), (UNetFolder(),), lora_names))
+register(NetworkKind(UNetConfig, "U-Net", (UNetSingleFile(), UNetDiffusersFile()), (UNetFolder(),), lora_names))

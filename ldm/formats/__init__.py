@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,9 @@ def save(model: nn.Module, path: Source, to: str = "native", dtype: torch.dtype 
     with writing(Path(expanded(path))):
         path = target(path, to)
     model = plain_model(model, path)
+    if to != "native" and model.tiny_decoder is not None:
+        warn(f"{path} has no place for the tiny decoder, which is left out; write a native file to keep it.")
+        model.tiny_decoder, model.config = None, replace(model.config, tiny_decoder=None)
     with writing(path):
         if to == "diffusers":
             from ldm.formats.diffusers_folder import write_folder

@@ -25,6 +25,7 @@ from ldm.errors import CheckpointError, ConfigError, some
 from ldm.formats.native import (
     CLIP,
     CONFIG_BY_FORMAT,
+    DECODER,
     FIRST_STAGE,
     Header,
     assemble,
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
     from ldm.nn.network_format import NetworkFormat, NetworkKind, Values
 
 NETWORKS = ("first_stage", "denoiser")
-"""Parts that every complete model has; the others are encoders of its conditioner."""
+"""Parts that every complete model has."""
+
+TINY_DECODER = "tiny_decoder"
+"""Part that a model may have in addition; all others are encoders of its conditioner."""
 
 OTHERS = "others"
 """Part with the weights that are in no other part, under the names of the complete model or CLIP."""
@@ -192,6 +196,7 @@ class Checkpoint:
                 diffusion=self.diffusion or Diffusion(),
                 size=self.size or (512, 512),
                 sampling=self.sampling,
+                tiny_decoder=self.parts[TINY_DECODER].config if TINY_DECODER in self.parts else None,
             )
         except ConfigError as error:
             raise CheckpointError(f"the parts of {self.source} do not fit each other: {error}") from None
@@ -211,7 +216,7 @@ class Checkpoint:
 
     def encoders(self) -> list[str]:
         """Return the names of the parts that encode conditions."""
-        return [name for name in self.parts if name not in (*NETWORKS, OTHERS)]
+        return [name for name in self.parts if name not in (*NETWORKS, TINY_DECODER, OTHERS)]
 
     def missing(self) -> list[str]:
         """Return the parts that a complete model has and this one lacks, by the arguments of :func:`ldm.load`."""
@@ -225,6 +230,10 @@ class Checkpoint:
         Raises:
             CheckpointError: the other has no such part.
         """
+        source = f"{self.source} with the {name} of {other.source}"
+        changed = replace(self, source=source, fingerprint="", fingerprinted={})
+        if name == TINY_DECODER:
+            return replace(changed, parts={**self.parts, name: other.part(name)})
         encoders, own = other.encoders(), self.parts.get(name)
         single = len(encoders) == 1 and own is not None and type(own.config) is type(other.parts[encoders[0]].config)
         if own is None and name not in NETWORKS and "text_encoder" in encoders and name != encoders[0]:
@@ -232,8 +241,6 @@ class Checkpoint:
                 f"{self.source} has no second text encoder; name a complete SDXL model as the text_encoder."
             )
         part = other.part(encoders[0] if single and name not in NETWORKS else name)
-        source = f"{self.source} with the {name} of {other.source}"
-        changed = replace(self, source=source, fingerprint="", fingerprinted={})
         if name not in NETWORKS:
             if own is None or self.conditioner is None:
                 added = {each: other.parts[each] for each in encoders}
@@ -341,7 +348,7 @@ def conditioner_of(parts: Mapping[str, Part], pooled: bool = False, **sdxl: Any)
 
 
 def read_native(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
-    """Read a native file, or a checkpoint of a training: a complete model, a first stage or a CLIP.
+    """Read a native file, or a checkpoint of a training: a complete model, or the network of a stage.
 
     Raises:
         CheckpointError: the file is broken.
@@ -364,6 +371,8 @@ def read_native(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     config = header.config
     if held == FIRST_STAGE:  # its latents are measured at the end of the training
         return Checkpoint(parts={"first_stage": Part(config, tensors, inferred=bool(note))}, **common)
+    if held == DECODER:
+        return Checkpoint(parts={TINY_DECODER: Part(config, tensors)}, **common)
     if held == CLIP:
         return Checkpoint(parts=of_clip(config, tensors), **common)
     conditioner = build_on_meta(lambda: config.conditioner.build(header.tokenizer), tensors, path)

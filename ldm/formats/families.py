@@ -12,9 +12,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ldm.clip.text import TextTowerConfig
+from ldm.clip.text_formats import OPEN_CLIP_WIDTH
 from ldm.clip.tokenizer import CLIP_VOCAB_SIZE, CLIPBPEConfig, Tokenizer
 from ldm.formats.checkpoint import Part
 from ldm.formats.folding import SCALE, SCALE_SDXL
@@ -53,19 +55,30 @@ SDXL = Family(
 )
 SINGLE = Family("a single network")
 FAMILIES = {
+    "conditioner.embedders.1.transformer.": SDXL,
     "conditioner.embedders.1.model.": SDXL,
     "cond_stage_model.model.": SD_2,
     "cond_stage_model.transformer.": SD_1,
     "conditioner.embedders.0.transformer.": SINGLE,
     "model.diffusion_model.label_emb.0.0.weight": SDXL,
+    "model.diffusion_model.add_embedding.linear_1.weight": SDXL,
 }
 """Prefixes of names by which a family is recognized; the first that occurs decides."""
 
 
-def family_of(names: Iterable[str]) -> Family:
-    """Return the family that the full names of a file's tensors belong to."""
+def family_of(names: Iterable[str], text_encoder: TextTowerConfig | None = None) -> Family:
+    """Return the family that the full names of a file's tensors belong to.
+
+    Args:
+        names: the names.
+        text_encoder: the first text encoder, if there is one: other programs store that of SD 2 with the names of SD 1's.
+    """
     listed = [*names]
-    return next((FAMILIES[mark] for mark in FAMILIES for name in listed if name.startswith(mark)), SINGLE)
+    family = next((FAMILIES[mark] for mark in FAMILIES for name in listed if name.startswith(mark)), SINGLE)
+    if family is SD_1 and text_encoder is not None and text_encoder.width >= OPEN_CLIP_WIDTH:
+        # diffusers leaves out the last of 24 blocks, whose output is not used
+        return SD_2 if text_encoder.layers == 24 else replace(SD_2, hidden_state="last")
+    return family
 
 
 def assumed(name: str, family: Family, complete: bool, hidden_state: str | None = None) -> dict[str, Any]:
@@ -87,4 +100,4 @@ def tokenizer_of(parts: Mapping[str, Part], family: Family) -> Tokenizer | None:
     if "text_encoder" not in parts or parts["text_encoder"].config.vocab_size != CLIP_VOCAB_SIZE:
         return None
     length = parts["text_encoder"].config.context_length
-    return CLIPBPEConfig(length, pad_id=0 if family is SD_2 else None).build()
+    return CLIPBPEConfig(length, pad_id=0 if family.name == SD_2.name else None).build()

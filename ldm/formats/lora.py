@@ -22,7 +22,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ NAMINGS = ("diffusers", "kohya")
 PREFIXES = ("", "text_encoder.", "text_encoder_2.")
 """Components that names without one are tried in; the names of the U-Net are known without."""
 
-ALPHA = r"\.alpha"
-"""End of the name of a layer's alpha, in all kinds of adapter."""
+FACTORS = {"alpha": r"\.alpha", "scalar": r"\.scalar"}
+"""Ends of the names of the factors of a layer, in all kinds of adapter; see :class:`ldm.nn.adapter_format.Scaling`."""
 
 OLD: Rules = (
     (r"\.processor\.", "."),
@@ -185,7 +185,7 @@ def write_lora(path: str | PathLike[str], adapter: Adapter, model: LatentDiffusi
     for theirs, ours in layer_names(model, ADAPTED_TYPES).items():
         if theirs.startswith("lora_") if naming == "kohya" else theirs.startswith(("unet.", "text_encoder")):
             spelled.setdefault(ours, theirs)
-    tensors, layers = dict[str, Tensor](), dict[str, tuple[Tensor, float]]()
+    tensors, layers = dict[str, Tensor](), dict[str, LoRALayer]()
     for layer, change in adapter.layers.items():
         form = format_of(change)
         own = form.write(change, naming) if form is not None and layer in spelled else None
@@ -204,7 +204,7 @@ def write_lora(path: str | PathLike[str], adapter: Adapter, model: LatentDiffusi
             )
         tensors |= {f"{spelled[layer]}.{end}": tensor for end, tensor in own.items()}
         if isinstance(change, LoRALayer):
-            layers[spelled[layer]] = change.down, change.alpha
+            layers[spelled[layer]] = change
     metadata = {METADATA: json.dumps(lora_config(layers), sort_keys=True)} if naming == "diffusers" else {}
     write_tensors(path, tensors, {"format": "pt"} | metadata)
     return path
@@ -235,7 +235,7 @@ def _by_layer(
     path: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, str], prefix: str, looks: str
 ) -> dict[str, dict[str, Found]]:
     """Group the tensors by the names of layers in the model, then by role; ``prefix`` precedes names without a component."""
-    endings = {"alpha": ALPHA} | {role: end for form in formats() for role, end in form.endings.items()}
+    endings = FACTORS | {role: end for form in formats() for role, end in form.endings.items()}
     updates: dict[str, dict[str, Found]] = defaultdict(dict)
     for key, tensor in tensors.items():
         ends = ((role, re.search(f"(?:{end})$", key)) for role, end in endings.items())
@@ -266,8 +266,10 @@ def _layer(
                 f"{path}: {each.key} holds {each.tensor.dtype}, but weights are floats; download it again."
             )
     weight, first = layer.get_parameter("weight"), next(iter(found.values()))
-    tensors = {role: each.tensor for role, each in found.items() if role != "alpha"}
-    scaling = scaling_of(config, first.layer, _alpha(path, found), path)
+    tensors = {role: each.tensor for role, each in found.items() if role not in FACTORS}
+    scaling = scaling_of(config, first.layer, _factor(path, found.get("alpha")), path)
+    scalar = _factor(path, found.get("scalar"))
+    scaling = scaling if scalar is None else replace(scaling, scalar=scalar)
     try:
         adapter = read_layer(tensors, weight.shape, scaling)
         if not _fits(adapter, layer):
@@ -292,23 +294,24 @@ def _layer(
 
 def _fits(adapter: AdapterLayer, layer: nn.Module) -> bool:
     """Return True if the changes of an adapter have the shapes of the layer's parameters."""
-    weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
+    weight = layer.get_parameter("weight")
     try:
         delta = adapter.delta(torch.empty_like(weight, device="meta"))
         bias_delta = adapter.bias_delta(torch.empty(weight.shape[:1], device="meta", dtype=weight.dtype))
     except RuntimeError:  # of a product of matrices that do not fit each other
         return False
-    return delta.shape == weight.shape and (bias_delta is None or (bias is not None and bias_delta.shape == bias.shape))
+    return delta.shape == weight.shape and (bias_delta is None or bias_delta.shape == weight.shape[:1])
 
 
-def _alpha(path: Path, found: Mapping[str, Found]) -> float | None:
-    """Return the value of the alpha tensor of a layer, or None."""
-    if "alpha" not in found:
+def _factor(path: Path, found: Found | None) -> float | None:
+    """Return the value of a tensor of :data:`FACTORS`; None if the layer has none."""
+    if found is None:
         return None
-    alpha = found["alpha"].tensor
-    if alpha.numel() != 1:
-        raise CheckpointError(f"{path}: {found['alpha'].key} holds {alpha.numel()} numbers; an alpha is one.")
-    return float(alpha)
+    if found.tensor.numel() != 1:
+        raise CheckpointError(
+            f"{path}: {found.key} holds {found.tensor.numel()} numbers; it must be a single one. Download the file again."
+        )
+    return float(found.tensor)
 
 
 def _looks(tensors: Mapping[str, Tensor], model: LatentDiffusion) -> str:

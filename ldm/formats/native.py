@@ -1,8 +1,8 @@
 """The native format: one safetensors file with weights, config and tokenizer.
 
 The metadata of a file has the keys ``format`` (what it holds), ``config`` (JSON of the typed config), ``tokenizer`` (JSON, if
-the model reads text), ``fingerprint`` and ``provenance``. A first stage and a CLIP are outputs of a training stage for the
-next one; a model is the complete LatentDiffusion that a pipeline loads.
+the model reads text), ``fingerprint`` and ``provenance``. A first stage, a CLIP and a tiny decoder are outputs of a
+training stage; a model is the complete LatentDiffusion that a pipeline loads.
 """
 
 from __future__ import annotations
@@ -36,12 +36,17 @@ from ldm.formats.tensors import (
 )
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.nn import wrappers
-from ldm.vae import FirstStage, FirstStageConfig
+from ldm.vae import FirstStage, FirstStageConfig, TinyDecoderConfig
 
-FIRST_STAGE, CLIP, MODEL = "ldm.first_stage.1", "ldm.clip.1", "ldm.model.1"
+FIRST_STAGE, CLIP, MODEL, DECODER = "ldm.first_stage.1", "ldm.clip.1", "ldm.model.1", "ldm.tiny_decoder.1"
 """Values of ``format``: what a native file can hold."""
 
-CONFIG_BY_FORMAT: dict[str, type[Any]] = {FIRST_STAGE: FirstStageConfig, CLIP: CLIPConfig, MODEL: ModelConfig}
+CONFIG_BY_FORMAT: dict[str, type[Any]] = {
+    FIRST_STAGE: FirstStageConfig,
+    CLIP: CLIPConfig,
+    MODEL: ModelConfig,
+    DECODER: TinyDecoderConfig,
+}
 """Config class of each format."""
 
 LARGE = 1 << 30
@@ -111,7 +116,7 @@ def save_module(
 
     Args:
         path: path of the file.
-        format: ``FIRST_STAGE``, ``CLIP`` or ``MODEL``.
+        format: ``FIRST_STAGE``, ``CLIP``, ``MODEL`` or ``DECODER``.
         module: module whose state is written.
         config: config that it was built from.
         tokenizer: tokenizer of its text encoders, if any.

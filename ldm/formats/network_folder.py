@@ -53,9 +53,16 @@ def read_network(folder: Path, form: FolderFormat, variant: str | None = None) -
     if processor is not None:
         values["preprocessor"] = read_json(processor)
     tensors, files = read_weights(folder, form.weights, variant)
-    tensors, _ = canonical(tensors, form)
-    part = Part.imported(form.read_config(values, tensors, where), tensors, form, files[0], values)
+    naming = _naming(tensors, form)
+    tensors, _ = canonical(tensors, naming)
+    part = Part.imported(form.read_config(values, tensors, where), tensors, naming, files[0], values)
     return (_with_statistics(part, values, where) if has_statistics(part) else part), values
+
+
+def _naming(tensors: Mapping[str, Tensor], form: FolderFormat) -> NetworkFormat:
+    """Return the description of the names in a folder: ``form``, unless they are those of LDM files."""
+    of_files = (each for kind in KINDS.values() if form in kind.folders for each in kind.single_file)
+    return next((each for each in (form, *of_files) if each.fits(tensors)), form)
 
 
 def canonical(tensors: Mapping[str, Tensor], form: NetworkFormat) -> tuple[dict[str, Tensor], list[str]]:

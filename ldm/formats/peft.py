@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ldm.errors import CheckpointError, first_line
 from ldm.formats.tensors import read_metadata
 from ldm.nn.adapter_format import Scaling
+from ldm.nn.lora import LoRALayer
 
 METADATA = "lora_adapter_metadata"
 """Metadata entry of diffusers: the configs in JSON."""
@@ -88,16 +87,18 @@ def _matching(patterns: Any, layer: str, usual: Any, path: Path) -> Any:
     return usual
 
 
-def lora_config(layers: Mapping[str, tuple[Tensor, float]]) -> dict[str, Any]:
-    """Describe LoRA layers (A and alpha, by their names in diffusers) as fields of PEFT's LoraConfig for each component."""
+def lora_config(layers: Mapping[str, LoRALayer]) -> dict[str, Any]:
+    """Describe LoRA layers (by their names in diffusers) as fields of PEFT's LoraConfig for each component."""
     config: dict[str, Any] = {}
     for component in dict.fromkeys(name.partition(".")[0] for name in layers):
         parts = {name.partition(".")[2]: each for name, each in layers.items() if name.partition(".")[0] == component}
-        ranks = {name: len(down) for name, (down, _) in parts.items()}
-        alphas = {name: alpha for name, (_, alpha) in parts.items()}
+        ranks = {name: len(layer.down) for name, layer in parts.items()}
+        alphas = {name: layer.alpha for name, layer in parts.items()}
         for key, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
             usual = next(iter(values.values()))
             config[f"{component}.{key}"] = usual
             config[f"{component}.{pattern}"] = {name: value for name, value in values.items() if value != usual}
         config[f"{component}.target_modules"] = list(parts)
+        if any(layer.bias is not None for layer in parts.values()):
+            config[f"{component}.lora_bias"] = True
     return config

@@ -24,8 +24,11 @@ IGNORED = (
 )
 """Names in pickles of what is no weight. Nothing is imported or called for them."""
 
-NESTED = ("state_dict", "model_state_dict", "module", "ema_state_dict", "ema")
+NESTED = ("state_dict", "model_state_dict", "module", "model", "params", "weights", "net", "network")
 """Keys under which a pickle may hold its weights, in order of preference; each may be nested in another."""
+
+AVERAGED = ("ema_state_dict", "ema", "model_ema", "params_ema")
+"""Keys under which it may hold their averages."""
 
 
 class _Ignored:
@@ -79,7 +82,7 @@ def _unpickle_sharded(path: Path) -> Any:
 
 
 def read_pickle(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a state dict; those of a training's checkpoint (averaged if ``ema``) with its metadata.
+    """Read the tensors of a state dict, averages if ``ema`` and it has them; those of a training's checkpoint with metadata.
 
     Raises:
         CheckpointError: the file is broken, would run code, or holds something else than weights.
@@ -88,8 +91,10 @@ def read_pickle(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[s
     if is_training_checkpoint(content):
         content, metadata = exported(content, path, ema)
     while isinstance(content, dict):
-        nested = next((content[key] for key in NESTED if isinstance(content.get(key), Mapping)), None)
+        order = AVERAGED + NESTED if ema else NESTED + AVERAGED
+        nested = next((content[key] for key in order if _holds_tensors(content.get(key))), None)
         if nested is None:
+            content = _joined(content)
             break
         content = dict(nested)
     if not isinstance(content, dict):
@@ -108,3 +113,22 @@ def read_pickle(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[s
             )
         tensors[name] = value.detach()
     return tensors, metadata
+
+
+def _holds_tensors(value: object) -> bool:
+    """Return whether a value is a state dict, bare or nested."""
+    return isinstance(value, Mapping) and any(
+        isinstance(each, Tensor) or _holds_tensors(each) for each in value.values()
+    )
+
+
+def _joined(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the state dicts of several networks (``{"unet": ..., "vae": ...}``) as one, each under its name."""
+    nested = {name: value for name, value in content.items() if isinstance(value, Mapping) and value}
+    networks = {
+        name: each for name, each in nested.items() if all(isinstance(value, Tensor) for value in each.values())
+    }
+    if not networks:
+        return content
+    rest = {name: value for name, value in content.items() if name not in nested}
+    return rest | {f"{name}.{key}": tensor for name, each in networks.items() for key, tensor in each.items()}

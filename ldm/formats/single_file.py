@@ -74,11 +74,12 @@ def read_single_file(
     reject_other_files(path, tensors, found)
     marks = read_marks(path, marked, metadata, prediction_type)
     notes = [f"the weights are EMA weights ({EMA}*)"] if averaged else []
-    family = family_of(full_names(found))
+    configs = {name: form.infer_config(own, path) for name, (_, form, own) in found.items()}
+    family = family_of(full_names(found), configs.get("text_encoder"))
     notes.append(f"{family.name}, since there is " + ", ".join(each.prefix + "*" for each in found.values()))
     parts = {}
     for name, (prefix, form, own) in found.items():
-        part = Part.imported(form.infer_config(own, path), own, form, path)
+        part = Part.imported(configs[name], own, form, path)
         if name not in NETWORKS:
             fields = assumed(name, family, len(found) > 1, marks.hidden_state)
             part, surplus = _with_fields(part, form, fields)

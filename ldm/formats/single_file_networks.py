@@ -30,8 +30,13 @@ ALIASES = {
     "vae.": "first_stage_model.",
     "text_encoder.": "cond_stage_model.transformer.",
     "text_encoders.clip_l.transformer.": "cond_stage_model.transformer.",
+    "text_encoder_2.": "conditioner.embedders.1.transformer.",
+    "text_encoders.clip_g.transformer.": "conditioner.embedders.1.transformer.",
 }
-"""Prefixes of networks in files of other programs, by that of LDM files; of SDXL's text encoders, only LDM's are known."""
+"""Prefixes of networks in files of other programs, by that of LDM files."""
+
+FIRST_OF_TWO = {"cond_stage_model.transformer.": "conditioner.embedders.0.transformer."}
+"""Prefixes in LDM files of text encoders that are the first of two, by those that they have alone."""
 
 TRAINING = ("model.denoiser.", "first_stage.", "clip.")
 """Prefixes in training checkpoints of ldm."""
@@ -72,9 +77,11 @@ def networks_in(
     }
     outer = outer_prefix(tensors, (*forms, *itertools.chain(*aliases.values())))
     tensors = {name.removeprefix(outer): tensor for name, tensor in tensors.items() if is_weight(name)}
-    for alias, marks in aliases.items():
-        if any(name.startswith(marks) for name in tensors):
-            tensors = _without_alias(tensors, alias, ALIASES[alias])
+    present = [alias for alias, marks in aliases.items() if any(name.startswith(marks) for name in tensors)]
+    two_encoders = any(ALIASES[alias].startswith("conditioner.embedders.1.") for alias in present)
+    for alias in present:
+        prefix = ALIASES[alias]
+        tensors = _without_alias(tensors, alias, FIRST_OF_TWO.get(prefix, prefix) if two_encoders else prefix)
     has_prefix = any(name.startswith(tuple(forms)) for name in tensors)
     added = "" if has_prefix else _missing_prefix(tensors, forms)
     by_prefix: dict[str, dict[str, Tensor]] = {}
@@ -86,7 +93,7 @@ def networks_in(
             unused.append(name)
     found = {}
     for prefix, own in by_prefix.items():
-        marked = [form for form in forms[prefix] if any(key.startswith(form.marks) for key in own)]
+        marked = [form for form in forms[prefix] if form.fits(own)]
         form = next(iter([*marked, *forms[prefix]]))
         component = form.prefixes[prefix]
         if component in described:

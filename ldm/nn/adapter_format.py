@@ -25,31 +25,33 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Scaling:
-    """Alpha of a layer, in a tensor of the file or in PEFT's config.
+    """Factors of a layer: alpha, in a tensor of the file or in PEFT's config, and a scalar.
 
     Args:
         tensor: value of the layer's ``alpha`` tensor; None if it has none.
         alpha, rank: of PEFT's config; None if the file has no such config.
         rank_stabilized: divide alpha by the root of the rank (``use_rslora``; Kalajdzievski 2023, arXiv 2312.03732).
+        scalar: trained factor of the whole change (``use_scalar`` of LyCORIS).
     """
 
     tensor: float | None = None
     alpha: float | None = None
     rank: int | None = None
     rank_stabilized: bool = False
+    scalar: float = 1.0
 
     def for_rank(self, rank: int) -> float:
-        """Return the alpha by which a change of this rank is multiplied, as alpha / rank; by default ``rank``."""
+        """Return the number that, divided by the rank, is the factor of a change of this rank: alpha, by default ``rank``."""
         if self.tensor is not None or self.alpha is None:
-            return float(rank) if self.tensor is None else self.tensor
-        return self.alpha * math.sqrt(rank) if self.rank_stabilized else self.alpha
+            return self.scalar * (rank if self.tensor is None else self.tensor)
+        return self.scalar * self.alpha * (math.sqrt(rank) if self.rank_stabilized else 1)
 
     def full_rank(self) -> float:
-        """Return the factor of a change without a low-rank product: 1, or alpha / rank of PEFT's config.
+        """Return the factor of a change without a low-rank product: the scalar, and alpha / rank of PEFT's config.
 
         LyCORIS ignores the alpha tensor of such a layer, PEFT does not ignore its config.
         """
-        return 1.0 if self.alpha is None or not self.rank else self.for_rank(self.rank) / self.rank
+        return self.scalar if self.alpha is None or not self.rank else self.for_rank(self.rank) / self.rank
 
 
 class MissingTensor(Exception):

@@ -42,16 +42,17 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not change weights and cannot be merged")
 
     def bias_delta(self, bias: Tensor) -> Tensor | None:
-        """Return the change of ``bias`` at scale 1; None, the default, if there is none."""
+        """Return the change of ``bias`` at scale 1, which is zeros for a layer without one; None, the default: no change."""
         return None
 
     def forward(self, layer: nn.Module, *inputs: Any) -> Tensor:
         """Return what is added to the output of ``layer`` for the same inputs, times ``scale``."""
         (x,) = inputs
         change = self.delta(layer.get_parameter("weight"))
+        bias = self.bias_delta(change.new_zeros(len(change)))
         if isinstance(layer, nn.Conv2d):
-            return self.scale * F.conv2d(x, change, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-        return self.scale * F.linear(x, change)
+            return self.scale * F.conv2d(x, change, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return self.scale * F.linear(x, change, bias)
 
 
 class Adapter(nn.Module):
@@ -126,10 +127,17 @@ class Adapters(nn.ModuleList):
         """Add an adapter to the model, and return its name.
 
         Raises:
-            SamplingError: its name is taken.
+            SamplingError: its name is taken, or it cannot be merged.
         """
         if adapter.name in self.loaded:
             raise SamplingError(f"a LoRA {adapter.name!r} is loaded; unload it, or give this one another name.")
+        for path, change in adapter.layers.items() if adapter.merged else ():
+            layer = unwrapped(model).get_submodule(path)
+            weight = layer.get_parameter("weight")
+            if getattr(layer, "bias", None) is None and change.bias_delta(weight.new_zeros(len(weight))) is not None:
+                raise SamplingError(
+                    f"the LoRA {adapter.name!r} adds a bias to {path}, which has none to merge it into; load it without merging."
+                )
         self.append(adapter)
         self._update(model, adapter)
         return adapter.name

@@ -9,9 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.conditioning import Conditioning
-from ldm.nn.cpu_attention import scaled_dot_product_attention
+from ldm.nn.cpu_attention import fast_attention
+from ldm.nn.cpu_training import trains_on_cpu
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
 from ldm.nn.inference import Linear, is_plain, onednn_linear, uses_onednn
+
+SHORT = 256
+"""Number of keys up to which bf16 attention is computed in fp32 in training on a CPU.
+
+Its backward pass takes up to five times as long in bf16, and with more keys about as long."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,23 @@ class AttentionOptions:
     """
 
     identity: Tensor | None = None
+
+
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """``F.scaled_dot_product_attention``, except on a CPU: in training with few keys it is computed in fp32, and in inference
+    with many by :func:`ldm.nn.cpu_attention.fast_attention`.
+
+    ``q [b heads n d], k [b heads m d], v [b heads m d], mask [b 1 1 m]`` (True = attend) ``-> [b heads n d]``
+    """
+    if mask is None and not causal and (out := fast_attention(q, k, v)) is not None:
+        return out
+    if k.shape[2] > SHORT or v.itemsize >= torch.float32.itemsize or not trains_on_cpu(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    with torch.autocast("cpu", enabled=False):
+        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal)
+    return out.to(v.dtype)
 
 
 class Attention(nn.Module):
@@ -55,12 +78,8 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """Attend with all heads: ``q [b n d], k [b m d], v [b m d], mask [b m]`` (True = attend) ``-> [b n d]``"""
         q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (q, k, v))
-        if mask is None and not causal:
-            out = scaled_dot_product_attention(q, k, v)
-        else:
-            allowed = None if mask is None else mask[:, None, None, :]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
-        return out.transpose(1, 2).flatten(2)
+        allowed = None if mask is None else mask[:, None, None, :]
+        return scaled_dot_product_attention(q, k, v, allowed, causal).transpose(1, 2).flatten(2)
 
     def identity(self, x: Tensor) -> Tensor:
         """Return what :meth:`forward` would if each position attended only to itself: ``[b n d] -> [b n d]``"""

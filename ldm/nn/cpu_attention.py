@@ -1,12 +1,13 @@
 """Attention in bf16 for inference on CPUs with AVX-512 bf16 but without AMX, where torch's kernel is bound by its softmax.
 
 The logistic function of a small argument is an exponential, sigmoid(x) = exp(x) / (1 + exp(x)), and oneDNN applies it to the fp32
-results of a matrix product before these are rounded and stored. So with a shift c_i of each query
+results of a matrix product before these are rounded and stored. So
 
-    softmax(s)_ij = p_ij / sum_j p_ij,   p_ij = exp(s_ij - c_i), which is sigmoid(s_ij - c_i) up to the share p_ij,
+    softmax(s)_ij = p_ij / sum_j p_ij,   p_ij = exp(s_ij - SHIFT), which is sigmoid(s_ij - SHIFT) up to the share p_ij,
 
-attention is two matrix products for a block of queries, and nothing between them. The shift is a further channel of the queries,
-against ones in the keys; the sum is a further channel of the values, which are ones.
+is two matrix products for a block of queries and nothing between them: the shift is a bias, and the sum is a further channel of
+the values, which are ones. One shift fits all queries, because the mean of the keys is subtracted from them: it moves all logits
+of a query alike, and afterwards their mean is 0, so that by Jensen's inequality the sum is at least m exp(-SHIFT).
 """
 
 from __future__ import annotations
@@ -15,49 +16,46 @@ import math
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.nn.inference import is_eager_cpu_inference, onednn_linear, supports_onednn_linear
 
+SHIFT = 60.0
+"""Logits above -27 give normal numbers of bf16; those that are lower do not matter beside the mean."""
+
+MAX_SUM = 2.0**-8
+"""Greatest sum of the p_ij of a query: no p is greater, so that sigmoid and exponential agree to a unit of bf16."""
+
 BLOCK = 2**20
 """Logits that are computed together; they should stay in the cache."""
 
-MAX_SUM, MIN_SUM = 2.0**-8, math.exp(-65)
-"""Bounds on sum_j p_ij. No p is above the sum, so sigmoid and exponential agree to half a unit of bf16; and summands
-exp(-20) times smaller than the sum are still normal numbers."""
 
-
-def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute softmax(q k^T / sqrt(d)) v: ``q [b h n d], k [b h m d], v [b h m d] -> [b h n d]``"""
-    if is_eager_cpu_inference(q) and q.dtype == torch.bfloat16 and _pays(q, k):
-        out = sigmoid_attention(q, k, v)
-        if out is not None:
-            return out
-    return F.scaled_dot_product_attention(q, k, v)
+def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """Compute :func:`sigmoid_attention` where it is faster than torch's kernel; else return None."""
+    if is_eager_cpu_inference(q) and q.dtype == k.dtype == v.dtype == torch.bfloat16 and _pays(q, k):
+        return sigmoid_attention(q, k, v)
+    return None
 
 
 def sigmoid_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """Compute :func:`scaled_dot_product_attention` as above; None if no shift fits all logits of a query."""
+    """Compute softmax(q k^T / sqrt(d)) v: ``q [b h n d], k [b h m d], v [b h m d] -> [b h n d]``
+
+    Returns None if a logit is so large that the shift does not fit (about 54 above the mean of its query).
+    """
     (b, h, n, d), m = q.shape, k.shape[2]
-    width = 16 * (d // 16 + 1)
+    width = 16 * (d // 16 + 1)  # with the channel of ones, and a multiple of the vector length
     keys = k.float()
-    keys = (keys - keys.mean(2, keepdim=True)) / math.sqrt(d)  # moves all logits of a query alike: their mean is 0
-    covariance = keys.transpose(2, 3) @ keys / m
-    deviation = (q.float() @ covariance).mul_(q).sum(-1, keepdim=True).clamp_(min=0).sqrt_()
-    padded_q, padded_k, padded_v = q.new_zeros(b, h, n, width), q.new_zeros(b, h, m, width), q.new_zeros(b, h, width, m)
-    padded_q[..., :d], padded_q[..., d : d + 1] = q, -(8 * deviation + 7 + math.log(m))
-    padded_k[..., :d], padded_k[..., d] = keys, 1
-    padded_v[..., :d, :], padded_v[..., d, :] = v.transpose(2, 3), 1
-    out = q.new_empty(b, n, h, width).transpose(1, 2)
-    for i in range(b * h):
-        at = divmod(i, h)
-        for queries, result in zip(*(each[at].split(max(1, BLOCK // m)) for each in (padded_q, out)), strict=True):
-            weights = onednn_linear(queries, padded_k[at], activation="sigmoid")
-            result.copy_(onednn_linear(weights, padded_v[at]))
+    keys = ((keys - keys.mean(2, keepdim=True)) / math.sqrt(d)).to(q.dtype).contiguous()
+    values = q.new_zeros(b, h, width, m)
+    values[..., :d, :], values[..., d, :] = v.transpose(2, 3), 1
+    shift, out = q.new_full((m,), -SHIFT), q.new_empty(b, n, h, width).transpose(1, 2)
+    for at in ((i, j) for i in range(b) for j in range(h)):
+        blocks = (each[at].split(max(1, BLOCK // m)) for each in (q, out))
+        for queries, result in zip(*blocks, strict=True):
+            p = onednn_linear(queries, keys[at], shift, "sigmoid")
+            result.copy_(onednn_linear(p, values[at]))
     sums = out[..., d : d + 1]
-    least, largest = sums.aminmax()
-    return out[..., :d] / sums if least >= MIN_SUM and largest <= MAX_SUM else None
+    return out[..., :d] / sums if sums.max() <= MAX_SUM else None
 
 
 def _pays(q: Tensor, k: Tensor) -> bool:

@@ -32,16 +32,14 @@ class DifferenceLayer(AdapterLayer):
         return None if self.bias is None else self.bias.to(bias)
 
     def forward(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        if not isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+            return super().forward(layer, *inputs)
         (x,) = inputs
-        weight = self.scale * self.delta(layer.get_parameter("weight"))
+        weight = self.scale * self.delta(layer.weight)
         bias = None if self.bias is None else self.scale * self.bias.to(weight)
         if isinstance(layer, nn.GroupNorm):
             return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
-        if isinstance(layer, nn.LayerNorm):
-            return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
-        if isinstance(layer, nn.Conv2d):
-            return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-        return F.linear(x, weight, bias)
+        return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
 
 
 class DifferenceFormat(AdapterFormat):
@@ -57,7 +55,8 @@ class DifferenceFormat(AdapterFormat):
         if bias is not None and bias.shape != shape[:1]:
             raise MisshapenTensor("bias")
         return DifferenceLayer(
-            None if weight is None else weight.reshape(*shape).clone(), None if bias is None else bias.clone()
+            None if weight is None else scaling.scalar * weight.reshape(*shape),
+            None if bias is None else scaling.scalar * bias,
         )
 
     def write(self, layer: AdapterLayer, naming: str) -> dict[str, Tensor] | None:

@@ -36,6 +36,9 @@ class DoRALayer(AdapterLayer):
         super().__init__()
         self.inner, self.magnitude = inner, nn.Parameter(magnitude)
 
+    def bias_delta(self, bias: Tensor) -> Tensor | None:
+        return self.inner.bias_delta(bias)
+
     def delta(self, weight: Tensor) -> Tensor:
         base = weight.float()
         v = base + self.inner.delta(base)

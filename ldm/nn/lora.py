@@ -25,11 +25,13 @@ class LoRALayer(AdapterLayer):
         down: A, ``[r in]``, or ``[r in k k]`` of a convolution with such a kernel.
         up: B, ``[out r]``.
         alpha: the change is alpha / r times B A.
+        bias: bias of B, ``[out]``, which is multiplied by alpha / r too (``lora_bias`` of PEFT); None, usually: none.
     """
 
-    def __init__(self, down: Tensor, up: Tensor, alpha: float):
+    def __init__(self, down: Tensor, up: Tensor, alpha: float, bias: Tensor | None = None):
         super().__init__()
         self.down, self.up, self.alpha = nn.Parameter(down), nn.Parameter(up), alpha
+        self.bias = None if bias is None else nn.Parameter(bias)
 
     @property
     def factor(self) -> float:
@@ -39,12 +41,16 @@ class LoRALayer(AdapterLayer):
         down, up = self.down.to(weight), self.up.to(weight)
         return (self.factor * (up @ down.flatten(1))).unflatten(1, down.shape[1:])
 
+    def bias_delta(self, bias: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.factor * self.bias.to(bias)
+
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         down, up, scale = self.down.to(x), self.up.to(x), self.scale * self.factor
+        bias = None if self.bias is None else scale * self.bias.to(x)
         if isinstance(layer, nn.Conv2d):
             h = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
-            return F.conv2d(scale * h, up[:, :, None, None])
-        return F.linear(scale * F.linear(x, down), up)
+            return F.conv2d(scale * h, up[:, :, None, None], bias)
+        return F.linear(scale * F.linear(x, down), up, bias)
 
 
 class LoRAFormat(AdapterFormat):
@@ -55,6 +61,7 @@ class LoRAFormat(AdapterFormat):
         "down": r"(?:\.lora_(?:A|down)(?:\.\w+)?|[._]lora(?:_linear_layer)?\.down)\.weight",
         "up": r"(?:\.lora_(?:B|up)(?:\.\w+)?|[._]lora(?:_linear_layer)?\.up)\.weight",
         "mid": r"\.lora_mid\.weight",
+        "bias_of_up": r"(?:\.lora_(?:B|up)(?:\.\w+)?|[._]lora(?:_linear_layer)?\.up)\.bias",
     }
 
     def read(self, tensors: Tensors, shape: Sequence[int], scaling: Scaling) -> LoRALayer:
@@ -66,14 +73,19 @@ class LoRAFormat(AdapterFormat):
         for role, tensor, expected in (("down", down, (r, *shape[1:])), ("up", up, (shape[0], r))):
             if not r or _plain(tensor.shape) != _plain(expected):
                 raise MisshapenTensor(role)
-        return LoRALayer(down.reshape(r, *shape[1:]).clone(), up.reshape(shape[0], r).clone(), scaling.for_rank(r))
+        bias = tensors.get("bias_of_up")
+        if bias is not None and bias.shape != shape[:1]:
+            raise MisshapenTensor("bias_of_up")
+        down, up = down.reshape(r, *shape[1:]).clone(), up.reshape(shape[0], r).clone()
+        return LoRALayer(down, up, scaling.for_rank(r), None if bias is None else bias.clone())
 
     def write(self, layer: AdapterLayer, naming: str) -> dict[str, Tensor]:
         assert isinstance(layer, LoRALayer)
         up = layer.up[:, :, None, None] if layer.down.ndim == 4 else layer.up
-        if naming == "diffusers":
-            return {"lora_A.weight": layer.down, "lora_B.weight": up}
-        return {"lora_down.weight": layer.down, "lora_up.weight": up, "alpha": torch.tensor(float(layer.alpha))}
+        a, b = ("lora_A", "lora_B") if naming == "diffusers" else ("lora_down", "lora_up")
+        alpha = {"alpha": torch.tensor(float(layer.alpha))} if naming == "kohya" else {}
+        bias = {} if layer.bias is None else {f"{b}.bias": layer.bias}
+        return {f"{a}.weight": layer.down, f"{b}.weight": up} | alpha | bias
 
 
 register(LoRAFormat())

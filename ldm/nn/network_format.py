@@ -118,7 +118,10 @@ def prefixed(prefix: str, table: KeyTable) -> dict[str, KeyMapping]:
     return {ours: mapping._replace(name=prefix + mapping.name) for ours, mapping in table.items()}
 
 
-OUTER = r"(?:(?:model|net|network|state_dict|unet|vae|autoencoder|text_encoder(?:_2)?|transformer|clip_[lg])\.)+"
+OUTER = (
+    r"(?:(?:model|net|network|state_dict|params|unet|vae|autoencoder|text_encoder(?:_2)?|transformer|clip_[lg]"
+    r"|diffusion_model|first_stage_model|cond_stage_model)\.)+"
+)
 """Prefixes that other software puts before all names of a network."""
 
 NOT_WEIGHTS = frozenset({"decay", "num_updates", "position_ids", "attn_mask"})
@@ -163,6 +166,11 @@ class NetworkFormat:
     """
 
     marks: tuple[str, ...] = ()
+
+    def fits(self, names: Collection[str]) -> bool:
+        """Return whether any of these names, without :data:`OUTER`, begins with a mark."""
+        outer = outer_prefix(names, self.marks)
+        return any(name.removeprefix(outer).startswith(self.marks) for name in names)
 
     def key_table(self, config: Any, names: Iterable[str], values: Values) -> KeyTable:
         """Map the ``names`` of our weights to foreign ones.

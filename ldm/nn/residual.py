@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
+from ldm.nn.group_norm import GroupNorm
 from ldm.nn.inference import is_eager_cpu_inference, is_plain
 from ldm.nn.winograd import Conv3x3
 
@@ -32,19 +33,19 @@ class ResidualBlock(CheckpointedBlock):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_width, eps)
+        self.norm1 = GroupNorm(groups, in_width, eps)
         self.conv1 = Conv3x3(in_width, width)
         self.embedding = nn.Linear(embedding_width, width) if embedding_width else None
-        self.norm2 = nn.GroupNorm(groups, width, eps)
+        self.norm2 = GroupNorm(groups, width, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv3x3(width, width)
         self.shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """``x [b c h w], embedding [b e]`` (already through SiLU) ``-> [b width h w]``"""
+        """``x [b c h w], embedding [b e]`` (already through SiLU; further rows are ignored) ``-> [b width h w]``"""
         h = self.conv1(F.silu(self.norm1(x)))
         if self.embedding is not None:
-            h = h + self.embedding(embedding)[:, :, None, None]
+            h = h + self.embedding(embedding)[: len(h), :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.shortcut(x) + h
 

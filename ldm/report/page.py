@@ -15,14 +15,11 @@ from ldm.report.run import Run, Stage
 from ldm.report.sections import PARTS, SECTIONS
 from ldm.training.tasks import TASKS
 
-TITLES = {"vae": "VAE", "clip": "CLIP", "denoiser": "Denoiser"}
-"""Headings of the stages."""
-
 
 def page(run: Run) -> str:
     """Return the report of a run as one HTML page without references to other files."""
     stages = [
-        {"id": stage.name, "title": TITLES[stage.name], "parts": [part(stage) for part in PARTS]}
+        {"id": stage.name, "title": TASKS[stage.name].title, "parts": [part(stage) for part in PARTS]}
         for stage in run.stages
     ]
     sections = [(title.lower().replace(" ", "-"), title, section(run)) for title, section in SECTIONS.items()]
@@ -45,7 +42,7 @@ def _card(stage: Stage) -> dict[str, Any]:
     speed = next((stage.metrics[name] for name in _SPEEDS if name in stage.metrics), None)
     return {
         "id": stage.name,
-        "title": TITLES[stage.name],
+        "title": TASKS[stage.name].title,
         "status": stage.status,
         "step": stage.step,
         "max_steps": stage.max_steps,

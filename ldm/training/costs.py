@@ -186,13 +186,15 @@ def _step(
 
 
 def _batch(experiment: Experiment, task: Task, captions: Sequence[str]) -> Batch:
-    """Return a batch of black images, or of cached latents, with these captions and without other conditions."""
+    """Return a batch of black images or cached latents, or both, with these captions and without other conditions."""
     n, (channels, height, width) = len(captions), experiment.data.image_shape
     conditions = dict.fromkeys(experiment.denoiser.conditioner.input_keys, [None] * n)
     batch: Batch = {**conditions, "key": [str(i) for i in range(n)], "text": captions}
     first_stage = task.frozen_first_stage if experiment.data.has_latents else None
+    if first_stage is None or task.needs_images:
+        batch["image"] = torch.zeros(n, channels, height, width)
     if first_stage is None:
-        return batch | {"image": torch.zeros(n, channels, height, width)}
+        return batch
     shape = (n, first_stage.latent_channels, height // first_stage.factor, width // first_stage.factor)
     return batch | {name: torch.zeros(shape) for name in first_stage.posterior_type.cached}
 

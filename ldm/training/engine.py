@@ -133,10 +133,12 @@ class StageModule(L.LightningModule):
     # Optimization
 
     def configure_model(self) -> None:
-        """Shard the networks, if the strategy does."""
+        """Shard the networks, if the strategy does; else convert the weights of convolutions to channels_last."""
         shard = getattr(self.trainer.strategy, "shard", None)
         if shard is not None:
-            shard(self.task)
+            shard(self.task)  # of contiguous parameters only
+        else:
+            self.task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def configure_optimizers(self) -> Any:
         return [adamw(spec.modules, self.train_config) for spec in self.specs]

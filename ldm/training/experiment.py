@@ -1,4 +1,4 @@
-"""Experiment: data, trainer and the three stages, read from one YAML, and the check that they fit each other."""
+"""Experiment: data, trainer and the stages, read from one YAML, and the check that they fit each other."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ldm.sampling_settings import SamplingSettings
 from ldm.training.config import TrainerConfig
 from ldm.training.tasks import TASKS
 from ldm.training.tasks.clip import CLIPStage
+from ldm.training.tasks.decoder import DecoderStage
 from ldm.training.tasks.denoiser import DenoiserStage
 from ldm.training.tasks.vae import VAEStage
 
@@ -30,6 +31,7 @@ class Experiment:
     vae: VAEStage = config_field(help="stage 1, the first stage")
     denoiser: DenoiserStage = config_field(help="stage 3, the denoiser")
     clip: CLIPStage | None = config_field(None, "stage 2, tokenizer and CLIP; null if no conditioner reads text")
+    decoder: DecoderStage | None = config_field(None, "stage 4, a tiny decoder; null = none")
     run_dir: str | None = config_field(None, "run folder; null = runs/<name>", path=True)
     seed: int = config_field(0, "seed for every random generator of the run")
     trainer: TrainerConfig = config_field(TrainerConfig(), "devices and precision")
@@ -64,6 +66,15 @@ class Experiment:
                     self.vae.loss.check_size(*shape)
             except ConfigError as error:
                 raise ConfigError(f"vae.loss: {error}") from None
+        if self.decoder is not None:
+            if not self.vae.model.has_weights:
+                raise ConfigError(
+                    f"the first stage {self.vae.model.kind} has no decoder to distil; set decoder to null."
+                )
+            try:
+                self.decoder.model.check_fit(self.vae.model)
+            except ConfigError as error:
+                raise ConfigError(f"decoder.model: {error}") from None
         _ = self.model_config  # raises if the stages do not fit
         multiple = self.vae.model.factor * self.denoiser.model.factor
         if any(side % multiple for shape in self.data.bucket_shapes for side in shape):

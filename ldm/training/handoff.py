@@ -15,14 +15,14 @@ from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
 from ldm.config import to_dict
 from ldm.data.stream import EvaluationLoader
 from ldm.devices import default_device
-from ldm.errors import CheckpointError, TrainingError
+from ldm.errors import CheckpointError, TrainingError, warn
 from ldm.formats import read
-from ldm.formats.checkpoint import CLIP_COMPONENTS, OTHERS, Checkpoint, joined
-from ldm.formats.native import CLIP, FIRST_STAGE, load_strictly
+from ldm.formats.checkpoint import CLIP_COMPONENTS, OTHERS, TINY_DECODER, Checkpoint, joined
+from ldm.formats.native import CLIP, FIRST_STAGE, load_strictly, save_model
 from ldm.formats.tensors import fingerprint, read_metadata
 from ldm.formats.training_checkpoint import resume_points
 from ldm.training.experiment import Experiment
-from ldm.training.tasks import TASKS, Task, VAETask
+from ldm.training.tasks import TASKS, DecoderTask, DenoiserTask, Task, VAETask
 from ldm.training.tasks.task import FIRST_STAGE as FIRST_STAGE_PART
 from ldm.training.tasks.task import PART_SECTIONS
 from ldm.vae import FirstStage
@@ -123,6 +123,25 @@ class Handoff:
 def result_file(experiment: Experiment, stage: str) -> Path:
     """Return the path of the result of a finished stage in the run folder."""
     return experiment.folder / TASKS[stage].result
+
+
+def add_tiny_decoder(experiment: Experiment) -> None:
+    """Write the result of stage 4 into the model's file, if the run has both and the file does not hold it yet."""
+    path, source = result_file(experiment, DenoiserTask.stage), result_file(experiment, DecoderTask.stage)
+    if not (path.is_file() and source.is_file()):
+        return
+    model, decoder = read(path), read(source)
+    made_from = [found.provenance.get("handoff", {}).get(VAETask.stage) for found in (model, decoder)]
+    if made_from[0] != made_from[1]:
+        warn(
+            f"{path} was trained on another first stage than {source}, which is therefore not added to it; train stage "
+            f"{DenoiserTask.stage} again."
+        )
+        return
+    before, now = (found.parts.get(TINY_DECODER) for found in (model, decoder))
+    if before is None or now is None or fingerprint(before.state, {}) != fingerprint(now.state, {}):
+        complete = model.with_part(TINY_DECODER, decoder).build(None)
+        save_model(path, complete, model.provenance)
 
 
 def is_finished(result: Path, stage: str, steps: int, handoff: Mapping[str, str]) -> bool:

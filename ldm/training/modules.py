@@ -1,4 +1,4 @@
-"""LightningModules of the three stages: each the engine with the task of the stage."""
+"""LightningModules of the stages: each the engine with the task of the stage."""
 
 from __future__ import annotations
 

@@ -16,6 +16,14 @@ from ldm.training.sharded_tensors import by_sharding, full_tensor
 class AdamW(torch.optim.AdamW):
     """AdamW whose groups may hold sharded parameters and others."""
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, each tensor in the memory format of its parameter, which the fused kernel relies on."""
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.ndim and value.stride() != parameter.stride():
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:  # before the groups are divided, since it may change their hyperparameters
@@ -54,7 +62,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     parts = by_sharding(parameters)
     norms = [full_tensor(get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-    if max_norm is not None:
+    if max_norm is not None and not (norm.device.type == "cpu" and norm + 1e-6 <= max_norm):  # spares a pass over them
         for part in parts:
             clip_grads_with_norm_(part, max_norm, norm)
     return norm

@@ -52,7 +52,7 @@ def differences(before: Any, now: Any, where: str = "", changeable: bool = False
     elif isinstance(now, tuple) and isinstance(before, tuple) and len(now) == len(before) and _are_configs(now):
         pairs = {str(i): pair for i, pair in enumerate(zip(before, now, strict=True))}
     else:
-        if before != now:
+        if before != now or type(before) is not type(now):  # 1 is a step and 1.0 a fraction
             yield f"{where} was {_shown(before)} and is now {_shown(now)}"
         return
     for name, (old, new) in pairs.items():

@@ -29,11 +29,11 @@ from ldm.training.encoders import encoded_source
 from ldm.training.engine import StageModule, seed_of
 from ldm.training.experiment import Experiment, load_config
 from ldm.training.fit import fit, is_first_process
-from ldm.training.handoff import Handoff, initialize, is_finished, result_file
+from ldm.training.handoff import Handoff, add_tiny_decoder, initialize, is_finished, result_file
 from ldm.training.lock import locked
 from ldm.training.modules import MODULES
 from ldm.training.resume import report_changes, settings_of
-from ldm.training.tasks import TASKS, DenoiserTask, VAETask
+from ldm.training.tasks import TASKS, DecoderTask, DenoiserTask, VAETask
 
 
 @usual_torch_state()
@@ -52,9 +52,11 @@ def train_stage(experiment: Experiment, stage: str) -> Path:
         module, files = _build(experiment, stage)
         if is_finished(result, stage, module.train_config.max_steps, module.handoff):
             report_changes(module, result)
-            return result
-        with locked(module.folder) if is_first_process() else nullcontext():
-            _train(experiment, module, files, result)
+        else:
+            with locked(module.folder) if is_first_process() else nullcontext():
+                _train(experiment, module, files, result)
+        if stage in (DenoiserTask.stage, DecoderTask.stage) and is_first_process():
+            add_tiny_decoder(experiment)
         return result
 
 
@@ -116,7 +118,7 @@ def _build(experiment: Experiment, stage: str) -> tuple[StageModule, Mapping[Pat
 
 
 def data_of(experiment: Experiment, module: StageModule) -> DataModule:
-    """Return the batches of a stage; latents in place of images if the config asks for encoded data or ``cache_latents``."""
+    """Return the batches of a stage; with cached latents if the config asks for encoded data or ``cache_latents``."""
     train, first_stage = module.train_config, module.task.frozen_first_stage
     latents: Encoded | None = None
     if isinstance(module.task, DenoiserTask) and experiment.data.encoded.folder is not None:
@@ -124,7 +126,9 @@ def data_of(experiment: Experiment, module: StageModule) -> DataModule:
             experiment, module.task.model.first_stage, module.task.model.conditioner, module.handoff
         )
     elif experiment.data.cache_latents and first_stage is not None:
-        latents = LatentSource(first_stage, module.handoff[VAETask.stage], experiment.folder / "latents")
+        latents = LatentSource(
+            first_stage, module.handoff[VAETask.stage], experiment.folder / "latents", module.task.needs_images
+        )
     return DataModule(
         experiment.data_of(module.stage),
         train.batch_size,

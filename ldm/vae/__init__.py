@@ -6,6 +6,7 @@ from ldm.vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from ldm.vae.first_stage import FirstStage, FirstStageConfig, Identity, IdentityConfig
 from ldm.vae.posterior import DiagonalGaussian, Posterior
 from ldm.vae.tiling import Tiling
+from ldm.vae.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from ldm.vae.vq import VQ, VQConfig
 
 __all__ = [
@@ -19,5 +20,7 @@ __all__ = [
     "IdentityConfig",
     "Posterior",
     "Tiling",
+    "TinyDecoder",
+    "TinyDecoderConfig",
     "VQConfig",
 ]

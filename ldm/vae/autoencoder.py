@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ldm.config import config_field
 from ldm.errors import ConfigError
-from ldm.nn.cpu_attention import scaled_dot_product_attention
+from ldm.nn.attention import scaled_dot_product_attention
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
+from ldm.nn.group_norm import GroupNorm
 from ldm.nn.residual import ResidualBlock, Upsample
 from ldm.vae.first_stage import FirstStage, FirstStageConfig
 from ldm.vae.posterior import DiagonalGaussian, Posterior
@@ -64,7 +65,7 @@ class SpatialAttention(CheckpointedBlock):
 
     def __init__(self, width: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.norm = GroupNorm(groups, width, eps=1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid = Middle(top, config.groups, config.middle_attention)
-        self.norm_out = nn.GroupNorm(config.groups, top, eps=1e-6)
+        self.norm_out = GroupNorm(config.groups, top, eps=1e-6)
         self.conv_out = nn.Conv2d(top, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ class Decoder(nn.Module):
             )
             for i, width in enumerate(widths)
         )
-        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.norm_out = GroupNorm(config.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class AutoencoderSingleFile(SingleFileFormat):
     """Format of the autoencoder in LDM files."""
 
     prefixes: ClassVar = {PREFIX: "first_stage"}
-    marks = ("encoder.conv_in.",)
+    marks = ("encoder.down.",)
 
     def key_table(self, config: AutoencoderKLConfig, names: Iterable[str], values: Values) -> KeyTable:
         table = {}
@@ -113,18 +113,29 @@ class AutoencoderSingleFile(SingleFileFormat):
 
     def infer_config(self, tensors: State, source: object) -> AutoencoderKLConfig:
         with inferring("VAE", source):
-            levels = count(tensors, r"encoder\.down\.(\d+)\.block\.")
-            return AutoencoderKLConfig(
-                widths=tuple(tensors[f"encoder.down.{level}.block.0.conv2.weight"].shape[0] for level in range(levels)),
-                blocks=count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
-                latent_channels=tensors["decoder.conv_in.weight"].shape[1],
-                image_channels=tensors["encoder.conv_in.weight"].shape[1],
-                middle_attention="encoder.mid.attn_1.q.weight" in tensors,
-                quant_conv="quant_conv.weight" in tensors,
-            )
+            return _inferred(tensors, "down", "block", "mid.attn_1.q")
 
     def latents(self, config: AutoencoderKLConfig) -> tuple[float, float] | None:
         return None if config.quant_conv else SD3_LATENTS
+
+
+class AutoencoderDiffusersFile(AutoencoderSingleFile):
+    """Format of the autoencoder in single files with the names of a diffusers folder, which are only read."""
+
+    marks = ("encoder.down_blocks.",)
+
+    def key_table(self, config: AutoencoderKLConfig, names: Iterable[str], values: Values) -> KeyTable:
+        return AutoencoderFolder().key_table(config, names, values)
+
+    def canonical_name(self, name: str) -> str:
+        return renamed(name, NAMES_DIFFUSERS)
+
+    def infer_config(self, tensors: State, source: object) -> AutoencoderKLConfig:
+        with inferring("VAE", source):
+            return _inferred(tensors, "down_blocks", "resnets", "mid_block.attentions.0.to_q")
+
+    def prefix(self, config: AutoencoderKLConfig, component: str, components: Collection[str]) -> str | None:
+        return None
 
 
 class AutoencoderFolder(FolderFormat):
@@ -133,7 +144,7 @@ class AutoencoderFolder(FolderFormat):
     component = "first_stage"
     library = "diffusers"
     folders: ClassVar = {"vae": "first_stage"}
-    marks = ("encoder.conv_in.",)
+    marks = ("encoder.down_blocks.",)
     classes = ("AutoencoderKL",)
     weights = ("diffusion_pytorch_model",)
 
@@ -214,8 +225,29 @@ def fold(config: AutoencoderKLConfig, state: State, mean: Tensor, factor: Tensor
     return {name: tensor.to(state[name].dtype) for name, tensor in folded.items()}
 
 
+def _inferred(tensors: State, level: str, block: str, query: str) -> AutoencoderKLConfig:
+    """Infer a config from shapes and the names of levels, their blocks, and the attention's query in the encoder."""
+    levels = count(tensors, rf"encoder\.{level}\.(\d+)\.{block}\.")
+    return AutoencoderKLConfig(
+        widths=tuple(tensors[f"encoder.{level}.{i}.{block}.0.conv2.weight"].shape[0] for i in range(levels)),
+        blocks=count(tensors, rf"encoder\.{level}\.0\.{block}\.(\d+)\."),
+        latent_channels=tensors["decoder.conv_in.weight"].shape[1],
+        image_channels=tensors["encoder.conv_in.weight"].shape[1],
+        middle_attention=f"encoder.{query}.weight" in tensors,
+        quant_conv="quant_conv.weight" in tensors,
+    )
+
+
 def _is_attention(name: str) -> bool:
     return re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name) is not None
 
 
-register(NetworkKind(AutoencoderKLConfig, "VAE", (AutoencoderSingleFile(),), (AutoencoderFolder(),), fold=fold))
+register(
+    NetworkKind(
+        AutoencoderKLConfig,
+        "VAE",
+        (AutoencoderSingleFile(), AutoencoderDiffusersFile()),
+        (AutoencoderFolder(),),
+        fold=fold,
+    )
+)

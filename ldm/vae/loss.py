@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,9 @@ class VAELossConfig(Kind, default="reconstruction"):
     kl: float = config_field(1e-6, "weight of the KL divergence to the standard normal")
     adversarial: float = config_field(0.0, "weight of the adversarial loss; 0 = no discriminator")
     disc_start: int | float = config_field(
-        0, "step at which the discriminator and the adversarial loss begin; below 1, a fraction of train.max_steps"
+        0,
+        "step at which the discriminator and the adversarial loss begin: a whole number such as 5000, or a fraction of "
+        "train.max_steps with a decimal point, from 0.0 to 1.0",
     )
     disc_width: int = config_field(64, "channels after the discriminator's first convolution")
     disc_layers: int = config_field(3, "strided convolutions of the discriminator")
@@ -35,9 +38,10 @@ class VAELossConfig(Kind, default="reconstruction"):
             raise ConfigError("weights must not be negative.")
         if self.disc_width < 1 or self.disc_layers < 1:
             raise ConfigError("disc_width and disc_layers must be at least 1.")
-        if not (0 <= self.disc_start < 1 or (self.disc_start >= 1 and float(self.disc_start).is_integer())):
+        if self.disc_start < 0 or (isinstance(self.disc_start, float) and not self.disc_start <= 1):
             raise ConfigError(
-                f"disc_start is {self.disc_start}; give a whole number of steps, or a fraction of max_steps below 1."
+                f"disc_start is {self.disc_start}; give a step as a whole number without a decimal point, such as 5000, or a "
+                "fraction of max_steps from 0.0 to 1.0."
             )
 
     @property
@@ -47,7 +51,7 @@ class VAELossConfig(Kind, default="reconstruction"):
 
     def discriminator_step(self, max_steps: int) -> int:
         """Return the step at which the adversarial loss begins in a training of ``max_steps``."""
-        return round(self.disc_start * max_steps) if self.disc_start < 1 else int(self.disc_start)
+        return round(self.disc_start * max_steps) if isinstance(self.disc_start, float) else self.disc_start
 
     def build(self) -> nn.Module:
         raise NotImplementedError
@@ -129,6 +133,40 @@ def _lpips() -> nn.Module:
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Return the hinge loss of the logits for images and for reconstructions (Lim & Ye 2017, arXiv 1705.02894)."""
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+class GeneratorLoss(NamedTuple):
+    """The loss of a generator that is differentiated once, as far as to the image that it made.
+
+    Attributes:
+        value: minus the mean of the logits; its derivative with respect to ``reconstruction`` is ``gradient``.
+        logits: the discriminator's output, with gradients for its parameters only.
+    """
+
+    value: Tensor
+    logits: Tensor
+
+    @classmethod
+    def of(cls, discriminator: nn.Module, reconstruction: Tensor) -> GeneratorLoss:
+        """Compute it for ``reconstruction [b c h w]``, with its graph."""
+        image = reconstruction.detach().requires_grad_()
+        logits = discriminator(image)
+        value = -logits.mean()
+        scale = torch.full_like(value, image.numel())  # fp16 could not hold the gradients of single values of the image
+        gradient = torch.autograd.grad(value, image, scale, retain_graph=True)[0].float() / image.numel()
+        return cls(_WithGradient.apply(value, reconstruction, gradient), logits)
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = x.dtype
+        return value.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor, None]:
+        return None, (outer * ctx.saved_tensors[0]).to(ctx.dtype), None
 
 
 def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ldm.errors import SamplingError
 from ldm.vae.first_stage import FirstStage
 from ldm.vae.posterior import Posterior
+from ldm.vae.tiny_decoder import TinyDecoder
 
 T = TypeVar("T")
 
@@ -87,8 +88,8 @@ class Tiling:
                 f"tiles of {self.tile} cannot overlap by {self.overlap}; give from 0 to {self.tile - 1}."
             )
 
-    def decode(self, first_stage: FirstStage, latent: Tensor) -> Tensor:
-        """Call :meth:`FirstStage.decode` in parts: ``[b z h w] -> [b c fh fw]``."""
+    def decode(self, first_stage: FirstStage | TinyDecoder, latent: Tensor) -> Tensor:
+        """Call ``decode`` of a first stage or a tiny decoder in parts: ``[b z h w] -> [b c fh fw]``."""
 
         def in_tiles(latent: Tensor) -> Tensor:
             if not isinstance(first_stage, Tileable):
@@ -108,6 +109,10 @@ class Tiling:
 
         parts = self._in_parts(first_stage.encode, in_tiles, image, first_stage.factor)
         return first_stage.posterior_type.cat(parts)
+
+    def in_tiles(self, x: Tensor, scale: int) -> bool:
+        """Return True if each image of ``x [b c scale*h scale*w]`` is too large to be processed at once."""
+        return x.shape[-2] * x.shape[-1] // scale**2 > self.tile**2
 
     def spans(self, length: int) -> list[Span]:
         """Return the fewest tiles that cover ``length`` positions, of equal size and evenly spaced."""
@@ -132,9 +137,9 @@ class Tiling:
         self, at_once: Callable[[Tensor], T], in_tiles: Callable[[Tensor], T], x: Tensor, scale: int
     ) -> list[T]:
         """Process a batch ``x [b c scale*h scale*w]``: large images ``in_tiles``, small ones ``at_once``, several per call."""
-        positions = x.shape[-2] * x.shape[-1] // scale**2
-        if positions > self.tile**2:
+        if self.in_tiles(x, scale):
             return [in_tiles(image) for image in x.split(1)]
+        positions = x.shape[-2] * x.shape[-1] // scale**2
         return [at_once(part) for part in x.split(self.tile**2 // positions)]
 
     def _tiled(self, network: Callable[[Tensor], Tensor], x: Tensor, inner: int, outer: int) -> Tensor:

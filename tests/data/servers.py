@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
-from ldm.cli.bench_data import s3_server
+from ldm.benchmarks.s3_server import s3_server
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,6 +21,7 @@ from ldm.data.folder import prepare_folder
 from ldm.data.preparation_report import Report
 from ldm.data.shards import Shards, find_shards, write_shard
 from ldm.errors import DataError
+from ldm.modalities.label import LABEL
 from ldm.training.stages import train_stage
 from tests.data.pictures import encoded, noise_picture, sample
 from tests.experiments import tiny_experiment
@@ -74,6 +75,12 @@ def prepared(folder: Path, **settings: Any) -> tuple[dict[str, str], Report]:
         ({"a.jpg": None, "metadata.tsv": "file_name\ttext\r\na.jpg\tred\r\n"}, "red"),
         ({"a.jpg": None, "metadata.csv": 'file_name , text\na.jpg , "red, green"'}, "red, green"),
         ({"a.jpg": None, "metadata.jsonl": '{"file_name": " a.jpg ", "text": "red"}'}, "red"),
+        ({"Cat.JPG": None, "cat.txt": "red"}, "red"),
+        ({"cat.jpg": None, "CAT.TXT": "red"}, "red"),
+        ({"Cat.JPG": None, "cat.jpg.txt": "red"}, "red"),
+        ({"Ä.jpg": None, unicodedata.normalize("NFD", "ä.caption"): "red"}, "red"),
+        ({"IMG_1.PNG": None, "img_1.json": '{"text": "red"}'}, "red"),
+        ({"B/Cat.JPG": None, "metadata.csv": "file_name,text\nb/cat.jpg,red"}, "red"),
     ],
 )
 def test_captions_are_read_as_they_are_found(
@@ -83,6 +90,31 @@ def test_captions_are_read_as_they_are_found(
     captions.pop("good")
     assert list(captions.values()) == [caption]
     assert not report.left_out
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"Cat.jpg": None, "cat.png": None, "cat.txt": "red"}, ["red"]),
+        ({"Cat.png": None, "cat.jpg": None, "Cat.txt": "red", "cat.txt": "green"}, ["green", "red"]),
+        ({"CAT.png": None, "Cat.txt": "red", "cat.txt": "green"}, []),
+        ({"Cat.png": None, "metadata.csv": "file_name,text\ncat.png,red\nCat.png,green"}, ["green"]),
+        ({"Cat.png": None, "cAt.png": None, "metadata.csv": "file_name,text\ncat.png,red\nCat.png,green"}, ["green"]),
+    ],
+)
+def test_the_case_of_letters_counts_where_two_files_differ_only_so(
+    tmp_path: Path, files: dict[str, bytes | str | None], expected: list[str]
+) -> None:
+    captions, _ = prepared(write(tmp_path / "images", files))
+    assert sorted(captions.values()) == sorted([*expected, "good"])
+
+
+def test_label_files_may_differ_from_the_image_in_the_case_of_letters(tmp_path: Path) -> None:
+    files = {"Cat.JPG": None, "cat.txt": "red", "cat.CLS": "1", "good.cls": "2"}
+    write(tmp_path / "images", files)
+    prepare_folder(tmp_path / "images", tmp_path / "shards", shares=(1, 0, 0))
+    shards = Shards(find_shards(str(tmp_path / "shards" / "train"), "train"))
+    assert {key: shards.value(i, LABEL) for i, key in enumerate(shards.keys)} == {"Cat": 1, "good": 2}
 
 
 @pytest.mark.parametrize("listed", ["NFC", "NFD"])

@@ -18,7 +18,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, SamplingError
 from ldm.formats.lora import layer_names, read_lora, write_lora
 from ldm.formats.peft import scaling_of
 from ldm.pipeline import Pipeline
@@ -54,6 +54,7 @@ PEFT: dict[str, Callable[[], Any]] = {
     ),
     "LoRA, rank-stabilized": lambda: lora_config(target_modules=["to_q", "conv1"], use_rslora=True),
     "DoRA": lambda: lora_config(target_modules=["to_q", "conv1", "proj_in"], use_dora=True),
+    "LoRA with biases": lambda: lora_config(target_modules=["conv1", "to_out.0", "proj_in"], lora_bias=True),
     "LoHa": lambda: peft.LoHaConfig(
         r=3, alpha=2, init_weights=False, target_modules=["to_q", "conv1"], alpha_pattern={r"attn1\.to_q": 7}
     ),
@@ -260,6 +261,54 @@ def test_adapters_of_lycoris_follow_their_formulas(tmp_path: Path, kind: str, la
     if not kind.startswith("LoRA"):
         with pytest.raises(CheckpointError, match="diffusers's LoRA files have no name"):
             write_lora(tmp_path / "c.safetensors", adapter, model)
+
+
+@pytest.mark.parametrize("kind", KINDS[:5])
+def test_a_trained_scalar_multiplies_the_change(tmp_path: Path, kind: str) -> None:
+    model = tiny_model()
+    weight = model.get_submodule(PATHS[CONVOLUTION]).get_parameter("weight")
+    tensors, expected = lycoris(kind, weight)
+    tensors |= {"scalar": torch.tensor([-0.7])}
+    save_file(
+        {f"{CONVOLUTION}.{name}": tensor.detach().contiguous() for name, tensor in tensors.items()},
+        tmp_path / "a.safetensors",
+    )
+    delta = read_lora(tmp_path / "a.safetensors", model).layers[PATHS[CONVOLUTION]].delta(weight)
+    torch.testing.assert_close(delta, -0.7 * (expected - weight), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [LINEAR, CONVOLUTION])
+@pytest.mark.parametrize("names", ["lora_down, lora_up", "lora_A, lora_B"])
+def test_the_bias_of_a_lora_is_scaled_like_its_change(tmp_path: Path, names: str, layer: str) -> None:
+    """LINEAR has no bias of its own: there the LoRA acts live, and is not merged."""
+    pipe = Pipeline(tiny_model())
+    network: Any = pipe.model.get_submodule(PATHS[layer])
+    out, *inputs = network.weight.shape
+    (a, b), x = names.split(", "), torch.randn(2, 16, *[5 for _ in inputs[1:]])
+    tensors = {f"{a}.weight": torch.randn(3, *inputs), f"{b}.weight": torch.randn(out, 3), "alpha": torch.tensor(2.0)}
+    for end, extra in {"plain": {}, "biased": {f"{b}.bias": torch.randn(out)}}.items():
+        save_file(
+            {f"{layer}.{name}": each for name, each in (tensors | extra).items()}, tmp_path / f"{end}.safetensors"
+        )
+    outputs = []
+    for file in ("plain", "biased"):
+        pipe.load_lora(tmp_path / f"{file}.safetensors", 0.5)
+        outputs.append(network(x))
+        write_lora(tmp_path / "again.safetensors", pipe.model.adapters.loaded[file], pipe.model, "kohya")
+        pipe.unload_lora()
+    bias = 0.5 * 2 / 3 * extra[f"{b}.bias"]
+    bias = bias if layer == LINEAR else bias[:, None, None]
+    torch.testing.assert_close(outputs[1] - outputs[0], bias.expand_as(outputs[0]), atol=1e-4, rtol=1e-4)
+    pipe.load_lora(tmp_path / "again.safetensors", 0.5)
+    assert torch.equal(network(x), outputs[1])
+    pipe.unload_lora()
+    if layer == CONVOLUTION:
+        pipe.load_lora(tmp_path / "biased.safetensors", 0.5, merge=True)
+        torch.testing.assert_close(network(x), outputs[1], atol=1e-4, rtol=1e-4)
+    else:
+        with pytest.raises(SamplingError, match=r"adds a bias to denoiser\..*, which has none to merge it into"):
+            pipe.load_lora(tmp_path / "biased.safetensors", merge=True)
+        assert not pipe.model.adapters.loaded
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["live", "merged"])

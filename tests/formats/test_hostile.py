@@ -378,8 +378,8 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
     for content, told in (
         ([one], "holds a list, not a dict of weights"),
         (one, "holds a Tensor, not a dict of weights"),
-        ({"model": {"a": one}}, "holds a nested dict"),
-        ({"state_dict": {"a": {"b": one}}}, "holds a nested dict"),
+        ({"optimizer": {"state": {"a": one}}}, "holds a nested dict"),
+        ({"state_dict": {"a": {"b": {"c": one}}}}, "holds a nested dict"),
         ({1: one}, "is not a plain dense CPU tensor"),
         ({"a": one.to_sparse()}, "is not a plain dense CPU tensor"),
         ({"a": one.expand(1000, 2)}, "is not a plain dense CPU tensor"),

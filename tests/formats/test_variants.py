@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm.clip.text import TextTowerConfig
+from ldm.clip.text_formats import OpenAITextSingleFile
 from ldm.denoiser.unet import LevelSpec, UNetConfig
 from ldm.denoiser.unet_formats import UNetSingleFile
 from ldm.errors import CheckpointError
 from ldm.formats import read, save
+from ldm.formats.checkpoint import Checkpoint
+from ldm.formats.families import SD_2, family_of
 from ldm.formats.single_network import save_single_network
-from ldm.formats.tensors import read_tensors
+from ldm.formats.tensors import read_file, read_tensors
 from ldm.vae.autoencoder import AutoencoderKLConfig
 from ldm.vae.autoencoder_formats import AutoencoderSingleFile
 from tests.formats.test_single_file import OPENAI, UNET, VAE, model_of
@@ -171,6 +178,129 @@ def test_networks_of_a_model_are_known_by_the_prefixes_of_other_programs(
         assert_same(tmp_path / "varied.safetensors", prefix, of_network(tensors, prefix), tmp_path)
 
 
+DIFFUSERS = {
+    "first_stage": "vae",
+    "denoiser": "unet",
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+}
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, dict[str, Tensor]]]]:
+    """A diffusers folder of each family, and the tensors of its networks by component."""
+
+    @functools.cache
+    def made(kind: str) -> tuple[Path, dict[str, dict[str, Tensor]]]:
+        folder = save(model_of(kind), tmp_path_factory.mktemp("pipeline"), "diffusers")
+        found = {name: [*(folder / each).glob("*.safetensors")] for name, each in DIFFUSERS.items()}
+        return folder, {name: load_file(files[0]) for name, files in found.items() if files}
+
+    return made
+
+
+def assert_same_parts(actual: Checkpoint, expected: Checkpoint) -> None:
+    assert actual.parts
+    for name, part in actual.parts.items():
+        theirs = expected.parts[name].weights
+        assert part.weights.keys() == theirs.keys(), name
+        assert all(torch.equal(part.weights[key], theirs[key]) for key in theirs), name
+
+
+@pytest.mark.parametrize("component", DIFFUSERS)
+@pytest.mark.parametrize("wrapper", ["", "state_dict.model."])
+def test_a_single_network_with_names_of_diffusers_is_read(
+    component: str, wrapper: str, pipelines: Any, tmp_path: Path
+) -> None:
+    folder, tensors = pipelines("SDXL")
+    own = tensors[component]
+    for prefix in ("", f"{DIFFUSERS[component]}."):
+        if component == "text_encoder_2" and not prefix:
+            continue  # without its prefix it is the only text encoder
+        save_file({wrapper + prefix + name: each for name, each in own.items()}, tmp_path / "a.safetensors")
+        found = read(tmp_path / "a.safetensors")
+        assert [*found.parts] == [component]
+        assert not found.unused
+        assert_same_parts(found, read(folder))
+        if component == "denoiser":
+            assert found.kind == "SDXL"
+            assert found.parts["denoiser"].config == model_of("SDXL").config.denoiser
+
+
+@pytest.mark.parametrize(
+    ("kind", "comfy", "wrapper"),
+    [("SD 1", False, ""), ("SD 1", True, "model."), ("SDXL", False, "module.")],
+)
+def test_a_model_in_one_file_with_names_of_diffusers_is_the_model_of_the_folder(
+    kind: str, comfy: bool, wrapper: str, pipelines: Any, tmp_path: Path
+) -> None:
+    folder, tensors = pipelines(kind)
+    names = dict(DIFFUSERS)
+    if comfy:
+        names |= {
+            "text_encoder": "text_encoders.clip_l.transformer",
+            "text_encoder_2": "text_encoders.clip_g.transformer",
+        }
+    whole = {f"{names[part]}.{name}": each for part, own in tensors.items() for name, each in own.items()}
+    save_file({wrapper + name: each for name, each in whole.items()}, tmp_path / "a.safetensors")
+    found, expected = read(tmp_path / "a.safetensors"), read(folder)
+    assert found.kind == kind
+    assert not found.unused
+    assert_same_parts(found, expected)
+    assert found.config().conditioner == expected.config().conditioner
+    assert found.config().denoiser == model_of(kind).config.denoiser
+    assert found.tokenizer is not None
+    assert torch.equal(found.tokenizer("a red apple"), expected.tokenizer("a red apple"))
+
+
+def test_a_pickle_of_several_state_dicts_is_one_model(pipelines: Any, tmp_path: Path) -> None:
+    folder, tensors = pipelines("SD 1")
+    content = {DIFFUSERS[part]: own for part, own in tensors.items()}
+    for whole in (
+        content,
+        {"model": content, "step": 3},
+        content | {"optimizer": {"state": {0: {"m": torch.ones(1)}}}},
+    ):
+        torch.save(whole, tmp_path / "a.pt")
+        found = read(tmp_path / "a.pt")
+        assert_same_parts(found, read(folder))
+        assert found.parts.keys() == {*DIFFUSERS} - {"text_encoder_2"}
+
+
+def test_the_text_encoder_of_sd_2_is_known_by_its_width(tmp_path: Path) -> None:
+    """diffusers leaves out the last block, of which only the input is used."""
+    tower = TextTowerConfig(8, 77, width=1024, layers=1, heads=16, mlp_ratio=1 / 64)
+    with torch.device("meta"):
+        state = tower.build().state_dict()
+    table = OpenAITextSingleFile().key_table(tower, state, {})
+    tensors = {f"text_encoder.{table[name].name}": torch.zeros(each.shape) for name, each in state.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = read(tmp_path / "a.safetensors")
+    assert found.kind == "SD 2"
+    assert found.parts["text_encoder"].config == replace(tower, activation="gelu")
+    assert family_of(["cond_stage_model.transformer.x"], replace(tower, layers=24)) == SD_2
+
+
+@pytest.mark.parametrize(
+    ("component", "prefix"),
+    [("vae", ""), ("vae", VAE), ("unet", UNET), ("unet", "module."), ("text_encoder", "model.")],
+)
+def test_names_of_ldm_files_are_known_in_a_folder(
+    component: str, prefix: str, tensors: dict[str, Tensor], pipelines: Any, tmp_path: Path
+) -> None:
+    """Also OpenCLIP's, in the folder of a text encoder."""
+    folder, own = pipelines("SD 2" if component == "text_encoder" else "SD 1")[0], tensors
+    if component == "text_encoder":
+        own = load_file(save(model_of("SD 2"), tmp_path / "model.safetensors", "ldm"))
+    full = {"vae": VAE, "unet": UNET, "text_encoder": "cond_stage_model.model."}[component]
+    shutil.copytree(folder / component, tmp_path / component)
+    weights = next((tmp_path / component).glob("*.safetensors"))
+    # the last block of the text encoder is not in the folder
+    own = {name: each for name, each in of_network(own, full).items() if "resblocks.1." not in name}
+    save_file({prefix + name: each for name, each in own.items()}, weights)
+    assert_same_parts(read(tmp_path / component), read(folder / component))
+
+
 def test_a_name_that_occurs_twice_is_refused(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     twice = {VAE + name: tensor for name, tensor in of_network(tensors, VAE).items()}
     query = f"{VAE}encoder.mid.attn_1.to_q.weight"
@@ -271,14 +401,40 @@ def test_dots_of_names_are_restored(config: Any, form: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "nest", [("state_dict",), ("state_dict", "state_dict"), ("module",), ("ema",), ("module", "state_dict")]
+    "nest",
+    [
+        ("state_dict",),
+        ("state_dict", "state_dict"),
+        ("module",),
+        ("ema",),
+        ("module", "state_dict"),
+        ("model",),
+        ("model", "state_dict"),
+        ("params_ema",),
+        ("weights",),
+        ("net",),
+    ],
 )
 def test_nested_state_dicts_are_read(nest: tuple[str, ...], tmp_path: Path) -> None:
     content: Any = {"a": torch.ones(2), "module.b": torch.zeros(2)}
     for key in reversed(nest):
-        content = {key: content, "epoch": 3}
+        content = {key: content, "epoch": 3, "loss": torch.ones(1), "optimizer": {"state": {}, "param_groups": []}}
     torch.save(content, tmp_path / "model.pt")
     assert read_tensors(tmp_path / "model.pt").keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("ema", [True, False])
+@pytest.mark.parametrize("keys", [("model", "ema"), ("state_dict", "ema_state_dict"), ("params", "params_ema")])
+def test_averages_beside_weights_are_used_unless_they_are_declined(
+    keys: tuple[str, str], ema: bool, tmp_path: Path
+) -> None:
+    plain, averaged = keys
+    torch.save(
+        {plain: {"a": torch.zeros(1)}, averaged: {"a": torch.ones(1)}, "model_config": {}}, tmp_path / "model.pt"
+    )
+    assert read_file(tmp_path / "model.pt", ema)[0]["a"].item() == ema
+    torch.save({plain: {"a": torch.zeros(1)}, averaged: {"decay": 0.9, "shadow": []}}, tmp_path / "model.pt")
+    assert read_file(tmp_path / "model.pt", ema)[0]["a"].item() == 0
 
 
 @pytest.mark.parametrize(

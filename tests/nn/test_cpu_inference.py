@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ldm.nn import cpu_attention
 from ldm.nn.adapters import attach
-from ldm.nn.attention import GEGLU, Attention
-from ldm.nn.cpu_attention import scaled_dot_product_attention, sigmoid_attention
+from ldm.nn.attention import GEGLU, Attention, scaled_dot_product_attention
+from ldm.nn.cpu_attention import sigmoid_attention
 from ldm.nn.inference import Linear
 from ldm.nn.lora import LoRALayer
 from ldm.nn.residual import ResidualBlock
@@ -112,7 +112,7 @@ def test_a_residual_block_is_the_same_with_and_without_gradients() -> None:
 
 
 @needs_bf16
-@pytest.mark.parametrize("scale", [0.1, 1.0, 2.0])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 2.5])
 def test_sigmoid_attention_is_attention_to_the_rounding_of_bf16(scale: float) -> None:
     q, k, v = torch.randn(3, 1, 2, 600, 40)
     q, k, v = (scale * q).bfloat16(), (scale * k + 3).bfloat16(), v.bfloat16()
@@ -121,8 +121,8 @@ def test_sigmoid_attention_is_attention_to_the_rounding_of_bf16(scale: float) ->
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     torch_error = (F.scaled_dot_product_attention(q, k, v) - exact).norm() / exact.norm()
     error = (out - exact).norm() / exact.norm()
-    assert error < 0.01
-    assert torch_error < 0.01
+    assert error < 0.015
+    assert error < 6 * torch_error
 
 
 @needs_bf16

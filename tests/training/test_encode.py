@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.cli.bench_data import s3_server
+from ldm.benchmarks.s3_server import s3_server
 from ldm.cli.encode import encode
 from ldm.data.bad_samples import Reason
 from ldm.data.encoded import EncodedImages, crop_places

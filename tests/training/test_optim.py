@@ -51,6 +51,27 @@ def test_matrices_decay_and_the_rest_does_not() -> None:
     assert all(group["betas"] == (0.5, 0.9) and group["lr"] == 1e-3 for group in optimizer.param_groups)
 
 
+def test_a_state_in_another_memory_format_continues_the_training() -> None:
+    """As that of a checkpoint whose parameters were contiguous or sharded; the fused kernel takes all in one order."""
+    ends = []
+    for continued in (False, True):
+        torch.manual_seed(0)
+        network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = adamw([network], config())
+        for step in range(2):
+            if continued and step == 1:
+                state = optimizer.state_dict()
+                for each in state["state"].values():
+                    each |= {name: value.contiguous() for name, value in each.items()}
+                optimizer = adamw([network], config())
+                optimizer.load_state_dict(state)
+            network(torch.randn(2, 3, 5, 5)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(network.weight.detach())
+    assert torch.equal(*ends)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ldm.config import from_dict
+from ldm.config import from_dict, read_yaml, to_yaml
 from ldm.data.datamodule import DataModule
 from ldm.data.preparation_report import LARGEST_HELD_OUT, SMALL_SPLIT, Report
 from ldm.data.shards import SPLITS
@@ -87,11 +87,15 @@ def test_a_config_for_far_more_images_is_reported(tmp_path: Path, made_for: Any,
     [
         (0, 100, 0),
         (5000, 6000, 5000),
-        (5000.0, 6000, 5000),
+        ("5000", 6000, 5000),
         (0.85, 6000, 5100),
         (0.85, 100, 85),
         ("8.5e-1", 100, 85),
         (1, 9, 1),
+        ("1", 9, 1),
+        (1.0, 9, 9),
+        ("1.0", 9, 9),
+        (0.0, 9, 0),
     ],
 )
 def test_the_discriminator_may_start_at_a_fraction_of_the_training(disc_start: Any, max_steps: int, step: int) -> None:
@@ -99,9 +103,30 @@ def test_the_discriminator_may_start_at_a_fraction_of_the_training(disc_start: A
     assert config.discriminator_step(max_steps) == step
 
 
-@pytest.mark.parametrize("disc_start", [-1, 1.5, -0.1, float("inf")])
+@pytest.mark.parametrize("text", ["1", "1.0", "1e0", "'1.0'", "'1'", "5000", "5e3", "0.5"])
+def test_the_decimal_point_tells_a_fraction_from_a_step_in_overrides_and_when_written(
+    text: str, tmp_path: Path
+) -> None:
+    """An integer is a step, and a number with a decimal point or exponent a fraction; ``5e3`` is refused."""
+    if text == "5e3":
+        with pytest.raises(
+            ConfigError, match=r"disc_start is 5000\.0; give a step as a whole number without a decimal point"
+        ):
+            tiny_experiment(tmp_path, f"vae.loss.disc_start={text}")
+        return
+    experiment = tiny_experiment(tmp_path, f"vae.loss.disc_start={text}", "vae.train.max_steps=6000")
+    step = {"1": 1, "'1'": 1, "5000": 5000, "0.5": 3000}.get(text, 6000)
+    assert VAETask(experiment.vae).discriminator_step == step
+    (tmp_path / "again.yaml").write_text(to_yaml(experiment.vae.loss))
+    assert from_dict(VAELossConfig, read_yaml(tmp_path / "again.yaml")) == experiment.vae.loss
+    assert type(from_dict(VAELossConfig, read_yaml(tmp_path / "again.yaml")).disc_start) is type(
+        experiment.vae.loss.disc_start
+    )
+
+
+@pytest.mark.parametrize("disc_start", [-1, 1.5, -0.1, float("inf"), 5000.0])
 def test_a_start_that_is_neither_a_step_nor_a_fraction_is_refused(disc_start: float) -> None:
-    with pytest.raises(ConfigError, match="give a whole number of steps, or a fraction of max_steps below 1"):
+    with pytest.raises(ConfigError, match=r"or a fraction of max_steps from 0\.0 to 1\.0"):
         from_dict(VAELossConfig, {"disc_start": disc_start}, "loss")
 
 

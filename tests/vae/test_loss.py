@@ -10,7 +10,7 @@ from ldm.config import from_dict
 from ldm.errors import ConfigError, LdmError, MissingExtraError
 from ldm.vae import DiagonalGaussian
 from ldm.vae.discriminator import PatchDiscriminator
-from ldm.vae.loss import AutoencoderLossConfig, ReconstructionLoss, adaptive_weight, hinge_loss
+from ldm.vae.loss import AutoencoderLossConfig, GeneratorLoss, ReconstructionLoss, adaptive_weight, hinge_loss
 
 
 def test_errors_are_summed_over_a_picture() -> None:
@@ -55,6 +55,24 @@ def test_the_adaptive_weight_is_bounded() -> None:
     layer = nn.Conv2d(1, 1, 1)
     out = layer(torch.randn(1, 1, 2, 2))
     assert adaptive_weight(1e9 * out.square().sum(), 0 * out.sum(), layer.weight) == 1e4
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_generator_and_discriminator_share_a_forward_pass_and_keep_their_gradients(autocast: bool) -> None:
+    layer, discriminator = nn.Conv2d(4, 3, 3, padding=1), PatchDiscriminator(3, 4, 1)
+    image, x = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
+    parameters = list(discriminator.parameters())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        reconstruction = layer(x)
+        loss, logits = GeneratorLoss.of(discriminator, reconstruction)
+        generator = -discriminator(reconstruction).mean()
+        losses = [hinge_loss(discriminator(image), fake) for fake in (logits, discriminator(reconstruction.detach()))]
+    found, expected = (torch.autograd.grad(3 * each, layer.weight, retain_graph=True)[0] for each in (loss, generator))
+    tolerance = {"rtol": 0.02, "atol": 1e-3} if autocast else {}
+    torch.testing.assert_close(found, expected, **tolerance)
+    assert loss == generator
+    ours, separate = (torch.autograd.grad(each, parameters) for each in losses)
+    torch.testing.assert_close(ours, separate)
 
 
 def test_a_logit_sees_its_patch_alone() -> None:

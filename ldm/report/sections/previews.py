@@ -26,6 +26,7 @@ LARGEST_ANIMATION = 4_000_000
 
 TITLES = {
     "reconstructions": "Reconstructions: validation images above what the VAE makes of them",
+    "decoded": "Validation images above what the full and the tiny decoder make of their latents",
     "nearest": "Captions of the validation set with the images that they find",
     "samples": "Generated images, from fixed prompts and noise",
 }

@@ -70,6 +70,7 @@ class CLIPTask(Task):
     """Contrastive training on the images and captions of a batch; the batches of all devices count as one."""
 
     stage = "clip"
+    title = "CLIP"
     result = Path("clip/final.safetensors")
     monitor = "text_to_image_R@1"
     higher_is_better = True

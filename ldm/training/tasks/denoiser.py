@@ -86,9 +86,11 @@ class DenoiserTask(Task):
     """Denoising loss on latents; the first stage is frozen, the conditioner frozen or trained with the denoiser."""
 
     stage = "denoiser"
+    title = "Denoiser"
     result = Path(MODEL_FILE)
     monitor = "loss"
     higher_is_better = False
+    needs_images = False
 
     def __init__(self, config: DenoiserStage, model: LatentDiffusion):
         super().__init__()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm.clip.tokenizer import Tokenizer
 from ldm.data.samples import Batch, Samples
 from ldm.errors import ConfigError, unknown
-from ldm.formats.checkpoint import Checkpoint
+from ldm.formats.checkpoint import TINY_DECODER, Checkpoint
 from ldm.vae import FirstStage
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ PART_SECTIONS = {
     TEXT_ENCODER: "clip.model.text",
     IMAGE_ENCODER: "clip.model.image",
     DENOISER: "denoiser.model",
+    TINY_DECODER: "decoder.model",
 }
 """Config section that describes each part."""
 
@@ -96,16 +97,19 @@ class Export:
 class Task(nn.Module):
     """Training task of one stage.
 
-    Class attributes: ``stage``, its name and config section; ``result``, its result file in the run folder; ``monitor``,
-    the validation metric that selects the best checkpoint; ``higher_is_better``; ``one_size``, whether its networks take images
-    of one size only, so that they are trained without aspect buckets.
+    Class attributes: ``stage``, its name and config section; ``title``, its name in reports; ``result``, its result file in the
+    run folder; ``monitor``, the validation metric that selects the best checkpoint; ``higher_is_better``; ``one_size``, whether
+    its networks take images of one size only, so that they are trained without aspect buckets; ``needs_images``, whether it uses
+    the images themselves if latents are cached.
     """
 
     stage: ClassVar[str]
+    title: ClassVar[str]
     result: ClassVar[Path]
     monitor: ClassVar[str]
     higher_is_better: ClassVar[bool]
     one_size: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = True
 
     @classmethod
     def build(cls, experiment: Experiment, handoff: Handoff) -> Task:
@@ -144,7 +148,7 @@ class Task(nn.Module):
 
     @property
     def frozen_first_stage(self) -> FirstStage | None:
-        """First stage whose latents are the only use of the images, so that they may be cached; None if there is none."""
+        """First stage whose latents may be cached, since the stage does not train it; None if there is none."""
         return None
 
     @property

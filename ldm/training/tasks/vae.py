@@ -32,7 +32,7 @@ from ldm.training.tasks.task import (
     on_device,
 )
 from ldm.vae.first_stage import FirstStageConfig, HasLastLayer
-from ldm.vae.loss import AutoencoderLossConfig, VAELossConfig, adaptive_weight, hinge_loss
+from ldm.vae.loss import AutoencoderLossConfig, GeneratorLoss, VAELossConfig, adaptive_weight, hinge_loss
 from ldm.vae.metrics import measure_latents, psnr
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class VAETask(Task):
     """Autoencoder against discriminator: two optimizers, one after the other on the same batch."""
 
     stage = "vae"
+    title = "VAE"
     result = Path("vae/final.safetensors")
     monitor = "psnr"
     higher_is_better = True
@@ -135,7 +136,8 @@ class VAETask(Task):
         }
         discriminator = self.discriminator if step.number >= self.discriminator_step else None
         if discriminator is not None:
-            g_loss = -discriminator(reconstruction).mean()
+            discriminator.requires_grad_(True)  # its own loss, below, takes the same logits
+            g_loss, logits = GeneratorLoss.of(discriminator, reconstruction)
             weight = config.adversarial * adaptive_weight(
                 rec_loss, g_loss, cast(HasLastLayer, self.first_stage).last_layer
             )
@@ -144,7 +146,7 @@ class VAETask(Task):
         self.first_stage.update(posterior)
         yield TrainLoss(loss / image[0].numel(), metrics)
         if discriminator is not None:
-            yield TrainLoss(hinge_loss(discriminator(image), discriminator(reconstruction.detach())))
+            yield TrainLoss(hinge_loss(discriminator(image), logits))
 
     def evaluate(self, batch: Mapping[str, Any], step: Step) -> Mapping[str, Tensor]:
         """Return sums over the batch, ``[1 ...]`` each: of PSNR and SSIM, the number of images, and those of the posterior."""

@@ -1,0 +1,1 @@
+"""The backends, one file each; all files of this folder are imported."""

@@ -1,0 +1,54 @@
+"""torch.compile with inductor of complete networks, recorded as CUDA graphs, which launch all kernels at once."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ldm.acceleration.backend import Backend
+from ldm.acceleration.backends.inductor import Compiled
+from ldm.config import config_field
+from ldm.errors import SamplingError
+from ldm.nn.views import view
+
+
+@dataclass(frozen=True)
+class CUDAGraphs(Backend, kind="cudagraphs"):
+    """Compile the denoiser and the first stage as one graph each, and record a CUDA graph for each shape."""
+
+    priority: ClassVar[int] = 3
+
+    max_autotune: bool = config_field(False, "choose among several kernels by timing them; compiling takes longer")
+
+    @classmethod
+    def is_default(cls, device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def check(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise SamplingError(
+                f"the backend 'cudagraphs' needs a CUDA device, but the model is on {device}; choose another backend."
+            )
+
+    def compile(self, network: nn.Module, name: str) -> nn.Module:
+        compiled = view(network, ())
+        mode = "max-autotune" if self.max_autotune else "reduce-overhead"
+        compiled.compile(mode=mode, fullgraph=True, dynamic=False)
+        return Replayed(compiled, name, self)
+
+
+class Replayed(Compiled):
+    """A network that replays CUDA graphs, for one thread after the other."""
+
+    def __init__(self, network: nn.Module, name: str, backend: Backend):
+        super().__init__(network, name, backend)
+        self.lock = threading.Lock()
+
+    def forward(self, *inputs: Any) -> Tensor:
+        with self.lock:
+            torch.compiler.cudagraph_mark_step_begin()
+            return super().forward(*inputs).clone()  # the next replay writes into the same memory

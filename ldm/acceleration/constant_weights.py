@@ -1,0 +1,172 @@
+"""Networks that are compiled with their weights as constants, for one set of input shapes at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any
+from weakref import ref
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ldm.acceleration.backend import Backend, ChecksWeights
+from ldm.nn.adapters import unwrapped
+from ldm.nn.attention import AttentionOptions
+from ldm.nn.conditioning import Conditioning, Context
+
+PROGRAMS = 4
+"""Number of shapes for which a network stays compiled; each holds a copy of the weights."""
+
+SAMPLES = 8
+"""Values of each parameter that are compared before a sampling, for changes that leave no other trace."""
+
+TENSOR = "tensor"
+"""Placeholder of a tensor among the inputs of a network."""
+
+Program = Callable[..., Tensor]
+"""A compiled network: the tensors among its inputs, in order, to its output."""
+
+
+class FlatNetwork(nn.Module):
+    """A network as a function of tensors alone, with its adapters as submodules, as exporters need it.
+
+    Args:
+        network: the network.
+        inputs: its inputs; those that are not tensors, within dataclasses as well, become constants.
+    """
+
+    def __init__(self, network: nn.Module, inputs: Sequence[Any]):
+        super().__init__()
+        self.network = unwrapped(network)
+        adapted = {name: vars(part).get("adapters", ()) for name, part in self.network.named_modules()}
+        self.adapters = nn.ModuleList(each for adapters in adapted.values() for each in adapters)
+        self.adapted = [(name, len(adapters)) for name, adapters in adapted.items() if adapters]
+        leaves, self.structure = flattened(inputs)
+        self.leaves = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        leaves = [next(given) if leaf is TENSOR else leaf for leaf in self.leaves]
+        result: Tensor = self.network(*pytree.tree_unflatten(leaves, self.structure))
+        return result
+
+    def constants(self) -> tuple[object, ...]:
+        """Return what the output depends on besides tensors and modules: constant inputs, config, scales of adapters."""
+        numbers = [
+            [(name, value) for name, value in vars(each).items() if isinstance(value, float)] for each in self.adapters
+        ]
+        return self.leaves, self.structure, getattr(self.network, "config", None), numbers, self.adapted
+
+
+class ConstantWeights(ChecksWeights):
+    """A network that is compiled when it is called with new shapes, and again after its weights or adapters have changed.
+
+    Args:
+        network: the network, of which a weak reference is kept.
+        name: its name for messages.
+        backend: the backend, for messages.
+        build: compiles a network for the shapes of its tensors.
+    """
+
+    def __init__(
+        self, network: nn.Module, name: str, backend: Backend, build: Callable[[FlatNetwork, list[Tensor]], Program]
+    ):
+        super().__init__()
+        self.network, self.name, self.backend, self.build = ref(network), name, backend, build
+        self.programs: OrderedDict[Any, Program] = OrderedDict()
+        self.lock = threading.RLock()
+        self.state: tuple[Any, ...] = ()
+        self.values = b""
+        self.check_weights()
+
+    def forward(self, *inputs: Any) -> Tensor:
+        leaves, structure = flattened(inputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        key = structure, shapes_of(inputs)
+        with self.lock:
+            if (state := self._state()) != self.state:
+                self.programs.clear()
+                self.state = state
+            if key not in self.programs:
+                self.programs[key] = self._program(inputs, tensors)
+                while len(self.programs) > PROGRAMS:
+                    self.programs.popitem(last=False)
+            self.programs.move_to_end(key)
+            program = self.programs[key]
+        return program(*tensors)
+
+    def check_weights(self) -> None:
+        with self.lock:
+            network = self._alive()
+            weights = [*network.parameters(), *network.buffers()]
+            values = b"".join(_some_values(each) for each in weights)
+            if values != self.values:
+                self.programs.clear()
+            self.values, self.parts, self.weights = values, [*network.modules()], weights
+
+    def _alive(self) -> nn.Module:
+        network = self.network()
+        assert network is not None, "a network outlives what it was compiled to"
+        return network
+
+    def _state(self) -> tuple[Any, ...]:
+        """Return what differs after the weights were replaced or written in place, or the adapters changed."""
+        return _versions(self.weights), adapters_of(self.parts)
+
+    def _program(self, inputs: Sequence[Any], tensors: list[Tensor]) -> Program:
+        start, size = time.perf_counter(), shape_text(inputs)
+        self.backend.announce(f"{self.backend.kind}: compiling the {self.name} for the input {size} ...")
+        with torch.inference_mode(False), torch.no_grad():
+            examples = [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in tensors]
+            program = self.build(FlatNetwork(self._alive(), inputs).eval(), examples)
+        self.backend.announce(
+            f"{self.backend.kind}: the {self.name} is ready after {time.perf_counter() - start:.1f} s."
+        )
+        return program
+
+
+def flattened(inputs: Sequence[Any]) -> tuple[list[Any], pytree.TreeSpec]:
+    """Return tensors and constants within the inputs of a network, and the structure that holds them."""
+    _register()
+    return pytree.tree_flatten(tuple(inputs))
+
+
+def shapes_of(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Return what a network with these inputs is compiled for: shapes and dtypes, and the values of constants."""
+    leaves, _ = flattened(inputs)
+    return tuple((each.shape, each.dtype, each.device) if isinstance(each, Tensor) else each for each in leaves)
+
+
+def shape_text(inputs: Sequence[Any]) -> str:
+    """Return the shape of the first input for a message, as in "2 x 4 x 64 x 64"."""
+    return " x ".join(map(str, inputs[0].shape))
+
+
+def adapters_of(parts: Iterable[nn.Module]) -> tuple[Any, ...]:
+    """Return a key of the live adapters of modules: which they are, their scales, and the versions of their weights."""
+    adapters = [each for part in parts for each in vars(part).get("adapters", ())]
+    return tuple((id(each), each.scale, _versions(each.parameters())) for each in adapters)
+
+
+def _versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in tensors)
+
+
+def _some_values(tensor: Tensor) -> bytes:
+    count = min(SAMPLES, tensor.numel())
+    if not count:
+        return b""
+    chosen = tensor.detach().as_strided((count,), (tensor.numel() // count,))  # no copy, whatever its memory format
+    return bytes(chosen.double().cpu().numpy().tobytes())
+
+
+@cache
+def _register() -> None:
+    """Let torch look into the records that networks take."""
+    for record in (Conditioning, Context, AttentionOptions):
+        torch.export.register_dataclass(record)

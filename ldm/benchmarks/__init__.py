@@ -1,0 +1,1 @@
+"""Benchmarks against other libraries: the same work on ours and on theirs, in turn, within one run."""

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ldm import Pipeline
+from ldm.acceleration import default_backend, known_backends
+from ldm.acceleration.backends import openvino
+from ldm.cli.sample import main
+from ldm.diffusion import SAMPLERS, SPECS, Guidance
+from ldm.errors import ConfigError, MissingExtraError, SamplingError
+from tests.acceleration.cases import CONDITIONERS, GUIDANCE, model_with
+from tests.acceleration.test_constant_weights import PROMPT, QUIET, assert_same, changes
+from tests.tiny import tiny_lora, tiny_model
+
+HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
+needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="needs the package openvino, of the extra openvino")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LATENTS: dict[str, Any] = {"output_type": "latent"}
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    save_file(tiny_lora(), tmp_path / "style.safetensors")
+    return tmp_path / "style.safetensors"
+
+
+# What can be chosen
+
+
+def test_unknown_backends_and_options_are_refused() -> None:
+    pipe = Pipeline(tiny_model())
+    with pytest.raises(SamplingError, match="unknown backend 'inducter'; did you mean 'inductor'"):
+        pipe.compile("inducter")
+    with pytest.raises(ConfigError, match="the backend 'inductor': unknown key 'freeze'; did you mean 'freezing'"):
+        pipe.compile("inductor", freeze=True)
+    with pytest.raises(SamplingError, match="the backend 'cudagraphs' needs a CUDA device, but the model is on cpu"):
+        pipe.compile("cudagraphs")
+    with pytest.raises(SamplingError, match="the backend 'openvino' runs on the CPU, but the model is on cuda"):
+        known_backends()["openvino"]().check(CUDA)
+    assert pipe.model.accelerator is None
+
+
+def test_the_default_is_the_fastest_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_backend(CUDA) == "cudagraphs"
+    assert default_backend(CPU) == ("openvino" if HAS_OPENVINO else "inductor")
+    monkeypatch.setattr(openvino, "find_spec", lambda name: None)
+    assert default_backend(CPU) == "inductor"
+    with pytest.raises(MissingExtraError, match=r"the backend 'openvino' needs .* pip install 'ldm\[openvino\]'"):
+        Pipeline(tiny_model()).compile("openvino")
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    torch._inductor.cpp_builder.get_cpp_compiler.cache_clear()
+    with pytest.raises(SamplingError, match=r"the backend 'inductor' needs a C\+\+ compiler, but none is found"):
+        Pipeline(tiny_model()).compile("inductor")
+
+
+def test_the_command_compiles_and_refuses_options_without_a_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["sample.py", PROMPT, "--model", str(tmp_path), *map(str, arguments)])
+        with pytest.raises(SystemExit):
+            main()
+        return capsys.readouterr().err
+
+    Pipeline(tiny_model()).save_pretrained(tmp_path)
+    assert "unknown backend 'fast'; Known: auto, " in run("--compile", "fast")
+    assert "give --compile with a backend too" in run("--compile-option", "freezing=true")
+    output = run("--compile", "snapshot", "--steps", 1, "--out", tmp_path / "image.png")
+    assert "snapshot: compiling the denoiser for the input 2 x 4 x 8 x 8 ..." in output
+    assert (tmp_path / "image.png").exists()
+
+
+# inductor
+
+
+@pytest.mark.slow
+def test_everything_works_with_inductor(lora: Path) -> None:
+    """Weights are inputs of the compiled blocks, so that LoRAs, also those named in prompts, act in them."""
+    for kind, (conditioner, conditions) in CONDITIONERS.items():
+        model = model_with(conditioner)
+        pipe = Pipeline(model_with(conditioner)).compile("inductor", progress=False)
+        assert_same(pipe, Pipeline(model), **conditions, **LATENTS), kind
+
+    pipe, plain = Pipeline(tiny_model()).compile("inductor", progress=False), Pipeline(tiny_model())
+    for guidance in GUIDANCE.values():
+        assert_same(pipe, plain, PROMPT, guidance=guidance, **LATENTS)
+    for sampler in SAMPLERS:
+        steps = None if SPECS[sampler].adaptive else 2
+        assert_same(pipe, plain, PROMPT, sampler=sampler, num_inference_steps=steps, **LATENTS)
+    named = {"prompt_syntax": "weighted", "lora_folder": lora.parent}
+    assert_same(pipe, plain, f"{PROMPT} <lora:style:0.5>", **named, **LATENTS)
+    for change in changes(lora).values():
+        change(pipe)
+        change(plain)
+        assert_same(pipe, plain, PROMPT, **LATENTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"freezing": True}], ids=["regional", "freezing"])
+def test_inductor_makes_the_same_images(options: dict[str, Any]) -> None:
+    pipe, plain = Pipeline(tiny_model()).compile("inductor", progress=False, **options), Pipeline(tiny_model())
+    assert_same(pipe, plain, PROMPT)
+    for each in (pipe, plain):
+        for parameter in each.model.denoiser.parameters():
+            parameter.data *= 0.9
+    assert_same(pipe, plain, PROMPT)
+
+
+def test_equal_blocks_share_their_code() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    model = tiny_model(denoiser=UNET | {"middle_depth": 6})
+    compiled = known_backends()["inductor"](progress=False).compile(model.denoiser, "denoiser")
+    blocks = [each for each in compiled.modules() if each._compiled_call_impl is not None]
+    assert len(blocks) == 13
+    for block in blocks:
+        block.compile(backend=counter, fullgraph=True, dynamic=False)
+    pipe = Pipeline(model)
+    pipe.model.denoiser = compiled.network
+    pipe(PROMPT, **QUIET)
+    assert counter.frame_count == 3, "two residual blocks of different widths, and the transformer block"
+
+
+UNET = {
+    "kind": "unet",
+    "levels": [{"width": 16, "blocks": 1, "depth": 1}],
+    "heads": 2,
+    "groups": 4,
+    "context_width": 16,
+}
+
+
+# openvino
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> str:
+    return str(tmp_path / "programs")
+
+
+@needs_openvino
+def test_openvino_makes_the_same_images_and_loads_programs_from_its_cache(
+    cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, plain = Pipeline(tiny_model()).compile("openvino", cache=cache, progress=False), Pipeline(tiny_model())
+    assert_same(pipe, plain, PROMPT)
+    monkeypatch.setattr(openvino, "convert", None)
+    assert_same(Pipeline(tiny_model()).compile("openvino", cache=cache, progress=False), plain, PROMPT)
+    other = Pipeline(tiny_model(seed=1)).compile("openvino", cache=cache, progress=False)
+    with pytest.raises(TypeError, match="NoneType"):
+        other(PROMPT, **QUIET)
+
+
+@needs_openvino
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "class", "several", "inpaint"])
+def test_conditioners_work_with_openvino(kind: str) -> None:
+    conditioner, conditions = CONDITIONERS[kind]
+    pipe = Pipeline(model_with(conditioner)).compile("openvino", cache=None, progress=False)
+    assert_same(pipe, Pipeline(model_with(conditioner)), **conditions, **LATENTS)
+
+
+@needs_openvino
+@pytest.mark.slow
+def test_guidance_and_changed_weights_work_with_openvino(lora: Path) -> None:
+    pipe, plain = Pipeline(tiny_model()).compile("openvino", cache=None, progress=False), Pipeline(tiny_model())
+    for guidance in (Guidance(3.0, interval=(0.5, 3.0)), Guidance(3.0, perturbed=2.0)):
+        assert_same(pipe, plain, PROMPT, guidance=guidance, **LATENTS)
+    for name in ("load a LoRA", "scale it", "unload it", "load a state dict"):
+        for each in (pipe, plain):
+            changes(lora)[name](each)
+        assert_same(pipe, plain, PROMPT, **LATENTS)
+
+
+@needs_openvino
+@pytest.mark.slow
+def test_bf16_is_as_close_to_fp32_as_without_openvino(cache: str) -> None:
+    exact = Pipeline(tiny_model())(PROMPT, **QUIET)
+    plain, pipe = (Pipeline(tiny_model()).to(dtype=torch.bfloat16) for _ in range(2))
+    pipe.compile("openvino", cache=cache, progress=False)
+    errors = [(each(PROMPT, **QUIET) - exact).square().mean().sqrt().item() for each in (plain, pipe)]
+    assert errors[1] < 2 * errors[0]
+
+
+@needs_openvino
+@pytest.mark.slow
+def test_weights_in_8_bits_hardly_change_an_image(cache: str) -> None:
+    pytest.importorskip("nncf", reason="needs the package nncf, of the extra openvino")
+    exact = Pipeline(tiny_model())(PROMPT, **QUIET)
+    pipe = Pipeline(tiny_model()).compile("openvino", cache=cache, quantization="int8_weights", progress=False)
+    assert 0 < (pipe(PROMPT, **QUIET) - exact).square().mean().sqrt() < 0.05
