@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.conditioning import Conditioning
+from ldm.nn.cpu_attention import fast_attention
 from ldm.nn.cpu_training import trains_on_cpu
 from ldm.nn.deep_features import DeepFeatures
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
+from ldm.nn.inference import Linear, is_plain, onednn_linear, uses_onednn
 from ldm.nn.token_merging import TokenMerging
 
 SHORT = 256
@@ -39,10 +41,13 @@ class AttentionOptions:
 def scaled_dot_product_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """``F.scaled_dot_product_attention``; with few keys, in training on a CPU, computed in fp32.
+    """``F.scaled_dot_product_attention``, except on a CPU: in training with few keys it is computed in fp32, and in inference
+    with many by :func:`ldm.nn.cpu_attention.fast_attention`.
 
     ``q [b heads n d], k [b heads m d], v [b heads m d], mask [b 1 1 m]`` (True = attend) ``-> [b heads n d]``
     """
+    if mask is None and not causal and (out := fast_attention(q, k, v)) is not None:
+        return out
     if k.shape[2] > SHORT or v.itemsize >= torch.float32.itemsize or not trains_on_cpu(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     with torch.autocast("cpu", enabled=False):
@@ -64,10 +69,10 @@ class Attention(nn.Module):
         super().__init__()
         assert width % heads == 0, f"{heads} heads do not divide the width {width}"
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k = nn.Linear(context_width or width, width, bias=bias)
-        self.to_v = nn.Linear(context_width or width, width, bias=bias)
-        self.to_out = nn.Linear(width, width)
+        self.to_q = Linear(width, width, bias=bias)
+        self.to_k = Linear(context_width or width, width, bias=bias)
+        self.to_v = Linear(context_width or width, width, bias=bias)
+        self.to_out = Linear(width, width)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, causal: bool = False
@@ -107,6 +112,9 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[... width] -> [... hidden]``"""
+        if is_plain(self.proj, nn.Linear) and uses_onednn(x, self.proj.weight):
+            (value, gate), (shift, gate_shift) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+            return onednn_linear(x, value, shift).mul_(onednn_linear(x, gate, gate_shift, "gelu"))
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -124,7 +132,7 @@ class TransformerBlock(CheckpointedBlock):
         self.norm2 = nn.LayerNorm(width) if context_width else None
         self.attn2 = CrossAttention(width, heads, context_width) if context_width else None
         self.norm3 = nn.LayerNorm(width)
-        self.ff = nn.Sequential(GEGLU(width, 4 * width), nn.Dropout(dropout), nn.Linear(4 * width, width))
+        self.ff = nn.Sequential(GEGLU(width, 4 * width), nn.Dropout(dropout), Linear(4 * width, width))
 
     def forward(
         self,

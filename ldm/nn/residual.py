@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
 from ldm.nn.group_norm import GroupNorm
+from ldm.nn.inference import is_plain
+from ldm.nn.winograd import Conv3x3
 
 
 class ResidualBlock(CheckpointedBlock):
@@ -36,11 +38,11 @@ class ResidualBlock(CheckpointedBlock):
     ):
         super().__init__()
         self.norm1 = GroupNorm(groups, in_width, eps)
-        self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
+        self.conv1 = Conv3x3(in_width, width)
         self.embedding = nn.Linear(embedding_width, width) if embedding_width else None
         self.norm2 = GroupNorm(groups, width, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = Conv3x3(width, width)
         self.shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
@@ -72,15 +74,10 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size or doubled, mode="nearest"))
 
     def _pays_in_phases(self, x: Tensor) -> bool:
-        """Return True on a CPU without autocast, if the kernels, which are summed at each call, are small compared to ``x``.
-
-        A convolution with adapters (a subclass), hooks or a special kind of weight is called as a module instead.
-        """
-        plain = type(self.conv) is nn.Conv2d and type(self.conv.weight) is nn.Parameter
-        hooked = self.conv._forward_hooks or self.conv._forward_pre_hooks
+        """Return True on a CPU without autocast, if the kernels, which are summed at each call, are small compared to ``x``."""
         traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
         large = x.shape[-2] * x.shape[-1] >= MIN_POSITIONS
-        return plain and large and x.device.type == "cpu" and not (hooked or traced)
+        return large and x.device.type == "cpu" and not traced and is_plain(self.conv, nn.Conv2d)
 
 
 MIN_POSITIONS = 256

@@ -138,7 +138,7 @@ class StageModule(L.LightningModule):
         if shard is not None:
             shard(self.task)  # of contiguous parameters only
         else:
-            self.task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.task.to(memory_format=torch.channels_last)
 
     def configure_optimizers(self) -> Any:
         return [adamw(spec.modules, self.train_config) for spec in self.specs]

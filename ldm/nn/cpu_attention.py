@@ -1,0 +1,68 @@
+"""Attention in bf16 for inference on CPUs with AVX-512 bf16 but without AMX, where torch's kernel is bound by its softmax.
+
+The logistic function of a small argument is an exponential, sigmoid(x) = exp(x) / (1 + exp(x)), and oneDNN applies it to the fp32
+results of a matrix product before these are rounded and stored. So
+
+    softmax(s)_ij = p_ij / sum_j p_ij,   p_ij = exp(s_ij - SHIFT), which is sigmoid(s_ij - SHIFT) up to the share p_ij,
+
+is two matrix products for a block of queries and nothing between them: the shift is a bias, and the sum is a further channel of
+the values, which are ones. One shift fits all queries, because the mean of the keys is subtracted from them: it moves all logits
+of a query alike, and afterwards their mean is 0, so that by Jensen's inequality the sum is at least m exp(-SHIFT).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ldm.nn.inference import is_eager_cpu_inference, onednn_linear, supports_onednn_linear
+
+SHIFT = 60.0
+"""Logits above -27 give normal numbers of bf16; those that are lower do not matter beside the mean."""
+
+MAX_SUM = 2.0**-8
+"""Greatest sum of the p_ij of a query: no p is greater, so that sigmoid and exponential agree to a unit of bf16."""
+
+BLOCK = 2**20
+"""Logits that are computed together; they should stay in the cache."""
+
+
+def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """Compute :func:`sigmoid_attention` where it is faster than torch's kernel; else return None."""
+    if is_eager_cpu_inference(q) and q.dtype == k.dtype == v.dtype == torch.bfloat16 and _pays(q, k):
+        return sigmoid_attention(q, k, v)
+    return None
+
+
+def sigmoid_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """Compute softmax(q k^T / sqrt(d)) v: ``q [b h n d], k [b h m d], v [b h m d] -> [b h n d]``
+
+    Returns None if a logit is so large that the shift does not fit (about 54 above the mean of its query).
+    """
+    (b, h, n, d), m = q.shape, k.shape[2]
+    width = 16 * (d // 16 + 1)  # with the channel of ones, and a multiple of the vector length
+    keys = k.float()
+    keys = ((keys - keys.mean(2, keepdim=True)) / math.sqrt(d)).to(q.dtype).contiguous()
+    values = q.new_zeros(b, h, width, m)
+    values[..., :d, :], values[..., d, :] = v.transpose(2, 3), 1
+    shift, out = q.new_full((m,), -SHIFT), q.new_empty(b, n, h, width).transpose(1, 2)
+    for at in ((i, j) for i in range(b) for j in range(h)):
+        blocks = (each[at].split(max(1, BLOCK // m)) for each in (q, out))
+        for queries, result in zip(*blocks, strict=True):
+            p = onednn_linear(queries, keys[at], shift, "sigmoid")
+            result.copy_(onednn_linear(p, values[at]))
+    sums = out[..., d : d + 1]
+    return out[..., :d] / sums if sums.max() <= MAX_SUM else None
+
+
+def _pays(q: Tensor, k: Tensor) -> bool:
+    """Return True for matrices of logits so large that their exponentials are what takes the time."""
+    return k.shape[2] >= 512 and q.shape[2] * k.shape[2] >= 2**20 and _is_supported()
+
+
+@cache
+def _is_supported() -> bool:
+    return supports_onednn_linear(torch.bfloat16) and not torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,147 @@
+"""Formulations for inference on a CPU, compared with the layers that they replace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.nn import cpu_attention
+from ldm.nn.adapters import attach
+from ldm.nn.attention import GEGLU, Attention, scaled_dot_product_attention
+from ldm.nn.cpu_attention import sigmoid_attention
+from ldm.nn.inference import Linear
+from ldm.nn.lora import LoRALayer
+from ldm.nn.residual import ResidualBlock
+from ldm.nn.winograd import Conv3x3, winograd
+
+needs_bf16 = pytest.mark.skipif(not cpu_attention._is_supported(), reason="needs AVX-512 bf16 without AMX")
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "d", "h", "w"),
+    [
+        (2, 5, 3, 6, 4),
+        (1, 4, 4, 2, 2),
+        (1, 2, 3, 70, 64),  # the last rows of tiles are fewer
+        (1, 3, 2, 4, 1100),  # a row has more tiles than are transformed together
+    ],
+)
+def test_winograd_equals_the_direct_convolution(b: int, c: int, d: int, h: int, w: int) -> None:
+    x = torch.randn(b, c, h, w).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(d, c, 3, 3), torch.randn(d)
+    torch.testing.assert_close(winograd(x, weight, bias), F.conv2d(x, weight, bias, padding=1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(winograd(x, weight, None), F.conv2d(x, weight, padding=1), atol=1e-5, rtol=1e-5)
+
+
+def test_the_error_of_winograd_is_at_most_twice_that_of_the_direct_convolution() -> None:
+    x, weight = torch.randn(1, 256, 16, 16), torch.randn(32, 256, 3, 3)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    direct, ours = ((y - exact).square().mean() for y in (F.conv2d(x, weight, padding=1), winograd(x, weight, None)))
+    assert ours < 4 * direct  # mean squares
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Linear(256, 512), lambda: Linear(256, 512, bias=False), lambda: GEGLU(256, 256)]
+)
+def test_linear_layers_are_the_same_with_and_without_gradients(make: Callable[[], nn.Module]) -> None:
+    layer, x = make(), torch.randn(2, 128, 256)
+    expected = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+        half = layer.to(torch.bfloat16)(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("make", [lambda: Linear(256, 512), lambda: GEGLU(256, 256).proj])
+def test_linear_layers_call_their_adapters(make: Callable[[], nn.Linear]) -> None:
+    layer, x = make().requires_grad_(False), torch.randn(2, 128, 256)
+    down, up = torch.randn(4, 256) / 16, torch.randn(512, 4)
+    with torch.inference_mode():
+        plain = layer(x)
+        attach(layer, LoRALayer(down, up, 4))
+        torch.testing.assert_close(layer(x), plain + x @ down.T @ up.T, atol=1e-4, rtol=1e-4)
+        attach(layer)
+        torch.testing.assert_close(layer(x), plain)
+        layer.weight.data = layer.weight + up @ down
+        torch.testing.assert_close(layer(x), plain + x @ down.T @ up.T, atol=1e-4, rtol=1e-4)
+
+
+def load(layer: nn.Conv2d, weight: Tensor) -> None:
+    layer.load_state_dict({"weight": weight, "bias": torch.zeros(len(weight))})
+
+
+def assign(layer: nn.Conv2d, weight: Tensor) -> None:
+    layer.weight.data, layer.bias = weight, None
+
+
+def copy_in_place(layer: nn.Conv2d, weight: Tensor) -> None:
+    layer.weight.data.copy_(weight)
+    layer.bias.data.zero_()
+
+
+def add_lora(layer: nn.Conv2d, weight: Tensor) -> None:
+    change = (weight - layer.weight).detach()
+    layer.bias.data.zero_()
+    rank = change.shape[0]
+    attach(layer, LoRALayer(change, torch.eye(rank), rank))
+
+
+@pytest.mark.parametrize("change", [load, assign, copy_in_place, add_lora])
+def test_changed_weights_are_used_at_once(change: Callable[[nn.Conv2d, Tensor], None]) -> None:
+    layer, x = Conv3x3(320, 320).requires_grad_(False), torch.randn(1, 320, 64, 64)
+    new = torch.randn_like(layer.weight) / 50
+    with torch.inference_mode():
+        layer(x)
+    change(layer, new)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), F.conv2d(x, new, padding=1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_residual_block_is_the_same_with_and_without_gradients() -> None:
+    block, x = ResidualBlock(320, 320), torch.randn(1, 320, 64, 64)
+    expected = block(x)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
+        block, x = block.to(torch.bfloat16), x.bfloat16()
+        torch.testing.assert_close(block(x).float(), expected, atol=0.1, rtol=0.1)
+
+
+@needs_bf16
+@pytest.mark.parametrize("scale", [0.1, 1.0, 2.5])
+def test_sigmoid_attention_is_attention_to_the_rounding_of_bf16(scale: float) -> None:
+    q, k, v = torch.randn(3, 1, 2, 600, 40)
+    q, k, v = (scale * q).bfloat16(), (scale * k + 3).bfloat16(), v.bfloat16()
+    out = sigmoid_attention(q, k, v)
+    assert out is not None
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    torch_error = (F.scaled_dot_product_attention(q, k, v) - exact).norm() / exact.norm()
+    error = (out - exact).norm() / exact.norm()
+    assert error < 0.015
+    assert error < 6 * torch_error
+
+
+@needs_bf16
+def test_logits_out_of_its_range_are_left_to_torch() -> None:
+    q = 10 * torch.randn(1, 1, 1024, 40).bfloat16()
+    assert sigmoid_attention(q, q, q) is None
+    with torch.inference_mode():
+        torch.testing.assert_close(scaled_dot_product_attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
+
+
+@needs_bf16
+def test_attention_modules_use_it_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(cpu_attention, "sigmoid_attention", lambda *args: calls.append(1) or sigmoid_attention(*args))
+    attention = Attention(16, 2).to(torch.bfloat16)
+    x = torch.randn(1, 1024, 16).bfloat16()
+    expected = attention(x)
+    assert not calls
+    with torch.inference_mode():
+        out = attention(x)
+    assert calls
+    torch.testing.assert_close(out, expected, atol=1e-2, rtol=5e-2)
