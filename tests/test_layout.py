@@ -30,6 +30,7 @@ ROWS = [
     {"image_output"},
     {"inputs", "prompt_loras", "sampling_loop", "textual_inversion_loader"},
     {"sampling_settings"},
+    {"shortcuts"},
     {"pipeline"},
     {"data", "editing", "animation"},
     {"training", "serving"},
