@@ -318,7 +318,7 @@ def test_the_ends_are_bitwise_the_pure_prompts(pipe: Pipeline, kind: Any) -> Non
 def test_a_blend_is_the_mean_of_the_conditionings(conditioner: Conditioner, pipe: Pipeline, share: float) -> None:
     pipe.model.conditioner = conditioner
     seen: list[Any] = []
-    pipe.model.denoise = lambda x, sigma, cond: seen.append(cond) or x  # type: ignore[method-assign, func-returns-value]
+    pipe.model.denoise = lambda x, sigma, cond, options: seen.append(cond) or x  # type: ignore[method-assign, func-returns-value]
     x, sigma = torch.zeros(2, *pipe.model.latent_shape()), torch.ones(2)
     told = request(
         ("text",), {"prompt": [OTHER, Blend(SHORT, LONG, share)]}, None, Guidance(1.0), 1, 1, PromptOptions()

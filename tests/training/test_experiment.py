@@ -31,7 +31,9 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 def test_shipped_configs_are_described(path: Path) -> None:
     experiment = load_config(path)
     summary = describe(experiment, experiment.stages)
-    assert [stage for stage in ("vae", "clip", "denoiser") if f"stage {stage}\n" in summary] == list(experiment.stages)
+    assert [stage for stage in ("vae", "clip", "denoiser", "decoder") if f"stage {stage}\n" in summary] == list(
+        experiment.stages
+    )
     assert "the stages fit each other" in summary
 
 
