@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.benchmarks.peaks import count_operations
 from ldm.training.accelerators import accelerator, cublas_workspace
 from ldm.training.costs import flops_by_shape, flops_per_sample, step_cost
 from ldm.training.engine import StageModule
@@ -36,9 +36,7 @@ class Measured:
             if index < memory_at - 2:
                 return plain(module, batch, index)
             if index < memory_at:
-                with FlopCounterMode(display=False) as counter:
-                    plain(module, batch, index)
-                self.flops.append(counter.get_total_flops())
+                self.flops.append(count_operations(lambda: plain(module, batch, index)).total)
                 return None
             existing = [*module.task.parameters(), *module.task.buffers(), *batch.values()]
             existing += [  # of accumulated batches
