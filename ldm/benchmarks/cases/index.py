@@ -58,7 +58,7 @@ if {columns}:
     )
 rows, buffer = np.random.default_rng(0).permutation(len(table)), {buffer}
 if buffer:
-    rows = np.random.default_rng(0).permutation(buffer)
+    rows = np.random.default_rng(0).permutation(min(buffer, len(table)))
 keys = table["key"].take(rows[:64]).to_pylist()
 assert len(set(keys)) == 64
 """,
