@@ -18,7 +18,9 @@ OUR_IMAGE = 'from ldm import Pipeline\nimages = Pipeline("a red apple", seed=1)\
 THEIR_IMAGE = """
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained({folder!r}, torch_dtype=torch.{dtype})
+from transformers import CLIPTextModel
+text_encoder = CLIPTextModel.from_pretrained({folder!r}, subfolder="text_encoder", dtype=torch.{dtype})
+pipe = StableDiffusionPipeline.from_pretrained({folder!r}, text_encoder=text_encoder, torch_dtype=torch.{dtype})
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 images = pipe("a red apple", num_inference_steps=25, guidance_scale=3.0).images
 assert images[0].size == (64, 64)
