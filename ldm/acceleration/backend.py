@@ -39,7 +39,7 @@ class Backend(Kind):
 
     @property
     def takes_prompt_loras(self) -> bool:
-        """Whether LoRAs that are named in prompts, and act in a single call, can be used."""
+        """True if LoRAs that are named in prompts, and act in a single call, can be used."""
         return True
 
     def check(self, device: torch.device) -> None:

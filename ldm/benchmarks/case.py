@@ -83,7 +83,7 @@ class Work(NamedTuple):
 
 
 class Case(ABC):
-    """A comparison of ours with another library.
+    """A comparison of ldm with another library.
 
     Attributes:
         name: name on the command line; cases of one family share the part before the first hyphen.

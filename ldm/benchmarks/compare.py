@@ -29,7 +29,7 @@ class Comparison(Case):
 
     Attributes:
         ours: builds our side.
-        theirs: builds the other side with the weights of ours.
+        theirs: builds the other side with our weights.
         packages: packages of the other side.
     """
 

@@ -64,17 +64,6 @@ def sd15_text(small: bool = False) -> TextTowerConfig:
     return TextTowerConfig(activation="quick_gelu")
 
 
-def network(config: Any, setup: Setup) -> Any:
-    """Build one of our networks with random weights, on the device and in the dtype, for inference.
-
-    Raises:
-        LdmError: the memory of the machine does not suffice for the weights.
-    """
-    with torch.device("meta"), WithoutInit():
-        built = config.build()
-    return initialized(built, setup)
-
-
 def initialized(built: Any, setup: Setup) -> Any:
     """Give a network on the meta device random weights, as a loaded model has them: in evaluation mode, channels_last.
 
@@ -151,7 +140,7 @@ def pipeline(model: LatentDiffusion, setup: Setup) -> Pipeline:
 def peer_of(
     ours: Any, form: FolderFormat, build: Callable[[Mapping[str, Any]], nn.Module], copied: bool = False
 ) -> Any:
-    """Build another library's network with the weights of ours.
+    """Build another library's network with our weights.
 
     Args:
         ours: network with a ``config``.
@@ -172,7 +161,7 @@ def peer_of(
 
 
 def diffusers_unet(ours: nn.Module, copied: bool = False) -> Any:
-    """Build diffusers' ``UNet2DConditionModel`` with the weights of ours; see :func:`peer_of`."""
+    """Build diffusers' ``UNet2DConditionModel`` with our weights; see :func:`peer_of`."""
     from diffusers import UNet2DConditionModel
 
     from ldm.denoiser.unet_formats import UNetFolder
@@ -181,7 +170,7 @@ def diffusers_unet(ours: nn.Module, copied: bool = False) -> Any:
 
 
 def diffusers_vae(ours: nn.Module, copied: bool = False) -> Any:
-    """Build diffusers' ``AutoencoderKL`` with the weights of ours; see :func:`peer_of`."""
+    """Build diffusers' ``AutoencoderKL`` with our weights; see :func:`peer_of`."""
     from diffusers import AutoencoderKL
 
     from ldm.vae.autoencoder_formats import AutoencoderFolder
@@ -190,7 +179,7 @@ def diffusers_vae(ours: nn.Module, copied: bool = False) -> Any:
 
 
 def transformers_text(ours: Any) -> Any:
-    """Build transformers' ``CLIPTextModel`` with the weights of ours, or the class with projection if ours has one."""
+    """Build transformers' ``CLIPTextModel`` with our weights, or the class with projection if ours has one."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from ldm.clip.text_formats import TextFolder

@@ -96,7 +96,7 @@ class OpenVINO(Backend, kind="openvino"):
             try:
                 if not folder.is_dir():
                     _write(folder, network, tensors, quantization, precision)
-                # from files, whose weights are mapped into memory; OpenVINO puts the compiled program beside them
+                # from files, whose weights are mapped into memory; OpenVINO writes the compiled program into the same folder
                 properties |= {"INFERENCE_NUM_THREADS": str(torch.get_num_threads()), "CACHE_DIR": str(folder)}
                 angles = None
                 if (folder / ANGLES).is_file():

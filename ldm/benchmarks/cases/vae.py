@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ldm.benchmarks.case import Setup, Work, register
 from ldm.benchmarks.compare import Comparison, inference
 from ldm.benchmarks.models import diffusers_vae, pipeline, sd15, sd_vae
+from ldm.vae import FirstStage
 
 
-def _side(setup: Setup) -> int:
-    return 64 if setup.small else 512
+def _stage(setup: Setup) -> tuple[FirstStage, FirstStage]:
+    """Build our first stage in a pipeline; return it, and what is called in its place: compiled if the run is."""
+    model = pipeline(sd15(setup, whole=False, first_stage=sd_vae(setup.small)), setup).model
+    stage = model.first_stage
+    return stage, stage if model.accelerator is None else model.accelerator.first_stage(stage)
+
+
+def _image(setup: Setup) -> Tensor:
+    side = 64 if setup.small else 512
+    return setup.randn(setup.batch_size or 1, 3, side, side)
+
+
+def _latent(setup: Setup) -> Tensor:
+    side = 8 if setup.small else 64
+    return setup.randn(setup.batch_size or 1, 4, side, side)
 
 
 def decoder(setup: Setup) -> Work:
-    """Build our decoder in a pipeline."""
-    model = pipeline(sd15(setup, whole=False, first_stage=sd_vae(setup.small)), setup).model
-    stage = model.first_stage if model.accelerator is None else model.accelerator.first_stage(model.first_stage)
-    z = setup.randn(setup.batch_size or 1, 4, _side(setup) // 8, _side(setup) // 8)
-    return Work(inference(lambda: stage.decode(z)), model.first_stage)
+    """Build our decoder."""
+    stage, called = _stage(setup)
+    z = _latent(setup)
+    return Work(inference(lambda: called.decode(z)), stage)
 
 
 def their_decoder(setup: Setup, ours: Work) -> Work:
     """Build diffusers' decoder."""
-    vae = diffusers_vae(ours.network)
-    z = setup.randn(setup.batch_size or 1, 4, _side(setup) // 8, _side(setup) // 8)
+    vae, z = diffusers_vae(ours.network), _latent(setup)
     if setup.compile_peer:
         vae.decoder.compile()
     return Work(inference(lambda: vae.decode(z).sample), vae)
 
 
 def encoder(setup: Setup) -> Work:
-    """Build our encoder in a pipeline."""
-    model = pipeline(sd15(setup, whole=False, first_stage=sd_vae(setup.small)), setup).model
-    stage = model.first_stage if model.accelerator is None else model.accelerator.first_stage(model.first_stage)
-    image = setup.randn(setup.batch_size or 1, 3, _side(setup), _side(setup))
-    return Work(inference(lambda: stage.encode(image).mode), model.first_stage)
+    """Build our encoder."""
+    stage, called = _stage(setup)
+    image = _image(setup)
+    return Work(inference(lambda: called.encode(image).mode), stage)
 
 
 def their_encoder(setup: Setup, ours: Work) -> Work:
     """Build diffusers' encoder."""
-    vae = diffusers_vae(ours.network)
-    image = setup.randn(setup.batch_size or 1, 3, _side(setup), _side(setup))
+    vae, image = diffusers_vae(ours.network), _image(setup)
     if setup.compile_peer:
         vae.encoder.compile()
     return Work(inference(lambda: vae.encode(image)[0].mode()), vae)  # noqa: PLW0108
