@@ -1,4 +1,4 @@
-"""A training step of ours, as the engine makes it, and the loop of the other libraries' training scripts."""
+"""Our training step, as the engine makes it, and the loop of the other libraries' training scripts."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class OurTraining:
     """
 
     def __init__(self, task: Task, config: TrainConfig, batch: Mapping[str, Any], setup: Setup, number: int = 0):
+        task.to(memory_format=torch.channels_last)  # as StageModule.configure_model does
         self.task, self.config, self.batch, self.setup, self.number = task, config, batch, setup, number
         self.specs = task.optimizers()
         self.optimizers = [adamw(spec.modules, config) for spec in self.specs]
