@@ -44,6 +44,10 @@ class ShuttingDownError(LdmError):
         super().__init__("the server is shutting down; send the request again when it is back.")
 
 
+SHUTTING_DOWN = str(ShuttingDownError()), 503
+"""Message and HTTP status of jobs that the end of the server cancels."""
+
+
 class Scheduler:
     """Runs jobs, one thread for each image, ``limits.max_running`` at once; a :class:`Batcher` joins their evaluations.
 
@@ -129,31 +133,28 @@ class Scheduler:
             if self._draining:
                 return
             self._draining = True
-        error = str(ShuttingDownError()), 503
         for job in list(self._jobs.values()):
             if job.status == "queued":
-                self.cancel(job, error)
+                self.cancel(job, SHUTTING_DOWN)
 
-        def end() -> None:
-            for job in list(self._jobs.values()):
-                if not job.ended:
-                    self.cancel(job, error)
-
-        timer = threading.Timer(seconds, end)
+        timer = threading.Timer(seconds, self._cancel_all)
         timer.daemon = True
         timer.start()
 
     def close(self) -> None:
         """Cancel all jobs and end the threads."""
         self.drain(0)
-        for job in list(self._jobs.values()):
-            if not job.ended:
-                self.cancel(job, (str(ShuttingDownError()), 503))
+        self._cancel_all()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+
+    def _cancel_all(self) -> None:
+        for job in list(self._jobs.values()):
+            if not job.ended:
+                self.cancel(job, SHUTTING_DOWN)
 
     def _next(self) -> Task | None:
         with self._changed:
