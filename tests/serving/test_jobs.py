@@ -271,6 +271,7 @@ def test_running_images_finish_at_the_end_and_others_are_told(tmp_path: Path) ->
 
 
 def test_images_in_the_gallery_are_complete(server: Running) -> None:
+    assert ended(server, {"prompt": "a red apple", "num_inference_steps": 1})["status"] == "succeeded"
     files = list(server.service.gallery.folder.iterdir())
     assert files
     for path in files:
