@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +73,9 @@ def programs(setup: Setup, buffer: int | None, filters: dict[str, Any]) -> tuple
     """Return the programs that open the index and draw a batch of keys; the index is made if it does not exist."""
     samples = setup.options.get("samples") or (20_000 if setup.small else SAMPLES)
     path = setup.folder / f"synthetic-{samples}.parquet"
-    if not path.is_file():
-        make_index(path, samples)
+    if not path.is_file():  # in a process of its own, whose memory and libraries leave with it
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            pool.submit(make_index, path, samples).result()
     values = {
         "path": str(path),
         "buffer": buffer,
