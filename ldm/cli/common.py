@@ -35,6 +35,49 @@ OPTION_TYPES: dict[str, Any] = {
 repeated options, floats of a list in one option, separated by commas."""
 
 
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        "--compile",
+        metavar="BACKEND",
+        help="Compile the networks: auto (the fastest that is installed), openvino, inductor, or cudagraphs; pays for "
+        "large images or many.",
+    ),
+]
+BackendOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--compile-option", help="Option of --compile, repeatable: quantization=int8_weights, freezing=true, ..."
+    ),
+]
+"""Arguments of :meth:`ldm.pipeline.Pipeline.compile`, for :func:`backend_of`."""
+
+
+def backend_of(backend: str | None, options: list[str] | None) -> dict[str, Any] | None:
+    """Return the arguments of ``Pipeline.compile``, or None if no backend was given.
+
+    Raises:
+        SamplingError: options were given alone.
+    """
+    if options and not backend:
+        raise SamplingError("--compile-option is about compiled networks; give --compile with a backend too.")
+    return {"backend": backend, **values_of(options)} if backend else None
+
+
+def values_of(given: list[str] | None) -> dict[str, Any]:
+    """Parse ``["order=3", "projection.eta=0"]`` as nested values of YAML.
+
+    Raises:
+        SamplingError: one has no equals sign.
+    """
+    from ldm.config import with_overrides
+
+    for item in given or []:
+        if "=" not in item:
+            raise SamplingError(f"{item!r} is no setting; write name=value, such as order=3.")
+    return with_overrides({}, given or [], "the settings")
+
+
 def options_from(record: type, into: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a command to give it an option for each field of the dataclass ``record`` that has a help sentence.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from ldm.cli.common import Debug, keep_freed_memory, new_app, run
+from ldm.cli.common import Backend, BackendOption, Debug, backend_of, keep_freed_memory, new_app, run
 from ldm.cli.cores import use_idle_cores
 from ldm.errors import CheckpointError, DataError, unknown, warn
 
@@ -65,6 +65,8 @@ def evaluate(
             "without them."
         ),
     ] = None,
+    compile_with: Backend = None,
+    compile_option: BackendOption = None,
     debug: Debug = False,
 ) -> None:
     """Measure reconstruction, retrieval, and how well generated images match their captions, as far as stages are trained."""
@@ -91,7 +93,10 @@ def evaluate(
         train_every=train_every,
         settings={"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler},
         further=with_overrides({}, setting or [], "--setting"),
+        compiled=backend_of(compile_with, compile_option),
     )
+    if run.compiled and run.pipe:
+        run.pipe.compile(**run.compiled)
     results: dict[str, Any] = {"model": run.pipe.model.fingerprint if run.pipe else None, "split": split}
     notes = [note for each in found if (note := training_note(each.provenance))]
     results |= {"checkpoints": notes} if notes else {}
@@ -175,7 +180,8 @@ class Run:
     train_every: int
     settings: Mapping[str, Any]
     further: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that :func:`distance` measures the effect of."""
+    compiled: Mapping[str, Any] | None = None
+    """Arguments of ``Pipeline.compile``; :func:`distance` measures the effect of this and of ``further``."""
 
     def generate(self, captions: Sequence[str], seed: int, settings: Mapping[str, Any]) -> Tensor:
         """Generate an image for each caption, ``[n 3 h w]`` in [-1, 1] on the CPU; image i has the seed ``seed + i``."""
@@ -311,20 +317,22 @@ def caption_match(run: Run) -> dict[str, Any]:
 
 
 def distance(run: Run) -> dict[str, Any]:
-    """Measure how far images are from those without the further settings, at equal seeds, for the first captions of the split.
+    """Measure how far images are from those without further settings and backend, at equal seeds, for the first captions.
 
     PSNR in dB, the mean over images, and the mean absolute difference in levels of 255.
     """
     from ldm.data.samples import captions_of
     from ldm.vae.metrics import psnr
 
-    if run.pipe is None or not run.further or run.pipe.model.config.conditioner.input_keys != ("text",):
+    changes = {**(run.compiled or {}), **run.further}
+    if run.pipe is None or not changes or run.pipe.model.config.conditioner.input_keys != ("text",):
         return {}
     captions = captions_of(next(good_batches(run, run.split)), "the evaluation of generated images")
-    exact = run.generate(captions, 0, run.settings)
     changed = run.generate(captions, 0, {**run.settings, **run.further})
+    run.pipe.decompile()
+    exact = run.generate(captions, 0, run.settings)
     values = {"psnr": float(psnr(exact, changed).mean()), "levels": float((exact - changed).abs().mean()) * 127.5}
-    return {"distance": {**run.further, "captions": len(captions), **values}}
+    return {"distance": {**changes, "captions": len(captions), **values}}
 
 
 def side_by_side(made: Tensor, truths: Tensor, captions: Sequence[str]) -> Image:
@@ -338,7 +346,7 @@ def side_by_side(made: Tensor, truths: Tensor, captions: Sequence[str]) -> Image
 
 
 MEASUREMENTS: tuple[Callable[[Run], dict[str, Any]], ...] = (reconstruction, retrieval, caption_match, distance)
-"""Measurements in the order of their results; one that does not apply to a run returns none."""
+"""Measurements in the order of their results; one that does not apply to a run returns none. The last undoes ``compile``."""
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from ldm.cli.common import DTYPES, Debug, new_app, options_from, run
+from ldm.cli.common import DTYPES, Backend, BackendOption, Debug, backend_of, new_app, options_from, run, values_of
 from ldm.cli.cores import use_idle_cores
 from ldm.errors import SamplingError, unknown
 from ldm.load_options import LoadOptions
@@ -71,18 +71,8 @@ def sample(
     dtype: Annotated[
         str | None, Option(help="fp32, bf16 or fp16; default: bf16 if the device has it natively.")
     ] = None,
-    compile_with: Annotated[
-        str | None,
-        Option(
-            "--compile",
-            metavar="BACKEND",
-            help="Compile the networks: auto (the fastest that is installed), openvino, inductor, or cudagraphs; pays for "
-            "large images or many.",
-        ),
-    ] = None,
-    compile_option: Annotated[
-        list[str] | None, Option(help="Option of --compile, repeatable: quantization=int8_weights, freezing=true, ...")
-    ] = None,
+    compile_with: Backend = None,
+    compile_option: BackendOption = None,
     demo: Annotated[bool, Option("--demo", help="Eight fixed prompts as a grid with captions.")] = False,
     list_samplers: Annotated[bool, Option("--list-samplers", help="List the solvers and exit.")] = False,
     debug: Debug = False,
@@ -106,8 +96,7 @@ def sample(
         raise SamplingError(unknown("dtype", dtype, DTYPES))
     if demo and prompts:
         raise SamplingError("--demo has prompts of its own; leave either it or yours out.")
-    if compile_option and not compile_with:
-        raise SamplingError("--compile-option is about compiled networks; give --compile with a backend too.")
+    compiled = backend_of(compile_with, compile_option)
     if not image and (mask or strength is not None):
         raise SamplingError("--mask and --strength are about an image to begin with; give --image too.")
     target = check_target(out or ("demo.png" if demo else "sample.png"))
@@ -121,12 +110,12 @@ def sample(
     for given in textual_inversion or []:
         *token, file = [given] if Path(given).exists() else given.split("=", 1)
         pipe.load_textual_inversion(file, *token[:1])
-    if compile_with:
-        pipe.compile(compile_with, **_values(compile_option))
+    if compiled:
+        pipe.compile(**compiled)
     frames = Animation(pipe)
-    settings |= {"sampler_options": _values(option), "callback": frames if animate else None}
+    settings |= {"sampler_options": values_of(option), "callback": frames if animate else None}
     if guide:
-        settings["guidance"] = from_dict(Guidance, _values(guide), "--guide")
+        settings["guidance"] = from_dict(Guidance, values_of(guide), "--guide")
     if demo:
         prompts = [prompt for group in DEMO_PROMPTS.values() for prompt in group]
         settings = {"seed": DEMO_SEED} | settings
@@ -156,16 +145,6 @@ def _edited(
     if mask:
         return editing.inpaint(pipe, prompts, image, mask, **settings)
     return editing.image_to_image(pipe, prompts, image, **settings)
-
-
-def _values(given: list[str] | None) -> dict[str, Any]:
-    """Parse ``["order=3", "projection.eta=0"]`` as nested values of YAML."""
-    from ldm.config import with_overrides
-
-    for item in given or []:
-        if "=" not in item:
-            raise SamplingError(f"{item!r} is no setting; write name=value, such as order=3.")
-    return with_overrides({}, given or [], "the settings")
 
 
 def _scaled(given: str) -> tuple[str, float]:

@@ -216,6 +216,8 @@ def test_bf16_is_as_close_to_fp32_as_without_openvino(cache: str) -> None:
     pipe.compile("openvino", cache=cache, progress=False)
     errors = [(each(PROMPT, **QUIET) - exact).square().mean().sqrt().item() for each in (plain, pipe)]
     assert errors[1] < 2 * errors[0]
+    latents = [each.model.encode(exact * 2 - 1) for each in (plain, pipe)]
+    torch.testing.assert_close(latents[0], latents[1], atol=0.05, rtol=0.05)
 
 
 @needs_openvino

@@ -114,7 +114,7 @@ class OpenVINO(Backend, kind="openvino"):
                     angles = core.compile_model(
                         folder / ANGLES, "CPU", properties | {"INFERENCE_PRECISION_HINT": "f32"}
                     )
-                return Infer(angles, core.compile_model(folder / MODEL, "CPU", properties))
+                return Infer(angles, core.compile_model(folder / MODEL, "CPU", properties), _dtype(network))
             except OSError as error:
                 raise SamplingError(
                     f"the cache {folder.parent} cannot be used ({first_line(error)}); set the option cache to another folder, or "
@@ -129,8 +129,11 @@ class OpenVINO(Backend, kind="openvino"):
 
 def _properties(network: FlatNetwork) -> dict[str, str]:
     """Return how a network is compiled."""
-    dtype = next((each.dtype for each in network.parameters()), torch.float32)
-    return {"INFERENCE_PRECISION_HINT": PRECISIONS.get(dtype, "f32"), "PERFORMANCE_HINT": "LATENCY"}
+    return {"INFERENCE_PRECISION_HINT": PRECISIONS.get(_dtype(network), "f32"), "PERFORMANCE_HINT": "LATENCY"}
+
+
+def _dtype(network: FlatNetwork) -> torch.dtype:
+    return next((each.dtype for each in network.parameters()), torch.float32)
 
 
 def _write(folder: Path, network: FlatNetwork, examples: Sequence[Sequence[Tensor]], quantization: str | None) -> None:
@@ -159,9 +162,11 @@ class Infer:
     Args:
         angles: computes further inputs of ``main`` from its other inputs; None if there are none.
         main: computes the output.
+        dtype: dtype of the output.
     """
 
-    def __init__(self, angles: Any, main: Any):
+    def __init__(self, angles: Any, main: Any, dtype: torch.dtype):
+        self.dtype = dtype
         self.angles = None if angles is None else angles.create_infer_request()
         self.main, self.lock = main.create_infer_request(), threading.Lock()
 
@@ -174,7 +179,7 @@ class Infer:
                 self.angles.infer(inputs)
                 inputs += self.angles.output_tensors
             self.main.infer(inputs)
-            return torch.from_numpy(self.main.output_tensors[0].data).clone()
+            return torch.from_numpy(self.main.output_tensors[0].data).to(self.dtype, copy=True)
 
 
 def convert(network: FlatNetwork, tensors: Sequence[Tensor]) -> Any:
