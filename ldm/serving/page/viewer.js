@@ -70,7 +70,6 @@ export class Viewer {
     this.image = image;
     this.picture.src = image.url;
     this.picture.alt = image.request?.prompt || "Image without a prompt";
-    this.picture.classList.toggle("small", Math.max(image.width, image.height) <= 128);
     this.download.href = image.url;
     this.download.download = image.name;
     this.use.hidden = image.request === null;
