@@ -134,6 +134,16 @@ def test_pages_of_the_gallery_follow_each_other(tmp_path: Path) -> None:
     assert [path.name for path in first + second] == names
 
 
+def test_damaged_files_are_left_out(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        name = server.service.gallery.save(Image.new("RGB", (8, 8)))
+        (tmp_path / "gallery" / f"20300101-000000-{32 * '0'}.png").write_bytes(b"no image")
+        (tmp_path / "gallery" / f"20300101-000001-{32 * '0'}.png").write_bytes(png(settings="{}")[:40])
+        images = server.http.get("/v1/gallery").raise_for_status().json()["images"]
+        assert [image["name"] for image in images] == [name]
+        assert images[0]["request"] is None
+
+
 def test_each_api_key_has_a_gallery_of_its_own(tmp_path: Path) -> None:
     keys = ("first-key-of-the-server", "second-key-of-the-server")
     with serving(tmp_path, keys=keys) as server:
