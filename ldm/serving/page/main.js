@@ -60,11 +60,12 @@ async function busy(/** @type {() => Promise<any[]>} */ run) {
   find("#cancel").disabled = true;
 }
 
-/** Generate the images of a job. */
+/** Generate the images of a job, which take the place of a comparison. */
 function generate(/** @type {any} */ fields) {
   return busy(async () => {
     const state = await fetchJson("/v1/jobs", { method: "POST", json: fields });
     sessionStorage.setItem(RUNNING, state.id);
+    comparison.close();
     find("#results").scrollIntoView({ block: "nearest" });
     return [await job.follow(state)];
   });

@@ -1,7 +1,7 @@
 /** A dialog with one image, its settings, and what can be done with them. */
 
 import { element } from "./dom.js";
-import { labelOf } from "./labels.js";
+import { labelOf, textOf } from "./labels.js";
 
 export class Viewer {
   /**
@@ -112,8 +112,5 @@ function described({ request, model, width, height }) {
   for (const name of ["width", "height"]) delete values[name];
   return Object.entries(values)
     .filter(([, value]) => value !== "")
-    .flatMap(([name, value]) => [
-      element("dt", {}, labelOf(name)),
-      element("dd", {}, typeof value === "object" ? JSON.stringify(value) : String(value)),
-    ]);
+    .flatMap(([name, value]) => [element("dt", {}, labelOf(name)), element("dd", {}, textOf(value))]);
 }
