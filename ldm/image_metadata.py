@@ -31,7 +31,7 @@ XMP = (
 )
 
 QUALITY = 95
-"""Quality of JPEG and AVIF, 1 to 100, if none is given; WebP is then lossless."""
+"""Quality of JPEG and AVIF, 0 to 100, if none is given; WebP is then lossless."""
 
 JPEG_SEGMENT = 65_000
 """Bytes that fit into a segment of a JPEG, in which EXIF and XMP are."""
@@ -43,7 +43,7 @@ def save_options(format: str, record: Mapping[str, str], quality: int | None = N
     Args:
         format: Pillow's name of the file format; formats other than PNG, JPEG, WebP and AVIF hold no record.
         record: texts by name.
-        quality: 1 to 100, of formats that have one; default: ``QUALITY``, and lossless for WebP.
+        quality: 0 to 100, of formats that have one; default: ``QUALITY``, and lossless for WebP.
     """
     if format == "PNG":
         chunks = PngInfo()
