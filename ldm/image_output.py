@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm.errors import SamplingError
 from ldm.formats.tensors import write_atomically
+from ldm.image_marks import ImageMarks, watermarked
+from ldm.image_metadata import save_options
 from ldm.paths import expanded
 
 CAPTION_SIZE = 12  # pixels
@@ -29,11 +30,8 @@ def with_record(image: Image.Image, record: Mapping[str, str]) -> Image.Image:
 
     Opened again, the PNG has the same ``info``.
     """
-    chunks = PngInfo()
-    for name, text in record.items():
-        image.info[name] = text
-        chunks.add_text(name, text)
-    image.encoderinfo = {"pnginfo": chunks}  # Pillow's defaults for the keywords of `save`
+    image.info.update(dict(record))
+    image.encoderinfo = save_options("PNG", record)  # Pillow's defaults for the keywords of `save`
     return image
 
 
@@ -103,12 +101,13 @@ class Images(list[Image.Image]):
                 draw.multiline_text(under, wrapped[index], "black", font, "ma", spacing=3, align="center")
         return with_record(sheet, self._common_record())
 
-    def save(self, path: str | Path) -> list[Path]:
-        """Write the images, with their records if the format is PNG, and return the files written.
+    def save(self, path: str | Path, marks: ImageMarks | None = None) -> list[Path]:
+        """Write the images, with their records if the format is PNG, JPEG, WebP or AVIF, and return the files written.
 
         Args:
             path: a file name, under which several images become one :meth:`grid`; a file name with ``{index}`` or
                 ``{seed}`` in it, for a file each; or a folder, for ``0000.png``, ``0001.png``, ...
+            marks: content credentials and watermark; default: none.
 
         Raises:
             SamplingError: unknown format, one name for two images, or a file that cannot be written.
@@ -116,12 +115,12 @@ class Images(list[Image.Image]):
         path = check_target(path)
         pattern = path if "{" in path.name else path / "{index:04d}.png"
         if pattern != path and path.suffix and not path.is_dir():
-            return [write_image(self[0] if len(self) == 1 else self.grid(), path)]
+            return [write_image(self[0] if len(self) == 1 else self.grid(), path, marks)]
         names = [pattern.name.format(index=index, seed=seed) for index, seed in enumerate(self.seeds)]
         if len(set(names)) < len(names):
             raise SamplingError(f"{path} gives several images one name; put {{index}} into it.")
         files = [pattern.with_name(name) for name in names]
-        return [write_image(image, file) for image, file in zip(self, files, strict=True)]
+        return [write_image(image, file, marks) for image, file in zip(self, files, strict=True)]
 
     def _repr_png_(self) -> bytes:
         """Encode the grid as PNG, as notebooks show the list."""
@@ -155,13 +154,34 @@ def check_target(path: str | Path) -> Path:
     return path
 
 
-def write_image(image: Image.Image, path: Path) -> Path:
+def encoded(image: Image.Image, format: str, marks: ImageMarks | None = None, quality: int | None = None) -> bytes:
+    """Return the content of a file of an image, with the record in its ``info``.
+
+    Args:
+        format: Pillow's name of the file format.
+        marks: content credentials and watermark; default: none.
+        quality: as in :func:`ldm.image_metadata.save_options`.
+
+    Raises:
+        OSError: the format does not hold such an image.
+        LdmError: it cannot be marked.
+    """
+    marks, file = marks or ImageMarks(), io.BytesIO()
+    if marks.watermark and "watermark" not in image.info:
+        image = watermarked(image)
+    record = {str(name): text for name, text in image.info.items() if isinstance(text, str)}
+    image.save(file, format, **save_options(format, record, quality))
+    return marks.sign(file.getvalue(), format)
+
+
+def write_image(image: Image.Image, path: Path, marks: ImageMarks | None = None, quality: int | None = None) -> Path:
     """Write one image, atomically, in the format of the path's ending, and return the path.
 
     Raises:
         SamplingError: it cannot be written.
     """
-    return _write(path, lambda temporary: image.save(temporary, Image.registered_extensions()[path.suffix.lower()]))
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    return _write(path, lambda temporary: temporary.write_bytes(encoded(image, kind, marks, quality)))
 
 
 def check_animation(path: str | Path) -> Path:

@@ -59,7 +59,10 @@ class Request:
         }
         record |= {"negative_prompt": str(own.negative_prompts[0])} if own.negative_prompts else {}
         changed = {name: pair for name, usual in self.defaults.items() if (pair := own.conditions[name][0]) != usual}
-        return record | {"seed": str(own.seeds[0]), "settings": json.dumps({**settings, **guidance, **changed})}
+        return record | {
+            "seed": str(own.seeds[0]),
+            "settings": json.dumps({**settings, **guidance, **changed}, sort_keys=True),
+        }
 
     def __getitem__(self, rows: slice) -> Request:
         """Return the request of some of the images."""

@@ -253,7 +253,7 @@ class Pipeline(TextualInversionLoader, Compilable):
 
     def _run(self, sampling: _Sampling) -> Generator[SamplingStep, None, Any]:
         """Yield the steps of all batches, and return the result."""
-        settings, request, models, levels, _ = sampling
+        settings, request, models, *_ = sampling
         results = yield from self._steps(sampling)
         result = torch.cat(results).clone()  # outside of inference mode: a tensor like any other
         if settings.output_type == "np":
@@ -262,8 +262,8 @@ class Pipeline(TextualInversionLoader, Compilable):
             return result
 
         record = settings.record() | {"height": result.shape[2], "width": result.shape[3]}
-        record |= {} if SPECS[str(settings.sampler)].adaptive else {"num_inference_steps": len(levels) - 1}
-        record |= {} if settings.timesteps is None and settings.sigmas is None else {"sigmas": levels.tolist()}
+        steps = len(self._noise_levels(settings)) - 1  # an edit may leave out the first of them
+        record |= {} if SPECS[str(settings.sampler)].adaptive else {"num_inference_steps": steps}
         record |= {} if settings.latents is None else {"latents": "given"}
         record |= {"dtype": str(self.dtype).removeprefix("torch."), **(settings.sampler_options or {})}
         edit = (settings.edit or Edit()).record()

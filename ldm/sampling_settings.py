@@ -251,7 +251,7 @@ class SamplingSettings:
         recorded=True,
     )
     timesteps: Sequence[float] | Tensor | None = _setting(
-        None, "Falling timesteps to use instead of a number of steps: 999,500,100.", numbers
+        None, "Falling timesteps to use instead of a number of steps: 999,500,100.", numbers, recorded=True
     )
     sigmas: Sequence[float] | Tensor | None = _setting(
         None, "Falling noise levels to use instead of a number of steps: 14.6,5,2,0.5.", numbers, recorded=True

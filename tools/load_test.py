@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,13 @@ SAMPLERS = ("euler", "dpmpp_2m", "heun", "euler_ancestral", "ddim", "unipc")
 PROMPTS = ("red apple", "unicorn", "sunrise", "woman cook light skin tone", "mermaid dark skin tone")
 
 
-def mixed(index: int) -> dict[str, Any]:
+def mixed(index: int, least: int = 4, most: int = 12) -> dict[str, Any]:
     """Settings that differ from request to request in prompt, seed, sampler, steps and guidance."""
     return {
         "prompt": PROMPTS[index % len(PROMPTS)],
         "seed": index,
         "sampler": SAMPLERS[index % len(SAMPLERS)],
-        "num_inference_steps": 4 + index % 9,
+        "num_inference_steps": least + index % (most - least + 1),
         "guidance_scale": 2.0 + index % 5,
     }
 
@@ -63,15 +64,26 @@ def resident(process: subprocess.Popen[str]) -> float:
     return next((int(line.split()[1]) / 1000 for line in lines if line.startswith("VmRSS")), 0.0)
 
 
-def at_once(http: httpx.Client, requests: list[dict[str, Any]], clients: int) -> list[tuple[int, float, bytes]]:
+def at_once(
+    http: httpx.Client, requests: list[dict[str, Any]], clients: int, after: Callable[[], object] = lambda: None
+) -> list[tuple[int, float, bytes]]:
+    """Answers to some requests, of so many clients at once; ``after`` is called after each."""
+
+    def request(settings: dict[str, Any]) -> tuple[int, float, bytes]:
+        answer = generate(http, settings)
+        after()
+        return answer
+
     with ThreadPoolExecutor(clients) as pool:
-        return list(pool.map(lambda each: generate(http, each), requests))
+        return list(pool.map(request, requests))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--min-steps", type=int, default=4, help="least number of steps of a request")
+    parser.add_argument("--max-steps", type=int, default=12, help="largest number of steps of a request")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the comparison with one after another")
     parser.add_argument("--steps", type=int, default=20, help="steps of the comparison")
     parser.add_argument("--beyond", type=int, default=500, help="requests beyond the queue")
@@ -102,22 +114,23 @@ def main() -> None:
 
 
 def measure(http: httpx.Client, process: subprocess.Popen[str], args: argparse.Namespace) -> None:
-    requests = [mixed(index) for index in range(args.requests)]
+    requests = [mixed(index, args.min_steps, args.max_steps) for index in range(args.requests)]
     generate(http, mixed(0))
-    before, start = resident(process), time.perf_counter()
-    answers = at_once(http, requests, args.clients)
+    memory, start = [resident(process)], time.perf_counter()
+    answers = at_once(http, requests, args.clients, lambda: memory.append(resident(process)))
     seconds = time.perf_counter() - start
     answered = [each for each in answers if each[0] == 200]
     times = sorted(each[1] for each in answered)
     print(f"{len(answered)} of {args.requests} requests of {args.clients} clients answered in {seconds:.1f} s")
     if len(times) > 1:
         p99 = statistics.quantiles(times, n=100)[98]
-        print(
-            f"p50 {statistics.median(times):.2f} s, p99 {p99:.2f} s; memory {before:.0f} MB, then {resident(process):.0f} MB"
-        )
+        print(f"p50 {statistics.median(times):.2f} s, p99 {p99:.2f} s")
+    tenths = [round(index * (len(memory) - 1) / 10) for index in range(11)]
+    print("memory in MB:", ", ".join(f"{memory[index]:.0f} after {index}" for index in dict.fromkeys(tenths)))
 
     compared = [{**mixed(index), "sampler": "dpmpp_2m", "num_inference_steps": args.steps} for index in range(8)]
-    at_once(http, compared, 8)
+    if args.rounds:
+        at_once(http, compared, 8)
     ratios = []
     for _ in range(args.rounds):
         start = time.perf_counter()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from ldm.cli.common import DTYPES, Backend, BackendOption, Debug, backend_of, new_app, options_from, run, values_of
 from ldm.cli.cores import use_idle_cores
 from ldm.errors import SamplingError, unknown
+from ldm.image_marks import ImageMarks
 from ldm.load_options import LoadOptions
 from ldm.sampling_settings import SamplingSettings
 
 if TYPE_CHECKING:
+    from ldm.cli.recipe import Recipe
     from ldm.image_output import Images
     from ldm.pipeline import Pipeline
 
@@ -38,7 +41,9 @@ app = new_app()
 @app.command()
 @options_from(LoadOptions, into="load")
 @options_from(SamplingSettings, into="settings")
+@options_from(ImageMarks, into="marks")
 def sample(
+    context: Context,
     prompts: Annotated[list[str] | None, Argument(help="One or several prompts; each gives an image.")] = None,
     model: Annotated[
         str, Option(help="Run, file, diffusers folder, hub id, or the name of the shipped model.")
@@ -74,15 +79,34 @@ def sample(
     compile_with: Backend = None,
     compile_option: BackendOption = None,
     demo: Annotated[bool, Option("--demo", help="Eight fixed prompts as a grid with captions.")] = False,
+    read: Annotated[
+        Path | None, Option(help="Print the command that makes this image again, and the fingerprint of its model.")
+    ] = None,
+    again: Annotated[
+        bool, Option("--again", help="Make the image of --read again; options that are given replace its own.")
+    ] = False,
     list_samplers: Annotated[bool, Option("--list-samplers", help="List the solvers and exit.")] = False,
     debug: Debug = False,
     *,
     settings: dict[str, Any],
     load: dict[str, Any],
+    marks: dict[str, Any],
 ) -> None:
     """Generate images from PROMPTS and print the names of the files written."""
     if list_samplers:
         _print_samplers()
+        return
+    if again and read is None:
+        raise SamplingError("--again makes the image of --read again; give --read with the file of an image.")
+    recipe: Recipe | None = context.obj
+    if read is not None and recipe is None:
+        from ldm.cli.recipe import Recipe
+
+        recipe = Recipe.of(read)
+        if again:
+            _make_again(context, recipe)
+        else:
+            _print_command(recipe, model)
         return
     import torch
 
@@ -102,9 +126,13 @@ def sample(
     target = check_target(out or ("demo.png" if demo else "sample.png"))
     if animate:
         check_animation(animate)
+    image_marks = ImageMarks(**marks)
+    image_marks.check()
     use_idle_cores()
     precision = getattr(torch, DTYPES[dtype]) if dtype else None
     pipe = Pipeline.from_pretrained(model, device, precision, **load)
+    if recipe is not None:
+        recipe.check_model(pipe.model.fingerprint, model)
     for given in lora or []:
         pipe.load_lora(*_scaled(given))
     for given in textual_inversion or []:
@@ -121,13 +149,46 @@ def sample(
         settings = {"seed": DEMO_SEED} | settings
     images = _edited(pipe, prompts, image, mask, strength, settings) if image else pipe(prompts or None, **settings)
     if demo:
-        files = [write_image(images.grid(columns=4, captions=True, scale=2), target)]
+        files = [write_image(images.grid(columns=4, captions=True, scale=2), target, image_marks)]
     else:
-        files = images.save(target)
+        files = images.save(target, image_marks)
         print(f"seed {images.seeds[0]}", file=sys.stderr)
+    if recipe is not None:
+        print(recipe.compared(files[0]), file=sys.stderr)
     if animate:
         files.append(frames.save(animate, images))
     print(*files, sep="\n")
+
+
+def _print_command(recipe: Recipe, model: str) -> None:
+    """Print the command that makes an image again, after comments on what it needs, so that all of it can be pasted."""
+    from ldm.formats import SHIPPED
+    from ldm.formats import read as read_source
+
+    options = [] if model == SHIPPED else ["--model", model]
+    if recipe.model is not None:
+        found = read_source(model).fingerprint == recipe.model
+        print(f"# fingerprint of the model: {recipe.model}" + ("" if found else f"; {model} is another one"))
+        options = options if found else ["--model", "MODEL"]
+    for flag, meaning in recipe.needed:
+        print(f"# {flag}: {meaning}")
+        options += [flag, flag.removeprefix("--").upper()]
+    program = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name]
+    print(shlex.join([*program, *options, *recipe.arguments]))
+
+
+def _make_again(context: Context, recipe: Recipe) -> None:
+    """Run the command with the arguments of a recipe, and in addition or in place of them those that are given."""
+    command = context.command
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    for flag, meaning in recipe.needed:
+        if flag.removeprefix("--").replace("-", "_") not in given:
+            raise SamplingError(f"{recipe.file} was made with {flag} ({meaning}); give it in addition to --again.")
+    values = command.make_context(context.info_name, list(recipe.arguments)).params
+    context.obj = recipe
+    assert command.callback is not None
+    context.invoke(command.callback, **{**values, **given})
 
 
 def _edited(

@@ -12,6 +12,7 @@ from typer import Option
 from ldm.cli.common import DTYPES, Debug, new_app, options_from, run
 from ldm.cli.cores import use_idle_cores
 from ldm.errors import ConfigError, missing_extra, unknown
+from ldm.image_marks import ImageMarks
 from ldm.serving.limits import Limits
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ app = new_app()
 
 @app.command()
 @options_from(Limits, into="limits")
+@options_from(ImageMarks, into="marks")
 def serve(
     model: Annotated[
         list[str] | None,
@@ -62,6 +64,7 @@ def serve(
     debug: Debug = False,
     *,
     limits: dict[str, Any],
+    marks: dict[str, Any],
 ) -> None:
     """Serve models over HTTP: OpenAI's images API, and jobs with previews."""
     for package in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
@@ -79,8 +82,10 @@ def serve(
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(unknown("dtype", dtype, DTYPES))
-    sources = _sources(model or ["emoji"])
+    sources = model_sources(model or ["emoji"])
     keys = api_keys(host, api_key_file)
+    image_marks = ImageMarks(**marks)
+    image_marks.check()
     set_up_log()
     use_idle_cores()
     on = default_device() if device is None else usable(device)
@@ -90,6 +95,7 @@ def serve(
         Limits(**limits),
         exact_by_default(on) if exact is None else exact,
         log_prompts,
+        image_marks,
         device=str(on),
         dtype=getattr(torch, DTYPES[dtype]) if dtype else None,
         lora_folder=lora_folder,
@@ -150,7 +156,7 @@ def set_up_log() -> None:
         logger.setLevel(level)
 
 
-def _sources(models: list[str]) -> dict[str, str]:
+def model_sources(models: list[str]) -> dict[str, str]:
     """Parse ``["name=source", "source"]``; a source alone has the name of its last part."""
     sources: dict[str, str] = {}
     for given in models:

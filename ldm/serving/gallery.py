@@ -1,4 +1,4 @@
-"""The folder of generated images. Each is a PNG with its settings, under a name that the server makes."""
+"""The folder of generated images. Each is a file with its settings, under a name that the server makes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from ldm.image_marks import ImageMarks
 from ldm.image_output import write_image
 
-NAME = re.compile(r"\d{8}-\d{6,12}-[0-9a-f]{32}\.png")
+FORMATS = ("png", "jpeg", "webp")
+"""Formats of the files, which are their endings."""
+
+NAME = re.compile(rf"\d{{8}}-\d{{6,12}}-[0-9a-f]{{32}}\.({'|'.join(FORMATS)})")
 """Names of files: date, time (UTC) in microseconds, and 128 random bits, so that nobody finds one by trying."""
 
 INPUT = re.compile(r"input-[0-9a-f]{32}\.png")
@@ -28,19 +32,30 @@ class Gallery:
     """A folder of images, with a subfolder for each API key.
 
     Files are complete at any time, since each is written under another name first.
+
+    Args:
+        folder: the folder, which is made if it is missing.
+        marks: content credentials and watermark of the images; default: none.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, marks: ImageMarks | None = None):
+        self.folder, self.marks = folder, marks
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.rglob(".*.png.*"):
+        for path in folder.rglob(".[0-9i]*-*.*.*"):
             if time.time() - path.stat().st_mtime > STALE:
                 path.unlink(missing_ok=True)
 
-    def save(self, image: Image.Image, client: str = "") -> str:
-        """Write an image of a client with the record in its ``info``, and return the name of the file."""
-        name = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S%f}-{secrets.token_hex(16)}.png"
-        write_image(image, self._folder(client, create=True) / name)
+    def save(self, image: Image.Image, client: str = "", format: str = "png", quality: int | None = None) -> str:
+        """Write an image of a client with the record in its ``info``, and return the name of the file.
+
+        Args:
+            image: the image.
+            client: name of the client.
+            format: one of ``FORMATS``.
+            quality: as in :func:`ldm.image_metadata.save_options`.
+        """
+        name = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S%f}-{secrets.token_hex(16)}.{format}"
+        write_image(image, self._folder(client, create=True) / name, self.marks, quality)
         return name
 
     def save_input(self, image: Image.Image, client: str = "") -> str:

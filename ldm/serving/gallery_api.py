@@ -11,6 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from PIL import Image
 
 from ldm.errors import SamplingError
+from ldm.image_metadata import read_record
 from ldm.serving.records import is_complete, request_of
 from ldm.serving.responses import client_of, file_url, service_of
 from ldm.serving.uploads import read_upload
@@ -64,7 +65,7 @@ def _settings(file: Path | io.BytesIO, request: Request) -> dict[str, Any] | Non
     """
     try:
         with Image.open(file) as image:
-            (width, height), record = image.size, {str(name): value for name, value in image.info.items()}
+            (width, height), record = image.size, read_record(image)
     except (OSError, SyntaxError, ValueError):
         return None
     return {

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ldm.image_output import Images
 from ldm.pipeline import Pipeline
@@ -18,6 +18,13 @@ Work = Callable[[Pipeline, SamplingSettings], Images]
 """Generates the image of some settings."""
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+class FileFormat(NamedTuple):
+    """Format of the files of generated images, one of those of the gallery, and its quality; None: the best."""
+
+    name: str = "png"
+    quality: int | None = None
 
 
 class Cancelled(Exception):
@@ -51,13 +58,21 @@ class Job:
     Attributes:
         error: message and HTTP status, if it has failed.
         previews: whether previews are made.
+        file_format: format of the files.
     """
 
     def __init__(
-        self, client: str, model: str, work: Work, settings: list[tuple[SamplingSettings, int]], previews: bool = False
+        self,
+        client: str,
+        model: str,
+        work: Work,
+        settings: list[tuple[SamplingSettings, int]],
+        previews: bool = False,
+        file_format: FileFormat | None = None,
     ):
         self.id, self.created = secrets.token_hex(16), time.time()
         self.client, self.model, self.work, self.previews = client, model, work, previews
+        self.file_format = file_format or FileFormat()
         self.tasks = [Task(self, each, seed) for each, seed in settings]
         self.status: Status = "queued"
         self.error: tuple[str, int] | None = None

@@ -6,15 +6,16 @@ import json
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, File, Form, HTTPException, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, File, Form, HTTPException, Request, Response, UploadFile
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldm.errors import SamplingError
 from ldm.serving.fields import SamplingFields, settings_of
-from ldm.serving.jobs import Job
+from ldm.serving.jobs import FileFormat, Job
 from ldm.serving.responses import client_of, file_url, finished, in_base64, service_of
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
@@ -23,8 +24,6 @@ WITHOUT_EFFECT = (
     "background",
     "input_fidelity",
     "moderation",
-    "output_compression",
-    "output_format",
     "partial_images",
     "quality",
     "style",
@@ -35,12 +34,10 @@ MISSING_MODEL: dict[int | str, dict[str, Any]] = {404: {"description": "There is
 
 ResponseFormat = Literal["url", "b64_json"]
 
-# Fields of the forms
-ModelField = Annotated[str | None, Form(description="Name of the model; default: the first of the server.")]
-NumberField = Annotated[int | None, Form(description="Number of images.")]
-SizeField = Annotated[str | None, Form(description="WIDTHxHEIGHT in pixels to which the image is scaled first.")]
-FormatField = Annotated[ResponseFormat | None, Form(description="Default: url.")]
-ExtraField = Annotated[str | None, Form(description="Further settings as JSON, or as fields extra[NAME].")]
+OutputFormat = Literal["png", "jpeg", "webp"]
+
+OUTPUT_FORMAT = "Format of the files; default: png."
+OUTPUT_COMPRESSION = "Quality of JPEG and WebP, 0 to 100; default: 95, and lossless for WebP."
 
 
 class Extra(SamplingFields):
@@ -59,7 +56,22 @@ class GenerationRequest(BaseModel):
     n: int | None = Field(None, description="Number of images.", examples=[1])
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto.", examples=["64x64"])
     response_format: ResponseFormat | None = Field(None, description="Default: url.")
+    output_format: OutputFormat | None = Field(None, description=OUTPUT_FORMAT)
+    output_compression: int | None = Field(None, description=OUTPUT_COMPRESSION, ge=0, le=100)
     extra: Extra | None = Field(None, description="Further settings of the sampling.", examples=[{"seed": 1}])
+
+
+@dataclass
+class FormOptions:
+    """The fields that the forms of edits and variations have in common."""
+
+    model: Annotated[str | None, Form(description="Name of the model; default: the first of the server.")] = None
+    n: Annotated[int | None, Form(description="Number of images.")] = None
+    size: Annotated[str | None, Form(description="WIDTHxHEIGHT in pixels to which the image is scaled first.")] = None
+    response_format: Annotated[ResponseFormat | None, Form(description="Default: url.")] = None
+    output_format: Annotated[OutputFormat | None, Form(description=OUTPUT_FORMAT)] = None
+    output_compression: Annotated[int | None, Form(description=OUTPUT_COMPRESSION, ge=0, le=100)] = None
+    extra: Annotated[str | None, Form(description="Further settings as JSON, or as fields extra[NAME].")] = None
 
 
 @router.get("/models")
@@ -90,7 +102,7 @@ async def generations(body: GenerationRequest, request: Request, response: Respo
         size = _size(body.size)
         more = {} if size is None else {"width": size[0], "height": size[1]}
         settings = settings_of(body.extra, prompt=body.prompt, num_images_per_prompt=body.n, **more)
-        return service_of(request).submit(client_of(request), body.model, settings)
+        return service_of(request).submit(client_of(request), body.model, settings, file_format=_file_format(body))
 
     return await _result(submit, request, body.response_format)
 
@@ -99,55 +111,48 @@ async def generations(body: GenerationRequest, request: Request, response: Respo
 async def edits(
     request: Request,
     response: Response,
+    form: Annotated[FormOptions, Depends()],
     prompt: Annotated[str, Form(description="What the image should show.")],
     image: Annotated[UploadFile | None, File(description="The image, a PNG, JPEG or WebP.")] = None,
     image_list: Annotated[list[UploadFile] | None, File(alias="image[]", description="The image, in a list.")] = None,
     mask: Annotated[UploadFile | None, File(description="Transparent where the image is repainted.")] = None,
-    model: ModelField = None,
-    n: NumberField = None,
-    size: SizeField = None,
-    response_format: FormatField = None,
-    extra: ExtraField = None,
 ) -> dict[str, Any]:
     """Repaint an image where the mask (or the image itself) is transparent; without transparency, change all of it."""
     files = [image] if image is not None else image_list or []
     if len(files) != 1:
         raise HTTPException(400, f"{len(files)} images are given; give one as image.")
-    given = await _extra(request, extra)
+    given = await _extra(request, form.extra)
     _warn(response, await request.form())
     content, area = await files[0].read(), None if mask is None else await mask.read()
 
     def submit() -> Job:
         service, client = service_of(request), client_of(request)
-        edit = service.edit(client, content, area, _size(size), mask_is_alpha=True, strength=given.strength)
-        settings = settings_of(given, prompt=prompt, num_images_per_prompt=n)
-        return service.submit(client, model, settings, edit, edit.size)
+        edit = service.edit(client, content, area, _size(form.size), mask_is_alpha=True, strength=given.strength)
+        settings = settings_of(given, prompt=prompt, num_images_per_prompt=form.n)
+        return service.submit(client, form.model, settings, edit, edit.size, file_format=_file_format(form))
 
-    return await _result(submit, request, response_format)
+    return await _result(submit, request, form.response_format)
 
 
 @router.post("/images/variations", responses=MISSING_MODEL)
 async def variations(
     request: Request,
     response: Response,
+    form: Annotated[FormOptions, Depends()],
     image: Annotated[UploadFile, File(description="The image, a PNG, JPEG or WebP.")],
-    model: ModelField = None,
-    n: NumberField = None,
-    size: SizeField = None,
-    response_format: FormatField = None,
-    extra: ExtraField = None,
 ) -> dict[str, Any]:
     """Vary an image."""
-    given = await _extra(request, extra)
+    given = await _extra(request, form.extra)
     _warn(response, await request.form())
     content = await image.read()
 
     def submit() -> Job:
         service = service_of(request)
-        work, sides = service.variation(content, _size(size))
-        return service.submit(client_of(request), model, settings_of(given, num_images_per_prompt=n), work, sides)
+        work, sides = service.variation(content, _size(form.size))
+        settings = settings_of(given, num_images_per_prompt=form.n)
+        return service.submit(client_of(request), form.model, settings, work, sides, file_format=_file_format(form))
 
-    return await _result(submit, request, response_format)
+    return await _result(submit, request, form.response_format)
 
 
 async def _extra(request: Request, text: str | None) -> Extra:
@@ -182,6 +187,10 @@ def _size(size: str | None) -> tuple[int, int] | None:
     if match is None:
         raise SamplingError(f"size is {(size or '')[:40]!r}; write WIDTHxHEIGHT in pixels, such as 64x64.")
     return int(match[1]), int(match[2])
+
+
+def _file_format(given: GenerationRequest | FormOptions) -> FileFormat:
+    return FileFormat(given.output_format or "png", given.output_compression)
 
 
 def _warn(response: Response, given: Any) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from ldm import editing
 from ldm.errors import SamplingError
 from ldm.formats import Source
+from ldm.image_marks import ImageMarks
 from ldm.image_output import Images
 from ldm.inputs import seed_list
 from ldm.pipeline import Pipeline
@@ -23,7 +24,7 @@ from ldm.serving.batching import Batcher
 from ldm.serving.edits import Edit
 from ldm.serving.fields import arguments
 from ldm.serving.gallery import Gallery
-from ldm.serving.jobs import Job, Work
+from ldm.serving.jobs import FileFormat, Job, Work
 from ldm.serving.limits import Limits
 from ldm.serving.metrics import Metrics
 from ldm.serving.models import ModelStore
@@ -45,6 +46,7 @@ class Service:
         limits: limits on requests.
         exact: see :class:`Batcher`; default: True for models on the CPU.
         log_prompts: whether the log has the prompts.
+        marks: content credentials and watermark of the images; default: none.
         options: as for :class:`ModelStore`.
     """
 
@@ -55,10 +57,11 @@ class Service:
         limits: Limits | None = None,
         exact: bool = True,
         log_prompts: bool = False,
+        marks: ImageMarks | None = None,
         **options: Any,
     ):
         self.limits, self.metrics, self.log_prompts = limits or Limits(), Metrics(), log_prompts
-        self.gallery = Gallery(gallery)
+        self.gallery = Gallery(gallery, marks)
         rows = max(2, 2 * self.limits.max_running)
         self.batcher = Batcher(rows, exact, self.metrics.rows.observe)
         self.models = ModelStore(sources, self.batcher, **options)
@@ -79,6 +82,7 @@ class Service:
         work: Work | None = None,
         size: tuple[int, int] | None = None,
         previews: bool = False,
+        file_format: FileFormat | None = None,
     ) -> Job:
         """Add a job to the queue, and return it.
 
@@ -89,6 +93,7 @@ class Service:
             work: default: text to image.
             size: height and width of the images where the settings give none; default: those of the model, if it is loaded.
             previews: whether to make previews.
+            file_format: format of the files; default: PNG.
 
         Raises:
             LdmError: the settings are not valid or above a limit, the model is unknown, or the queue is full.
@@ -100,7 +105,7 @@ class Service:
         each = [(replace(settings, seed=seed, num_images_per_prompt=1), seed) for seed in seeds]
         if work is None and pipe is not None and settings.prompt_syntax == "plain":
             pipe.sample(each[0][0]).close()  # checks what depends on the model, before the request is accepted
-        job = Job(client, name, work or text_to_image, each, previews)
+        job = Job(client, name, work or text_to_image, each, previews, file_format)
         self.scheduler.submit(job)
         record: dict[str, Any] = {"job": job.id, "model": name, "n": len(each)} | settings.record()
         if self.log_prompts:

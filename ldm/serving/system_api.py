@@ -34,8 +34,8 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/files/{name}", response_class=FileResponse, responses={404: {"description": "There is no such image."}})
 async def file(name: str, request: Request) -> FileResponse:
-    """Return a generated image, a PNG whose text chunks have its settings."""
+    """Return a generated image, a file that has its settings."""
     path = service_of(request).gallery.file(name)
     if path is None:
         raise HTTPException(404, "there is no image of this name.")
-    return FileResponse(path, media_type="image/png")
+    return FileResponse(path, media_type=f"image/{path.suffix[1:]}")

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from ldm import editing
+from ldm.image_metadata import read_record
 from ldm.serving.service import VARIATION_STRENGTH
 from tests.serving.servers import Running, serving
 from tests.tiny import SIZE
@@ -125,6 +126,30 @@ def test_models_are_those_of_the_list(client: openai.OpenAI) -> None:
     assert client.models.retrieve("other").id == "other"
     with pytest.raises(openai.NotFoundError, match="unknown model"):
         client.images.generate(prompt="a red apple", model="dall-e-3")
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_other_file_formats_hold_the_settings_too(
+    server: Running, client: openai.OpenAI, image: Image.Image, output_format: Any
+) -> None:
+    extra = {"extra": {"seed": 3, "num_inference_steps": 2}}
+    made = client.images.generate(prompt="a red apple", output_format=output_format, extra_body=extra)
+    options: dict[str, Any] = {"output_format": output_format, "output_compression": 30, "response_format": "b64_json"}
+    edited = client.images.edit(image=("a.png", png(image)), prompt="a red car", extra_body=extra, **options)
+    assert made.data is not None
+    assert edited.data is not None
+    response = server.http.get(str(made.data[0].url)).raise_for_status()
+    assert response.headers["content-type"] == f"image/{output_format}"
+    expected = server.pipe("a red apple", seed=3, num_inference_steps=2, **QUIET)[0]
+    for file, prompt in (
+        (Image.open(io.BytesIO(response.content)), "a red apple"),
+        (decoded(edited.data[0]), "a red car"),
+    ):
+        assert file.format == output_format.upper()
+        record = read_record(file)
+        assert (record["prompt"], record["seed"]) == (prompt, "3")
+    if output_format == "webp":
+        assert Image.open(io.BytesIO(response.content)).tobytes() == expected.tobytes()
 
 
 def test_fields_without_effect_are_named_in_a_header(server: Running) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import contextlib
 import io
 import json
 import logging
@@ -20,7 +22,8 @@ from PIL import Image
 
 from ldm.cli import serve
 from ldm.errors import ConfigError, MissingExtraError, SamplingError
-from ldm.serving.gallery import Gallery
+from ldm.image_marks import ImageMarks, watermark_bits
+from ldm.serving.gallery import FORMATS, Gallery
 from ldm.serving.limits import Limits
 from ldm.serving.security import api_keys, is_loopback
 from ldm.serving.uploads import read_upload
@@ -111,6 +114,9 @@ def test_large_requests_are_refused_before_they_are_read(server: Running) -> Non
     assert server.http.post("/v1/jobs", content=chunks(), headers=headers).status_code == 413
     files = {"image": ("a.png", large)}
     assert server.http.post("/v1/images/variations", files=files).status_code == 413
+    for path in ("/v1/jobs", "/sdapi/v1/txt2img", "/v1/images/edits"):
+        with contextlib.suppress(httpx.WriteError):  # the connection is closed while the client still sends
+            assert server.http.post(path, content=bytes(50_000_000)).status_code == 413
     assert server.http.get("/health").status_code == 200
 
 
@@ -178,17 +184,44 @@ def test_names_of_files_cannot_leave_the_gallery(tmp_path: Path) -> None:
     gallery = Gallery(tmp_path / "gallery")
     name = gallery.save(Image.new("RGB", (8, 8)))
     assert gallery.file(name) == tmp_path / "gallery" / name
+    assert all(gallery.file(gallery.save(Image.new("RGB", (8, 8)), ending)) for ending in FORMATS)
     for wrong in ("../secret.png", "..", "", f"../gallery/{name}", f"{name}\n", name.upper(), "/etc/passwd"):
         assert gallery.file(wrong) is None
+
+
+def test_names_in_requests_are_no_paths(server: Running) -> None:
+    inside = server.service.gallery.folder
+    (secret := inside.parent / "secret.png").write_text("secret")
+    for name in ("..%2Fsecret.png", "%2e%2e/secret.png", "..%5Csecret.png", "%2Fetc%2Fpasswd", "a.png%00", "a" * 5000):
+        assert server.http.get(f"/files/{name}").status_code == 404
+    for model in ("../tiny", str(inside.parent / "tiny.safetensors"), "file:///etc/passwd", "org/model"):
+        for path, body in (("/v1/jobs", BODY), ("/v1/images/generations", {"prompt": "a"})):
+            assert server.http.post(path, json={**body, "model": model}).status_code == 404
+    prompt = "a <lora:../../secret:1>"
+    job = server.http.post("/v1/jobs", json={**BODY, "prompt": prompt, "prompt_syntax": "weighted", "lora_folder": "/"})
+    assert job.status_code == 422
+    secret.unlink()
 
 
 def test_temporary_files_of_a_killed_server_are_removed(tmp_path: Path) -> None:
     (old := tmp_path / ".20260101-000000-ab.png.x1").write_text("half of a file")
     os.utime(old, (0, 0))
-    (new := tmp_path / ".20260101-000001-ab.png.x2").write_text("another server writes this")
+    (new := tmp_path / ".20260101-000001-ab.webp.x2").write_text("another server writes this")
+    (foreign := tmp_path / ".thumbnails.db").write_text("of another program")
+    os.utime(foreign, (0, 0))
     Gallery(tmp_path)
     assert not old.exists()
     assert new.exists()
+    assert foreign.exists()
+
+
+def test_images_of_a_server_are_marked(tmp_path: Path) -> None:
+    with serving(tmp_path, marks=ImageMarks(watermark=True)) as running:
+        body = {"prompt": "a", "size": "64x64", "response_format": "b64_json", "extra": {"num_inference_steps": 1}}
+        response = running.http.post("/v1/images/generations", json=body).raise_for_status()
+    image = Image.open(io.BytesIO(base64.b64decode(response.json()["data"][0]["b64_json"])))
+    assert image.info["watermark"]
+    assert watermark_bits(image) > watermark_bits(running.pipe("a", progress=False, height=64, width=64)[0])
 
 
 # The command
@@ -228,8 +261,9 @@ def test_images_of_a_killed_server_are_complete(tmp_path: Path) -> None:
         while len(list(tmp_path.glob("2*.png"))) < 5:
             time.sleep(0.005)
         process.kill()
-    files = list(tmp_path.glob("2*.png"))
-    for path in files:
+    gallery = Gallery(tmp_path)
+    for path in tmp_path.glob("2*.png"):
+        assert gallery.file(path.name) == path
         with Image.open(path) as image:
             image.load()
             assert image.info["prompt"] == "a red apple"
