@@ -33,8 +33,8 @@ KEY_VARIABLE = "LDM_API_KEY"
 MIN_KEY = 16
 """Least number of characters of an API key."""
 
-OPEN_PATHS = ("/health", "/files/")
-"""Paths that need no key: whether the server works, and images, whose names cannot be guessed."""
+OPEN_PATHS = ("/health", "/files/", "/page/")
+"""Paths that need no key, as does ``/``: whether the server works, images, whose names cannot be guessed, and the pages."""
 
 
 def is_loopback(host: str) -> bool:
@@ -148,7 +148,7 @@ class Guard:
             raise Refused(
                 403, "pages of other origins may not call this server; start it with --cors ORIGIN to allow one."
             )
-        if self.keys and scope["method"] != "OPTIONS" and not scope["path"].startswith(OPEN_PATHS):
+        if self.keys and scope["method"] != "OPTIONS" and not _is_open(scope["path"]):
             given = _key(headers).encode()
             # each key is compared, so that the time does not tell which one is near
             if sum([hmac.compare_digest(given, key.encode()) for key in self.keys]) == 0:
@@ -184,6 +184,10 @@ class Guard:
             return message
 
         return bounded
+
+
+def _is_open(path: str) -> bool:
+    return path == "/" or path.startswith(OPEN_PATHS)
 
 
 def _key(headers: dict[str, str]) -> str:

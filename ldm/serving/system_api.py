@@ -21,7 +21,6 @@ async def health(request: Request) -> dict[str, Any]:
         "status": "ok",
         "version": __version__,
         "loaded": list(service.models.loaded),
-        "runs": hasattr(request.app.state, "runs"),
         "waiting": service.scheduler.waiting,
         "running": service.scheduler.running,
     }
