@@ -65,6 +65,11 @@ def prompt_models(
     return models
 
 
+def lora_names(folder: Path) -> list[str]:
+    """Return the names by which prompts call the LoRAs of a folder."""
+    return sorted(_files(folder))
+
+
 def _files(folder: Path) -> dict[str, list[Path]]:
     """Return the LoRA files of a folder and its subfolders by name, without ending."""
     files: dict[str, list[Path]] = defaultdict(list)

@@ -93,7 +93,7 @@ async def img2img(body: ImageToImage, request: Request) -> dict[str, Any]:
     """Change an image, or repaint it where the mask is white."""
 
     def submit() -> Job:
-        service = service_of(request)
+        service, client = service_of(request), client_of(request)
         if len(body.init_images) != 1:
             raise SamplingError(f"{len(body.init_images)} init_images are given; give one.")
         image, mask = (
@@ -103,8 +103,8 @@ async def img2img(body: ImageToImage, request: Request) -> dict[str, Any]:
         size = None
         if body.width is not None and body.height is not None:
             size = body.width, body.height
-        work, sides = service.work(image, mask, body.denoising_strength, size)
-        return service.submit(client_of(request), None, _settings(body), work, sides, previews=True)
+        edit = service.edit(client, image, mask, size, strength=body.denoising_strength)
+        return service.submit(client, None, _settings(body), edit, edit.size, previews=True)
 
     return await _result(submit, body, request)
 

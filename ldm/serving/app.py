@@ -15,7 +15,15 @@ from starlette.exceptions import HTTPException
 
 from ldm import __version__
 from ldm.errors import LdmError
-from ldm.serving import a1111_api, jobs_api, openai_api, page_files, system_api
+from ldm.serving import (
+    a1111_api,
+    gallery_api,
+    jobs_api,
+    openai_api,
+    options_api,
+    page_files,
+    system_api,
+)
 from ldm.serving.models import UnknownModelError
 from ldm.serving.scheduler import QueueFullError, ShuttingDownError
 from ldm.serving.security import Guard, error_body
@@ -55,7 +63,7 @@ def create_app(
         responses={400: ERROR, 422: ERROR, 429: ERROR, 503: ERROR},
     )
     app.state.service = service
-    for api in (openai_api, jobs_api, a1111_api, system_api, page_files):
+    for api in (openai_api, jobs_api, gallery_api, options_api, a1111_api, system_api, page_files):
         app.include_router(api.router)
     if runs is not None:  # these modules import the packages of training
         from ldm.serving import runs_api

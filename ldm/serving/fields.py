@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from ldm.config import from_dict
+from ldm.config import from_dict, to_dict
 from ldm.diffusion import Guidance
 from ldm.sampling_settings import SamplingSettings
 
@@ -67,6 +67,12 @@ def settings_of(fields: BaseModel | None, **more: Any) -> SamplingSettings:
     if "guidance" in given:
         given["guidance"] = from_dict(Guidance, given["guidance"], "guidance")
     return SamplingSettings.of(**given, progress=False)
+
+
+def fields_of(settings: SamplingSettings) -> dict[str, Any]:
+    """Return the fields of a request that stand for settings, those that are not at their defaults, as values of JSON."""
+    given = arguments(settings).items()
+    return {name: to_dict(value) for name, value in given if name in SamplingFields.model_fields}
 
 
 def arguments(settings: SamplingSettings) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from pydantic import Field
 
-from ldm.serving.fields import SamplingFields, settings_of
+from ldm.serving.edits import EditFields, edit_arguments
+from ldm.serving.fields import settings_of
 from ldm.serving.jobs import Job
 from ldm.serving.responses import base64_of, client_of, file_url, service_of
-from ldm.serving.uploads import decoded_base64
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -24,13 +24,10 @@ HEARTBEAT = 10.0
 MISSING: dict[int | str, dict[str, Any]] = {404: {"description": "There is no such job."}}
 
 
-class JobRequest(SamplingFields):
-    """A job: a model, its settings, and for image-to-image and inpainting an image and a mask."""
+class JobRequest(EditFields):
+    """A job: a model, its settings, and for an edit the image and what is done with it."""
 
     model: str | None = Field(None, description="Name of the model; default: the first of the server.")
-    image: str | None = Field(None, description="Image to change, a PNG, JPEG or WebP in base64.")
-    mask: str | None = Field(None, description="Mask in base64, white where the image is repainted.")
-    strength: float | None = Field(None, description="Share of the steps that change the image, 0 to 1.")
     previews: bool = Field(True, description="Whether to make previews.")
 
 
@@ -39,13 +36,11 @@ async def create(body: JobRequest, request: Request) -> dict[str, Any]:
     """Add a job to the queue."""
 
     def submit() -> Job:
-        service = service_of(request)
-        image, mask = (
-            None if each is None else decoded_base64(each, name)
-            for name, each in (("image", body.image), ("mask", body.mask))
-        )
-        work, size = service.work(image, mask, body.strength)
-        return service.submit(client_of(request), body.model, settings_of(body), work, size, body.previews)
+        service, client = service_of(request), client_of(request)
+        given = edit_arguments(body, service.gallery)
+        edit = None if given is None else service.edit(client, **given)
+        size = None if edit is None else edit.size
+        return service.submit(client, body.model, settings_of(body), edit, size, body.previews)
 
     return state(await run_in_threadpool(submit), request)
 

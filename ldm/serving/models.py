@@ -54,6 +54,7 @@ class ModelStore:
         self._sources, self._memory = dict(sources), memory
         self._options = {"device": device, "dtype": dtype, "lora_folder": lora_folder, **options}
         self._loaded: dict[str, _Loaded] = {}  # in the order of their last use
+        self._names: dict[str | None, str] = {}  # of the models that have been loaded, by fingerprint
         self._lock = threading.Lock()
         self._loading = threading.Lock()
 
@@ -70,6 +71,11 @@ class ModelStore:
         return self.names[0] if name is None else name
 
     @property
+    def lora_folder(self) -> Path | None:
+        """Folder of the LoRAs that prompts can name."""
+        return self._options["lora_folder"]
+
+    @property
     def loaded(self) -> tuple[str, ...]:
         """The names of the models that are loaded."""
         with self._lock:
@@ -79,6 +85,10 @@ class ModelStore:
         """Return the pipeline of a model if it is loaded."""
         with self._lock:
             return self._loaded[name].pipe if name in self._loaded else None
+
+    def name_of(self, fingerprint: str | None) -> str | None:
+        """Return the name of a model that has been loaded by its fingerprint; None if there is none."""
+        return self._names.get(fingerprint)
 
     @contextmanager
     def use(self, name: str) -> Iterator[BatchedPipeline]:
@@ -107,6 +117,8 @@ class ModelStore:
             size = sum(each.numel() * each.element_size() for each in pipe.model.state_dict().values())
             with self._lock:
                 self._loaded[name] = entry = _Loaded(batched, size, users=1)
+                if pipe.model.fingerprint is not None:
+                    self._names.setdefault(pipe.model.fingerprint, name)
         self._unload()
         return entry
 

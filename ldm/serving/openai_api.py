@@ -118,10 +118,10 @@ async def edits(
     content, area = await files[0].read(), None if mask is None else await mask.read()
 
     def submit() -> Job:
-        service = service_of(request)
-        work, sides = service.work(content, area, given.strength, _size(size), mask_is_alpha=True)
+        service, client = service_of(request), client_of(request)
+        edit = service.edit(client, content, area, _size(size), mask_is_alpha=True, strength=given.strength)
         settings = settings_of(given, prompt=prompt, num_images_per_prompt=n)
-        return service.submit(client_of(request), model, settings, work, sides)
+        return service.submit(client, model, settings, edit, edit.size)
 
     return await _result(submit, request, response_format)
 

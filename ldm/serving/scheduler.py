@@ -218,7 +218,7 @@ class Scheduler:
         with self.models.use(job.model) as pipe, self.models.batcher.sampling(check):
             image = job.work(pipe, replace(task.settings, callback=step))[0]
         check()
-        job.update(task, file=self.gallery.save(image), preview=None)
+        job.update(task, file=self.gallery.save(image, job.client), preview=None)
 
 
 def png(image: Image.Image) -> bytes:

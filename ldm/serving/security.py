@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import ipaddress
 import json
@@ -161,8 +162,10 @@ class Guard:
         return Refused(413, f"the request is larger than {self.limits.max_upload_bytes} bytes; send smaller images.")
 
     def _client(self, scope: Scope, headers: dict[str, str]) -> str:
-        """Return a name of who asks: the key, or without keys the address."""
-        return _key(headers) if self.keys else (scope.get("client") or ("",))[0]
+        """Return a name of who asks: a digest of the key, or without keys the address."""
+        if self.keys:
+            return f"key-{hashlib.sha256(_key(headers).encode()).hexdigest()[:16]}"
+        return (scope.get("client") or ("",))[0]
 
     def _bounded(self, receive: Receive) -> Receive:
         """Return ``receive`` with bounds on the size of the body, and on the time until it has arrived."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ldm.inputs import seed_list
 from ldm.pipeline import Pipeline
 from ldm.sampling_settings import SamplingSettings
 from ldm.serving.batching import Batcher
+from ldm.serving.edits import Edit
 from ldm.serving.fields import arguments
 from ldm.serving.gallery import Gallery
 from ldm.serving.jobs import Job, Work
@@ -106,28 +108,28 @@ class Service:
         LOG.info("job", extra={"record": record})
         return job
 
-    def work(
+    def edit(
         self,
-        image: bytes | None = None,
+        client: str,
+        image: bytes,
         mask: bytes | None = None,
-        strength: float | None = None,
         size: tuple[int, int] | None = None,
         mask_is_alpha: bool = False,
-    ) -> tuple[Work | None, tuple[int, int] | None]:
-        """Return the work of a request with images, and height and width of what it generates.
+        **options: Any,
+    ) -> Edit:
+        """Return the work of a request that edits an image.
 
         Args:
-            image: a file to change; None for text to image.
+            client: whose gallery keeps the images that were sent.
+            image: a file to change.
             mask: a file; white where the image is repainted.
-            strength: share of the steps; default: that of the task.
             size: width and height to which image and mask are resized; default: those of the image.
             mask_is_alpha: True if instead the mask is what is transparent, in ``mask`` or else in the image.
+            options: strength and others of :class:`Edit`.
 
         Raises:
-            SamplingError: an image cannot be read, or is too large.
+            SamplingError: an image cannot be read or is too large, or the options contradict each other.
         """
-        if image is None:
-            return None, None
         source = self._resized(read_upload(image, self.limits), size)
         area = None if mask is None else self._resized(read_upload(mask, self.limits, "mask"), size)
         if mask_is_alpha:
@@ -140,16 +142,7 @@ class Service:
                 else alpha.convert("RGBA").getchannel("A").point(lambda a: 255 - a)
             )
             source = source.convert("RGB") if area is not None else source
-        given = {} if strength is None else {"strength": strength}
-
-        def edit(pipe: Pipeline, settings: SamplingSettings) -> Images:
-            more = arguments(settings)
-            prompt = more.pop("prompt", None)
-            if area is not None:
-                return editing.inpaint(pipe, prompt, source, area, **given, **more)
-            return editing.image_to_image(pipe, prompt, source, **given, **more)
-
-        return edit, (source.height, source.width)
+        return Edit(source, partial(self.gallery.save_input, client=client), area, **options)
 
     def variation(self, image: bytes, size: tuple[int, int] | None = None) -> tuple[Work, tuple[int, int]]:
         """Return the work that varies an image: that of models conditioned on images, or else image to image."""

@@ -49,8 +49,10 @@ def serving(
         time.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
-    with httpx.Client(base_url=url, headers=headers, timeout=60, limits=httpx.Limits(max_connections=200)) as http:
-        yield Running(url, service, http, Pipeline.from_pretrained(source, device="cpu"))
-    server.should_exit = True
-    thread.join(30)
+    try:
+        with httpx.Client(base_url=url, headers=headers, timeout=60, limits=httpx.Limits(max_connections=200)) as http:
+            yield Running(url, service, http, Pipeline.from_pretrained(source, device="cpu"))
+    finally:
+        server.should_exit = True
+        thread.join(30)
     assert not thread.is_alive()

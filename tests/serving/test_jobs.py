@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from ldm import editing
 from ldm.sampling_settings import SamplingSettings
 from ldm.serving.fields import SamplingFields, settings_of
+from ldm.serving.gallery import NAME
 from ldm.serving.jobs import Job
 from ldm.serving.limits import Limits
 from ldm.serving.scheduler import Scheduler
@@ -249,7 +250,7 @@ def test_the_model_that_was_not_used_for_longest_is_unloaded(tmp_path: Path) -> 
 
 def test_a_defect_of_the_server_is_named_by_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tmp_path) as server:
-        monkeypatch.setattr(server.service.gallery, "save", lambda image: 1 / 0)
+        monkeypatch.setattr(server.service.gallery, "save", lambda *arguments: 1 / 0)
         job = ended(server, {"prompt": "a", "num_inference_steps": 1})
         assert job["status"] == "failed"
         assert job["id"] in job["error"]
@@ -272,7 +273,7 @@ def test_running_images_finish_at_the_end_and_others_are_told(tmp_path: Path) ->
 
 def test_images_in_the_gallery_are_complete(server: Running) -> None:
     assert ended(server, {"prompt": "a red apple", "num_inference_steps": 1})["status"] == "succeeded"
-    files = list(server.service.gallery.folder.iterdir())
+    files = [path for path in server.service.gallery.folder.iterdir() if NAME.fullmatch(path.name)]
     assert files
     for path in files:
         with Image.open(path) as image:

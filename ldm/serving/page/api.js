@@ -26,7 +26,12 @@ export async function request(path, { method = "GET", json, body, signal } = {})
     const key = storedKey();
     const headers = new Headers(key === null ? {} : { Authorization: `Bearer ${key}` });
     if (json !== undefined) headers.set("Content-Type", "application/json");
-    const response = await fetch(path, { method, headers, signal, body: json === undefined ? body : JSON.stringify(json) });
+    const response = await fetch(path, {
+      method,
+      headers,
+      signal,
+      body: json === undefined ? body : JSON.stringify(json),
+    });
     if (response.ok) return response;
     if (response.status !== 401) throw new ApiError(await sentence(response), response.status);
     await askForKey(key !== null);
@@ -53,12 +58,13 @@ export async function fetchJson(path, options) {
  */
 export async function* events(path, signal) {
   const response = await request(path, { signal });
-  const reader = /** @type {ReadableStream<Uint8Array>} */ (response.body).pipeThrough(new TextDecoderStream()).getReader();
+  const reader = /** @type {ReadableStream<Uint8Array>} */ (response.body).getReader();
+  const decoder = new TextDecoder();
   let text = "";
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return;
-    text += value;
+    text += decoder.decode(value, { stream: true });
     const blocks = text.split("\n\n");
     text = /** @type {string} */ (blocks.pop());
     for (const block of blocks) {

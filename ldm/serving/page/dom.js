@@ -8,6 +8,7 @@
  * @returns {any}
  */
 export function element(name, properties = {}, ...children) {
+  /** @type {any} */
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(properties)) {
     if (key === "on") {
