@@ -1,30 +1,17 @@
 /** A chart of lines as SVG: zoom by dragging, values under the pointer or by arrow keys, and a table of the values. */
 
 import { element, vector } from "./dom.js";
-import { format, linearTicks, logTicks, rangeOf, scale } from "./scales.js";
+import { BOX, drawGrid, drawLines, tableOf } from "./drawing.js";
+import { axisOf, format, linearTicks, scale } from "./scales.js";
 import { nearest, thinned, within } from "./series.js";
 
 /** @typedef {import("./scales.js").Range} Range */
-/** @typedef {import("./series.js").Points} Points */
+/** @typedef {import("./drawing.js").Line} Line */
 /** @typedef {{title: string, y_label: string, log_y: boolean | null, y_range: Range | null, note: string}} Description */
-/**
- * @typedef {object} Line
- * @property {string} label
- * @property {number} color
- * @property {number} dash
- * @property {boolean} marks whether to mark the points
- * @property {Points} points
- * @property {Points | null} raw the points before smoothing
- */
 
-const HEIGHT = 230;
-const TOP = 10;
-const BOTTOM = HEIGHT - 38;
-const LEFT = 58;
 const LOG_RATIO = 30; // of the largest to the smallest value, from which an axis is logarithmic by itself
 const NEAR = 16; // pixels between the pointer and a point that it shows
 const DRAG = 6; // pixels from which a movement chooses a range
-const TABLE_ROWS = 50;
 
 export class Chart {
   /**
@@ -42,6 +29,8 @@ export class Chart {
     this.domain = [0, 1];
     /** @type {boolean | null} */
     this.log = null;
+    /** @type {number[]} */
+    this.resumed = [];
     /** @type {number | null} */
     this.cursor = null;
     /** @type {Range | null} */
@@ -76,11 +65,13 @@ export class Chart {
    * @param {Line[]} lines each with at least one point
    * @param {Range} domain from which step to which
    * @param {boolean | null} log whether the axis of the values is logarithmic; null: as the description and the values suggest
+   * @param {number[]} resumed steps at which the training was resumed
    */
-  update(lines, domain, log) {
+  update(lines, domain, log, resumed) {
     this.lines = lines;
     this.domain = domain;
     this.log = log;
+    this.resumed = resumed;
     const ends = lines.map(({ points }) => format(/** @type {number} */ (points.y.at(-1))));
     this.legend.replaceChildren(
       ...lines.map(({ label, color, dash }, i) => {
@@ -102,7 +93,6 @@ export class Chart {
   draw() {
     const width = this.plot.clientWidth;
     if (width === 0) return;
-    const right = width - 10;
     this.drawn = this.lines.map(({ points, raw, ...line }) => ({
       ...line,
       points: thinned(within(points, this.domain), width),
@@ -111,54 +101,24 @@ export class Chart {
     const values = this.drawn.flatMap(({ points, raw }) => [...points.y, ...(raw?.y ?? [])]);
     const positive = values.filter((value) => value > 0);
     const isLog = positive.length > 0 && (this.log ?? this.description.log_y ?? spansOrders(values));
-    const range = rangeOf(isLog ? positive : [...values, ...(this.description.y_range ?? [])], isLog);
-    this.x = scale(this.domain, [LEFT, right]);
-    this.y = scale(range, [BOTTOM, TOP], isLog);
-
-    const grid = vector("g", { class: "grid" });
-    for (const tick of isLog ? logTicks(range, 4) : linearTicks(range, 4)) {
-      const y = this.y(tick);
-      grid.append(vector("line", { x1: LEFT, x2: right, y1: y, y2: y }));
-      grid.append(vector("text", { class: "end", x: LEFT - 8, y: y + 4 }, format(tick)));
-    }
-    for (const tick of linearTicks(this.domain, Math.max(2, width / 110))) {
-      grid.append(vector("text", { class: "middle", x: this.x(tick), y: BOTTOM + 18 }, format(tick)));
-    }
-    grid.append(vector("text", { class: "end", x: right, y: HEIGHT - 4 }, "step"));
+    const axis = axisOf(isLog ? positive : [...values, ...(this.description.y_range ?? [])], isLog);
+    this.x = scale(this.domain, [BOX.left, width - BOX.right]);
+    this.y = scale(axis.range, [BOX.bottom, BOX.top], isLog);
+    const [first, last] = this.domain;
+    const resumed = this.resumed.filter((step) => step > first && step < last);
     const unit = `${this.description.y_label}${isLog ? " (log)" : ""}`;
-    grid.append(vector("text", { class: "middle", transform: `translate(11 ${BOTTOM / 2}) rotate(-90)` }, unit));
-
-    const box = { x: LEFT, y: 0, width: right - LEFT, height: BOTTOM + 3 };
-    const lines = vector("svg", { ...box, viewBox: Object.values(box).join(" ") }); // cuts off what is outside of it
-    for (const line of this.drawn) lines.append(this.drawLine(line, isLog));
+    const steps = linearTicks(this.domain, Math.max(2, width / 110));
     this.pointer = vector("g", { class: "pointer" });
     this.plot.replaceChildren(
       vector(
         "svg",
-        { viewBox: `0 0 ${width} ${HEIGHT}`, height: HEIGHT, "aria-hidden": true },
-        grid,
-        lines,
+        { viewBox: `0 0 ${width} ${BOX.height}`, height: BOX.height, "aria-hidden": true },
+        drawGrid(this.x, this.y, width, { steps, values: axis.ticks, resumed, unit }),
+        drawLines(this.x, this.y, width, this.drawn, isLog),
         this.pointer,
       ),
     );
     this.showCursor();
-  }
-
-  /**
-   * @param {Line} line
-   * @param {boolean} isLog
-   */
-  drawLine({ color, dash, marks, points, raw }, isLog) {
-    const visible = (/** @type {Points} */ { x, y }) =>
-      x.flatMap((step, i) => (isLog && y[i] <= 0 ? [] : [[this.x(step).toFixed(1), this.y(y[i]).toFixed(1)]]));
-    const path = (/** @type {Points} */ shown) => `M${visible(shown).join("L")}`;
-    const group = vector("g", { class: `line c${color} d${dash}` });
-    if (raw !== null) group.append(vector("path", { class: "raw", d: path(raw) }));
-    group.append(vector("path", { d: path(points) }));
-    if (points.x.length === 1 || (marks && points.x.length < 60)) {
-      group.append(...visible(points).map(([cx, cy]) => vector("circle", { cx, cy, r: 2.6 })));
-    }
-    return group;
   }
 
   /** Show the values at the step of the cursor, and the range that is being chosen. */
@@ -169,9 +129,9 @@ export class Chart {
     const x = this.x(this.cursor);
     if (this.dragged !== null) {
       const [first, last] = this.dragged.map(this.x).sort((a, b) => a - b);
-      this.pointer?.append(vector("rect", { x: first, y: TOP, width: last - first, height: BOTTOM - TOP }));
+      this.pointer?.append(vector("rect", { x: first, y: BOX.top, width: last - first, height: BOX.bottom - BOX.top }));
     }
-    this.pointer?.append(vector("line", { x1: x, x2: x, y1: TOP, y2: BOTTOM }));
+    this.pointer?.append(vector("line", { x1: x, x2: x, y1: BOX.top, y2: BOX.bottom }));
     const rows = [element("div", {}, `step ${Math.round(this.cursor).toLocaleString("en")}`)];
     for (const { label, color, points } of this.drawn) {
       const i = nearest(points, this.cursor);
@@ -283,35 +243,11 @@ export class Chart {
   }
 
   fillTable() {
-    if (!this.table.open) return;
-    const stops = this.stops();
-    const every = Math.ceil(stops.length / TABLE_ROWS);
-    const rows = stops.filter((_, i) => i % every === 0 || i === stops.length - 1);
-    const cell = (/** @type {Points} */ { x, y }, /** @type {number} */ step) => {
-      const i = x.indexOf(step);
-      return element("td", {}, i < 0 ? "" : format(y[i]));
-    };
-    const head = element(
-      "tr",
-      {},
-      ...["step", ...this.drawn.map(({ label }) => label)].map((text) => element("th", { scope: "col" }, text)),
-    );
-    const body = rows.map((step) =>
-      element(
-        "tr",
-        {},
-        element("th", { scope: "row" }, step.toLocaleString("en")),
-        ...this.drawn.map(({ points }) => cell(points, step)),
-      ),
-    );
-    const scroll = element("div", {
-      className: "scroll",
-      tabIndex: 0,
-      role: "region",
-      "aria-label": `Values: ${this.description.title}`,
-    });
-    scroll.append(element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)));
-    this.table.replaceChildren(this.table.firstElementChild, scroll);
+    if (this.table.open)
+      this.table.replaceChildren(
+        this.table.firstElementChild,
+        tableOf(this.description.title, this.stops(), this.drawn),
+      );
   }
 }
 

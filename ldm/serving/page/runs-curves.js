@@ -6,9 +6,9 @@ import { smoothed } from "./series.js";
 
 /** @typedef {import("./runs-data.js").Run} Run */
 /** @typedef {import("./runs-data.js").ChartDescription} ChartDescription */
-/** @typedef {import("./chart.js").Line} Line */
+/** @typedef {import("./drawing.js").Line} Line */
 /** @typedef {import("./scales.js").Range} Range */
-/** @typedef {{root: HTMLElement, charts: Map<string, Chart>, zoom: Range | null}} StageView */
+/** @typedef {{root: HTMLElement, legend: HTMLElement, reset: HTMLElement, charts: Map<string, Chart>, zoom: Range | null}} StageView */
 
 const KEYS = "Arrow keys move along the values, plus and minus zoom, Escape shows all steps.";
 
@@ -80,15 +80,16 @@ export class Curves {
    * @param {string} title
    */
   addStage(name, title) {
-    const reset = element("button", { className: "reset" }, "Show all steps");
+    const legend = element("p", { className: "muted" }, "Dotted lines: the training was resumed.");
+    const reset = element("button", {}, "Show all steps");
     const root = element(
       "section",
       { "aria-label": title },
-      element("div", { className: "row apart" }, element("h3", { className: "stage-title" }, title), reset),
+      element("div", { className: "row apart" }, element("h3", { className: "stage-title" }, title), legend, reset),
       element("div", { className: "charts" }),
     );
     /** @type {StageView} */
-    const view = { root, charts: new Map(), zoom: null };
+    const view = { root, legend, reset, charts: new Map(), zoom: null };
     reset.addEventListener("click", () => this.zoom(name, view, null));
     this.stages.set(name, view);
     this.sections.append(root);
@@ -131,9 +132,12 @@ export class Curves {
       this.runs.flatMap(({ metrics }) => (metrics.get(name)?.charts ?? []).map((chart) => [chart.title, chart])),
     );
     const grid = /** @type {HTMLElement} */ (view.root.lastElementChild);
-    /** @type {HTMLElement} */ (view.root.querySelector(".reset")).hidden = view.zoom === null;
+    view.reset.hidden = view.zoom === null;
     const wanted = this.filter.value.trim().toLowerCase();
     const log = { auto: null, log: true, linear: false }[/** @type {string} */ (this.axis.value)] ?? null;
+    const stages = this.runs.flatMap(({ description }) => description.stages.filter((stage) => stage.name === name));
+    const resumed = stages.flatMap((stage) => stage.resumed);
+    view.legend.hidden = resumed.length === 0;
     for (const [title, description] of described) {
       const lines = this.runs.flatMap((run, i) => this.linesOf(run, i, name, description.title));
       let chart = view.charts.get(title);
@@ -145,7 +149,7 @@ export class Curves {
       if (!chart) continue;
       const names = description.curves.map(({ metric }) => metric);
       chart.root.hidden = lines.length === 0 || ![title, ...names].some((each) => each.toLowerCase().includes(wanted));
-      if (!chart.root.hidden) chart.update(lines, view.zoom ?? this.domain(name), log);
+      if (!chart.root.hidden) chart.update(lines, view.zoom ?? this.domain(name), log, resumed);
     }
     for (const [title, chart] of view.charts) {
       if (!described.has(title)) {

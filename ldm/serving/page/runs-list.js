@@ -16,7 +16,7 @@ const FILTERED = 8; // number of runs from which there is a filter
  * @param {(chosen: string[]) => void} choose
  */
 export function showList(runs, chosen, choose) {
-  const list = find("#runs ul");
+  const list = find("#runs .list");
   const filter = find("#filter");
   const focused = document.activeElement?.getAttribute("data-focus");
   filter.hidden = runs.length < FILTERED;
@@ -64,7 +64,7 @@ function item(run, chosen, choose) {
   );
   const made = element(
     "li",
-    { className: place >= 0 ? `chosen c${place % 6}` : "" },
+    { className: `run ${place >= 0 ? `chosen c${place % 6}` : ""}` },
     head,
     ...run.stages.map(stageLine),
   );

@@ -21,11 +21,14 @@ export class Report {
     const names = runs.map(({ name }) => name).join("\n");
     if (names === this.names) return;
     this.names = names;
-    this.root.replaceChildren(...runs.map((run) => this.reportOf(run.name)));
+    this.root.replaceChildren(...runs.map((run) => this.reportOf(run.name, runs.length > 1)));
   }
 
-  /** @param {string} run */
-  reportOf(run) {
+  /**
+   * @param {string} run
+   * @param {boolean} isNamed
+   */
+  reportOf(run, isNamed) {
     const refresh = element("button", {}, "Refresh");
     const download = element("button", {}, "Download as HTML");
     const content = element("div", { className: "report" });
@@ -44,7 +47,7 @@ export class Report {
     const head = element(
       "div",
       { className: "row apart" },
-      element("h3", {}, run),
+      element("h3", { className: "stage-title" }, isNamed ? run : ""),
       element("div", { className: "row" }, refresh, download),
     );
     return element("section", { "aria-label": run }, head, content);

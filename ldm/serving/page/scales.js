@@ -47,25 +47,26 @@ export function logTicks([low, high], count) {
 }
 
 /**
- * Return the range of an axis that contains the values: a linear one ends at ticks.
+ * Return the range of an axis that contains the values, and its ticks; a linear one ends at ticks.
  *
  * @param {number[]} values
- * @param {boolean} log
- * @returns {Range}
+ * @param {boolean} isLog
+ * @returns {{range: Range, ticks: number[]}}
  */
-export function rangeOf(values, log) {
-  let low = Infinity;
-  let high = -Infinity;
-  for (const value of values) {
-    low = Math.min(low, value);
-    high = Math.max(high, value);
+export function axisOf(values, isLog) {
+  let low = Math.min(...values);
+  let high = Math.max(...values);
+  if (low === high) {
+    const margin = Math.abs(low) / 10 || 1;
+    [low, high] = isLog ? [low / 2, high * 2] : [low - margin, high + margin];
   }
-  if (low === high && log) return [low / 2, high * 2];
-  if (low === high) return [low - (Math.abs(low) / 10 || 1), high + (Math.abs(high) / 10 || 1)];
-  if (log) return [low, high];
+  if (isLog) return { range: [low, high], ticks: logTicks([low, high], 4) };
   const [first, second] = linearTicks([low, high], 4);
   const step = second - first;
-  return [Math.floor(low / step + 1e-9) * step, Math.ceil(high / step - 1e-9) * step];
+  const start = Math.floor(low / step + 1e-9);
+  const length = Math.ceil(high / step - 1e-9) - start + 1;
+  const ticks = Array.from({ length }, (_, i) => Number(((start + i) * step).toPrecision(12)));
+  return { range: [ticks[0], ticks[length - 1]], ticks };
 }
 
 /**
