@@ -72,7 +72,7 @@ export class Chart {
     this.domain = domain;
     this.log = log;
     this.resumed = resumed;
-    const ends = lines.map(({ points }) => format(/** @type {number} */ (points.y.at(-1))));
+    const ends = lines.map(({ points, raw }) => format(/** @type {number} */ ((raw ?? points).y.at(-1))));
     this.legend.replaceChildren(
       ...lines.map(({ label, color, dash }, i) => {
         const stroke = vector("line", { x1: 0, x2: 22, y1: 2, y2: 2 });
@@ -190,7 +190,9 @@ export class Chart {
       if (chosen) this.onZoom(/** @type {Range} */ (chosen));
     });
     this.plot.addEventListener("pointercancel", end);
-    this.plot.addEventListener("pointerleave", () => this.moveCursor(null));
+    this.plot.addEventListener("pointerleave", (/** @type {PointerEvent} */ event) => {
+      if (event.pointerType !== "touch") this.moveCursor(null); // after a touch the values stay
+    });
     this.plot.addEventListener("blur", () => this.moveCursor(null));
     this.plot.addEventListener("dblclick", () => this.onZoom(null));
     this.plot.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {

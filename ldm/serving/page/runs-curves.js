@@ -19,7 +19,7 @@ export class Curves {
     /** @type {Map<string, StageView>} by the name of the stage */
     this.stages = new Map();
     this.smoothing = element("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0.6 });
-    const weight = element("output", {}, "0.60");
+    const weight = element("span", {}, "0.60");
     this.axis = element(
       "select",
       {},

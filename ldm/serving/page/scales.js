@@ -56,7 +56,8 @@ export function logTicks([low, high], count) {
 export function axisOf(values, isLog) {
   let low = Math.min(...values);
   let high = Math.max(...values);
-  if (low === high) {
+  if (high - low <= 1e-9 * Math.abs(high)) {
+    // equal up to rounding
     const margin = Math.abs(low) / 10 || 1;
     [low, high] = isLog ? [low / 2, high * 2] : [low - margin, high + margin];
   }
