@@ -31,10 +31,10 @@ class Margins(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    left: int = Field(0, ge=0)
-    top: int = Field(0, ge=0)
-    right: int = Field(0, ge=0)
-    bottom: int = Field(0, ge=0)
+    left: int = Field(default=0, ge=0)
+    top: int = Field(default=0, ge=0)
+    right: int = Field(default=0, ge=0)
+    bottom: int = Field(default=0, ge=0)
 
 
 class EditFields(SamplingFields):
@@ -133,8 +133,10 @@ class Edit:
             images = editing.inpaint(pipe, prompt, self.image, self.mask, **given, **more)
         else:
             images = editing.image_to_image(pipe, prompt, self.image, **given, **more)
-        request = json.dumps(fields_of(settings) | given | self._inputs())
-        return Images(with_record(image, image.info | {"request": request}) for image in images)
+        request = {"request": json.dumps(fields_of(settings) | given | self._inputs())}
+        for image in images:
+            with_record(image, {str(name): text for name, text in image.info.items()} | request)
+        return images
 
     def _inputs(self) -> dict[str, Any]:
         inputs: dict[str, Any] = {"image": self.keep(self.image)}

@@ -62,7 +62,7 @@ def _described(path: Path, request: Request) -> dict[str, Any]:
 
 def _settings(image: Image.Image, request: Request) -> dict[str, Any]:
     """Return size, model and request of an image; ``complete`` tells whether the request makes the same image."""
-    record = image.info
+    record = {str(name): value for name, value in image.info.items()}
     return {
         "width": image.width,
         "height": image.height,

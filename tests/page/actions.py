@@ -12,6 +12,8 @@ from playwright.sync_api import Locator, Page, expect
 
 from tests.serving.servers import Running
 
+expect.set_options(timeout=30_000)  # images are computed on a busy CPU
+
 
 def generate(page: Page, prompt: str | None = None, steps: int = 6, seed: int | None = None) -> Locator:
     """Generate an image and return it, when it is there."""

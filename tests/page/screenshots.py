@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from pathlib import Path
 
@@ -15,55 +16,70 @@ from tests.serving.servers import serving
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
 
 PROMPTS = (
-    "mermaid dark skin tone",
-    "unicorn",
+    "red apple",
+    "rocket",
+    "octopus",
     "woman cook light skin tone",
+    "rainbow",
+    "fox",
+    "cactus",
     "sunrise",
+    "strawberry",
     "man astronaut medium-light skin tone",
+    "hamburger",
+    "butterfly",
     "Santa Claus medium-dark skin tone",
+    "guitar",
+    "snowman",
     "vulcan salute medium skin tone",
+    "unicorn",
+    "tropical fish",
 )
 
 
 def shoot(page: Page, name: str) -> None:
-    """Write the visible part of a page, with few colours, so that the file is small."""
+    """Write the visible part of a page."""
     page.wait_for_timeout(500)
-    path = FOLDER / name
-    page.screenshot(path=path)
-    with Image.open(path) as image:
-        image.convert("RGB").quantize(256).save(path, optimize=True)
+    with Image.open(io.BytesIO(page.screenshot())) as image:
+        image.convert("RGB").save(FOLDER / name, quality=90, subsampling="4:4:4", optimize=True)
 
 
-def screenshots(browser: Browser, url: str) -> None:
-    """Generate some images and make all screenshots."""
-    page = browser.new_page(viewport={"width": 1280, "height": 860}, color_scheme="light")
-    page.goto(url)
-    page.get_by_label("Images", exact=True).fill("2")
-    for index, prompt in enumerate(PROMPTS):
-        generate(page, prompt, steps=30, seed=20 + index)
-    page.get_by_label("Images", exact=True).fill("3")
-    generate(page, "red apple", steps=30, seed=3)
-    shoot(page, "page.png")
-    page.locator("#gallery .tile").first.click()
-    shoot(page, "page-viewer.png")
-    page.close()
-
-    page = browser.new_page(viewport={"width": 1280, "height": 860}, color_scheme="dark")
-    page.goto(url)
-    edit_newest(page, "Repaint")
+def paint(page: Page, places: list[tuple[float, float]]) -> None:
+    """Paint a line through places of the image, from 0 to 1."""
     layer = page.locator(".layer")
     layer.scroll_into_view_if_needed()
     box = layer.bounding_box()
     assert box is not None
-    page.get_by_label("Brush", exact=True).fill("14")
-    for index, (x, y) in enumerate(((0.3, 0.35), (0.5, 0.3), (0.7, 0.35), (0.72, 0.5), (0.3, 0.5), (0.5, 0.45))):
+    for index, (x, y) in enumerate(places):
         page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
         if index == 0:
             page.mouse.down()
     page.mouse.up()
-    generate(page, "green apple", steps=30, seed=4)
-    page.locator("#source").scroll_into_view_if_needed()
-    shoot(page, "page-dark.png")
+
+
+def screenshots(browser: Browser, url: str) -> None:
+    """Generate some images and make all screenshots."""
+    page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme="light")
+    page.goto(url)
+    for index, prompt in enumerate(PROMPTS):
+        generate(page, prompt, steps=30, seed=20 + index)
+    page.get_by_label("Images", exact=True).fill("3")
+    generate(page, "mermaid dark skin tone", steps=30, seed=3)
+    page.locator("#form").evaluate("form => form.scrollTo(0, 0)")
+    shoot(page, "page.jpg")
+    page.get_by_label("Images", exact=True).fill("1")
+    generate(page, "grinning face", steps=30, seed=1)
+    page.close()
+
+    page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme="dark")
+    page.goto(url)
+    edit_newest(page, "Repaint")
+    paint(page, [(0.25, 0.36), (0.75, 0.36), (0.75, 0.45), (0.25, 0.45)])
+    generate(page, "smiling face with sunglasses", steps=30, seed=4)
+    page.locator("#source").evaluate(
+        "source => source.parentElement.scrollBy(0, source.getBoundingClientRect().top - 76)"
+    )
+    shoot(page, "page-dark.jpg")
     page.close()
 
     phone = {
@@ -77,7 +93,7 @@ def screenshots(browser: Browser, url: str) -> None:
     generate(page, "unicorn", steps=30, seed=21)
     page.locator("#settings > summary").click()
     page.evaluate("scrollTo(0, 0)")
-    shoot(page, "page-phone.png")
+    shoot(page, "page-phone.jpg")
     page.close()
 
 

@@ -10,10 +10,14 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm import editing
+from ldm import Pipeline, editing
 from ldm.diffusion import SPECS
+from ldm.errors import SamplingError
+from ldm.sampling_settings import SamplingSettings
+from ldm.serving.edits import Edit, enlarging_factor
 from ldm.serving.gallery import NAME, Gallery
 from ldm.serving.records import request_of
+from tests.acceleration.cases import CONDITIONERS, model_with
 from tests.serving.servers import Running, serving
 from tests.serving.test_jobs import ended, image_at, in_base64
 from tests.tiny import SIZE
@@ -84,6 +88,17 @@ def test_outpainting_and_enlarging_are_those_of_the_pipeline(server: Running) ->
     large = IMAGE.resize((2 * SIZE, 2 * SIZE), Image.Resampling.LANCZOS)
     expected = editing.image_to_image(server.pipe, "a car", large, 0.4, seed=1, num_inference_steps=3, progress=False)
     assert found.tobytes() == expected[0].tobytes()
+
+
+def test_a_model_that_was_trained_to_enlarge_does_so_by_its_factor(tmp_path: Path) -> None:
+    pipe, keep = Pipeline(model_with(CONDITIONERS["low_res"][0])), Gallery(tmp_path).save_input
+    small = IMAGE.resize((SIZE // 2, SIZE // 2))
+    settings: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "progress": False}
+    found = Edit(small, keep, enlarge=2)(pipe, SamplingSettings.of(**settings))
+    assert found[0].tobytes() == editing.upscale(pipe, small, **settings)[0].tobytes()
+    assert enlarging_factor(pipe) == 2
+    with pytest.raises(SamplingError, match="trained to enlarge by 2"):
+        Edit(small, keep, enlarge=4)(pipe, SamplingSettings.of(**settings))
 
 
 @pytest.mark.parametrize(

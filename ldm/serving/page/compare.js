@@ -2,6 +2,7 @@
 
 import { element } from "./dom.js";
 import { JobView } from "./job.js";
+import { labelOf } from "./labels.js";
 
 /** Fields that hold images. */
 const IMAGES = ["image", "mask"];
@@ -94,5 +95,5 @@ export class Comparison {
  */
 function described(name, value) {
   const shown = value === undefined ? "default" : IMAGES.includes(name) ? "another" : JSON.stringify(value);
-  return [element("dt", {}, name.replaceAll("_", " ")), element("dd", {}, shown)];
+  return [element("dt", {}, labelOf(name)), element("dd", {}, shown)];
 }

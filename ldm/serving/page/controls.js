@@ -1,6 +1,7 @@
 /** Form controls with one interface: a name, `read()` for the value or undefined, and `write(value)`. */
 
 import { element } from "./dom.js";
+import { labelOf } from "./labels.js";
 
 /**
  * @typedef {{name: string, root: HTMLElement, read: () => any, write: (value: any) => void}} Control
@@ -12,13 +13,12 @@ let ids = 0;
  * Return a control of one input element with its label.
  *
  * @param {string} name
- * @param {string} label
  * @param {HTMLInputElement | HTMLSelectElement | HTMLTextAreaElement} input
  * @param {string} [help] sentence under the input
  * @returns {Control}
  */
-function labelled(name, label, input, help) {
-  const root = element("label", { className: "field" }, element("span", {}, label), input);
+function labelled(name, input, help) {
+  const root = element("label", { className: "field" }, element("span", {}, labelOf(name)), input);
   if (help) {
     const sentence = element("small", { id: `help-${++ids}`, className: "muted" }, help);
     input.setAttribute("aria-describedby", sentence.id);
@@ -38,47 +38,43 @@ function labelled(name, label, input, help) {
 
 /**
  * @param {string} name
- * @param {string} label
- * @param {string} placeholder
+ * @param {string} [placeholder]
  */
-export function textArea(name, label, placeholder = "") {
-  return labelled(name, label, element("textarea", { name, placeholder, rows: 2 }));
+export function textArea(name, placeholder = "") {
+  return labelled(name, element("textarea", { name, placeholder, rows: 1 }));
 }
 
 /**
  * Return a control of a text or of a number.
  *
  * @param {string} name
- * @param {string} label
  * @param {{help?: string} & Record<string, any>} properties of the input element; `type` is `text` or `number`
  */
-export function textField(name, label, { help, ...properties }) {
-  return labelled(name, label, element("input", { name, ...properties }), help);
+export function textField(name, { help, ...properties }) {
+  return labelled(name, element("input", { name, ...properties }), help);
 }
 
 /**
  * Return a control that chooses a value; the empty one stands for the default.
  *
  * @param {string} name
- * @param {string} label
  * @param {{value: string, text: string}[]} choices
  * @param {string} [help]
  */
-export function choice(name, label, choices, help) {
+export function choice(name, choices, help) {
   const options = choices.map(({ value, text }) => element("option", { value }, text));
-  return labelled(name, label, element("select", { name }, ...options), help);
+  return labelled(name, element("select", { name }, ...options), help);
 }
 
 /**
  * Return a control of a number with a slider beside it.
  *
  * @param {string} name
- * @param {string} label
- * @param {{min: number, max: number, step: number, value?: number, limit?: number}} range `limit` is the largest number that
- *   can be typed, if it is larger than that of the slider
+ * @param {{min: number, max: number, step: number, value?: number, limit?: number, label?: string}} range `limit` is the
+ *   largest number that can be typed, if it is larger than that of the slider
  * @returns {Control}
  */
-export function slider(name, label, { min, max, step, value, limit = max }) {
+export function slider(name, { min, max, step, value, limit = max, label = labelOf(name) }) {
   const id = `slider-${++ids}`;
   const number = element("input", { id, name, type: "number", min, max: limit, step: "any", value: value ?? "" });
   const range = element("input", { type: "range", min, max, step, "aria-label": `${label}, slider` });

@@ -2,6 +2,7 @@
 
 import { choice, slider, textArea, textField } from "./controls.js";
 import { element, find } from "./dom.js";
+import { labelOf } from "./labels.js";
 import { LoraList } from "./loras.js";
 
 /** Settings that change to the defaults of a model when it is chosen. */
@@ -20,10 +21,10 @@ export class SettingsForm {
     this.others = {};
     this.othersList = element("div", { className: "stack" });
     const models = options.models.map((/** @type {any} */ { name }) => ({ value: name, text: name }));
-    this.model = choice("model", "Model", models);
+    this.model = choice("model", models);
     this.random = element("input", { type: "checkbox", checked: true });
-    const prompt = textArea("prompt", "Prompt", "red apple");
-    const prompts = [prompt, textArea("negative_prompt", "Negative prompt")];
+    const prompt = textArea("prompt", "red apple");
+    const prompts = [prompt, textArea("negative_prompt")];
     const { seed, sizes, sampling } = controlsOf(options);
     this.seed = seed;
     const own = [...prompts, ...sampling, ...sizes, seed];
@@ -117,7 +118,7 @@ export class SettingsForm {
       element(
         "p",
         { className: "row apart" },
-        element("span", {}, `${name}: ${JSON.stringify(value)}`),
+        element("span", {}, `${labelOf(name)}: ${JSON.stringify(value)}`),
         element(
           "button",
           {
@@ -148,16 +149,16 @@ export const EDITS = ["image", "mask", "blur", "strength", "outpaint", "enlarge"
 function controlsOf({ samplers, limits }) {
   const steps = { min: 1, max: Math.min(60, limits.max_steps), step: 1, limit: limits.max_steps };
   return {
-    seed: textField("seed", "Seed", { type: "number", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 }),
+    seed: textField("seed", { type: "number", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 }),
     sizes: [
-      textField("width", "Width", { type: "number", min: 1, step: 1 }),
-      textField("height", "Height", { type: "number", min: 1, step: 1 }),
+      textField("width", { type: "number", min: 1, step: 1 }),
+      textField("height", { type: "number", min: 1, step: 1 }),
     ],
     sampling: [
-      choice("sampler", "Sampler", [DEFAULT, ...samplers.map(describedSampler)]),
-      slider("num_inference_steps", "Steps", steps),
-      slider("guidance_scale", "Guidance", { min: 1, max: 15, step: 0.5, limit: 1000 }),
-      slider("num_images_per_prompt", "Images", { min: 1, max: limits.max_n, step: 1, value: 1 }),
+      choice("sampler", [DEFAULT, ...samplers.map(describedSampler)]),
+      slider("num_inference_steps", steps),
+      slider("guidance_scale", { min: 1, max: 15, step: 0.5, limit: 1000 }),
+      slider("num_images_per_prompt", { min: 1, max: limits.max_n, step: 1, value: 1 }),
     ],
   };
 }
@@ -180,15 +181,9 @@ function describedSampler({ name, evaluations }) {
  * @param {any} setting
  */
 function generic({ name, type, help, choices }) {
-  const label = name.replaceAll("_", " ").replace(/^./, (/** @type {string} */ letter) => letter.toUpperCase());
   if (choices) {
-    return choice(
-      name,
-      label,
-      [DEFAULT, ...choices.map((/** @type {string} */ value) => ({ value, text: value }))],
-      help,
-    );
+    return choice(name, [DEFAULT, ...choices.map((/** @type {string} */ value) => ({ value, text: value }))], help);
   }
   const properties = type === "text" ? { type } : { type: "number", step: type === "integer" ? 1 : "any" };
-  return textField(name, label, { ...properties, help });
+  return textField(name, { ...properties, help });
 }

@@ -14,7 +14,7 @@ export class LoraList {
   constructor(root, names, prompt) {
     this.prompt = prompt;
     root.hidden = names.length === 0;
-    this.sliders = names.map((name) => slider(name, name, { min: -1, max: 2, step: 0.05, value: 0, limit: 10 }));
+    this.sliders = names.map((name) => slider(name, { label: name, min: -1, max: 2, step: 0.05, value: 0, limit: 10 }));
     for (const { name, root, read } of this.sliders) {
       root.addEventListener("input", () => this.#setScale(name, read() ?? 0));
     }

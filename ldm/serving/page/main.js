@@ -40,6 +40,10 @@ async function report(/** @type {() => Promise<void>} */ action) {
 
 /** Run something that generates images: with Cancel enabled, and then the gallery refreshed. */
 async function busy(/** @type {() => Promise<any[]>} */ run) {
+  if (find("#generate").disabled) {
+    announce("A job runs already; wait for its end, or cancel it.", true);
+    return;
+  }
   find("#generate").disabled = true;
   find("#cancel").disabled = false;
   announce("Generating …");
@@ -47,9 +51,9 @@ async function busy(/** @type {() => Promise<any[]>} */ run) {
     const states = await run();
     const failed = states.find(({ error }) => error);
     const status = states.some((state) => state.status === "cancelled") ? "Cancelled." : "Done.";
-    announce(failed ? failed.error : status, Boolean(failed));
     await gallery.refresh();
     form.update(await fetchJson("/v1/options"));
+    announce(failed ? failed.error : status, Boolean(failed));
   });
   sessionStorage.removeItem(RUNNING);
   find("#generate").disabled = false;

@@ -3,6 +3,10 @@
 import { slider } from "./controls.js";
 import { element } from "./dom.js";
 
+/** Colour of the mask on the page; masks are sent in white. */
+const COLOUR = [79, 70, 229, 255];
+const CLEAR = [0, 0, 0, 0];
+
 const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 export class MaskEditor {
@@ -15,7 +19,7 @@ export class MaskEditor {
       "aria-label": "Mask. Arrow keys move the brush, Space paints, Shift with arrow keys paints a line.",
     });
     this.brush = element("div", { className: "brush", hidden: true });
-    this.size = slider("brush", "Brush", { min: 1, max: 32, step: 1, value: 8 });
+    this.size = slider("brush", { min: 1, max: 32, step: 1, value: 8 });
     this.eraser = this.#toggle("Erase");
     this.position = { x: 0, y: 0 };
     this.isPainting = false;
@@ -87,9 +91,7 @@ export class MaskEditor {
     const context = this.#context();
     context.globalCompositeOperation = "source-over";
     context.drawImage(mask, 0, 0, this.layer.width, this.layer.height);
-    this.#eachPixel((pixel) => {
-      pixel[3] = pixel[0] > 127 ? 255 : 0;
-    });
+    this.#eachPixel((pixel) => pixel.set(pixel[0] > 127 ? COLOUR : CLEAR));
   }
 
   /** Return the mask as PNG in base64, white where it is painted. */
@@ -170,7 +172,7 @@ export class MaskEditor {
     const context = this.#context();
     const isErasing = this.eraser.getAttribute("aria-pressed") === "true";
     context.globalCompositeOperation = isErasing ? "destination-out" : "source-over";
-    context.strokeStyle = "white";
+    context.strokeStyle = `rgb(${COLOUR.slice(0, 3)})`;
     context.lineCap = "round";
     context.lineWidth = this.size.read() ?? 1;
     context.beginPath();
@@ -190,11 +192,11 @@ export class MaskEditor {
 
   /** @param {boolean} isPainted */
   #fill(isPainted) {
-    this.#eachPixel((pixel) => pixel.fill(isPainted ? 255 : 0));
+    this.#eachPixel((pixel) => pixel.set(isPainted ? COLOUR : CLEAR));
   }
 
   #invert() {
-    this.#eachPixel((pixel) => pixel.fill(pixel[3] > 127 ? 0 : 255));
+    this.#eachPixel((pixel) => pixel.set(pixel[3] > 127 ? CLEAR : COLOUR));
   }
 
   /** @param {(pixel: Uint8ClampedArray) => void} change */

@@ -44,12 +44,10 @@ export class Source {
     this.size = element("p", { className: "muted" });
     this.editor = new MaskEditor();
     this.task = tabs("task", "What to do with the image", TASKS, () => this.#showTask());
-    this.strength = slider("strength", "Strength", { min: 0, max: 1, step: 0.05, value: STRENGTHS.change });
-    this.blur = slider("blur", "Soft edge", { min: 0, max: 16, step: 0.5, value: 0, limit: 100 });
-    this.margins = SIDES.map((side) =>
-      textField(side, side[0].toUpperCase() + side.slice(1), { type: "number", min: 0, value: 0 }),
-    );
-    this.factor = slider("enlarge", "Factor", { min: 2, max: 4, step: 1, value: 2, limit: 8 });
+    this.strength = slider("strength", { min: 0, max: 1, step: 0.05, value: STRENGTHS.change });
+    this.blur = slider("blur", { label: "Soft edge", min: 0, max: 16, step: 0.5, value: 0, limit: 100 });
+    this.margins = SIDES.map((side) => textField(side, { type: "number", min: 0, value: 0 }));
+    this.factor = slider("enlarge", { label: "Factor", min: 2, max: 4, step: 1, value: 2, limit: 8 });
     this.sides = element("div", { className: "columns" }, ...this.margins.map(({ root }) => root));
     this.body = element(
       "div",

@@ -1,6 +1,7 @@
 /** A dialog with one image, its settings, and what can be done with them. */
 
 import { element } from "./dom.js";
+import { labelOf } from "./labels.js";
 
 export class Viewer {
   /**
@@ -113,7 +114,7 @@ function described({ request, model, width, height }) {
   return Object.entries(values)
     .filter(([, value]) => value !== "")
     .flatMap(([name, value]) => [
-      element("dt", {}, name.replaceAll("_", " ")),
+      element("dt", {}, labelOf(name)),
       element("dd", {}, typeof value === "object" ? JSON.stringify(value) : String(value)),
     ]);
 }
