@@ -151,12 +151,17 @@ class RunsFolder:
         self._lock = threading.Lock()
 
     def summaries(self) -> list[RunSummary]:
-        """Return what the list shows of each run, the last changed first; runs that cannot be read are listed with a sentence."""
+        """Return what the list shows of each run: first those that train, by name, then the others, the last changed first."""
         with self._lock:
             found = find_runs(self.folder)
             self._known = {name: self._known.get(name) or _Known(folder) for name, folder in found.items()}
             every = [_summary(name, known) for name, known in self._known.items()]
-        return sorted(every, key=lambda summary: summary.updated, reverse=True)
+        training = [each for each in every if each.status == "training"]
+        others = [each for each in every if each.status != "training"]
+        return [
+            *sorted(training, key=lambda run: run.name),  # in an order that stays while they train
+            *sorted(others, key=lambda run: run.updated, reverse=True),
+        ]
 
     def describe(self, name: str) -> RunDescription:
         """Return config, images and sessions of a run.

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class RunList(BaseModel):
-    """The runs, the last changed first."""
+    """The runs: those that train, then the others, the last changed first."""
 
     runs: list[RunSummary]
 

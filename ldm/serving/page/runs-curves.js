@@ -43,7 +43,7 @@ export class Curves {
         field("Values", this.axis),
         field("Charts", this.filter),
       ),
-      element("p", { id: "keys", className: "muted" }, `Drag over steps to zoom; a double click shows all. ${KEYS}`),
+      element("p", { id: "keys", className: "muted hint" }, `Drag over steps to zoom; a double click shows all. ${KEYS}`),
       this.sections,
     );
     this.smoothing.addEventListener("input", () => {
@@ -80,7 +80,7 @@ export class Curves {
    * @param {string} title
    */
   addStage(name, title) {
-    const legend = element("p", { className: "muted" }, "Dotted lines: the training was resumed.");
+    const legend = element("p", { className: "muted hint" }, "Dotted lines: the training was resumed.");
     const reset = element("button", {}, "Show all steps");
     const root = element(
       "section",
