@@ -44,7 +44,7 @@ lint: $(VENV)/.dev lint-page  ## check style, formatting and types
 	$(BIN)/mypy
 
 lint-page:  ## check the scripts and styles of the web page with biome and tsc, or without npm's registry their syntax with node
-	@if npx --yes $(BIOME) --version > /dev/null 2>&1; then \
+	@if timeout 120 npx --yes $(BIOME) --version > /dev/null 2>&1; then \
 		npx --yes $(BIOME) check --error-on-warnings && npx --yes --package=$(TYPESCRIPT) tsc --project jsconfig.json; \
 	elif command -v node > /dev/null; then \
 		for file in ldm/serving/page/*.js; do node --check --input-type=module - < $$file || exit 1; done; \

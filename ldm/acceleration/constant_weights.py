@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 from weakref import ref
@@ -30,6 +31,9 @@ TENSOR = "tensor"
 
 Program = Callable[..., Tensor]
 """A compiled network: the tensors among its inputs, in order, to its output."""
+
+Build = Callable[["FlatNetwork", Sequence[Sequence[Tensor]]], Program]
+"""Compiles a network for the shapes of its tensors; given are those of some evaluations, which are zeros without calibration."""
 
 
 class FlatNetwork(nn.Module):
@@ -63,6 +67,14 @@ class FlatNetwork(nn.Module):
         return self.leaves, self.structure, getattr(self.network, "config", None), numbers, self.adapted
 
 
+@dataclass
+class Evaluations:
+    """Tensors of real evaluations that are collected for a program: of ``wanted`` in all."""
+
+    wanted: int
+    tensors: list[list[Tensor]] = field(default_factory=list)
+
+
 class ConstantWeights(ChecksWeights):
     """A network that is compiled when it is called with new shapes, and again after its weights or adapters have changed.
 
@@ -71,14 +83,23 @@ class ConstantWeights(ChecksWeights):
         name: its name for messages.
         backend: the backend, for messages.
         build: compiles a network for the shapes of its tensors.
+        calibration: returns the number of evaluations that ``build`` wants to know for a network and the tensors of one; so many
+            are computed by the network itself before it is compiled. None = it wants none.
     """
 
     def __init__(
-        self, network: nn.Module, name: str, backend: Backend, build: Callable[[FlatNetwork, list[Tensor]], Program]
+        self,
+        network: nn.Module,
+        name: str,
+        backend: Backend,
+        build: Build,
+        calibration: Callable[[FlatNetwork, Sequence[Tensor]], int] | None = None,
     ):
         super().__init__()
         self.network, self.name, self.backend, self.build = ref(network), name, backend, build
+        self.calibration = calibration
         self.programs: OrderedDict[Any, Program] = OrderedDict()
+        self.evaluations: dict[Any, Evaluations] = {}
         self.lock = threading.RLock()
         self.state: tuple[Any, ...] = ()
         self.values = b""
@@ -90,10 +111,13 @@ class ConstantWeights(ChecksWeights):
         key = structure, shapes_of(inputs)
         with self.lock:
             if (state := self._state()) != self.state:
-                self.programs.clear()
+                self._forget()
                 self.state = state
             if key not in self.programs:
-                self.programs[key] = self._program(inputs, tensors)
+                if (examples := self._examples(key, inputs, tensors)) is None:
+                    result: Tensor = self._alive()(*inputs)
+                    return result
+                self.programs[key] = self._program(inputs, examples)
                 while len(self.programs) > PROGRAMS:
                     self.programs.popitem(last=False)
             self.programs.move_to_end(key)
@@ -106,8 +130,29 @@ class ConstantWeights(ChecksWeights):
             weights = [*network.parameters(), *network.buffers()]
             values = b"".join(_some_values(each) for each in weights)
             if values != self.values:
-                self.programs.clear()
+                self._forget()
             self.values, self.parts, self.weights = values, [*network.modules()], weights
+
+    def _forget(self) -> None:
+        self.programs.clear()
+        self.evaluations.clear()
+
+    def _examples(self, key: Any, inputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[list[Tensor]] | None:
+        """Return what the program for a key is compiled with, or None while evaluations are collected for it."""
+        if key not in self.evaluations:
+            wanted = self.calibration(FlatNetwork(self._alive(), inputs), tensors) if self.calibration else 0
+            self.evaluations[key] = Evaluations(wanted)
+            if wanted:
+                self.backend.announce(
+                    f"{self.backend.kind}: the next {wanted} evaluations of the {self.name} for the input {shape_text(inputs)} "
+                    "are computed without the program, and calibrate it."
+                )
+        evaluations = self.evaluations[key]
+        with torch.inference_mode(False):  # tensors that the compiler may use as it likes
+            if len(evaluations.tensors) < evaluations.wanted:
+                evaluations.tensors.append([each.clone() for each in tensors])
+                return None
+            return self.evaluations.pop(key).tensors or [[torch.zeros_like(each) for each in tensors]]
 
     def _alive(self) -> nn.Module:
         network = self.network()
@@ -118,11 +163,10 @@ class ConstantWeights(ChecksWeights):
         """Return what differs after the weights were replaced or written in place, or the adapters changed."""
         return _versions(self.weights), adapters_of(self.parts)
 
-    def _program(self, inputs: Sequence[Any], tensors: list[Tensor]) -> Program:
+    def _program(self, inputs: Sequence[Any], examples: Sequence[Sequence[Tensor]]) -> Program:
         start, size = time.perf_counter(), shape_text(inputs)
         self.backend.announce(f"{self.backend.kind}: compiling the {self.name} for the input {size} ...")
         with torch.inference_mode(False), torch.no_grad():
-            examples = [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in tensors]
             program = self.build(FlatNetwork(self._alive(), inputs), examples)
         self.backend.announce(
             f"{self.backend.kind}: the {self.name} is ready after {time.perf_counter() - start:.1f} s."

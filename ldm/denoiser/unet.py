@@ -17,7 +17,7 @@ from ldm.errors import ConfigError, SamplingError
 from ldm.nn.attention import AttentionOptions
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import NoiseEmbedding, mlp, pad_rows
-from ldm.nn.group_norm import GroupNorm
+from ldm.nn.group_norm import GroupNorm, silu
 from ldm.nn.residual import ResidualBlock, Upsample
 
 OUTER = 1
@@ -284,7 +284,7 @@ class UNet(UNetEncoder):
             if deep is not None and len(skips) == OUTER + 1:
                 deep.store(x)
             x = block(x, embedding, cond, skips.pop(), outer)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(silu(self.norm_out(x)))
 
     def _outer(
         self,
@@ -306,7 +306,7 @@ class UNet(UNetEncoder):
         x = features
         for block in self.up[-len(skips) :]:
             x = block(x, embedding, cond, skips.pop(), outer)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(silu(self.norm_out(x)))
 
     def copy_encoder(self) -> UNetEncoder:
         """Return a copy of the encoder that shares no parameters with this network, to be trained as a ControlNet."""

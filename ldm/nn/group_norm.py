@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -28,6 +29,11 @@ class GroupNorm(nn.GroupNorm):
             normalized: Tensor = _NarrowGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
             return normalized
         return super().forward(_in_fp32(x)).to(x.dtype) if self.weight.dtype == torch.float32 else super().forward(x)
+
+
+def silu(x: Tensor) -> Tensor:
+    """Return the SiLU of the result of a norm, which nothing else uses: in its memory, unless gradients are recorded."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class _NarrowGroupNorm(torch.autograd.Function):

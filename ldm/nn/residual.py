@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
-from ldm.nn.group_norm import GroupNorm
+from ldm.nn.group_norm import GroupNorm, silu
 from ldm.nn.inference import is_plain
 from ldm.nn.winograd import Conv3x3
 
@@ -47,10 +47,10 @@ class ResidualBlock(CheckpointedBlock):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """``x [b c h w], embedding [b e]`` (already through SiLU; further rows are ignored) ``-> [b width h w]``"""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(silu(self.norm1(x)))
         if self.embedding is not None:
             h = h + self.embedding(embedding)[: len(h), :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(silu(self.norm2(h))))
         return self.shortcut(x) + h
 
 
@@ -102,16 +102,18 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     b, _, h, w = x.shape
     if torch.is_grad_enabled():
-        four = [kernel for row in _phases(weight, dim=2) for kernel in _phases(row, dim=3)]
+        four = [_phase(_phase(weight, 2, row), 3, column) for row in (0, 1) for column in (0, 1)]
         joined: Tensor = _Joined.apply(
             F.conv2d(x, torch.cat(four), None if bias is None else bias.repeat(4), padding=1)
         )
         return joined
     shape = (b, weight.shape[0], 2 * h, 2 * w)
     result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    for row, kernels in enumerate(_phases(weight, dim=2)):
-        for column, kernel in enumerate(_phases(kernels, dim=3)):
-            phase = F.conv2d(x, kernel, bias, padding=1)  # one row and one column more than the phase has
+    for row in (0, 1):
+        kernels = _phase(weight, 2, row)
+        for column in (0, 1):
+            # the phase, with one row and one column more
+            phase = F.conv2d(x, _phase(kernels, 3, column), bias, padding=1)
             result[..., row::2, column::2] = phase[..., row : row + h, column : column + w]
     return result
 
@@ -152,7 +154,7 @@ def _interleaved(image: Tensor) -> list[Tensor]:
     return [image[..., i // 2 :: 2, i % 2 :: 2] for i in range(4)]
 
 
-def _phases(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return the kernels of two taps for the even and the odd positions, of a kernel of three taps along ``dim``."""
+def _phase(kernel: Tensor, dim: int, odd: int) -> Tensor:
+    """Return the kernel of two taps for the even or the odd positions, of a kernel of three taps along ``dim``."""
     before, centre, after = kernel.split(1, dim)
-    return torch.cat([before, centre + after], dim), torch.cat([before + centre, after], dim)
+    return torch.cat([before + centre, after] if odd else [before, centre + after], dim)

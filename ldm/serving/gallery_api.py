@@ -29,7 +29,8 @@ async def newest(
 
     def read() -> dict[str, Any]:
         paths, more = service.gallery.newest(client, limit, before)
-        return {"images": [_described(path, request) for path in paths], "more": more}
+        described = [_described(path, request) for path in paths]
+        return {"images": [each for each in described if each is not None], "more": more}
 
     return await run_in_threadpool(read)
 
@@ -43,29 +44,32 @@ async def read(
 
     def settings() -> dict[str, Any]:
         read_upload(content, service_of(request).limits)
-        try:
-            with Image.open(io.BytesIO(content)) as opened:
-                described = _settings(opened, request)
-        except (OSError, SyntaxError, ValueError):  # of damaged metadata, without which the image was read
-            described = {"request": None}
-        if described["request"] is None:
+        described = _settings(io.BytesIO(content), request)
+        if described is None or described["request"] is None:
             raise SamplingError("the image has no settings of ldm; choose one that was generated here.")
         return described
 
     return await run_in_threadpool(settings)
 
 
-def _described(path: Path, request: Request) -> dict[str, Any]:
-    with Image.open(path) as image:
-        return {"name": path.name, "url": file_url(request, path.name), **_settings(image, request)}
+def _described(path: Path, request: Request) -> dict[str, Any] | None:
+    settings = _settings(path, request)
+    return None if settings is None else {"name": path.name, "url": file_url(request, path.name), **settings}
 
 
-def _settings(image: Image.Image, request: Request) -> dict[str, Any]:
-    """Return size, model and request of an image; ``complete`` tells whether the request makes the same image."""
-    record = {str(name): value for name, value in image.info.items()}
+def _settings(file: Path | io.BytesIO, request: Request) -> dict[str, Any] | None:
+    """Return size, model and request of an image; ``complete`` tells whether the request makes the same image.
+
+    None if the file was removed, or is damaged.
+    """
+    try:
+        with Image.open(file) as image:
+            (width, height), record = image.size, {str(name): value for name, value in image.info.items()}
+    except (OSError, SyntaxError, ValueError):
+        return None
     return {
-        "width": image.width,
-        "height": image.height,
+        "width": width,
+        "height": height,
         "model": service_of(request).models.name_of(record.get("model")),
         "request": request_of(record),
         "complete": is_complete(record),

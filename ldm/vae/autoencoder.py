@@ -14,7 +14,7 @@ from ldm.config import config_field
 from ldm.errors import ConfigError
 from ldm.nn.attention import scaled_dot_product_attention
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
-from ldm.nn.group_norm import GroupNorm
+from ldm.nn.group_norm import GroupNorm, silu
 from ldm.nn.residual import ResidualBlock, Upsample
 from ldm.vae.first_stage import FirstStage, FirstStageConfig
 from ldm.vae.posterior import DiagonalGaussian, Posterior
@@ -147,7 +147,7 @@ class Encoder(nn.Module):
 
     def coarse(self, h: Tensor) -> Tensor:
         """``[b top h w] -> [b out_channels h w]``"""
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -182,7 +182,7 @@ class Decoder(nn.Module):
         """``[b top h/f w/f] -> [b image_channels h w]``"""
         for level in self.up:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(silu(self.norm_out(h)))
 
 
 class ConvolutionalAutoencoder(FirstStage):

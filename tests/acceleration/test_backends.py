@@ -225,3 +225,25 @@ def test_weights_in_8_bits_hardly_change_an_image(cache: str) -> None:
     exact = Pipeline(tiny_model())(PROMPT, **QUIET)
     pipe = Pipeline(tiny_model()).compile("openvino", cache=cache, quantization="int8_weights", progress=False)
     assert 0 < (pipe(PROMPT, **QUIET) - exact).square().mean().sqrt() < 0.05
+
+
+@needs_openvino
+@pytest.mark.slow
+def test_convolutions_in_8_bits_are_calibrated_by_the_first_evaluations(
+    cache: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("nncf", reason="needs the package nncf, of the extra openvino")
+    exact = Pipeline(tiny_model())(PROMPT, **QUIET)
+    options: dict[str, Any] = {
+        "cache": cache,
+        "quantization": "int8_hybrid",
+        "calibration": QUIET["num_inference_steps"],
+    }
+    first = Pipeline(tiny_model()).compile("openvino", **options)
+    calibrating, quantized = first(PROMPT, **QUIET), first(PROMPT, **QUIET)
+    torch.testing.assert_close(calibrating, exact, atol=1e-4, rtol=1e-4)
+    assert 0 < (quantized - exact).square().mean().sqrt() < 0.05
+    assert "computed without the program" in capsys.readouterr().err
+    later = Pipeline(tiny_model()).compile("openvino", **options)
+    torch.testing.assert_close(later(PROMPT, **QUIET), quantized)
+    assert "computed without the program" not in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +31,30 @@ PROMPT = "a red car"
 
 @dataclass(frozen=True)
 class Snapshot(Backend, kind="snapshot"):
-    """Programs are deep copies of the networks, which go on computing with the weights of that moment."""
+    """Programs are deep copies of the networks, which go on computing with the weights of that moment.
+
+    Attributes:
+        calibration: evaluations of the denoiser that are collected before.
+    """
+
+    calibration: int = 0
 
     @property
     def takes_prompt_loras(self) -> bool:
         return False
 
     def compile(self, network: nn.Module, name: str) -> nn.Module:
-        return ConstantWeights(network, name, self, self.copied)
+        wanted = self.calibration if name == "denoiser" else 0
+        return ConstantWeights(network, name, self, self.copied, lambda network, tensors: wanted)
 
-    def copied(self, network: FlatNetwork, tensors: list[Tensor]) -> FlatNetwork:
-        return copy.deepcopy(network)
+    def copied(self, network: FlatNetwork, examples: Sequence[Sequence[Tensor]]) -> FlatNetwork:
+        copied = copy.deepcopy(network)
+        seen.append([[each.clone() for each in tensors] for tensors in examples])
+        return copied
+
+
+seen: list[list[list[Tensor]]] = []
+"""What the networks were compiled with."""
 
 
 def compiled(model: Any = None) -> Pipeline:
@@ -123,8 +136,8 @@ def test_changed_weights_take_effect(lora: Path) -> None:
 def test_a_network_is_compiled_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[list[int]] = []
 
-    def count(self: Snapshot, network: FlatNetwork, tensors: list[Tensor]) -> FlatNetwork:
-        built.append(list(tensors[0].shape))
+    def count(self: Snapshot, network: FlatNetwork, examples: Sequence[Sequence[Tensor]]) -> FlatNetwork:
+        built.append(list(examples[0][0].shape))
         return network
 
     monkeypatch.setattr(Snapshot, "copied", count)
@@ -190,3 +203,22 @@ def test_a_line_says_what_is_compiled(capsys: pytest.CaptureFixture[str]) -> Non
     assert lines[0] == "snapshot: compiling the denoiser for the input 2 x 4 x 8 x 8 ..."
     assert lines[1].startswith("snapshot: the denoiser is ready after ")
     assert lines[2] == "snapshot: compiling the decoder of the first stage for the input 1 x 4 x 8 x 8 ..."
+
+
+def test_evaluations_are_collected_before_a_network_is_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = Pipeline(tiny_model())
+    expected = plain(PROMPT, **QUIET)
+    pipe = Pipeline(tiny_model()).compile("snapshot", calibration=3)
+    seen.clear()
+    for number, programs in enumerate(
+        [1, 2, 2], start=1
+    ):  # two evaluations in each image: the decoder first, then both
+        torch.testing.assert_close(pipe(PROMPT, **QUIET), expected, atol=1e-5, rtol=1e-4)
+        assert len(seen) == programs, number
+    first_stage, denoiser = seen
+    assert len(first_stage) == 1
+    assert not first_stage[0][0].any()
+    assert len(denoiser) == 3
+    levels = [max(float(each.max()) for each in tensors if each.numel() <= 2) for tensors in denoiser]
+    assert levels[0] == levels[2] != levels[1]  # of the first image's two steps and the second image's first
+    assert "the next 3 evaluations of the denoiser" in capsys.readouterr().err

@@ -104,6 +104,8 @@ def test_an_image_without_settings_is_named(page: Page, tmp_path: Path) -> None:
 def test_a_mask_is_painted_and_the_rest_of_the_image_stays(page: Page, server: Running) -> None:
     before = np.asarray(content(server, generate(page, "red apple", seed=1)))
     edit_newest(page, "Repaint")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#status")).to_contain_text("Paint the part")
     layer = page.locator(".layer")
     layer.scroll_into_view_if_needed()
     box = layer.bounding_box()

@@ -17,10 +17,9 @@ from ldm.sampling_settings import SamplingSettings
 from ldm.serving.edits import Edit, enlarging_factor
 from ldm.serving.gallery import NAME, Gallery
 from ldm.serving.records import request_of
-from tests.acceleration.cases import CONDITIONERS, model_with
 from tests.serving.servers import Running, serving
 from tests.serving.test_jobs import ended, image_at, in_base64
-from tests.tiny import SIZE
+from tests.tiny import SIZE, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,13 @@ def test_outpainting_and_enlarging_are_those_of_the_pipeline(server: Running) ->
 
 
 def test_a_model_that_was_trained_to_enlarge_does_so_by_its_factor(tmp_path: Path) -> None:
-    pipe, keep = Pipeline(model_with(CONDITIONERS["low_res"][0])), Gallery(tmp_path).save_input
+    low_res = {"kind": "low_res", "factor": 2, "latent_factor": 2, "width": 8}
+    network = {"kind": "unet", "levels": [{"width": 16, "blocks": 1, "depth": 1}], "heads": 2, "groups": 4}
+    widths = {"context_width": None, "vector_width": 8, "in_channels": 7}
+    pipe, keep = (
+        Pipeline(tiny_model("none", conditioner=low_res, denoiser=network | widths)),
+        Gallery(tmp_path).save_input,
+    )
     small = IMAGE.resize((SIZE // 2, SIZE // 2))
     settings: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "progress": False}
     found = Edit(small, keep, enlarge=2)(pipe, SamplingSettings.of(**settings))
@@ -127,6 +132,16 @@ def test_pages_of_the_gallery_follow_each_other(tmp_path: Path) -> None:
     second, more = gallery.newest("", 3, first[-1].name)
     assert not more
     assert [path.name for path in first + second] == names
+
+
+def test_damaged_files_are_left_out(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        name = server.service.gallery.save(Image.new("RGB", (8, 8)))
+        (tmp_path / "gallery" / f"20300101-000000-{32 * '0'}.png").write_bytes(b"no image")
+        (tmp_path / "gallery" / f"20300101-000001-{32 * '0'}.png").write_bytes(png(settings="{}")[:40])
+        images = server.http.get("/v1/gallery").raise_for_status().json()["images"]
+        assert [image["name"] for image in images] == [name]
+        assert images[0]["request"] is None
 
 
 def test_each_api_key_has_a_gallery_of_its_own(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
@@ -76,7 +76,7 @@ class Inductor(Backend, kind="inductor"):
         options = {"max_autotune": self.max_autotune, "freezing": self.freezing}
         return {"fullgraph": True, "dynamic": False, "options": options}
 
-    def _freeze(self, network: FlatNetwork, tensors: list[Tensor]) -> Callable[..., Tensor]:
+    def _freeze(self, network: FlatNetwork, examples: Sequence[Sequence[Tensor]]) -> Callable[..., Tensor]:
         # a code object of its own: dynamo would find the code compiled with the former weights
         forward = FlatNetwork.forward
         call = FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)

@@ -11,8 +11,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -30,7 +29,7 @@ from ldm.paths import expanded
 MODEL, ANGLES = "model.xml", "angles.xml"
 """Names of a converted model, and of the part that is computed in fp32, within its folder of the cache."""
 
-CONVERSION = 1
+CONVERSION = 2
 """Number of the way in which networks are converted; raising it, with every change of that way, leaves stored programs aside."""
 
 CHUNK = 512
@@ -49,8 +48,13 @@ class OpenVINO(Backend, kind="openvino"):
 
     priority: ClassVar[int] = 2
 
-    quantization: Literal["int8_weights"] | None = config_field(
-        None, "int8_weights: weights of linear layers and convolutions of the denoiser in 8 bits"
+    quantization: Literal["int8_weights", "int8_hybrid"] | None = config_field(
+        None,
+        "int8_weights: weights of the denoiser's linear layers and convolutions in 8 bits; int8_hybrid: convolutions' inputs too",
+    )
+    calibration: int = config_field(
+        20,
+        "int8_hybrid: evaluations of the denoiser, computed without OpenVINO, from which the ranges of the inputs are taken",
     )
     cache: str | None = config_field("~/.cache/ldm/openvino", "folder of compiled programs; null = none", path=True)
 
@@ -72,30 +76,37 @@ class OpenVINO(Backend, kind="openvino"):
                 raise missing_extra(package, "the backend 'openvino'", "openvino")
 
     def compile(self, network: nn.Module, name: str) -> nn.Module:
-        quantization = self.quantization if name == "denoiser" else None
-        return ConstantWeights(network, name, self, partial(self._build, quantization))
+        plain = self if name == "denoiser" else replace(self, quantization=None)
+        calibration = plain._calibration if plain.quantization == "int8_hybrid" else None
+        return ConstantWeights(network, name, self, plain._build, calibration)
 
-    def _build(self, quantization: str | None, network: FlatNetwork, tensors: list[Tensor]) -> Program:
+    def _calibration(self, network: FlatNetwork, tensors: Sequence[Tensor]) -> int:
+        stored = self.cache is not None and (Path(expanded(self.cache)) / self._key(network, tensors)).is_dir()
+        return 0 if stored else self.calibration
+
+    def _key(self, network: FlatNetwork, tensors: Sequence[Tensor]) -> str:
         import openvino
 
-        core = openvino.Core()
-        dtype = next((each.dtype for each in network.parameters()), torch.float32)
-        precision = PRECISIONS.get(dtype, "f32")
-        properties = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         versions = (
             CONVERSION,
             __version__,
             torch.__version__,
             openvino.__version__,
-            core.get_property("CPU", "FULL_DEVICE_NAME"),
+            openvino.Core().get_property("CPU", "FULL_DEVICE_NAME"),
         )
         shapes = [(tuple(each.shape), each.dtype) for each in tensors]
-        key = fingerprint(network, (versions, properties, quantization, shapes, network.constants()))
+        options = self.quantization, self.calibration if self.quantization == "int8_hybrid" else None
+        return fingerprint(network, (versions, _properties(network), options, shapes, network.constants()))
+
+    def _build(self, network: FlatNetwork, examples: Sequence[Sequence[Tensor]]) -> Program:
+        import openvino
+
+        core, properties = openvino.Core(), _properties(network)
         with tempfile.TemporaryDirectory() if self.cache is None else nullcontext(expanded(self.cache)) as cache:
-            folder = Path(cache) / key
+            folder = Path(cache) / self._key(network, examples[0])
             try:
                 if not folder.is_dir():
-                    _write(folder, network, tensors, quantization, precision)
+                    _write(folder, network, examples, self.quantization)
                 # from files, whose weights are mapped into memory; OpenVINO writes the compiled program into the same folder
                 properties |= {"INFERENCE_NUM_THREADS": str(torch.get_num_threads()), "CACHE_DIR": str(folder)}
                 angles = None
@@ -116,18 +127,25 @@ class OpenVINO(Backend, kind="openvino"):
                 ) from error
 
 
-def _write(folder: Path, network: FlatNetwork, tensors: list[Tensor], quantization: str | None, precision: str) -> None:
+def _properties(network: FlatNetwork) -> dict[str, str]:
+    """Return how a network is compiled."""
+    dtype = next((each.dtype for each in network.parameters()), torch.float32)
+    return {"INFERENCE_PRECISION_HINT": PRECISIONS.get(dtype, "f32"), "PERFORMANCE_HINT": "LATENCY"}
+
+
+def _write(folder: Path, network: FlatNetwork, examples: Sequence[Sequence[Tensor]], quantization: str | None) -> None:
     """Convert a network and write it into a new folder, if no other process has done so meanwhile."""
     import openvino
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary) / "new"
-        model = convert(network, tensors)
-        if precision != "f32" and (angles := split_angles(model)) is not None:
-            openvino.save_model(angles, new / ANGLES, compress_to_fp16=False)
+        model = convert(network, examples[0])
         if quantization is not None:
-            model = with_int8_weights(model)
+            model = quantized(model, examples if quantization == "int8_hybrid" else None)
+        exact = _properties(network)["INFERENCE_PRECISION_HINT"] == "f32"
+        if not exact and (angles := split_angles(model)) is not None:
+            openvino.save_model(angles, new / ANGLES, compress_to_fp16=False)
         openvino.save_model(model, new / MODEL, compress_to_fp16=False)
         del model
         if not folder.is_dir():
@@ -150,8 +168,7 @@ class Infer:
     def __call__(self, *tensors: Tensor) -> Tensor:
         import openvino
 
-        arrays = [(each.float() if each.is_floating_point() else each).contiguous().numpy() for each in tensors]
-        inputs = [openvino.Tensor(each, shared_memory=True) for each in arrays]
+        inputs = [openvino.Tensor(each, shared_memory=True) for each in arrays_of(tensors)]
         with self.lock:
             if self.angles is not None:
                 self.angles.infer(inputs)
@@ -203,13 +220,34 @@ def split_angles(model: Any) -> Any:
     return angles
 
 
-def with_int8_weights(model: Any) -> Any:
-    """Return a model whose linear layers and convolutions have weights in 8 bits, with a scale for each output channel."""
+def quantized(model: Any, examples: Sequence[Sequence[Tensor]] | None) -> Any:
+    """Return a model whose linear layers and convolutions have weights in 8 bits, with a scale for each output channel.
+
+    Args:
+        model: the model.
+        examples: inputs of real evaluations, from which the ranges of the inputs of convolutions are taken, which then are in 8
+            bits too; None = they stay as they are.
+    """
     os.environ.setdefault("NNCF_CI", "1")  # nncf reports its use otherwise
     import nncf
 
     nncf.set_log_level(logging.ERROR)
-    return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    mode = nncf.CompressWeightsMode.INT8_ASYM
+    if examples is None:
+        return nncf.compress_weights(model, mode=mode)
+    model = nncf.compress_weights(model, mode=mode, ignored_scope=nncf.IgnoredScope(types=["Convolution"]))
+    others = {op.get_type_name() for op in model.get_ops()} - {"Convolution", "Constant", "Parameter", "Result"}
+    return nncf.quantize(
+        model,
+        nncf.Dataset([arrays_of(each) for each in examples]),
+        subset_size=len(examples),
+        ignored_scope=nncf.IgnoredScope(types=sorted(others), validate=False),
+    )
+
+
+def arrays_of(tensors: Sequence[Tensor]) -> list[Any]:
+    """Return tensors as a model takes them, floating-point numbers in fp32."""
+    return [(each.float() if each.is_floating_point() else each).contiguous().numpy() for each in tensors]
 
 
 def fingerprint(network: nn.Module, about: object) -> str:

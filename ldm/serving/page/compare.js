@@ -2,7 +2,7 @@
 
 import { element } from "./dom.js";
 import { JobView } from "./job.js";
-import { labelOf } from "./labels.js";
+import { labelOf, textOf } from "./labels.js";
 
 /** Fields that hold images. */
 const IMAGES = ["image", "mask"];
@@ -94,6 +94,6 @@ export class Comparison {
  * @param {any} value
  */
 function described(name, value) {
-  const shown = value === undefined ? "default" : IMAGES.includes(name) ? "another" : JSON.stringify(value);
+  const shown = IMAGES.includes(name) && value !== undefined ? "another" : textOf(value);
   return [element("dt", {}, labelOf(name)), element("dd", {}, shown)];
 }

@@ -2,7 +2,7 @@
 
 import { choice, slider, textArea, textField } from "./controls.js";
 import { element, find } from "./dom.js";
-import { labelOf } from "./labels.js";
+import { labelOf, textOf } from "./labels.js";
 import { LoraList } from "./loras.js";
 
 /** Settings that change to the defaults of a model when it is chosen. */
@@ -118,7 +118,7 @@ export class SettingsForm {
       element(
         "p",
         { className: "row apart" },
-        element("span", {}, `${labelOf(name)}: ${JSON.stringify(value)}`),
+        element("span", {}, `${labelOf(name)}: ${textOf(value)}`),
         element(
           "button",
           {

@@ -11,3 +11,14 @@ const SHORT = { num_inference_steps: "Steps", guidance_scale: "Guidance", num_im
 export function labelOf(name) {
   return SHORT[name] ?? `${name[0].toUpperCase()}${name.slice(1).replaceAll("_", " ")}`;
 }
+
+/**
+ * Return the value of a setting as text.
+ *
+ * @param {any} value
+ */
+export function textOf(value) {
+  if (value === undefined) return "default";
+  if (value === "") return "none";
+  return typeof value === "string" ? value : JSON.stringify(value);
+}

@@ -60,20 +60,21 @@ async function busy(/** @type {() => Promise<any[]>} */ run) {
   find("#cancel").disabled = true;
 }
 
-/** Generate the images of a job. */
+/** Generate the images of a job, which take the place of a comparison. */
 function generate(/** @type {any} */ fields) {
   return busy(async () => {
     const state = await fetchJson("/v1/jobs", { method: "POST", json: fields });
     sessionStorage.setItem(RUNNING, state.id);
+    comparison.close();
     find("#results").scrollIntoView({ block: "nearest" });
     return [await job.follow(state)];
   });
 }
 
 /** Return the fields of the job that the page shows. */
-async function fields() {
+function fields() {
   const read = form.read();
-  const edited = await source.read();
+  const edited = source.read();
   if ("image" in edited) {
     delete read.width;
     delete read.height;
@@ -101,14 +102,17 @@ async function edit(/** @type {any} */ image, /** @type {string} */ task) {
 
 find("#form").addEventListener("submit", (/** @type {Event} */ event) => {
   event.preventDefault();
-  if (comparison.isOpen) busy(async () => comparison.run(await fields()));
-  else report(async () => generate(await fields()));
+  report(async () => {
+    const given = fields();
+    await (comparison.isOpen ? busy(() => comparison.run(given)) : generate(given));
+  });
 });
+form.model.root.addEventListener("change", () => source.refresh());
 find("#form").addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) find("#generate").click();
 });
 find("#cancel").addEventListener("click", () => report(() => Promise.all([job.cancel(), comparison.cancel()]).then()));
-find("#compare").addEventListener("click", () => report(async () => comparison.keep(await fields())));
+find("#compare").addEventListener("click", () => report(async () => comparison.keep(fields())));
 readDroppedImages(find("#read-file"), (image) => viewer.show(image));
 
 await report(() => gallery.refresh());

@@ -33,8 +33,8 @@ export class MaskEditor {
         "div",
         { className: "row" },
         this.eraser,
-        button("Clear", () => this.#fill(false)),
-        button("Fill", () => this.#fill(true)),
+        button("Clear", () => this.clear()),
+        button("Fill", () => this.#eachPixel((pixel) => pixel.set(COLOUR))),
         button("Invert", () => this.#invert()),
       ),
     );
@@ -72,7 +72,6 @@ export class MaskEditor {
     this.picture.width = image.width;
     this.picture.height = image.height;
     this.picture.getContext("2d").drawImage(image, 0, 0);
-    this.picture.classList.toggle("small", Math.max(image.width, image.height) <= 128);
     if (this.layer.width !== image.width || this.layer.height !== image.height) {
       this.layer.width = image.width;
       this.layer.height = image.height;
@@ -80,6 +79,11 @@ export class MaskEditor {
       this.size.write(Math.max(2, Math.round(Math.min(image.width, image.height) / 8)));
     }
     this.layer.hidden = this.tools.hidden = !isMasked;
+  }
+
+  /** Remove what is painted. */
+  clear() {
+    this.#eachPixel((pixel) => pixel.set(CLEAR));
   }
 
   /**
@@ -94,7 +98,7 @@ export class MaskEditor {
     this.#eachPixel((pixel) => pixel.set(pixel[0] > 127 ? COLOUR : CLEAR));
   }
 
-  /** Return the mask as PNG in base64, white where it is painted. */
+  /** Return the mask as PNG in base64, white where it is painted; throw an error if nothing is. */
   mask() {
     const canvas = element("canvas", { width: this.layer.width, height: this.layer.height });
     const context = canvas.getContext("2d");
@@ -102,6 +106,9 @@ export class MaskEditor {
     for (let index = 0; index < pixels.data.length; index += 4) {
       pixels.data.fill(pixels.data[index + 3] > 127 ? 255 : 0, index, index + 3);
       pixels.data[index + 3] = 255;
+    }
+    if (pixels.data.every((value, index) => value === 0 || index % 4 === 3)) {
+      throw new Error("Paint the part of the image that is to be repainted.");
     }
     context.putImageData(pixels, 0, 0);
     return canvas.toDataURL("image/png").split(",")[1];
@@ -188,11 +195,6 @@ export class MaskEditor {
     this.brush.style.width = this.brush.style.height = `${diameter}px`;
     this.brush.style.left = `${this.position.x * scale - diameter / 2}px`;
     this.brush.style.top = `${this.position.y * scale - diameter / 2}px`;
-  }
-
-  /** @param {boolean} isPainted */
-  #fill(isPainted) {
-    this.#eachPixel((pixel) => pixel.set(isPainted ? COLOUR : CLEAR));
   }
 
   #invert() {

@@ -1,7 +1,8 @@
 /** The image that a job starts from, and what it does with it: change, repaint, extend or enlarge. */
 
+import { request } from "./api.js";
 import { slider, tabs, textField } from "./controls.js";
-import { element } from "./dom.js";
+import { announce, element } from "./dom.js";
 import { MaskEditor } from "./mask.js";
 
 const TASKS = [
@@ -33,7 +34,7 @@ export class Source {
       accept: "image/png,image/jpeg,image/webp",
       className: "visually-hidden",
     });
-    this.file.addEventListener("change", () => this.file.files[0] && this.open(this.file.files[0]));
+    this.file.addEventListener("change", () => this.#openFile(this.file.files[0]));
     this.drop = element(
       "label",
       { className: "drop" },
@@ -43,7 +44,10 @@ export class Source {
     );
     this.size = element("p", { className: "muted" });
     this.editor = new MaskEditor();
-    this.task = tabs("task", "What to do with the image", TASKS, () => this.#showTask());
+    this.task = tabs("task", "What to do with the image", TASKS, (task) => {
+      this.strength.write(STRENGTHS[/** @type {keyof typeof STRENGTHS} */ (task)]);
+      this.refresh();
+    });
     this.strength = slider("strength", { min: 0, max: 1, step: 0.05, value: STRENGTHS.change });
     this.blur = slider("blur", { label: "Soft edge", min: 0, max: 16, step: 0.5, value: 0, limit: 100 });
     this.margins = SIDES.map((side) => textField(side, { type: "number", min: 0, value: 0 }));
@@ -70,8 +74,7 @@ export class Source {
     this.drop.addEventListener("drop", (/** @type {DragEvent} */ event) => {
       event.preventDefault();
       event.stopPropagation();
-      const file = event.dataTransfer?.files[0];
-      if (file) this.open(file);
+      this.#openFile(event.dataTransfer?.files[0]);
     });
   }
 
@@ -85,6 +88,7 @@ export class Source {
   async open(content, name = null, task = "change") {
     this.bitmap = await createImageBitmap(content);
     this.name = name;
+    this.editor.clear();
     this.root.open = true;
     this.drop.hidden = true;
     this.body.hidden = false;
@@ -98,7 +102,17 @@ export class Source {
    * @param {string} [task]
    */
   async openNamed(name, task) {
-    await this.open(await (await fetch(`/files/${name}`)).blob(), name, task);
+    await this.open(await fileOf(name), name, task);
+  }
+
+  /** @param {File | undefined} file */
+  async #openFile(file) {
+    if (!file) return;
+    try {
+      await this.open(file);
+    } catch {
+      announce(`${file.name} cannot be read; choose a PNG, JPEG or WebP.`, true);
+    }
   }
 
   /** Start from noise again. */
@@ -110,24 +124,25 @@ export class Source {
     this.body.hidden = true;
   }
 
-  /** Return the fields of the job that are about the image. */
-  async read() {
+  /** Return the fields of the job that are about the image, none without an image. */
+  read() {
     if (this.bitmap === null) return {};
-    const task = this.task.read();
     const { width, height } = this.#targetSize();
     const isUnchanged = width === this.bitmap.width && height === this.bitmap.height;
     const image = this.name !== null && isUnchanged ? this.name : encoded(drawn(this.bitmap, width, height));
-    const fields = { image, strength: this.strength.read() };
-    if (task === "enlarge")
-      return this.#isTrainedToEnlarge()
-        ? { image, enlarge: this.factor.read() }
-        : { ...fields, enlarge: this.factor.read() };
+    const strength = this.strength.root.hidden ? {} : { strength: this.strength.read() };
+    const blur = this.blur.root.hidden ? {} : { blur: this.blur.read() };
+    return { image, ...strength, ...blur, ...this.#taskFields() };
+  }
+
+  #taskFields() {
+    const task = this.task.read();
+    if (task === "repaint") return { mask: this.editor.mask() };
+    if (task === "enlarge") return { enlarge: this.factor.read() };
     if (task === "extend") {
-      const margins = Object.fromEntries(this.margins.map(({ name, read }) => [name, read() ?? 0]));
-      return { ...fields, blur: this.blur.read(), outpaint: margins };
+      return { outpaint: Object.fromEntries(this.margins.map(({ name, read }) => [name, read() ?? 0])) };
     }
-    if (task === "repaint") return { ...fields, blur: this.blur.read(), mask: this.editor.mask() };
-    return fields;
+    return {};
   }
 
   /**
@@ -145,16 +160,13 @@ export class Source {
     this.blur.write(blur ?? 0);
     this.factor.write(enlarge ?? this.factor.read());
     for (const { name, write } of this.margins) write(outpaint?.[name] ?? 0);
-    if (mask) this.editor.setMask(await createImageBitmap(await (await fetch(`/files/${mask}`)).blob()));
+    if (mask) this.editor.setMask(await createImageBitmap(await fileOf(mask)));
   }
 
-  #isTrainedToEnlarge() {
-    return this.modelOptions().enlarge > 0;
-  }
-
-  #showTask() {
+  /** Show what the chosen task and model need. */
+  refresh() {
     if (this.bitmap === null) return;
-    const task = /** @type {keyof typeof STRENGTHS} */ (this.task.read());
+    const task = this.task.read();
     const { width, height } = this.#targetSize();
     const isResized = width !== this.bitmap.width || height !== this.bitmap.height;
     this.size.textContent = isResized
@@ -169,7 +181,10 @@ export class Source {
     if (this.#isTrainedToEnlarge()) this.factor.write(this.modelOptions().enlarge);
     this.blur.root.hidden = task === "change" || task === "enlarge";
     this.strength.root.hidden = task === "enlarge" && this.#isTrainedToEnlarge();
-    this.strength.write(STRENGTHS[task]);
+  }
+
+  #isTrainedToEnlarge() {
+    return this.modelOptions().enlarge > 0;
   }
 
   #divisor() {
@@ -186,6 +201,15 @@ export class Source {
     const rounded = (/** @type {number} */ side) => Math.max(1, Math.round((side * scale) / divisor)) * divisor;
     return { width: rounded(width), height: rounded(height) };
   }
+}
+
+/**
+ * Return an image of the server.
+ *
+ * @param {string} name
+ */
+async function fileOf(name) {
+  return (await request(`/files/${name}`)).blob();
 }
 
 /**

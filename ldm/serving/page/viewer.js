@@ -1,7 +1,7 @@
 /** A dialog with one image, its settings, and what can be done with them. */
 
 import { element } from "./dom.js";
-import { labelOf } from "./labels.js";
+import { labelOf, textOf } from "./labels.js";
 
 export class Viewer {
   /**
@@ -70,7 +70,6 @@ export class Viewer {
     this.image = image;
     this.picture.src = image.url;
     this.picture.alt = image.request?.prompt || "Image without a prompt";
-    this.picture.classList.toggle("small", Math.max(image.width, image.height) <= 128);
     this.download.href = image.url;
     this.download.download = image.name;
     this.use.hidden = image.request === null;
@@ -113,8 +112,5 @@ function described({ request, model, width, height }) {
   for (const name of ["width", "height"]) delete values[name];
   return Object.entries(values)
     .filter(([, value]) => value !== "")
-    .flatMap(([name, value]) => [
-      element("dt", {}, labelOf(name)),
-      element("dd", {}, typeof value === "object" ? JSON.stringify(value) : String(value)),
-    ]);
+    .flatMap(([name, value]) => [element("dt", {}, labelOf(name)), element("dd", {}, textOf(value))]);
 }
