@@ -255,7 +255,7 @@ def _folders(parent: Path) -> list[Path]:
 
 def _is_folder(path: Path) -> bool:
     try:
-        return path.is_dir() and path.exists()
+        return path.is_dir()
     except OSError:
         return False
 

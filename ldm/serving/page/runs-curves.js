@@ -43,7 +43,11 @@ export class Curves {
         field("Values", this.axis),
         field("Charts", this.filter),
       ),
-      element("p", { id: "keys", className: "muted hint" }, `Drag over steps to zoom; a double click shows all. ${KEYS}`),
+      element(
+        "p",
+        { id: "keys", className: "muted hint" },
+        `Drag over steps to zoom; a double click shows all. ${KEYS}`,
+      ),
       this.sections,
     );
     this.smoothing.addEventListener("input", () => {

@@ -72,23 +72,27 @@ export class Run {
     this.name = name;
     /** @type {string} of the summary at the last update */
     this.seen = "";
-    /** @type {RunSummary | null} */
-    this.summary = null;
     /** @type {Description} */
     this.description = { name, config: {}, stages: [] };
     /** @type {Map<string, Metrics>} by the name of the stage */
     this.metrics = new Map();
+    this.updated = Promise.resolve();
   }
 
   /**
-   * Fetch what is new, and return whether there is something.
+   * Fetch what is new, after the updates that are under way.
    *
    * @param {RunSummary} summary
    */
-  async update(summary) {
+  update(summary) {
+    this.updated = this.updated.catch(() => {}).then(() => this.fetchNew(summary));
+    return this.updated;
+  }
+
+  /** @param {RunSummary} summary */
+  async fetchNew(summary) {
     const seen = JSON.stringify(summary);
-    if (seen === this.seen) return false;
-    this.summary = summary;
+    if (seen === this.seen) return;
     if (summary.error === null) {
       this.description = await fetchJson(pathOf(this.name));
       for (const { name } of this.description.stages) {
@@ -98,6 +102,5 @@ export class Run {
       }
     }
     this.seen = seen;
-    return true;
   }
 }

@@ -36,7 +36,8 @@ export class Images {
   constructor() {
     /** @type {Map<string, Strip>} by stage and title */
     this.strips = new Map();
-    this.root = element("div", { className: "stack" });
+    this.empty = element("p", { className: "muted" }, "There are no images yet.");
+    this.root = element("div", { className: "stack" }, this.empty);
   }
 
   /** @param {Run[]} runs */
@@ -72,7 +73,7 @@ export class Images {
       }
       strip.show(sources, runs.length > 1);
     }
-    this.root.classList.toggle("empty", groups.size === 0);
+    this.empty.hidden = groups.size > 0;
   }
 }
 

@@ -28,6 +28,7 @@ let summaries = [];
 /** @type {string[]} */
 let chosen = [];
 let view = "curves";
+let shown = ""; // what the view shows: its name, the runs, and their states
 
 /** Read which runs are chosen, and the view, from the address. */
 function readAddress() {
@@ -44,7 +45,7 @@ function goTo(names, shown) {
   const address = new URLSearchParams([...names.map((name) => ["run", name]), ["view", shown]]);
   history.replaceState(null, "", `#${address}`);
   readAddress();
-  showAll();
+  showAll().catch(report);
 }
 
 /** Return the runs that are chosen; without a choice, the last changed one. */
@@ -54,20 +55,25 @@ function current() {
   return names.length > 0 ? names : known.slice(0, 1);
 }
 
-/** Show list, tabs and view; fetch what is missing of the chosen runs. */
+/** Show list, tabs and view, where they have changed; fetch what is missing of the chosen runs. */
 async function showAll() {
   const names = current();
-  showList(summaries, names, (each) => goTo(each, view));
-  showTabs();
+  const list = find("#runs");
+  if (!list.matches(":active")) showList(summaries, names, (each) => goTo(each, view)); // a click would be lost
+  if (find("#panel").getAttribute("aria-labelledby") !== `tab-${view}`) showTabs();
   find("#title").textContent = names.join(" · ") || "No run";
-  find("#panel").replaceChildren(VIEWS[view].view.root);
-  const shown = names.map((name) => runs.get(name) ?? new Run(name));
-  for (const run of shown) runs.set(run.name, run);
-  const found = await Promise.all(
-    shown.map((run) => run.update(/** @type {RunSummary} */ (summaries.find(({ name }) => name === run.name)))),
+  const chosenView = VIEWS[view].view;
+  if (!chosenView.root.isConnected) find("#panel").replaceChildren(chosenView.root);
+  const all = names.map((name) => runs.get(name) ?? new Run(name));
+  for (const run of all) runs.set(run.name, run);
+  await Promise.all(
+    all.map((run) => run.update(/** @type {RunSummary} */ (summaries.find(({ name }) => name === run.name)))),
   );
-  if (names.join("\n") === current().join("\n")) VIEWS[view].view.show(shown);
-  return found.some(Boolean);
+  const state = JSON.stringify([view, ...all.map(({ name, seen }) => [name, seen])]);
+  const isCurrent = chosenView === VIEWS[view].view && names.join("\n") === current().join("\n");
+  if (state === shown || !isCurrent) return;
+  shown = state;
+  chosenView.show(all);
 }
 
 function showTabs() {
@@ -97,6 +103,12 @@ function showTabs() {
   if (hasFocus) made[names.indexOf(view)].focus();
 }
 
+/** @param {unknown} error */
+function report(error) {
+  const isOffline = error instanceof TypeError; // which fetch throws
+  announce(isOffline ? "The server does not answer; it is asked again." : /** @type {Error} */ (error).message, true);
+}
+
 /** Ask for what has changed, again and again. */
 async function watch() {
   let wait = IDLE;
@@ -110,7 +122,7 @@ async function watch() {
       if (training > 0) wait = LIVE;
     }
   } catch (error) {
-    announce(error instanceof TypeError ? "The server does not answer; it is asked again." : String(error), true);
+    report(error);
   }
   setTimeout(watch, wait);
 }
@@ -123,7 +135,7 @@ wide.addEventListener("change", fold);
 fold();
 addEventListener("hashchange", () => {
   readAddress();
-  showAll();
+  showAll().catch(report);
 });
 readAddress();
 watch();
