@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,8 +35,12 @@ app = new_app()
 def serve(
     model: Annotated[
         list[str] | None,
-        Option(help="NAME=SOURCE of a model that requests can name, repeatable, or SOURCE alone; default: emoji."),
+        Option(
+            help="NAME=SOURCE of a model that requests can name, repeatable, or SOURCE alone; "
+            "default: emoji, or none with --runs."
+        ),
     ] = None,
+    runs: Annotated[Path | None, Option(help="Folder of training runs to show, such as runs.")] = None,
     host: Annotated[str, Option(help="Address to listen on; any but 127.0.0.1 needs an API key.")] = "127.0.0.1",
     port: Annotated[int, Option(help="Port to listen on; 0: a free one.")] = 8000,
     gallery: Annotated[Path, Option(help="Folder of the generated images.")] = Path("gallery"),
@@ -66,7 +71,7 @@ def serve(
     limits: dict[str, Any],
     marks: dict[str, Any],
 ) -> None:
-    """Serve models over HTTP: OpenAI's images API, and jobs with previews."""
+    """Serve models over HTTP: OpenAI's images API, and jobs with previews; and show training runs."""
     for package in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
         try:
             import_module(package)
@@ -82,7 +87,7 @@ def serve(
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(unknown("dtype", dtype, DTYPES))
-    sources = model_sources(model or ["emoji"])
+    sources = model_sources(model or (["emoji"] if runs is None else []))
     keys = api_keys(host, api_key_file)
     image_marks = ImageMarks(**marks)
     image_marks.check()
@@ -101,10 +106,11 @@ def serve(
         lora_folder=lora_folder,
         memory=None if memory is None else int(memory * 1e9),
     )
-    with service.models.use(service.models.names[0]):  # a source that cannot be read ends the command
-        pass
     hosts = None if keys else trusted_hosts(host, allow_host or ())
-    application = create_app(service, keys, hosts, cors or ())
+    application = create_app(service, keys, hosts, cors or (), runs)
+    if sources:
+        with service.models.use(service.models.names[0]):  # a source that cannot be read ends the command
+            pass
     new_server(
         uvicorn.Config(
             application,
@@ -118,11 +124,12 @@ def serve(
             timeout_graceful_shutdown=int(DRAIN_SECONDS + 2),
         ),
         service,
+        [*sources, *([] if runs is None else [f"the runs of {runs}"])],
     ).run()
 
 
-def new_server(config: uvicorn.Config, service: Service) -> uvicorn.Server:
-    """Return a server that prints its address, and at a signal lets running images finish for some seconds."""
+def new_server(config: uvicorn.Config, service: Service, served: Sequence[str]) -> uvicorn.Server:
+    """Return a server that prints its address and what is served, and at a signal lets running images finish for some seconds."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -131,7 +138,7 @@ def new_server(config: uvicorn.Config, service: Service) -> uvicorn.Server:
             for server in self.servers:
                 for socket in server.sockets:
                     host, port = socket.getsockname()[:2]
-                    print(f"serving {', '.join(service.models.names)} on http://{host}:{port}", flush=True)
+                    print(f"serving {', '.join(served)} on http://{host}:{port}", flush=True)
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             service.scheduler.drain(DRAIN_SECONDS)

@@ -110,12 +110,11 @@ class _Drawn:
         self.shown = self.smooth or self.points
 
     @property
-    def color(self) -> Markup:
+    def color(self) -> str:
+        """Class of its colour in ``style.css``."""
         if self.line.sequential is None:
-            return Markup("--c: var(--c{})").format(self.line.color % 6)
-        return Markup("--c: color-mix(in oklab, var(--c0) {}%, var(--rule))").format(
-            round(30 + 70 * self.line.sequential)
-        )
+            return f"c{self.line.color % 6}"
+        return f"q{max(1, round(5 * self.line.sequential))}"
 
     @property
     def last(self) -> float:
@@ -290,7 +289,7 @@ class HeatMap:
 _CHART = """
 <figure class="chart">
 <figcaption><h4>{{ chart.title }}</h4>{% if chart.note %}<p>{{ chart.note }}</p>{% endif %}
-<ul class="legend">{% for each in drawn %}<li style="{{ each.color }}"><i></i>{{ each.line.label }}
+<ul class="legend">{% for each in drawn %}<li class="{{ each.color }}"><i></i>{{ each.line.label }}
 {% if chart.last_values %}<b>{{ number(each.last) }}</b>{% endif %}</li>{% endfor %}</ul></figcaption>
 <svg viewBox="0 0 {{ width }} {{ height }}" role="img" aria-label="{{ chart.title }}: {% for each in drawn -%}
 {{ each.line.label }} ends at {{ number(each.last) }}{{ "; " if not loop.last }}{% endfor %}">
@@ -301,7 +300,7 @@ _CHART = """
 <text class="label" x="{{ right }}" y="{{ bottom + 32 }}">{{ chart.x_label }}</text>
 <text class="label side" transform="translate(10 {{ (top + bottom) / 2 }}) rotate(-90)">{{ chart.y_label }}
 {%- if y.log %} (log){% endif %}</text></g>
-{% for each in drawn %}<g class="line" style="{{ each.color }}">
+{% for each in drawn %}<g class="line {{ each.color }}">
 {% if each.smooth %}<polyline class="raw" points="{% for p in each.points %}{{ x.at(p[0]) }},{{ y.at(p[1]) }} {% endfor %}"/>
 {% endif %}<polyline points="{% for p in each.shown %}{{ x.at(p[0]) }},{{ y.at(p[1]) }} {% endfor %}"/>
 {% if each.line.marks or each.shown | length == 1 %}{% for p in each.shown %}<circle cx="{{ x.at(p[0]) }}" cy="{{ y.at(p[1]) }}"
@@ -313,8 +312,10 @@ _CHART = """
 
 _HEAT_MAP = """
 <figure class="chart">
-<figcaption><h4>{{ chart.title }}</h4><ul class="legend scale"><li>{{ number(scale.low) }}<i style="background:
-linear-gradient(90deg, {{ ramp | join(', ') }})"></i>{{ number(scale.high) }} {{ chart.unit }} (log)</li></ul></figcaption>
+<figcaption><h4>{{ chart.title }}</h4><ul class="legend scale"><li>{{ number(scale.low) }}
+<svg viewBox="0 0 {{ ramp | length }} 1" preserveAspectRatio="none" aria-hidden="true">{% for color in ramp %}
+<rect x="{{ loop.index0 }}" width="1.1" height="1" fill="{{ color }}"/>{% endfor %}</svg>
+{{ number(scale.high) }} {{ chart.unit }} (log)</li></ul></figcaption>
 <svg viewBox="0 0 {{ width }} {{ height }}" role="img" aria-label="{{ chart.title }}">
 <g>{% for cell in cells %}<rect x="{{ cell.x }}" y="{{ cell.y }}" width="{{ wide }}" height="{{ high }}" fill="{{ cell.color }}">
 <title>{{ cell.title }}</title></rect>{% endfor %}</g>

@@ -38,8 +38,7 @@ def page(run: Run) -> str:
 
 def _card(stage: Stage) -> dict[str, Any]:
     """Return what is most important of a stage."""
-    metric, best = TASKS[stage.name].monitor, stage.best
-    speed = next((stage.metrics[name] for name in _SPEEDS if name in stage.metrics), None)
+    best, speed = stage.best, stage.samples_per_second
     return {
         "id": stage.name,
         "title": TASKS[stage.name].title,
@@ -47,14 +46,10 @@ def _card(stage: Stage) -> dict[str, Any]:
         "step": stage.step,
         "max_steps": stage.max_steps,
         "share": min(1.0, stage.step / stage.max_steps) if stage.max_steps else None,
-        "metric": _METRICS.get(metric, metric),
+        "metric": stage.monitor,
         "best": f"{number(best[1])} at step {best[0]:,}" if best else None,
-        "speed": f"{number(speed[-1][1])} samples/s" if speed else None,
+        "speed": f"{number(speed)} samples/s" if speed is not None else None,
     }
-
-
-_METRICS = {"psnr": "PSNR", "text_to_image_R@1": "R@1", "loss": "validation loss"}
-_SPEEDS = ("system/samples_per_second", "train/images_per_second")
 
 
 def _asset(name: str) -> Markup:

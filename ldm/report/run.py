@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ldm.data.bad_samples import BAD_SAMPLES_FILE, read_counts
 from ldm.data.filters import DATA_FILE
 from ldm.errors import ConfigError, TrainingError
+from ldm.report.metrics import Progress, read_rows
 from ldm.training.environment import SESSIONS
 from ldm.training.lock import is_locked
 from ldm.training.tasks import TASKS
@@ -25,6 +27,9 @@ from ldm.yaml_text import parse
 
 Points = list[tuple[int, float]]
 """Steps and values of a metric."""
+
+MONITORS = {"psnr": "PSNR", "text_to_image_R@1": "R@1", "loss": "validation loss"}
+"""Names for readers of the metrics that select a checkpoint."""
 
 
 @dataclass
@@ -49,24 +54,29 @@ class Stage:
         folder: its folder.
         result: file of its result, which may not exist yet.
         settings: its section of the config; empty if unknown.
+        progress: what is known from its metrics.
     """
 
     name: str
     folder: Path
     result: Path
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any]
+    progress: Progress
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.csv"
 
     @cached_property
     def metrics(self) -> dict[str, Points]:
         """Finite values of each column of ``metrics.csv``."""
-        columns: dict[str, Points] = {}
-        for row in _csv_rows(self.folder / "metrics.csv"):
-            step = row.pop("step", None)
-            for name, text in row.items():
-                value = _number(text)
-                if step is not None and step.isdigit() and value is not None:
-                    columns.setdefault(name, []).append((int(step), value))
-        return columns
+        metrics: dict[str, Points] = {}
+        found = read_rows(self.metrics_file)
+        for step, values in found.rows:
+            for name, value in zip(found.columns, values, strict=True):
+                if value is not None:
+                    metrics.setdefault(name, []).append((step, value))
+        return metrics
 
     @cached_property
     def images(self) -> dict[str, list[tuple[int, Path]]]:
@@ -116,7 +126,8 @@ class Stage:
         try:
             with safe_open(self.result, framework="numpy") as file:
                 metadata: dict[str, Any] = dict(file.metadata() or {})
-            return {**metadata, "provenance": json.loads(metadata.get("provenance", "{}"))}
+            provenance = json.loads(metadata.get("provenance", "{}"))
+            return {**metadata, "provenance": provenance if isinstance(provenance, dict) else {}}
         except (OSError, SafetensorError, ValueError):
             return {}
 
@@ -128,13 +139,15 @@ class Stage:
     @property
     def step(self) -> int:
         """Newest step that is known to be completed."""
-        steps = [points[-1][0] for points in self.metrics.values()]
-        steps += [record.get("step", 0) for session in self.sessions for record in (session.start, session.end or {})]
-        return max([*steps, int(self.metadata.get("provenance", {}).get("steps", 0))])
+        records = [record for session in self.sessions for record in (session.start, session.end or {})]
+        steps = [self.metadata.get("provenance", {}).get("steps"), *(record.get("step") for record in records)]
+        return max([self.progress.step, *(step for step in steps if isinstance(step, int))])
 
     @property
     def max_steps(self) -> int | None:
-        return (self.settings.get("train") or {}).get("max_steps")
+        train = self.settings.get("train")
+        steps = train.get("max_steps") if isinstance(train, Mapping) else None
+        return steps if isinstance(steps, int) else None
 
     @property
     def status(self) -> str:
@@ -144,11 +157,42 @@ class Stage:
         return "finished" if self.metadata and self.step >= (self.max_steps or 0) else "stopped"
 
     @property
+    def seconds_left(self) -> float | None:
+        """Seconds to the last step at the newest throughput; None if the stage is not being trained, or it is not known."""
+        session = self.sessions[-1].start.get("run") if self.sessions else None
+        if not (self.is_running and self.max_steps and self.samples_per_second and isinstance(session, Mapping)):
+            return None
+        sizes = [session.get(name, 1) for name in ("batch_size", "accumulate", "devices")]
+        return max(0, self.max_steps - self.step) * math.prod(sizes) / self.samples_per_second
+
+    @property
+    def monitor(self) -> str:
+        """Name of the metric that selects ``best.ckpt``, for readers."""
+        metric = TASKS[self.name].monitor
+        return MONITORS.get(metric, metric)
+
+    @property
     def best(self) -> tuple[int, float] | None:
         """Step and value of the best validation of the metric that selects ``best.ckpt``."""
-        task = TASKS[self.name]
-        points = self.metrics.get(f"val/{task.monitor}", [])
-        return (max if task.higher_is_better else min)(points, key=lambda point: point[1], default=None)
+        return self.progress.best
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Newest throughput."""
+        latest = self.progress.latest
+        return latest.get("system/samples_per_second", latest.get("train/images_per_second"))  # of earlier versions
+
+
+def stage_of(run: Path, name: str, settings: Any = None, progress: Progress | None = None) -> Stage:
+    """Return the stage of a run folder that has this name, whether or not there are files of it."""
+    task = TASKS[name]
+    return Stage(
+        name,
+        run / name,
+        run / task.result,
+        settings if isinstance(settings, Mapping) else {},
+        progress or Progress(f"val/{task.monitor}", task.higher_is_better),
+    )
 
 
 @dataclass
@@ -157,12 +201,14 @@ class Run:
 
     Args:
         folder: the run folder.
+        progress: progress of each stage from an earlier reading of the run, which is updated.
 
     Raises:
         TrainingError: the folder does not exist, or holds no stage.
     """
 
     folder: Path
+    progress: dict[str, Progress] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
@@ -195,11 +241,11 @@ class Run:
     @cached_property
     def stages(self) -> list[Stage]:
         """Stages of which there is anything, in the order of training."""
-        every = [
-            Stage(name, self.folder / name, self.folder / task.result, self.config.get(name) or {})
-            for name, task in TASKS.items()
-        ]
-        return [each for each in every if each.metrics or each.images or each.sessions or each.metadata]
+        every = [stage_of(self.folder, name, self.config.get(name), self.progress.get(name)) for name in TASKS]
+        for each in every:
+            each.progress.update(each.metrics_file)
+            self.progress[each.name] = each.progress
+        return [each for each in every if each.progress.latest or each.images or each.sessions or each.metadata]
 
     @property
     def name(self) -> str:
@@ -235,15 +281,6 @@ def _csv_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
     except (OSError, csv.Error):
         return []
-
-
-def _number(text: Any) -> float | None:
-    """Return the number in a cell; None if there is none, or it is not finite."""
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        return None
-    return value if abs(value) < float("inf") else None
 
 
 def _json(path: Path) -> Any:

@@ -5,7 +5,7 @@ for (const figure of document.querySelectorAll(".chart")) {
   if (!script) continue;
   const svg = figure.querySelector("svg"), group = svg.querySelector(".pointer");
   const { x, y, box, label, lines } = JSON.parse(script.textContent);
-  const colors = [...svg.querySelectorAll(".line")].map((each) => each.style.getPropertyValue("--c"));
+  const colors = [...svg.querySelectorAll(".line")].map((each) => getComputedStyle(each).getPropertyValue("--c"));
   const [left, top, right, bottom] = box;
   const scale = ([low, high, log], start, end) => (value) => {
     const f = log ? Math.log : (v) => v;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -37,11 +38,16 @@ def create_app(
     keys: Collection[str] = (),
     hosts: Collection[str] | None = None,
     origins: Collection[str] = (),
+    runs: Path | None = None,
 ) -> FastAPI:
     """Return the application of a service, which ends the service at its shutdown.
 
     Args:
         keys, hosts, origins: see :class:`Guard`.
+        runs: folder of training runs to show.
+
+    Raises:
+        ConfigError: ``runs`` is not a folder.
     """
 
     @asynccontextmanager
@@ -59,6 +65,16 @@ def create_app(
     app.state.service = service
     for api in (openai_api, jobs_api, gallery_api, options_api, a1111_api, system_api, page_files):
         app.include_router(api.router)
+    if runs is not None:  # these modules import the packages of training
+        from ldm.serving import runs_api
+        from ldm.serving.runs import RunsFolder, UnknownRunError
+
+        app.state.runs = RunsFolder(runs)
+        app.include_router(runs_api.router)
+
+        @app.exception_handler(UnknownRunError)
+        async def of_runs(request: Request, error: UnknownRunError) -> JSONResponse:
+            return _error(str(error), 404)
 
     @app.exception_handler(LdmError)
     async def of_ldm(request: Request, error: LdmError) -> JSONResponse:

@@ -50,7 +50,6 @@ class ModelStore:
         memory: int | None = None,
         **options: Any,
     ):
-        assert sources, "a server needs a model"
         self.names, self.batcher = tuple(sources), batcher
         self._sources, self._memory = dict(sources), memory
         self._options = {"device": device, "dtype": dtype, "lora_folder": lora_folder, **options}
@@ -65,6 +64,8 @@ class ModelStore:
         Raises:
             UnknownModelError: it is not in the list.
         """
+        if not self.names:
+            raise UnknownModelError("this server has no model; start it with --model NAME=SOURCE.")
         if name is not None and name not in self._sources:
             raise UnknownModelError(unknown("model", name, self._sources))
         return self.names[0] if name is None else name

@@ -45,6 +45,7 @@ async def options(request: Request) -> dict[str, Any]:
         "loras": [] if folder is None else await run_in_threadpool(lora_names, folder),
         "settings": _settings(),
         "limits": dataclasses.asdict(service.limits),
+        "runs": hasattr(request.app.state, "runs"),
     }
 
 

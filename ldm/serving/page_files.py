@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import APIRouter, HTTPException
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import FileResponse, RedirectResponse
+
+from ldm.serving.responses import service_of
 
 router = APIRouter(include_in_schema=False)
 
@@ -29,10 +31,10 @@ HEADERS = {
 """Headers of every file. Nothing is loaded from elsewhere, no inline script or style runs, and browsers revalidate each time."""
 
 
-@router.get("/")
-async def index() -> FileResponse:
-    """Return the page on which images are generated."""
-    return _file("index.html")
+@router.get("/", response_model=None)
+async def index(request: Request) -> Response:
+    """Return the page on which images are generated, or without a model that of the runs."""
+    return _file("index.html") if service_of(request).models.names else RedirectResponse("/page/runs.html")
 
 
 @router.get("/page/{name}")

@@ -12,6 +12,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
 from ldm.serving.limits import Limits
+from tests.report.runs import write_run
 from tests.serving.servers import serving
 
 LIMITS = Limits(max_steps=2, max_pixels=32 * 32, max_n=2, max_seconds=2.0)
@@ -19,8 +20,9 @@ EXAMPLES = 30  # of each operation and mode: about 800 requests
 
 
 @pytest.mark.slow
-def test_no_request_makes_the_server_fail(tmp_path: Path) -> None:
-    with serving(tmp_path, limits=LIMITS) as server:
+def test_no_request_makes_the_server_fail(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = write_run(tmp_path_factory.mktemp("trained"))
+    with serving(tmp_path, limits=LIMITS, runs=run) as server:
         api = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
         statuses: dict[int, int] = {}
         for found in api.get_all_operations():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -61,6 +61,23 @@ ELSEWHERE = re.compile(r"loss_sigma_.*")
 """Metrics that another part of the report shows."""
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A metric in a chart.
+
+    Args:
+        metric: its name in ``metrics.csv``.
+        label: what distinguishes it in its chart.
+        smooth: True if it varies from row to row, as losses of single batches do.
+        marks: True if it has few values, as validations have.
+    """
+
+    metric: str
+    label: str
+    smooth: bool
+    marks: bool
+
+
 def part(stage: Stage) -> Markup:
     """Return a chart for each group of metrics."""
     return render(
@@ -70,16 +87,26 @@ def part(stage: Stage) -> Markup:
 
 def charts(metrics: Mapping[str, Points]) -> list[Markup]:
     """Return the charts that there are values for."""
-    remaining = {name: points for name, points in metrics.items() if not ELSEWHERE.fullmatch(_base(name))}
-    others = dict.fromkeys(_base(name) for name in remaining)
     drawn = []
-    for group in (*GROUPS, *(Group(re.escape(base), base, base) for base in others)):
-        names = [name for name in remaining if re.fullmatch(group.pattern, _base(name))]
-        lines = [_line(name, remaining.pop(name), group, color) for color, name in enumerate(names)]
+    for group, curves in grouped(metrics):
+        lines = [Line(each.label, metrics[each.metric], i, each.smooth, each.marks) for i, each in enumerate(curves)]
         drawn.append(
             Chart(group.title, lines, group.y_label, log_y=group.log_y, note=group.note, y_range=group.y_range)
         )
     return [html for chart in drawn if (html := chart.html)]
+
+
+def grouped(metrics: Iterable[str]) -> list[tuple[Group, list[Curve]]]:
+    """Return the charts of the metrics with these names, and the curves in each."""
+    remaining = [name for name in metrics if not ELSEWHERE.fullmatch(_base(name))]
+    others = [Group(re.escape(base), base, base) for base in dict.fromkeys(map(_base, remaining))]
+    found = []
+    for group in (*GROUPS, *others):
+        names = [name for name in remaining if re.fullmatch(group.pattern, _base(name))]
+        remaining = [name for name in remaining if name not in names]
+        if names:
+            found.append((group, [_curve(name, group) for name in names]))
+    return found
 
 
 def _base(name: str) -> str:
@@ -87,8 +114,7 @@ def _base(name: str) -> str:
     return name.partition("/")[2] or name
 
 
-def _line(name: str, points: Points, group: Group, color: int) -> Line:
-    """Return the line of a metric, labelled by what distinguishes it in its chart."""
+def _curve(name: str, group: Group) -> Curve:
     prefix, base = name.partition("/")[0], _base(name)
     match = re.fullmatch(group.pattern, base)
     part = next((each for each in match.groups() if each), None) if match else None
@@ -97,5 +123,4 @@ def _line(name: str, points: Points, group: Group, color: int) -> Line:
     else:
         only = prefix == "system" or base == "images_per_second"  # which earlier versions call train/images_per_second
         label = part.replace("_", "–") if part else group.y_label if only else SPLITS.get(prefix, base)
-    smooth = prefix == "train" and base != "learning_rate"
-    return Line(label, points, color, smooth=smooth, marks=prefix == "val")
+    return Curve(name, label, smooth=prefix == "train" and base != "learning_rate", marks=prefix == "val")

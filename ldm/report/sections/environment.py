@@ -77,7 +77,8 @@ _TEMPLATE = """
 <td>{{ row.begin.strftime("%Y-%m-%d %H:%M") if row.begin else "" }}</td>
 <td>{{ "%.2f" | format(row.hours) if row.hours is not none else "" }}</td>
 <td>{{ "{:,} to {:,}".format(*row.steps) }}</td><td>{{ row.reason | truncate(160, True) }}</td>
-<td class="time"><i style="margin-left: {{ row.left }}%; width: {{ row.width }}%"></i></td></tr>{% endfor %}
+<td class="time"><svg viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">
+<rect x="{{ [row.left, 99] | min }}" width="{{ [row.width, 1] | max }}" height="1"/></svg></td></tr>{% endfor %}
 </tbody></table></div>
 {% for values, sessions in environments %}<details{{ " open" if loop.first }}><summary>Environment of {{ sessions | join(", ") }}
 </summary><dl>{% for name, value in values.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl></details>

@@ -49,3 +49,17 @@ export function announce(text, isError = false) {
   line.textContent = text;
   line.classList.toggle("error", isError);
 }
+
+/**
+ * Create an element of SVG.
+ *
+ * @param {string} name
+ * @param {Record<string, string | number | boolean>} attributes
+ * @param {...(Node | string)} children
+ */
+export function vector(name, attributes, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, String(value));
+  made.append(...children);
+  return made;
+}
