@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from ldm.cli.common import new_app, options_from, run
-from ldm.cli.sample import _values
+from ldm.cli.common import new_app, options_from, run, values_of
 from ldm.config import config_field
 from ldm.errors import ConfigError, SamplingError
 from ldm.formats.tensors import write_atomically
@@ -133,7 +132,7 @@ def test_a_file_that_cannot_be_used_is_one_sentence(
 def test_settings_of_a_command_are_parsed_as_overrides_are(given: list[str]) -> None:
     if len(given) == 2:
         with pytest.raises(ConfigError, match="the key order is given twice"):
-            _values(given)
+            values_of(given)
     else:
         name, _, text = given[0].partition("=")
-        assert _values(given) == {name: text}
+        assert values_of(given) == {name: text}
