@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.acceleration.cases import CONDITIONERS, GUIDANCE, model_with
 from tests.acceleration.test_constant_weights import LATENTS, PROMPT, QUIET, assert_same, changes
 from tests.tiny import tiny_lora, tiny_model
 
+ROOT = Path(__file__).parents[2]
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="needs the package openvino, of the extra openvino")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -249,3 +251,32 @@ def test_convolutions_in_8_bits_are_calibrated_by_the_first_evaluations(
     later = Pipeline(tiny_model()).compile("openvino", **options)
     torch.testing.assert_close(later(PROMPT, **QUIET), quantized)
     assert "computed without the program" not in capsys.readouterr().err
+
+
+SIGNAL = """
+import gc, signal
+from ldm import Pipeline
+from tests.tiny import tiny_model
+
+def compiled():
+    pipe = Pipeline(tiny_model()).compile("openvino", cache=None, progress=False)
+    pipe("a red car", num_inference_steps=1, progress=False)
+    return pipe
+
+first = compiled()
+second = compiled()
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
+@needs_openvino
+@pytest.mark.slow
+def test_signals_are_handled_after_programs_are_gone() -> None:
+    # OpenVINO changes the stack on which the handlers of signals run
+    run = subprocess.run([sys.executable, "-c", SIGNAL], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "handled\n"), run.stderr

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -92,16 +93,14 @@ class OpenVINO(Backend, kind="openvino"):
             __version__,
             torch.__version__,
             openvino.__version__,
-            openvino.Core().get_property("CPU", "FULL_DEVICE_NAME"),
+            core().get_property("CPU", "FULL_DEVICE_NAME"),
         )
         shapes = [(tuple(each.shape), each.dtype) for each in tensors]
         options = self.quantization, self.calibration if self.quantization == "int8_hybrid" else None
         return fingerprint(network, (versions, _properties(network), options, shapes, network.constants()))
 
     def _build(self, network: FlatNetwork, examples: Sequence[Sequence[Tensor]]) -> Program:
-        import openvino
-
-        core, properties = openvino.Core(), _properties(network)
+        properties = _properties(network)
         with tempfile.TemporaryDirectory() if self.cache is None else nullcontext(expanded(self.cache)) as cache:
             folder = Path(cache) / self._key(network, examples[0])
             try:
@@ -111,10 +110,10 @@ class OpenVINO(Backend, kind="openvino"):
                 properties |= {"INFERENCE_NUM_THREADS": str(torch.get_num_threads()), "CACHE_DIR": str(folder)}
                 angles = None
                 if (folder / ANGLES).is_file():
-                    angles = core.compile_model(
+                    angles = core().compile_model(
                         folder / ANGLES, "CPU", properties | {"INFERENCE_PRECISION_HINT": "f32"}
                     )
-                return Infer(angles, core.compile_model(folder / MODEL, "CPU", properties), _dtype(network))
+                return Infer(angles, core().compile_model(folder / MODEL, "CPU", properties), _dtype(network))
             except OSError as error:
                 raise SamplingError(
                     f"the cache {folder.parent} cannot be used ({first_line(error)}); set the option cache to another folder, or "
@@ -125,6 +124,19 @@ class OpenVINO(Backend, kind="openvino"):
                     f"OpenVINO cannot compile this {type(network.network).__name__} ({first_line(error)}); compile with "
                     "the backend 'inductor'."
                 ) from error
+
+
+@cache
+def core() -> Any:
+    """Return OpenVINO's runtime, one for the process.
+
+    Each has a stack of its own for the handlers of signals, and restores the former one at its end. If it is not the last
+    that was made, signals then use memory that was freed, and the process crashes at the next one that it handles
+    (OpenVINO 2026.4).
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _properties(network: FlatNetwork) -> dict[str, str]:
