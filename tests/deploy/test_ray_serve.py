@@ -52,7 +52,8 @@ def test_two_replicas_make_the_images_of_the_pipeline(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-c", SCRIPT, str(model), str(tmp_path / "gallery"), port]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    patience = {f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S": "60" for check in ("READY", "HEALTH")}  # of a busy machine
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **patience}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, run.stderr[-3000:]
