@@ -45,8 +45,7 @@ def build(arguments: Arguments) -> serve.Application:
         device = torch.device("cuda" if arguments.gpus else "cpu")
         sources = model_sources(arguments.model.split(","))
         service = Service(sources, arguments.gallery, exact=exact_by_default(device), device=str(device))
-        with service.models.use(service.models.names[0]):  # the replica is ready when it is loaded
-            pass
+        service.models.load(service.models.names[0])  # the replica is ready when it is loaded
         keys = api_keys("127.0.0.1", None)
         return create_app(service, keys, None if keys else trusted_hosts("127.0.0.1"))
 

@@ -37,13 +37,13 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an image was made.
+    """Settings, model and inputs that made an image.
 
     Attributes:
         file: the image.
         arguments: prompts and options of ``tools/sample.py``, without those of ``needed``.
         needed: options that the file cannot hold the values of, such as ``--image`` of an edited image; one that is
-            repeated occurs several times. The value beside each describes what it was.
+            repeated occurs several times. The second item of each pair describes the value.
         model: fingerprint of the model; None if it has none.
     """
 

@@ -109,8 +109,7 @@ def serve(
     hosts = None if keys else trusted_hosts(host, allow_host or ())
     application = create_app(service, keys, hosts, cors or (), runs)
     if sources:
-        with service.models.use(service.models.names[0]):  # a source that cannot be read ends the command
-            pass
+        service.models.load(service.models.names[0])  # a source that cannot be read ends the command
     new_server(
         uvicorn.Config(
             application,

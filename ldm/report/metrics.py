@@ -100,7 +100,7 @@ def _number(text: str) -> float | None:
 
 
 class Progress:
-    """What is known of a stage from its metrics: the newest step and values, and the best validation.
+    """Progress of a stage by its metrics: the newest step and values, and the best validation.
 
     Args:
         monitor: name of the metric that selects the best checkpoint.

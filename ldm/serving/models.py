@@ -105,6 +105,15 @@ class ModelStore:
                 entry.users -= 1
             self._unload()
 
+    def load(self, name: str) -> None:
+        """Load a model before it is used, if it is not loaded.
+
+        Raises:
+            LdmError: the model cannot be loaded.
+        """
+        with self.use(name):
+            pass
+
     def _enter(self, name: str) -> _Loaded:
         if (entry := self._used(name)) is not None:
             return entry

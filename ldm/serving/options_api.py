@@ -1,4 +1,4 @@
-"""What requests can choose from: models, samplers, LoRAs and further settings, with defaults and limits."""
+"""Options of requests: models, samplers, LoRAs and further settings, with defaults and limits."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class Previews:
 
 @dataclass(frozen=True)
 class StageDescription:
-    """What is known of a stage apart from its metrics.
+    """Description of a stage without its metrics.
 
     Args:
         name, title: its name in the config, and for readers.
@@ -114,7 +114,7 @@ class StageDescription:
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What is known of a run apart from its metrics; ``config`` has the text of each field by its dotted name."""
+    """Description of a run without its metrics; ``config`` has the text of each field by its dotted name."""
 
     name: str
     config: dict[str, str]
@@ -123,7 +123,7 @@ class RunDescription:
 
 @dataclass
 class _Known:
-    """What is remembered of a run between requests."""
+    """Cached state of a run between requests."""
 
     folder: Path
     state: Any = None

@@ -54,7 +54,7 @@ class Snapshot(Backend, kind="snapshot"):
 
 
 seen: list[list[list[Tensor]]] = []
-"""What the networks were compiled with."""
+"""Example tensors with which the networks were compiled."""
 
 
 def compiled(model: Any = None) -> Pipeline:

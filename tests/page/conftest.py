@@ -28,8 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     (folder / "loras").mkdir()
     (folder / "loras" / "style.safetensors").touch()
     with serving(folder, sources={"emoji": "emoji"}, lora_folder=folder / "loras") as running:
-        with running.service.models.use("emoji"):
-            pass
+        running.service.models.load("emoji")
         yield running
 
 

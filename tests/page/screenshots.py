@@ -101,6 +101,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder, chromium() as found:
         assert found is not None, "there is no Chromium"
         with serving(Path(folder), sources={"emoji": "emoji"}) as server:
-            with server.service.models.use("emoji"):
-                pass
+            server.service.models.load("emoji")
             screenshots(found, server.url)

@@ -67,7 +67,7 @@ export function choice(name, choices, help) {
 }
 
 /**
- * Return a control of a number with a slider beside it.
+ * Return a control of a number with a slider.
  *
  * @param {string} name
  * @param {{min: number, max: number, step: number, value?: number, limit?: number, label?: string}} range `limit` is the
