@@ -19,15 +19,15 @@ from ldm.acceleration.compilable import Compilable
 from ldm.checks import whole_number
 from ldm.conditioning import ConditioningSchedule, conditioning_schedules
 from ldm.conditioning.long_prompts import check_clip_skip
-from ldm.conditioning.textual_inversion import add_inversions, remove_inversions
 from ldm.devices import check_dtype, default_device, default_dtype, usable, usual_torch_state
 from ldm.diffusion import SPECS, Denoiser, Perturbable, guided, seeded_noise, sigmas_from_timesteps, sigmas_from_values
 from ldm.diffusion import sigmas as spaced_sigmas
-from ldm.errors import CheckpointError, SamplingError
+from ldm.errors import SamplingError
 from ldm.formats import SHIPPED, Source, load, save
 from ldm.formats.native import innermost
 from ldm.formats.tensors import channels_last, check_finite, to_dtype
 from ldm.image_output import Images
+from ldm.lora_loader import LoRALoader
 from ldm.model import LatentDiffusion
 from ldm.nn.attention import AttentionOptions
 from ldm.prompts import Prompt
@@ -47,7 +47,7 @@ class _Sampling(NamedTuple):
     shape: tuple[int, int, int]  # of one latent
 
 
-class Pipeline(TextualInversionLoader, Compilable):
+class Pipeline(LoRALoader, TextualInversionLoader, Compilable):
     """Generates images with a model. Several threads may call one pipeline at once.
 
     >>> Pipeline.from_pretrained("runs/emoji_64")("a red apple", seed=1)[0].save("apple.png")
@@ -141,54 +141,6 @@ class Pipeline(TextualInversionLoader, Compilable):
     def save_pretrained(self, path: Source, dtype: torch.dtype | None = None, to: str = "native") -> Path:
         """Write the model as a source of :meth:`from_pretrained`, and return the file; see :func:`ldm.formats.save`."""
         return save(self.model, path, to, dtype)
-
-    @usual_torch_state()
-    def load_lora(self, source: Source, scale: float = 1.0, name: str | None = None, merge: bool = False) -> str:
-        """Load a LoRA in addition to those that are already loaded, with its textual inversions, and return its name.
-
-        Args:
-            source: a file with the key names of kohya or of diffusers, a folder written by diffusers, or a hub id of either.
-            scale: factor of its change.
-            name: name of the LoRA; default: that of the file.
-            merge: True to merge it into the weights that :meth:`save_pretrained` writes; False to compute it separately in
-                each layer, without saving it.
-
-        Raises:
-            CheckpointError: the file cannot be read, or is for another model.
-            SamplingError: the name is taken, or the scale is not a finite number.
-        """
-        from ldm.formats.lora import lora_files, read_lora
-        from ldm.formats.textual_inversion import read_bundled
-
-        files = lora_files(source)
-        adapter = read_lora(source, self.model, scale, name, merge, files)
-        inversions = [each for file in files.values() for each in read_bundled(file, self.model, adapter.name)]
-        self.model.adapters.add(self.model, adapter)
-        try:
-            add_inversions(self.model, inversions)
-        except CheckpointError:
-            self.model.adapters.remove(self.model, adapter.name)
-            raise
-        return adapter.name
-
-    @usual_torch_state()
-    def set_lora_scale(self, name: str, scale: float) -> None:
-        """Set the scale of a loaded LoRA.
-
-        Raises:
-            SamplingError: no LoRA has this name, or the scale is not a finite number.
-        """
-        self.model.adapters.set_scale(self.model, name, scale)
-
-    @usual_torch_state()
-    def unload_lora(self, name: str | None = None) -> None:
-        """Unload one LoRA, or all, with their textual inversions; the weights are restored bit for bit.
-
-        Raises:
-            SamplingError: no LoRA has this name.
-        """
-        self.model.adapters.remove(self.model, name)
-        remove_inversions(self.model, lambda each: each.adapter is not None and name in (None, each.adapter))
 
     @takes_settings(SamplingSettings)
     def __call__(self, settings: SamplingSettings) -> Any:

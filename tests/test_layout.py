@@ -28,7 +28,7 @@ ROWS = [
     {"model"},
     {"formats", "acceleration"},
     {"image_output"},
-    {"inputs", "prompt_loras", "sampling_loop", "textual_inversion_loader"},
+    {"inputs", "lora_loader", "prompt_loras", "sampling_loop", "textual_inversion_loader"},
     {"sampling_settings"},
     {"shortcuts"},
     {"pipeline"},
