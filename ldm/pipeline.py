@@ -19,6 +19,8 @@ from ldm.acceleration.compilable import Compilable
 from ldm.checks import whole_number
 from ldm.conditioning import ConditioningSchedule, conditioning_schedules
 from ldm.conditioning.long_prompts import check_clip_skip
+from ldm.control_images import control_images, hints_of, with_controls
+from ldm.controlnet_loader import ControlNetLoader
 from ldm.devices import check_dtype, default_device, default_dtype, usable, usual_torch_state
 from ldm.diffusion import SPECS, Denoiser, Perturbable, guided, seeded_noise, sigmas_from_timesteps, sigmas_from_values
 from ldm.diffusion import sigmas as spaced_sigmas
@@ -47,7 +49,7 @@ class _Sampling(NamedTuple):
     shape: tuple[int, int, int]  # of one latent
 
 
-class Pipeline(LoRALoader, TextualInversionLoader, Compilable):
+class Pipeline(ControlNetLoader, LoRALoader, TextualInversionLoader, Compilable):
     """Generates images with a model. Several threads may call one pipeline at once.
 
     >>> Pipeline.from_pretrained("runs/emoji_64")("a red apple", seed=1)[0].save("apple.png")
@@ -188,6 +190,9 @@ class Pipeline(LoRALoader, TextualInversionLoader, Compilable):
             settings.prompt_options,
             conditioner.defaults(*(side * self.model.config.first_stage.factor for side in shape[1:])),
         )
+        repeats = settings.num_images_per_prompt
+        controls = hints_of(self.model, control_images(settings.controlnets or ()), shape[1:], len(request), repeats)
+        request = replace(request, controls=controls)
         levels = (settings.edit or Edit()).levels(self._noise_levels(settings))
         if settings.latents is not None and settings.latents.shape != (len(request), *shape):
             given, needed = list(settings.latents.shape), [len(request), *shape]
@@ -218,6 +223,8 @@ class Pipeline(LoRALoader, TextualInversionLoader, Compilable):
         record |= {} if SPECS[str(settings.sampler)].adaptive else {"num_inference_steps": steps}
         record |= {} if settings.latents is None else {"latents": "given"}
         record |= {"dtype": str(self.dtype).removeprefix("torch."), **(settings.sampler_options or {})}
+        controls = [hints.record() for hints in request.controls]
+        record |= {"controlnets": controls} if controls else {}
         edit = (settings.edit or Edit()).record()
         records = [record | each.additions | edit for each in models]
         model = {"model": self.model.fingerprint} if self.model.fingerprint else {}
@@ -348,6 +355,11 @@ class Pipeline(LoRALoader, TextualInversionLoader, Compilable):
             self.model.conditioner, conditions, negatives, request.prompt_options, levels
         )
         conditional, negative = (phases.map(lambda record: record.to(self.device)) for phases in both)
+        if request.controls:
+            images: Sequence[int] = range(len(request))
+            of_prompts = images if composition is None else composition.rows
+            conditional = with_controls(self.model, request.controls, conditional, levels, of_prompts)
+            negative = with_controls(self.model, request.controls, negative, levels, images, is_conditional=False)
         unconditional = negative if self.model.config.conditioner.input_keys else None
 
         def network(x: Tensor, sigma: Tensor, phases: ConditioningSchedule) -> Tensor:
