@@ -16,7 +16,7 @@ from ldm.conditioning import ConditioningSchedule
 from ldm.errors import SamplingError
 from ldm.image_arguments import ImageSource, listed_images, read_image
 from ldm.model import LatentDiffusion
-from ldm.nn.conditioning import Conditioning, Control
+from ldm.nn.conditioning import Control
 
 
 @dataclass(frozen=True)
@@ -135,38 +135,42 @@ def hints_of(
 def with_controls(
     model: LatentDiffusion,
     given: Sequence[ControlHints],
-    schedule: ConditioningSchedule,
+    conditional: ConditioningSchedule,
+    unconditional: ConditioningSchedule,
     levels: Tensor,
-    rows: Sequence[int],
-    is_conditional: bool = True,
-) -> ConditioningSchedule:
-    """Add the controls to the conditionings of a sampling.
+    images: Sequence[int],
+    n: int,
+) -> tuple[ConditioningSchedule, ConditioningSchedule]:
+    """Add the controls to the conditionings of a sampling, and return both.
 
     Args:
         model: the model, whose ControlNets embed the hints.
         given: the hints.
-        schedule: conditionings of the phases of the sampling.
+        conditional: conditionings with a row for each prompt.
+        unconditional: those for the unconditional estimates of guidance, with a row for each image; a ControlNet with
+            ``global_pool`` does not act on them.
         levels: falling noise levels ``[steps + 1]``.
-        rows: the image of each row of the conditionings.
-        is_conditional: False for the unconditional estimates of guidance, on which ``global_pool`` does not act.
+        images: the image of each row of ``conditional``.
+        n: number of images.
     """
-    controls = []
+    positive, negative = [], []
     for hints in given:
         controlnet = model.controlnets.named(hints.name)
-        acts = is_conditional or not controlnet.network.controlnet_config.global_pool
-        embedded = controlnet.embed(hints.images)
-        embedded = embedded.expand(len(rows), -1, -1, -1) if len(embedded) == 1 else embedded[list(rows)]
-        least, most = _interval(levels, hints.start, hints.end)
-        values = (
-            torch.full((len(rows),), value, dtype=torch.float32, device=embedded.device)
-            for value in (hints.scale if acts else 0.0, least, most)
-        )
-        controls.append(Control(hints.name, embedded, *values))
+        embedded = controlnet.embed(hints.images).expand(n, -1, -1, -1)
+        interval = _interval(levels, hints.start, hints.end)
+        positive.append(_control(hints.name, embedded[list(images)], hints.scale, *interval))
+        pooled = controlnet.network.controlnet_config.global_pool
+        negative.append(_control(hints.name, embedded, 0.0 if pooled else hints.scale, *interval))
+    return (
+        conditional.map(lambda record: replace(record, controls=tuple(positive))),
+        unconditional.map(lambda record: replace(record, controls=tuple(negative))),
+    )
 
-    def add(record: Conditioning) -> Conditioning:
-        return replace(record, controls=tuple(controls))
 
-    return schedule.map(add)
+def _control(name: str, hint: Tensor, scale: float, least: float, most: float) -> Control:
+    """Return a control that is the same for all rows but for its hint ``[b w h w']``."""
+    shape, values = (len(hint),), (scale, least, most)
+    return Control(name, hint, *(torch.full(shape, value, dtype=torch.float32, device=hint.device) for value in values))
 
 
 def _interval(levels: Tensor, start: float, end: float) -> tuple[float, float]:

@@ -356,10 +356,10 @@ class Pipeline(ControlNetLoader, LoRALoader, TextualInversionLoader, Compilable)
         )
         conditional, negative = (phases.map(lambda record: record.to(self.device)) for phases in both)
         if request.controls:
-            images: Sequence[int] = range(len(request))
-            of_prompts = images if composition is None else composition.rows
-            conditional = with_controls(self.model, request.controls, conditional, levels, of_prompts)
-            negative = with_controls(self.model, request.controls, negative, levels, images, is_conditional=False)
+            images = range(len(request)) if composition is None else composition.rows
+            conditional, negative = with_controls(
+                self.model, request.controls, conditional, negative, levels, images, len(request)
+            )
         unconditional = negative if self.model.config.conditioner.input_keys else None
 
         def network(x: Tensor, sigma: Tensor, phases: ConditioningSchedule) -> Tensor:

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
-from ldm import editing
+from ldm import Pipeline, editing
 from ldm.control_images import ControlImage
+from ldm.serving.batching import BatchedModel, BatchedPipeline, Batcher
 from ldm.serving.limits import Limits
 from tests.serving.servers import Running, serving
 from tests.tiny import SIZE, tiny_controlnet, tiny_model
@@ -118,6 +121,29 @@ def test_mixed_requests_at_once_are_bitwise_those_made_alone(server: Running) ->
         ]
         settings = SETTINGS | {"seed": index, "controlnets": given or None, "progress": False}
         assert same(image, server.pipe("a red apple", **settings)[0]), index
+
+
+def test_evaluations_on_which_the_same_controlnets_act_are_joined(server: Running) -> None:
+    rows: list[int] = []
+    batcher = Batcher(exact=False, observe=rows.append)
+    pipe = BatchedPipeline(BatchedModel.of(server.pipe.model, batcher))
+    settings: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "progress": False}
+
+    def call(own: Pipeline, seed: int) -> Tensor:
+        control = ControlImage("edges", hint(seed), 0.5 + seed, end=1 if seed else 0.5)
+        result: Tensor = own("a", seed=seed, controlnets=control, **settings)
+        return result
+
+    def sampled(seed: int) -> Tensor:
+        with batcher.sampling():
+            return call(pipe, seed)
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(sampled, range(3)))
+    batcher.close()
+    assert max(rows) > 2  # guidance alone takes two
+    for seed, result in enumerate(results):
+        assert torch.allclose(result, call(server.pipe, seed), atol=1e-4)
 
 
 def test_requests_name_controlnets_of_the_list_alone(server: Running, tmp_path: Path) -> None:
