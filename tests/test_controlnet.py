@@ -305,6 +305,9 @@ def test_a_controlnet_within_the_folder_of_a_pipeline_is_found(folder: Path, tmp
     (tmp_path / "controlnet").symlink_to(folder / "edges")
     pipe = Pipeline(tiny_model())
     assert pipe.load_controlnet(tmp_path) == "controlnet"
+    assert pipe.load_controlnet(folder, subfolder="depth") == "depth"
+    with pytest.raises(CheckpointError, match="has no weights of the variant 'fp16'"):
+        pipe.load_controlnet(folder / "edges", variant="fp16")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from ldm.formats.checkpoint import CONTROLNET
 from ldm.formats.hub import is_hub_id
 from ldm.formats.native import build_on_meta, load_strictly
 from ldm.formats.tensors import CONFIG, INDEX, STEMS, fingerprint
-from ldm.load_options import Source
+from ldm.load_options import LoadOptions, Source
 from ldm.model import LatentDiffusion, ModelConfig
 from ldm.nn.adapters import unwrapped
 from ldm.paths import expanded
@@ -24,7 +24,9 @@ class ControlNetMismatch(CheckpointError):
     """A ControlNet that is for another kind of model."""
 
 
-def read_controlnet(source: Source, model: LatentDiffusion, name: str | None = None) -> LoadedControlNet:
+def read_controlnet(
+    source: Source, model: LatentDiffusion, name: str | None = None, options: LoadOptions | None = None
+) -> LoadedControlNet:
     """Read a ControlNet for a model, in the precision and on the device of its denoiser.
 
     Args:
@@ -32,13 +34,15 @@ def read_controlnet(source: Source, model: LatentDiffusion, name: str | None = N
             repository, with or without the prefix ``control_model.``; or a hub id of either.
         model: the model.
         name: its name; default: that of the file or folder, without ending.
+        options: revision, subfolder and variant.
 
     Raises:
         CheckpointError: the source cannot be read, or has no ControlNet.
         ControlNetMismatch: the ControlNet is for another kind of model.
     """
-    source = _within_pipeline(source)
-    part = read(source).part(CONTROLNET)
+    options = options or LoadOptions()
+    source = source if options.subfolder else _within_pipeline(source)
+    part = read(source, options).part(CONTROLNET)
     model = unwrapped(model)
     _check_fit(source, part.config, model.config)
     network = build_on_meta(part.config.build, part.state, source)
@@ -46,7 +50,9 @@ def read_controlnet(source: Source, model: LatentDiffusion, name: str | None = N
     load_strictly(network, part.state, str(source), weight.dtype)
     network = network.to(weight.device).eval().requires_grad_(False)
     return LoadedControlNet(
-        _name_of(source) if name is None else name, network, fingerprint(part.state, to_dict(part.config))
+        _name_of(options.subfolder or source) if name is None else name,
+        network,
+        fingerprint(part.state, to_dict(part.config)),
     )
 
 

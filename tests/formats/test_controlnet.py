@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm import load
-from ldm.denoiser import ControlNetConfig
+from ldm.denoiser import ControlNetConfig, LevelSpec, UNetConfig
+from ldm.denoiser.controlnet_formats import ControlNetFolder, ControlNetSingleFile
 from ldm.errors import CheckpointError
 from ldm.formats import read, save
 from ldm.formats.checkpoint import Checkpoint
@@ -192,3 +193,54 @@ def test_a_config_that_is_damaged_is_refused_in_a_sentence(
         read(tmp_path)
     assert str(error_info.value).count("\n") == 0
     assert str(tmp_path) in str(error_info.value)
+
+
+LEVELS = (LevelSpec(320, 2, 1), LevelSpec(640, 2, 1), LevelSpec(1280, 2, 1), LevelSpec(1280, 2, 0))
+PUBLISHED: dict[str, tuple[dict[str, Any], UNetConfig, int]] = {
+    "sd1": (
+        {"cross_attention_dim": 768},
+        UNetConfig(levels=LEVELS, context_width=768, heads=8, projection="conv"),
+        361_279_120,
+    ),
+    "sdxl": (
+        {
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "attention_head_dim": (5, 10, 20),
+            "transformer_layers_per_block": (1, 2, 10),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        UNetConfig(
+            levels=(LevelSpec(320, 2, 0), LevelSpec(640, 2, 2), LevelSpec(1280, 2, 10)),
+            middle_depth=10,
+            context_width=2048,
+            vector_width=2816,
+            head_width=64,
+        ),
+        1_251_014_160,
+    ),
+}
+"""Settings of diffusers for published ControlNets, the config that they stand for, and the number of parameters."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_the_names_and_shapes_of_the_full_size_are_those_of_diffusers(kind: str) -> None:
+    theirs, encoder, parameters = PUBLISHED[kind]
+    with torch.device("meta"):
+        other = ControlNetModel(**theirs)
+        config = ControlNetFolder().read_config(dict(other.config), (), "config.json")
+        network = config.build()
+    assert config.encoder == encoder
+    assert sum(each.numel() for each in network.parameters()) == parameters
+    state = network.state_dict()
+    folder = ControlNetFolder().key_table(config, state, dict(other.config))
+    assert {folder[name].name: each.shape for name, each in state.items()} == {
+        name: each.shape for name, each in other.state_dict().items()
+    }
+    file = ControlNetSingleFile().key_table(config, state, {})
+    assert ControlNetSingleFile().infer_config({file[name].name: each for name, each in state.items()}, "x") == config
