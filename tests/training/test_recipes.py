@@ -33,6 +33,6 @@ def trained(folder: Path, recipe: list[str], *ends: int) -> dict[str, torch.Tens
 
 
 def test_recipes_with_a_state_resume_bitwise(tmp_path: Path) -> None:
-    recipe = ["denoiser.train.optimizer=muon"]
+    recipe = ["denoiser.train.optimizer=muon", "denoiser.train.decay=wsd"]
     resumed, at_once = trained(tmp_path / "resumed", recipe, 2, 4), trained(tmp_path / "at_once", recipe, 4)
     assert [name for name in at_once if not torch.equal(resumed[name], at_once[name])] == []
