@@ -12,6 +12,7 @@ from tests.experiments import tiny_experiment
 
 PIXELS = [
     "clip=null",
+    "trainer.threads=1",
     "vae.model.kind=identity",
     "denoiser.conditioner=none",
     "denoiser.model.in_channels=3",
