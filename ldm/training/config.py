@@ -11,8 +11,11 @@ import torch
 from ldm.config import config_field
 from ldm.devices import default_device, default_dtype
 from ldm.errors import ConfigError
+from ldm.training.learning_rate import Constant, LearningRateDecay
 from ldm.training.loggers import LoggerConfig
 from ldm.training.loggers.tensorboard import TensorBoardConfig
+from ldm.training.optimizers import OptimizerConfig
+from ldm.training.optimizers.adamw import AdamWConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -25,14 +28,15 @@ class TrainConfig:
     batch_size: int = config_field(help="images per step and device, before accumulation", changeable=True)
     learning_rate: float = config_field(help="peak learning rate, reached after warm-up", changeable=True)
     accumulate: int = config_field(1, "batches whose gradients are averaged before a step", changeable=True)
+    optimizer: OptimizerConfig = config_field(
+        AdamWConfig(), "optimizer; another kind starts with a new training, since the state of each is its own"
+    )
     betas: tuple[float, float] = config_field((0.9, 0.999), "Adam betas (beta1, beta2)", changeable=True)
     weight_decay: float = config_field(
-        0.01, "AdamW weight decay; applied to matrices and convolutions only", changeable=True
+        0.01, "weight decay, decoupled as in AdamW; applied to matrices and convolutions only", changeable=True
     )
     warmup_steps: int = config_field(0, "steps over which the learning rate rises linearly from 0", changeable=True)
-    decay: Literal["constant", "cosine", "linear"] = config_field(
-        "constant", "learning-rate schedule after warm-up; cosine and linear reach 0 at max_steps", changeable=True
-    )
+    decay: LearningRateDecay = config_field(Constant(), "learning-rate schedule after warm-up", changeable=True)
     gradient_clip: float | None = config_field(
         1.0, "gradients are scaled down to this norm; null = no clipping", changeable=True
     )
@@ -92,9 +96,7 @@ class TrainConfig:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         done = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
-        if self.decay == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * done))
-        return 1.0 - done if self.decay == "linear" else 1.0
+        return self.decay.factor(done)
 
 
 @dataclass(frozen=True)

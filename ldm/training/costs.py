@@ -24,7 +24,7 @@ from ldm.nn.gradient_checkpointing import set_gradient_checkpointing
 from ldm.training.accelerators import cublas_workspace
 from ldm.training.config import TrainConfig
 from ldm.training.ema import EMA
-from ldm.training.optim import adamw, clip_gradients
+from ldm.training.gradient_clipping import clip_gradients
 from ldm.training.simulation import CostCounter, autocast, compute_norms_in_fp32, remove_values
 from ldm.training.tasks import TASKS, CLIPTask
 from ldm.training.tasks.task import Step, Task
@@ -155,7 +155,7 @@ def step_cost(
     set_gradient_checkpointing(
         task, train.gradient_checkpointing if gradient_checkpointing is None else gradient_checkpointing
     )
-    optimizers = [adamw(spec.modules, train) for spec in task.optimizers()]
+    optimizers = [train.optimizer.simulated(spec.modules, train) for spec in task.optimizers()]
     ema = EMA(task.trainable_module, train.ema_decay) if train.ema_decay else None
     parameters = [[p for group in each.param_groups for p in group["params"]] for each in optimizers]
     for optimizer, own in zip(optimizers, parameters, strict=True):  # an empty step, which makes the moments

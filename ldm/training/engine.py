@@ -25,7 +25,8 @@ from ldm.formats.training_checkpoint import MODULE, RECORD
 from ldm.nn.ranks import BatchGenerator, mean_over_ranks
 from ldm.training.config import TrainConfig
 from ldm.training.ema import EMA, not_finite
-from ldm.training.optim import adamw, clip_gradients
+from ldm.training.gradient_clipping import clip_gradients
+from ldm.training.optimizers import set_learning_rate
 from ldm.training.sharded_tensors import full_tensor
 from ldm.training.tasks import Task
 from ldm.training.tasks.task import Export, Preview, Splits, Step, TrainLoss
@@ -141,7 +142,8 @@ class StageModule(L.LightningModule):
             self.task.to(memory_format=torch.channels_last)
 
     def configure_optimizers(self) -> Any:
-        return [adamw(spec.modules, self.train_config) for spec in self.specs]
+        config = self.train_config
+        return [config.optimizer.build(spec.modules, config) for spec in self.specs]
 
     def is_optimizer_step(self, batch_index: int) -> bool:
         """Return True if the optimizers step after this batch (gradients are accumulated over ``accumulate`` batches)."""
@@ -208,8 +210,7 @@ class StageModule(L.LightningModule):
         No scheduler is used: a resumed one would keep the learning rate of the old config.
         """
         config = self.train_config
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * config.learning_rate_factor(self.completed_steps)
+        set_learning_rate(optimizer, config.learning_rate * config.learning_rate_factor(self.completed_steps))
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         self.gradient_norm = clip_gradients(parameters, config.gradient_clip)
 

@@ -73,6 +73,7 @@ def fit(
     """
     for logger in config.loggers:
         logger.check()
+    module.train_config.optimizer.check()
     train, start = module.train_config, resume_point(module, data)
     for problem in start.warnings if start and is_first_process() else ():
         warnings.warn(problem, stacklevel=2)
