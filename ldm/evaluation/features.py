@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ldm.formats import read
 from ldm.formats.checkpoint import CLIP_COMPONENTS, OTHERS, Checkpoint, joined
 from ldm.formats.clip import clip_of
 from ldm.formats.native import load_strictly
+from ldm.formats.tensors import fingerprint
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,7 @@ def clip_network(name: str, clip: CLIP, tokenizer: Tokenizer | None) -> FeatureN
 
 def weights_hash(module: nn.Module) -> str:
     """Return a hash of the names and values of a module's state, in fp32: 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return fingerprint(module.state_dict(), {})
 
 
 def existing_file(path: str, needed_for: str) -> Path:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.clip.retrieval import reduce_images
@@ -23,7 +23,7 @@ from ldm.data.bad_samples import BAD, summary
 from ldm.data.samples import Batch, BatchIndices, Samples, captions_of, take
 from ldm.data.stream import EvaluationLoader
 from ldm.errors import warn
-from ldm.evaluation.features import FeatureNetwork, quantized
+from ldm.evaluation.features import FeatureNetwork, quantized, weights_hash
 
 if TYPE_CHECKING:
     from ldm.clip.model import CLIP
@@ -158,7 +158,9 @@ class Subject:
         further: further sampling settings, whose effect the summary measures.
         compiled: arguments of ``Pipeline.compile``.
         networks: feature networks.
-        fingerprints: hash of each evaluated file, by stage.
+        own_weights: whether the weights are those that the experiment trains.
+        notes: sentences on unfinished trainings.
+        options: options of the metrics.
     """
 
     folder: Path
@@ -173,9 +175,12 @@ class Subject:
     further: Mapping[str, Any] = field(default_factory=dict)
     compiled: Mapping[str, Any] | None = None
     networks: Sequence[FeatureNetwork] = ()
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    own_weights: bool = True
+    notes: Sequence[str] = ()
     options: Options = field(default_factory=Options)
     _true: dict[str, TrueImages] = field(default_factory=dict, repr=False)
+    _hashed: dict[str, tuple[str, int]] = field(default_factory=dict, repr=False)
+    _weights: dict[int, str] = field(default_factory=dict, repr=False)
     _made: dict[str, GeneratedImages] = field(default_factory=dict, repr=False)
     _reconstructed: dict[tuple[str, bool], Reconstructions] = field(default_factory=dict, repr=False)
 
@@ -229,6 +234,27 @@ class Subject:
             found.rows = np.setdiff1d(np.arange(len(self.sets[split])), bad)
             self._true[split] = found
         return self._true[split]
+
+    def hashes(self, splits: str) -> tuple[str, int]:
+        """Return the hash and the number of the true images and captions of a split, or of several, joined by ``+``."""
+        found = [self._hash(name) for name in splits.split("+")]
+        return "+".join(each for each, _ in found), sum(count for _, count in found)
+
+    def _hash(self, split: str) -> tuple[str, int]:
+        if split not in self._hashed:
+            collected = self._true.get(split)
+            if collected is None:  # no features are needed
+                collected = TrueImages(())
+                for batch in self.batches(split):
+                    collected.add(batch["image"], batch.get("text", ()))
+            self._hashed[split] = collected.fingerprint, len(collected)
+        return self._hashed[split]
+
+    def hash_of(self, module: nn.Module) -> str:
+        """Return the hash of the weights of a module, computed once."""
+        if id(module) not in self._weights:
+            self._weights[id(module)] = weights_hash(module)
+        return self._weights[id(module)]
 
     def generate(self, captions: Sequence[str], seed: int | Sequence[int], settings: Mapping[str, Any]) -> Tensor:
         """Generate an image for each caption, ``[n 3 h w]`` in [-1, 1] on the CPU; image i has the seed ``seed + i``."""

@@ -24,7 +24,7 @@ KS = (1, 5)
 def clip_score(subject: Subject) -> Iterator[Number]:
     """Measure 100 max(cos, 0) between image and caption, the mean over images, as torchmetrics.
 
-    After Hessel et al. 2021 (arXiv 2104.08718), with another factor. By the CLIP of the run it is a different number than by OpenAI's.
+    After Hessel et al. 2021 (arXiv 2104.08718), with another factor; the CLIP of a run gives other numbers than OpenAI's.
     """
     if not subject.samples_text:
         return
@@ -56,7 +56,7 @@ def recall_by_embedding(subject: Subject) -> Iterator[Number]:
 
 @metric("recall_by_image", "samples")
 def recall_by_image(subject: Subject) -> Iterator[Number]:
-    """Measure how often the true image of a caption is among the k nearest of all splits to the generated one, at 16 x 16."""
+    """Measure how often the true image of a caption is among the k nearest to the generated one, at 16 x 16."""
     if not subject.samples_text:
         return
     made = subject.generated()

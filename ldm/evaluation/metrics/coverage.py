@@ -28,7 +28,7 @@ def radii(features: Tensor, k: int) -> Tensor:
 
 
 def balls_around(points: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
-    """Return the number of balls, with ``centres [m d]`` and ``radius [m]``, that each of the points ``[n d]`` lies in, ``[n]``."""
+    """Return in how many balls with ``centres [m d]`` and ``radius [m]`` each of the points ``[n d]`` lies, ``[n]``."""
     parts = []
     for part in points.split(CHUNK):
         distance = torch.cdist(part, centres, compute_mode="donot_use_mm_for_euclid_dist")
@@ -39,9 +39,9 @@ def balls_around(points: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
 def precision_and_recall(made: Tensor, true: Tensor, k: int = PRECISION_K) -> dict[str, Estimate]:
     """Return precision and recall of features ``made [n d]`` against ``true [m d]``.
 
-    After Kynkäänniemi et al. 2019, arXiv 1904.06991. Precision is the share of generated images in the ball of a true one, recall the share of true images in the ball of a
-    generated one (equations 1 and 2). True images are fixed: precision is then a share of independent hits; the interval of
-    recall is that of the jackknife.
+    After Kynkäänniemi et al. 2019, arXiv 1904.06991. Precision is the share of generated images in the ball of a true one, recall
+    the share of true images in the ball of a generated one (equations 1 and 2). True images are fixed:
+    precision is then a share of independent hits; the interval of recall is that of the jackknife.
     """
     made, true = made.double(), true.double()
     reach = radii(true, k)
