@@ -16,7 +16,9 @@ from ldm.diffusion.parametrization import Eps, Flow, V
 from ldm.diffusion.schedule import Flow as FlowSchedule
 from ldm.diffusion.schedule import ScaledLinear
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers calls NumPy in ways that end, each step
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # diffusers calls NumPy in ways that end, each step
 
 SHAPE = (3, 3, 8, 8)
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
