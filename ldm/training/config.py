@@ -11,6 +11,7 @@ import torch
 from ldm.config import config_field
 from ldm.devices import default_device, default_dtype
 from ldm.errors import ConfigError
+from ldm.nn.power_profiles import LONGEST
 from ldm.training.learning_rate import Constant, LearningRateDecay
 from ldm.training.loggers import LoggerConfig
 from ldm.training.loggers.tensorboard import TensorBoardConfig
@@ -18,6 +19,25 @@ from ldm.training.optimizers import OptimizerConfig
 from ldm.training.optimizers.adamw import AdamWConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class EMASnapshotsConfig:
+    """Stored averages with power-function profiles (Karras et al. 2024, arXiv 2312.02696, section 3).
+
+    The length of an average is the standard deviation of its profile as a share of the steps so far.
+    """
+
+    lengths: tuple[float, ...] = config_field((0.05, 0.1), "lengths of the averages that are stored")
+    every: int = config_field(1000, "steps between snapshots", changeable=True)
+
+    def __post_init__(self) -> None:
+        distinct = len(set(self.lengths)) == len(self.lengths) > 0
+        if not distinct or not all(0 < each < LONGEST for each in self.lengths) or self.every < 1:
+            raise ConfigError(
+                f"lengths {list(self.lengths)} must be different numbers above 0 and below {LONGEST:.4f}, at least one, and "
+                f"every {self.every} at least 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,9 @@ class TrainConfig:
         0.9999,
         "decay of the averaged weights (EMA), ramped as (1 + n) / (10 + n) at step n; 0 = no averaging",
         changeable=True,
+    )
+    ema_snapshots: EMASnapshotsConfig | None = config_field(
+        None, "store averaged weights, from which averages of any length are made after the training; null = none"
     )
     precision: Precision | None = config_field(
         None,

@@ -23,7 +23,7 @@ from ldm.formats import native
 from ldm.nn.gradient_checkpointing import set_gradient_checkpointing
 from ldm.training.accelerators import cublas_workspace
 from ldm.training.config import TrainConfig
-from ldm.training.ema import EMA
+from ldm.training.ema import EMA, PowerEMA
 from ldm.training.gradient_clipping import clip_gradients
 from ldm.training.simulation import CostCounter, autocast, compute_norms_in_fp32, remove_values
 from ldm.training.tasks import TASKS, CLIPTask
@@ -156,7 +156,9 @@ def step_cost(
         task, train.gradient_checkpointing if gradient_checkpointing is None else gradient_checkpointing
     )
     optimizers = [train.optimizer.simulated(spec.modules, train) for spec in task.optimizers()]
-    ema = EMA(task.trainable_module, train.ema_decay) if train.ema_decay else None
+    averages = [EMA(task.trainable_module, train.ema_decay)] if train.ema_decay else []
+    if train.ema_snapshots is not None:
+        averages += [PowerEMA(task.trainable_module, each) for each in train.ema_snapshots.lengths]
     parameters = [[p for group in each.param_groups for p in group["params"]] for each in optimizers]
     for optimizer, own in zip(optimizers, parameters, strict=True):  # an empty step, which makes the moments
         for parameter in own:
@@ -166,7 +168,7 @@ def step_cost(
     trained = [*chain(*parameters)]
     weights = [*task.parameters(), *task.buffers()]
     moments = [value for each in optimizers for state in each.state.values() for value in state.values()]
-    average = list(ema.average.values()) if ema is not None else []
+    average = [value for each in averages for value in each.average.values()]
     number = train.max_steps - 1 if step is None else step
     precision = precision or experiment.trainer.precision_of(train)
 
@@ -175,8 +177,8 @@ def step_cost(
         batch = _batch(experiment, task, [_typical(captions, task, train.batch_size)] * train.batch_size, shape)
         batches = min(train.accumulate, 2)
         _step(task, optimizers, parameters, batch, batches, number, train.gradient_clip, precision)
-        if ema is not None:
-            ema.update()
+        for each in averages:
+            each.update()
     fixed = [_bytes(tensors) for tensors in (weights, moments, average)]
     return StepCost(
         samples=train.batch_size * train.accumulate,

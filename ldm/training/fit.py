@@ -18,6 +18,7 @@ from ldm.data.stream import worker_death
 from ldm.devices import usual_torch_state
 from ldm.training.bad_samples import BadSamples
 from ldm.training.callbacks.checkpoints import Checkpoints
+from ldm.training.callbacks.ema_snapshots import EMASnapshots
 from ldm.training.callbacks.interruption import Interruption
 from ldm.training.callbacks.metrics import Metrics
 from ldm.training.callbacks.previews import Previews
@@ -113,6 +114,7 @@ def fit(
             Interruption(checkpoints),
             Previews(),
             Validation(),
+            EMASnapshots(),
             checkpoints,
         ],
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from ldm.formats.ema_snapshots import reconstructed
 from ldm.training.stages import train_stage
 from tests.experiments import tiny_experiment
 
@@ -34,6 +35,11 @@ def trained(folder: Path, recipe: list[str], *ends: int) -> dict[str, torch.Tens
 
 
 def test_recipes_with_a_state_resume_bitwise(tmp_path: Path) -> None:
-    recipe = ["denoiser.train.optimizer=muon", "denoiser.train.decay=wsd"]
+    recipe = ["denoiser.train.optimizer=muon", "denoiser.train.decay=wsd", "denoiser.train.ema_snapshots.every=1"]
     resumed, at_once = trained(tmp_path / "resumed", recipe, 2, 4), trained(tmp_path / "at_once", recipe, 4)
+    stages = [tmp_path / folder / "run" / "denoiser" for folder in ("resumed", "at_once")]
+    for length in (0.05, 0.1):
+        (average, step), (expected, _) = (reconstructed(stage, length) for stage in stages)
+        assert step == 4
+        assert [name for name in expected if not torch.equal(average[name], expected[name])] == []
     assert [name for name in at_once if not torch.equal(resumed[name], at_once[name])] == []
