@@ -135,7 +135,7 @@ def calibration_error(cosine: Tensor, target: Tensor, scale: float) -> Estimate:
     def error(index: np.ndarray) -> float:
         return float(np.abs(np.bincount(bins[index], gap[index], BINS)).sum() / len(index))
 
-    return jackknife(len(gap), error)
+    return jackknife(len(gap), error).within(0, 1)
 
 
 def best_scale(cosine: Tensor, target: Tensor) -> Estimate:
