@@ -34,7 +34,7 @@ class DefaultGroup(typer.core.TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = new_app(cls=DefaultGroup)
+app = new_app(DefaultGroup)
 
 Config = Annotated[Path | None, Option(help="YAML of the experiment.")]
 Split = Annotated[str, Option(help="val, or in the end test.")]
