@@ -68,8 +68,8 @@ class EncodedSource:
             return False
         if self.data.captions.changes_text:
             raise ConfigError(
-                "data.captions shuffles or drops tags, drops words or has templates, so that text states of the captions cannot be "
-                "stored; set data.encoded.text to null."
+                "data.captions shuffles or drops tags, drops words or has templates, so that text states of the captions cannot "
+                "be stored; set data.encoded.text to null."
             )
         return True
 
