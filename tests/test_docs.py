@@ -52,7 +52,7 @@ def parsed(line: str) -> tuple[str, dict[str, Any]]:
     assert (ROOT / tool).is_file()
     command: Any = typer.main.get_command(importlib.import_module(f"ldm.cli.{name}").app)
     if hasattr(command, "commands"):
-        command = command.commands[arguments.pop(0)]
+        command = command.commands[arguments.pop(0) if arguments[0] in command.commands else "run"]
     return name, command.make_context(name, arguments).params
 
 
@@ -78,7 +78,7 @@ def test_the_config_of_the_tour_is_one_that_does_not_come_along() -> None:
 def test_a_quoted_command_is_one(page: str, line: str, configs: Path) -> None:
     """The command parses it, the config that it names is there, and its overrides fit that config."""
     name, parameters = parsed(line)
-    if "config" not in parameters:
+    if parameters.get("config") is None:
         return
     path = Path(parameters["config"])
     path = configs / path.name if path.name == "mine.yaml" else ROOT / path

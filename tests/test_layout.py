@@ -35,6 +35,7 @@ ROWS = [
     {"data", "editing", "animation"},
     {"training"},
     {"diagnosis", "report"},
+    {"evaluation"},
     {"serving"},
     {"ldm"},
     {"benchmarks"},

@@ -155,9 +155,11 @@ def _expanded(value: Any) -> Any:
     return Path(expanded(value)) if isinstance(value, Path) else value
 
 
-def new_app() -> typer.Typer:
-    """Create a typer application that reports usage errors in one sentence."""
-    return App(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+def new_app(**options: Any) -> typer.Typer:
+    """Create a typer application that reports usage errors in one sentence; ``options`` are further arguments of it."""
+    return App(
+        add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, **options
+    )
 
 
 def run(app: typer.Typer) -> None:

@@ -25,6 +25,10 @@ class ImageTower(nn.Module):
         """``image [b 3 h w]`` of the config's size in [-1, 1] ``-> [b 1+n width]``, the first of the entire image."""
         raise NotImplementedError
 
+    def block_states(self, image: Tensor) -> list[Tensor]:
+        """Return the output ``[b 1+n width]`` of each block for ``image [b 3 h w]`` in [-1, 1], of any size."""
+        raise NotImplementedError
+
     def embed(self, states: Tensor) -> Tensor:
         """``[b 1+n width] -> [b embed_dim]``"""
         raise NotImplementedError
@@ -102,14 +106,24 @@ class VisionTransformer(ImageTower):
             nn.init.normal_(parameter, std=config.width**-0.5)
 
     def states(self, image: Tensor) -> Tensor:
+        x = self._tokens(image)
+        for block in self.blocks:
+            x = block(x)
+        return self.final_norm(x)
+
+    def block_states(self, image: Tensor) -> list[Tensor]:
+        states = [self._tokens(to_size(image, self.config.image_size))]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        return states[1:]
+
+    def _tokens(self, image: Tensor) -> Tensor:
+        """``image [b 3 h w]`` of the config's size ``-> [b 1+n width]``, the input of the first block."""
         size = self.config.image_size
         assert image.shape[2:] == (size, size), f"{tuple(image.shape)} is not a batch of {size} x {size} pixels"
         patches = rearrange(self.patch_embedding(self._normalized(image)), "b c h w -> b (h w) c")
         x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
-        x = self.norm_in(x + self.position_embedding)
-        for block in self.blocks:
-            x = block(x)
-        return self.final_norm(x)
+        return self.norm_in(x + self.position_embedding)
 
     def _normalized(self, image: Tensor) -> Tensor:
         """Normalize images in [-1, 1] by the mean and std that the weights were trained with."""

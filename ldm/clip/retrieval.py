@@ -32,7 +32,7 @@ def recall_at_k(text_features: Tensor, image_features: Tensor, ks: Sequence[int]
         ``text_to_image_R@k`` and ``image_to_text_R@k`` in [0, 1] for each k.
     """
     text, image = F.normalize(text_features.float(), dim=-1), F.normalize(image_features.float(), dim=-1)
-    ranks = {"text_to_image": _cosine_ranks(text, image), "image_to_text": _cosine_ranks(image, text)}
+    ranks = {"text_to_image": cosine_ranks(text, image), "image_to_text": cosine_ranks(image, text)}
     return {f"{way}_R@{k}": _share_below(rank, k) for way, rank in ranks.items() for k in ks}
 
 
@@ -65,16 +65,23 @@ def reduced_recall(
     reduced: Tensor, reference: Tensor, own_index: Tensor, ks: Sequence[int] = (1, 5)
 ) -> dict[str, float]:
     """Compute :func:`sample_recall` from samples ``[n d]`` and true images ``[m d]`` that :func:`reduce_images` has reduced."""
+    rank = reduced_ranks(reduced, reference, own_index)
+    return {f"R@{k}": _share_below(rank, k) for k in ks}
+
+
+@torch.no_grad()
+def reduced_ranks(reduced: Tensor, reference: Tensor, own_index: Tensor) -> Tensor:
+    """Count the true images that are nearer to each sample than its own one, ``[n]``; arguments as :func:`reduced_recall`."""
     ranks, chunk = [], max(1, min(CHUNK, DISTANCES // len(reference)))
     for rows, own in zip(reduced.split(chunk), own_index.split(chunk), strict=True):
         # The expansion |a|² - 2ab + |b|² would round equal images apart.
         distance = torch.cdist(rows, reference, compute_mode="donot_use_mm_for_euclid_dist")
         ranks.append((~(distance >= distance.gather(1, own[:, None]))).sum(dim=1))  # NaN counts against
-    rank = torch.cat(ranks)
-    return {f"R@{k}": _share_below(rank, k) for k in ks}
+    return torch.cat(ranks)
 
 
-def _cosine_ranks(queries: Tensor, keys: Tensor) -> Tensor:
+@torch.no_grad()
+def cosine_ranks(queries: Tensor, keys: Tensor) -> Tensor:
     """Count the keys other than the own one that are at least as near, ``[n]``; both inputs ``[n d]`` of unit length."""
     ranks = []
     for start in range(0, len(queries), CHUNK):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from ldm.cli import evaluate as command
+from ldm.evaluation.receipt import read_receipts
 from ldm.training.stages import train_stage
 from tests.experiments import CAPTIONS, tiny_experiment, write_experiment
 
@@ -40,6 +41,18 @@ def test_a_run_is_measured_by_each_of_its_stages(monkeypatch: pytest.MonkeyPatch
         assert samples["train[::4]"]["captions"] == 2
         with Image.open(tmp_path / "run" / f"evaluation-{split}.png") as sheet:
             assert sheet.width > sheet.height
+        numbers = {each.conditions.metric: each for each in read_receipts(tmp_path / "run").numbers}
+        assert numbers["psnr"].value == pytest.approx(results["psnr"])
+        assert numbers["recall_by_image@1"].value == pytest.approx(samples[split]["R@1"])
+        assert numbers["fid"].conditions.network == "own"  # the image tower of the run
+        assert numbers["fid"].conditions.ema == "EMA, decay 0.9"
+        assert {each.conditions.split for each in numbers.values()} == {split}
+
+    vae = tmp_path / "run" / "vae"
+    assert evaluated(monkeypatch, vae, "--receipts", vae / "receipts.json", f"data.val={tmp_path / 'train.tar'}") == 0
+    alone = {each.conditions.metric for each in read_receipts(vae / "receipts.json").numbers}
+    assert "psnr" in alone
+    assert not alone & {"fid", "retrieval", "denoising_error@1"}
 
 
 def test_an_unknown_split_is_one_sentence(

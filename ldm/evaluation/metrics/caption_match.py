@@ -1,0 +1,72 @@
+"""Whether generated images show what their captions say: CLIP score, and retrieval by embedding and by image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ldm.clip.retrieval import cosine_ranks, reduced_ranks
+from ldm.evaluation.intervals import bootstrap, wilson
+from ldm.evaluation.metric import Number, metric
+
+if TYPE_CHECKING:
+    from ldm.evaluation.subject import Subject
+
+KS = (1, 5)
+"""Numbers of nearest items of the recalls."""
+
+
+@metric("clip_score", "samples")
+def clip_score(subject: Subject) -> Iterator[Number]:
+    """Measure 100 max(cos, 0) between image and caption, the mean over images, as torchmetrics.
+
+    After Hessel et al. 2021 (arXiv 2104.08718), with another factor; the CLIP of a run gives other numbers than OpenAI's.
+    """
+    if not subject.samples_text:
+        return
+    made = subject.generated()
+    for network in subject.networks:
+        if network.captions is None:
+            continue
+        text = network.captions(made.captions)
+        cosine = F.cosine_similarity(made.features[network.name], text).double().numpy()
+        yield Number("clip_score", bootstrap(100 * cosine.clip(min=0)), len(made), "higher", network=network)
+
+
+@metric("recall_by_embedding", "samples")
+def recall_by_embedding(subject: Subject) -> Iterator[Number]:
+    """Measure how often the caption of a generated image is among the k nearest of all captions measured, by cosine."""
+    if not subject.samples_text:
+        return
+    made = subject.generated()
+    for network in subject.networks:
+        if network.captions is None:
+            continue
+        text = network.captions(made.captions)
+        ranks = cosine_ranks(F.normalize(made.features[network.name], dim=-1), F.normalize(text, dim=-1)).numpy()
+        for k in KS:
+            yield Number(
+                f"recall_by_embedding@{k}", wilson(ranks < k), len(made), "higher", network=network, parameters={"k": k}
+            )
+
+
+@metric("recall_by_image", "samples")
+def recall_by_image(subject: Subject) -> Iterator[Number]:
+    """Measure how often the true image of a caption is among the k nearest to the generated one, at 16 x 16."""
+    if not subject.samples_text:
+        return
+    made = subject.generated()
+    truths = torch.cat([subject.true(name).reduced for name in subject.sets])
+    first = dict(zip(subject.sets, np.cumsum([0, *(len(subject.true(name)) for name in subject.sets)]), strict=False))
+    own = torch.from_numpy(made.rows + first[subject.split])
+    ranks = reduced_ranks(made.reduced, truths, own).numpy()
+    among = "+".join(subject.sets)
+    for k in KS:
+        parameters = {"k": k, "among": len(truths), "reduced_to": 16}
+        yield Number(
+            f"recall_by_image@{k}", wilson(ranks < k), len(made), "higher", reference=among, parameters=parameters
+        )

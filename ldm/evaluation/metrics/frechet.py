@@ -1,0 +1,90 @@
+"""Fréchet distance between features (Heusel et al. 2017, arXiv 1706.08500, equation 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ldm.evaluation.intervals import Estimate, jackknife
+from ldm.evaluation.metric import Number, metric
+
+if TYPE_CHECKING:
+    from ldm.evaluation.subject import Subject
+
+
+class Moments(NamedTuple):
+    """Mean and covariance of features.
+
+    Attributes:
+        mean: ``[d]``.
+        root: matrix ``[r d]`` with root^T root = covariance, r = min(n, d).
+    """
+
+    mean: np.ndarray
+    root: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Moments:
+        """Return the moments of features ``[n d]``, n >= 2, in fp64, with the unbiased covariance."""
+        features = np.asarray(features, dtype=np.float64)
+        mean = features.mean(axis=0)
+        centred = (features - mean) / np.sqrt(len(features) - 1)
+        if len(centred) > centred.shape[1]:
+            centred = np.linalg.qr(centred, mode="r")
+        return cls(mean, centred)
+
+    @classmethod
+    def of_gaussian(cls, mean: np.ndarray, covariance: np.ndarray) -> Moments:
+        """Return given moments, ``[d]`` and ``[d d]``; the covariance may be singular."""
+        values, vectors = np.linalg.eigh(np.asarray(covariance, dtype=np.float64))
+        return cls(np.asarray(mean, dtype=np.float64), np.sqrt(values.clip(min=0))[:, None] * vectors.T)
+
+    @property
+    def variance(self) -> float:
+        """Trace of the covariance."""
+        return float(np.square(self.root).sum())
+
+
+def frechet_distance(first: Moments, second: Moments) -> float:
+    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), at least 0.
+
+    With C = R^T R, the last trace is the sum of the singular values of R1 R2^T, which needs no square root of a matrix and
+    holds for singular covariances, such as those of fewer images than features.
+    """
+    difference = first.mean - second.mean
+    cross = np.linalg.svd(first.root @ second.root.T, compute_uv=False).sum()
+    return max(0.0, float(difference @ difference + first.variance + second.variance - 2 * cross))
+
+
+def estimate(features: Tensor, reference: Tensor) -> Estimate:
+    """Return the distance of features ``[n d]`` to a fixed reference ``[m d]``, with its interval over the former.
+
+    The distance has a bias of about d / n, so numbers of different n are not comparable.
+    """
+    rows, fixed = features.double().numpy(), Moments.of(reference.double().numpy())
+    return jackknife(len(rows), lambda index: frechet_distance(Moments.of(rows[index]), fixed))
+
+
+@metric("fid", "samples")
+def fid(subject: Subject) -> Iterator[Number]:
+    """Compare generated images with the true ones of the reference split."""
+    if not subject.samples_text:
+        return
+    reference, made = subject.true(subject.reference), subject.generated()
+    for network in subject.networks:
+        found = estimate(made.features[network.name], reference.features[network.name])
+        yield Number("fid", found, len(made), "lower", network=network, reference=subject.reference)
+
+
+@metric("rfid", "vae")
+def rfid(subject: Subject) -> Iterator[Number]:
+    """Compare reconstructions with their originals."""
+    if subject.first_stage is None:
+        return
+    made = subject.reconstructions()
+    for network in subject.networks:
+        found = estimate(made.features[network.name], made.originals[network.name])
+        yield Number("rfid", found, len(made), "lower", network=network, reference=subject.split)

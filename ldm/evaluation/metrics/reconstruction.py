@@ -1,0 +1,45 @@
+"""Reconstructions of the first stage against their originals, image by image: PSNR, SSIM and LPIPS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ldm.evaluation.image_pairs import WINDOW
+from ldm.evaluation.intervals import bootstrap
+from ldm.evaluation.metric import Number, metric
+
+if TYPE_CHECKING:
+    from ldm.evaluation.subject import Subject
+
+
+@metric("psnr", "vae")
+def psnr(subject: Subject) -> Iterator[Number]:
+    """Measure the mean PSNR of the decoded modes of the posteriors, also by the tiny decoder if there is one."""
+    if subject.first_stage is None:
+        return
+    tiny = subject.pipe is not None and subject.pipe.model.tiny_decoder is not None
+    for decoder, suffix in {"full": "", **({"tiny": "_tiny_decoder"} if tiny else {})}.items():
+        values = subject.reconstructions(decoder).values["psnr"]
+        yield Number(f"psnr{suffix}", bootstrap(values), len(values), "higher", unit="dB")
+
+
+@metric("ssim", "vae")
+def ssim(subject: Subject) -> Iterator[Number]:
+    """Measure the mean SSIM of the decoded modes of the posteriors."""
+    if subject.first_stage is None:
+        return
+    values = subject.reconstructions().values["ssim"]
+    if not np.isnan(values).any():
+        yield Number("ssim", bootstrap(values), len(values), "higher", parameters={"sigma": 1.5, "window": WINDOW})
+
+
+@metric("lpips", "vae", by_default=False)
+def lpips(subject: Subject) -> Iterator[Number]:
+    """Measure the mean LPIPS of the decoded modes of the posteriors."""
+    if subject.first_stage is None:
+        return
+    values = subject.reconstructions(lpips=True).values["lpips"]
+    yield Number("lpips", bootstrap(values), len(values), "lower", parameters={"network": "alex", "version": "0.1"})

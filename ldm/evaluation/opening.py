@@ -1,0 +1,193 @@
+"""Opening of a subject from the arguments that its receipts record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.devices import default_device, default_dtype
+from ldm.errors import CheckpointError, DataError, unknown, warn
+from ldm.evaluation.features import FeatureNetwork, clip_from, clip_network, open_network
+from ldm.evaluation.subject import Options, Subject
+from ldm.formats import read
+from ldm.formats.checkpoint import CLIP_COMPONENTS, OTHERS, Checkpoint
+from ldm.formats.native import build_on_meta, load_strictly
+from ldm.formats.training_checkpoint import checkpoint_in, training_note
+from ldm.load_options import Source
+from ldm.pipeline import Pipeline
+from ldm.training.experiment import Experiment, load_config
+from ldm.training.handoff import result_file
+from ldm.training.tasks import TASKS
+
+HELD_OUT = ("val", "test")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Arguments of an evaluation, as values of JSON.
+
+    Attributes:
+        config, overrides: YAML of the experiment, and ``key=value`` changes of it.
+        stage: the one stage to evaluate; None for all.
+        model, checkpoint: what is evaluated instead of the results of the run; see ``tools/evaluate.py --help``.
+        split: evaluated split.
+        train_every: captions of the training set for which the summary generates images.
+        settings, further: sampling settings.
+        compiled: arguments of ``Pipeline.compile``; empty for none.
+        features: feature networks; none = ``own``, if there is one.
+        metrics: names of metrics; none = those by default.
+        options: options of the metrics.
+    """
+
+    config: str
+    overrides: Sequence[str] = ()
+    stage: str | None = None
+    model: str | None = None
+    checkpoint: str | None = None
+    split: str = "val"
+    train_every: int = 28
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    further: Mapping[str, Any] = field(default_factory=dict)
+    compiled: Mapping[str, Any] = field(default_factory=dict)
+    features: Sequence[str] = ()
+    metrics: Sequence[str] = ()
+    options: Options = field(default_factory=Options)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Request:
+        """Return the request of a file of receipts.
+
+        Raises:
+            DataError: it was written by another version.
+        """
+        try:
+            options: dict[str, Any] = {
+                name: tuple(each) if isinstance(each, list) else each for name, each in values["options"].items()
+            }
+            return cls(**{**values, "options": Options(**options)})
+        except (KeyError, TypeError) as error:
+            raise DataError(f"the receipts have a request of another version ({error}); evaluate again.") from None
+
+
+def open_subject(request: Request, say: Callable[[str], object] = warn) -> Subject:
+    """Open the networks and the data of an evaluation; ``say`` is called with sentences on what is left out.
+
+    Raises:
+        LdmError: the config is invalid, or networks, data or feature networks are missing.
+    """
+    if request.split not in HELD_OUT:
+        raise DataError(unknown("split", request.split, HELD_OUT))
+    experiment = load_config(request.config, list(request.overrides))
+    sources = (
+        {"model": request.model} if request.model else sources_of(experiment, request.checkpoint, request.stage, say)
+    )
+    found = [
+        read(source, checkpoint=request.checkpoint if source is request.model else None) for source in sources.values()
+    ]
+    data = experiment.data.without_cache()  # images are read one after the other
+    sets = {  # samples are compared with the images of all splits that there are
+        name: data.open(name) for name in ("train", *HELD_OUT) if name == request.split or data.has(name)
+    }
+    if request.options.reference not in (None, *sets):
+        raise DataError(unknown("reference split", request.options.reference, sets))
+    parts = networks(found)
+    subject = Subject(
+        folder=Path() if request.model else experiment.folder,
+        experiment=experiment,
+        sets=sets,
+        split=request.split,
+        train_every=request.train_every,
+        settings=request.settings,
+        further=request.further,
+        compiled=dict(request.compiled),
+        networks=feature_networks(request.features, experiment, parts["clip"]),
+        own_weights=request.model is None,
+        notes=[note for each in found if (note := training_note(each.provenance))],
+        options=request.options,
+        **parts,
+    )
+    if request.compiled and subject.pipe:
+        subject.pipe.compile(**request.compiled)
+    return subject
+
+
+def feature_networks(given: Sequence[str], experiment: Experiment, clip: Any) -> list[FeatureNetwork]:
+    """Open feature networks; ``own`` without a source is the CLIP of the run, and what is opened if none are given.
+
+    Raises:
+        CheckpointError: a network that was given is unknown, or not on this machine.
+    """
+    device = default_device()
+    result = result_file(experiment, "clip") if experiment.clip is not None else None
+    opened = []
+    for name in given or ("own",):
+        if name == "own" and clip is not None:
+            opened.append(clip_network(name, *clip))
+        elif name == "own" and result is not None and result.is_file():
+            opened.append(open_network(f"own={result}", device))
+        elif given:
+            opened.append(open_network(name, device))
+    names = [each.name for each in opened]
+    if len({*names}) < len(names):
+        raise CheckpointError(f"the feature networks are {', '.join(names)}; give each name once.")
+    return opened
+
+
+def sources_of(
+    experiment: Experiment, checkpoint: str | None, only: str | None = None, say: Callable[[str], object] = warn
+) -> dict[str, Source]:
+    """Return what each stage of an experiment has to evaluate, by stage: a checkpoint of that name, or its result.
+
+    Args:
+        experiment: the experiment.
+        checkpoint: name of the checkpoint; None for the results.
+        only: the one stage to evaluate; None for all.
+        say: called with a sentence for each stage that is left out.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    sources: dict[str, Source] = {}
+    named = False  # whether a stage has a checkpoint of that name
+    for stage in (stage for stage in TASKS if getattr(experiment, stage) is not None and only in (None, stage)):
+        result = result_file(experiment, stage)
+        found = None if checkpoint is None else checkpoint_in(experiment.folder / stage, checkpoint)
+        named |= found is not None
+        given = getattr(getattr(experiment, stage), "checkpoint", None)
+        source = given or found or (result if result.is_file() else None)
+        if source is not None:
+            sources[stage] = source
+        elif stage in experiment.stages:
+            wanted = "" if checkpoint is None else f"checkpoint {checkpoint!r} of it and no "
+            say(f"stage {stage} is left out: there is no {wanted}{result}")
+    if not any(stage in sources for stage in experiment.stages):
+        raise CheckpointError(
+            f"{experiment.folder} holds no result of a stage; train one, or give --checkpoint best or last."
+        )
+    if checkpoint is not None and not named:
+        raise CheckpointError(
+            f"no stage of {experiment.folder} has a checkpoint {checkpoint!r}; give best, last or a step."
+        )
+    return sources
+
+
+def networks(found: Sequence[Checkpoint]) -> dict[str, Any]:
+    """Return the fields of :class:`Subject` that are networks, from the checkpoints that have them."""
+    device = default_device()
+    pipe, first_stage, clip = None, None, None
+    for each in found:
+        if not each.missing():
+            pipe = Pipeline(each.build(default_dtype(device))).to(device, default_dtype(device))
+        elif "first_stage" in each.parts:
+            part = each.parts["first_stage"]
+            first_stage = build_on_meta(part.config.build, part.state, each.source)
+            load_strictly(first_stage, part.state, each.source, torch.float32)
+            first_stage.to(device).eval().requires_grad_(False)
+        elif each.parts.keys() >= {*CLIP_COMPONENTS, OTHERS}:
+            network, tokenizer = clip_from(each)
+            clip = (network, tokenizer) if tokenizer is not None else None
+    return {"pipe": pipe, "first_stage": first_stage if pipe is None else pipe.model.first_stage, "clip": clip}

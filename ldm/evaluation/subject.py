@@ -1,0 +1,334 @@
+"""Subject of an evaluation: the networks of a run or a model, its data, and the passes over images that metrics share.
+
+Images are read, generated and reconstructed one batch after the other; a pass keeps features and values of images, but no images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm.clip.retrieval import reduce_images
+from ldm.data.bad_samples import BAD, summary
+from ldm.data.samples import Batch, BatchIndices, Samples, captions_of, take
+from ldm.data.stream import EvaluationLoader
+from ldm.errors import warn
+from ldm.evaluation.features import FeatureNetwork, quantized, weights_hash
+
+if TYPE_CHECKING:
+    from ldm.clip.model import CLIP
+    from ldm.clip.tokenizer import Tokenizer
+    from ldm.pipeline import Pipeline
+    from ldm.training.experiment import Experiment
+    from ldm.vae import FirstStage
+
+BATCH = 32
+"""Number of images that are computed at once."""
+
+SHOWN = 24
+"""Number of generated images that are kept for the sheet."""
+
+READER = "the evaluation of generated images"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the metrics, recorded in the receipts where a metric depends on them.
+
+    Attributes:
+        images: number of the first good samples of the split that are measured; None for all.
+        reference: split whose images generated ones are compared with; None for the evaluated split.
+        seed: seed of the first generated image, and of noise and training in other metrics.
+        repeats: for the diversity, number of captions and number of images for each.
+        templates: templates of zero-shot classification, each with ``{}``.
+        classes: names of the classes by label; none = each distinct caption is a class.
+        probe_steps: number of steps that the probe of a first stage is trained for.
+    """
+
+    images: int | None = None
+    reference: str | None = None
+    seed: int = 0
+    repeats: tuple[int, int] = (8, 8)
+    templates: tuple[str, ...] = ("{}",)
+    classes: tuple[str, ...] = ()
+    probe_steps: int = 300
+
+
+class Collected:
+    """What a pass over images keeps of them.
+
+    Attributes:
+        features: features of the images by network, ``[n d]``.
+        reduced: images reduced to 16 x 16, ``[n 768]``.
+        captions: captions, empty if the data has none.
+        size: height and width of the images.
+    """
+
+    def __init__(self, networks: Sequence[FeatureNetwork]):
+        self._networks, self._digest = networks, hashlib.sha256()
+        self._features: dict[str, list[Tensor]] = {each.name: [] for each in networks}
+        self._reduced: list[Tensor] = []
+        self.captions: list[Any] = []
+        self.size: tuple[int, int] = (0, 0)
+
+    def add(self, images: Tensor, captions: Sequence[Any] = ()) -> None:
+        """Add images ``[b 3 h w]`` in [-1, 1] and their captions."""
+        self._reduced.append(reduce_images(images))
+        self.captions += captions
+        self.size = (images.shape[-2], images.shape[-1])
+        self._digest.update(quantized(images).cpu().contiguous().numpy().tobytes())
+        self._digest.update("\0".join(map(str, captions)).encode())
+        if images.shape[1] == 3:
+            for each in self._networks:
+                self._features[each.name].append(each(images))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._reduced))
+
+    @cached_property
+    def features(self) -> dict[str, Tensor]:
+        return {name: torch.cat(parts) for name, parts in self._features.items() if parts}
+
+    @cached_property
+    def reduced(self) -> Tensor:
+        return torch.cat(self._reduced)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the images in 8 bits and of the captions: 16 hexadecimal digits."""
+        return self._digest.hexdigest()[:16]
+
+
+class TrueImages(Collected):
+    """True images of a split; ``rows`` has the numbers of its good samples."""
+
+    rows: np.ndarray
+
+
+class GeneratedImages(Collected):
+    """Images generated for captions of a split.
+
+    Attributes:
+        rows: row of each caption among the true images of its split, ``[n]``.
+        shown: some of the images, ``[s 3 h w]`` in [-1, 1], and ``places``, the rows of their captions.
+        seconds: time that generating one image took.
+    """
+
+    rows: np.ndarray
+    places: np.ndarray
+    shown: Tensor
+    seconds: float
+
+
+@dataclass
+class Reconstructions:
+    """Measurements on reconstructions: values of each image by name, ``[n]``, and features by network ``[n d]``."""
+
+    values: dict[str, np.ndarray]
+    features: dict[str, Tensor]
+    originals: dict[str, Tensor]
+    fingerprint: str
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values())))
+
+
+@dataclass
+class Subject:
+    """Subject of the measurements, and the folder of their results; networks that have not been trained are None.
+
+    Attributes:
+        folder: where results are written.
+        experiment: experiment whose data it is measured on.
+        sets: samples by split.
+        split: evaluated split.
+        train_every: captions of the training set for which the summary generates images: every n-th.
+        settings: sampling settings; values of None are the model's.
+        further: further sampling settings, whose effect the summary measures.
+        compiled: arguments of ``Pipeline.compile``.
+        networks: feature networks.
+        own_weights: whether the weights are those that the experiment trains.
+        notes: sentences on unfinished trainings.
+        options: options of the metrics.
+    """
+
+    folder: Path
+    experiment: Experiment
+    pipe: Pipeline | None
+    first_stage: FirstStage | None
+    clip: tuple[CLIP, Tokenizer] | None
+    sets: Mapping[str, Samples]
+    split: str
+    train_every: int = 28
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    further: Mapping[str, Any] = field(default_factory=dict)
+    compiled: Mapping[str, Any] | None = None
+    networks: Sequence[FeatureNetwork] = ()
+    own_weights: bool = True
+    notes: Sequence[str] = ()
+    options: Options = field(default_factory=Options)
+    _true: dict[str, TrueImages] = field(default_factory=dict, repr=False)
+    _hashed: dict[str, tuple[str, int]] = field(default_factory=dict, repr=False)
+    _weights: dict[int, str] = field(default_factory=dict, repr=False)
+    _made: dict[str, GeneratedImages] = field(default_factory=dict, repr=False)
+    _reconstructed: dict[tuple[str, bool], Reconstructions] = field(default_factory=dict, repr=False)
+
+    @property
+    def samples_text(self) -> bool:
+        """True if there is a model whose one condition is the caption."""
+        return self.pipe is not None and self.pipe.model.config.conditioner.input_keys == ("text",)
+
+    @property
+    def reference(self) -> str:
+        """Split whose images generated ones are compared with."""
+        return self.options.reference or self.split
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first stage."""
+        assert self.first_stage is not None
+        return self.pipe.device if self.pipe else next(self.first_stage.parameters(), torch.empty(0)).device
+
+    def batches(self, split: str, most: int | None = None) -> Iterator[Batch]:
+        """Yield the batches of a split in order, without its bad samples, of which a warning gives the number.
+
+        Args:
+            split: name of the split.
+            most: number of samples after which to stop; None for all.
+        """
+        reasons: Counter[str] = Counter()
+        left = len(self.sets[split]) if most is None else most
+        for batch in EvaluationLoader(self.sets[split], BATCH):
+            reasons.update(bad.reason.value for bad in batch.get(BAD, ()))
+            if left <= 0:
+                break
+            count = len(batch["key"])
+            yield batch if count <= left else take(_without_bad(batch), np.arange(left))
+            left -= count
+        if reasons:
+            warn(f"{sum(reasons.values())} samples of {split} cannot be used and are left out: {summary(reasons)}.")
+
+    def measured(self) -> Iterator[Batch]:
+        """Yield the batches that are measured: those of the evaluated split, up to ``options.images``."""
+        return self.batches(self.split, self.options.images)
+
+    def true(self, split: str) -> TrueImages:
+        """Collect the true images of a split, once."""
+        if split not in self._true:
+            bad: list[int] = []
+            found = TrueImages(self.networks)
+            for batch in self.batches(split):
+                found.add(batch["image"], batch.get("text", ()))
+                bad += [each.index for each in batch.get(BAD, ())]
+            found.rows = np.setdiff1d(np.arange(len(self.sets[split])), bad)
+            self._true[split] = found
+        return self._true[split]
+
+    def hashes(self, splits: str) -> tuple[str, int]:
+        """Return the hash and the number of the true images and captions of a split, or of several, joined by ``+``."""
+        found = [self._hash(name) for name in splits.split("+")]
+        return "+".join(each for each, _ in found), sum(count for _, count in found)
+
+    def _hash(self, split: str) -> tuple[str, int]:
+        if split not in self._hashed:
+            collected = self._true.get(split)
+            if collected is None:  # no features are needed
+                collected = TrueImages(())
+                for batch in self.batches(split):
+                    collected.add(batch["image"], batch.get("text", ()))
+            self._hashed[split] = collected.fingerprint, len(collected)
+        return self._hashed[split]
+
+    def hash_of(self, module: nn.Module) -> str:
+        """Return the hash of the weights of a module, computed once."""
+        if id(module) not in self._weights:
+            self._weights[id(module)] = weights_hash(module)
+        return self._weights[id(module)]
+
+    def generate(self, captions: Sequence[str], seed: int | Sequence[int], settings: Mapping[str, Any]) -> Tensor:
+        """Generate an image for each caption, ``[n 3 h w]`` in [-1, 1] on the CPU; image i has the seed ``seed + i``."""
+        assert self.pipe is not None
+        made = self.pipe(captions, seed=seed, output_type="pt", batch_size=BATCH, progress=False, **settings)
+        return made.cpu() * 2 - 1
+
+    def generated(self, every: int | None = None) -> GeneratedImages:
+        """Collect images for the captions of the evaluated split, or for every n-th of the training set, once.
+
+        The image of the i-th caption has the seed ``options.seed + i``.
+        """
+        import time
+
+        of, name = (self.split, self.split) if every is None else ("train", f"train[::{every}]")
+        if name in self._made:
+            return self._made[name]
+        true = self.true(of)
+        rows = np.arange(len(true)) if every is None else np.arange(0, len(true), every)
+        rows = rows[: self.options.images] if every is None else rows
+        shown = rows[np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)] if every is None else rows[:0]
+        found, images, start_time = GeneratedImages(self.networks), [], time.perf_counter()
+        for start in tqdm(range(0, len(rows), BATCH), f"generating for {name}", unit="batch", leave=False):
+            numbers = rows[start : start + BATCH]
+            captions = captions_of(self.sets[of].annotations(BatchIndices(true.rows[numbers])), READER)
+            made = self.generate(captions, self.options.seed + start, {**self.settings, **self.further})
+            found.add(made, captions)
+            images.append(made[np.flatnonzero(np.isin(numbers, shown))])
+        found.rows, found.places = rows, shown
+        found.shown = torch.cat(images)
+        found.seconds = (time.perf_counter() - start_time) / len(rows)
+        self._made[name] = found
+        return found
+
+    def reconstruct(self, image: Tensor, decoder: str = "full") -> Tensor:
+        """Return the decoded modes of the posteriors of images ``[b c h w]`` in [-1, 1]."""
+        if self.pipe is not None:
+            return self.pipe.model.decode(self.pipe.model.encode(image), decoder)
+        from ldm.vae import Tiling
+
+        assert self.first_stage is not None, "reconstruction needs a first stage"
+        tiling = Tiling()
+        return tiling.decode(self.first_stage, tiling.encode(self.first_stage, image).mode).clamp(-1, 1)
+
+    @torch.inference_mode()
+    def reconstructions(self, decoder: str = "full", lpips: bool = False) -> Reconstructions:
+        """Measure the reconstructions of the evaluated split by a decoder, once; values are ``psnr``, ``ssim`` and ``lpips``."""
+        from ldm.evaluation.image_pairs import lpips_network, ssim
+        from ldm.vae.metrics import psnr
+
+        for (kept, with_lpips), found in self._reconstructed.items():
+            if kept == decoder and (with_lpips or not lpips):
+                return found
+        measures = {"psnr": psnr, "ssim": ssim} | ({"lpips": lpips_network(self.device)} if lpips else {})
+        networks = self.networks if decoder == "full" else ()
+        originals, made = Collected(networks), Collected(networks)
+        values: dict[str, list[Tensor]] = {name: [] for name in measures}
+        for batch in self.measured():
+            image = batch["image"].to(self.device)
+            result = self.reconstruct(image, decoder)
+            for name, measure in measures.items():
+                values[name].append(measure(image, result).double().cpu())
+            originals.add(batch["image"], batch.get("text", ()))
+            made.add(result.float())
+        found = Reconstructions(
+            {name: torch.cat(each).numpy() for name, each in values.items()},
+            made.features if networks else {},
+            originals.features if networks else {},
+            originals.fingerprint,
+            originals.size,
+        )
+        self._reconstructed[decoder, lpips] = found
+        return found
+
+
+def _without_bad(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name != BAD}

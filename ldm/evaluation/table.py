@@ -1,0 +1,116 @@
+"""Tables of receipts: of one run, and of several, in which only numbers of equal conditions are ranked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ldm.errors import ConfigError, some, unknown
+from ldm.evaluation.receipt import CONDITIONS, Receipt, Receipts
+
+WIDTH = 60
+"""Longest value of a condition that is printed."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Ranking of numbers of the same name.
+
+    Attributes:
+        order: indices of the receipts, the best first; empty if they are not ranked.
+        reason: why they are not ranked; empty if they are.
+        separated: whether the interval of the best one overlaps with no other.
+    """
+
+    order: Sequence[int]
+    reason: str = ""
+    separated: bool = False
+
+
+def rank(receipts: Sequence[Receipt], across: Sequence[str] = ()) -> Ranking:
+    """Rank receipts of one number, unless their conditions differ.
+
+    Args:
+        receipts: one for each run.
+        across: fields of :class:`~ldm.evaluation.receipt.Conditions` that may differ, since their effect is what is compared.
+
+    Raises:
+        ConfigError: there is no such field.
+    """
+    for name in across:
+        if name not in CONDITIONS:
+            raise ConfigError(unknown("field of receipts", name, CONDITIONS))
+    first, *others = receipts
+    for other in others:
+        different = {
+            name: pair
+            for name, pair in first.conditions.differences(other.conditions).items()
+            if name.partition(".")[0] not in across
+        }
+        if (first.better, first.unit) != (other.better, other.unit):
+            different["better or unit"] = (f"{first.better} {first.unit}", f"{other.better} {other.unit}")
+        if different:
+            return Ranking(
+                (), "; ".join(f"{name} differs ({_short(a)}, {_short(b)})" for name, (a, b) in different.items())
+            )
+    if first.better == "neither":
+        return Ranking((), "neither a higher nor a lower value is better")
+    if any(not math.isfinite(each.value) for each in receipts):
+        return Ranking((), "a value is not finite")
+    sign = 1 if first.better == "lower" else -1
+    order = sorted(range(len(receipts)), key=lambda i: sign * receipts[i].value)
+    best = receipts[order[0]]
+    separated = all(best.high < each.low or best.low > each.high for each in (receipts[i] for i in order[1:]))
+    return Ranking(order, separated=separated and len(order) > 1)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= WIDTH else f"{text[:WIDTH]}..."
+
+
+def of_one(receipts: Receipts) -> str:
+    """Return the table of one run: number, value, interval, n, and feature network."""
+    rows = [("metric", "value [interval]", "n", "network")]
+    rows += [
+        (each.conditions.metric, each.text, str(each.conditions.n), each.conditions.network or "")
+        for each in receipts.numbers
+    ]
+    return aligned(rows)
+
+
+def of_several(runs: Sequence[Receipts], across: Sequence[str] = ()) -> str:
+    """Return the table over runs: a row for each number, a column for each run, and the ranking or why there is none."""
+    names = [chr(ord("A") + i) if i < 26 else f"run {i + 1}" for i in range(len(runs))]
+    by_key = [{each.key: each for each in run.numbers} for run in runs]
+    rows = [("metric", *names, "ranking")]
+    refused: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for run in by_key for key in run):
+        there = [(name, run[key]) for name, run in zip(names, by_key, strict=True) if key in run]
+        verdict = ""
+        if len(there) > 1:
+            found = rank([each for _, each in there], across)
+            verdict = " < ".join(there[i][0] for i in reversed(found.order))
+            if found.order:
+                verdict += "" if found.separated else " (intervals overlap)"
+            else:
+                verdict = "not ranked"
+                refused.setdefault(found.reason, []).append(key[0])
+        values = [run[key].text if key in run else "" for run in by_key]
+        rows.append((f"{key[0]} ({key[1]})" if key[1] else key[0], *values, verdict))
+    lines = [f"{name} = {run.name}, {run.created}" for name, run in zip(names, runs, strict=True)]
+    if across:
+        lines.append(f"ranked in spite of differences in: {', '.join(across)}")
+    lines += ["", aligned(rows)]
+    lines += [f"not ranked ({some(metrics)}): {reason}" for reason, metrics in refused.items()]
+    return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of text with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

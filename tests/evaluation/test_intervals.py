@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from ldm.evaluation.intervals import GROUPS, Estimate, bootstrap, jackknife, wilson
+from ldm.evaluation.metrics.coverage import DENSITY_K, balls_around, density_and_coverage, radii
+from ldm.evaluation.metrics.diversity import mean_pairwise_distance
+from ldm.evaluation.metrics.frechet import Moments, frechet_distance
+from ldm.evaluation.metrics.kernels import SIGMA, gaussian, mmd, polynomial
+
+REPEATS = 200
+
+MEAN, COVARIANCE = np.array([1.0, 0.0, 0.5]), np.diag([2.0, 1.0, 0.5])
+STANDARD = Moments(np.zeros(3), np.eye(3))
+
+
+def _features(draw: np.random.Generator, n: int) -> np.ndarray:
+    return MEAN + draw.standard_normal((n, 3)) * np.sqrt(np.diag(COVARIANCE))
+
+
+def _frechet(draw: np.random.Generator) -> Estimate:
+    rows = _features(draw, 400)
+    return jackknife(len(rows), lambda index: frechet_distance(Moments.of(rows[index]), STANDARD))
+
+
+REFERENCE = torch.from_numpy(np.random.default_rng(7).standard_normal((80, 3)))
+
+
+def _kernel(kernel: Callable[..., torch.Tensor]) -> Callable[[np.random.Generator], Estimate]:
+    return lambda draw: mmd(torch.from_numpy(_features(draw, 100)), REFERENCE, kernel)
+
+
+def _polynomial_mean(y: np.ndarray) -> np.ndarray:
+    """E (x.y/d + 1)^3 over the features x, for each y: the third moment of a normal variable."""
+    centre, variance = y @ MEAN / 3 + 1, y**2 @ np.diag(COVARIANCE) / 9
+    return centre**3 + 3 * centre * variance
+
+
+def _gaussian_mean(y: np.ndarray) -> np.ndarray:
+    """E exp(-|x - y|^2 / (2 sigma^2)) over the features x, for each y."""
+    width = SIGMA**2 + np.diag(COVARIANCE)
+    return np.exp(-((y - MEAN) ** 2 / (2 * width)).sum(1)) * SIGMA**3 / np.sqrt(width.prod())
+
+
+def _kernel_truth(kernel: Callable[..., torch.Tensor], mean: Callable[[np.ndarray], np.ndarray]) -> float:
+    """The expected value for the same reference; E k(x, x') is the mean of the closed form over many x'."""
+    pairs = kernel(REFERENCE, REFERENCE).numpy()
+    within = pairs[~np.eye(len(pairs), dtype=bool)].mean()
+    own = mean(_features(np.random.default_rng(5), 400_000)).mean()
+    return float(own + within - 2 * mean(REFERENCE.numpy()).mean())
+
+
+def _diversity(draw: np.random.Generator) -> Estimate:
+    return bootstrap([draw.gamma(2.0, 0.1) for _ in range(60)])
+
+
+def _density(draw: np.random.Generator) -> Estimate:
+    made = torch.from_numpy(_features(draw, 100))
+    return density_and_coverage(made, REFERENCE)["density"]
+
+
+def _density_truth() -> float:
+    made = torch.from_numpy(_features(np.random.default_rng(5), 20_000))
+    return float(balls_around(made, REFERENCE, radii(REFERENCE, DENSITY_K)).double().mean()) / DENSITY_K
+
+
+CASES: dict[str, tuple[Callable[[np.random.Generator], Estimate], Callable[[], float]]] = {
+    "mean of exponential values": (lambda draw: bootstrap(draw.exponential(size=150)), lambda: 1.0),
+    "mean of a few gamma values": (_diversity, lambda: 0.2),
+    "share of 20 %": (lambda draw: wilson(draw.random(60) < 0.2), lambda: 0.2),
+    "share of 99 %": (lambda draw: wilson(draw.random(200) < 0.99), lambda: 0.99),
+    "Fréchet distance": (
+        _frechet,
+        lambda: frechet_distance(Moments.of_gaussian(MEAN, COVARIANCE), STANDARD),
+    ),
+    "KID": (_kernel(polynomial), lambda: _kernel_truth(polynomial, _polynomial_mean)),
+    "CMMD": (_kernel(gaussian), lambda: _kernel_truth(gaussian, _gaussian_mean)),
+    "density": (_density, _density_truth),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_intervals_cover_the_truth_in_90_to_98_percent(name: str) -> None:
+    measure, truth = CASES[name]
+    expected = truth()
+    covered = sum(measure(np.random.default_rng([3, repeat])).contains(expected) for repeat in range(REPEATS))
+    assert 0.90 * REPEATS <= covered <= 0.98 * REPEATS
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 12), (5, 12), (12, 12), (180, 192)])
+def test_the_interval_of_a_share_is_that_of_scipy(hits: int, n: int) -> None:
+    found = wilson(np.arange(n) < hits)
+    expected = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_the_jackknife_of_a_mean_of_equal_groups_is_the_standard_error_of_the_group_means() -> None:
+    values = np.random.default_rng(0).standard_normal(10 * GROUPS)
+    found = jackknife(len(values), lambda index: float(values[index].mean()))
+    means = values.reshape(-1, GROUPS).mean(axis=0)
+    error = means.std(ddof=1) / np.sqrt(GROUPS)
+    assert (found.high - found.low) / 2 == pytest.approx(2.093024054408263 * error)
+
+
+def test_too_few_samples_have_no_finite_interval() -> None:
+    assert bootstrap([1.0]).contains(1e9)
+    assert jackknife(GROUPS - 1, lambda index: float(len(index))).contains(-1e9)
+
+
+def test_a_constant_is_within_its_interval() -> None:
+    found = bootstrap(np.full(7, 0.1))
+    assert found.contains(found.value)
+
+
+def test_the_mean_pairwise_distance_is_that_of_a_loop() -> None:
+    features = torch.randn(6, 4, dtype=torch.float64)
+    unit = features / features.norm(dim=1, keepdim=True)
+    pairs = [float(1 - unit[i] @ unit[j]) for i in range(6) for j in range(6) if i != j]
+    assert mean_pairwise_distance(features) == pytest.approx(np.mean(pairs))
+    assert mean_pairwise_distance(features[:1].expand(4, -1)) == pytest.approx(0)
