@@ -161,6 +161,7 @@ class Subject:
         own_weights: whether the weights are those that the experiment trains.
         notes: sentences on unfinished trainings.
         options: options of the metrics.
+        pairs: embeddings of CLIP, kept for the metrics that share them.
     """
 
     folder: Path
@@ -178,6 +179,7 @@ class Subject:
     own_weights: bool = True
     notes: Sequence[str] = ()
     options: Options = field(default_factory=Options)
+    pairs: Any = field(default=None, repr=False)
     _true: dict[str, TrueImages] = field(default_factory=dict, repr=False)
     _hashed: dict[str, tuple[str, int]] = field(default_factory=dict, repr=False)
     _weights: dict[int, str] = field(default_factory=dict, repr=False)

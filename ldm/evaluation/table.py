@@ -85,7 +85,7 @@ def of_several(runs: Sequence[Receipts], across: Sequence[str] = ()) -> str:
     """Return the table over runs: a row for each number, a column for each run, and the ranking or why there is none."""
     names = [chr(ord("A") + i) if i < 26 else f"run {i + 1}" for i in range(len(runs))]
     by_key = [{each.key: each for each in run.numbers} for run in runs]
-    rows = [("metric", *names, "ranking")]
+    rows = [("metric", *names, "worst < best")]
     refused: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for run in by_key for key in run):
         there = [(name, run[key]) for name, run in zip(names, by_key, strict=True) if key in run]

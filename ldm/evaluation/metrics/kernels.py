@@ -103,6 +103,8 @@ def _distance(
     if not subject.samples_text:
         return
     reference, made = subject.true(subject.reference), subject.generated()
+    if min(len(reference), len(made)) < 2:
+        return
     for network in subject.networks:
         found = mmd(made.features[network.name], reference.features[network.name], kernel)
         scaled = Estimate(found.value * scale, found.low * scale, found.high * scale, found.method)
