@@ -95,14 +95,14 @@ class WeightedLossConfig(DenoisingLossConfig, kind="weighted"):
             )
 
     def check(self, diffusion: Diffusion) -> None:
-        pure_noise = isinstance(diffusion.schedule, BetaSchedule) and diffusion.schedule.zero_terminal_snr
-        if pure_noise and self.weighting != "none":
+        schedule = diffusion.schedule
+        zero_terminal_snr = isinstance(schedule, BetaSchedule) and schedule.zero_terminal_snr
+        if zero_terminal_snr and self.weighting != "none":
             raise ConfigError(
                 f"the weighting {self.weighting} cannot be used with zero_terminal_snr, because its weight is 0 in pure noise, "
                 "which the network would not learn; choose none."
             )
-
-        if pure_noise and not self.noise_level_sampler.includes_last:
+        if zero_terminal_snr and not self.noise_level_sampler.includes_last:
             raise ConfigError(
                 f"the noise_level_sampler {self.noise_level_sampler.kind} cannot be used with zero_terminal_snr, because it "
                 "never draws pure noise, with which sampling begins; choose uniform, antithetic, stratified or low_discrepancy."
