@@ -41,7 +41,7 @@ def add(page: Page, name: str, file: Path) -> None:
     panel = page.locator("#controlnets")
     if not panel.evaluate("details => details.open"):
         panel.locator("summary").click()
-    panel.get_by_label("ControlNet", exact=True).select_option(name)
+    panel.get_by_role("combobox", name="ControlNet").select_option(name)
     panel.locator("input[type=file]").set_input_files(file)
     expect(panel.get_by_role("img", name=f"Image of {name}")).to_be_visible()
 
