@@ -156,7 +156,9 @@ def evaluate(
         result.write(file)
         print(f"{table.of_one(result)}\nreceipts: {file}")
     elif metrics:
-        raise ConfigError(f"none of the metrics {', '.join(_names(metrics))} applies to {result.name}; choose others.")
+        raise ConfigError(
+            f"none of the metrics {', '.join(_names(metrics))} applies to {result.name}; choose others, or give --features."
+        )
     if results:
         print(json.dumps(results, indent=2))
         (subject.folder / f"evaluation-{split}.json").write_text(json.dumps(results, indent=2) + "\n")

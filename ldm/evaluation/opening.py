@@ -121,6 +121,12 @@ def feature_networks(given: Sequence[str], experiment: Experiment, clip: Any) ->
     Raises:
         CheckpointError: a network that was given is unknown, or not on this machine.
     """
+    if experiment.data.image_shape[0] != 3:
+        if given:
+            raise CheckpointError(
+                "feature networks need images with 3 channels, which the data does not have; give no --features."
+            )
+        return []
     device = default_device()
     result = result_file(experiment, "clip") if experiment.clip is not None else None
     opened = []

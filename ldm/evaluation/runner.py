@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -81,7 +82,7 @@ def receipt(subject: Subject, part: Part, number: Number) -> Receipt:
         parameters=_plain(number.parameters),
         interval=number.estimate.method,
         level=LEVEL,
-        versions=_versions(),
+        versions=dict(_versions()),
         **_sampling(subject, part),
     )
     value = number.estimate
@@ -194,6 +195,7 @@ def _sampling(subject: Subject, part: Part) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     found = {"ldm": __version__, "python": platform.python_version()}
     for package in PACKAGES:

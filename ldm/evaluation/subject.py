@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.clip.retrieval import reduce_images
+from ldm.conditioning.conditioner import input_of
 from ldm.data.bad_samples import BAD, summary
 from ldm.data.samples import Batch, BatchIndices, Samples, captions_of, take
 from ldm.data.stream import EvaluationLoader
@@ -192,6 +193,12 @@ class Subject:
         return self.pipe is not None and self.pipe.model.config.conditioner.input_keys == ("text",)
 
     @property
+    def generates(self) -> bool:
+        """True if there is a model of captions, of classes, or without a condition, whose images can be compared as a set."""
+        keys = None if self.pipe is None else self.pipe.model.config.conditioner.input_keys
+        return keys in ((), ("text",), ("label",)) and self.experiment.data.image_shape[0] == 3
+
+    @property
     def reference(self) -> str:
         """Split whose images generated ones are compared with."""
         return self.options.reference or self.split
@@ -260,14 +267,31 @@ class Subject:
 
     def generate(self, captions: Sequence[str], seed: int | Sequence[int], settings: Mapping[str, Any]) -> Tensor:
         """Generate an image for each caption, ``[n 3 h w]`` in [-1, 1] on the CPU; image i has the seed ``seed + i``."""
+        return self._generate({"prompt": captions}, seed, settings)
+
+    def _generate(
+        self, conditions: Mapping[str, Any], seed: int | Sequence[int], settings: Mapping[str, Any]
+    ) -> Tensor:
         assert self.pipe is not None
-        made = self.pipe(captions, seed=seed, output_type="pt", batch_size=BATCH, progress=False, **settings)
+        made = self.pipe(**conditions, seed=seed, output_type="pt", batch_size=BATCH, progress=False, **settings)
         return made.cpu() * 2 - 1
 
-    def generated(self, every: int | None = None) -> GeneratedImages:
-        """Collect images for the captions of the evaluated split, or for every n-th of the training set, once.
+    def _conditions(self, split: str, numbers: np.ndarray) -> dict[str, Any]:
+        """Return the conditions of samples as arguments of the pipeline."""
+        assert self.pipe is not None
+        keys = self.pipe.model.config.conditioner.input_keys
+        if not keys:
+            return {"num_images_per_prompt": len(numbers)}
+        annotations = self.sets[split].annotations(BatchIndices(numbers))
+        if keys == ("text",):
+            return {"prompt": captions_of(annotations, READER)}
+        return {"label": input_of(annotations, "label").tolist()}
 
-        The image of the i-th caption has the seed ``options.seed + i``.
+    def generated(self, every: int | None = None) -> GeneratedImages:
+        """Collect images for the conditions of the evaluated split, or for every n-th of the training set, once.
+
+        Conditions are captions or classes; without a condition there are as many images.
+        The i-th image has the seed ``options.seed + i``.
         """
         import time
 
@@ -281,9 +305,9 @@ class Subject:
         found, images, start_time = GeneratedImages(self.networks), [], time.perf_counter()
         for start in tqdm(range(0, len(rows), BATCH), f"generating for {name}", unit="batch", leave=False):
             numbers = rows[start : start + BATCH]
-            captions = captions_of(self.sets[of].annotations(BatchIndices(true.rows[numbers])), READER)
-            made = self.generate(captions, self.options.seed + start, {**self.settings, **self.further})
-            found.add(made, captions)
+            conditions = self._conditions(of, true.rows[numbers])
+            made = self._generate(conditions, self.options.seed + start, {**self.settings, **self.further})
+            found.add(made, conditions.get("prompt", ()))
             images.append(made[np.flatnonzero(np.isin(numbers, shown))])
         found.rows, found.places = rows, shown
         found.shown = torch.cat(images)

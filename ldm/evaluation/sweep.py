@@ -141,7 +141,7 @@ def sweep(
     """Measure a model with each combination of sampling settings, with the same captions and seeds.
 
     Args:
-        subject: a model whose one condition is the caption.
+        subject: a model of captions, of classes, or without a condition.
         values: values of the swept settings by name, such as ``{"guidance_scale": [1, 3]}``.
         names: the two numbers to compare: numbers of metrics of samples, such as ``fid`` or ``recall_by_image@1``, or
             ``evaluations``, the evaluations of the network for an image.
@@ -150,8 +150,10 @@ def sweep(
     Raises:
         ConfigError: a number is unknown, or is not measured for this model.
     """
-    if not subject.samples_text:
-        raise ConfigError("a sweep needs a model of captions; name one that is trained up to stage denoiser.")
+    if not subject.generates:
+        raise ConfigError(
+            "a sweep needs a model of captions or classes; name one that is trained up to stage denoiser."
+        )
     metrics = [each for each in all_metrics().values() if each.part == "samples"]
     by_name = {each.name: each for each in metrics}
     found = [by_name.get(name.partition("@")[0]) for name in names]
