@@ -68,6 +68,11 @@ Reference = Annotated[
 Seed = Annotated[int, Option(help="Seed of the first generated image, and of noise and training in other metrics.")]
 
 
+@app.callback()
+def group() -> None:
+    """Evaluate a run or a model; the command is run, with its options, if none is named."""
+
+
 @app.command(DEFAULT)
 def evaluate(
     config: Config = None,

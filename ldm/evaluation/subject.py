@@ -68,6 +68,10 @@ class Options:
 class Collected:
     """What a pass over images keeps of them.
 
+    Args:
+        networks: feature networks.
+        reduce: whether reduced images are kept.
+
     Attributes:
         features: features of the images by network, ``[n d]``.
         reduced: images reduced to 16 x 16, ``[n 768]``.
@@ -75,8 +79,8 @@ class Collected:
         size: height and width of the images.
     """
 
-    def __init__(self, networks: Sequence[FeatureNetwork]):
-        self._networks, self._digest = networks, hashlib.sha256()
+    def __init__(self, networks: Sequence[FeatureNetwork], reduce: bool = True):
+        self._networks, self._reduce, self._digest, self._count = networks, reduce, hashlib.sha256(), 0
         self._features: dict[str, list[Tensor]] = {each.name: [] for each in networks}
         self._reduced: list[Tensor] = []
         self.captions: list[Any] = []
@@ -84,7 +88,9 @@ class Collected:
 
     def add(self, images: Tensor, captions: Sequence[Any] = ()) -> None:
         """Add images ``[b 3 h w]`` in [-1, 1] and their captions."""
-        self._reduced.append(reduce_images(images))
+        self._count += len(images)
+        if self._reduce:
+            self._reduced.append(reduce_images(images))
         self.captions += captions
         self.size = (images.shape[-2], images.shape[-1])
         self._digest.update(quantized(images).cpu().contiguous().numpy().tobytes())
@@ -94,7 +100,7 @@ class Collected:
                 self._features[each.name].append(each(images))
 
     def __len__(self) -> int:
-        return sum(map(len, self._reduced))
+        return self._count
 
     @cached_property
     def features(self) -> dict[str, Tensor]:
@@ -253,7 +259,7 @@ class Subject:
         if split not in self._hashed:
             collected = self._true.get(split)
             if collected is None:  # no features are needed
-                collected = TrueImages(())
+                collected = TrueImages((), reduce=False)
                 for batch in self.batches(split):
                     collected.add(batch["image"], batch.get("text", ()))
             self._hashed[split] = collected.fingerprint, len(collected)
@@ -336,7 +342,7 @@ class Subject:
                 return found
         measures = {"psnr": psnr, "ssim": ssim} | ({"lpips": lpips_network(self.device)} if lpips else {})
         networks = self.networks if decoder == "full" else ()
-        originals, made = Collected(networks), Collected(networks)
+        originals, made = Collected(networks, reduce=False), Collected(networks, reduce=False)
         values: dict[str, list[Tensor]] = {name: [] for name in measures}
         for batch in self.measured():
             image = batch["image"].to(self.device)
