@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.benchmarks.case import Setup, Work
 from ldm.training.config import TrainConfig
 from ldm.training.ema import EMA
-from ldm.training.optim import adamw, clip_gradients
+from ldm.training.gradient_clipping import clip_gradients
 from ldm.training.tasks.task import Step, Task
 
 BACKWARD = "forward and backward"
@@ -40,7 +40,7 @@ class OurTraining:
         task.to(memory_format=torch.channels_last)  # as StageModule.configure_model does
         self.task, self.config, self.batch, self.setup, self.number = task, config, batch, setup, number
         self.specs = task.optimizers()
-        self.optimizers = [adamw(spec.modules, config) for spec in self.specs]
+        self.optimizers = [config.optimizer.build(spec.modules, config) for spec in self.specs]
         self.parameters = [[p for group in each.param_groups for p in group["params"]] for each in self.optimizers]
         self.ema = EMA(task.trainable_module, config.ema_decay) if config.ema_decay else None
         if setup.compile is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
@@ -36,6 +37,13 @@ def convert(
         bool, Option("--inspect", help="Report what the source holds, and the evidence for inferred settings.")
     ] = False,
     dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16; default: as the source has it.")] = None,
+    ema_length: Annotated[
+        float | None,
+        Option(
+            help="Use averaged weights of this length, a share of the training such as 0.1, of a run that was trained with "
+            "train.ema_snapshots."
+        ),
+    ] = None,
     debug: Debug = False,
     *,
     options: dict[str, Any],
@@ -50,20 +58,37 @@ def convert(
     from ldm.formats import read, save
     from ldm.formats.single_network import save_single_network
 
-    try:
-        found = read(source, LoadOptions(**options))
-    except CheckpointError as error:
-        if inspect and error.details:
-            print("\n".join(error.details))
-        raise
-    if inspect:
-        print("\n".join(description(found)))
-    if target is not None:
-        precision = getattr(torch, DTYPES[dtype]) if dtype else None
-        if found.missing():
-            print(f"wrote {save_single_network(found, target, to, precision)}")
-        else:
-            print(f"wrote {save(found.build(precision), target, to)}")
+    with TemporaryDirectory() as folder:
+        try:
+            if ema_length is not None:
+                source = averaged(source, options, ema_length, Path(folder) / "averaged.safetensors")
+            found = read(source, LoadOptions(**options))
+        except CheckpointError as error:
+            if inspect and error.details:
+                print("\n".join(error.details))
+            raise
+        if inspect:
+            print("\n".join(description(found)))
+        if target is not None:
+            precision = getattr(torch, DTYPES[dtype]) if dtype else None
+            if found.missing():
+                print(f"wrote {save_single_network(found, target, to, precision)}")
+            else:
+                print(f"wrote {save(found.build(precision), target, to)}")
+
+
+def averaged(source: str, options: dict[str, Any], length: float, target: Path) -> str:
+    """Write the model of a run with averaged weights of a length, and return its path; ``options`` then belong to it.
+
+    Raises:
+        CheckpointError: the source is not in a run folder with snapshots of averages.
+    """
+    from ldm.formats import find
+    from ldm.formats.ema_snapshots import write_model
+
+    where = {name: options.pop(name, None) for name in ("revision", "subfolder", "variant", "checkpoint")}
+    write_model(find(source, **where), length, target)
+    return str(target)
 
 
 def description(found: Checkpoint) -> list[str]:

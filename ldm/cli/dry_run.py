@@ -141,7 +141,7 @@ def _stage(
         f"trained: {trained:,} parameters, for {train.max_steps:,} steps",
         f"batch: {train.batch_size} x {train.accumulate} accumulated = {batch} per device",
         *_order(experiment, stage, train.batch_size * count, opened),
-        f"learning rate: {train.learning_rate:g} after {train.warmup_steps} steps, then {train.decay}",
+        f"learning rate: {train.learning_rate:g} after {train.warmup_steps} steps, then {train.decay.kind}",
         f"operations: {_flops(last.flops / batch)} per sample, {_flops(last.flops)} per step and device, forward and backward",
     ]
     starts = sorted({0, *(spec.start for spec in task.optimizers() if spec.start < train.max_steps)})

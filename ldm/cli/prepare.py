@@ -226,6 +226,49 @@ def emoji(
 
 
 @app.command()
+def stamps(
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="Output folder; gets DST/train, DST/val and DST/test.")
+    ],
+    source: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the stamps. Default: that of Debian's package tuxpaint-stamps-default."),
+    ] = None,
+    language: Annotated[
+        str, typer.Option(help="Language of the captions: en, or one of the translations, such as de or pt_BR.")
+    ] = "en",
+    shard_size: ShardSize = 1000,
+    min_size: MinSize = 1,
+    max_size: MaxSize = None,
+    shares: Annotated[
+        str | None,
+        typer.Option(
+            help="Fractions of train, val and test; the split of an image is chosen by a hash of its name. Default: 0.8,0.1,0.1."
+        ),
+    ] = None,
+    drop_duplicates: Duplicates = None,
+    workers: Workers = 4,
+    debug: Debug = False,
+) -> None:
+    """Convert the stamps of Tux Paint (GPL-2; not part of ldm) to shards; DST/report.json lists those that were skipped."""
+    from ldm.data.stamps import SHARES, STAMPS_PATH, prepare_stamps
+
+    fractions = _shares(shares) or [*SHARES]
+    report = prepare_stamps(
+        source or STAMPS_PATH,
+        destination,
+        language=language,
+        shard_size=shard_size,
+        min_size=min_size,
+        max_size=max_size,
+        shares=fractions,
+        workers=workers,
+        drop_duplicates=drop_duplicates,
+    )
+    _print_report(report, destination, fractions)
+
+
+@app.command()
 def tokenizer(
     data: Annotated[
         list[str] | None,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.clip.patch_dropout import drop_patches
 from ldm.clip.transformer import Activation, check_shape, stack
 from ldm.config import Kind, config_field
 from ldm.errors import ConfigError
@@ -19,10 +20,19 @@ HALF = (0.5, 0.5, 0.5)
 
 
 class ImageTower(nn.Module):
-    """Encoder of an image into hidden states, and of these into one embedding."""
+    """Encoder of an image into hidden states, and of these into one embedding.
+
+    ``patch_dropout`` is the share of the patches of an image that it does not see in training mode.
+    """
+
+    patch_dropout: float = 0.0
 
     def states(self, image: Tensor) -> Tensor:
         """``image [b 3 h w]`` of the config's size in [-1, 1] ``-> [b 1+n width]``, the first of the entire image."""
+        raise NotImplementedError
+
+    def block_states(self, image: Tensor) -> list[Tensor]:
+        """Return the output ``[b 1+n width]`` of each block for ``image [b 3 h w]`` in [-1, 1], of any size."""
         raise NotImplementedError
 
     def embed(self, states: Tensor) -> Tensor:
@@ -102,14 +112,26 @@ class VisionTransformer(ImageTower):
             nn.init.normal_(parameter, std=config.width**-0.5)
 
     def states(self, image: Tensor) -> Tensor:
-        size = self.config.image_size
-        assert image.shape[2:] == (size, size), f"{tuple(image.shape)} is not a batch of {size} x {size} pixels"
-        patches = rearrange(self.patch_embedding(self._normalized(image)), "b c h w -> b (h w) c")
-        x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
-        x = self.norm_in(x + self.position_embedding)
+        x = self._tokens(image)
         for block in self.blocks:
             x = block(x)
         return self.final_norm(x)
+
+    def block_states(self, image: Tensor) -> list[Tensor]:
+        states = [self._tokens(to_size(image, self.config.image_size))]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        return states[1:]
+
+    def _tokens(self, image: Tensor) -> Tensor:
+        """``image [b 3 h w]`` of the config's size ``-> [b 1+n width]``, the input of the first block."""
+        size = self.config.image_size
+        assert image.shape[2:] == (size, size), f"{tuple(image.shape)} is not a batch of {size} x {size} pixels"
+        patches = rearrange(self.patch_embedding(self._normalized(image)), "b c h w -> b (h w) c")
+        x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1) + self.position_embedding
+        if self.patch_dropout and self.training:
+            x = torch.cat([x[:, :1], drop_patches(x[:, 1:], self.patch_dropout)], dim=1)
+        return self.norm_in(x)
 
     def _normalized(self, image: Tensor) -> Tensor:
         """Normalize images in [-1, 1] by the mean and std that the weights were trained with."""

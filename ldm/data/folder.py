@@ -7,7 +7,7 @@ image's name too; if one image has such a file, all need one. Images that cannot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -37,6 +37,9 @@ from ldm.modalities.caption import CAPTION
 from ldm.modalities.label import LABEL
 
 READABLE = {f".{suffix}" for suffix in IMAGE_SUFFIXES}
+CaptionSource = Callable[[Path, Sequence[Path], Sequence[Path], Report], FolderCaptions]
+"""Function that makes the captions of a folder, from the folder, all its files, those that are images, and the report."""
+
 _EXAMINED_AT_ONCE = 1024
 _FILES = {suffix: modality for suffix, modality in MEMBERS.items() if modality != CAPTION}
 """Modalities with a file of their own next to an image; captions may also come from metadata."""
@@ -70,6 +73,7 @@ def prepare_folder(
     drop_duplicates: int | None = None,
     class_folders: bool = False,
     caption_template: str | None = None,
+    captions: CaptionSource | None = None,
 ) -> Report:
     """Write a set of shards with the images of a folder; see :func:`ldm.data.set_writer.write_set`.
 
@@ -93,6 +97,8 @@ def prepare_folder(
         class_folders: whether the folder of an image is the name of its class; the class numbers are those of the sorted names.
         caption_template: caption of an image without one, in which the name of the class replaces ``{}``. None: with
             ``class_folders``, the images may have no captions.
+        captions: function that makes the captions of the images, for folders in which they are stored in a way of their own;
+            None: :class:`ldm.data.captions.FolderCaptions` with ``caption_field``.
 
     Raises:
         DataError: an invalid setting, a missing folder, unreadable metadata, no usable image, or a file that cannot be written.
@@ -107,11 +113,15 @@ def prepare_folder(
     if not source.is_dir():
         raise DataError(f"the folder {source} does not exist; give the folder of your images.")
     report = Report()
+    if captions is None:
+
+        def captions(folder: Path, files: Sequence[Path], images: Sequence[Path], report: Report) -> FolderCaptions:
+            return FolderCaptions(folder, files, images, caption_field, report)
 
     def fill(writer: SetWriter) -> None:
         from tqdm import tqdm
 
-        candidates = _candidates(source, destination, caption_field, class_folders, report)
+        candidates = _candidates(source, destination, captions, class_folders, report)
         by_name = {candidate.key: _split_folder(candidate.name) for candidate in candidates}
         in_split_folders = named_splits([*by_name.values()])
         if class_folders:
@@ -139,7 +149,7 @@ class _Usable:
 
 
 def _candidates(
-    source: Path, destination: Path, caption_field: str, without_captions: bool, report: Report
+    source: Path, destination: Path, captions_of: CaptionSource, without_captions: bool, report: Report
 ) -> list[_Candidate]:
     """List the images that have a caption, a unique key and all files, in the order of their names."""
     source = source.resolve()
@@ -156,7 +166,7 @@ def _candidates(
         for suffix in _FILES
         if suffix in suffixes.values()
     }
-    captions = FolderCaptions(source, files, images, caption_field, report)
+    captions = captions_of(source, files, images, report)
     candidates: dict[str, _Candidate] = {}
     for path in images:
         name = path.relative_to(source).as_posix()

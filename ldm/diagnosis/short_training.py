@@ -13,7 +13,7 @@ from ldm.diagnosis.opened_run import OpenedRun
 from ldm.diagnosis.pool import Pool, conditioning
 from ldm.model import LatentDiffusion
 from ldm.training.config import TrainConfig
-from ldm.training.optim import adamw, clip_gradients
+from ldm.training.gradient_clipping import clip_gradients
 
 BATCH = 16
 """Largest number of samples of a step."""
@@ -82,7 +82,7 @@ def train(
     """
     loss_of, generator = run.experiment.denoiser.loss.build(), torch.Generator().manual_seed(0)
     device, schedule = run.device, model.diffusion.schedule
-    optimizer, size, losses = adamw([model, loss_of.to(device)], config), min(BATCH, len(pool)), []
+    optimizer, size, losses = config.optimizer.build([model, loss_of.to(device)], config), min(BATCH, len(pool)), []
     rows = np.random.default_rng(0)
     spread = schedule.sigma((torch.arange(size) + 0.5) / size * (schedule.num_timesteps - 1)).float()
     for step in range(steps):

@@ -11,10 +11,33 @@ import torch
 from ldm.config import config_field
 from ldm.devices import default_device, default_dtype
 from ldm.errors import ConfigError
+from ldm.nn.power_profiles import LONGEST
+from ldm.training.learning_rate import Constant, LearningRateDecay
 from ldm.training.loggers import LoggerConfig
 from ldm.training.loggers.tensorboard import TensorBoardConfig
+from ldm.training.optimizers import OptimizerConfig
+from ldm.training.optimizers.adamw import AdamWConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class EMASnapshotsConfig:
+    """Stored averages with power-function profiles (Karras et al. 2024, arXiv 2312.02696, section 3).
+
+    The length of an average is the standard deviation of its profile as a share of the steps so far.
+    """
+
+    lengths: tuple[float, ...] = config_field((0.05, 0.1), "lengths of the averages that are stored")
+    every: int = config_field(1000, "steps between snapshots", changeable=True)
+
+    def __post_init__(self) -> None:
+        distinct = len(set(self.lengths)) == len(self.lengths) > 0
+        if not distinct or not all(0 < each < LONGEST for each in self.lengths) or self.every < 1:
+            raise ConfigError(
+                f"lengths {list(self.lengths)} must be different numbers above 0 and below {LONGEST:.4f}, at least one, and "
+                f"every {self.every} at least 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -25,14 +48,15 @@ class TrainConfig:
     batch_size: int = config_field(help="images per step and device, before accumulation", changeable=True)
     learning_rate: float = config_field(help="peak learning rate, reached after warm-up", changeable=True)
     accumulate: int = config_field(1, "batches whose gradients are averaged before a step", changeable=True)
+    optimizer: OptimizerConfig = config_field(
+        AdamWConfig(), "optimizer; another kind starts with a new training, since the state of each is its own"
+    )
     betas: tuple[float, float] = config_field((0.9, 0.999), "Adam betas (beta1, beta2)", changeable=True)
     weight_decay: float = config_field(
-        0.01, "AdamW weight decay; applied to matrices and convolutions only", changeable=True
+        0.01, "weight decay, decoupled as in AdamW; applied to matrices and convolutions only", changeable=True
     )
     warmup_steps: int = config_field(0, "steps over which the learning rate rises linearly from 0", changeable=True)
-    decay: Literal["constant", "cosine", "linear"] = config_field(
-        "constant", "learning-rate schedule after warm-up; cosine and linear reach 0 at max_steps", changeable=True
-    )
+    decay: LearningRateDecay = config_field(Constant(), "learning-rate schedule after warm-up", changeable=True)
     gradient_clip: float | None = config_field(
         1.0, "gradients are scaled down to this norm; null = no clipping", changeable=True
     )
@@ -40,6 +64,9 @@ class TrainConfig:
         0.9999,
         "decay of the averaged weights (EMA), ramped as (1 + n) / (10 + n) at step n; 0 = no averaging",
         changeable=True,
+    )
+    ema_snapshots: EMASnapshotsConfig | None = config_field(
+        None, "store averaged weights, from which averages of any length are made after the training; null = none"
     )
     precision: Precision | None = config_field(
         None,
@@ -92,9 +119,7 @@ class TrainConfig:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         done = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
-        if self.decay == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * done))
-        return 1.0 - done if self.decay == "linear" else 1.0
+        return self.decay.factor(done)
 
 
 @dataclass(frozen=True)

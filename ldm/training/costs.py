@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,8 @@ from ldm.formats import native
 from ldm.nn.gradient_checkpointing import set_gradient_checkpointing
 from ldm.training.accelerators import cublas_workspace
 from ldm.training.config import TrainConfig
-from ldm.training.ema import EMA
-from ldm.training.optim import adamw, clip_gradients
+from ldm.training.ema import EMA, PowerEMA
+from ldm.training.gradient_clipping import clip_gradients
 from ldm.training.simulation import CostCounter, autocast, compute_norms_in_fp32, remove_values
 from ldm.training.tasks import TASKS, CLIPTask
 from ldm.training.tasks.task import Step, Task
@@ -104,8 +104,8 @@ def flops_by_shape(experiment: Experiment, stage: str) -> Callable[[Shape], floa
 def flops_per_sample(experiment: Experiment, stage: str, step: int | None = None, shape: Shape | None = None) -> float:
     """Return the floating-point operations that the networks need for a training sample, forward and backward.
 
-    Activations that gradient checkpointing computes again do not count: this is the numerator of MFU (Chowdhery et al. 2022,
-    arXiv 2204.02311, appendix B).
+    Activations that gradient checkpointing or caching computes again do not count: this is the numerator of MFU (Chowdhery et al.
+    2022, arXiv 2204.02311, appendix B).
 
     Args:
         experiment: the experiment.
@@ -113,6 +113,8 @@ def flops_per_sample(experiment: Experiment, stage: str, step: int | None = None
         step: number of the optimizer step; None = the last, when all losses are active.
         shape: as in :func:`step_cost`.
     """
+    if experiment.clip is not None and experiment.clip.gradient_cache is not None:
+        experiment = replace(experiment, clip=replace(experiment.clip, gradient_cache=None))
     cost = step_cost(experiment, stage, step, gradient_checkpointing=False, shape=shape)
     return cost.flops / cost.samples
 
@@ -155,8 +157,10 @@ def step_cost(
     set_gradient_checkpointing(
         task, train.gradient_checkpointing if gradient_checkpointing is None else gradient_checkpointing
     )
-    optimizers = [adamw(spec.modules, train) for spec in task.optimizers()]
-    ema = EMA(task.trainable_module, train.ema_decay) if train.ema_decay else None
+    optimizers = [train.optimizer.simulated(spec.modules, train) for spec in task.optimizers()]
+    averages = [EMA(task.trainable_module, train.ema_decay)] if train.ema_decay else []
+    if train.ema_snapshots is not None:
+        averages += [PowerEMA(task.trainable_module, each) for each in train.ema_snapshots.lengths]
     parameters = [[p for group in each.param_groups for p in group["params"]] for each in optimizers]
     for optimizer, own in zip(optimizers, parameters, strict=True):  # an empty step, which makes the moments
         for parameter in own:
@@ -166,7 +170,7 @@ def step_cost(
     trained = [*chain(*parameters)]
     weights = [*task.parameters(), *task.buffers()]
     moments = [value for each in optimizers for state in each.state.values() for value in state.values()]
-    average = list(ema.average.values()) if ema is not None else []
+    average = [value for each in averages for value in each.average.values()]
     number = train.max_steps - 1 if step is None else step
     precision = precision or experiment.trainer.precision_of(train)
 
@@ -175,8 +179,8 @@ def step_cost(
         batch = _batch(experiment, task, [_typical(captions, task, train.batch_size)] * train.batch_size, shape)
         batches = min(train.accumulate, 2)
         _step(task, optimizers, parameters, batch, batches, number, train.gradient_clip, precision)
-        if ema is not None:
-            ema.update()
+        for each in averages:
+            each.update()
     fixed = [_bytes(tensors) for tensors in (weights, moments, average)]
     return StepCost(
         samples=train.batch_size * train.accumulate,
@@ -242,7 +246,9 @@ def _captions(experiment: Experiment, stage: str) -> list[str]:
         return [""]
     try:
         samples = experiment.data.open("train")
-        draw = BatchIndices(np.random.default_rng(0).permutation(len(samples))[:CAPTIONS])
+        generator = np.random.default_rng(0)
+        index = generator.permutation(len(samples))[:CAPTIONS]
+        draw = BatchIndices(index, generator.random((len(index), 3), np.float32))  # with augmented captions
         return captions_of(samples.annotations(draw), "")
     except LdmError:
         return ["x " * experiment.clip.tokenizer.context_length]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.nn import power_profiles
 from ldm.training.sharded_tensors import by_sharding, full_tensor, sharded_like
 
 
@@ -33,10 +34,14 @@ class EMA:
     def update(self) -> None:
         """Update the average after an optimizer step."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = self.decay_at(self.updates)
         weights = [parameter.detach() for parameter in self.parameters.values()]
         for averages, now in zip(by_sharding(self.average.values()), by_sharding(weights), strict=True):
             torch._foreach_lerp_(averages, now, 1 - decay)
+
+    def decay_at(self, update: int) -> float:
+        """Return the decay at an update, from 1."""
+        return min(self.decay, (1 + update) / (10 + update))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -68,6 +73,20 @@ class EMA:
     def to(self, device: torch.device) -> None:
         """Move the average to the device of the parameters."""
         self.average = {name: average.to(device) for name, average in self.average.items()}
+
+
+class PowerEMA(EMA):
+    """Average with a power-function profile of a length; see :mod:`ldm.nn.power_profiles`.
+
+    Its length in steps grows with the training; the first update replaces the initial weights.
+    """
+
+    def __init__(self, module: nn.Module, length: float):
+        super().__init__(module, 0.0)
+        self.length = length
+
+    def decay_at(self, update: int) -> float:
+        return power_profiles.decay(self.length, update)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

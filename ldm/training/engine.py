@@ -24,8 +24,9 @@ from ldm.formats.native import metadata_of
 from ldm.formats.training_checkpoint import MODULE, RECORD
 from ldm.nn.ranks import BatchGenerator, mean_over_ranks
 from ldm.training.config import TrainConfig
-from ldm.training.ema import EMA, not_finite
-from ldm.training.optim import adamw, clip_gradients
+from ldm.training.ema import EMA, PowerEMA, not_finite
+from ldm.training.gradient_clipping import clip_gradients
+from ldm.training.optimizers import set_learning_rate
 from ldm.training.sharded_tensors import full_tensor
 from ldm.training.tasks import Task
 from ldm.training.tasks.task import Export, Preview, Splits, Step, TrainLoss
@@ -81,6 +82,7 @@ class StageModule(L.LightningModule):
         self.verified_steps = -1  # steps after which the weights were last verified
         self.gradient_norm: Tensor | None = None  # of the newest optimizer step, until it is checked
         self.ema: EMA | None = None
+        self.power_averages: list[PowerEMA] = []  # of train.ema_snapshots
         self.latest: dict[str, Tensor | float] = {}  # metrics of the newest training batch
         self.latest_norms: dict[str, Tensor] = {}  # its gradient norms before clipping, if it ended an optimizer step
         self.latest_by_noise_level: dict[str, tuple[Tensor, Tensor]] = {}  # its metrics by noise level
@@ -141,7 +143,8 @@ class StageModule(L.LightningModule):
             self.task.to(memory_format=torch.channels_last)
 
     def configure_optimizers(self) -> Any:
-        return [adamw(spec.modules, self.train_config) for spec in self.specs]
+        config = self.train_config
+        return [config.optimizer.build(spec.modules, config) for spec in self.specs]
 
     def is_optimizer_step(self, batch_index: int) -> bool:
         """Return True if the optimizers step after this batch (gradients are accumulated over ``accumulate`` batches)."""
@@ -177,8 +180,8 @@ class StageModule(L.LightningModule):
         if due:
             self.task.after_step()
             self.completed_steps += 1
-            if self.ema is not None:
-                self.ema.update()
+            for average in self._averages():
+                average.update()
 
     @contextmanager
     def _only_trainable(self, index: int) -> Iterator[None]:
@@ -208,8 +211,7 @@ class StageModule(L.LightningModule):
         No scheduler is used: a resumed one would keep the learning rate of the old config.
         """
         config = self.train_config
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * config.learning_rate_factor(self.completed_steps)
+        set_learning_rate(optimizer, config.learning_rate * config.learning_rate_factor(self.completed_steps))
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         self.gradient_norm = clip_gradients(parameters, config.gradient_clip)
 
@@ -298,8 +300,17 @@ class StageModule(L.LightningModule):
         self.fingerprints = data.fingerprints()
         if self.train_config.ema_decay and self.ema is None:
             self.ema = EMA(self.task.trainable_module, self.train_config.ema_decay)
-        if self.ema is not None:
-            self.ema.to(self.device)
+        if not self.power_averages:
+            self.power_averages = self._new_power_averages()
+        for average in self._averages():
+            average.to(self.device)
+
+    def _averages(self) -> list[EMA]:
+        return [*([] if self.ema is None else [self.ema]), *self.power_averages]
+
+    def _new_power_averages(self) -> list[PowerEMA]:
+        config = self.train_config.ema_snapshots
+        return [PowerEMA(self.task.trainable_module, each) for each in config.lengths] if config else []
 
     def ema_weights(self) -> AbstractContextManager[None]:
         """Swap the averaged weights into the networks within the block."""
@@ -367,6 +378,8 @@ class StageModule(L.LightningModule):
         checkpoint[RECORD] = self._record()
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
+        if self.power_averages:
+            checkpoint["power_averages"] = {f"{each.length:g}": each.state_dict() for each in self.power_averages}
 
     def provenance(self) -> dict[str, Any]:
         """Return how the present weights were made, as JSON values."""
@@ -387,6 +400,10 @@ class StageModule(L.LightningModule):
         if "ema" in checkpoint:
             self.ema = EMA(self.task.trainable_module, self.train_config.ema_decay)
             self.ema.load_state_dict(checkpoint["ema"])
+        if "power_averages" in checkpoint:
+            self.power_averages = self._new_power_averages()
+            for average in self.power_averages:
+                average.load_state_dict(checkpoint["power_averages"][f"{average.length:g}"])
         for saved, optimizer in zip(checkpoint["optimizer_states"], self.configure_optimizers(), strict=True):
             for group, now in zip(saved["param_groups"], optimizer.param_groups, strict=True):
                 group |= {name: value for name, value in now.items() if name != "params"}

@@ -63,7 +63,7 @@ class Experiment:
         if self.vae.train is not None:
             try:
                 for shape in (self.data.image_shape[1:], *self.data.bucket_shapes):
-                    self.vae.loss.check_size(*shape)
+                    self.vae.loss.check_size(*shape, self.vae.model.factor)
             except ConfigError as error:
                 raise ConfigError(f"vae.loss: {error}") from None
         if self.decoder is not None:

@@ -18,6 +18,7 @@ from ldm.data.stream import worker_death
 from ldm.devices import usual_torch_state
 from ldm.training.bad_samples import BadSamples
 from ldm.training.callbacks.checkpoints import Checkpoints
+from ldm.training.callbacks.ema_snapshots import EMASnapshots
 from ldm.training.callbacks.interruption import Interruption
 from ldm.training.callbacks.metrics import Metrics
 from ldm.training.callbacks.previews import Previews
@@ -73,6 +74,7 @@ def fit(
     """
     for logger in config.loggers:
         logger.check()
+    module.train_config.optimizer.check()
     train, start = module.train_config, resume_point(module, data)
     for problem in start.warnings if start and is_first_process() else ():
         warnings.warn(problem, stacklevel=2)
@@ -112,6 +114,7 @@ def fit(
             Interruption(checkpoints),
             Previews(),
             Validation(),
+            EMASnapshots(),
             checkpoints,
         ],
     )

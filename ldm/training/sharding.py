@@ -149,6 +149,8 @@ class FSDP2(ModelParallelStrategy):
             found = module.task.state_dict().get(keys[0])
         elif section == "ema" and keys[0] == "average":
             found = module.task.trainable_module.state_dict().get(keys[1])
+        elif section == "power_averages" and keys[1] == "average":
+            found = module.task.trainable_module.state_dict().get(keys[2])
         elif section == "optimizer_states":
             groups = self.optimizers[int(keys[0])].param_groups
             found = [each for group in groups for each in group["params"]][int(keys[2])]

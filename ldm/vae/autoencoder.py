@@ -237,6 +237,10 @@ class ConvolutionalAutoencoder(FirstStage):
         return self.decoder.conv_out.weight
 
     @property
+    def encoding_modules(self) -> Sequence[nn.Module]:
+        return [self.encoder, self.quant_conv]
+
+    @property
     def called_modules(self) -> Sequence[nn.Module]:
         return [self.encoder, self.decoder]
 

@@ -68,6 +68,11 @@ class FirstStage(nn.Module):
         """Update state learned without gradients from the posterior of a training batch, after its losses are computed."""
 
     @property
+    def encoding_modules(self) -> Sequence[nn.Module]:
+        """Modules whose parameters determine the latents of an image."""
+        return ()
+
+    @property
     def called_modules(self) -> Sequence[nn.Module]:
         """Modules that a training step calls; see :attr:`ldm.training.tasks.task.Task.called_modules`."""
         return ()

@@ -13,11 +13,12 @@ from ldm.config import Kind, config_field
 from ldm.errors import ConfigError, LdmError, missing_extra
 from ldm.nn.ranks import mean_over_ranks
 from ldm.vae.discriminator import PatchDiscriminator, largest_number_of_layers
+from ldm.vae.terms import LossTermConfig
 
 
 @dataclass(frozen=True)
 class VAELossConfig(Kind, default="reconstruction"):
-    """Family of the losses of stage 1: a reconstruction loss, plus the KL and adversarial terms that all kinds share.
+    """Family of the losses of stage 1: a reconstruction loss, plus KL, adversarial and additional terms that all kinds share.
 
     ``build()`` makes a module that maps ``image, reconstruction [b c h w]`` in [-1, 1] to the reconstruction loss ``[b]``, summed
     over an image. Its parameters are trained with the first stage.
@@ -32,8 +33,19 @@ class VAELossConfig(Kind, default="reconstruction"):
     )
     disc_width: int = config_field(64, "channels after the discriminator's first convolution")
     disc_layers: int = config_field(3, "strided convolutions of the discriminator")
+    terms: tuple[LossTermConfig, ...] = config_field((), "additional terms, each kind at most once")
 
     def __post_init__(self) -> None:
+        kinds = [term.kind for term in self.terms]
+        if len({*kinds}) < len(kinds):
+            raise ConfigError(
+                f"terms contains {next(each for each in kinds if kinds.count(each) > 1)} twice; remove one."
+            )
+        if not self.adversarial and (found := [term.kind for term in self.terms if term.regularizes_discriminator]):
+            raise ConfigError(
+                f"terms contains {found[0]}, which regularizes the discriminator, but adversarial is 0; set it above 0 or remove "
+                "the term."
+            )
         if min(self.kl, self.adversarial) < 0:
             raise ConfigError("weights must not be negative.")
         if self.disc_width < 1 or self.disc_layers < 1:
@@ -56,12 +68,16 @@ class VAELossConfig(Kind, default="reconstruction"):
     def build(self) -> nn.Module:
         raise NotImplementedError
 
-    def check_size(self, height: int, width: int) -> None:
-        """Check that the discriminator can take images of ``height`` by ``width`` pixels.
+    def check_size(self, height: int, width: int, factor: int = 1) -> None:
+        """Check that discriminator and terms can take images of ``height`` by ``width`` pixels, as the terms scale them.
 
         Raises:
-            ConfigError: they are too small for its number of layers.
+            ConfigError: they are too small for the number of layers of the discriminator, or for a term.
         """
+        for term in self.terms:
+            height, width = term.smallest(height, factor), term.smallest(width, factor)
+        for term in self.terms:
+            term.check_size(height, width)
         most = largest_number_of_layers(min(height, width))
         if self.adversarial and self.disc_layers > most:
             instead = f"set it to {most} at most, or adversarial to 0" if most else "set adversarial to 0"

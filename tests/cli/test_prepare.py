@@ -47,6 +47,13 @@ def test_folder_prints_what_became_of_it_and_the_config(
     assert Shards(find_shards(str(shards / "train"), "train")).lengths == [3, 3, 1]
 
 
+def test_stamps_are_split_by_image(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, pictures: Path
+) -> None:
+    assert run(monkeypatch, "stamps", tmp_path / "shards", "--source", pictures, "--shares", "1,0,0") == 0
+    assert "7 train, 0 val, 0 test" in capsys.readouterr().out
+
+
 def test_tokenizer_reads_the_captions_of_the_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_shards(tmp_path / "shards", [4, 4])
     out = tmp_path / "tokenizer.json"
@@ -97,6 +104,7 @@ def test_tokenizer_reads_captions_as_training_does(
         (["tokenizer", "--data", "{tmp}/a.tar"], r"a.tar does not exist"),
         (["tokenizer"], "come from --data or from --config; give one of them"),
         (["tokenizer", "--config", "a.yaml", "--caption-field", "text"], "are set by a.yaml; leave them out"),
+        (["stamps", "{tmp}/shards", "--source", "{tmp}", "--language", "de"], "unknown language of the stamps 'de'"),
         (["emoji", "{tmp}", "--font", "{tmp}/none.ttf"], "none.ttf is missing"),
     ],
 )

@@ -16,6 +16,10 @@ from ldm.diffusion.parametrization import Eps, Flow, V
 from ldm.diffusion.schedule import Flow as FlowSchedule
 from ldm.diffusion.schedule import ScaledLinear
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # diffusers calls NumPy in ways that end, each step
+
 SHAPE = (3, 3, 8, 8)
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PREDICTION: dict[type[Parametrization], str] = {Eps: "epsilon", V: "v_prediction"}
@@ -121,7 +125,7 @@ PEERS = {
 CASES = [(case, prediction) for case in PEERS for prediction in (Eps(), V()) if (case, prediction) != ("plms", V())]
 
 
-@pytest.mark.parametrize("n", [7, 20, 50])
+@pytest.mark.parametrize("n", [7, 25])
 @pytest.mark.parametrize(("case", "parametrization"), CASES, ids=str)
 def test_samples_equal_diffusers(case: str, parametrization: Parametrization, n: int, network: Function) -> None:
     name, peer = case.split(maxsplit=1)[0], PEERS[case]

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.errors import CheckpointError
+from ldm.formats.sharded_checkpoint import replace_checkpoint
 from ldm.formats.training_checkpoint import find_checkpoint, resume_points
+from ldm.training.callbacks import checkpoints
 from ldm.training.stages import train_stage
 from tests.experiments import tiny_experiment, write_experiment
 from tests.resume.kills import rows
@@ -80,7 +82,21 @@ def test_a_run_goes_on_elsewhere_when_its_first_place_is_gone(
     assert [row["step"] for row in rows(other / "run/clip/metrics.csv") if row["train/loss"]] == list("12345")
 
 
-def test_a_kill_between_the_renaming_of_two_checkpoints_leaves_one(run: Path) -> None:
+def test_last_ckpt_is_there_while_it_is_replaced(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = []
+
+    def replace(path: Path, other: Path) -> None:
+        there.append(other.is_file())
+        replace_checkpoint(path, other)
+
+    monkeypatch.setattr(checkpoints, "replace_checkpoint", replace)
+    train_stage(tiny_experiment(run, "clip.train.max_steps=6"), "clip")
+    assert there == [True, True]
+    last, older = resume_points(run / "run/clip")
+    assert (last.name, older.name) == ("last.ckpt", "step_0000005.ckpt")
+
+
+def test_if_last_ckpt_is_gone_the_one_before_is_found(run: Path) -> None:
     (run / "run/clip/last.ckpt").unlink()
     assert find_checkpoint(run / "run/clip", "last").name == "step_0000003.ckpt"
 

@@ -135,7 +135,7 @@ TAKEN_OVER: dict[str, tuple[str, Callable[[Training], bool]]] = {
 CHANGES_WEIGHTS = {"gradient_clip": "1e-4", "ema_decay": "0.1"}
 """Fields whose other value is seen in the averaged weights."""
 
-REFUSED = {"init": "emoji"}
+REFUSED = {"init": "emoji", "optimizer": "muon", "ema_snapshots": "{every: 2}"}
 
 
 @pytest.mark.parametrize("name", [each.name for each in dataclasses.fields(TrainConfig)])

@@ -10,8 +10,12 @@ from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from ldm.training.config import TrainConfig
 from ldm.training.ema import EMA
-from ldm.training.optim import clip_gradients
+from ldm.training.gradient_clipping import clip_gradients
+from ldm.training.optimizers import OptimizerConfig
+from ldm.training.optimizers.adamw import AdamWConfig
+from ldm.training.optimizers.muon import MuonConfig
 from ldm.training.sharded_tensors import full_tensor
 from tests.processes import run_on_ranks
 
@@ -21,9 +25,9 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))  # 7 and 3 rows: uneven shards
 
 
-def trained(model: nn.Module, ema: EMA, steps: int) -> torch.Tensor:
+def trained(model: nn.Module, ema: EMA, steps: int, config: OptimizerConfig) -> torch.Tensor:
     """Train with a small limit on the norm of the gradients, on the same batch on all ranks; return the last norm."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = config.build([model], TrainConfig(steps, 1, 0.1))
     batch = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
     for _ in range(steps):
         optimizer.zero_grad()
@@ -34,12 +38,12 @@ def trained(model: nn.Module, ema: EMA, steps: int) -> torch.Tensor:
     return norm
 
 
-def compare() -> None:
+def compare(config: OptimizerConfig) -> None:
     plain, sharded = network(), network()
     fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
     assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
     averages = EMA(plain, 0.5), EMA(sharded, 0.5)
-    norms = [trained(model, ema, 4) for model, ema in zip((plain, sharded), averages, strict=True)]
+    norms = [trained(model, ema, 4, config) for model, ema in zip((plain, sharded), averages, strict=True)]
     assert norms[0] > 0.5, "the gradients were clipped"
     torch.testing.assert_close(norms[1], norms[0])
 
@@ -67,5 +71,10 @@ def compare() -> None:
         assert torch.equal(tensor.to_local(), averages[1].average[name].to_local())
 
 
-def test_sharded_weights_are_averaged_and_clipped_like_unsharded_ones(tmp_path: Path) -> None:
-    run_on_ranks(compare, tmp_path)
+def compare_optimizers() -> None:
+    for config in (AdamWConfig(), MuonConfig()):
+        compare(config)
+
+
+def test_sharded_weights_are_trained_averaged_and_clipped_like_unsharded_ones(tmp_path: Path) -> None:
+    run_on_ranks(compare_optimizers, tmp_path)

@@ -20,7 +20,6 @@ from ldm.data.samples import BatchIndices, Samples
 from ldm.errors import LdmError
 from ldm.model import LatentDiffusion
 from ldm.training.experiment import load_config
-from ldm.training.optim import adamw
 from ldm.training.tasks import DenoiserTask
 from ldm.training.tasks.task import Step, on_device
 
@@ -79,7 +78,8 @@ class _Steps:
     def __init__(self, task: DenoiserTask, source: EncodedSource, samples: Samples, size: int, dtype: torch.dtype):
         self.task, self.source, self.samples, self.size, self.number = task, source, samples, size, 0
         self.dtype, self.device = dtype, next(task.parameters()).device
-        self.optimizer = adamw([task], task.config.train)
+        train = task.config.train
+        self.optimizer = train.optimizer.build([task], train)
 
     def loss(self, number: int, dtype: torch.dtype) -> Tensor:
         """Return the loss of a batch in a precision, with noise that its number determines."""

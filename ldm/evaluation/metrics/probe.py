@@ -8,7 +8,6 @@ with different latents are comparable.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,9 @@ from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.wrappers import with_own_methods
 from ldm.training.config import TrainConfig
-from ldm.training.optim import adamw, clip_gradients
+from ldm.training.gradient_clipping import clip_gradients
+from ldm.training.learning_rate import Cosine
+from ldm.training.optimizers import set_learning_rate
 from ldm.vae import FirstStage
 
 if TYPE_CHECKING:
@@ -78,13 +79,13 @@ def train(model: LatentDiffusion, mode: Tensor, std: Tensor, steps: int, seed: i
 
     AdamW with a learning rate that decays as a cosine to 0, so that no average of the weights is needed.
     """
-    config = TrainConfig(max_steps=steps, batch_size=BATCH, learning_rate=LEARNING_RATE)
+    config = TrainConfig(max_steps=steps, batch_size=BATCH, learning_rate=LEARNING_RATE, decay=Cosine())
     generator, loss_of = torch.Generator().manual_seed(seed), WeightedLossConfig().build()
-    optimizer = adamw([model.denoiser], config)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
+    optimizer = config.optimizer.build([model.denoiser], config)
     device = next(model.denoiser.parameters()).device
     model.denoiser.train()
-    for _ in range(steps):
+    for step in range(steps):
+        set_learning_rate(optimizer, config.learning_rate * config.learning_rate_factor(step))
         rows = torch.randint(len(mode), (BATCH,), generator=generator)
         unit = torch.randn(mode[rows].shape, generator=generator)
         latents = model.first_stage.normalize((mode[rows] + std[rows] * unit).to(device))
@@ -93,7 +94,6 @@ def train(model: LatentDiffusion, mode: Tensor, std: Tensor, steps: int, seed: i
         clip_gradients(model.denoiser.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
     model.denoiser.eval()
 
 

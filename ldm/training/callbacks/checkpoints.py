@@ -67,10 +67,14 @@ class Checkpoints(L.Callback):
         trainer.strategy.barrier()
 
     def _keep_last(self, last: Path, module: StageModule) -> None:
-        """Rename the ``last.ckpt`` of an earlier step, and delete the checkpoints that are not to be kept any longer."""
+        """Keep the ``last.ckpt`` of an earlier step by another name, and delete the checkpoints that are no longer kept."""
         step = module.completed_steps
         if self.last is not None and self.last < step:
-            last.replace(last.with_name(f"step_{self.last:07d}.ckpt"))
+            earlier = last.with_name(f"step_{self.last:07d}.ckpt")
+            try:
+                earlier.hardlink_to(last)  # last.ckpt is there until the new one replaces it
+            except OSError:  # it is a folder of shards, or the file system has no hard links
+                last.replace(earlier)
         self.last = step
         kept = [path for path in earlier_checkpoints(last.parent) if step_of(path) < step]
         kept = kept[: module.train_config.keep_checkpoints - 1]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,15 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 from ldm.config import config_field
 from ldm.data.stream import EvaluationLoader
 from ldm.errors import ConfigError
-from ldm.formats import native
+from ldm.formats import native, read
 from ldm.formats.checkpoint import Checkpoint
+from ldm.formats.training_checkpoint import resume_points
 from ldm.image_output import Images
 from ldm.nn.ranks import randn_rows, sum_over_ranks
 from ldm.training.config import TrainConfig
 from ldm.training.tasks.task import (
     FIRST_STAGE,
+    IMAGE_ENCODER,
     Export,
     Features,
     OptimizerSpec,
@@ -34,6 +37,7 @@ from ldm.training.tasks.task import (
 from ldm.vae.first_stage import FirstStageConfig, HasLastLayer
 from ldm.vae.loss import AutoencoderLossConfig, GeneratorLoss, VAELossConfig, adaptive_weight, hinge_loss
 from ldm.vae.metrics import measure_latents, psnr
+from ldm.vae.terms import LossTerm, LossTermConfig
 
 if TYPE_CHECKING:
     from ldm.training.experiment import Experiment
@@ -56,6 +60,38 @@ class VAEStage:
         changeable=True,
         path=True,
     )
+    freeze: Literal["encoder"] | None = config_field(
+        None, "encoder = train the decoder of train.init alone; its latents and their statistics stay as they are"
+    )
+
+    def __post_init__(self) -> None:
+        for term in self.loss.terms:
+            term.check_model(self.model)
+            if self.freeze and term.trains_encoder:
+                raise ConfigError(
+                    f"loss.terms contains {term.kind}, which trains the encoder, but freeze is encoder; remove one."
+                )
+        if self.freeze and not self.model.has_weights:
+            raise ConfigError(f"freeze is encoder, but the first stage {self.model.kind} has none; set it to null.")
+        if self.freeze and self.train is not None and self.train.init is None:
+            raise ConfigError(
+                "freeze is encoder, but train.init does not name the first stage whose decoder is trained."
+            )
+
+
+def image_encoder(source: str | None) -> nn.Module | None:
+    """Build the image tower of a CLIP, with its weights, or without values under ``torch.device("meta")``; None for no source.
+
+    Raises:
+        CheckpointError: the source cannot be read, or has no image tower.
+    """
+    if source is None:
+        return None
+    part = read(source).part(IMAGE_ENCODER)
+    tower: nn.Module = part.config.build(len(part.state["projection.weight"]))
+    if not torch.empty(0).is_meta:
+        native.load_strictly(tower, part.state, source, torch.float32)
+    return tower
 
 
 class VAETask(Task):
@@ -72,9 +108,14 @@ class VAETask(Task):
         self.config = config
         self.first_stage = config.model.build()
         self.reconstruction_loss = config.loss.build()
+        self.terms = nn.ModuleDict(
+            {each.kind: each.build(image_encoder(each.image_encoder)) for each in config.loss.terms}
+        )
         self.discriminator = config.loss.build_discriminator(config.model.image_channels)
         self.discriminator_step = config.loss.discriminator_step(config.train.max_steps if config.train else 0)
         self.features = Features(self.first_stage, config.loss.features)
+        for module in self.first_stage.encoding_modules if config.freeze else ():
+            module.requires_grad_(False)
         if self.discriminator is not None and not isinstance(self.first_stage, HasLastLayer):
             raise ConfigError(
                 f"vae.loss.adversarial is {config.loss.adversarial}, but the first stage {config.model.kind} has no last layer "
@@ -83,7 +124,12 @@ class VAETask(Task):
 
     @classmethod
     def build(cls, experiment: Experiment, handoff: Handoff) -> VAETask:
-        return cls(experiment.vae)
+        task, config = cls(experiment.vae), experiment.vae
+        if config.freeze and not resume_points(experiment.folder / cls.stage):
+            assert config.train is not None
+            assert config.train.init is not None
+            handoff.load_part(read(config.train.init), FIRST_STAGE, task.first_stage)
+        return task
 
     @classmethod
     def outline(cls, experiment: Experiment, captions: Sequence[str]) -> VAETask:
@@ -99,15 +145,18 @@ class VAETask(Task):
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
-        discriminator = {} if self.discriminator is None else {"discriminator": self.discriminator}
-        return {"first stage": self.first_stage, **discriminator}
+        others: dict[str, nn.Module] = {} if self.discriminator is None else {"discriminator": self.discriminator}
+        for config in self.config.loss.terms:
+            if config.image_encoder is not None:
+                others[f"image tower of {config.kind}"] = self.terms[config.kind]
+        return {"first stage": self.first_stage, **others}
 
     @property
     def parts(self) -> Mapping[str, str]:
         return {FIRST_STAGE: ""}
 
     def optimizers(self) -> Sequence[OptimizerSpec]:
-        autoencoder = OptimizerSpec("loss", (self.first_stage, self.reconstruction_loss))
+        autoencoder = OptimizerSpec("loss", (self.first_stage, self.reconstruction_loss, self.terms))
         if self.discriminator is None:
             return [autoencoder]
         return [autoencoder, OptimizerSpec("discriminator", (self.discriminator,), self.discriminator_step)]
@@ -123,14 +172,18 @@ class VAETask(Task):
 
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
         image, config = batch["image"], self.config.loss
-        posterior = self.first_stage.encode(image)
+        with torch.no_grad() if self.config.freeze else nullcontext():
+            posterior = self.first_stage.encode(image)
         latent = posterior.sample(randn_rows(posterior.mode.shape, step.generator).to(image))
+        target = image
+        for _, term in self._terms():
+            target, latent = term.transform(target, latent, step.generator)
         reconstruction = self.first_stage.decode(latent)
 
-        rec_loss = self.reconstruction_loss(image, reconstruction.float(), **self.features.argument).mean()
+        rec_loss, metrics = self._reconstruction_loss(target, reconstruction.float(), image)
         loss = rec_loss + config.kl * posterior.regularization().mean()
         sums = {name: sum_over_ranks(value) for name, value in posterior.sums().items()}
-        metrics = {
+        metrics |= {
             "error": rec_loss.detach() / image[0].numel(),
             **posterior.metrics(sums, len(image) * step.world_size),
         }
@@ -143,10 +196,49 @@ class VAETask(Task):
             )
             loss = loss + weight * g_loss
             metrics["generator"] = g_loss.detach()
-        self.first_stage.update(posterior)
+        if not self.config.freeze:
+            self.first_stage.update(posterior)
         yield TrainLoss(loss / image[0].numel(), metrics)
         if discriminator is not None:
-            yield TrainLoss(hinge_loss(discriminator(image), logits))
+            yield self._discriminator_loss(discriminator, target, logits)
+
+    def _terms(self) -> Iterator[tuple[LossTermConfig, LossTerm]]:
+        """Yield the config and the module of each additional term."""
+        return ((config, cast(LossTerm, self.terms[config.kind])) for config in self.config.loss.terms)
+
+    def _reconstruction_loss(
+        self, target: Tensor, reconstruction: Tensor, image: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Return the loss of reconstructions of ``target [b c h w]``, per image, and the distance of each additional term.
+
+        The loss is a sum over the values of an image of the size of ``image``; the size of ``target`` may be another.
+        """
+        loss, values = (
+            self.reconstruction_loss(target, reconstruction, **self.features.argument).mean(),
+            target[0].numel(),
+        )
+        metrics: dict[str, Tensor | float] = {}
+        for config, term in self._terms():
+            distance = term.distance(target, reconstruction)
+            if distance is not None:  # added to the error of each value, as LPIPS is
+                loss = loss + config.weight * distance.mean() * values
+                metrics[config.kind] = distance.detach().mean()
+        if values != image[0].numel():
+            loss = loss * (image[0].numel() / values)
+        return loss, metrics
+
+    def _discriminator_loss(self, discriminator: nn.Module, image: Tensor, fake: Tensor) -> TrainLoss:
+        """Return the loss of the discriminator for real images, and its logits ``fake`` for reconstructions."""
+        if any(config.needs_gradients for config, _ in self._terms()):
+            image = image.detach().requires_grad_()
+        real, metrics = discriminator(image), {}
+        loss = hinge_loss(real, fake)
+        for config, term in self._terms():
+            value = term.discriminator_loss(image, real, fake)
+            if value is not None:
+                loss = loss + config.weight * value
+                metrics[config.kind] = value.detach()
+        return TrainLoss(loss, metrics)
 
     def evaluate(self, batch: Mapping[str, Any], step: Step) -> Mapping[str, Tensor]:
         """Return sums over the batch, ``[1 ...]`` each: of PSNR and SSIM, the number of images, and those of the posterior."""
@@ -176,8 +268,14 @@ class VAETask(Task):
         return {"reconstructions": Images.of((pairs + 1) / 2).grid(columns=len(image))}
 
     def finish(self, splits: Splits) -> None:
-        """Measure the latents of the training images, which the next stage normalizes by."""
+        """Measure the latents of the training images, which the next stage normalizes by.
+
+        Those of a frozen encoder keep the statistics that they have, if they were measured before.
+        """
         assert self.config.train is not None
+        stage = self.first_stage
+        if self.config.freeze and not (bool((stage.latent_mean == 0).all()) and bool((stage.latent_std == 1).all())):
+            return
         batches = EvaluationLoader(splits("train"), self.config.train.batch_size, bucketed=True)
         measure_latents(self.first_stage, batches, self.device)
 

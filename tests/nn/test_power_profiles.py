@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ldm.nn.power_profiles import Profile, coefficients, decay, exponent, inner_product
+
+
+def values(profile: Profile, n: int = 200_000, until: int = 1000) -> torch.Tensor:
+    """p(tau) on a grid of [0, until]."""
+    tau = (torch.arange(n, dtype=torch.float64) + 0.5) * until / n
+    g = exponent(profile.length)
+    return torch.where(tau <= profile.step, (g + 1) / profile.step * (tau / profile.step) ** g, 0.0)
+
+
+@pytest.mark.parametrize("length", [0.01, 0.05, 0.1, 0.2, 0.28])
+def test_the_length_is_the_standard_deviation_of_the_profile(length: float) -> None:
+    p = values(Profile(1000, length)) / 200_000 * 1000
+    tau = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    mean = (p * tau).sum()
+    assert p.sum() == pytest.approx(1, abs=1e-6)
+    assert math.sqrt((p * (tau - mean) ** 2).sum()) == pytest.approx(length, rel=1e-5)
+
+
+def test_the_exponents_are_those_of_the_paper() -> None:
+    assert exponent(0.05) == pytest.approx(16.97, abs=0.005)
+    assert exponent(0.10) == pytest.approx(6.94, abs=0.005)
+
+
+def test_the_decays_give_the_profile() -> None:
+    """The share of step k in the average after step n, prod (decays) (1 - decay), is the integral of p over the step."""
+    length, n = 0.1, 50
+    decays = [decay(length, step) for step in range(1, n + 1)]
+    shares = [(1 - decays[k]) * math.prod(decays[k + 1 :]) for k in range(n)]
+    g = exponent(length)
+    assert shares == pytest.approx([((k + 1) / n) ** (g + 1) - (k / n) ** (g + 1) for k in range(n)], abs=1e-12)
+
+
+@pytest.mark.parametrize("pair", [((1000, 0.05), (1000, 0.1)), ((700, 0.2), (1000, 0.1)), ((1000, 0.2), (300, 0.07))])
+def test_the_inner_product_is_the_integral(pair: tuple[tuple[int, float], tuple[int, float]]) -> None:
+    a, b = (Profile(*each) for each in pair)
+    assert inner_product(a, b) == pytest.approx(float((values(a) * values(b)).sum() * 1000 / 200_000), rel=1e-4)
+
+
+def test_the_coefficients_of_a_stored_profile_are_that_profile() -> None:
+    stored = [Profile(step, length) for step in (250, 500, 750, 1000) for length in (0.05, 0.1)]
+    assert coefficients(stored, stored[5]) == pytest.approx([0, 0, 0, 0, 0, 1, 0, 0], abs=1e-8)

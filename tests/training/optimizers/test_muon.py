@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.config import from_dict
+from ldm.errors import ConfigError
+from ldm.training.config import TrainConfig
+from ldm.training.optimizers.muon import Muon, MuonConfig, hidden_matrices, orthogonalized
+from tests.tiny import tiny_model
+
+RATE, DECAY = 0.02, 0.1
+
+
+def muon(network: nn.Module, **options: Any) -> Muon:
+    train = TrainConfig(100, 1, RATE, weight_decay=DECAY)
+    return from_dict(MuonConfig, options).build([network], train)
+
+
+def polynomial(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """p(...p(sigma / |M|)) for each singular value, p(x) = a x + b x^3 + c x^5, in fp64."""
+    u, sigma, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    sigma = sigma / sigma.norm()
+    for _ in range(iterations):
+        sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
+    return u @ sigma.diag() @ v
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8), (1, 5)])
+def test_the_iteration_is_a_polynomial_of_the_singular_values(shape: tuple[int, int]) -> None:
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonalized(matrices, 5)
+    torch.testing.assert_close(found, torch.stack([polynomial(each).float() for each in matrices]), atol=1e-4, rtol=0)
+    assert torch.linalg.svdvals(found).min() > 0.4
+    assert torch.linalg.svdvals(found).max() < 1.25
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize(("scale", "factor"), [("adamw", 0.2 * 18**0.5), ("spectral", 1.0)])
+def test_the_update_is_that_of_the_description(nesterov: bool, scale: str, factor: float) -> None:
+    """B <- mu B + G; the update is the orthogonal matrix of G + mu B (Nesterov) or B, of a flattened convolution."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = muon(layer, nesterov=nesterov, scale=scale, momentum=0.9, learning_rate_factor=0.5)
+    optimizer.param_groups[0]["lr"] = rate = RATE / 2
+    weight, momentum = layer.weight.detach().flatten(1).double(), torch.zeros(4, 18, dtype=torch.float64)
+    for _ in range(3):
+        layer.weight.grad = torch.randn(4, 2, 3, 3)
+        gradient = layer.weight.grad.flatten(1).double()
+        momentum = 0.9 * momentum + gradient
+        update = polynomial(gradient + 0.9 * momentum if nesterov else momentum)
+        weight = (1 - rate * DECAY) * weight - rate * factor * update
+        optimizer.step()
+    torch.testing.assert_close(layer.weight.detach().flatten(1).double(), weight, atol=1e-5, rtol=1e-5)
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize(("scale", "theirs"), [("adamw", "match_rms_adamw"), ("spectral", "original")])
+def test_it_is_torchs_muon_on_matrices(scale: str, theirs: str) -> None:
+    """To the rounding of bf16, in which torch iterates on CPUs too."""
+    ends = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        layer = nn.Linear(24, 12, bias=False)
+        begin = layer.weight.detach().clone()
+        optimizer: torch.optim.Optimizer = muon(layer, scale=scale)
+        if not ours:
+            optimizer = torch.optim.Muon([layer.weight], lr=RATE, weight_decay=DECAY, adjust_lr_fn=theirs)
+        for _ in range(4):
+            layer(torch.randn(8, 24)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(layer.weight.detach() - begin)
+    assert (ends[0] - ends[1]).norm() < 0.05 * ends[1].norm()
+
+
+def test_hidden_matrices_and_convolutions_are_those_of_muon() -> None:
+    model = tiny_model()
+    optimizer = MuonConfig().build([model], TrainConfig(1, 1, 1e-3))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [{names[each] for each in group["params"]} for group in optimizer.param_groups]
+    assert sum(map(len, groups)) == len({name for name, each in model.named_parameters() if each.requires_grad})
+    matrices, others, vectors = groups
+    assert all(name.endswith(".weight") for name in matrices)
+    assert not any(part in name for name in matrices for part in ("conv_in", "conv_out", "token_embedding"))
+    assert any(".to_q." in name for name in matrices)
+    assert any(".to_out." in name for name in matrices)
+    assert any("conv1" in name or ".conv." in name for name in matrices)
+    assert {name for name in others if name.endswith(("conv_in.weight", "conv_out.weight"))}
+    assert all(dict(model.named_parameters())[name].ndim < 2 for name in vectors)
+    assert [group.get("muon", False) for group in optimizer.param_groups] == [True, False, False]
+
+
+def test_frozen_weights_and_grouped_convolutions_are_left_out() -> None:
+    network = nn.Sequential(
+        nn.Linear(4, 4).requires_grad_(False), nn.Conv2d(4, 4, 3, groups=2), nn.Embedding(4, 4), nn.Linear(4, 4)
+    )
+    assert list(hidden_matrices([network], [])) == [network[3].weight]
+    assert list(hidden_matrices([network], ["3"])) == []
+
+
+@pytest.mark.parametrize("options", [{"momentum": 1.0}, {"iterations": 0}, {"learning_rate_factor": 0.0}])
+def test_impossible_values_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"momentum .* must be in \[0, 1\), iterations"):
+        from_dict(MuonConfig, options)
