@@ -150,6 +150,9 @@ def _weights(subject: Subject, part: Part) -> str:
 
 
 def _average(subject: Subject, part: Part) -> str:
+    length = subject.pipe.model.provenance.get("ema_length") if subject.pipe and STAGES[part] == "denoiser" else None
+    if length is not None:
+        return f"power profile, length {length:g}"
     section = getattr(subject.experiment, STAGES[part])
     train = getattr(section, "train", None)
     if not subject.own_weights or train is None:
