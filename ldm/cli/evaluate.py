@@ -68,6 +68,11 @@ Reference = Annotated[
 Seed = Annotated[int, Option(help="Seed of the first generated image, and of noise and training in other metrics.")]
 
 
+@app.callback()
+def group() -> None:
+    """Evaluate a run or a model; the command is run, with its options, if none is named."""
+
+
 @app.command(DEFAULT)
 def evaluate(
     config: Config = None,
@@ -156,7 +161,9 @@ def evaluate(
         result.write(file)
         print(f"{table.of_one(result)}\nreceipts: {file}")
     elif metrics:
-        raise ConfigError(f"none of the metrics {', '.join(_names(metrics))} applies to {result.name}; choose others.")
+        raise ConfigError(
+            f"none of the metrics {', '.join(_names(metrics))} applies to {result.name}; choose others, or give --features."
+        )
     if results:
         print(json.dumps(results, indent=2))
         (subject.folder / f"evaluation-{split}.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -188,6 +195,10 @@ def sweep(
     guidance: Annotated[str | None, Option(help="Guidance scales, separated by commas: 1,2,3,5.")] = None,
     steps: Annotated[str | None, Option(help="Numbers of steps, separated by commas: 10,25,50.")] = None,
     sampler: Annotated[str | None, Option(help="Samplers, separated by commas: dpmpp_2m,euler.")] = None,
+    ema_length: Annotated[
+        str | None,
+        Option(help="Lengths of the average, separated by commas, of a run with train.ema_snapshots: 0.05,0.1."),
+    ] = None,
     setting: Annotated[list[str] | None, Option(help="Further sampling settings of all, such as shift=2.")] = None,
     x: Annotated[
         str, Option(help="Number on the horizontal axis, such as clip_score, or evaluations, the cost.")
@@ -204,7 +215,7 @@ def sweep(
 ) -> None:
     """Measure a model with each combination of sampling settings, and show which are on the Pareto front."""
     from ldm.config import with_overrides
-    from ldm.evaluation.opening import Request, open_subject
+    from ldm.evaluation.opening import Request, open_subject, with_average
     from ldm.evaluation.subject import Options
     from ldm.evaluation.sweep import require_matplotlib
     from ldm.evaluation.sweep import sweep as measure
@@ -214,13 +225,16 @@ def sweep(
     keep_freed_memory()
     use_idle_cores()
     values = {
+        "ema_length": _listed("--ema-length", ema_length, float),
         "guidance_scale": _listed("--guidance", guidance, float),
         "num_inference_steps": _listed("--steps", steps, int),
         "sampler": _listed("--sampler", sampler, str),
     }
     values = {name: each for name, each in values.items() if each}
     if not values:
-        raise ConfigError("there is nothing to sweep over; give values for --guidance, --steps or --sampler.")
+        raise ConfigError(
+            "there is nothing to sweep over; give values for --guidance, --steps, --sampler or --ema-length."
+        )
     path, stage, changes = _config_of(config, overrides or [])
     request = Request(
         config=str(path),
@@ -233,7 +247,8 @@ def sweep(
         features=features or (),
         options=Options(images=images, reference=reference, seed=seed),
     )
-    result = measure(open_subject(request, say), values, (x, y), say)
+    subject = open_subject(request, say)
+    result = measure(subject, values, (x, y), say, functools.partial(with_average, request, subject))
     out.mkdir(parents=True, exist_ok=True)
     points = [
         {"settings": point.settings, "pareto": on_front, "numbers": [each.to_json() for each in point.receipts]}

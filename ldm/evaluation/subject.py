@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.clip.retrieval import reduce_images
+from ldm.conditioning.conditioner import input_of
 from ldm.data.bad_samples import BAD, summary
 from ldm.data.samples import Batch, BatchIndices, Samples, captions_of, take
 from ldm.data.stream import EvaluationLoader
@@ -67,6 +68,10 @@ class Options:
 class Collected:
     """What a pass over images keeps of them.
 
+    Args:
+        networks: feature networks.
+        reduce: whether reduced images are kept.
+
     Attributes:
         features: features of the images by network, ``[n d]``.
         reduced: images reduced to 16 x 16, ``[n 768]``.
@@ -74,8 +79,8 @@ class Collected:
         size: height and width of the images.
     """
 
-    def __init__(self, networks: Sequence[FeatureNetwork]):
-        self._networks, self._digest = networks, hashlib.sha256()
+    def __init__(self, networks: Sequence[FeatureNetwork], reduce: bool = True):
+        self._networks, self._reduce, self._digest, self._count = networks, reduce, hashlib.sha256(), 0
         self._features: dict[str, list[Tensor]] = {each.name: [] for each in networks}
         self._reduced: list[Tensor] = []
         self.captions: list[Any] = []
@@ -83,7 +88,9 @@ class Collected:
 
     def add(self, images: Tensor, captions: Sequence[Any] = ()) -> None:
         """Add images ``[b 3 h w]`` in [-1, 1] and their captions."""
-        self._reduced.append(reduce_images(images))
+        self._count += len(images)
+        if self._reduce:
+            self._reduced.append(reduce_images(images))
         self.captions += captions
         self.size = (images.shape[-2], images.shape[-1])
         self._digest.update(quantized(images).cpu().contiguous().numpy().tobytes())
@@ -93,7 +100,7 @@ class Collected:
                 self._features[each.name].append(each(images))
 
     def __len__(self) -> int:
-        return sum(map(len, self._reduced))
+        return self._count
 
     @cached_property
     def features(self) -> dict[str, Tensor]:
@@ -192,6 +199,12 @@ class Subject:
         return self.pipe is not None and self.pipe.model.config.conditioner.input_keys == ("text",)
 
     @property
+    def generates(self) -> bool:
+        """True if there is a model of captions, of classes, or without a condition, whose images can be compared as a set."""
+        keys = None if self.pipe is None else self.pipe.model.config.conditioner.input_keys
+        return keys in ((), ("text",), ("label",)) and self.experiment.data.image_shape[0] == 3
+
+    @property
     def reference(self) -> str:
         """Split whose images generated ones are compared with."""
         return self.options.reference or self.split
@@ -246,7 +259,7 @@ class Subject:
         if split not in self._hashed:
             collected = self._true.get(split)
             if collected is None:  # no features are needed
-                collected = TrueImages(())
+                collected = TrueImages((), reduce=False)
                 for batch in self.batches(split):
                     collected.add(batch["image"], batch.get("text", ()))
             self._hashed[split] = collected.fingerprint, len(collected)
@@ -260,14 +273,31 @@ class Subject:
 
     def generate(self, captions: Sequence[str], seed: int | Sequence[int], settings: Mapping[str, Any]) -> Tensor:
         """Generate an image for each caption, ``[n 3 h w]`` in [-1, 1] on the CPU; image i has the seed ``seed + i``."""
+        return self._generate({"prompt": captions}, seed, settings)
+
+    def _generate(
+        self, conditions: Mapping[str, Any], seed: int | Sequence[int], settings: Mapping[str, Any]
+    ) -> Tensor:
         assert self.pipe is not None
-        made = self.pipe(captions, seed=seed, output_type="pt", batch_size=BATCH, progress=False, **settings)
+        made = self.pipe(**conditions, seed=seed, output_type="pt", batch_size=BATCH, progress=False, **settings)
         return made.cpu() * 2 - 1
 
-    def generated(self, every: int | None = None) -> GeneratedImages:
-        """Collect images for the captions of the evaluated split, or for every n-th of the training set, once.
+    def _conditions(self, split: str, numbers: np.ndarray) -> dict[str, Any]:
+        """Return the conditions of samples as arguments of the pipeline."""
+        assert self.pipe is not None
+        keys = self.pipe.model.config.conditioner.input_keys
+        if not keys:
+            return {"num_images_per_prompt": len(numbers)}
+        annotations = self.sets[split].annotations(BatchIndices(numbers))
+        if keys == ("text",):
+            return {"prompt": captions_of(annotations, READER)}
+        return {"label": input_of(annotations, "label").tolist()}
 
-        The image of the i-th caption has the seed ``options.seed + i``.
+    def generated(self, every: int | None = None) -> GeneratedImages:
+        """Collect images for the conditions of the evaluated split, or for every n-th of the training set, once.
+
+        Conditions are captions or classes; without a condition there are as many images.
+        The i-th image has the seed ``options.seed + i``.
         """
         import time
 
@@ -281,9 +311,9 @@ class Subject:
         found, images, start_time = GeneratedImages(self.networks), [], time.perf_counter()
         for start in tqdm(range(0, len(rows), BATCH), f"generating for {name}", unit="batch", leave=False):
             numbers = rows[start : start + BATCH]
-            captions = captions_of(self.sets[of].annotations(BatchIndices(true.rows[numbers])), READER)
-            made = self.generate(captions, self.options.seed + start, {**self.settings, **self.further})
-            found.add(made, captions)
+            conditions = self._conditions(of, true.rows[numbers])
+            made = self._generate(conditions, self.options.seed + start, {**self.settings, **self.further})
+            found.add(made, conditions.get("prompt", ()))
             images.append(made[np.flatnonzero(np.isin(numbers, shown))])
         found.rows, found.places = rows, shown
         found.shown = torch.cat(images)
@@ -312,7 +342,7 @@ class Subject:
                 return found
         measures = {"psnr": psnr, "ssim": ssim} | ({"lpips": lpips_network(self.device)} if lpips else {})
         networks = self.networks if decoder == "full" else ()
-        originals, made = Collected(networks), Collected(networks)
+        originals, made = Collected(networks, reduce=False), Collected(networks, reduce=False)
         values: dict[str, list[Tensor]] = {name: [] for name in measures}
         for batch in self.measured():
             image = batch["image"].to(self.device)

@@ -20,6 +20,10 @@ EVALUATIONS = "evaluations"
 """Name of the cost of an image: evaluations of the network, two in each with guidance."""
 
 
+LENGTH = "ema_length"
+"""Name of the length of the average of the weights."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One combination of settings.
@@ -137,32 +141,42 @@ def sweep(
     values: Mapping[str, Sequence[Any]],
     names: Sequence[str],
     progress: Callable[[str], object] = lambda name: None,
+    average: Callable[[float], Subject] | None = None,
 ) -> Sweep:
-    """Measure a model with each combination of sampling settings, with the same captions and seeds.
+    """Measure a model with each combination of settings, with the same captions and seeds.
 
     Args:
-        subject: a model whose one condition is the caption.
-        values: values of the swept settings by name, such as ``{"guidance_scale": [1, 3]}``.
+        subject: a model of captions, of classes, or without a condition.
+        values: values of the swept settings by name, such as ``{"guidance_scale": [1, 3]}``; sampling settings, and first
+            ``ema_length`` for lengths of the average of the weights.
         names: the two numbers to compare: numbers of metrics of samples, such as ``fid`` or ``recall_by_image@1``, or
             ``evaluations``, the evaluations of the network for an image.
         progress: called with the settings of each combination before it is measured.
+        average: function that returns the subject with averaged weights of a length.
 
     Raises:
         ConfigError: a number is unknown, or is not measured for this model.
     """
-    if not subject.samples_text:
-        raise ConfigError("a sweep needs a model of captions; name one that is trained up to stage denoiser.")
+    if not subject.generates:
+        raise ConfigError(
+            "a sweep needs a model of captions or classes; name one that is trained up to stage denoiser."
+        )
     metrics = [each for each in all_metrics().values() if each.part == "samples"]
     by_name = {each.name: each for each in metrics}
     found = [by_name.get(name.partition("@")[0]) for name in names]
     for name, each in zip(names, found, strict=True):
         if each is None and name != EVALUATIONS:
             raise ConfigError(unknown("number", name, [*by_name, EVALUATIONS]))
-    points, axes = [], [Axis(name, True) for name in names]
+    points, axes, current = [], [Axis(name, True) for name in names], None
     for combination in itertools.product(*values.values()):
         settings = dict(zip(values, combination, strict=True))
         progress(", ".join(f"{name} {value}" for name, value in settings.items()))
-        one = replace(subject, settings={**subject.settings, **settings}, _made={})
+        sampling = {name: value for name, value in settings.items() if name != LENGTH}
+        if LENGTH in settings and settings[LENGTH] != current:
+            assert average is not None
+            current = settings[LENGTH]
+            subject = average(current)
+        one = replace(subject, settings={**subject.settings, **sampling}, _made={})
         receipts = {
             each.conditions.metric: each for each in measure(one, [each for each in found if each], required=by_name)
         }

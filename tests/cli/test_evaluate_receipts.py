@@ -132,6 +132,19 @@ def test_runs_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "not ranked" not in capsys.readouterr().out
 
 
+def test_settings_are_in_the_receipts_and_their_effect_in_the_summary(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    found = measured(monkeypatch, folder, "--setting", "cache_interval=2", "--images", 4, "--train-every", 40)
+    numbers = {each.conditions.metric: each for each in found.numbers}
+    assert numbers["recall_by_image@1"].conditions.sampling["cache_interval"] == 2
+    assert numbers["psnr"].conditions.sampling == {}
+    assert "fid" not in numbers  # there is no image tower
+    results = json.loads((folder / "evaluation-val.json").read_text())
+    assert results["distance"]["cache_interval"] == 2
+    assert results["samples"]["val"]["captions"] == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

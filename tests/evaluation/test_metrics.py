@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from ldm.evaluation.metrics import probe
 from ldm.evaluation.metrics.contrastive import best_scale, calibration_error, classifier
 from ldm.evaluation.metrics.denoising import encoded, levels_of, relative_error
 from ldm.evaluation.subject import Subject
+from ldm.formats import save
 from ldm.vae.metrics import psnr
 from tests.evaluation.subjects import opened, tiny_clip, write_subject
 from tests.tiny import TOKENIZER, tiny_model
@@ -37,6 +39,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def subject(folder: Path) -> Subject:
     return opened(folder)
+
+
+def test_the_table_of_the_docs_is_that_of_the_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (yes|no) \|", page, re.MULTILINE)
+    assert sorted(rows) == sorted(
+        (name, each.part, "yes" if each.by_default else "no") for name, each in all_metrics().items()
+    )
 
 
 def numbers(subject: Subject, name: str) -> dict[str, Number]:
@@ -203,6 +213,20 @@ def test_generated_images_are_those_of_their_seeds(folder: Path) -> None:
     torch.testing.assert_close(made.shown[4:], again)
     network = subject.networks[0]
     torch.testing.assert_close(made.features["own"][4:], network(again))
+
+
+@pytest.mark.parametrize("reads", ["class", "none"])
+def test_models_of_classes_and_without_conditions_are_compared_as_sets(reads: str, folder: Path) -> None:
+    save(tiny_model(reads), folder / f"{reads}.safetensors")
+    subject = opened(folder, f"{reads}.safetensors", images=22)
+    assert numbers(subject, "fid")["fid"].n == 22
+    assert numbers(subject, "recall_by_image") == {}
+    made = subject.generated().shown
+    assert made.shape[0] == 22
+    assert subject.pipe is not None
+    labels = {"label": [1 % 3]} if reads == "class" else {}
+    again = subject.pipe(**labels, seed=1, output_type="pt", progress=False, **subject.settings)
+    torch.testing.assert_close(made[1:2], again * 2 - 1, rtol=1e-2, atol=1e-2)
 
 
 def test_copies_of_the_training_images_have_distance_0_and_are_memorised(folder: Path) -> None:

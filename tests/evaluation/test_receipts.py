@@ -103,6 +103,8 @@ def test_the_table_ranks_like_numbers_and_says_why_others_are_not(tmp_path: Path
     assert "not ranked (fid): dtype differs (, bfloat16)" in lines
     assert row["fid"].split()[1:4] == ["1", "[0.9,", "1.1]"]
     assert "B < A" in of_several([first, second], across=["dtype"])
+    assert "A = A" not in of_several([first, first])
+    assert "B = A (intervals overlap)" in of_several([first, first])
     third = written(tmp_path, "third", receipt(example(), 1.05))
     assert "(intervals overlap)" in of_several([first, third])
 

@@ -12,7 +12,9 @@ from PIL import Image
 from ldm.cli import evaluate as command
 from ldm.evaluation.receipt import Receipt
 from ldm.evaluation.sweep import Axis, Point, Sweep
+from ldm.formats.ema_snapshots import write_snapshot
 from tests.evaluation.subjects import data_of, write_subject
+from tests.tiny import tiny_model
 
 
 @given(values=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8), lower=st.booleans())
@@ -71,7 +73,20 @@ def test_a_sweep_makes_a_table_a_plot_and_receipts(
     with Image.open(tmp_path / "out" / "sweep.png") as plot:
         assert plot.width > 300
 
+    state = tiny_model().state_dict()
+    averages = {0.05: state, 0.1: {name: 1.1 * each for name, each in state.items()}}
+    write_snapshot(tmp_path / "denoiser", 10, averages)
+    assert call(monkeypatch, tmp_path, "--ema-length", "0.05,0.1", "--steps", 1, "--images", 6) == 0
+    first, second = (
+        Receipt.from_json(p["numbers"][0]) for p in json.loads((tmp_path / "out" / "sweep.json").read_text())
+    )
+    assert first.conditions.differences(second.conditions).keys() == {"ema"}
+    assert first.conditions.ema == "power profile, length 0.05"
+    assert first.weights != second.weights
+    capsys.readouterr()
+
     for arguments, message in (
+        (["--ema-length", "0.5"], "the length of the average is 0.5"),
         ([], "there is nothing to sweep over"),
         (["--guidance", "1;2"], "--guidance is '1;2'; write values separated by commas"),
         (["--steps", "1", "--y", "fidd"], "unknown number 'fidd'; did you mean 'fid'"),

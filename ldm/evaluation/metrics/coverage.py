@@ -85,7 +85,7 @@ def _rows(true: Tensor, reach: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 @metric("precision_recall", "samples")
 def manifold(subject: Subject) -> Iterator[Number]:
     """Measure precision, recall, density and coverage against the true images of the reference split."""
-    if not subject.samples_text:
+    if not subject.generates:
         return
     reference, made = subject.true(subject.reference), subject.generated()
     if min(len(reference), len(made)) <= DENSITY_K + 1:

@@ -74,7 +74,7 @@ def estimate(features: Tensor, reference: Tensor) -> Estimate:
 @metric("fid", "samples")
 def fid(subject: Subject) -> Iterator[Number]:
     """Compare generated images with the true ones of the reference split."""
-    if not subject.samples_text:
+    if not subject.generates:
         return
     reference, made = subject.true(subject.reference), subject.generated()
     for network in subject.networks:
