@@ -20,7 +20,7 @@ from ldm.conditioning.conditioner import input_of
 from ldm.data.bad_samples import BAD, summary
 from ldm.data.samples import Batch, BatchIndices, Samples, captions_of, take
 from ldm.data.stream import EvaluationLoader
-from ldm.errors import warn
+from ldm.errors import ConfigError, warn
 from ldm.evaluation.collected import Collected, GeneratedImages, Reconstructions, TrueImages
 from ldm.evaluation.features import FeatureNetwork, weights_hash
 
@@ -52,6 +52,9 @@ class Options:
         templates: templates of zero-shot classification, each with ``{}``.
         classes: names of the classes by label; none = each distinct caption is a class.
         probe_steps: number of steps that the probe of a first stage is trained for.
+
+    Raises:
+        ConfigError: a template has no ``{}``.
     """
 
     images: int | None = None
@@ -61,6 +64,13 @@ class Options:
     templates: tuple[str, ...] = ("{}",)
     classes: tuple[str, ...] = ()
     probe_steps: int = 300
+
+    def __post_init__(self) -> None:
+        for template in self.templates:
+            if "{}" not in template:
+                raise ConfigError(
+                    f"the template {template!r} has no {{}} for the name of a class; write it as 'a photo of a {{}}'."
+                )
 
 
 @dataclass

@@ -15,18 +15,14 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
-from ldm.clip.model import CLIP
 from ldm.clip.retrieval import recall_at_k
 from ldm.diagnosis.pool import Pool
-from ldm.evaluation.collected import Collected
 from ldm.evaluation.image_pairs import BACKBONE, lpips_network, ssim
 from ldm.evaluation.metric import Number, all_metrics
 from ldm.evaluation.metrics import probe
 from ldm.evaluation.metrics.contrastive import best_scale, calibration_error, classifier
 from ldm.evaluation.metrics.denoising import encoded, levels_of, relative_error
-from ldm.evaluation.runner import receipt
 from ldm.evaluation.subject import Subject
-from ldm.evaluation.sweep import counted
 from ldm.formats import save
 from ldm.vae.metrics import psnr
 from tests.evaluation.subjects import opened, tiny_clip, write_subject
@@ -241,58 +237,3 @@ def test_copies_of_the_training_images_have_distance_0_and_are_memorised(folder:
     assert found["memorisation"].estimate.value == 1.0
     assert found["nearest_training_image"].estimate.value == 0
     assert found["nearest_training_image_true"].estimate.value > 0
-
-
-def test_a_repeated_caption_is_one_of_the_captions_among_which_images_are_found(subject: Subject) -> None:
-    made, (network,) = subject.generated(), subject.networks
-    assert network.captions is not None
-    names = list(dict.fromkeys(made.captions))
-    assert len(names) < len(made)
-    cosine = made.features["own"] @ network.captions(names).T
-    found = numbers(subject, "recall_by_embedding")["recall_by_embedding@1"]
-    own = torch.tensor([names.index(caption) for caption in made.captions])
-    assert found.estimate.value == pytest.approx(float((cosine.argmax(1) == own).double().mean()))
-    assert found.parameters == {"k": 1, "captions": len(names)}
-
-
-def test_captions_are_encoded_in_parts(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    (network,) = subject.networks
-    assert network.captions is not None
-    texts = [f"caption {i}" for i in range(7)]
-    expected = network.captions(texts)
-    sizes: list[int] = []
-    monkeypatch.setattr("ldm.evaluation.features.CAPTIONS", 3)
-    encode = CLIP.encode_text
-
-    def measured(clip: CLIP, tokens: Tensor) -> Tensor:
-        sizes.append(len(tokens))
-        return encode(clip, tokens)
-
-    monkeypatch.setattr(CLIP, "encode_text", measured)
-    torch.testing.assert_close(network.captions(texts), expected)
-    assert sizes == [3, 3, 1]
-
-
-def test_reconstructions_are_compared_with_the_measured_images_alone(folder: Path) -> None:
-    subject = opened(folder, images=20)
-    (found,) = all_metrics()["rfid"].run(subject)
-    conditions = receipt(subject, "vae", found).conditions
-    assert (conditions.n, conditions.reference, conditions.reference_n) == (20, None, None)
-
-
-def test_other_labels_give_another_hash_of_the_data() -> None:
-    image, hashes = torch.zeros(2, 3, 4, 4), set()
-    for labels in ([0, 1], [1, 0]):
-        collected = Collected((), reduce=False)
-        collected.add(image, ["a", "b"], {"label": torch.tensor(labels)})
-        hashes.add(collected.fingerprint)
-    assert len(hashes) == 2
-
-
-@pytest.mark.parametrize(("guidance_scale", "rows"), [(1.0, 1), (3.0, 2)])
-def test_evaluations_of_the_network_are_counted(subject: Subject, guidance_scale: float, rows: int) -> None:
-    assert subject.pipe is not None
-    settings = {"guidance_scale": guidance_scale, "num_inference_steps": 4}
-    with counted(subject.pipe.model.denoiser) as found:
-        subject.generate(["a", "b"], 0, {**settings, "sampler": "heun"})
-    assert sum(found) == 2 * rows * 7
