@@ -22,6 +22,10 @@ class Arguments(BaseModel):
     """Models, NAME=SOURCE or SOURCE, separated by commas; the first is the default."""
     gallery: Path = Path("gallery")
     """Folder of the generated images, which all replicas share."""
+    controlnet: str = ""
+    """ControlNets that requests can name, NAME=SOURCE or SOURCE, separated by commas."""
+    lora_folder: Path | None = None
+    """Folder of the LoRAs that prompts can name."""
     min_replicas: int = 1
     max_replicas: int = 2
     cpus: float = 1
@@ -44,7 +48,15 @@ def build(arguments: Arguments) -> serve.Application:
         torch.set_num_threads(max(1, int(arguments.cpus)))
         device = torch.device("cuda" if arguments.gpus else "cpu")
         sources = model_sources(arguments.model.split(","))
-        service = Service(sources, arguments.gallery, exact=exact_by_default(device), device=str(device))
+        controlnets = model_sources(list(filter(None, arguments.controlnet.split(","))), "controlnet")
+        service = Service(
+            sources,
+            arguments.gallery,
+            exact=exact_by_default(device),
+            device=str(device),
+            lora_folder=arguments.lora_folder,
+            controlnets=controlnets,
+        )
         service.models.load(service.models.names[0])  # the replica is ready when it is loaded
         keys = api_keys("127.0.0.1", None)
         return create_app(service, keys, None if keys else trusted_hosts("127.0.0.1"))

@@ -81,12 +81,17 @@ def reduced_ranks(reduced: Tensor, reference: Tensor, own_index: Tensor) -> Tens
 
 
 @torch.no_grad()
-def cosine_ranks(queries: Tensor, keys: Tensor) -> Tensor:
-    """Count the keys other than the own one that are at least as near, ``[n]``; both inputs ``[n d]`` of unit length."""
-    ranks = []
-    for start in range(0, len(queries), CHUNK):
-        cosine = queries[start : start + CHUNK] @ keys.T
-        own = cosine.diagonal(offset=start)[:, None]
+def cosine_ranks(queries: Tensor, keys: Tensor, own_index: Tensor | None = None) -> Tensor:
+    """Count the keys other than the own one that are at least as near as it, ``[n]``.
+
+    Args:
+        queries, keys: ``[n d]`` and ``[m d]`` of unit length.
+        own_index: ``[n]`` of int, the row of ``keys`` that belongs to each query; default: the same row.
+    """
+    ranks, own_index = [], torch.arange(len(queries), device=queries.device) if own_index is None else own_index
+    for rows, index in zip(queries.split(CHUNK), own_index.split(CHUNK), strict=True):
+        cosine = rows @ keys.T
+        own = cosine.gather(1, index[:, None])
         ranks.append((~(cosine < own - ROUNDING)).sum(dim=1) - 1)  # NaN counts against
     return torch.cat(ranks)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,10 @@ class Collected:
         self.captions: list[Any] = []
         self.size: tuple[int, int] = (0, 0)
 
-    def add(self, images: Tensor, captions: Sequence[Any] = ()) -> None:
-        """Add images ``[b 3 h w]`` in [-1, 1] and their captions."""
+    def add(
+        self, images: Tensor, captions: Sequence[Any] = (), conditions: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        """Add images ``[b 3 h w]`` in [-1, 1], their captions, and further conditions such as labels, which are hashed."""
         self._count += len(images)
         if self._reduce:
             self._reduced.append(reduce_images(images))
@@ -46,6 +49,9 @@ class Collected:
         self.size = (images.shape[-2], images.shape[-1])
         self._digest.update(quantized(images).cpu().contiguous().numpy().tobytes())
         self._digest.update("\0".join(map(str, captions)).encode())
+        for name, values in sorted(conditions.items()):
+            plain = values.tolist() if isinstance(values, Tensor) else values
+            self._digest.update(f"\0{name}\0{plain}".encode())
         if images.shape[1] == 3:
             for each in self._networks:
                 self._features[each.name].append(each(images))
@@ -63,7 +69,7 @@ class Collected:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the images in 8 bits and of the captions: 16 hexadecimal digits."""
+        """Hash of the images in 8 bits and of the captions and further conditions: 16 hexadecimal digits."""
         return self._digest.hexdigest()[:16]
 
 

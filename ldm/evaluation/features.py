@@ -50,6 +50,9 @@ def quantized(images: Tensor) -> Tensor:
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+CAPTIONS = 256
+"""Number of captions encoded at once, which bounds the memory."""
+
 Opener = Callable[[str | None, torch.device], FeatureNetwork]
 """Function of a source, None for the default one, and a device."""
 
@@ -135,7 +138,8 @@ def clip_network(name: str, clip: CLIP, tokenizer: Tokenizer | None) -> FeatureN
     @torch.no_grad()
     def captions(texts: Sequence[str]) -> Tensor:
         assert tokenizer is not None
-        return clip.encode_text(tokenizer(list(texts)).to(device)).float().cpu()
+        parts = (list(texts[start : start + CAPTIONS]) for start in range(0, len(texts), CAPTIONS))
+        return torch.cat([clip.encode_text(tokenizer(part).to(device)).float().cpu() for part in parts])
 
     resize = f"bicubic with antialias to {clip.image_size}"
     return FeatureNetwork(name, weights_hash(clip), resize, images, captions if tokenizer is not None else None)

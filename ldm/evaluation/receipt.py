@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.config import from_dict
 from ldm.errors import DataError, first_line
 from ldm.formats.tensors import write_atomically
 
@@ -127,10 +128,16 @@ class Receipt:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Receipt:
-        """Invert :meth:`to_json`."""
-        absent = {"value": math.nan, "low": -math.inf, "high": math.inf}
-        numbers = {name: each if values[name] is None else values[name] for name, each in absent.items()}
-        return cls(**{**values, **numbers, "conditions": Conditions(**values["conditions"])})
+        """Invert :meth:`to_json`.
+
+        Raises:
+            ConfigError: a field is missing, unknown or of another type.
+        """
+        infinite = {"value": math.nan, "low": -math.inf, "high": math.inf}
+        absent: dict[str, Any] = {
+            name: each for name, each in infinite.items() if name in values and values[name] is None
+        }
+        return dataclasses.replace(from_dict(cls, {**values, **dict.fromkeys(absent, 0.0)}), **absent)
 
 
 @dataclass(frozen=True)
@@ -180,8 +187,8 @@ def read_receipts(path: Path) -> Receipts:
         if content["format"] != FORMAT:
             raise DataError(f"it has the format {content['format']!r}, not {FORMAT}")
         numbers = [Receipt.from_json(each) for each in content["numbers"]]
-        return Receipts(content["name"], content["created"], content["request"], numbers)
-    except (ValueError, KeyError, TypeError) as error:
+        return Receipts(str(content["name"]), str(content["created"]), dict(content["request"]), numbers)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path} is no file of receipts ({first_line(error)}); write it again with tools/evaluate.py."
         ) from None

@@ -70,7 +70,7 @@ def receipt(subject: Subject, part: Part, number: Number) -> Receipt:
         data=subject.hashes(subject.split)[0],
         reference=reference[0] if reference else None,
         reference_n=reference[1] if reference else None,
-        size=list(subject.experiment.data.image_shape[1:]),
+        size=tuple(subject.experiment.data.image_shape[1:]),
         seed=subject.options.seed,
         network=network.name if network else None,
         network_hash=network.fingerprint if network else None,

@@ -20,7 +20,7 @@ from ldm.conditioning.conditioner import input_of
 from ldm.data.bad_samples import BAD, summary
 from ldm.data.samples import Batch, BatchIndices, Samples, captions_of, take
 from ldm.data.stream import EvaluationLoader
-from ldm.errors import warn
+from ldm.errors import ConfigError, warn
 from ldm.evaluation.collected import Collected, GeneratedImages, Reconstructions, TrueImages
 from ldm.evaluation.features import FeatureNetwork, weights_hash
 
@@ -52,6 +52,9 @@ class Options:
         templates: templates of zero-shot classification, each with ``{}``.
         classes: names of the classes by label; none = each distinct caption is a class.
         probe_steps: number of steps that the probe of a first stage is trained for.
+
+    Raises:
+        ConfigError: a template has no ``{}``.
     """
 
     images: int | None = None
@@ -61,6 +64,13 @@ class Options:
     templates: tuple[str, ...] = ("{}",)
     classes: tuple[str, ...] = ()
     probe_steps: int = 300
+
+    def __post_init__(self) -> None:
+        for template in self.templates:
+            if "{}" not in template:
+                raise ConfigError(
+                    f"the template {template!r} has no {{}} for the name of a class; write it as 'a photo of a {{}}'."
+                )
 
 
 @dataclass
@@ -156,7 +166,7 @@ class Subject:
             bad: list[int] = []
             found = TrueImages(self.networks)
             for batch in self.batches(split):
-                found.add(batch["image"], batch.get("text", ()))
+                found.add(*_contents(batch))
                 bad += [each.index for each in batch.get(BAD, ())]
             found.rows = np.setdiff1d(np.arange(len(self.sets[split])), bad)
             self._true[split] = found
@@ -173,7 +183,7 @@ class Subject:
             if collected is None:  # no features are needed
                 collected = TrueImages((), reduce=False)
                 for batch in self.batches(split):
-                    collected.add(batch["image"], batch.get("text", ()))
+                    collected.add(*_contents(batch))
             self._hashed[split] = collected.fingerprint, len(collected)
         return self._hashed[split]
 
@@ -220,16 +230,18 @@ class Subject:
         rows = np.arange(len(true)) if every is None else np.arange(0, len(true), every)
         rows = rows[: self.options.images] if every is None else rows
         shown = rows[np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)] if every is None else rows[:0]
-        found, images, start_time = GeneratedImages(self.networks), [], time.perf_counter()
+        found, images, seconds = GeneratedImages(self.networks), [], 0.0
         for start in tqdm(range(0, len(rows), BATCH), f"generating for {name}", unit="batch", leave=False):
             numbers = rows[start : start + BATCH]
             conditions = self._conditions(of, true.rows[numbers])
+            begin = time.perf_counter()
             made = self._generate(conditions, self.options.seed + start, {**self.settings, **self.further})
+            seconds += time.perf_counter() - begin
             found.add(made, conditions.get("prompt", ()))
             images.append(made[np.flatnonzero(np.isin(numbers, shown))])
         found.rows, found.places = rows, shown
         found.shown = torch.cat(images)
-        found.seconds = (time.perf_counter() - start_time) / len(rows)
+        found.seconds = seconds / len(rows)
         self._made[name] = found
         return found
 
@@ -261,7 +273,7 @@ class Subject:
             result = self.reconstruct(image, decoder)
             for name, measure in measures.items():
                 values[name].append(measure(image, result).double().cpu())
-            originals.add(batch["image"], batch.get("text", ()))
+            originals.add(*_contents(batch))
             made.add(result.float())
         found = Reconstructions(
             {name: torch.cat(each).numpy() for name, each in values.items()},
@@ -272,6 +284,12 @@ class Subject:
         )
         self._reconstructed[decoder, lpips] = found
         return found
+
+
+def _contents(batch: Batch) -> tuple[Tensor, Sequence[Any], Batch]:
+    """Return the arguments of :meth:`Collected.add` for a batch of true images."""
+    further = {name: value for name, value in batch.items() if name not in ("image", "text", "key", BAD)}
+    return batch["image"], batch.get("text", ()), further
 
 
 def _without_bad(batch: Batch) -> Batch:

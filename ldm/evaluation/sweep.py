@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ldm.diffusion import SPECS
+from torch import nn
+
 from ldm.errors import ConfigError, missing_extra, unknown
 from ldm.evaluation.metric import all_metrics
 from ldm.evaluation.receipt import Receipt
@@ -17,7 +19,7 @@ from ldm.evaluation.subject import Subject
 from ldm.evaluation.table import aligned
 
 EVALUATIONS = "evaluations"
-"""Name of the cost of an image: evaluations of the network, two in each with guidance."""
+"""Name of the cost of an image: evaluations of the network; those with and without the condition count separately."""
 
 
 LENGTH = "ema_length"
@@ -177,13 +179,16 @@ def sweep(
             current = settings[LENGTH]
             subject = average(current)
         one = replace(subject, settings={**subject.settings, **sampling}, _made={})
+        assert one.pipe is not None
+        with counted(one.pipe.model.denoiser) as rows:
+            made = one.generated()
         receipts = {
             each.conditions.metric: each for each in measure(one, [each for each in found if each], required=by_name)
         }
         numbers = []
         for i, name in enumerate(names):
             if name == EVALUATIONS:
-                numbers.append(float(evaluations(one)))
+                numbers.append(sum(rows) / len(made))
                 continue
             if name not in receipts:
                 raise ConfigError(
@@ -192,26 +197,16 @@ def sweep(
             axes[i] = Axis(name, receipts[name].better != "higher")
             numbers.append(receipts[name].value)
         shown = [receipts[name] for name in names if name in receipts]
-        points.append(Point(settings, shown, (numbers[0], numbers[1]), one.generated().seconds))
+        points.append(Point(settings, shown, (numbers[0], numbers[1]), made.seconds))
     return Sweep((axes[0], axes[1]), points)
 
 
-def evaluations(subject: Subject) -> int:
-    """Return the number of evaluations of the network for an image; those with and without the condition count separately.
-
-    Raises:
-        ConfigError: the sampler chooses its own steps.
-    """
-    assert subject.pipe is not None
-    defaults = subject.pipe.model.config.sampling
-    given = {**subject.settings, **subject.further}
-    sampler = given.get("sampler") or defaults.sampler
-    spec = SPECS[sampler]
-    if spec.adaptive:
-        raise ConfigError(
-            f"the sampler {sampler} chooses its own steps, so its evaluations are not known; leave it out."
-        )
-    steps = given.get("num_inference_steps") or defaults.num_inference_steps
-    scale = given.get("guidance_scale")
-    scale = defaults.guidance_scale if scale is None else scale
-    return int(steps * spec.evaluations * (1 if scale in (0, 1) else 2))
+@contextmanager
+def counted(network: nn.Module) -> Iterator[list[int]]:
+    """Return a list to which each evaluation of a network adds the number of rows of its batch."""
+    rows: list[int] = []
+    hook = network.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    try:
+        yield rows
+    finally:
+        hook.remove()

@@ -87,8 +87,7 @@ async def txt2img(body: TextToImage, request: Request) -> dict[str, Any]:
 
     def submit() -> Job:
         service, client = service_of(request), client_of(request)
-        units = units_of(body.alwayson_scripts)
-        work = service.controlled(client, units) if units else None
+        work = service.controlled(client, units_of(body.alwayson_scripts))
         return service.submit(client, None, _settings(body, body.width, body.height), work, previews=True)
 
     return await _result(submit, body, request)
@@ -110,8 +109,7 @@ async def img2img(body: ImageToImage, request: Request) -> dict[str, Any]:
         if body.width is not None and body.height is not None:
             size = body.width, body.height
         edit = service.edit(client, image, mask, size, strength=body.denoising_strength)
-        units = units_of(body.alwayson_scripts)
-        work = service.controlled(client, units, edit) if units else edit
+        work = service.controlled(client, units_of(body.alwayson_scripts), edit)
         return service.submit(client, None, _settings(body), work, edit.size, previews=True)
 
     return await _result(submit, body, request)

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ldm.control_images import ControlImage
+from ldm.control_images import ControlImage, hints_of
 from ldm.errors import SamplingError
 from ldm.image_output import Images, with_record
 from ldm.pipeline import Pipeline
@@ -49,10 +49,28 @@ class Controlled:
     controls: Sequence[tuple[ControlField, Image.Image]]
     keep: Callable[[Image.Image], str]
 
+    @property
+    def given(self) -> list[ControlImage]:
+        """The controls as the pipeline takes them."""
+        return [ControlImage(each.name, image, each.scale, each.start, each.end) for each, image in self.controls]
+
+    def check(self, pipe: Pipeline, size: tuple[int, int]) -> None:
+        """Check what depends on the model and on the height and width of the generated image.
+
+        Raises:
+            SamplingError: a ControlNet is for another kind of model, or an image has other proportions.
+        """
+        loaded = pipe.model.controlnets.loaded
+        for each, _ in self.controls:
+            if each.name not in loaded:
+                instead = f"choose one of {', '.join(loaded)}, or another model" if loaded else "choose another model"
+                raise SamplingError(f"the ControlNet {each.name!r} is for another kind of model; {instead}.")
+        factor = pipe.model.config.first_stage.factor
+        hints_of(pipe.model, self.given, (size[0] // factor, size[1] // factor), 1, 1)
+
     def __call__(self, pipe: Pipeline, settings: SamplingSettings) -> Images:
         """Return the image, whose record has the request that makes it again."""
-        given = [ControlImage(each.name, image, each.scale, each.start, each.end) for each, image in self.controls]
-        images = self.work(pipe, replace(settings, controlnets=given))
+        images = self.work(pipe, replace(settings, controlnets=self.given))
         kept = [each.model_dump(exclude_defaults=True) | {"image": self.keep(image)} for each, image in self.controls]
         for image in images:
             record = {str(name): text for name, text in image.info.items()}

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ldm.serving.edits import EditFields, edit_arguments
 from ldm.serving.fields import settings_of
-from ldm.serving.jobs import Job, Work
+from ldm.serving.jobs import Job
 from ldm.serving.responses import base64_of, client_of, file_url, service_of
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -40,9 +40,7 @@ async def create(body: JobRequest, request: Request) -> dict[str, Any]:
         given = edit_arguments(body, service.gallery)
         edit = None if given is None else service.edit(client, **given)
         size = None if edit is None else edit.size
-        work: Work | None = edit
-        if body.controlnets:
-            work = service.controlled(client, body.controlnets, edit)
+        work = service.controlled(client, body.controlnets, edit)
         return service.submit(client, body.model, settings_of(body), work, size, body.previews)
 
     return state(await run_in_threadpool(submit), request)

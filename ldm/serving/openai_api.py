@@ -14,6 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldm.errors import SamplingError
+from ldm.serving.controls import ControlField
 from ldm.serving.fields import SamplingFields, settings_of
 from ldm.serving.jobs import FileFormat, Job
 from ldm.serving.responses import client_of, file_url, finished, in_base64, service_of
@@ -41,9 +42,10 @@ OUTPUT_COMPRESSION = "Quality of JPEG and WebP, 0 to 100; default: 95, and lossl
 
 
 class Extra(SamplingFields):
-    """Settings that OpenAI's API has no fields for, and the strength of an edit."""
+    """Settings that OpenAI's API has no fields for, the strength of an edit, and ControlNets."""
 
     strength: float | None = Field(None, description="Share of the steps that change the image of an edit, 0 to 1.")
+    controlnets: list[ControlField] | None = Field(None, description="ControlNets that act, each with its image.")
 
 
 class GenerationRequest(BaseModel):
@@ -102,7 +104,9 @@ async def generations(body: GenerationRequest, request: Request, response: Respo
         size = _size(body.size)
         more = {} if size is None else {"width": size[0], "height": size[1]}
         settings = settings_of(body.extra, prompt=body.prompt, num_images_per_prompt=body.n, **more)
-        return service_of(request).submit(client_of(request), body.model, settings, file_format=_file_format(body))
+        service, client = service_of(request), client_of(request)
+        work = service.controlled(client, body.extra.controlnets if body.extra else None)
+        return service.submit(client, body.model, settings, work, file_format=_file_format(body))
 
     return await _result(submit, request, body.response_format)
 
@@ -128,8 +132,9 @@ async def edits(
     def submit() -> Job:
         service, client = service_of(request), client_of(request)
         edit = service.edit(client, content, area, _size(form.size), mask_is_alpha=True, strength=given.strength)
+        work = service.controlled(client, given.controlnets, edit)
         settings = settings_of(given, prompt=prompt, num_images_per_prompt=form.n)
-        return service.submit(client, form.model, settings, edit, edit.size, file_format=_file_format(form))
+        return service.submit(client, form.model, settings, work, edit.size, file_format=_file_format(form))
 
     return await _result(submit, request, form.response_format)
 
@@ -147,10 +152,11 @@ async def variations(
     content = await image.read()
 
     def submit() -> Job:
-        service = service_of(request)
-        work, sides = service.variation(content, _size(form.size))
+        service, client = service_of(request), client_of(request)
+        variation, sides = service.variation(content, _size(form.size))
+        work = service.controlled(client, given.controlnets, variation)
         settings = settings_of(given, num_images_per_prompt=form.n)
-        return service.submit(client_of(request), form.model, settings, work, sides, file_format=_file_format(form))
+        return service.submit(client, form.model, settings, work, sides, file_format=_file_format(form))
 
     return await _result(submit, request, form.response_format)
 
@@ -160,8 +166,12 @@ async def _extra(request: Request, text: str | None) -> Extra:
     try:
         values: Any = json.loads(text or "{}")
         for name, value in (await request.form()).multi_items():
-            if (match := re.fullmatch(r"extra\[(\w+)\]", name)) and isinstance(value, str):
-                values[match[1]] = _plain(value)
+            if not name.startswith("extra["):
+                continue
+            match = re.fullmatch(r"extra\[(\w+)\]", name)
+            if match is None or not isinstance(value, str):
+                raise HTTPException(400, f"{name[:100]} is not read; write the whole of extra as JSON.")
+            values[match[1]] = _plain(value)
     except (ValueError, TypeError):
         raise HTTPException(400, "extra is not a JSON object; write the settings as JSON.") from None
     try:

@@ -101,11 +101,14 @@ class Service:
         """
         name = self.models.name(model)
         pipe = self.models.peek(name)
-        self.limits.check(settings, size or (pipe.model.config.size if pipe else (1, 1)))
+        height, width = size or (pipe.model.config.size if pipe else (1, 1))
+        self.limits.check(settings, (height, width))
         seeds = seed_list(settings.seed, settings.num_images_per_prompt)
         each = [(replace(settings, seed=seed, num_images_per_prompt=1), seed) for seed in seeds]
         if work is None and pipe is not None and settings.prompt_syntax == "plain":
             pipe.sample(each[0][0]).close()  # checks what depends on the model, before the request is accepted
+        if isinstance(work, Controlled) and pipe is not None:
+            work.check(pipe, (settings.height or height, settings.width or width))
         job = Job(client, name, work or text_to_image, each, previews, file_format)
         self.scheduler.submit(job)
         record: dict[str, Any] = {"job": job.id, "model": name, "n": len(each)} | settings.record()
@@ -150,8 +153,8 @@ class Service:
             source = source.convert("RGB") if area is not None else source
         return Edit(source, partial(self.gallery.save_input, client=client), area, **options)
 
-    def controlled(self, client: str, controls: Sequence[ControlField], work: Work | None = None) -> Work:
-        """Return a work with ControlNets.
+    def controlled(self, client: str, controls: Sequence[ControlField] | None, work: Work | None = None) -> Work | None:
+        """Return a work with ControlNets, or the work itself if there are none.
 
         Args:
             client: whose gallery keeps the images that were sent.
@@ -161,6 +164,8 @@ class Service:
         Raises:
             SamplingError: there is no such ControlNet, or an image cannot be read or is too large.
         """
+        if not controls:
+            return work
         check_controls(controls, self.models.controlnets)
         what = "the image of a ControlNet"
         files = [content_of(each.image, what, self.gallery) for each in controls]

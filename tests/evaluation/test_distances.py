@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from torch import Tensor
 
+from ldm.evaluation.intervals import jackknife
 from ldm.evaluation.metrics import kernels
 from ldm.evaluation.metrics.coverage import density_and_coverage, precision_and_recall
 from ldm.evaluation.metrics.frechet import Moments, estimate, frechet_distance
@@ -137,6 +139,30 @@ def test_precision_recall_density_and_coverage_are_those_of_loops() -> None:
     assert found["density"].value == pytest.approx(np.mean([inside(p, true, reach(true, 5)) / 5 for p in made]))
     covered = [any(float((p - q).norm()) <= r for q in made) for p, r in zip(true, reach(true, 5), strict=True)]
     assert found["coverage"].value == np.mean(covered)
+
+
+def test_their_intervals_are_those_of_the_jackknife_from_one_pass_over_the_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, true = torch.randn(90, 3, dtype=torch.float64) * 0.8, torch.randn(70, 3, dtype=torch.float64)
+    names = {"recall": precision_and_recall, "coverage": density_and_coverage}
+    expected = {
+        name: jackknife(90, lambda index, name=name, of=of: of(made[index], true)[name].value).within(0, 1)
+        for name, of in names.items()
+    }
+    compared, cdist = [], torch.cdist
+
+    def counted(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        compared.append(len(x) * len(y))
+        return cdist(x, y, **options)
+
+    monkeypatch.setattr(torch, "cdist", counted)
+    for name, of in names.items():
+        found = of(made, true)[name]
+        assert (found.value, found.low, found.high) == pytest.approx(
+            (expected[name].value, expected[name].low, expected[name].high)
+        )
+    assert sum(compared) <= 90 * 90 + 2 * 70 * 70 + 3 * 70 * 90
 
 
 def test_copies_of_training_images_are_memorised_and_new_images_are_not() -> None:

@@ -23,7 +23,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "str | None": st.none() | TEXT,
     "int | None": st.none() | st.integers(0, 10**6),
     "float | None": st.none() | NUMBER,
-    "Sequence[int]": st.lists(st.integers(1, 512), max_size=3),
+    "Sequence[int]": st.lists(st.integers(1, 512), max_size=3).map(tuple),
     "Mapping[str, Any]": st.dictionaries(TEXT, NUMBER | TEXT | st.none(), max_size=3),
     "Mapping[str, str]": st.dictionaries(TEXT, TEXT, max_size=3),
 }
@@ -38,7 +38,7 @@ def receipt(conditions: Conditions, value: float = 1.0, half: float = 0.1, bette
 
 
 def example(**changes: Any) -> Conditions:
-    empty = {"str": "", "int": 0, "float": 0.0, "Sequence[int]": [], "Mapping[str, Any]": {}, "Mapping[str, str]": {}}
+    empty = {"str": "", "int": 0, "float": 0.0, "Sequence[int]": (), "Mapping[str, Any]": {}, "Mapping[str, str]": {}}
     values = {each.name: empty.get(str(each.type)) for each in dataclasses.fields(Conditions)}
     return Conditions(**{**values, "metric": "fid", **changes})
 
@@ -114,7 +114,40 @@ def test_an_unknown_field_and_another_file_are_one_sentence(tmp_path: Path) -> N
         rank([receipt(example()), receipt(example())], across=["step"])
     with pytest.raises(DataError, match=r"receipts-val\.json does not exist; write it"):
         read_receipts(tmp_path)
-    for content in ("{", "[]", '{"format": "other"}', '{"format": "ldm.evaluation.1", "numbers": [{"value": 1}]}'):
+    for content in (
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"format": "other"}',
+        '{"format": "ldm.evaluation.1", "numbers": [{"value": 1}]}',
+    ):
         (tmp_path / "other.json").write_text(content)
         with pytest.raises(DataError, match=r"other\.json is no file of receipts"):
             read_receipts(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("value", "one"),
+        ("low", [1]),
+        ("unit", 3),
+        ("more", 3),
+        ("metric", [1]),
+        ("n", "many"),
+        ("parameters", [1]),
+        ("versions", None),
+        ("conditions", 3),
+        ("request", 3),
+        ("numbers", [3]),
+    ],
+)
+def test_a_value_of_another_type_is_one_sentence(place: str, value: Any, tmp_path: Path) -> None:
+    written(tmp_path, "run", receipt(example()))
+    content = json.loads((tmp_path / "run.json").read_text())
+    number = content["numbers"][0]
+    inner = content if place in content else number["conditions"] if place in number["conditions"] else number
+    inner[place] = value
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"run\.json is no file of receipts"):
+        read_receipts(tmp_path / "run.json")

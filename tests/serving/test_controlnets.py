@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -159,11 +160,38 @@ def test_requests_name_controlnets_of_the_list_alone(server: Running, tmp_path: 
     assert "is given twice" in error_of(server, controlnets=[edges, edges])
     assert "the end must be greater" in error_of(server, controlnets=[edges | {"start": 0.5, "end": 0.5}])
     assert "scale" in error_of(server, controlnets=[edges | {"scale": 1e9}])
-    state = server.http.post("/v1/jobs", json={"prompt": "a", "controlnets": [edges | {"name": "foreign"}]}).json()
-    while state["status"] in ("queued", "running"):
-        time.sleep(0.02)
-        state = server.http.get(f"/v1/jobs/{state['id']}").json()
-    assert "unknown ControlNet 'foreign'" in state["error"]
+    message = error_of(server, controlnets=[edges | {"name": "foreign"}])
+    assert "'foreign' is for another kind of model; choose one of edges, depth" in message
+
+
+def test_hints_of_other_proportions_are_refused_before_the_job(server: Running) -> None:
+    edges = {"name": "edges", "image": base64_png(hint(1))}
+    assert "other proportions" in error_of(server, controlnets=[edges], width=2 * SIZE)
+    margins = {"left": SIZE, "right": 0, "top": 0, "bottom": 0}
+    assert "other proportions" in error_of(server, controlnets=[edges], image=base64_png(hint(2)), outpaint=margins)
+
+
+def test_extra_of_openais_api_takes_them(server: Running) -> None:
+    extra = SETTINGS | {"controlnets": [{"name": "edges", "image": base64_png(hint(1)), "scale": 0.7}]}
+    control = ControlImage("edges", hint(1), 0.7)
+
+    def image(path: str, **request: Any) -> Image.Image:
+        (entry,) = server.http.post(f"/v1/images/{path}", **request).raise_for_status().json()["data"]
+        return Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))
+
+    body = {"prompt": "a red apple", "response_format": "b64_json", "extra": extra}
+    expected = server.pipe("a red apple", controlnets=control, progress=False, **SETTINGS)[0]
+    assert same(image("generations", json=body), expected)
+    form = {"prompt": "a red apple", "response_format": "b64_json", "extra": json.dumps(extra)}
+    files = {"image": base64.b64decode(base64_png(hint(2)))}
+    expected = editing.image_to_image(
+        server.pipe, "a red apple", hint(2), controlnets=control, progress=False, **SETTINGS
+    )[0]
+    assert same(image("edits", data=form, files=files), expected)
+    nested = {"prompt": "a", "extra[controlnets][][name]": "edges"}
+    response = server.http.post("/v1/images/edits", data=nested, files=files)
+    assert response.status_code == 400
+    assert "write the whole of extra as JSON" in response.json()["error"]["message"]
 
 
 def test_hints_have_the_limits_of_other_uploads(server: Running) -> None:

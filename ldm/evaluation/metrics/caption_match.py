@@ -22,9 +22,10 @@ KS = (1, 5)
 
 @metric("clip_score", "samples")
 def clip_score(subject: Subject) -> Iterator[Number]:
-    """Measure 100 max(cos, 0) between image and caption, the mean over images, as torchmetrics.
+    """Measure 100 max(cos, 0) between image and caption, the mean over images.
 
-    After Hessel et al. 2021 (arXiv 2104.08718), with another factor; the CLIP of a run gives other numbers than OpenAI's.
+    After Hessel et al. 2021 (arXiv 2104.08718), whose factor is 2.5; torchmetrics has 100, but takes the maximum after the mean.
+    The CLIP of a run gives other numbers than OpenAI's.
     """
     if not subject.samples_text:
         return
@@ -39,19 +40,22 @@ def clip_score(subject: Subject) -> Iterator[Number]:
 
 @metric("recall_by_embedding", "samples")
 def recall_by_embedding(subject: Subject) -> Iterator[Number]:
-    """Measure how often the caption of a generated image is among the k nearest of all captions measured, by cosine."""
+    """Measure how often the caption of a generated image is among the k nearest of the distinct captions measured, by cosine."""
     if not subject.samples_text:
         return
     made = subject.generated()
+    numbers = {caption: i for i, caption in enumerate(dict.fromkeys(made.captions))}
+    own = torch.tensor([numbers[caption] for caption in made.captions])
     for network in subject.networks:
         if network.captions is None:
             continue
-        text = network.captions(made.captions)
-        ranks = cosine_ranks(F.normalize(made.features[network.name], dim=-1), F.normalize(text, dim=-1)).numpy()
+        text = network.captions(list(numbers))
+        images = F.normalize(made.features[network.name], dim=-1)
+        ranks = cosine_ranks(images, F.normalize(text, dim=-1), own).numpy()
         for k in KS:
-            yield Number(
-                f"recall_by_embedding@{k}", wilson(ranks < k), len(made), "higher", network=network, parameters={"k": k}
-            )
+            parameters = {"k": k, "captions": len(numbers)}
+            name, share = f"recall_by_embedding@{k}", wilson(ranks < k)
+            yield Number(name, share, len(made), "higher", network=network, parameters=parameters)
 
 
 @metric("recall_by_image", "samples")

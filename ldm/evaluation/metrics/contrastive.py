@@ -32,6 +32,9 @@ BINS = 15
 LARGEST_SCALE = 1000.0
 """Largest logit scale that is looked for."""
 
+CHUNK = 1024
+"""Number of images compared with all captions at once, which bounds the memory."""
+
 READER = "the evaluation of CLIP"
 
 
@@ -103,6 +106,12 @@ def classifier(clip: CLIP, tokenizer: Tokenizer, classes: Sequence[str], templat
     return weights
 
 
+def distinct(captions: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:
+    """Return the distinct captions in order, and the number of that of each image, ``[n]``."""
+    numbers = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    return tuple(numbers), torch.tensor([numbers[each] for each in captions])
+
+
 def _fill(template: str, name: str) -> str:
     return template.replace("{}", name)
 
@@ -122,13 +131,12 @@ def zero_shot(subject: Subject) -> Iterator[Number]:
             )
         target = torch.tensor(labels)
     else:
-        names = tuple(dict.fromkeys(captions))
-        target = torch.tensor([names.index(each) for each in captions])
-    logits = images @ classifier(*subject.clip, names, templates)
-    order = logits.argsort(dim=1, descending=True)
+        names, target = distinct(captions)
+    weights = classifier(*subject.clip, names, templates)
+    nearest = torch.cat([(rows @ weights).topk(min(5, len(names))).indices for rows in images.split(CHUNK)])
     digest = hashlib.sha256("\0".join(names).encode()).hexdigest()[:16]
-    for k in (1, 5):
-        hits = (order[:, :k] == target[:, None]).any(1).numpy()
+    for k in (k for k in (1, 5) if k < len(names)):  # else every image is a hit
+        hits = (nearest[:, :k] == target[:, None]).any(1).numpy()
         parameters = {"k": k, "classes": len(names), "names": digest, "templates": list(templates)}
         yield Number(f"zero_shot@{k}", wilson(hits), len(images), "higher", parameters=parameters)
 
@@ -141,7 +149,8 @@ def calibration_error(cosine: Tensor, target: Tensor, scale: float) -> Estimate:
         target: ``[n]``, the caption of each image.
         scale: logit scale.
     """
-    confidence, guess = (scale * cosine.double()).softmax(dim=1).max(dim=1)
+    parts = [(scale * rows.double()).softmax(dim=1).max(dim=1) for rows in cosine.split(CHUNK)]
+    confidence, guess = (torch.cat(each) for each in zip(*parts, strict=True))
     gap = ((guess == target).double() - confidence).numpy()
     bins = np.minimum((confidence.numpy() * BINS).astype(int), BINS - 1)
 
@@ -158,13 +167,15 @@ def best_scale(cosine: Tensor, target: Tensor) -> Estimate:
     the own caption. The interval is that of an M-estimator (Huber 1967): the deviation of the derivative over the root of n,
     divided by the mean second derivative, which is the variance of the cosine under the softmax.
     """
-    cosine = cosine.double()
-    own = cosine.gather(1, target[:, None])[:, 0]
+    own = cosine.gather(1, target[:, None])[:, 0].double()
+
+    def moments(rows: Tensor, scale: float) -> Tensor:
+        weight = (scale * rows).softmax(dim=1)
+        return torch.stack([(weight * rows).sum(1), (weight * rows.square()).sum(1)])
 
     def derivatives(scale: float) -> tuple[Tensor, Tensor]:
-        weight = (scale * cosine).softmax(dim=1)
-        mean = (weight * cosine).sum(1)
-        return mean - own, (weight * cosine.square()).sum(1) - mean.square()
+        mean, square = torch.cat([moments(rows.double(), scale) for rows in cosine.split(CHUNK)], dim=1)
+        return mean - own, square - mean.square()
 
     low, high = 0.0, LARGEST_SCALE
     for _ in range(50):
@@ -186,8 +197,7 @@ def calibration(subject: Subject) -> Iterator[Number]:
         return
     clip, tokenizer = subject.clip
     images, _, captions, _ = embeddings(subject)
-    names = tuple(dict.fromkeys(captions))
-    target = torch.tensor([names.index(each) for each in captions])
+    names, target = distinct(captions)
     cosine = images @ classifier(clip, tokenizer, names, ("{}",))
     learned = float(clip.logit_scale.exp())
     parameters = {"bins": BINS, "captions": len(names)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ldm.evaluation.intervals import Estimate, bootstrap, jackknife, wilson
+from ldm.evaluation.intervals import GROUPS, Estimate, bootstrap, group_of, jackknife_of, wilson
 from ldm.evaluation.metric import Number, metric
 
 if TYPE_CHECKING:
@@ -17,23 +18,24 @@ if TYPE_CHECKING:
 PRECISION_K, DENSITY_K = 3, 5
 """Numbers of neighbours of the papers: Kynkäänniemi et al. 2019 and Naeem et al. 2020."""
 
-CHUNK = 1024
+CHUNK = 256
 """Number of rows compared at once, which bounds the memory."""
+
+
+def distances(points: Tensor, centres: Tensor) -> Iterator[Tensor]:
+    """Yield the distances of points ``[n d]`` to centres ``[m d]``, exact for equal ones, as ``[CHUNK m]`` at a time."""
+    for part in points.split(CHUNK):
+        yield torch.cdist(part, centres, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def radii(features: Tensor, k: int) -> Tensor:
     """Return the distance of each of the features ``[n d]`` to its k-th nearest other one, ``[n]``; n > k."""
-    parts = [torch.cdist(part, features, compute_mode="donot_use_mm_for_euclid_dist") for part in features.split(CHUNK)]
-    return torch.cat([part.kthvalue(k + 1, dim=1).values for part in parts])  # the nearest is the feature itself
+    return _radii_among(features, k, torch.ones(1, len(features), dtype=torch.bool))[0]
 
 
 def balls_around(points: Tensor, centres: Tensor, radius: Tensor) -> Tensor:
     """Return in how many balls with ``centres [m d]`` and ``radius [m]`` each of the points ``[n d]`` lies, ``[n]``."""
-    parts = []
-    for part in points.split(CHUNK):
-        distance = torch.cdist(part, centres, compute_mode="donot_use_mm_for_euclid_dist")
-        parts.append((distance <= radius).sum(dim=1))
-    return torch.cat(parts)
+    return torch.cat([(part <= radius).sum(dim=1) for part in distances(points, centres)])
 
 
 def precision_and_recall(made: Tensor, true: Tensor, k: int = PRECISION_K) -> dict[str, Estimate]:
@@ -44,15 +46,12 @@ def precision_and_recall(made: Tensor, true: Tensor, k: int = PRECISION_K) -> di
     precision is then a share of independent hits; the interval of recall is that of the jackknife.
     """
     made, true = made.double(), true.double()
-    reach = radii(true, k)
-
-    def recall(index: object) -> float:
-        kept = made[torch.as_tensor(index)]
-        return float((balls_around(true, kept, radii(kept, k)) > 0).double().mean())
-
+    reach = _radii_among(made, k, _kept(len(made)))
+    hits = sum(torch.stack([(part <= radius).any(1).sum() for radius in reach]) for part in distances(true, made))
+    shares = (torch.as_tensor(hits) / len(true)).tolist()
     return {
-        "precision": wilson((balls_around(made, true, reach) > 0).numpy()),
-        "recall": jackknife(len(made), recall).within(0, 1),
+        "precision": wilson((balls_around(made, true, radii(true, k)) > 0).numpy()),
+        "recall": jackknife_of(shares[0], shares[1:]).within(0, 1),
     }
 
 
@@ -63,23 +62,32 @@ def density_and_coverage(made: Tensor, true: Tensor, k: int = DENSITY_K) -> dict
     images whose ball holds a generated image (equation 6). True images are fixed.
     """
     made, true = made.double(), true.double()
-    reach = radii(true, k)
-    nearest = torch.cat(
-        [
-            torch.cdist(part, made, compute_mode="donot_use_mm_for_euclid_dist") <= r[:, None]
-            for part, r in _rows(true, reach)
-        ]
-    )  # [m n]
+    keep = _kept(len(made))
+    balls, covered = torch.zeros(len(made)), torch.zeros(len(keep))
+    for part, reach in zip(distances(true, made), radii(true, k).split(CHUNK), strict=True):
+        inside = part <= reach[:, None]
+        balls += inside.sum(0)
+        covered += torch.stack([(inside & each).any(1).sum() for each in keep])
+    shares = (covered.double() / len(true)).tolist()
     return {
-        "density": bootstrap(nearest.double().sum(dim=0).numpy() / k),
-        "coverage": jackknife(
-            len(made), lambda index: float(nearest[:, torch.as_tensor(index)].any(1).double().mean())
-        ).within(0, 1),
+        "density": bootstrap(balls.double().numpy() / k),
+        "coverage": jackknife_of(shares[0], shares[1:]).within(0, 1),
     }
 
 
-def _rows(true: Tensor, reach: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(true.split(CHUNK), reach.split(CHUNK), strict=True)
+def _kept(n: int) -> Tensor:
+    """Return which of n samples are kept, ``[1 + groups n]``: all of them, then all but those of each group of the jackknife."""
+    group = torch.from_numpy(group_of(n))
+    return torch.stack([group >= 0, *(group != i for i in range(GROUPS if n >= GROUPS else 0))])
+
+
+def _radii_among(features: Tensor, k: int, keep: Tensor) -> Tensor:
+    """Return :func:`radii` among the features that each row of ``keep [g n]`` keeps, ``[g n]``; minus infinity for the others."""
+    parts = []
+    for part in distances(features, features):
+        among = [part.masked_fill(~kept, math.inf).kthvalue(k + 1, dim=1).values for kept in keep]
+        parts.append(torch.stack(among))  # the nearest is the feature itself
+    return torch.cat(parts, dim=1).masked_fill(~keep, -math.inf)
 
 
 @metric("precision_recall", "samples")

@@ -90,4 +90,4 @@ def rfid(subject: Subject) -> Iterator[Number]:
     made = subject.reconstructions()
     for network in subject.networks:
         found = estimate(made.features[network.name], made.originals[network.name])
-        yield Number("rfid", found, len(made), "lower", network=network, reference=subject.split)
+        yield Number("rfid", found, len(made), "lower", network=network)  # the reference is the evaluated images
