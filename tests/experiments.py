@@ -10,7 +10,9 @@ import yaml
 from PIL import Image
 
 from ldm.data.shards import Sample, write_shard
+from ldm.formats import native
 from ldm.training.experiment import Experiment, load_config
+from ldm.training.stages import build_module
 from tests.data.pictures import encoded, noise_picture
 
 CAPTIONS = ["red apple", "green apple", "red car", "blue car", "green car", "blue sky", "red sky", "old ship"]
@@ -83,3 +85,11 @@ def write_experiment(folder: Path, changes: Mapping[str, Any] | None = None) -> 
 def tiny_experiment(folder: Path, *overrides: str) -> Experiment:
     """The experiment with ``key=value`` overrides, of which the last counts if a key is given twice."""
     return load_config(write_experiment(folder), [*{each.partition("=")[0]: each for each in overrides}.values()])
+
+
+def write_clip(folder: Path) -> Path:
+    """Write the CLIP of the tiny experiment with random weights."""
+    task: Any = build_module(tiny_experiment(folder), "clip").task
+    path = folder / "clip.safetensors"
+    native.save_state(path, native.CLIP, task.clip.state_dict(), task.config.model, task.tokenizer, {})
+    return path

@@ -103,6 +103,7 @@ class UNetBlock(nn.Module):
         merges: bool = False,
     ):
         super().__init__()
+        self.out_channels = width
         self.upsample = Upsample(upsample) if upsample else None
         self.residual = ResidualBlock(
             in_width, width, 4 * config.levels[0].width, config.groups, dropout=config.dropout
@@ -144,6 +145,7 @@ class Downsample(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
+        self.out_channels = width
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor, *unused: object) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ldm.diffusion.alignment import RepresentationAlignmentConfig
 from ldm.diffusion.contrastive import ContrastiveFlowLossConfig
 from ldm.diffusion.dispersive import DispersiveLossConfig
 from ldm.diffusion.guidance import Composition, Guidance, Perturbable, Projection, guided
@@ -46,6 +47,7 @@ __all__ = [
     "Parametrization",
     "Perturbable",
     "Projection",
+    "RepresentationAlignmentConfig",
     "SamplerSpec",
     "Schedule",
     "Step",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,22 @@ class DenoisingLossConfig(Kind, default="weighted"):
 
     ``build()`` makes a module that is called as :meth:`WeightedLoss.forward`; its parameters are trained with the denoiser.
     In evaluation mode, a loss that learns a weighting returns the one that it weights, so that validations compare.
+
+    Class attribute ``reads_images``: whether the loss compares the denoiser with an image tower, so that it is built by
+    :meth:`build_aligned` and takes the images as the argument ``image``.
     """
+
+    reads_images: ClassVar[bool] = False
 
     @property
     def features(self) -> tuple[str, ...]:
         """Modules of the denoiser whose outputs the loss takes as the argument ``features``, by their names in it."""
         return ()
+
+    @property
+    def image_encoder(self) -> str | None:
+        """Source of the CLIP whose image tower a loss that ``reads_images`` uses; None = stage 2 of the experiment."""
+        return None
 
     def check(self, diffusion: Diffusion) -> None:
         """Check that the loss can train a network with this schedule and parametrization.
@@ -54,6 +64,15 @@ class DenoisingLossConfig(Kind, default="weighted"):
         return False
 
     def build(self) -> nn.Module:
+        raise NotImplementedError
+
+    def build_aligned(self, channels: Sequence[int], image_encoder: nn.Module) -> nn.Module:
+        """Build a loss that ``reads_images``.
+
+        Args:
+            channels: channels of the feature maps that :attr:`features` names.
+            image_encoder: image tower, which the loss freezes.
+        """
         raise NotImplementedError
 
 

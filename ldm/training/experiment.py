@@ -60,6 +60,8 @@ class Experiment:
                 raise ConfigError(
                     f"denoiser.conditioner needs images with 3 channels, but those of the data have {self.data.image_shape[0]}."
                 )
+        if self.denoiser.loss.reads_images:
+            self._check_loss_of_images()
         if self.vae.train is not None:
             try:
                 for shape in (self.data.image_shape[1:], *self.data.bucket_shapes):
@@ -86,6 +88,28 @@ class Experiment:
             _check_sampling(self.denoiser.sampling, self.denoiser.diffusion.schedule)
         except SamplingError as error:
             raise ConfigError(f"denoiser.sampling: {error}") from None
+
+    def _check_loss_of_images(self) -> None:
+        """Check that the data have images for a loss of the denoiser that reads them, and that it has an image tower.
+
+        Raises:
+            ConfigError: they have not.
+        """
+        loss, channels = self.denoiser.loss, self.data.image_shape[0]
+        if self.data.encoded.folder is not None:
+            raise ConfigError(
+                f"denoiser.loss: {loss.kind} reads images, which encoded data lack; set data.encoded.folder to null "
+                "(data.cache_latents can be used)."
+            )
+        if channels != 3:
+            raise ConfigError(
+                f"denoiser.loss: {loss.kind} needs images with 3 channels, but those of the data have {channels}."
+            )
+        if loss.image_encoder is None and (self.clip is None or self.clip.model.image is None):
+            raise ConfigError(
+                f"denoiser.loss: {loss.kind} needs an image tower, but the experiment has none; name the source of one as "
+                "checkpoint."
+            )
 
     @property
     def folder(self) -> Path:

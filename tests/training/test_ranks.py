@@ -14,7 +14,7 @@ from ldm.formats.sharded_checkpoint import is_sharded, load_sharded
 from ldm.formats.tensors import read_tensors
 from ldm.training.system_metrics import SYSTEM
 from tests.data.pictures import encoded, noise_picture
-from tests.experiments import write_experiment
+from tests.experiments import write_clip, write_experiment
 from tests.training.rank_training import record, train
 from tests.training.test_losses import DENOISER
 
@@ -61,11 +61,17 @@ SAMPLED = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "loss", [f"{{kind: contrastive_flow, {SAMPLED}}}", "{kind: dispersive, input_perturbation: 0.1, temperature: 0.1}"]
+    "loss",
+    [
+        f"{{kind: contrastive_flow, {SAMPLED}}}",
+        "{kind: dispersive, input_perturbation: 0.1, temperature: 0.1}",
+        "{kind: repa, checkpoint: CLIP, hidden_width: 16}",
+    ],
 )
-def test_losses_between_samples_are_those_of_the_batch_of_all_ranks(tmp_path: Path, loss: str) -> None:
+def test_losses_are_those_of_the_batch_of_all_ranks(tmp_path: Path, loss: str) -> None:
     config, stage = write_experiment(tmp_path), "denoiser"
     fields = ("max_steps=4", "validate_every=4", "learning_rate=1e-4")
+    loss = loss.replace("CLIP", str(write_clip(tmp_path)))
     common = [*DENOISER, *FLOW, f"denoiser.loss={loss}", "denoiser.model.dropout=0"]
     common += [f"{stage}.train.{field}" for field in fields]
     one, two = (

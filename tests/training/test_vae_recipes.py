@@ -13,11 +13,10 @@ from torch import Tensor
 
 from ldm.benchmarks.peaks import count_operations
 from ldm.errors import CheckpointError, ConfigError
-from ldm.formats import native
 from ldm.training.costs import step_cost
 from ldm.training.engine import StageModule
 from ldm.training.stages import build_module, train_stage
-from tests.experiments import tiny_experiment, write_experiment
+from tests.experiments import tiny_experiment, write_clip, write_experiment
 from tests.training.rank_training import record
 from tests.training.rank_training import train as train_on_ranks
 
@@ -41,14 +40,6 @@ def assert_resumes_bitwise(tmp_path: Path, *overrides: str) -> dict[str, Tensor]
     ]
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
     return states[0]
-
-
-def write_clip(folder: Path) -> Path:
-    """Write the CLIP of the tiny experiment with random weights."""
-    task: Any = build_module(tiny_experiment(folder), "clip").task
-    path = folder / "clip.safetensors"
-    native.save_state(path, native.CLIP, task.clip.state_dict(), task.config.model, task.tokenizer, {})
-    return path
 
 
 def test_all_terms_train_together_are_counted_and_resume_bitwise(

@@ -35,9 +35,11 @@ from ldm.nn.ranks import draw_rows, randn_rows
 from ldm.pipeline import Pipeline
 from ldm.training import noise_level_bins
 from ldm.training.config import TrainConfig
+from ldm.training.tasks.image_towers import image_tower
 from ldm.training.tasks.task import (
     DENOISER,
     FIRST_STAGE,
+    IMAGE_ENCODER,
     Export,
     Features,
     OptimizerSpec,
@@ -96,15 +98,15 @@ class DenoiserTask(Task):
     result = Path(MODEL_FILE)
     monitor = "loss"
     higher_is_better = False
-    needs_images = False
 
-    def __init__(self, config: DenoiserStage, model: LatentDiffusion):
+    def __init__(self, config: DenoiserStage, model: LatentDiffusion, image_encoder: nn.Module | None = None):
         super().__init__()
         self.config = config
         self.model = model
         model.first_stage.requires_grad_(False)
-        self.loss = config.loss.build()
         self.features = Features(model.denoiser, config.loss.features)
+        self.needs_images = config.loss.reads_images
+        self.loss = self._loss(image_encoder)
         self.of_points = model.latent_shape() == (2, 1, 1)
         if self.of_points:
             require_matplotlib()
@@ -117,7 +119,7 @@ class DenoiserTask(Task):
         conditioner = config.conditioner.with_tokenizer(handoff.tokenizer)
         model = LatentDiffusion(replace(config, conditioner=conditioner), None if clip is None else clip.tokenizer)
         load_encoders(handoff, clip, model.first_stage, model.conditioner)
-        return cls(experiment.denoiser, model)
+        return cls(experiment.denoiser, model, _image_encoder(experiment, handoff, clip))
 
     @classmethod
     def outline(cls, experiment: Experiment, captions: Sequence[str]) -> DenoiserTask:
@@ -126,7 +128,18 @@ class DenoiserTask(Task):
         config = experiment.model_config
         conditioner = config.conditioner.with_tokenizer(lambda tokenizer, _: _any_tokenizer(tokenizer))
         model = LatentDiffusion(replace(config, conditioner=conditioner), clip)
-        return cls(experiment.denoiser, model.to("meta"))
+        return cls(experiment.denoiser, model.to("meta"), _image_encoder(experiment))
+
+    def _loss(self, image_encoder: nn.Module | None) -> nn.Module:
+        """Build the loss, with the image tower that one that reads images compares the denoiser with."""
+        config = self.config.loss
+        if not config.reads_images:
+            return config.build()
+        assert image_encoder is not None
+        try:
+            return config.build_aligned(self.features.channels(), image_encoder)
+        except ConfigError as error:
+            raise ConfigError(f"denoiser.loss: {error}") from None
 
     @classmethod
     def parts_of(cls, source: Checkpoint) -> Sequence[str]:
@@ -139,7 +152,9 @@ class DenoiserTask(Task):
     @property
     def networks(self) -> Mapping[str, nn.Module]:
         model = self.model
-        return {"denoiser": model.denoiser, "first stage": model.first_stage, "conditioner": model.conditioner}
+        networks = {"denoiser": model.denoiser, "first stage": model.first_stage, "conditioner": model.conditioner}
+        kind = self.config.loss.kind
+        return networks | ({f"loss {kind}, with its image tower": self.loss} if self.config.loss.reads_images else {})
 
     @property
     def parts(self) -> Mapping[str, str]:
@@ -171,7 +186,8 @@ class DenoiserTask(Task):
         with _naming_sample(batch["key"]):
             cond = self.model.conditioner(batch, generator)
         x0, model = self._latents(batch, generator), self.model
-        loss, sigma = self.loss(model.denoiser, model.diffusion, x0, cond, generator, **self.features.argument)
+        image = {"image": batch["image"]} if self.config.loss.reads_images else {}
+        loss, sigma = self.loss(model.denoiser, model.diffusion, x0, cond, generator, **self.features.argument, **image)
         yield TrainLoss(loss.mean(), by_noise_level={"loss": (loss.detach(), sigma)})
 
     def _conditions(self, batch: Mapping[str, Any], generator: torch.Generator) -> Mapping[str, Any]:
@@ -336,6 +352,31 @@ def load_encoders(handoff: Handoff, clip: Checkpoint | None, first_stage: FirstS
             if name in clip.parts or not any(parameter.requires_grad for parameter in encoder.parameters()):
                 handoff.load_part(clip, name, encoder)  # otherwise it is trained from random weights
     conditioner.load_pretrained()
+
+
+def _image_encoder(
+    experiment: Experiment, handoff: Handoff | None = None, clip: Checkpoint | None = None
+) -> nn.Module | None:
+    """Build the image tower that the loss uses, if it uses one: that of its source, or of stage 2.
+
+    Args:
+        experiment: the experiment.
+        handoff: access to the results of the preceding stages; None = without weights, under ``torch.device("meta")``.
+        clip: the result of stage 2.
+    """
+    loss, section = experiment.denoiser.loss, experiment.clip
+    if not loss.reads_images:
+        return None
+    if loss.image_encoder is not None:
+        return image_tower(loss.image_encoder, "denoiser.loss")
+    assert section is not None, "the experiment has checked it"
+    assert section.model.image is not None, "the experiment has checked it"
+    assert section.model.embed_dim is not None, "the config of a CLIP has checked it"
+    tower = section.model.image.build(section.model.embed_dim)
+    if handoff is not None:
+        assert clip is not None
+        handoff.load_part(clip, IMAGE_ENCODER, tower)
+    return tower
 
 
 def _any_tokenizer(kind: TokenizerConfig) -> Tokenizer:

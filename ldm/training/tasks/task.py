@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -109,7 +109,7 @@ class Task(nn.Module):
     monitor: ClassVar[str]
     higher_is_better: ClassVar[bool]
     one_size: ClassVar[bool] = False
-    needs_images: ClassVar[bool] = True
+    needs_images: bool = True
 
     @classmethod
     def build(cls, experiment: Experiment, handoff: Handoff) -> Task:
@@ -241,12 +241,28 @@ class Features:
 
     def __init__(self, network: nn.Module, names: Sequence[str]):
         self.outputs: dict[str, Any] = {}
+        self.modules: dict[str, nn.Module] = {}
         modules = dict(network.named_modules())
         for name in names:
             if name not in modules:
                 raise ConfigError(unknown("feature", name, modules))
+            self.modules[name] = modules[name]
             modules[name].register_forward_hook(partial(self._capture, name))
         self.argument = {"features": self.outputs} if names else {}  # keyword argument of the loss
+
+    def channels(self) -> Sequence[int]:
+        """Return the channels of the outputs, which are feature maps ``[b c h w]``.
+
+        Raises:
+            ConfigError: one is not a feature map.
+        """
+        for name, module in self.modules.items():
+            if not isinstance(getattr(module, "out_channels", None), int):
+                raise ConfigError(
+                    f"feature is {name!r}, whose output is no feature map; name a convolution or a block of a U-Net, such as "
+                    "middle.0."
+                )
+        return [int(cast(Any, module).out_channels) for module in self.modules.values()]
 
     def _capture(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self.outputs[name] = output

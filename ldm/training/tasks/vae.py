@@ -14,16 +14,16 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 from ldm.config import config_field
 from ldm.data.stream import EvaluationLoader
-from ldm.errors import CheckpointError, ConfigError
+from ldm.errors import ConfigError
 from ldm.formats import native, read
 from ldm.formats.checkpoint import Checkpoint
 from ldm.formats.training_checkpoint import resume_points
 from ldm.image_output import Images
 from ldm.nn.ranks import randn_rows, sum_over_ranks
 from ldm.training.config import TrainConfig
+from ldm.training.tasks.image_towers import image_tower
 from ldm.training.tasks.task import (
     FIRST_STAGE,
-    IMAGE_ENCODER,
     Export,
     Features,
     OptimizerSpec,
@@ -79,24 +79,6 @@ class VAEStage:
             )
 
 
-def image_encoder(source: str | None) -> nn.Module | None:
-    """Build the image tower of a CLIP, with its weights, or without values under ``torch.device("meta")``; None for no source.
-
-    Raises:
-        CheckpointError: the source cannot be read, or has no image tower.
-    """
-    if source is None:
-        return None
-    try:
-        part = read(source).part(IMAGE_ENCODER)
-    except CheckpointError as error:
-        raise CheckpointError(f"vae.loss.terms: {error}") from None
-    tower: nn.Module = part.config.build(len(part.state["projection.weight"]))
-    if not torch.empty(0).is_meta:
-        native.load_strictly(tower, part.state, source, torch.float32)
-    return tower
-
-
 class VAETask(Task):
     """Autoencoder against discriminator: two optimizers, one after the other on the same batch."""
 
@@ -111,9 +93,7 @@ class VAETask(Task):
         self.config = config
         self.first_stage = config.model.build()
         self.reconstruction_loss = config.loss.build()
-        self.terms = nn.ModuleDict(
-            {each.kind: each.build(image_encoder(each.image_encoder)) for each in config.loss.terms}
-        )
+        self.terms = nn.ModuleDict({each.kind: each.build(_image_tower(each)) for each in config.loss.terms})
         self.discriminator = config.loss.build_discriminator(config.model.image_channels)
         self.discriminator_step = config.loss.discriminator_step(config.train.max_steps if config.train else 0)
         self.features = Features(self.first_stage, config.loss.features)
@@ -282,3 +262,8 @@ class VAETask(Task):
 
     def export(self) -> Export:
         return Export(native.FIRST_STAGE, self.first_stage, self.config.model)
+
+
+def _image_tower(term: LossTermConfig) -> nn.Module | None:
+    """Build the image tower that a term of the loss uses, if it uses one."""
+    return None if term.image_encoder is None else image_tower(term.image_encoder, "vae.loss.terms")

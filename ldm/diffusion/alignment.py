@@ -1,0 +1,150 @@
+"""Representation alignment (REPA): a hidden state of the denoiser is aligned with features of the clean image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ldm.config import config_field
+from ldm.diffusion.loss import WeightedLoss, WeightedLossConfig
+from ldm.diffusion.parametrization import Diffusion
+from ldm.errors import ConfigError
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class RepresentationAlignmentConfig(WeightedLossConfig, kind="repa"):
+    """The loss of kind `weighted` minus strength mean_n cos(y_n, MLP(h_n)) (REPA; Yu et al. 2410.06940).
+
+    h_n are the positions of the output of a block of the denoiser for the noisy image, and y_n those of a block of the image
+    tower of a CLIP for the clean one, resized to as many. The MLP is trained with the denoiser and is not part of its result.
+    Validations report the loss without the second term.
+    """
+
+    reads_images: ClassVar[bool] = True
+
+    strength: float = config_field(0.5, "Factor lambda of the alignment.")
+    feature: str = config_field("middle.0", "Module of the denoiser whose output, a feature map, is aligned.")
+    checkpoint: str | None = config_field(
+        None,
+        "Source of the CLIP: clip/final.safetensors of a run, or any other source of an image tower; null = stage clip of this "
+        "experiment.",
+        path=True,
+    )
+    layer: int | None = config_field(
+        None, "Block of the image tower whose output is the target, counted from 1; null = the last."
+    )
+    hidden_width: int = config_field(2048, "Width of the two hidden layers of the MLP.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.strength < math.inf:
+            raise ConfigError(f"strength is {self.strength}; it must be at least 0 and finite.")
+        if self.hidden_width < 1 or (self.layer is not None and self.layer < 1):
+            raise ConfigError(
+                f"hidden_width is {self.hidden_width} and layer {self.layer}; both must be at least 1, or layer null."
+            )
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        return (self.feature,)
+
+    @property
+    def image_encoder(self) -> str | None:
+        return self.checkpoint
+
+    def build(self) -> WeightedLoss:
+        """Build the loss without the second term."""
+        return WeightedLoss(self)
+
+    def build_aligned(self, channels: Sequence[int], image_encoder: nn.Module) -> RepresentationAlignment:
+        return RepresentationAlignment(self, channels[0], image_encoder)
+
+
+class RepresentationAlignment(WeightedLoss):
+    """The loss of a :class:`RepresentationAlignmentConfig`.
+
+    Args:
+        config: its config.
+        channels: channels of the output of the module ``feature``.
+        encoder: image tower with ``block_states``; it is frozen and stays in evaluation mode.
+
+    Raises:
+        ConfigError: the tower has fewer blocks than ``layer``.
+    """
+
+    config: RepresentationAlignmentConfig
+
+    def __init__(self, config: RepresentationAlignmentConfig, channels: int, encoder: nn.Module):
+        super().__init__(config)
+        self.encoder = encoder.requires_grad_(False).eval()
+        tower: Any = encoder
+        blocks, width = len(tower.blocks), config.hidden_width
+        self.layer = blocks if config.layer is None else config.layer
+        if self.layer > blocks:
+            raise ConfigError(
+                f"layer of repa is {self.layer}, but the image tower has {blocks} blocks; name one of them."
+            )
+        self.projection = nn.Sequential(
+            nn.Linear(channels, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, tower.config.width),
+        )
+
+    def train(self, mode: bool = True) -> RepresentationAlignment:
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(
+        self,
+        network: Callable[[Tensor, Tensor, C], Tensor],
+        diffusion: Diffusion,
+        x0: Tensor,
+        conditioning: C,
+        generator: torch.Generator | None = None,
+        *,
+        sigma: Tensor | None = None,
+        noise: Tensor | None = None,
+        features: Mapping[str, Any] | None = None,
+        image: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of each image; see :meth:`WeightedLoss.forward`.
+
+        Args:
+            network, diffusion, x0, conditioning, generator, sigma, noise: those of :meth:`WeightedLoss.forward`.
+            features: outputs of the module ``feature`` by its name, filled by the network.
+            image: the clean images ``[b 3 h w]`` in [-1, 1]; None = without the second term, as in evaluation mode.
+        """
+        loss, sigma = super().forward(network, diffusion, x0, conditioning, generator, sigma=sigma, noise=noise)
+        if self.training and image is not None:
+            assert features is not None
+            hidden = features[self.config.feature]
+            projected = self.projection(hidden.movedim(1, -1)).movedim(-1, 1)
+            loss = loss - self.config.strength * similarity(projected, self.target(image, hidden.shape[2:]))
+        return loss, sigma
+
+    @torch.no_grad()
+    def target(self, image: Tensor, size: Sequence[int]) -> Tensor:
+        """Return the hidden states of the patches of ``image [b 3 H W]``, resized to ``size`` (h, w), ``[b z h w]`` fp32."""
+        tower: Any = self.encoder
+        patches = tower.block_states(image)[self.layer - 1][:, 1:].float()
+        side = math.isqrt(patches.shape[1])
+        grid = patches.transpose(1, 2).unflatten(2, (side, side))
+        if grid.shape[2:] == tuple(size):
+            return grid
+        return functional.interpolate(grid, tuple(size), mode="bilinear", antialias=True)
+
+
+def similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Return the cosine similarity of feature maps ``[b c h w]`` at each position, averaged over these, ``[b]`` fp32."""
+    return functional.cosine_similarity(a.float(), b.float(), dim=1).flatten(1).mean(1)

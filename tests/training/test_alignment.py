@@ -1,0 +1,107 @@
+"""Trainings with the loss `repa`: what it trains, writes, costs and refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ldm.benchmarks.peaks import count_operations
+from ldm.errors import CheckpointError, ConfigError
+from ldm.training.costs import outline, step_cost
+from ldm.training.engine import StageModule
+from ldm.training.stages import build_module, train_stage
+from tests.experiments import tiny_experiment, write_clip
+from tests.training.test_recipes import PIXELS, trained
+
+FIELDS = "kind: repa, hidden_width: 16"
+
+
+def state_of(folder: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = torch.load(folder / "run/denoiser/last.ckpt", weights_only=True)["state_dict"]
+    return state
+
+
+def test_it_trains_denoiser_and_projection_is_counted_and_resumes_bitwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = [f"denoiser.loss={{{FIELDS}, checkpoint: {write_clip(tmp_path)}}}"]
+    operations, plain = [], StageModule.training_step
+
+    def counted(module: StageModule, batch: Mapping[str, Any], index: int) -> None:
+        operations.append(count_operations(lambda: plain(module, batch, index)).total)
+
+    with monkeypatch.context() as context:
+        context.setattr(StageModule, "training_step", counted)
+        trained(tmp_path / "counted", recipe, 1)
+    recipe = ["denoiser.train.checkpoint_every=1", *recipe]
+    at_once, resumed = trained(tmp_path / "at_once", recipe, 2), trained(tmp_path / "resumed", recipe, 1, 2)
+    state = state_of(tmp_path / "at_once")
+    assert [name for name in at_once if not torch.equal(resumed[name], at_once[name])] == []
+    again = state_of(tmp_path / "resumed")
+    assert [name for name in state if not torch.equal(again[name], state[name])] == []
+
+    experiment = tiny_experiment(tmp_path, *PIXELS, *recipe)
+    begun = build_module(experiment, "denoiser").task.state_dict()
+    changed = {name for name in begun if not torch.equal(begun[name], state[name])}
+    assert {f"loss.projection.{i}.{name}" for i in (0, 2, 4) for name in ("weight", "bias")} <= changed
+    assert not any(name.startswith("loss.encoder.") for name in changed)
+    assert not any(name.startswith("loss") for name in at_once)
+    without = step_cost(tiny_experiment(tmp_path, *PIXELS), "denoiser")
+
+    cost = step_cost(experiment, "denoiser")
+    assert cost.flops == operations[-1] > without.flops
+    added = {name: tensor.nbytes for name, tensor in state.items() if name.startswith("loss.")}
+    projection = sum(size for name, size in added.items() if name.startswith("loss.projection."))
+    assert cost.weights == without.weights + sum(added.values())
+    assert cost.trained == without.trained + projection
+    assert "loss repa, with its image tower" in outline(experiment, "denoiser").networks
+
+
+def test_it_uses_the_clip_of_the_experiment_and_images_next_to_cached_latents(tmp_path: Path) -> None:
+    short = [f"{stage}.train.max_steps=1" for stage in ("vae", "clip", "denoiser")]
+    short += ["data.cache_latents=true", f"denoiser.loss={{{FIELDS}, strength: 5}}"]
+    experiment = tiny_experiment(tmp_path, *short)
+    for stage in ("vae", "clip", "denoiser"):
+        train_stage(experiment, stage)
+    clip, state = load_file(tmp_path / "run/clip/final.safetensors"), state_of(tmp_path)
+    tower = {
+        name.removeprefix("loss.encoder."): each for name, each in state.items() if name.startswith("loss.encoder")
+    }
+    assert tower
+    assert all(torch.equal(clip[f"image.{name}"], each) for name, each in tower.items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([*PIXELS, "denoiser.loss=repa"], "repa needs an image tower, but the experiment has none; name the source"),
+        (["denoiser.loss=repa", "data.encoded.folder=encoded"], "repa reads images, which encoded data lack"),
+    ],
+)
+def test_what_does_not_fit_is_refused_when_the_config_is_read(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"denoiser.loss: {message}"):
+        tiny_experiment(tmp_path, *overrides)
+
+
+def test_features_that_are_no_maps_and_sources_without_a_tower_are_refused(tmp_path: Path) -> None:
+    loss = f"{FIELDS}, checkpoint: {write_clip(tmp_path)}"
+    linear = "noise_embedding.mlp.0"
+    for fields, message in [
+        (f"{loss}, feature: {linear}", f"denoiser.loss: feature is '{linear}', whose output is no feature map"),
+        (f"{loss}, feature: middle.9", "unknown feature 'middle.9'"),
+        (f"{loss}, layer: 2", "denoiser.loss: layer of repa is 2, but the image tower has 1 blocks"),
+    ]:
+        experiment = tiny_experiment(tmp_path, *PIXELS, f"denoiser.loss={{{fields}}}")
+        with pytest.raises(ConfigError, match=message):
+            outline(experiment, "denoiser")
+    missing = tiny_experiment(tmp_path, *PIXELS, f"denoiser.loss={{{FIELDS}, checkpoint: {tmp_path / 'none'}}}")
+    with pytest.raises(CheckpointError, match=r"^denoiser\.loss: "):
+        outline(missing, "denoiser")
