@@ -138,7 +138,13 @@ def seconds_of(rung: Rung, sizes: Mapping[float, Size], extras: Extras) -> float
 
 
 def make_plan(
-    full: Rung, sizes: Mapping[float, Size], extras: Extras, *, subsets: bool = True, share: float = SHARE
+    full: Rung,
+    sizes: Mapping[float, Size],
+    extras: Extras,
+    *,
+    subsets: bool = True,
+    share: float = SHARE,
+    spent: float = 0.0,
 ) -> Plan:
     """Return the ladder with the most runs, and of these the one with the longest, that the time allows.
 
@@ -148,6 +154,7 @@ def make_plan(
         extras: what a run costs besides its steps.
         subsets: whether runs can be trained on a part of the images.
         share: part of the time of the full run that the ladder may take.
+        spent: seconds of it that were spent before, on measurements.
 
     Raises:
         ConfigError: the full run is too short for a ladder.
@@ -155,7 +162,7 @@ def make_plan(
     full_seconds = full.steps * sizes[FULL].seconds
     limit = share * full_seconds
     for count in range(len(TEMPLATE), FEWEST_RUNS - 1, -1):
-        longest = _longest(full, count, sizes, extras, subsets, MARGIN * limit)
+        longest = _longest(full, count, sizes, extras, subsets, MARGIN * limit - spent)
         if longest is None:
             continue
         rungs = _rungs(full, count, longest, sizes, subsets)
@@ -165,10 +172,11 @@ def make_plan(
             order = sorted(range(len(rungs)), key=lambda i: seconds[i])
             return Plan(full, [rungs[i] for i in order], [seconds[i] for i in order], full_seconds, limit)
     shortest = _rungs(full, FEWEST_RUNS, SHORTEST, sizes, subsets)
-    least = sum(seconds_of(rung, sizes, extras) for rung in shortest) / MARGIN
+    least = sum(seconds_of(rung, sizes, extras) for rung in shortest)
+    least = (least + spent) / MARGIN
     raise ConfigError(
         f"the full run takes {full_seconds:,.0f} s, of which {limit:,.0f} s are for the ladder, but the shortest ladder takes "
-        f"{least:,.0f} s; give a --budget of at least {math.ceil(least / share)} s, or train the full run itself."
+        f"{least:,.0f} s; give a --budget of at least {math.ceil(1.02 * least / share)} s, or train the full run itself."
     )
 
 
