@@ -32,7 +32,7 @@ GALLERY = 20_000
 FEWEST_CAPTIONS, MOST_CAPTIONS = 32, 256
 """Least and largest number of captions; fewer are too few for a curve."""
 
-PART = 0.01
+PART = 0.005
 """Largest part of the time of the full run that measuring the recall of a model of its size takes."""
 
 ITERATIONS = 50
