@@ -230,7 +230,8 @@ class ShardsData(DataConfig, kind="shards"):
     def with_subset(self, images: int, seed: int) -> ShardsData | None:
         if self.encoded.folder is not None:  # which holds the latents of all
             return None
-        return replace(self, subset=SubsetConfig(images, seed if self.subset is None else self.subset.seed))
+        subset = SubsetConfig(images, seed if self.subset is None else self.subset.seed)
+        return replace(self, subset=subset, made_for=None)
 
     @property
     def _sources(self) -> dict[str, str | tuple[str, ...] | None]:

@@ -125,6 +125,7 @@ def rung_experiment(experiment: Experiment, rung: Rung) -> Experiment:
         seed=experiment.seed + rung.seed,
         data=experiment.data if data is None else data,
         denoiser=replace(stage, model=model, train=train, prompts=(), classes=()),
+        trainer=replace(experiment.trainer, loggers=()),
     )
 
 

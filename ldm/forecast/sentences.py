@@ -50,9 +50,11 @@ def sentences(forecast: Forecast, device: str, worthwhile: float = WORTHWHILE) -
         if best.parameters == 1:
             yield "In the same time, no model of another size is expected to reach a lower loss."
         else:
+            largest = max(each.parameters for each in forecast.models)
+            times = f"{'at least ' if best.parameters == largest else ''}{best.parameters:g} times"
             yield (
-                f"In the same time, a model of {best.parameters:g} times the parameters, trained for {best.steps:,} steps, would "
-                f"reach {_band(best.loss)} instead of {_band(forecast.expected)}."
+                f"In the same time, a model of {times} the parameters, trained for {best.steps:,} steps, would reach "
+                f"{_band(best.loss)} instead of {_band(forecast.expected)}."
             )
 
 
