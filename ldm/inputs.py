@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ldm.checks import shown
+from ldm.control_images import ControlHints
 from ldm.diffusion import Guidance
 from ldm.errors import SamplingError
 from ldm.modalities import MODALITIES
@@ -34,6 +35,7 @@ class Request:
         guidance: its scale is one for all, or one for each image.
         prompt_options: how prompts are parsed.
         defaults: values of conditions that may be left out; the record of an image names those that differ.
+        controls: hints of ControlNets.
     """
 
     conditions: Mapping[str, list[Any]]
@@ -42,6 +44,7 @@ class Request:
     guidance: Guidance
     prompt_options: PromptOptions
     defaults: Mapping[str, Pair]
+    controls: Sequence[ControlHints] = ()
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -74,6 +77,7 @@ class Request:
             replace(self.guidance, scale=scale[rows] if isinstance(scale, Sequence) else scale),
             self.prompt_options,
             self.defaults,
+            [hints[rows] for hints in self.controls],
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from ldm.conditioning import Conditioner, ConditionerConfig
 from ldm.conditioning.textual_inversion import TextualInversions
 from ldm.config import config_field
 from ldm.denoiser import DenoiserConfig
+from ldm.denoiser.controlnets import ControlNets
 from ldm.diffusion.parametrization import Diffusion
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacing import SPACINGS, Final
@@ -153,6 +154,7 @@ class LatentDiffusion(nn.Module):
     ``tiling`` bounds how much the first stage processes at once, and may be set to another :class:`ldm.vae.Tiling`.
     ``accelerator`` runs the networks if it is not None; :meth:`ldm.pipeline.Pipeline.compile` sets it.
     ``adapters`` are the LoRAs in use; see :meth:`ldm.pipeline.Pipeline.load_lora` and :func:`ldm.nn.lora.new_lora`.
+    ``controlnets`` are those that calls can use; see :meth:`ldm.pipeline.Pipeline.load_controlnet`.
     ``textual_inversions`` are the tokens that :meth:`ldm.pipeline.Pipeline.load_textual_inversion` has added.
     Parameters may be in low precision: the inputs of a network are cast to its precision, and its outputs are cast back.
     """
@@ -171,6 +173,7 @@ class LatentDiffusion(nn.Module):
         self.tiling = Tiling()
         self.accelerator: Accelerator | None = None
         self.adapters = Adapters()
+        self.controlnets = ControlNets()
         self.textual_inversions = TextualInversions()
 
     def __copy__(self) -> LatentDiffusion:
@@ -203,15 +206,22 @@ class LatentDiffusion(nn.Module):
 
         ``options`` are for denoisers whose config ``has_perturbed_attention``.
         """
-        return self.diffusion.denoise(partial(self._network, options=options), x, sigma, cond)
+        network = partial(self._network, options=options)
+        return self.diffusion.denoise(network, x, sigma, cond.at_levels(sigma))
 
     def _network(
         self, x: Tensor, noise_level: Tensor, cond: Conditioning, options: AttentionOptions | None = None
     ) -> Tensor:
         precision = _precision(self.denoiser, x.dtype)
-        inputs = x.to(precision), noise_level, cond.to(dtype=precision)
+        x, controls = x.to(precision), cond.controls
+        cond = (replace(cond, controls=()) if controls else cond).to(dtype=precision)
+        inputs: list[Any] = [x, noise_level, cond]
+        if controls:
+            inputs += [options, self.controlnets.residuals(x, noise_level, cond, controls)]
+        elif options is not None:
+            inputs.append(options)
         denoiser = self.denoiser if self.accelerator is None else self.accelerator.denoiser(self.denoiser)
-        result: Tensor = denoiser(*inputs) if options is None else denoiser(*inputs, options)
+        result: Tensor = denoiser(*inputs)
         return result
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:

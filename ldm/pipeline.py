@@ -19,15 +19,17 @@ from ldm.acceleration.compilable import Compilable
 from ldm.checks import whole_number
 from ldm.conditioning import ConditioningSchedule, conditioning_schedules
 from ldm.conditioning.long_prompts import check_clip_skip
-from ldm.conditioning.textual_inversion import add_inversions, remove_inversions
+from ldm.control_images import control_images, hints_of, with_controls
+from ldm.controlnet_loader import ControlNetLoader
 from ldm.devices import check_dtype, default_device, default_dtype, usable, usual_torch_state
 from ldm.diffusion import SPECS, Denoiser, Perturbable, guided, seeded_noise, sigmas_from_timesteps, sigmas_from_values
 from ldm.diffusion import sigmas as spaced_sigmas
-from ldm.errors import CheckpointError, SamplingError
+from ldm.errors import SamplingError
 from ldm.formats import SHIPPED, Source, load, save
 from ldm.formats.native import innermost
 from ldm.formats.tensors import channels_last, check_finite, to_dtype
 from ldm.image_output import Images
+from ldm.lora_loader import LoRALoader
 from ldm.model import LatentDiffusion
 from ldm.nn.attention import AttentionOptions
 from ldm.prompts import Prompt
@@ -47,7 +49,7 @@ class _Sampling(NamedTuple):
     shape: tuple[int, int, int]  # of one latent
 
 
-class Pipeline(TextualInversionLoader, Compilable):
+class Pipeline(ControlNetLoader, LoRALoader, TextualInversionLoader, Compilable):
     """Generates images with a model. Several threads may call one pipeline at once.
 
     >>> Pipeline.from_pretrained("runs/emoji_64")("a red apple", seed=1)[0].save("apple.png")
@@ -142,54 +144,6 @@ class Pipeline(TextualInversionLoader, Compilable):
         """Write the model as a source of :meth:`from_pretrained`, and return the file; see :func:`ldm.formats.save`."""
         return save(self.model, path, to, dtype)
 
-    @usual_torch_state()
-    def load_lora(self, source: Source, scale: float = 1.0, name: str | None = None, merge: bool = False) -> str:
-        """Load a LoRA in addition to those that are already loaded, with its textual inversions, and return its name.
-
-        Args:
-            source: a file with the key names of kohya or of diffusers, a folder written by diffusers, or a hub id of either.
-            scale: factor of its change.
-            name: name of the LoRA; default: that of the file.
-            merge: True to merge it into the weights that :meth:`save_pretrained` writes; False to compute it separately in
-                each layer, without saving it.
-
-        Raises:
-            CheckpointError: the file cannot be read, or is for another model.
-            SamplingError: the name is taken, or the scale is not a finite number.
-        """
-        from ldm.formats.lora import lora_files, read_lora
-        from ldm.formats.textual_inversion import read_bundled
-
-        files = lora_files(source)
-        adapter = read_lora(source, self.model, scale, name, merge, files)
-        inversions = [each for file in files.values() for each in read_bundled(file, self.model, adapter.name)]
-        self.model.adapters.add(self.model, adapter)
-        try:
-            add_inversions(self.model, inversions)
-        except CheckpointError:
-            self.model.adapters.remove(self.model, adapter.name)
-            raise
-        return adapter.name
-
-    @usual_torch_state()
-    def set_lora_scale(self, name: str, scale: float) -> None:
-        """Set the scale of a loaded LoRA.
-
-        Raises:
-            SamplingError: no LoRA has this name, or the scale is not a finite number.
-        """
-        self.model.adapters.set_scale(self.model, name, scale)
-
-    @usual_torch_state()
-    def unload_lora(self, name: str | None = None) -> None:
-        """Unload one LoRA, or all, with their textual inversions; the weights are restored bit for bit.
-
-        Raises:
-            SamplingError: no LoRA has this name.
-        """
-        self.model.adapters.remove(self.model, name)
-        remove_inversions(self.model, lambda each: each.adapter is not None and name in (None, each.adapter))
-
     @takes_settings(SamplingSettings)
     def __call__(self, settings: SamplingSettings) -> Any:
         """Generate images; settings that are not given are those of ``model.config.sampling`` and ``model.config.size``.
@@ -236,6 +190,9 @@ class Pipeline(TextualInversionLoader, Compilable):
             settings.prompt_options,
             conditioner.defaults(*(side * self.model.config.first_stage.factor for side in shape[1:])),
         )
+        repeats = settings.num_images_per_prompt
+        controls = hints_of(self.model, control_images(settings.controlnets or ()), shape[1:], len(request), repeats)
+        request = replace(request, controls=controls)
         levels = (settings.edit or Edit()).levels(self._noise_levels(settings))
         if settings.latents is not None and settings.latents.shape != (len(request), *shape):
             given, needed = list(settings.latents.shape), [len(request), *shape]
@@ -266,6 +223,8 @@ class Pipeline(TextualInversionLoader, Compilable):
         record |= {} if SPECS[str(settings.sampler)].adaptive else {"num_inference_steps": steps}
         record |= {} if settings.latents is None else {"latents": "given"}
         record |= {"dtype": str(self.dtype).removeprefix("torch."), **(settings.sampler_options or {})}
+        controls = [hints.record() for hints in request.controls]
+        record |= {"controlnets": controls} if controls else {}
         edit = (settings.edit or Edit()).record()
         records = [record | each.additions | edit for each in models]
         model = {"model": self.model.fingerprint} if self.model.fingerprint else {}
@@ -396,6 +355,11 @@ class Pipeline(TextualInversionLoader, Compilable):
             self.model.conditioner, conditions, negatives, request.prompt_options, levels
         )
         conditional, negative = (phases.map(lambda record: record.to(self.device)) for phases in both)
+        if request.controls:
+            images = range(len(request)) if composition is None else composition.rows
+            conditional, negative = with_controls(
+                self.model, request.controls, conditional, negative, levels, images, len(request)
+            )
         unconditional = negative if self.model.config.conditioner.input_keys else None
 
         def network(x: Tensor, sigma: Tensor, phases: ConditioningSchedule) -> Tensor:

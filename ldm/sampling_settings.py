@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ldm.control_images import ControlImage
     from ldm.diffusion import Guidance
     from ldm.model import SamplingConfig
     from ldm.sampling_loop import Edit, SamplingStep
@@ -128,6 +129,12 @@ def _edit(name: str, value: Any) -> Any:
     if not isinstance(value, Edit):
         raise SamplingError(f"{name} is {value!r}; give an ldm.sampling_loop.Edit, or call a function of ldm.editing.")
     return value
+
+
+def _controlnets(name: str, value: Any) -> Any:
+    from ldm.control_images import control_images
+
+    return control_images(value)
 
 
 def _folder(name: str, value: Any) -> Path:
@@ -303,6 +310,13 @@ class SamplingSettings:
         "Share of the positions, 0 to 0.75, that are merged with similar ones in the largest self-attentions of the U-Net.",
         lambda name, value: number(name, value, 0, 0.75),
         recorded=True,
+    )
+    controlnets: Sequence[ControlImage] | ControlImage | None = _setting(
+        None,
+        "Images that control the sampling by ControlNets that are loaded, one or several ldm.control_images.ControlImage; "
+        "their effects add up.",
+        _controlnets,
+        flags=(),
     )
     callback: Callable[[SamplingStep], object] | None = _setting(
         None,

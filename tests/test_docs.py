@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from PIL import Image
 from safetensors.torch import save_file
 
 from ldm.cli.config_reference import anchor, reference
@@ -23,7 +24,7 @@ from ldm.formats import save
 from ldm.formats.clip import save_clip
 from ldm.pipeline import Pipeline
 from ldm.training.experiment import load_config
-from tests.tiny import TOKENIZER, tiny_lora, tiny_model
+from tests.tiny import TOKENIZER, tiny_controlnet, tiny_lora, tiny_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
@@ -164,6 +165,8 @@ THERE: dict[Any, Callable[[str], object]] = {
     "folders/sdxl": lambda name: save(tiny_model(), name, "diffusers"),
     "emoji-diffusers": lambda name: save(tiny_model(), name, "diffusers"),
     "clip-vit-large-patch14": write_clip,
+    "controlnets/edges": lambda name: tiny_controlnet(Path(name)),
+    "edges.png": lambda name: Image.new("RGB", (32, 32), "grey").save(name),
 }
 """What the pages read, by the name that they give it; other files of weights are LoRAs."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from ldm.clip.tokenizer import train_byte_bpe
 from ldm.config import from_dict
+from ldm.denoiser import ControlNetConfig
+from ldm.denoiser.controlnet_formats import ControlNetFolder
+from ldm.formats.checkpoint import Part
+from ldm.formats.network_folder import network_files
 from ldm.model import LatentDiffusion, ModelConfig
 
 CAPTIONS = ["a red apple", "a green apple", "a red car", "a blue car", "two green cars", "a blue sky"]
@@ -46,6 +51,19 @@ def tiny_model(reads: str = "text", seed: int = 0, **changes: Any) -> LatentDiff
         model.first_stage.latent_mean.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0]))
         model.first_stage.latent_std.copy_(torch.tensor([1.5, 0.5, 1.0, 0.7]))
     return model.eval()
+
+
+def tiny_controlnet(folder: Path, seed: int = 0, is_trained: bool = True, model: Any = None, **changes: Any) -> Path:
+    """Write a ControlNet for the tiny model as a folder of diffusers; an untrained one has zero convolutions."""
+    config = ControlNetConfig((model or tiny_model()).config.denoiser, hint_widths=(4, 8), **changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = config.build()
+        for name, parameter in network.named_parameters():
+            if is_trained or not name.startswith("zeros."):
+                torch.nn.init.normal_(parameter, std=0.2)
+    network_files(ControlNetFolder(), Part(config, network.state_dict()), (SIZE, SIZE)).write(folder)
+    return folder
 
 
 LORA_LAYERS: dict[str, tuple[int, ...]] = {

@@ -155,10 +155,10 @@ def _expanded(value: Any) -> Any:
     return Path(expanded(value)) if isinstance(value, Path) else value
 
 
-def new_app(**options: Any) -> typer.Typer:
-    """Create a typer application that reports usage errors in one sentence; ``options`` are further arguments of it."""
+def new_app(group: type[typer.core.TyperGroup] | None = None) -> typer.Typer:
+    """Create a typer application that reports usage errors in one sentence; ``group`` is the class of its commands' group."""
     return App(
-        add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, **options
+        add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, cls=group
     )
 
 

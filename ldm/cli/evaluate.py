@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +34,7 @@ class DefaultGroup(typer.core.TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = new_app(cls=DefaultGroup)
+app = new_app(DefaultGroup)
 
 Config = Annotated[Path | None, Option(help="YAML of the experiment.")]
 Split = Annotated[str, Option(help="val, or in the end test.")]
@@ -65,6 +66,11 @@ Reference = Annotated[
     str | None, Option(help="Split whose images generated ones are compared with; default: the evaluated one.")
 ]
 Seed = Annotated[int, Option(help="Seed of the first generated image, and of noise and training in other metrics.")]
+
+
+@app.callback()
+def group() -> None:
+    """Evaluate a run or a model; the command is run, with its options, if none is named."""
 
 
 @app.command(DEFAULT)
@@ -155,7 +161,9 @@ def evaluate(
         result.write(file)
         print(f"{table.of_one(result)}\nreceipts: {file}")
     elif metrics:
-        raise ConfigError(f"none of the metrics {', '.join(_names(metrics))} applies to {result.name}; choose others.")
+        raise ConfigError(
+            f"none of the metrics {', '.join(_names(metrics))} applies to {result.name}; choose others, or give --features."
+        )
     if results:
         print(json.dumps(results, indent=2))
         (subject.folder / f"evaluation-{split}.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -175,6 +183,90 @@ def compare(
     from ldm.evaluation.receipt import read_receipts
 
     print(table.of_several([read_receipts(path) for path in runs], across or []))
+
+
+@app.command()
+def sweep(
+    config: Config = None,
+    split: Split = "val",
+    overrides: Overrides = None,
+    model: Model = None,
+    checkpoint: CheckpointName = None,
+    guidance: Annotated[str | None, Option(help="Guidance scales, separated by commas: 1,2,3,5.")] = None,
+    steps: Annotated[str | None, Option(help="Numbers of steps, separated by commas: 10,25,50.")] = None,
+    sampler: Annotated[str | None, Option(help="Samplers, separated by commas: dpmpp_2m,euler.")] = None,
+    ema_length: Annotated[
+        str | None,
+        Option(help="Lengths of the average, separated by commas, of a run with train.ema_snapshots: 0.05,0.1."),
+    ] = None,
+    setting: Annotated[list[str] | None, Option(help="Further sampling settings of all, such as shift=2.")] = None,
+    x: Annotated[
+        str, Option(help="Number on the horizontal axis, such as clip_score, or evaluations, the cost.")
+    ] = "evaluations",
+    y: Annotated[str, Option(help="Number on the vertical axis, such as fid.")] = "recall_by_image@1",
+    features: FeatureNetworks = None,
+    images: Images = None,
+    reference: Reference = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path, Option(help="Folder of sweep.json (a receipt for each number), sweep.txt and sweep.png.")
+    ] = Path("sweep"),
+    debug: Debug = False,
+) -> None:
+    """Measure a model with each combination of sampling settings, and show which are on the Pareto front."""
+    from ldm.config import with_overrides
+    from ldm.evaluation.opening import Request, open_subject, with_average
+    from ldm.evaluation.subject import Options
+    from ldm.evaluation.sweep import require_matplotlib
+    from ldm.evaluation.sweep import sweep as measure
+    from ldm.formats.tensors import write_atomically
+
+    require_matplotlib()
+    keep_freed_memory()
+    use_idle_cores()
+    values = {
+        "ema_length": _listed("--ema-length", ema_length, float),
+        "guidance_scale": _listed("--guidance", guidance, float),
+        "num_inference_steps": _listed("--steps", steps, int),
+        "sampler": _listed("--sampler", sampler, str),
+    }
+    values = {name: each for name, each in values.items() if each}
+    if not values:
+        raise ConfigError(
+            "there is nothing to sweep over; give values for --guidance, --steps, --sampler or --ema-length."
+        )
+    path, stage, changes = _config_of(config, overrides or [])
+    request = Request(
+        config=str(path),
+        overrides=changes,
+        stage=stage,
+        model=model,
+        checkpoint=checkpoint,
+        split=split,
+        further=with_overrides({}, setting or [], "--setting"),
+        features=features or (),
+        options=Options(images=images, reference=reference, seed=seed),
+    )
+    subject = open_subject(request, say)
+    result = measure(subject, values, (x, y), say, functools.partial(with_average, request, subject))
+    out.mkdir(parents=True, exist_ok=True)
+    points = [
+        {"settings": point.settings, "pareto": on_front, "numbers": [each.to_json() for each in point.receipts]}
+        | dict(zip((x, y), point.values, strict=True))
+        for point, on_front in zip(result.points, result.front, strict=True)
+    ]
+    for name, text in (("sweep.json", json.dumps(points, indent=2)), ("sweep.txt", result.table)):
+        write_atomically(out / name, functools.partial(Path.write_text, data=f"{text}\n"))
+    result.plot(out / "sweep.png")
+    print(f"{result.table}\n* = on the Pareto front; plot and receipts: {out}")
+
+
+def _listed(option: str, given: str | None, kind: Callable[[str], Any]) -> list[Any]:
+    """Return the values of an option that are separated by commas."""
+    try:
+        return [kind(each.strip()) for each in (given or "").split(",") if each.strip()]
+    except ValueError:
+        raise ConfigError(f"{option} is {given!r}; write values separated by commas.") from None
 
 
 def _verify(path: Path) -> None:

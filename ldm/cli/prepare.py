@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, overload
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -241,17 +241,19 @@ def stamps(
     min_size: MinSize = 1,
     max_size: MaxSize = None,
     shares: Annotated[
-        str,
-        typer.Option(help="Fractions of train, val and test; the split of an image is chosen by a hash of its name."),
-    ] = "0.8,0.1,0.1",
+        str | None,
+        typer.Option(
+            help="Fractions of train, val and test; the split of an image is chosen by a hash of its name. Default: 0.8,0.1,0.1."
+        ),
+    ] = None,
     drop_duplicates: Duplicates = None,
     workers: Workers = 4,
     debug: Debug = False,
 ) -> None:
     """Convert the stamps of Tux Paint (GPL-2; not part of ldm) to shards; DST/report.json lists those that were skipped."""
-    from ldm.data.stamps import STAMPS_PATH, prepare_stamps
+    from ldm.data.stamps import SHARES, STAMPS_PATH, prepare_stamps
 
-    fractions = _shares(shares)
+    fractions = _shares(shares) or [*SHARES]
     report = prepare_stamps(
         source or STAMPS_PATH,
         destination,
@@ -338,10 +340,6 @@ def _print_report(report: Report, destination: Path, shares: list[float] | None)
     print(f"For the config: data: {{kind: shards, {sources}{captions}}}")
 
 
-@overload
-def _shares(text: str) -> list[float]: ...
-@overload
-def _shares(text: str | None) -> list[float] | None: ...
 def _shares(text: str | None) -> list[float] | None:
     if text is None:
         return None

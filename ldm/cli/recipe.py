@@ -180,6 +180,14 @@ def _options(file: Path, settings: dict[str, Any]) -> tuple[list[str], list[tupl
         needed.append(("--lora", f"{entry['name']} with the fingerprint {entry['file']}, as FILE:{entry['scale']}"))
     for entry in given.pop("textual_inversions", []):
         needed.append(("--textual-inversion", f"{entry['name']} with the fingerprint {entry['file']}"))
+    controls = given.pop("controlnets", [])
+    for entry in controls:
+        needed.append(("--controlnet", f"{entry['name']} with the fingerprint {entry['file']}"))
+        needed.append(("--control", f"the image of the ControlNet {entry['name']}"))
+        options += ["--control-scale", str(entry["scale"])]
+    if any("start" in entry for entry in controls):
+        for entry in controls:
+            options += ["--control-span", f"{entry.get('start', 0.0)},{entry.get('end', 1.0)}"]
     for name, value in given.items():
         if name == "dtype":
             options += ["--dtype", {long: short for short, long in DTYPES.items()}[value]]

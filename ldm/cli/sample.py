@@ -52,6 +52,17 @@ def sample(
     textual_inversion: Annotated[
         list[str] | None, Option(help="Textual inversion to load, or TOKEN=FILE for another token; repeatable.")
     ] = None,
+    controlnet: Annotated[
+        list[str] | None, Option(help="ControlNet to load, or NAME=SOURCE; repeatable, each with its --control.")
+    ] = None,
+    control: Annotated[list[Path] | None, Option(help="Hint image of the --controlnet, repeatable.")] = None,
+    control_scale: Annotated[
+        list[float] | None, Option(help="Scale of the --controlnet, one for all or one for each; default: 1.")
+    ] = None,
+    control_span: Annotated[
+        list[str] | None,
+        Option(help="START,END: shares of the steps between which the --controlnet acts, likewise; default: 0,1."),
+    ] = None,
     out: Annotated[
         Path | None,
         Option(help="File (several images: a grid), pattern with {index} or {seed}, or folder."),
@@ -123,6 +134,10 @@ def sample(
     compiled = backend_of(compile_with, compile_option)
     if not image and (mask or strength is not None):
         raise SamplingError("--mask and --strength are about an image to begin with; give --image too.")
+    if not controlnet and (control or control_scale or control_span):
+        raise SamplingError(
+            "--control, --control-scale and --control-span are about a ControlNet; give --controlnet too."
+        )
     target = check_target(out or ("demo.png" if demo else "sample.png"))
     if animate:
         check_animation(animate)
@@ -138,6 +153,8 @@ def sample(
     for given in textual_inversion or []:
         *token, file = [given] if Path(given).exists() else given.split("=", 1)
         pipe.load_textual_inversion(file, *token[:1])
+    if controlnet:
+        settings["controlnets"] = _controls(pipe, controlnet, control or [], control_scale or [], control_span or [])
     if compiled:
         pipe.compile(**compiled)
     frames = Animation(pipe)
@@ -206,6 +223,35 @@ def _edited(
     if mask:
         return editing.inpaint(pipe, prompts, image, mask, **settings)
     return editing.image_to_image(pipe, prompts, image, **settings)
+
+
+def _controls(
+    pipe: Pipeline, sources: list[str], images: list[Path], scales: list[float], spans: list[str]
+) -> list[Any]:
+    """Load ControlNets, and return the controls of the call."""
+    from ldm.control_images import ControlImage
+
+    n = len(sources)
+    if len(images) != n:
+        raise SamplingError(f"{n} --controlnet and {len(images)} --control are given; give one --control for each.")
+    for flag, number in (("--control-scale", len(scales)), ("--control-span", len(spans))):
+        if number not in (0, 1, n):
+            raise SamplingError(f"{number} {flag} do not fit {n} --controlnet; give one for all, or one for each.")
+    factors, limits = scales or [1.0], [_span(span) for span in spans or ["0,1"]]
+    controls = []
+    for i, source in enumerate(sources):
+        *name, place = [source] if Path(source).exists() else source.split("=", 1)
+        loaded = pipe.load_controlnet(place, *name)
+        controls.append(ControlImage(loaded, images[i], factors[i % len(factors)], *limits[i % len(limits)]))
+    return controls
+
+
+def _span(given: str) -> tuple[float, float]:
+    try:
+        start, end = map(float, given.split(","))
+    except ValueError:
+        raise SamplingError(f"--control-span is {given!r}; write two shares of the steps, such as 0,0.5.") from None
+    return start, end
 
 
 def _scaled(given: str) -> tuple[str, float]:

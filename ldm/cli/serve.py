@@ -47,6 +47,10 @@ def serve(
     lora_folder: Annotated[
         Path | None, Option(help="Folder of the LoRAs that <lora:name:0.8> in prompts names.")
     ] = None,
+    controlnet: Annotated[
+        list[str] | None,
+        Option(help="NAME=SOURCE of a ControlNet that requests can name, repeatable, or SOURCE alone."),
+    ] = None,
     memory: Annotated[
         float | None, Option(help="GB of parameters above which models that were not used for longest are unloaded.")
     ] = None,
@@ -87,6 +91,7 @@ def serve(
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(unknown("dtype", dtype, DTYPES))
+    controlnets = model_sources(controlnet or [], "--controlnet")
     sources = model_sources(model or (["emoji"] if runs is None else []))
     keys = api_keys(host, api_key_file)
     image_marks = ImageMarks(**marks)
@@ -104,6 +109,7 @@ def serve(
         device=str(on),
         dtype=getattr(torch, DTYPES[dtype]) if dtype else None,
         lora_folder=lora_folder,
+        controlnets=controlnets,
         memory=None if memory is None else int(memory * 1e9),
     )
     hosts = None if keys else trusted_hosts(host, allow_host or ())
@@ -162,17 +168,17 @@ def set_up_log() -> None:
         logger.setLevel(level)
 
 
-def model_sources(models: list[str]) -> dict[str, str]:
+def model_sources(values: list[str], flag: str = "--model") -> dict[str, str]:
     """Parse ``["name=source", "source"]``; a source alone has the name of its last part."""
     sources: dict[str, str] = {}
-    for given in models:
+    for given in values:
         name, found, source = given.partition("=")
         if not found:
             name, source = Path(given).name, given
         if not name or not source:
-            raise ConfigError(f"--model is {given!r}; write NAME=SOURCE.")
+            raise ConfigError(f"{flag} is {given!r}; write NAME=SOURCE.")
         if name in sources:
-            raise ConfigError(f"--model names {name!r} twice; give each model another name.")
+            raise ConfigError(f"{flag} names {name!r} twice; give each another name.")
         sources[name] = source
     return sources
 

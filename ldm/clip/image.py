@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.clip.patch_dropout import drop_patches
 from ldm.clip.transformer import Activation, check_shape, stack
 from ldm.config import Kind, config_field
 from ldm.errors import ConfigError
@@ -19,7 +20,12 @@ HALF = (0.5, 0.5, 0.5)
 
 
 class ImageTower(nn.Module):
-    """Encoder of an image into hidden states, and of these into one embedding."""
+    """Encoder of an image into hidden states, and of these into one embedding.
+
+    ``patch_dropout`` is the share of the patches of an image that it does not see in training mode.
+    """
+
+    patch_dropout: float = 0.0
 
     def states(self, image: Tensor) -> Tensor:
         """``image [b 3 h w]`` of the config's size in [-1, 1] ``-> [b 1+n width]``, the first of the entire image."""
@@ -122,8 +128,10 @@ class VisionTransformer(ImageTower):
         size = self.config.image_size
         assert image.shape[2:] == (size, size), f"{tuple(image.shape)} is not a batch of {size} x {size} pixels"
         patches = rearrange(self.patch_embedding(self._normalized(image)), "b c h w -> b (h w) c")
-        x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
-        return self.norm_in(x + self.position_embedding)
+        x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1) + self.position_embedding
+        if self.patch_dropout and self.training:
+            x = torch.cat([x[:, :1], drop_patches(x[:, 1:], self.patch_dropout)], dim=1)
+        return self.norm_in(x)
 
     def _normalized(self, image: Tensor) -> Tensor:
         """Normalize images in [-1, 1] by the mean and std that the weights were trained with."""

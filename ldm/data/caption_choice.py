@@ -43,12 +43,21 @@ class CaptionConfig:
     shuffle_tags: bool = config_field(False, "Whether the tags of a caption are put into random order.")
     drop_tags: float = config_field(0.0, "Probability with which each tag of a caption is left out.")
     keep_tags: int = config_field(0, "Number of tags at the beginning that are neither moved nor left out.")
+    templates: tuple[str, ...] = config_field(
+        (),
+        "Texts such as 'a photo of {}', one of which is used for a caption, with {} replaced by it; none: the caption alone.",
+    )
+    drop_words: float = config_field(0.0, "Probability with which each word of a caption is left out; one word stays.")
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_tags <= 1:
             raise ConfigError(f"drop_tags must be from 0 to 1, but is {self.drop_tags}.")
         if self.keep_tags < 0:
             raise ConfigError(f"keep_tags must not be negative, but is {self.keep_tags}.")
+        if not 0 <= self.drop_words <= 1:
+            raise ConfigError(f"drop_words must be from 0 to 1, but is {self.drop_words}.")
+        if wrong := [text for text in self.templates if "{}" not in text]:
+            raise ConfigError(f"the template {wrong[0]!r} has no {{}}, which the caption replaces.")
         if not self.separator:
             raise ConfigError("separator must not be empty.")
         if self.weights and self.format != "json":
@@ -59,12 +68,21 @@ class CaptionConfig:
     @property
     def varies(self) -> bool:
         """True if the caption of a sample depends on the position in training."""
-        return self.format != "text" or self.changes_tags
+        return self.format != "text" or self.changes_text
+
+    @property
+    def changes_text(self) -> bool:
+        """True if training changes the text of a caption, apart from the choice of one of several."""
+        return self.changes_tags or self.drop_words > 0 or bool(self.templates)
 
     @property
     def changes_tags(self) -> bool:
         """True if the tags of a caption are shuffled or dropped."""
         return self.shuffle_tags or self.drop_tags > 0
+
+    def in_templates(self, captions: list[str]) -> list[str]:
+        """Return captions, and each template with one of them in it, from which a tokenizer learns the words of both."""
+        return captions + [text.replace("{}", captions[0]) for text in self.templates] if captions else []
 
     def parse(self, data: bytes) -> Captions:
         """Return the captions in a member of a shard; of an empty member the empty caption.
@@ -121,7 +139,19 @@ class CaptionConfig:
         generator = np.random.default_rng(np.ascontiguousarray(jitter).view(np.uint32))
         edges = np.cumsum([weight for _, weight in captions])
         text = captions[int(np.searchsorted(edges, generator.random() * edges[-1], side="right"))][0]
-        return self._with_tags(text, generator) if self.changes_tags else text
+        text = self._with_tags(text, generator) if self.changes_tags else text
+        if self.drop_words:
+            text = self._without_words(text, generator)
+        if self.templates:
+            text = self.templates[int(generator.integers(len(self.templates)))].replace("{}", text)
+        return text
+
+    def _without_words(self, text: str, generator: np.random.Generator) -> str:
+        """Return a caption in which words are dropped (Wei & Zou 2019, arXiv 1901.11196, "random deletion")."""
+        words = text.split()
+        draws = generator.random(len(words))
+        kept = [word for word, draw in zip(words, draws, strict=True) if draw >= self.drop_words]
+        return " ".join(kept or words[int(np.argmax(draws)) :][:1]) if words else text
 
     def _with_tags(self, text: str, generator: np.random.Generator) -> str:
         """Return a caption with the tags behind the first ``keep_tags`` shuffled and dropped."""

@@ -66,10 +66,10 @@ class EncodedSource:
         """
         if self.data.encoded.text is None or not any(True for _ in self.conditioner.text_encoders()):
             return False
-        if self.data.captions.changes_tags:
+        if self.data.captions.changes_text:
             raise ConfigError(
-                "data.captions shuffles or drops tags, so that text states of the captions cannot be stored; set "
-                "data.encoded.text to null."
+                "data.captions shuffles or drops tags, drops words or has templates, so that text states of the captions cannot "
+                "be stored; set data.encoded.text to null."
             )
         return True
 

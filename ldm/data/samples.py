@@ -204,12 +204,13 @@ class StoredImages(Samples):
 
     def all_captions(self, reader: str) -> list[str]:
         several = captions_of(self.stored_annotations(BatchIndices(np.arange(len(self)))), reader)
-        return [text for captions in several for text, _ in captions]
+        return self.captions.in_templates([text for captions in several for text, _ in captions])
 
     @property
     def captions_fingerprint(self) -> str:
-        """Text that depends on all captions and their format."""
-        return self.fingerprint if self.captions.format == "text" else f"{self.fingerprint}-{self.captions.format}"
+        """Text that depends on all captions, their format and templates."""
+        parts = [self.fingerprint, *([self.captions.format] if self.captions.format != "text" else [])]
+        return "-".join([*parts, *self.captions.templates])
 
     def with_captions(self, batch: Batch, draw: BatchIndices) -> Batch:
         """Replace the captions of each sample in the batch of a draw by the one that is used."""

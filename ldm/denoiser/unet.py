@@ -206,7 +206,12 @@ class UNetEncoder(nn.Module):
         self, x: Tensor, noise_level: Tensor, cond: Conditioning, options: AttentionOptions | None = None
     ) -> Features:
         """Encode ``x``; the arguments are those of :meth:`UNet.forward`."""
-        x, embedding = self.embed(x, noise_level, cond)
+        return self.encode(*self.embed(x, noise_level, cond), cond, options)
+
+    def encode(
+        self, x: Tensor, embedding: Tensor, cond: Conditioning, options: AttentionOptions | None = None
+    ) -> Features:
+        """Evaluate the blocks after :meth:`embed`, whose outputs are the first two arguments."""
         skips, outer = [x], _without_identity(options)
         for block in self.down:
             x = block(x, embedding, cond, None, outer)

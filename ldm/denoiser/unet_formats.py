@@ -45,6 +45,10 @@ HEADS = 8
 HEAD_WIDTH = 64
 """Channels of an attention head in all other published models."""
 
+ENDS_LDM = "input_blocks.0.0", "label_emb.0.0", "middle_block.1"
+ENDS_DIFFUSERS = "conv_in", "add_embedding.linear_1", "mid_block.attentions.0"
+"""Names of the first convolution, the vector embedding and the transformer in the middle; see :func:`inferred`."""
+
 TRANSFORMER: Rules = ((r"\bblocks\.", "transformer_blocks."), (r"\bto_out", "to_out.0"), (r"\bff\.", "ff.net."))
 RESIDUAL_LDM: Rules = (
     (r"\bnorm1", "in_layers.0"),
@@ -179,21 +183,7 @@ class UNetSingleFile(SingleFileFormat):
 
     def infer_config(self, tensors: State, source: object) -> UNetConfig:
         with inferring("U-Net", source):
-            levels: list[list[tuple[int, int]]] = [[]]
-            for number in range(1, count(tensors, r"input_blocks\.(\d+)\.")):
-                block = f"input_blocks.{number}"
-                if f"{block}.0.op.weight" in tensors:
-                    levels.append([])
-                    continue
-                depth = count(tensors, rf"input_blocks\.{number}\.1\.transformer_blocks\.(\d+)\.")
-                levels[-1].append((tensors[f"{block}.0.out_layers.3.weight"].shape[0], depth))
-            if any(len(set(level)) != 1 for level in levels):
-                raise CheckpointError(
-                    f"{source}: the blocks of a level of its U-Net differ, which ldm does not support; use another model."
-                )
-            specs = [LevelSpec(level[0][0], len(level), level[0][1]) for level in levels]
-            ends = ("input_blocks.0.0", "out.2", "label_emb.0.0", "middle_block.1")
-            return _inferred(tensors, specs, *ends)
+            return inferred(tensors, levels_of_file(tensors, source), *ENDS_LDM, "out.2")
 
     def prefix(self, config: UNetConfig, component: str, components: Collection[str]) -> str | None:
         if config.context_width is None and any(level.depth for level in config.levels):
@@ -217,13 +207,7 @@ class UNetDiffusersFile(SingleFileFormat):
 
     def infer_config(self, tensors: State, source: object) -> UNetConfig:
         with inferring("U-Net", source):
-            levels = []
-            for block in (f"down_blocks.{number}" for number in range(count(tensors, r"down_blocks\.(\d+)\."))):
-                blocks = count(tensors, rf"{re.escape(block)}\.resnets\.(\d+)\.")
-                depth = count(tensors, rf"{re.escape(block)}\.attentions\.0\.transformer_blocks\.(\d+)\.")
-                levels.append(LevelSpec(tensors[f"{block}.resnets.0.conv2.weight"].shape[0], blocks, depth))
-            ends = ("conv_in", "conv_out", "add_embedding.linear_1", "mid_block.attentions.0")
-            return _inferred(tensors, levels, *ends)
+            return inferred(tensors, levels_of_folder(tensors), *ENDS_DIFFUSERS, "conv_out")
 
     def prefix(self, config: UNetConfig, component: str, components: Collection[str]) -> str | None:
         return None
@@ -353,17 +337,55 @@ def lora_names(config: UNetConfig, names: Sequence[str], component: str, compone
     return lora_spellings([*folders, file], ("unet.", ""), "lora_unet_")
 
 
-def _inferred(
-    tensors: State, levels: Sequence[LevelSpec], first: str, last: str, vector: str, middle: str
+def levels_of_file(tensors: State, source: object) -> list[LevelSpec]:
+    """Infer the levels from the ``input_blocks`` of an LDM file.
+
+    Raises:
+        CheckpointError: the blocks of a level differ.
+    """
+    levels: list[list[tuple[int, int]]] = [[]]
+    for number in range(1, count(tensors, r"input_blocks\.(\d+)\.")):
+        block = f"input_blocks.{number}"
+        if f"{block}.0.op.weight" in tensors:
+            levels.append([])
+            continue
+        depth = count(tensors, rf"input_blocks\.{number}\.1\.transformer_blocks\.(\d+)\.")
+        levels[-1].append((tensors[f"{block}.0.out_layers.3.weight"].shape[0], depth))
+    if any(len(set(level)) != 1 for level in levels):
+        raise CheckpointError(
+            f"{source}: the blocks of a level of its U-Net differ, which ldm does not support; use another model."
+        )
+    return [LevelSpec(level[0][0], len(level), level[0][1]) for level in levels]
+
+
+def levels_of_folder(tensors: State) -> list[LevelSpec]:
+    """Infer the levels from the ``down_blocks`` of a diffusers folder."""
+    levels = []
+    for block in (f"down_blocks.{number}" for number in range(count(tensors, r"down_blocks\.(\d+)\."))):
+        blocks = count(tensors, rf"{re.escape(block)}\.resnets\.(\d+)\.")
+        depth = count(tensors, rf"{re.escape(block)}\.attentions\.0\.transformer_blocks\.(\d+)\.")
+        levels.append(LevelSpec(tensors[f"{block}.resnets.0.conv2.weight"].shape[0], blocks, depth))
+    return levels
+
+
+def inferred(
+    tensors: State, levels: Sequence[LevelSpec], first: str, vector: str, middle: str, last: str | None = None
 ) -> UNetConfig:
-    """Infer a config from the levels, and the names of first and last convolution, vector embedding and middle transformer."""
+    """Infer a config from names and shapes.
+
+    Args:
+        tensors: tensors by foreign names.
+        levels: the levels.
+        first, vector, middle, last: names of first convolution, vector embedding, transformer in the middle and last convolution;
+            without the last, the output has the channels of the input.
+    """
     keys = [name for name in tensors if name.endswith("attn2.to_k.weight")]
     conv = any(tensors[name].ndim == 4 for name in tensors if name.endswith(".proj_in.weight"))
-    embedding = tensors.get(f"{vector}.weight")
+    embedding, in_channels = tensors.get(f"{vector}.weight"), tensors[f"{first}.weight"].shape[1]
     return UNetConfig(
         levels=tuple(levels),
-        in_channels=tensors[f"{first}.weight"].shape[1],
-        out_channels=tensors[f"{last}.weight"].shape[0],
+        in_channels=in_channels,
+        out_channels=in_channels if last is None else tensors[f"{last}.weight"].shape[0],
         context_width=tensors[keys[0]].shape[1] if keys else None,
         vector_width=None if embedding is None else embedding.shape[1],
         middle_depth=count(tensors, rf"{re.escape(middle)}\.transformer_blocks\.(\d+)\."),

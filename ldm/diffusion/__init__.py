@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ldm.diffusion.contrastive import ContrastiveFlowLossConfig
+from ldm.diffusion.dispersive import DispersiveLossConfig
 from ldm.diffusion.guidance import Composition, Guidance, Perturbable, Projection, guided
 from ldm.diffusion.loss import DenoisingLossConfig, WeightedLossConfig
 from ldm.diffusion.noise_level_samplers import NoiseLevelSampler
@@ -33,9 +35,11 @@ __all__ = [
     "SPACINGS",
     "SPECS",
     "Composition",
+    "ContrastiveFlowLossConfig",
     "Denoiser",
     "DenoisingLossConfig",
     "Diffusion",
+    "DispersiveLossConfig",
     "Guidance",
     "Noise",
     "NoiseLevelSampler",

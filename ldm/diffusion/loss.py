@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -12,7 +13,9 @@ from torch.nn import functional
 
 from ldm.config import Kind, config_field
 from ldm.diffusion.noise_level_samplers import NoiseLevelSampler, Uniform
-from ldm.diffusion.parametrization import Diffusion, Parametrization, per_item
+from ldm.diffusion.parametrization import Diffusion, per_item
+from ldm.diffusion.schedule import BetaSchedule, Schedule
+from ldm.diffusion.weightings import snr_weight
 from ldm.errors import ConfigError
 from ldm.nn.ranks import draw_rows, randn_rows
 
@@ -38,6 +41,13 @@ class DenoisingLossConfig(Kind, default="weighted"):
         """Modules of the denoiser whose outputs the loss takes as the argument ``features``, by their names in it."""
         return ()
 
+    def check(self, diffusion: Diffusion) -> None:
+        """Check that the loss can train a network with this schedule and parametrization.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+
     def build(self) -> nn.Module:
         raise NotImplementedError
 
@@ -47,18 +57,56 @@ class WeightedLossConfig(DenoisingLossConfig, kind="weighted"):
     """w(s) |F - target|, averaged over an image, at a random noise level s (Ho et al. 2006.11239, eq. 14)."""
 
     norm: Literal["l1", "l2", "huber"] = config_field("l2", "Distance between the output of F and its target.")
-    weighting: Literal["none", "min_snr"] = config_field(
+    weighting: Literal["none", "min_snr", "soft_min_snr"] = config_field(
         "none",
-        "min_snr weights the error of x0 by min(SNR, gamma) (Hang et al. 2303.09556); none = 1.",
+        "min_snr weights the error of x0 by min(SNR, gamma) (Hang et al. 2303.09556), soft_min_snr by SNR gamma / (SNR + gamma) "
+        "(Crowson et al. 2401.11605); none = 1.",
     )
-    gamma: float = config_field(5.0, "Upper limit of the signal-to-noise ratio in min_snr.")
+    gamma: float = config_field(5.0, "Upper limit of the signal-to-noise ratio in min_snr and soft_min_snr.")
     noise_level_sampler: NoiseLevelSampler = config_field(
         Uniform(), "Distribution of the noise levels.", formerly="draw"
+    )
+    base_resolution: int | None = config_field(
+        None,
+        "Side, in positions of the latent, for which the noise levels are meant: they are multiplied by the side of the image "
+        "(the square root of its number of positions) divided by this (Hoogeboom et al. 2301.11093; Esser et al. 2403.03206, "
+        "eq. 23); null = the same levels for all sizes.",
+    )
+    offset_noise: float = config_field(
+        0.0,
+        "Standard deviation of noise that is added to all positions of a channel alike, so that the mean of an image is "
+        "learned (Guttenberg 2023); 0.1 is usual.",
+    )
+    input_perturbation: float = config_field(
+        0.0,
+        "Standard deviation, in units of the noise, of more noise in the input of the network but not in its target (Ning et "
+        "al. 2301.11706, algorithm 2); 0.1 is usual.",
     )
 
     def __post_init__(self) -> None:
         if self.gamma <= 0:
             raise ConfigError(f"gamma is {self.gamma}; it must be above 0.")
+        if self.base_resolution is not None and self.base_resolution < 1:
+            raise ConfigError(f"base_resolution is {self.base_resolution}; it must be at least 1, or null.")
+        if not 0 <= self.offset_noise < math.inf or not 0 <= self.input_perturbation < math.inf:
+            raise ConfigError(
+                f"offset_noise is {self.offset_noise} and input_perturbation {self.input_perturbation}; both must be at least 0 "
+                "and finite."
+            )
+
+    def check(self, diffusion: Diffusion) -> None:
+        schedule = diffusion.schedule
+        zero_terminal_snr = isinstance(schedule, BetaSchedule) and schedule.zero_terminal_snr
+        if zero_terminal_snr and self.weighting != "none":
+            raise ConfigError(
+                f"the weighting {self.weighting} cannot be used with zero_terminal_snr, because its weight is 0 in pure noise, "
+                "which the network would not learn; choose none."
+            )
+        if zero_terminal_snr and not self.noise_level_sampler.includes_last:
+            raise ConfigError(
+                f"the noise_level_sampler {self.noise_level_sampler.kind} cannot be used with zero_terminal_snr, because it "
+                "never draws pure noise, with which sampling begins; choose uniform, antithetic, stratified or low_discrepancy."
+            )
 
     def build(self) -> WeightedLoss:
         return WeightedLoss(self)
@@ -100,32 +148,39 @@ class WeightedLoss(nn.Module):
             assert generator is not None, "pass a generator or noise levels"
             sampler, source = self.config.noise_level_sampler, generator
             sigma = draw_rows(lambda n: sampler.sample(n, diffusion.schedule, source), len(x0), source)
+            sigma = self._shifted(sigma, x0.shape, diffusion.schedule)
+        perturbation: Tensor | float = 0.0
         if noise is None:
             assert generator is not None, "pass a generator or noise"
-            noise = randn_rows(x0.shape, generator)
+            noise = self._noise(x0.shape, generator)
+            if self.config.input_perturbation:
+                perturbation = self.config.input_perturbation * randn_rows(x0.shape, generator).to(x0)
         sigma, noise = sigma.to(x0), noise.to(x0)
         level = per_item(sigma, x0)
-        output = diffusion.model_output(network, x0 + level * noise, sigma, conditioning)
+        output = diffusion.model_output(network, x0 + level * (noise + perturbation), sigma, conditioning)
         target = diffusion.parametrization.target(x0, noise, level)
-        loss = NORMS[self.config.norm](output, target).flatten(1).mean(1)
-        return self.weighted(loss, diffusion, sigma), sigma
+        return self.weighted(self.distance(output, target), diffusion, sigma), sigma
+
+    def _shifted(self, sigma: Tensor, shape: torch.Size, schedule: Schedule) -> Tensor:
+        """Return the noise levels for images of a shape [b c ...]; see ``base_resolution``."""
+        if self.config.base_resolution is None:
+            return sigma
+        side = math.sqrt(math.prod(shape[2:]))
+        return (sigma * (side / self.config.base_resolution)).clamp(schedule.sigma_min, schedule.sigma_max)
+
+    def _noise(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        noise = randn_rows(shape, generator)
+        if self.config.offset_noise:
+            offset = randn_rows(torch.Size((*shape[:2], *[1] * len(shape[2:]))), generator)
+            noise = noise + self.config.offset_noise * offset
+        return noise
+
+    def distance(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the mean distance ``[b]`` of outputs of F from their targets, ``[b ...]``."""
+        return NORMS[self.config.norm](output, target).flatten(1).mean(1)
 
     def weighted(self, loss: Tensor, diffusion: Diffusion, sigma: Tensor) -> Tensor:
         """Weight the losses of a batch, ``[b]``, by their noise levels, ``[b]``."""
-        if self.config.weighting == "min_snr":
-            loss = min_snr_weight(diffusion.parametrization, sigma, self.config.gamma) * loss
+        if self.config.weighting != "none":
+            loss = snr_weight(self.config.weighting, diffusion.parametrization, sigma, self.config.gamma) * loss
         return loss
-
-
-def min_snr_weight(parametrization: Parametrization, sigma: Tensor, gamma: float) -> Tensor:
-    """Return the weight [b] on the error of F that amounts to min(SNR, gamma) on that of x0 (Hang et al. 2303.09556).
-
-    Since D - x0 = out(s) (F - target), in units of the data's standard deviation d,
-
-        min(SNR, gamma) |D - x0|^2 / d^2 = min(SNR, gamma) (out(s) / d)^2 |F - target|^2,    SNR = (d / s)^2
-
-    which is min(SNR, gamma) / SNR for eps, min(SNR, gamma) / (SNR + 1) for v and edm, min(SNR, gamma) for x0.
-    The other norms take the same weight.
-    """
-    d = parametrization.sigma_data
-    return ((d / sigma) ** 2).clamp(max=gamma) * (parametrization.scalings(sigma).out / d) ** 2

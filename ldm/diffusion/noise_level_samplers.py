@@ -15,8 +15,21 @@ from ldm.errors import ConfigError
 class NoiseLevelSampler(Kind):
     """Distribution of the noise level of a training example."""
 
+    @property
+    def includes_last(self) -> bool:
+        """Whether the last timestep is drawn as often as others, even if it is pure noise."""
+        return True
+
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
         """Sample the noise levels of a batch: [n] fp32 on the generator's device, within the schedule's range."""
+        raise NotImplementedError
+
+    def quantile(self, share: Tensor, schedule: Schedule) -> Tensor:
+        """Return the noise levels below which shares of the samples are, [n] fp64 in (0, 1) to [n] fp32.
+
+        Raises:
+            NotImplementedError: the samples of a batch depend on each other.
+        """
         raise NotImplementedError
 
 
@@ -27,6 +40,9 @@ class Uniform(NoiseLevelSampler, kind="uniform"):
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
         t = torch.randint(schedule.num_timesteps, (n,), generator=generator, device=generator.device)
         return schedule.sigma(t)
+
+    def quantile(self, share: Tensor, schedule: Schedule) -> Tensor:
+        return schedule.sigma((share * schedule.num_timesteps).long())
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,10 @@ class LogNormal(NoiseLevelSampler, kind="lognormal"):
     mean: float = config_field(-1.2, "Mean of ln sigma; 0 with flow.")
     std: float = config_field(1.2, "Standard deviation of ln sigma; 1 with flow.")
 
+    @property
+    def includes_last(self) -> bool:
+        return False
+
     def __post_init__(self) -> None:
         if self.std <= 0:
             raise ConfigError(f"std is {self.std}; it must be above 0.")
@@ -63,3 +83,45 @@ class LogNormal(NoiseLevelSampler, kind="lognormal"):
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
         normal = torch.randn(n, generator=generator, device=generator.device, dtype=torch.float32)
         return (self.mean + self.std * normal).exp().clamp(schedule.sigma_min, schedule.sigma_max)
+
+    def quantile(self, share: Tensor, schedule: Schedule) -> Tensor:
+        sigma = (self.mean + self.std * torch.special.ndtri(share)).exp()
+        return sigma.clamp(schedule.sigma_min, schedule.sigma_max).float()
+
+
+@dataclass(frozen=True)
+class LogitNormal(LogNormal, kind="logit_normal"):
+    """u = s / (1 + s) of flow is logit-normal: ln u / (1 - u) = ln s ~ N(mean, std^2) (SD 3, Esser et al. 2403.03206, eq. 19)."""
+
+    mean: float = config_field(0.0, "Mean of the logit of u; above 0 for more noise.")
+    std: float = config_field(1.0, "Standard deviation of the logit of u.")
+
+
+@dataclass(frozen=True)
+class LowDiscrepancy(NoiseLevelSampler, kind="low_discrepancy"):
+    """Equidistant shares of a distribution with one random offset, in random order (Kingma et al. 2107.00630).
+
+    The batch of all devices is divided so, each sample has the distribution by itself, and the loss of a batch varies less.
+    """
+
+    distribution: NoiseLevelSampler = config_field(
+        Uniform(), "Distribution of each sample: uniform, lognormal or logit_normal."
+    )
+
+    @property
+    def includes_last(self) -> bool:
+        return self.distribution.includes_last
+
+    def __post_init__(self) -> None:
+        if type(self.distribution).quantile is NoiseLevelSampler.quantile:
+            raise ConfigError(
+                f"low_discrepancy cannot have the distribution {self.distribution.kind}, whose samples depend on each other; "
+                "choose uniform, lognormal or logit_normal."
+            )
+
+    def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
+        offset = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
+        # in random order, so that each device has low and high levels
+        order = torch.randperm(n, generator=generator, device=generator.device)
+        share = (order + offset) / n
+        return self.distribution.quantile(share.clamp(1e-12, 1 - 1e-12), schedule)

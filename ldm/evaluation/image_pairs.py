@@ -20,7 +20,8 @@ WINDOW = 11
 def ssim(image: Tensor, reconstruction: Tensor) -> Tensor:
     """Return the structural similarity of each pair of images ``[b c h w]`` in [-1, 1]: ``[b]`` (Wang et al. 2004, equation 13).
 
-    With a Gaussian window of standard deviation 1.5 and 11 pixels; NaN for images that are smaller than it.
+    With a Gaussian window of standard deviation 1.5 and 11 pixels, and images reflected at their borders; NaN for images that are
+    smaller than the window.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 

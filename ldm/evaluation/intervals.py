@@ -46,6 +46,12 @@ class Estimate:
         """Return whether a value is within the interval."""
         return self.low <= value <= self.high
 
+    def within(self, least: float = -math.inf, most: float = math.inf) -> Estimate:
+        """Cut the interval to the range that the number can have."""
+        return Estimate(
+            self.value, min(max(self.low, least), self.value), max(min(self.high, most), self.value), self.method
+        )
+
 
 def bootstrap(values: np.ndarray | Sequence[float], seed: int = 0) -> Estimate:
     """Return the mean of independent values ``[n]`` with its percentile bootstrap interval (Efron 1979).

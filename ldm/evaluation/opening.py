@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from ldm.devices import default_device, default_dtype
 from ldm.errors import CheckpointError, DataError, unknown, warn
 from ldm.evaluation.features import FeatureNetwork, clip_from, clip_network, open_network
 from ldm.evaluation.subject import Options, Subject
-from ldm.formats import read
+from ldm.formats import find, read
 from ldm.formats.checkpoint import CLIP_COMPONENTS, OTHERS, Checkpoint
+from ldm.formats.ema_snapshots import write_model
 from ldm.formats.native import build_on_meta, load_strictly
-from ldm.formats.training_checkpoint import checkpoint_in, training_note
+from ldm.formats.training_checkpoint import MODEL_STAGE, checkpoint_in, training_note
 from ldm.load_options import Source
 from ldm.pipeline import Pipeline
 from ldm.training.experiment import Experiment, load_config
@@ -115,12 +117,34 @@ def open_subject(request: Request, say: Callable[[str], object] = warn) -> Subje
     return subject
 
 
+def with_average(request: Request, subject: Subject, length: float) -> Subject:
+    """Return the subject with averaged weights of another length, of a run that was trained with ``train.ema_snapshots``.
+
+    Raises:
+        CheckpointError: there are no snapshots, or none for this length.
+    """
+    source = request.model or sources_of(subject.experiment, request.checkpoint, MODEL_STAGE)[MODEL_STAGE]
+    with TemporaryDirectory() as folder:
+        target = Path(folder) / "averaged.safetensors"
+        write_model(find(source, checkpoint=request.checkpoint if source is request.model else None), length, target)
+        parts = networks([read(target)])
+    return replace(
+        subject, pipe=parts["pipe"], first_stage=parts["first_stage"], _made={}, _reconstructed={}, _weights={}
+    )
+
+
 def feature_networks(given: Sequence[str], experiment: Experiment, clip: Any) -> list[FeatureNetwork]:
     """Open feature networks; ``own`` without a source is the CLIP of the run, and what is opened if none are given.
 
     Raises:
         CheckpointError: a network that was given is unknown, or not on this machine.
     """
+    if experiment.data.image_shape[0] != 3:
+        if given:
+            raise CheckpointError(
+                "feature networks need images with 3 channels, which the data does not have; give no --features."
+            )
+        return []
     device = default_device()
     result = result_file(experiment, "clip") if experiment.clip is not None else None
     opened = []

@@ -119,18 +119,18 @@ class Receipt:
         return self.low <= value <= self.high
 
     def to_json(self) -> dict[str, Any]:
-        """Return values of JSON; infinite limits become null."""
-        limits = {
-            name: each if math.isfinite(each) else None for name, each in (("low", self.low), ("high", self.high))
+        """Return values of JSON; what is not finite becomes null."""
+        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        return dataclasses.asdict(self) | {
+            name: each if math.isfinite(each) else None for name, each in numbers.items()
         }
-        return dataclasses.asdict(self) | limits
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Receipt:
         """Invert :meth:`to_json`."""
-        low, high = values["low"], values["high"]
-        limits = {"low": -math.inf if low is None else low, "high": math.inf if high is None else high}
-        return cls(**{**values, **limits, "conditions": Conditions(**values["conditions"])})
+        absent = {"value": math.nan, "low": -math.inf, "high": math.inf}
+        numbers = {name: each if values[name] is None else values[name] for name, each in absent.items()}
+        return cls(**{**values, **numbers, "conditions": Conditions(**values["conditions"])})
 
 
 @dataclass(frozen=True)

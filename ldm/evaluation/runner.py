@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -81,7 +82,7 @@ def receipt(subject: Subject, part: Part, number: Number) -> Receipt:
         parameters=_plain(number.parameters),
         interval=number.estimate.method,
         level=LEVEL,
-        versions=_versions(),
+        versions=dict(_versions()),
         **_sampling(subject, part),
     )
     value = number.estimate
@@ -149,6 +150,9 @@ def _weights(subject: Subject, part: Part) -> str:
 
 
 def _average(subject: Subject, part: Part) -> str:
+    length = subject.pipe.model.provenance.get("ema_length") if subject.pipe and STAGES[part] == "denoiser" else None
+    if length is not None:
+        return f"power profile, length {length:g}"
     section = getattr(subject.experiment, STAGES[part])
     train = getattr(section, "train", None)
     if not subject.own_weights or train is None:
@@ -194,6 +198,7 @@ def _sampling(subject: Subject, part: Part) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     found = {"ldm": __version__, "python": platform.python_version()}
     for package in PACKAGES:

@@ -5,11 +5,9 @@ Images are read, generated and reconstructed one batch after the other; a pass k
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.clip.retrieval import reduce_images
+from ldm.conditioning.conditioner import input_of
 from ldm.data.bad_samples import BAD, summary
 from ldm.data.samples import Batch, BatchIndices, Samples, captions_of, take
 from ldm.data.stream import EvaluationLoader
 from ldm.errors import warn
-from ldm.evaluation.features import FeatureNetwork, quantized, weights_hash
+from ldm.evaluation.collected import Collected, GeneratedImages, Reconstructions, TrueImages
+from ldm.evaluation.features import FeatureNetwork, weights_hash
 
 if TYPE_CHECKING:
     from ldm.clip.model import CLIP
@@ -64,86 +63,6 @@ class Options:
     probe_steps: int = 300
 
 
-class Collected:
-    """What a pass over images keeps of them.
-
-    Attributes:
-        features: features of the images by network, ``[n d]``.
-        reduced: images reduced to 16 x 16, ``[n 768]``.
-        captions: captions, empty if the data has none.
-        size: height and width of the images.
-    """
-
-    def __init__(self, networks: Sequence[FeatureNetwork]):
-        self._networks, self._digest = networks, hashlib.sha256()
-        self._features: dict[str, list[Tensor]] = {each.name: [] for each in networks}
-        self._reduced: list[Tensor] = []
-        self.captions: list[Any] = []
-        self.size: tuple[int, int] = (0, 0)
-
-    def add(self, images: Tensor, captions: Sequence[Any] = ()) -> None:
-        """Add images ``[b 3 h w]`` in [-1, 1] and their captions."""
-        self._reduced.append(reduce_images(images))
-        self.captions += captions
-        self.size = (images.shape[-2], images.shape[-1])
-        self._digest.update(quantized(images).cpu().contiguous().numpy().tobytes())
-        self._digest.update("\0".join(map(str, captions)).encode())
-        if images.shape[1] == 3:
-            for each in self._networks:
-                self._features[each.name].append(each(images))
-
-    def __len__(self) -> int:
-        return sum(map(len, self._reduced))
-
-    @cached_property
-    def features(self) -> dict[str, Tensor]:
-        return {name: torch.cat(parts) for name, parts in self._features.items() if parts}
-
-    @cached_property
-    def reduced(self) -> Tensor:
-        return torch.cat(self._reduced)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the images in 8 bits and of the captions: 16 hexadecimal digits."""
-        return self._digest.hexdigest()[:16]
-
-
-class TrueImages(Collected):
-    """True images of a split; ``rows`` has the numbers of its good samples."""
-
-    rows: np.ndarray
-
-
-class GeneratedImages(Collected):
-    """Images generated for captions of a split.
-
-    Attributes:
-        rows: row of each caption among the true images of its split, ``[n]``.
-        shown: some of the images, ``[s 3 h w]`` in [-1, 1], and ``places``, the rows of their captions.
-        seconds: time that generating one image took.
-    """
-
-    rows: np.ndarray
-    places: np.ndarray
-    shown: Tensor
-    seconds: float
-
-
-@dataclass
-class Reconstructions:
-    """Measurements on reconstructions: values of each image by name, ``[n]``, and features by network ``[n d]``."""
-
-    values: dict[str, np.ndarray]
-    features: dict[str, Tensor]
-    originals: dict[str, Tensor]
-    fingerprint: str
-    size: tuple[int, int]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.values.values())))
-
-
 @dataclass
 class Subject:
     """Subject of the measurements, and the folder of their results; networks that have not been trained are None.
@@ -161,6 +80,7 @@ class Subject:
         own_weights: whether the weights are those that the experiment trains.
         notes: sentences on unfinished trainings.
         options: options of the metrics.
+        pairs: embeddings of CLIP, kept for the metrics that share them.
     """
 
     folder: Path
@@ -178,6 +98,7 @@ class Subject:
     own_weights: bool = True
     notes: Sequence[str] = ()
     options: Options = field(default_factory=Options)
+    pairs: Any = field(default=None, repr=False)
     _true: dict[str, TrueImages] = field(default_factory=dict, repr=False)
     _hashed: dict[str, tuple[str, int]] = field(default_factory=dict, repr=False)
     _weights: dict[int, str] = field(default_factory=dict, repr=False)
@@ -188,6 +109,12 @@ class Subject:
     def samples_text(self) -> bool:
         """True if there is a model whose one condition is the caption."""
         return self.pipe is not None and self.pipe.model.config.conditioner.input_keys == ("text",)
+
+    @property
+    def generates(self) -> bool:
+        """True if there is a model of captions, of classes, or without a condition, whose images can be compared as a set."""
+        keys = None if self.pipe is None else self.pipe.model.config.conditioner.input_keys
+        return keys in ((), ("text",), ("label",)) and self.experiment.data.image_shape[0] == 3
 
     @property
     def reference(self) -> str:
@@ -244,7 +171,7 @@ class Subject:
         if split not in self._hashed:
             collected = self._true.get(split)
             if collected is None:  # no features are needed
-                collected = TrueImages(())
+                collected = TrueImages((), reduce=False)
                 for batch in self.batches(split):
                     collected.add(batch["image"], batch.get("text", ()))
             self._hashed[split] = collected.fingerprint, len(collected)
@@ -258,14 +185,31 @@ class Subject:
 
     def generate(self, captions: Sequence[str], seed: int | Sequence[int], settings: Mapping[str, Any]) -> Tensor:
         """Generate an image for each caption, ``[n 3 h w]`` in [-1, 1] on the CPU; image i has the seed ``seed + i``."""
+        return self._generate({"prompt": captions}, seed, settings)
+
+    def _generate(
+        self, conditions: Mapping[str, Any], seed: int | Sequence[int], settings: Mapping[str, Any]
+    ) -> Tensor:
         assert self.pipe is not None
-        made = self.pipe(captions, seed=seed, output_type="pt", batch_size=BATCH, progress=False, **settings)
+        made = self.pipe(**conditions, seed=seed, output_type="pt", batch_size=BATCH, progress=False, **settings)
         return made.cpu() * 2 - 1
 
-    def generated(self, every: int | None = None) -> GeneratedImages:
-        """Collect images for the captions of the evaluated split, or for every n-th of the training set, once.
+    def _conditions(self, split: str, numbers: np.ndarray) -> dict[str, Any]:
+        """Return the conditions of samples as arguments of the pipeline."""
+        assert self.pipe is not None
+        keys = self.pipe.model.config.conditioner.input_keys
+        if not keys:
+            return {"num_images_per_prompt": len(numbers)}
+        annotations = self.sets[split].annotations(BatchIndices(numbers))
+        if keys == ("text",):
+            return {"prompt": captions_of(annotations, READER)}
+        return {"label": input_of(annotations, "label").tolist()}
 
-        The image of the i-th caption has the seed ``options.seed + i``.
+    def generated(self, every: int | None = None) -> GeneratedImages:
+        """Collect images for the conditions of the evaluated split, or for every n-th of the training set, once.
+
+        Conditions are captions or classes; without a condition there are as many images.
+        The i-th image has the seed ``options.seed + i``.
         """
         import time
 
@@ -279,9 +223,9 @@ class Subject:
         found, images, start_time = GeneratedImages(self.networks), [], time.perf_counter()
         for start in tqdm(range(0, len(rows), BATCH), f"generating for {name}", unit="batch", leave=False):
             numbers = rows[start : start + BATCH]
-            captions = captions_of(self.sets[of].annotations(BatchIndices(true.rows[numbers])), READER)
-            made = self.generate(captions, self.options.seed + start, {**self.settings, **self.further})
-            found.add(made, captions)
+            conditions = self._conditions(of, true.rows[numbers])
+            made = self._generate(conditions, self.options.seed + start, {**self.settings, **self.further})
+            found.add(made, conditions.get("prompt", ()))
             images.append(made[np.flatnonzero(np.isin(numbers, shown))])
         found.rows, found.places = rows, shown
         found.shown = torch.cat(images)
@@ -310,7 +254,7 @@ class Subject:
                 return found
         measures = {"psnr": psnr, "ssim": ssim} | ({"lpips": lpips_network(self.device)} if lpips else {})
         networks = self.networks if decoder == "full" else ()
-        originals, made = Collected(networks), Collected(networks)
+        originals, made = Collected(networks, reduce=False), Collected(networks, reduce=False)
         values: dict[str, list[Tensor]] = {name: [] for name in measures}
         for batch in self.measured():
             image = batch["image"].to(self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,15 +86,15 @@ def of_several(runs: Sequence[Receipts], across: Sequence[str] = ()) -> str:
     """Return the table over runs: a row for each number, a column for each run, and the ranking or why there is none."""
     names = [chr(ord("A") + i) if i < 26 else f"run {i + 1}" for i in range(len(runs))]
     by_key = [{each.key: each for each in run.numbers} for run in runs]
-    rows = [("metric", *names, "ranking")]
+    rows = [("metric", *names, "worst < best")]
     refused: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for run in by_key for key in run):
         there = [(name, run[key]) for name, run in zip(names, by_key, strict=True) if key in run]
         verdict = ""
         if len(there) > 1:
             found = rank([each for _, each in there], across)
-            verdict = " < ".join(there[i][0] for i in reversed(found.order))
             if found.order:
+                verdict = _chain([there[i] for i in reversed(found.order)])
                 verdict += "" if found.separated else " (intervals overlap)"
             else:
                 verdict = "not ranked"
@@ -106,6 +107,14 @@ def of_several(runs: Sequence[Receipts], across: Sequence[str] = ()) -> str:
     lines += ["", aligned(rows)]
     lines += [f"not ranked ({some(metrics)}): {reason}" for reason, metrics in refused.items()]
     return "\n".join(lines)
+
+
+def _chain(ordered: Sequence[tuple[str, Receipt]]) -> str:
+    """Return names from the worst to the best, with ``=`` between equal values."""
+    text = ordered[0][0]
+    for (_, before), (name, receipt) in itertools.pairwise(ordered):
+        text += f" {'=' if before.value == receipt.value else '<'} {name}"
+    return text
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -48,6 +48,9 @@ NETWORKS = ("first_stage", "denoiser")
 TINY_DECODER = "tiny_decoder"
 """Part that a model may have in addition; all others are encoders of its conditioner."""
 
+CONTROLNET = "controlnet"
+"""Part that is no part of a model: a ControlNet, alone or in a file with a complete model."""
+
 OTHERS = "others"
 """Part with the weights that are in no other part, under the names of the complete model or CLIP."""
 
@@ -216,7 +219,7 @@ class Checkpoint:
 
     def encoders(self) -> list[str]:
         """Return the names of the parts that encode conditions."""
-        return [name for name in self.parts if name not in (*NETWORKS, TINY_DECODER, OTHERS)]
+        return [name for name in self.parts if name not in (*NETWORKS, TINY_DECODER, CONTROLNET, OTHERS)]
 
     def missing(self) -> list[str]:
         """Return the parts that a complete model has and this one lacks, by the arguments of :func:`ldm.load`."""

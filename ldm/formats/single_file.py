@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.diffusion.parametrization import V
 from ldm.errors import CheckpointError
 from ldm.formats.checkpoint import (
+    CONTROLNET,
     NETWORKS,
     Checkpoint,
     Part,
@@ -80,7 +81,7 @@ def read_single_file(
     parts = {}
     for name, (prefix, form, own) in found.items():
         part = Part.imported(configs[name], own, form, path)
-        if name not in NETWORKS:
+        if name not in (*NETWORKS, CONTROLNET):
             fields = assumed(name, family, len(found) > 1, marks.hidden_state)
             part, surplus = _with_fields(part, form, fields)
             unused += [prefix + key for key in surplus]
@@ -95,6 +96,8 @@ def read_single_file(
         parts[name] = part
     if "denoiser" in parts:
         parts["denoiser"] = parts["denoiser"].trained_for(marks.diffusion) if marks.stated else parts["denoiser"]
+    if CONTROLNET in parts and len(parts) > 1:
+        notes.append("the ControlNet is not part of the model; load it with Pipeline.load_controlnet or --controlnet")
     notes += marks.notes
     side = family.sizes[marks.diffusion.parametrization == V()]
     return Checkpoint(

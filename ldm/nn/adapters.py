@@ -115,8 +115,7 @@ class Adapters(nn.ModuleList):
         super().__init__()
         self.originals: dict[str, Tensor] = {}
         self._watched: dict[str, RemovableHandle] = {}  # hooks that notice new weights of layers, by their names
-        self.register_state_dict_post_hook(_leave_out)
-        self.register_load_state_dict_pre_hook(_keep)
+        keep_out_of_state_dict(self)
 
     @property
     def loaded(self) -> dict[str, Adapter]:
@@ -286,13 +285,19 @@ def _checked(scale: object) -> float:
     return float(number("the scale of a LoRA", scale))
 
 
+def keep_out_of_state_dict(module: nn.Module) -> None:
+    """Keep a module out of the state dicts of the modules that contain it; loading one leaves the module as it is."""
+    module.register_state_dict_post_hook(_leave_out)
+    module.register_load_state_dict_pre_hook(_keep)
+
+
 def _leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    """Remove the adapters from a state dict."""
+    """Remove a module from a state dict."""
     for name in [name for name in state if name.startswith(prefix)]:
         del state[name]
 
 
 def _keep(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-    """Add the adapters to the copy of a state dict that is being loaded, so that they stay as they are."""
+    """Add a module to the copy of a state dict that is being loaded, so that it stays as it is."""
     for name, parameter in module.named_parameters():
         state[prefix + name] = parameter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -45,6 +45,40 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Control:
+    """An image, encoded, by which a ControlNet of the model changes the evaluations of a batch.
+
+    Attributes:
+        name: name of the ControlNet.
+        hint: ``[b w h w']``, the embedding of the image by the ControlNet.
+        scale: ``[b]``, factor of its outputs; 0 = none.
+        least, most: ``[b]``, it acts at noise levels above ``least`` and up to ``most``.
+    """
+
+    name: str
+    hint: Tensor
+    scale: Tensor
+    least: Tensor
+    most: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Control:
+        """Return the record with ``function`` applied to each tensor."""
+        return Control(self.name, *map(function, (self.hint, self.scale, self.least, self.most)))
+
+    def at(self, sigma: Tensor) -> Control:
+        """Return the record for noise levels ``sigma [b]``: the scale is 0 where it does not act."""
+        acts = (self.least < sigma) & (sigma <= self.most)
+        return replace(self, scale=torch.where(acts, self.scale, 0.0))
+
+    @staticmethod
+    def cat(controls: Sequence[Control]) -> Control:
+        """Concatenate records of one ControlNet along the batch, in order."""
+        assert len({control.name for control in controls}) == 1, "the controls are of different ControlNets"
+        parts = zip(*((each.hint, each.scale, each.least, each.most) for each in controls), strict=True)
+        return Control(controls[0].name, *map(torch.cat, parts))
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """Encoded conditions of a denoiser; any part may be absent.
 
@@ -54,6 +88,7 @@ class Conditioning:
         vector: ``[b d]``, added to the embedding of the noise level.
         concat: ``[b c h w]``, concatenated to the noisy latent along its channels.
         contexts: further sequences by name, for adapters with keys and values of their own (an image, as in IP-Adapter).
+        controls: inputs of ControlNets, whose outputs add up.
     """
 
     context: Tensor | None = None
@@ -61,6 +96,7 @@ class Conditioning:
     vector: Tensor | None = None
     concat: Tensor | None = None
     contexts: Mapping[str, Context] = field(default_factory=dict)
+    controls: tuple[Control, ...] = ()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """Return the record with ``function`` applied to each tensor."""
@@ -69,7 +105,8 @@ class Conditioning:
             return None if part is None else function(part)
 
         contexts = {name: Context(function(each.states), of(each.mask)) for name, each in self.contexts.items()}
-        return Conditioning(of(self.context), of(self.mask), of(self.vector), of(self.concat), contexts)
+        controls = tuple(each.map(function) for each in self.controls)
+        return Conditioning(of(self.context), of(self.mask), of(self.vector), of(self.concat), contexts, controls)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """Return the record on ``device``, its floating-point parts in ``dtype``."""
@@ -78,6 +115,13 @@ class Conditioning:
     def __getitem__(self, rows: slice | Tensor) -> Conditioning:
         """Return some rows of the batch."""
         return self.map(lambda part: part[rows])
+
+    def at_levels(self, sigma: Tensor) -> Conditioning:
+        """Return the record for noise levels ``sigma [b]``, without the controls that act on no row there."""
+        if not self.controls:
+            return self
+        controls = (control.at(sigma) for control in self.controls)
+        return replace(self, controls=tuple(each for each in controls if bool(each.scale.any())))
 
     def whole_mask(self) -> Tensor:
         """Return ``mask``, or if it is None a mask that is True everywhere."""
@@ -103,4 +147,5 @@ class Conditioning:
             vector=joined("vector", [record.vector for record in records], torch.cat),
             concat=joined("concat", [record.concat for record in records], torch.cat),
             contexts={name: each for name, each in contexts.items() if each is not None},
+            controls=tuple(map(Control.cat, zip(*(record.controls for record in records), strict=True))),
         )

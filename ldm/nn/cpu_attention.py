@@ -13,12 +13,11 @@ of a query alike, and afterwards their mean is 0, so that by Jensen's inequality
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from ldm.nn.inference import is_eager_cpu_inference, onednn_linear, supports_onednn_linear
+from ldm.nn.inference import has_amx, is_eager_cpu_inference, onednn_linear, supports_onednn_linear
 
 SHIFT = 60.0
 """Logits above -27 give normal numbers of bf16; those that are lower do not matter beside the mean."""
@@ -60,9 +59,5 @@ def sigmoid_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 
 def _pays(q: Tensor, k: Tensor) -> bool:
     """Return True for matrices of logits so large that their exponentials are what takes the time."""
-    return k.shape[2] >= 512 and q.shape[2] * k.shape[2] >= 2**20 and _is_supported()
-
-
-@cache
-def _is_supported() -> bool:
-    return supports_onednn_linear(torch.bfloat16) and not torch.cpu._is_amx_tile_supported()
+    large = k.shape[2] >= 512 and q.shape[2] * k.shape[2] >= 2**20
+    return large and supports_onednn_linear(torch.bfloat16) and not has_amx()

@@ -82,6 +82,23 @@ def gather_rows(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def next_rows(x: Tensor) -> Tensor:
+    """Return for each row ``[n ...]`` the next one in the batch of all ranks, for the last the first, without gradients."""
+    rows = gather_rows(x.detach()).roll(-1, 0)
+    return rows if world_size() == 1 else rows.narrow(0, dist.get_rank() * len(x), len(x))
+
+
+def gather_rows_with_gradients(x: Tensor) -> Tensor:
+    """Return the rows ``[n ...]`` of all ranks, ``[world_size n ...]``.
+
+    A loss of them that each rank adds to its own has the gradient of one process, if gradients are averaged over the ranks.
+    """
+    if world_size() == 1:
+        return x
+    own = dist.get_rank()
+    return sum_over_ranks(torch.cat([x if rank == own else torch.zeros_like(x) for rank in range(world_size())]))
+
+
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

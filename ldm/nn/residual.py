@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
 from ldm.nn.group_norm import GroupNorm, silu
-from ldm.nn.inference import is_plain
+from ldm.nn.inference import has_amx, is_plain
 from ldm.nn.winograd import Conv3x3
 
 
@@ -76,7 +76,8 @@ class Upsample(nn.Module):
     def _pays_in_phases(self, x: Tensor) -> bool:
         """Return True on a CPU without autocast, if the kernels, which are summed at each call, are small compared to ``x``."""
         traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        large = x.shape[-2] * x.shape[-1] >= MIN_POSITIONS
+        least = MIN_POSITIONS_AMX if x.dtype == torch.bfloat16 and has_amx() else MIN_POSITIONS
+        large = x.shape[-2] * x.shape[-1] >= least
         return large and x.device.type == "cpu" and not traced and is_plain(self.conv, nn.Conv2d)
 
 
@@ -84,6 +85,9 @@ MIN_POSITIONS = 256
 """Positions of an image from which on :func:`upsample_conv` is faster, at any number of channels.
 
 In a batch it is faster from fewer on; the choice does not depend on the batch, so that the bits of an image do not either."""
+
+MIN_POSITIONS_AMX = 4096
+"""The same in bf16 on a CPU with AMX, where summing the kernels takes longer than the products that it saves."""
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
 from ldm.errors import SamplingError, unknown
+from ldm.serving.controls import units_of
 from ldm.serving.fields import settings_of
 from ldm.serving.jobs import Job, Task
 from ldm.serving.responses import base64_of, client_of, finished, in_base64, service_of
@@ -66,6 +67,10 @@ class TextToImage(BaseModel):
     batch_size: int = 1
     n_iter: int = 1
     eta: float | None = None
+    alwayson_scripts: dict[str, Any] = Field(
+        {},
+        description="Units of the ControlNet extension: {'controlnet': {'args': [{'model': NAME, 'image': BASE64}]}}.",
+    )
 
 
 class ImageToImage(TextToImage):
@@ -81,9 +86,10 @@ async def txt2img(body: TextToImage, request: Request) -> dict[str, Any]:
     """Generate images from a prompt."""
 
     def submit() -> Job:
-        return service_of(request).submit(
-            client_of(request), None, _settings(body, body.width, body.height), previews=True
-        )
+        service, client = service_of(request), client_of(request)
+        units = units_of(body.alwayson_scripts)
+        work = service.controlled(client, units) if units else None
+        return service.submit(client, None, _settings(body, body.width, body.height), work, previews=True)
 
     return await _result(submit, body, request)
 
@@ -104,7 +110,9 @@ async def img2img(body: ImageToImage, request: Request) -> dict[str, Any]:
         if body.width is not None and body.height is not None:
             size = body.width, body.height
         edit = service.edit(client, image, mask, size, strength=body.denoising_strength)
-        return service.submit(client, None, _settings(body), edit, edit.size, previews=True)
+        units = units_of(body.alwayson_scripts)
+        work = service.controlled(client, units, edit) if units else edit
+        return service.submit(client, None, _settings(body), work, edit.size, previews=True)
 
     return await _result(submit, body, request)
 
@@ -179,6 +187,6 @@ async def _result(submit: Callable[[], Job], body: TextToImage, request: Request
     info = {"seed": job.tasks[0].seed, "all_seeds": [task.seed for task in job.tasks], "prompt": body.prompt}
     return {
         "images": [await in_base64(request, task) for task in job.tasks],
-        "parameters": body.model_dump(exclude={"init_images", "mask"}),
+        "parameters": body.model_dump(exclude={"init_images", "mask", "alwayson_scripts"}),
         "info": json.dumps(info),
     }

@@ -56,8 +56,10 @@ class _Evaluation:
         tensors += [self.cond.context, self.cond.mask, self.cond.vector, self.cond.concat]
         for name in sorted(self.cond.contexts):
             tensors += [self.cond.contexts[name].states, self.cond.contexts[name].mask]
+        tensors += [control.hint for control in self.cond.controls]
         shapes = (None if each is None else (each.shape[1:], each.dtype) for each in tensors)
-        return (len(self.x), self.options is None, *sorted(self.cond.contexts), *shapes)
+        names = (*sorted(self.cond.contexts), *(control.name for control in self.cond.controls))
+        return (len(self.x), self.options is None, *names, *shapes)
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ class BatchedModel(LatentDiffusion):
     def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning, options: AttentionOptions | None = None) -> Tensor:
         if options is not None and (options.deep_features is not None or options.token_merging is not None):
             return self.batcher.run(lambda: self.denoise_at_once(x, sigma, cond, options))
-        return self.batcher.denoise(self, x, sigma, cond, options)
+        return self.batcher.denoise(self, x, sigma, cond.at_levels(sigma), options)
 
     def denoise_at_once(self, *inputs: Any) -> Tensor:
         """Evaluate the denoiser in the current thread."""

@@ -16,6 +16,7 @@ from ldm.errors import SamplingError
 from ldm.image_output import Images, with_record
 from ldm.pipeline import Pipeline
 from ldm.sampling_settings import SamplingSettings
+from ldm.serving.controls import ControlField
 from ldm.serving.fields import SamplingFields, arguments, fields_of
 from ldm.serving.gallery import Gallery
 from ldm.serving.uploads import decoded_base64
@@ -38,7 +39,7 @@ class Margins(BaseModel):
 
 
 class EditFields(SamplingFields):
-    """Settings of a sampling, and an image that it changes."""
+    """Settings of a sampling, an image that it changes, and ControlNets that act on it."""
 
     image: str | None = Field(
         None, description="Image to change: a PNG, JPEG or WebP in base64, or the name of an image in the gallery."
@@ -54,6 +55,7 @@ class EditFields(SamplingFields):
         description="Factor by which the image is enlarged: that of a model trained for it, or any of another model, which "
         "then refines an interpolated image.",
     )
+    controlnets: list[ControlField] | None = Field(None, description="ControlNets that act, each with its image.")
 
 
 def edit_arguments(fields: EditFields, gallery: Gallery) -> dict[str, Any] | None:
@@ -68,13 +70,18 @@ def edit_arguments(fields: EditFields, gallery: Gallery) -> dict[str, Any] | Non
         for name in given:
             raise SamplingError(f"{name} is about an image; give image too.")
         return None
-    given["image"] = _content(fields.image, "image", gallery)
+    given["image"] = content_of(fields.image, "image", gallery)
     if fields.mask is not None:
-        given["mask"] = _content(fields.mask, "mask", gallery)
+        given["mask"] = content_of(fields.mask, "mask", gallery)
     return given
 
 
-def _content(given: str, name: str, gallery: Gallery) -> bytes:
+def content_of(given: str, name: str, gallery: Gallery) -> bytes:
+    """Return the bytes of an image that a request gives, in base64 or by its name in the gallery.
+
+    Raises:
+        SamplingError: it is neither.
+    """
     path = gallery.file(given)
     return decoded_base64(given, name) if path is None else path.read_bytes()
 

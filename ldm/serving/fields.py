@@ -60,7 +60,7 @@ def settings_of(fields: BaseModel | None, **more: Any) -> SamplingSettings:
     Raises:
         LdmError: a value is not valid.
     """
-    names = {entry.name for entry in dataclasses.fields(SamplingSettings)}
+    names = SamplingFields.model_fields
     given = {} if fields is None else {name: value for name, value in fields if name in names}
     given |= {name: value for name, value in more.items() if value is not None}
     given = {name: value for name, value in given.items() if value is not None}

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ldm.serving.edits import EditFields, edit_arguments
 from ldm.serving.fields import settings_of
-from ldm.serving.jobs import Job
+from ldm.serving.jobs import Job, Work
 from ldm.serving.responses import base64_of, client_of, file_url, service_of
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -40,7 +40,10 @@ async def create(body: JobRequest, request: Request) -> dict[str, Any]:
         given = edit_arguments(body, service.gallery)
         edit = None if given is None else service.edit(client, **given)
         size = None if edit is None else edit.size
-        return service.submit(client, body.model, settings_of(body), edit, size, body.previews)
+        work: Work | None = edit
+        if body.controlnets:
+            work = service.controlled(client, body.controlnets, edit)
+        return service.submit(client, body.model, settings_of(body), work, size, body.previews)
 
     return state(await run_in_threadpool(submit), request)
 
@@ -97,7 +100,7 @@ def _job(job_id: str, request: Request) -> Job:
 
 def state(job: Job, request: Request, previews: bool = False) -> dict[str, Any]:
     """Return the state of a job as JSON values."""
-    images = []
+    status, images = job.status, []  # in this order: a job that has succeeded has all of its images
     for task in job.tasks:
         image: dict[str, Any] = {"seed": task.seed, "done": task.done, "total": task.total}
         if task.file is not None:
@@ -105,5 +108,5 @@ def state(job: Job, request: Request, previews: bool = False) -> dict[str, Any]:
         if previews and (preview := task.preview) is not None:
             image["preview"] = f"data:image/png;base64,{base64_of(preview)}"
         images.append(image)
-    result = {"id": job.id, "status": job.status, "model": job.model, "created": int(job.created), "images": images}
+    result = {"id": job.id, "status": status, "model": job.model, "created": int(job.created), "images": images}
     return result | ({} if job.error is None else {"error": job.error[0]})

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ldm.errors import LdmError, unknown
 from ldm.formats import Source
+from ldm.formats.controlnet import ControlNetMismatch
 from ldm.pipeline import Pipeline
 from ldm.serving.batching import BatchedModel, BatchedPipeline, Batcher
+
+LOG = logging.getLogger("ldm.serving")
 
 
 class UnknownModelError(LdmError):
@@ -37,6 +42,7 @@ class ModelStore:
         batcher: calls their networks.
         device, dtype, options: as for :meth:`Pipeline.from_pretrained`.
         lora_folder: folder of the LoRAs that prompts can name.
+        controlnets: source of each ControlNet by its name; a model has those that are for its kind of model.
         memory: bytes of parameters, above which models that have not been used for longest are unloaded; None: no bound.
     """
 
@@ -47,11 +53,13 @@ class ModelStore:
         device: str | None = None,
         dtype: torch.dtype | None = None,
         lora_folder: Path | None = None,
+        controlnets: Mapping[str, Source] = MappingProxyType({}),
         memory: int | None = None,
         **options: Any,
     ):
         self.names, self.batcher = tuple(sources), batcher
         self._sources, self._memory = dict(sources), memory
+        self._controlnets = dict(controlnets)
         self._options = {"device": device, "dtype": dtype, "lora_folder": lora_folder, **options}
         self._loaded: dict[str, _Loaded] = {}  # in the order of their last use
         self._names: dict[str | None, str] = {}  # of the models that have been loaded, by fingerprint
@@ -74,6 +82,11 @@ class ModelStore:
     def lora_folder(self) -> Path | None:
         """Folder of the LoRAs that prompts can name."""
         return self._options["lora_folder"]
+
+    @property
+    def controlnets(self) -> tuple[str, ...]:
+        """Names of the ControlNets that requests can use."""
+        return tuple(self._controlnets)
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -121,15 +134,24 @@ class ModelStore:
             if (entry := self._used(name)) is not None:
                 return entry
             pipe = Pipeline.from_pretrained(self._sources[name], **self._options)
+            self._load_controlnets(pipe)
             batched = BatchedPipeline(BatchedModel.of(pipe.model, self.batcher))
             batched.lora_folder = pipe.lora_folder
-            size = sum(each.numel() * each.element_size() for each in pipe.model.state_dict().values())
+            weights = [*pipe.model.state_dict().values(), *pipe.model.controlnets.parameters()]
+            size = sum(each.numel() * each.element_size() for each in weights)
             with self._lock:
                 self._loaded[name] = entry = _Loaded(batched, size, users=1)
                 if pipe.model.fingerprint is not None:
                     self._names.setdefault(pipe.model.fingerprint, name)
         self._unload()
         return entry
+
+    def _load_controlnets(self, pipe: Pipeline) -> None:
+        for name, source in self._controlnets.items():
+            try:
+                pipe.load_controlnet(source, name)
+            except ControlNetMismatch as error:
+                LOG.info("controlnet", extra={"record": {"controlnet": name, "left_out": str(error)}})
 
     def _used(self, name: str) -> _Loaded | None:
         with self._lock:

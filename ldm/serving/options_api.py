@@ -1,4 +1,4 @@
-"""Options of requests: models, samplers, LoRAs and further settings, with defaults and limits."""
+"""Options of requests: models, samplers, LoRAs, ControlNets and further settings, with defaults and limits."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ async def options(request: Request) -> dict[str, Any]:
             for name, spec in SPECS.items()
         ],
         "loras": [] if folder is None else await run_in_threadpool(lora_names, folder),
+        "controlnets": list(service.models.controlnets),
         "settings": _settings(),
         "limits": dataclasses.asdict(service.limits),
         "runs": hasattr(request.app.state, "runs"),
@@ -60,6 +61,7 @@ def _model(name: str, request: Request) -> dict[str, Any]:
         "conditions": list(config.conditioner.input_keys),
         "divisor": config.first_stage.factor,
         "enlarge": enlarging_factor(pipe),
+        "controlnets": list(pipe.model.controlnets.loaded),
         "defaults": {
             **{name: value for name, value in sampling.items() if name in SamplingFields.model_fields},
             "height": config.size[0],

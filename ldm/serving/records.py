@@ -33,8 +33,9 @@ def request_of(record: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def is_complete(record: Mapping[str, Any]) -> bool:
-    """Return whether the request makes the same image; it does not if the image that was changed was not kept."""
-    return "request" in record or '"task"' not in record.get("settings", "")
+    """Return whether the request makes the same image; it does not if an image that was given was not kept."""
+    settings = record.get("settings", "")
+    return "request" in record or not ('"task"' in settings or '"controlnets"' in settings)
 
 
 def _sampling_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def _sampling_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
     fields.pop("strength", None)  # without the image that it is about
     fields.pop("eta", None)  # an option of the sampler
+    fields.pop("controlnets", None)  # without their images
     if "sigmas" in fields:
         fields.pop("num_inference_steps", None)
     return fields | {name: group for name, group in groups.items() if group}

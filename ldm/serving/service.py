@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,8 @@ from ldm.inputs import seed_list
 from ldm.pipeline import Pipeline
 from ldm.sampling_settings import SamplingSettings
 from ldm.serving.batching import Batcher
-from ldm.serving.edits import Edit
+from ldm.serving.controls import ControlField, Controlled, check_controls
+from ldm.serving.edits import Edit, content_of
 from ldm.serving.fields import arguments
 from ldm.serving.gallery import Gallery
 from ldm.serving.jobs import FileFormat, Job, Work
@@ -148,6 +149,24 @@ class Service:
             )
             source = source.convert("RGB") if area is not None else source
         return Edit(source, partial(self.gallery.save_input, client=client), area, **options)
+
+    def controlled(self, client: str, controls: Sequence[ControlField], work: Work | None = None) -> Work:
+        """Return a work with ControlNets.
+
+        Args:
+            client: whose gallery keeps the images that were sent.
+            controls: the ControlNets of the request.
+            work: default: text to image.
+
+        Raises:
+            SamplingError: there is no such ControlNet, or an image cannot be read or is too large.
+        """
+        check_controls(controls, self.models.controlnets)
+        what = "the image of a ControlNet"
+        files = [content_of(each.image, what, self.gallery) for each in controls]
+        images = [read_upload(file, self.limits, what) for file in files]
+        keep = partial(self.gallery.save_input, client=client)
+        return Controlled(work or text_to_image, list(zip(controls, images, strict=True)), keep)
 
     def variation(self, image: bytes, size: tuple[int, int] | None = None) -> tuple[Work, tuple[int, int]]:
         """Return the work that varies an image: that of models conditioned on images, or else image to image."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -104,8 +104,8 @@ def flops_by_shape(experiment: Experiment, stage: str) -> Callable[[Shape], floa
 def flops_per_sample(experiment: Experiment, stage: str, step: int | None = None, shape: Shape | None = None) -> float:
     """Return the floating-point operations that the networks need for a training sample, forward and backward.
 
-    Activations that gradient checkpointing computes again do not count: this is the numerator of MFU (Chowdhery et al. 2022,
-    arXiv 2204.02311, appendix B).
+    Activations that gradient checkpointing or caching computes again do not count: this is the numerator of MFU (Chowdhery et al.
+    2022, arXiv 2204.02311, appendix B).
 
     Args:
         experiment: the experiment.
@@ -113,6 +113,8 @@ def flops_per_sample(experiment: Experiment, stage: str, step: int | None = None
         step: number of the optimizer step; None = the last, when all losses are active.
         shape: as in :func:`step_cost`.
     """
+    if experiment.clip is not None and experiment.clip.gradient_cache is not None:
+        experiment = replace(experiment, clip=replace(experiment.clip, gradient_cache=None))
     cost = step_cost(experiment, stage, step, gradient_checkpointing=False, shape=shape)
     return cost.flops / cost.samples
 
@@ -244,7 +246,9 @@ def _captions(experiment: Experiment, stage: str) -> list[str]:
         return [""]
     try:
         samples = experiment.data.open("train")
-        draw = BatchIndices(np.random.default_rng(0).permutation(len(samples))[:CAPTIONS])
+        generator = np.random.default_rng(0)
+        index = generator.permutation(len(samples))[:CAPTIONS]
+        draw = BatchIndices(index, generator.random((len(index), 3), np.float32))  # with augmented captions
         return captions_of(samples.annotations(draw), "")
     except LdmError:
         return ["x " * experiment.clip.tokenizer.context_length]

@@ -112,6 +112,17 @@ class Handoff:
         self.files |= {path: text, record: _record(made_from, text)}
         return tokenizer
 
+    def tokenizer_of(self, source: Checkpoint) -> Tokenizer:
+        """Return the tokenizer of a source, which becomes that of the stage in ``tokenizer.json``.
+
+        Raises:
+            CheckpointError: the source has none.
+        """
+        if source.tokenizer is None:
+            raise CheckpointError(f"{source.source} holds no tokenizer for its text encoder; name another source.")
+        self.files[self.experiment.folder / self.stage / "tokenizer.json"] = source.tokenizer.to_json()
+        return source.tokenizer
+
     def _is_trained(self) -> bool:
         """Return True if the stage has a checkpoint, or is finished."""
         if resume_points(self.experiment.folder / self.stage):

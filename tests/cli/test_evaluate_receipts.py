@@ -10,16 +10,9 @@ from typing import Any
 import pytest
 
 from ldm.cli import evaluate as command
-from ldm.data.shards import Sample, write_shard
 from ldm.evaluation.receipt import Receipts, read_receipts
-from ldm.formats import native, save
-from ldm.formats.native import save_module
-from tests.data.pictures import encoded, noise_picture
-from tests.evaluation.test_features import tiny_clip
-from tests.experiments import write_experiment
-from tests.tiny import CAPTIONS, SIZE, TOKENIZER, tiny_model
+from tests.evaluation.subjects import data_of, write_subject
 
-COUNTS = {"train": 40, "val": 24}
 CHEAP = "psnr,retrieval,recall_by_image"
 
 
@@ -33,17 +26,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("receipts")
-    write_experiment(folder)
-    save(tiny_model(), folder / "model.safetensors")
-    clip = tiny_clip()
-    save_module(folder / "clip.safetensors", native.CLIP, clip, clip.config, TOKENIZER, {})
-    for split, count in COUNTS.items():
-        images = (encoded(noise_picture(i + 100 * (split == "val"), 4, 4).resize((SIZE, SIZE))) for i in range(count))
-        samples = [
-            Sample(f"{i}", CAPTIONS[i % len(CAPTIONS)], image, "png", {"label": i % 3})
-            for i, image in enumerate(images)
-        ]
-        write_shard(folder / f"{split} set.tar", samples)
+    write_subject(folder)
     return folder
 
 
@@ -51,14 +34,9 @@ def measured(
     monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: object, model: str = "model.safetensors"
 ) -> Receipts:
     monkeypatch.chdir(folder)
-    data = [f"data.{split}={folder / split} set.tar" for split in COUNTS]
     common = ["--config", "tiny.yaml", "--model", model, "--steps", 2]
-    assert call(monkeypatch, *common, "--receipts", "receipts.json", *data, *arguments) == 0
+    assert call(monkeypatch, *common, "--receipts", "receipts.json", *data_of(folder), *arguments) == 0
     return read_receipts(folder / "receipts.json")
-
-
-def values(receipts: Receipts) -> dict[str, float]:
-    return {each.conditions.metric: each.value for each in receipts.numbers}
 
 
 def test_each_number_of_a_model_has_its_receipt(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -154,6 +132,19 @@ def test_runs_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "not ranked" not in capsys.readouterr().out
 
 
+def test_settings_are_in_the_receipts_and_their_effect_in_the_summary(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    found = measured(monkeypatch, folder, "--setting", "cache_interval=2", "--images", 4, "--train-every", 40)
+    numbers = {each.conditions.metric: each for each in found.numbers}
+    assert numbers["recall_by_image@1"].conditions.sampling["cache_interval"] == 2
+    assert numbers["psnr"].conditions.sampling == {}
+    assert "fid" not in numbers  # there is no image tower
+    results = json.loads((folder / "evaluation-val.json").read_text())
+    assert results["distance"]["cache_interval"] == 2
+    assert results["samples"]["val"]["captions"] == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -172,8 +163,7 @@ def test_what_cannot_be_measured_is_one_sentence(
     message: str,
 ) -> None:
     monkeypatch.chdir(folder)
-    data = [f"data.{split}={folder / split} set.tar" for split in COUNTS]
-    assert call(monkeypatch, "--config", "tiny.yaml", "--model", "model.safetensors", *data, *arguments) == 2
+    assert call(monkeypatch, "--config", "tiny.yaml", "--model", "model.safetensors", *data_of(folder), *arguments) == 2
     assert message in capsys.readouterr().err
 
 

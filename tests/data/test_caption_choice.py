@@ -154,3 +154,34 @@ def test_validation_gets_the_first_caption_and_tokenizers_all(data: ShardsData) 
             text for i, text in enumerate(expected) for text in (text, f"other {i}")
         ]
         assert samples.annotations(BatchIndices(np.array([3, 1])))["text"] == [expected[3], expected[1]]
+
+
+def test_words_are_dropped_and_one_stays() -> None:
+    counts = Counter(chosen(CaptionConfig(drop_words=0.5), "a  red\nmug"))
+    assert set(counts) == {"a", "red", "mug", "a red", "a mug", "red mug", "a red mug"}
+    assert counts["a red mug"] / 4000 == pytest.approx(1 / 8, abs=0.02)
+    for word in ("a", "red", "mug"):  # alone by chance, or as the one of none that stays
+        assert counts[word] / 4000 == pytest.approx(1 / 8 + 1 / 24, abs=0.025)
+    assert set(chosen(CaptionConfig(drop_words=1.0), "one two")) == {"one", "two"}
+    assert set(chosen(CaptionConfig(drop_words=1.0), "")) == {""}
+
+
+def test_captions_are_put_into_templates_of_equal_chance() -> None:
+    config = CaptionConfig("lines", templates=("a photo of {}", "{}, {}"))
+    counts = Counter(chosen(config, "one\ntwo"))
+    assert set(counts) == {"a photo of one", "one, one", "a photo of two", "two, two"}
+    assert all(count / 4000 == pytest.approx(0.25, abs=0.03) for count in counts.values())
+    assert config.choose(config.parse(b"one\ntwo"), None) == "one"
+    assert config.in_templates(["one", "two"]) == ["one", "two", "a photo of one", "one, one"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"drop_words": 1.5}, "drop_words must be from 0 to 1, but is 1.5"),
+        ({"templates": ["a photo"]}, r"the template 'a photo' has no \{\}, which the caption replaces"),
+    ],
+)
+def test_impossible_augmentations_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(CaptionConfig, values)

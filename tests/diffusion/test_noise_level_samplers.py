@@ -5,10 +5,29 @@ import math
 import pytest
 import torch
 
-from ldm.diffusion.noise_level_samplers import Antithetic, LogNormal, NoiseLevelSampler, Stratified, Uniform
+from ldm.config import from_dict
+from ldm.diffusion.noise_level_samplers import (
+    Antithetic,
+    LogitNormal,
+    LogNormal,
+    LowDiscrepancy,
+    NoiseLevelSampler,
+    Stratified,
+    Uniform,
+)
 from ldm.diffusion.schedule import Cosine, Flow, Karras, ScaledLinear
+from ldm.errors import ConfigError
+from ldm.nn.ranks import BatchGenerator, draw_rows
 
-SAMPLERS = [Uniform(), Antithetic(), Stratified(), LogNormal()]
+SAMPLERS = [
+    Uniform(),
+    Antithetic(),
+    Stratified(),
+    LogNormal(),
+    LogitNormal(),
+    LowDiscrepancy(),
+    LowDiscrepancy(LogNormal()),
+]
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 
 
@@ -42,7 +61,7 @@ def test_samples_stay_within_the_schedule(sampler: NoiseLevelSampler) -> None:
     assert sigma.max() == torch.tensor(schedule.sigma_max)
 
 
-@pytest.mark.parametrize("sampler", [Uniform(), Antithetic(), Stratified()], ids=repr)
+@pytest.mark.parametrize("sampler", [Uniform(), Antithetic(), Stratified(), LowDiscrepancy()], ids=repr)
 def test_timesteps_are_equally_likely(sampler: NoiseLevelSampler) -> None:
     n, bins = 20_000, 10
     counts = drawn_timesteps(sampler, n, bins).bincount(minlength=bins).double()
@@ -71,11 +90,44 @@ def test_lognormal_has_its_mean_and_deviation() -> None:
     assert abs(logarithm.std() - 0.9) < 4 * 0.9 / math.sqrt(2 * n)
 
 
-def test_lognormal_with_flow_is_logit_normal() -> None:
-    sigma = LogNormal(mean=0.0, std=1.0).sample(40_000, Flow(), generator()).double()
+@pytest.mark.parametrize("sampler", [LogNormal(mean=0.0, std=1.0), LogitNormal()], ids=repr)
+def test_lognormal_with_flow_is_logit_normal(sampler: NoiseLevelSampler) -> None:
+    sigma = sampler.sample(40_000, Flow(), generator()).double()
     u = sigma / (1 + sigma)
     # The logistic function of N(0, 1) has the median 1/2 and its quartiles at the logistic of -+0.6745.
     quartiles = torch.quantile(u, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
     torch.testing.assert_close(
         quartiles, torch.tensor([-0.6745, 0, 0.6745], dtype=torch.float64).sigmoid(), atol=0.006, rtol=0
     )
+
+
+@pytest.mark.parametrize("distribution", [LogNormal(mean=0.3, std=0.8), LogitNormal()], ids=repr)
+@pytest.mark.parametrize("n", [1, 8, 33])
+def test_low_discrepancy_has_equidistant_shares_in_random_order(distribution: LogNormal, n: int) -> None:
+    """(i + offset) / n of the distribution, for all i; each sample by itself has the distribution."""
+    schedule, sampler = Karras(sigma_min=1e-5, sigma_max=4000), LowDiscrepancy(distribution)
+    batches = [sampler.sample(n, schedule, generator(seed)).double() for seed in range(200)]
+    for batch in batches:
+        share = torch.special.ndtr((batch.sort().values.log() - distribution.mean) / distribution.std)
+        offsets = share * n - torch.arange(n)
+        torch.testing.assert_close(offsets, offsets[:1].expand(n), rtol=0, atol=1e-4)
+        assert 0 <= offsets[0] <= 1
+    first = torch.stack([batch[0] for batch in batches]).log()
+    assert abs(first.mean() - distribution.mean) < 4 * distribution.std / math.sqrt(200)
+    assert n == 1 or any(not torch.equal(batch, batch.sort().values) for batch in batches)
+
+
+def test_low_discrepancy_is_that_of_the_batch_of_all_ranks() -> None:
+    def rows(start: int, count: int) -> torch.Tensor:
+        source = BatchGenerator("cpu")
+        source.manual_seed(5)
+        source.start, source.total = start, 8
+        return draw_rows(lambda n: LowDiscrepancy().sample(n, Cosine(), source), count, source)
+
+    assert torch.equal(torch.cat([rows(0, 4), rows(4, 4)]), rows(0, 8))
+
+
+@pytest.mark.parametrize("kind", ["antithetic", "stratified", "low_discrepancy"])
+def test_low_discrepancy_needs_a_distribution_of_independent_samples(kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"low_discrepancy cannot have the distribution {kind}"):
+        from_dict(NoiseLevelSampler, {"kind": "low_discrepancy", "distribution": kind})

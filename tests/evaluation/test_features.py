@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.models import inception as torchvision_inception
 
-from ldm.clip.model import CLIPConfig
-from ldm.config import from_dict
 from ldm.errors import CheckpointError
 from ldm.evaluation.features import FeatureNetwork, clip_network, open_network, weights_hash
 from ldm.evaluation.inception import CLASSES, FILE, FIDInception
 from ldm.evaluation.metrics.frechet import estimate
 from ldm.formats.clip import save_clip
-from tests.tiny import TOKENIZER, TOWER
+from tests.evaluation.subjects import tiny_clip
+from tests.tiny import TOKENIZER
 
 CPU = torch.device("cpu")
-
-
-def tiny_clip(seed: int = 0) -> Any:
-    image = {"kind": "vit", "image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return from_dict(CLIPConfig, {"embed_dim": 16, "text": TOWER, "image": image}).build().eval()
 
 
 @pytest.fixture(scope="module")

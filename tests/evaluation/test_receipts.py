@@ -78,6 +78,13 @@ def test_a_receipt_survives_json(conditions: Conditions, value: float, infinite:
     assert Receipt.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
 
 
+def test_a_number_that_is_not_finite_is_written_and_not_ranked(tmp_path: Path) -> None:
+    broken = receipt(example(), math.nan)
+    text = json.dumps(broken.to_json(), allow_nan=False)
+    assert math.isnan(Receipt.from_json(json.loads(text)).value)
+    assert rank([broken, receipt(example())]).reason == "a value is not finite"
+
+
 def written(folder: Path, name: str, *numbers: Receipt) -> Receipts:
     receipts = Receipts(name, "2026-01-01T00:00:00+00:00", {}, numbers)
     receipts.write(folder / f"{name}.json")
@@ -96,6 +103,8 @@ def test_the_table_ranks_like_numbers_and_says_why_others_are_not(tmp_path: Path
     assert "not ranked (fid): dtype differs (, bfloat16)" in lines
     assert row["fid"].split()[1:4] == ["1", "[0.9,", "1.1]"]
     assert "B < A" in of_several([first, second], across=["dtype"])
+    assert "A = A" not in of_several([first, first])
+    assert "B = A (intervals overlap)" in of_several([first, first])
     third = written(tmp_path, "third", receipt(example(), 1.05))
     assert "(intervals overlap)" in of_several([first, third])
 

@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.nn import cpu_attention
+from ldm.nn import cpu_attention, residual
+from ldm.nn import winograd as ldm_winograd
 from ldm.nn.adapters import attach
 from ldm.nn.attention import GEGLU, Attention, scaled_dot_product_attention
 from ldm.nn.cpu_attention import sigmoid_attention
-from ldm.nn.inference import Linear
+from ldm.nn.inference import Linear, supports_onednn_linear
 from ldm.nn.lora import LoRALayer
-from ldm.nn.residual import ResidualBlock
+from ldm.nn.residual import ResidualBlock, Upsample
 from ldm.nn.winograd import Conv3x3, winograd
 
-needs_bf16 = pytest.mark.skipif(not cpu_attention._is_supported(), reason="needs AVX-512 bf16 without AMX")
+needs_bf16 = pytest.mark.skipif(not supports_onednn_linear(torch.bfloat16), reason="needs AVX-512 bf16")
 
 
 @pytest.mark.parametrize("count", [1, 2000, 2**24])  # a tile, some and all of the tiles at once
@@ -147,6 +148,7 @@ def test_logits_out_of_its_range_are_left_to_torch() -> None:
 @needs_bf16
 def test_attention_modules_use_it_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
+    monkeypatch.setattr(cpu_attention, "has_amx", lambda: False)
     monkeypatch.setattr(cpu_attention, "sigmoid_attention", lambda *args: calls.append(1) or sigmoid_attention(*args))
     attention = Attention(16, 2).to(torch.bfloat16)
     x = torch.randn(1, 1024, 16).bfloat16()
@@ -156,3 +158,24 @@ def test_attention_modules_use_it_for_inference(monkeypatch: pytest.MonkeyPatch)
         out = attention(x)
     assert calls
     torch.testing.assert_close(out, expected, atol=1e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fewer_products_in_bf16_are_for_cpus_without_amx(
+    dtype: torch.dtype, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args: calls.append(function.__name__) or function(*args)
+
+    for module, function in ((residual, residual.upsample_conv), (ldm_winograd, winograd)):
+        monkeypatch.setattr(module, "has_amx", lambda: amx)
+        monkeypatch.setattr(module, function.__name__, counted(function))
+    with torch.inference_mode():
+        Conv3x3(160, 160).to(dtype)(torch.randn(1, 160, 64, 64, dtype=dtype))
+        Upsample(4).to(dtype)(torch.randn(1, 4, 32, 32, dtype=dtype))
+        Upsample(4).to(dtype)(torch.randn(1, 4, 64, 64, dtype=dtype))
+    fast_bf16 = amx and dtype == torch.bfloat16
+    assert calls == (["upsample_conv"] if fast_bf16 else ["winograd", "upsample_conv", "upsample_conv"])

@@ -11,7 +11,17 @@ from ldm.config import from_dict
 from ldm.diffusion import Schedule
 from ldm.diffusion.noise_level_samplers import Antithetic, LogNormal, Stratified, Uniform
 from ldm.nn.batch_norm import BatchNorm
-from ldm.nn.ranks import BatchGenerator, draw_rows, gather_rows, mean_over_ranks, rand_rows, randn_rows, sum_over_ranks
+from ldm.nn.ranks import (
+    BatchGenerator,
+    draw_rows,
+    gather_rows,
+    gather_rows_with_gradients,
+    mean_over_ranks,
+    next_rows,
+    rand_rows,
+    randn_rows,
+    sum_over_ranks,
+)
 from tests.processes import run_on_ranks
 
 TOTAL = 12
@@ -46,6 +56,18 @@ def test_one_process_gets_what_it_gives() -> None:
     assert sum_over_ranks(x) is mean_over_ranks(x) is gather_rows(x) is x
 
 
+def compare_rows() -> None:
+    """Rows, and gradients averaged over the ranks, are those of one process with the batch of both."""
+    rank, x = dist.get_rank(), torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    whole, own = x.clone().requires_grad_(), x.chunk(2)[rank].clone().requires_grad_()
+    assert torch.equal(next_rows(own), x.roll(-1, 0).chunk(2)[rank])
+    weight = torch.arange(24.0).view(6, 4)
+    for rows in (whole, gather_rows_with_gradients(own)):
+        assert torch.equal(rows, x)
+        (rows.sin() * weight).sum().backward()
+    torch.testing.assert_close(gather_rows(own.grad) / 2, whole.grad)  # each rank adds the same loss; their mean counts
+
+
 def compare() -> None:
     """Values, gradients and running statistics of two steps are those of one process with the batch of both."""
     rank = dist.get_rank()
@@ -64,6 +86,11 @@ def compare() -> None:
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], tensor)
     torch.testing.assert_close(found.eval()(x[0]), expected.eval()(x[0]))
+
+
+@pytest.mark.slow
+def test_rows_of_all_ranks_with_their_gradients(tmp_path: Path) -> None:
+    run_on_ranks(compare_rows, tmp_path)
 
 
 @pytest.mark.slow

@@ -53,6 +53,29 @@ def test_two_ranks_train_as_one(tmp_path: Path, strategy: str) -> None:
             assert row == pytest.approx(wanted, rel=1e-5, abs=1e-7), (stage, row["step"])
 
 
+FLOW = ["denoiser.diffusion={schedule: flow, parametrization: flow}"]
+SAMPLED = (
+    "base_resolution: 8, offset_noise: 0.1, noise_level_sampler: {kind: low_discrepancy, distribution: logit_normal}"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "loss", [f"{{kind: contrastive_flow, {SAMPLED}}}", "{kind: dispersive, input_perturbation: 0.1, temperature: 0.1}"]
+)
+def test_losses_between_samples_are_those_of_the_batch_of_all_ranks(tmp_path: Path, loss: str) -> None:
+    config, stage = write_experiment(tmp_path), "denoiser"
+    fields = ("max_steps=4", "validate_every=4", "learning_rate=1e-4")
+    common = [*DENOISER, *FLOW, f"denoiser.loss={loss}", "denoiser.model.dropout=0"]
+    common += [f"{stage}.train.{field}" for field in fields]
+    one, two = (
+        train(config, [stage], [*common, f"run_dir={tmp_path / str(n)}", f"denoiser.train.batch_size={6 // n}"], n)
+        for n in (1, 2)
+    )
+    for row, wanted in zip(record(two, stage)["rows"], record(one, stage)["rows"], strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5, abs=1e-6), row["step"]
+
+
 @pytest.mark.slow
 def test_averages_do_not_depend_on_the_ranks_that_computed_them(tmp_path: Path) -> None:
     """Each row covers steps of two ranks and of one, before and after a resume."""

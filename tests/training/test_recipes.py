@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.errors import ConfigError
 from ldm.formats.ema_snapshots import reconstructed
-from ldm.training.stages import train_stage
+from ldm.training.stages import build_module, train_stage
 from tests.experiments import tiny_experiment
 
 PIXELS = [
@@ -36,6 +38,7 @@ def trained(folder: Path, recipe: list[str], *ends: int) -> dict[str, torch.Tens
 
 def test_recipes_with_a_state_resume_bitwise(tmp_path: Path) -> None:
     recipe = ["denoiser.train.optimizer=muon", "denoiser.train.decay=wsd", "denoiser.train.ema_snapshots.every=1"]
+    recipe += ["denoiser.loss={kind: dispersive, noise_level_sampler: low_discrepancy}"]
     resumed, at_once = trained(tmp_path / "resumed", recipe, 2, 4), trained(tmp_path / "at_once", recipe, 4)
     stages = [tmp_path / folder / "run" / "denoiser" for folder in ("resumed", "at_once")]
     for length in (0.05, 0.1):
@@ -43,3 +46,36 @@ def test_recipes_with_a_state_resume_bitwise(tmp_path: Path) -> None:
         assert step == 4
         assert [name for name in expected if not torch.equal(average[name], expected[name])] == []
     assert [name for name in at_once if not torch.equal(resumed[name], at_once[name])] == []
+
+
+FLOW = "denoiser.diffusion={schedule: {kind: flow, shift: 2}, parametrization: flow}"
+LOSSES = [
+    ["denoiser.loss={weighting: soft_min_snr, offset_noise: 0.1, input_perturbation: 0.1}"],
+    ["denoiser.diffusion.schedule={kind: cosine, zero_terminal_snr: true}"],
+    [FLOW, "denoiser.loss={kind: contrastive_flow, base_resolution: 8, noise_level_sampler: logit_normal}"],
+]
+
+
+@pytest.mark.parametrize("recipe", LOSSES, ids=str)
+def test_recipes_of_the_loss_train(tmp_path: Path, recipe: list[str]) -> None:
+    weights = trained(tmp_path / "run", recipe, 4)
+    begun = build_module(tiny_experiment(tmp_path / "run", *PIXELS, *recipe), "denoiser").task.model.state_dict()
+    changed = [name for name in weights if not torch.equal(weights[name], begun[name])]
+    assert {"denoiser.conv_in.weight", "denoiser.conv_out.weight"} <= set(changed)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            ["denoiser.diffusion.schedule.zero_terminal_snr=true", "denoiser.loss={weighting: min_snr}"],
+            "weighting min_snr",
+        ),
+        (["denoiser.loss=contrastive_flow"], "contrastive_flow cannot be used with the parametrization v"),
+    ],
+)
+def test_recipes_that_do_not_fit_are_refused_when_the_config_is_read(
+    tmp_path: Path, recipe: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"denoiser: loss: .*{message}"):
+        tiny_experiment(tmp_path, *recipe)

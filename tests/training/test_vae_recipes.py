@@ -17,7 +17,9 @@ from ldm.formats import native
 from ldm.training.costs import step_cost
 from ldm.training.engine import StageModule
 from ldm.training.stages import build_module, train_stage
-from tests.experiments import tiny_experiment
+from tests.experiments import tiny_experiment, write_experiment
+from tests.training.rank_training import record
+from tests.training.rank_training import train as train_on_ranks
 
 SHORT = [f"vae.train.{each}" for each in ("validate_every=2", "max_steps=2")]
 
@@ -141,5 +143,29 @@ def test_recipes_that_do_not_fit_are_refused(tmp_path: Path, overrides: list[str
 
 def test_a_source_without_an_image_tower_is_refused(tmp_path: Path) -> None:
     experiment = tiny_experiment(tmp_path, "vae.loss.terms=[{kind: perceptual, checkpoint: emoji}]")
-    with pytest.raises(CheckpointError, match="holds no image_encoder"):
+    with pytest.raises(CheckpointError, match=r"vae\.loss\.terms: .* holds no image_encoder"):
         build_module(experiment, "vae")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "freeze"), [("ddp", False), ("fsdp2", False), ("fsdp2", True)])
+def test_two_ranks_train_as_one(tmp_path: Path, strategy: str, freeze: bool) -> None:
+    """With all terms; the mean of the logits is near 0, so that its relative error is larger."""
+    config, source = write_experiment(tmp_path), train(tmp_path / "source", "vae.loss.adversarial=0")
+    terms = (
+        f"{{kind: perceptual, checkpoint: {write_clip(tmp_path)}}}, {{kind: ms_ssim, scales: 1}}, wavelet, r1, lecam"
+    )
+    terms += "" if freeze else ", {kind: equivariance, min_scale: 0.7, probability: 0.7}"
+    common = [
+        "vae.train.max_steps=6",
+        "vae.train.validate_every=3",
+        "vae.train.learning_rate=1e-4",
+        "vae.loss.disc_start=0",
+    ]
+    common.append(f"vae.loss.terms=[{terms if freeze else terms.replace('{kind: ms_ssim, scales: 1}, ', '')}]")
+    common += ["vae.freeze=encoder", f"vae.train.init={source}"] if freeze else []
+    one = train_on_ranks(config, ["vae"], [*common, "vae.train.batch_size=4", f"run_dir={tmp_path / 'one'}"])
+    overrides = [f"trainer.strategy={strategy}", "vae.train.batch_size=2", f"run_dir={tmp_path / 'two'}"]
+    two = train_on_ranks(config, ["vae"], [*common, *overrides], 2)
+    for row, wanted in zip(record(two, "vae")["rows"], record(one, "vae")["rows"], strict=True):
+        assert row == pytest.approx(wanted, rel=1e-4, abs=2e-5), row["step"]

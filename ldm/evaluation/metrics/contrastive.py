@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,19 +35,32 @@ LARGEST_SCALE = 1000.0
 READER = "the evaluation of CLIP"
 
 
+class Pairs(NamedTuple):
+    """Embeddings of the images and captions of the evaluated split, ``[n d]`` each, the captions, and the labels if any."""
+
+    images: Tensor
+    texts: Tensor
+    captions: list[Any]
+    labels: list[int]
+
+
 @torch.no_grad()
-def embeddings(subject: Subject) -> tuple[Tensor, Tensor, list[Any], list[Any]]:
-    """Return the embeddings of images and captions of the evaluated split, ``[n d]`` each, with the captions and labels."""
+def embeddings(subject: Subject) -> Pairs:
+    """Encode the evaluated split with the CLIP of a subject, once."""
+    if isinstance(subject.pairs, Pairs):
+        return subject.pairs
     assert subject.clip is not None
     clip, tokenizer = subject.clip
     images, texts, captions, labels = [], [], [], []
     for batch in subject.measured():
-        found = captions_of(batch, READER)
+        own = captions_of(batch, READER)
         images.append(clip.encode_image(batch["image"]).float())
-        texts.append(clip.encode_text(tokenizer(found)).float())
-        captions += found
+        texts.append(clip.encode_text(tokenizer(own)).float())
+        captions += own
         labels += [int(each) for each in batch.get("label", ())]
-    return torch.cat(images), torch.cat(texts), captions, labels
+    found = Pairs(torch.cat(images), torch.cat(texts), captions, labels)
+    subject.pairs = found
+    return found
 
 
 @metric("retrieval", "clip")
@@ -135,7 +148,7 @@ def calibration_error(cosine: Tensor, target: Tensor, scale: float) -> Estimate:
     def error(index: np.ndarray) -> float:
         return float(np.abs(np.bincount(bins[index], gap[index], BINS)).sum() / len(index))
 
-    return jackknife(len(gap), error)
+    return jackknife(len(gap), error).within(0, 1)
 
 
 def best_scale(cosine: Tensor, target: Tensor) -> Estimate:

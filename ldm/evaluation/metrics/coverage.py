@@ -52,7 +52,7 @@ def precision_and_recall(made: Tensor, true: Tensor, k: int = PRECISION_K) -> di
 
     return {
         "precision": wilson((balls_around(made, true, reach) > 0).numpy()),
-        "recall": jackknife(len(made), recall),
+        "recall": jackknife(len(made), recall).within(0, 1),
     }
 
 
@@ -74,7 +74,7 @@ def density_and_coverage(made: Tensor, true: Tensor, k: int = DENSITY_K) -> dict
         "density": bootstrap(nearest.double().sum(dim=0).numpy() / k),
         "coverage": jackknife(
             len(made), lambda index: float(nearest[:, torch.as_tensor(index)].any(1).double().mean())
-        ),
+        ).within(0, 1),
     }
 
 
@@ -85,7 +85,7 @@ def _rows(true: Tensor, reach: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 @metric("precision_recall", "samples")
 def manifold(subject: Subject) -> Iterator[Number]:
     """Measure precision, recall, density and coverage against the true images of the reference split."""
-    if not subject.samples_text:
+    if not subject.generates:
         return
     reference, made = subject.true(subject.reference), subject.generated()
     if min(len(reference), len(made)) <= DENSITY_K + 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,10 +29,10 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, features: np.ndarray) -> Moments:
-        """Return the moments of features ``[n d]``, n >= 2, in fp64, with the unbiased covariance."""
+        """Return the moments of features ``[n d]`` in fp64, with the unbiased covariance, that of one image being 0."""
         features = np.asarray(features, dtype=np.float64)
         mean = features.mean(axis=0)
-        centred = (features - mean) / np.sqrt(len(features) - 1)
+        centred = (features - mean) / np.sqrt(max(1, len(features) - 1))
         if len(centred) > centred.shape[1]:
             centred = np.linalg.qr(centred, mode="r")
         return cls(mean, centred)
@@ -49,12 +50,14 @@ class Moments(NamedTuple):
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
-    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), at least 0.
+    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), at least 0; NaN if a feature is not finite.
 
     With C = R^T R, the last trace is the sum of the singular values of R1 R2^T, which needs no square root of a matrix and
     holds for singular covariances, such as those of fewer images than features.
     """
     difference = first.mean - second.mean
+    if not all(np.isfinite(each).all() for each in (*first, *second)):
+        return math.nan
     cross = np.linalg.svd(first.root @ second.root.T, compute_uv=False).sum()
     return max(0.0, float(difference @ difference + first.variance + second.variance - 2 * cross))
 
@@ -65,13 +68,13 @@ def estimate(features: Tensor, reference: Tensor) -> Estimate:
     The distance has a bias of about d / n, so numbers of different n are not comparable.
     """
     rows, fixed = features.double().numpy(), Moments.of(reference.double().numpy())
-    return jackknife(len(rows), lambda index: frechet_distance(Moments.of(rows[index]), fixed))
+    return jackknife(len(rows), lambda index: frechet_distance(Moments.of(rows[index]), fixed)).within(0)
 
 
 @metric("fid", "samples")
 def fid(subject: Subject) -> Iterator[Number]:
     """Compare generated images with the true ones of the reference split."""
-    if not subject.samples_text:
+    if not subject.generates:
         return
     reference, made = subject.true(subject.reference), subject.generated()
     for network in subject.networks:

@@ -100,9 +100,11 @@ def cmmd(subject: Subject) -> Iterator[Number]:
 def _distance(
     subject: Subject, name: str, kernel: Kernel, scale: float, parameters: Mapping[str, float | str]
 ) -> Iterator[Number]:
-    if not subject.samples_text:
+    if not subject.generates:
         return
     reference, made = subject.true(subject.reference), subject.generated()
+    if min(len(reference), len(made)) < 2:
+        return
     for network in subject.networks:
         found = mmd(made.features[network.name], reference.features[network.name], kernel)
         scaled = Estimate(found.value * scale, found.low * scale, found.high * scale, found.method)

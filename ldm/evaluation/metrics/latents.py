@@ -56,4 +56,4 @@ def latents(subject: Subject) -> Iterator[Number]:
         "latent_noise": lambda index: float(statistics(index)[3].mean()),
     }
     for name, value in values.items():
-        yield Number(name, jackknife(len(table), value), len(table), "neither", parameters={"channels": z})
+        yield Number(name, jackknife(len(table), value).within(0), len(table), "neither", parameters={"channels": z})

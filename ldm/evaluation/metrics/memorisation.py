@@ -50,7 +50,7 @@ def nearer_share(made: np.ndarray, held_out: np.ndarray) -> Estimate:
 @metric("memorisation", "samples")
 def memorisation(subject: Subject) -> Iterator[Number]:
     """Compare the distances of generated and of true held-out images to the nearest training image."""
-    if not subject.samples_text or "train" not in subject.sets:
+    if not subject.generates or "train" not in subject.sets:
         return
     training, made = subject.true("train"), subject.generated()
     held_out = subject.true(subject.split)

@@ -7,7 +7,8 @@ with different latents are comparable.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from ldm.evaluation.metrics import frechet
 from ldm.evaluation.metrics.denoising import levels_of, relative_error
 from ldm.model import LatentDiffusion, ModelConfig, SamplingConfig
 from ldm.nn.conditioning import Conditioning
+from ldm.nn.wrappers import with_own_methods
 from ldm.training.config import TrainConfig
 from ldm.training.gradient_clipping import clip_gradients
 from ldm.training.learning_rate import Cosine
@@ -41,6 +43,18 @@ BATCH, LEARNING_RATE, WIDTHS = 32, 1e-3, (64, 128)
 """Hyperparameters of the training, and widths of the U-Net."""
 
 SAMPLING = SamplingConfig(num_inference_steps=20, guidance_scale=1.0)
+
+
+def normalized(stage: FirstStage, mode: Tensor, std: Tensor) -> FirstStage:
+    """Return a copy of a first stage whose latents are normalized by the statistics of posteriors ``mode, std [n z h w]``.
+
+    The stored statistics are those of another set, or not measured yet; the metric ``latents`` shows how well they fit.
+    """
+    copied = with_own_methods(copy.deepcopy(stage))
+    variance = mode.double().var((0, 2, 3), unbiased=False) + std.double().square().mean((0, 2, 3))
+    copied.latent_mean.copy_(mode.double().mean((0, 2, 3)))
+    copied.latent_std.copy_(variance.clamp(min=1e-12).sqrt())
+    return copied
 
 
 def new_probe(stage: FirstStage, config: Any, size: tuple[int, int], seed: int) -> LatentDiffusion:
@@ -84,6 +98,19 @@ def train(model: LatentDiffusion, mode: Tensor, std: Tensor, steps: int, seed: i
 
 
 @torch.no_grad()
+def held_out_error(model: LatentDiffusion, mode: Tensor, std: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Return the error of latents sampled from posteriors ``[n z h w]``, the mean over the noise levels, ``[n]``.
+
+    The unit is that of the metric ``denoising``. It compares denoisers of one first stage, but not latents of different ones.
+    """
+    noise, device = seeded_noise(seeds, mode.shape[1:]), next(model.denoiser.parameters()).device
+    latents = model.first_stage.normalize((mode + std * noise(0.0, 0.0)).to(device)).cpu()
+    pool = Pool(latents, noise(0.0, 0.0), {})
+    levels = levels_of(model.diffusion.schedule)
+    return torch.stack([relative_error(model, pool, level) for level in levels]).mean(0)
+
+
+@torch.no_grad()
 def posteriors(subject: Subject, split: str, most: int) -> tuple[Tensor, Tensor]:
     """Return mode and standard deviation of the posteriors of the first images of a split, ``[n z h w]`` on the CPU."""
     stage = subject.first_stage
@@ -111,6 +138,7 @@ def probe(subject: Subject) -> Iterator[Number]:
     options = subject.options
     mode, std = posteriors(subject, "train", TRAINED)
     size = (mode.shape[2] * stage.factor, mode.shape[3] * stage.factor)
+    stage = normalized(stage, mode, std)
     model = new_probe(stage, config, size, options.seed)
     train(model, mode, std, options.probe_steps, options.seed)
     parameters = {
@@ -120,16 +148,11 @@ def probe(subject: Subject) -> Iterator[Number]:
         "widths": list(WIDTHS),
         "training_images": len(mode),
     }
-    held_out, _ = posteriors(subject, subject.split, min(HELD_OUT, options.images or HELD_OUT))
-    latents = stage.normalize(held_out.to(subject.device)).cpu()
-    seeds = [options.seed + i for i in range(len(latents))]
-    pool = Pool(latents, seeded_noise(seeds, latents.shape[1:])(0.0, 0.0), {})
-    levels = levels_of(model.diffusion.schedule)
-    errors = torch.stack([relative_error(model, pool, level) for level in levels]).mean(0)
-    shape = {"latent": list(latents.shape[1:]), "levels": levels}
-    yield Number(
-        "probe_error", bootstrap(errors.double().numpy()), len(latents), "lower", parameters=parameters | shape
-    )
+    held_out = posteriors(subject, subject.split, min(HELD_OUT, options.images or HELD_OUT))
+    seeds = [options.seed + i for i in range(len(held_out[0]))]
+    errors = held_out_error(model, *held_out, seeds).double().numpy()
+    shape = {"latent": list(mode.shape[1:]), "levels": levels_of(model.diffusion.schedule)}
+    yield Number("probe_error", bootstrap(errors), len(errors), "lower", parameters=parameters | shape)
     if not subject.networks:
         return
     reference = subject.true(subject.reference)

@@ -5,7 +5,7 @@ import { JobView } from "./job.js";
 import { labelOf, textOf } from "./labels.js";
 
 /** Fields that hold images. */
-const IMAGES = ["image", "mask"];
+const IMAGES = ["image", "mask", "controlnets"];
 
 export class Comparison {
   /**

@@ -138,8 +138,8 @@ export class SettingsForm {
   }
 }
 
-/** Fields of the image that is edited, which have controls elsewhere. */
-export const EDITS = ["image", "mask", "blur", "strength", "outpaint", "enlarge"];
+/** Fields of the image that is edited and of ControlNets, which have controls elsewhere. */
+export const EDITS = ["image", "mask", "blur", "strength", "outpaint", "enlarge", "controlnets"];
 
 /**
  * Return the controls of the settings that every image has.

@@ -1,7 +1,13 @@
 /** The words for settings, in the form, at images and in comparisons. */
 
 /** @type {Record<string, string>} */
-const SHORT = { num_inference_steps: "Steps", guidance_scale: "Guidance", num_images_per_prompt: "Images" };
+const SHORT = {
+  num_inference_steps: "Steps",
+  guidance_scale: "Guidance",
+  num_images_per_prompt: "Images",
+  controlnet: "ControlNet",
+  controlnets: "ControlNets",
+};
 
 /**
  * Return the label of a setting.

@@ -2,6 +2,7 @@
 
 import { fetchJson } from "./api.js";
 import { Comparison } from "./compare.js";
+import { ControlNets } from "./controlnets.js";
 import { announce, find } from "./dom.js";
 import { SettingsForm } from "./form.js";
 import { Gallery } from "./gallery.js";
@@ -19,6 +20,7 @@ const options = await fetchJson("/v1/options");
 find("#runs-link").hidden = !options.runs;
 const form = new SettingsForm(find("#form"), options);
 const source = new Source(find("#source"), () => form.modelOptions);
+const controlnets = new ControlNets(find("#controlnets"), options.controlnets);
 const viewer = new Viewer({
   use: (image) => report(async () => use(image)),
   again: (image) => generate({ ...image.request, model: image.model ?? form.model.read() }),
@@ -75,11 +77,21 @@ function generate(/** @type {any} */ fields) {
 function fields() {
   const read = form.read();
   const edited = source.read();
+  const size = source.resultSize() ?? { ...form.modelOptions.defaults, ...defined(read) };
   if ("image" in edited) {
     delete read.width;
     delete read.height;
   }
-  return { ...read, ...edited };
+  return { ...read, ...edited, ...controlnets.read(size) };
+}
+
+/**
+ * Return the width and height of fields that have them.
+ *
+ * @param {any} fields
+ */
+function defined(fields) {
+  return Object.fromEntries(["width", "height"].filter((side) => side in fields).map((side) => [side, fields[side]]));
 }
 
 function openResult(/** @type {{name: string}} */ { name }) {
@@ -90,6 +102,7 @@ function openResult(/** @type {{name: string}} */ { name }) {
 async function use(/** @type {any} */ image) {
   form.write(image.request, image.model);
   await source.write(image.request);
+  await controlnets.write(image.request.controlnets);
   announce("The settings of the image are in the form.");
   find("#form textarea").focus();
 }

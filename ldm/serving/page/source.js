@@ -124,6 +124,15 @@ export class Source {
     this.body.hidden = true;
   }
 
+  /** Return the size of the result, or null without an image. */
+  resultSize() {
+    if (this.bitmap === null) return null;
+    const { width, height } = this.#targetSize();
+    const { enlarge = 1, outpaint = {} } = this.task.read() === "repaint" ? {} : this.#taskFields();
+    const { left = 0, top = 0, right = 0, bottom = 0 } = outpaint;
+    return { width: enlarge * (width + left + right), height: enlarge * (height + top + bottom) };
+  }
+
   /** Return the fields of the job that are about the image, none without an image. */
   read() {
     if (this.bitmap === null) return {};
@@ -208,7 +217,7 @@ export class Source {
  *
  * @param {string} name
  */
-async function fileOf(name) {
+export async function fileOf(name) {
   return (await request(`/files/${name}`)).blob();
 }
 
@@ -220,7 +229,7 @@ async function fileOf(name) {
  * @param {number} height
  * @returns {HTMLCanvasElement}
  */
-function drawn(bitmap, width, height) {
+export function drawn(bitmap, width, height) {
   const canvas = element("canvas", { width, height });
   const scale = Math.max(width / bitmap.width, height / bitmap.height);
   const [w, h] = [bitmap.width * scale, bitmap.height * scale];

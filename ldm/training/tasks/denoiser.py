@@ -24,7 +24,7 @@ from ldm.denoiser.config import DenoiserConfig
 from ldm.diffusion.loss import DenoisingLossConfig, WeightedLossConfig
 from ldm.diffusion.noise_level_samplers import Stratified
 from ldm.diffusion.parametrization import Diffusion
-from ldm.errors import ConditionError, TrainingError
+from ldm.errors import ConditionError, ConfigError, TrainingError
 from ldm.formats import MODEL_FILE, native
 from ldm.formats.checkpoint import Checkpoint, part_prefixes
 from ldm.image_output import Images
@@ -80,6 +80,12 @@ class DenoiserStage:
     sampling: SamplingConfig = config_field(SamplingConfig(), "default sampling of the trained model", changeable=True)
     prompts: tuple[str, ...] = config_field((), "prompts of the image grids made during training", changeable=True)
     classes: tuple[int, ...] = config_field((), "class labels of the image grids made during training", changeable=True)
+
+    def __post_init__(self) -> None:
+        try:
+            self.loss.check(self.diffusion)
+        except ConfigError as error:
+            raise ConfigError(f"loss: {error}") from None
 
 
 class DenoiserTask(Task):

@@ -14,7 +14,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 from ldm.config import config_field
 from ldm.data.stream import EvaluationLoader
-from ldm.errors import ConfigError
+from ldm.errors import CheckpointError, ConfigError
 from ldm.formats import native, read
 from ldm.formats.checkpoint import Checkpoint
 from ldm.formats.training_checkpoint import resume_points
@@ -87,7 +87,10 @@ def image_encoder(source: str | None) -> nn.Module | None:
     """
     if source is None:
         return None
-    part = read(source).part(IMAGE_ENCODER)
+    try:
+        part = read(source).part(IMAGE_ENCODER)
+    except CheckpointError as error:
+        raise CheckpointError(f"vae.loss.terms: {error}") from None
     tower: nn.Module = part.config.build(len(part.state["projection.weight"]))
     if not torch.empty(0).is_meta:
         native.load_strictly(tower, part.state, source, torch.float32)

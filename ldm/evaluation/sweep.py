@@ -1,0 +1,217 @@
+"""Sweep over sampling settings: one model measured with each combination, which are on the Pareto front, and a plot."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ldm.diffusion import SPECS
+from ldm.errors import ConfigError, missing_extra, unknown
+from ldm.evaluation.metric import all_metrics
+from ldm.evaluation.receipt import Receipt
+from ldm.evaluation.runner import measure
+from ldm.evaluation.subject import Subject
+from ldm.evaluation.table import aligned
+
+EVALUATIONS = "evaluations"
+"""Name of the cost of an image: evaluations of the network, two in each with guidance."""
+
+
+LENGTH = "ema_length"
+"""Name of the length of the average of the weights."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of settings.
+
+    Attributes:
+        settings: the swept settings by name.
+        receipts: the two numbers on the axes; the cost has none.
+        values: the values on the axes.
+        seconds: time that generating an image took.
+    """
+
+    settings: Mapping[str, Any]
+    receipts: Sequence[Receipt]
+    values: tuple[float, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One of the two compared numbers: its name, and whether lower values are better."""
+
+    name: str
+    lower_is_better: bool
+
+    def cost(self, value: float) -> float:
+        """Return the value with a sign such that lower is better."""
+        return value if self.lower_is_better else -value
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Result of a sweep.
+
+    Attributes:
+        axes: the compared numbers.
+        points: combinations of settings in the order of the sweep.
+    """
+
+    axes: tuple[Axis, Axis]
+    points: Sequence[Point]
+
+    @property
+    def front(self) -> list[bool]:
+        """Whether each point is on the Pareto front: no other is better in one number and at least as good in the other."""
+        costs = [
+            tuple(axis.cost(value) for axis, value in zip(self.axes, point.values, strict=True))
+            for point in self.points
+        ]
+        return [not any(_dominates(other, own) for other in costs) for own in costs]
+
+    @property
+    def table(self) -> str:
+        """The points as text, those on the front marked with ``*``."""
+        names = list(self.points[0].settings)
+        rows = [["", *names, *(axis.name for axis in self.axes), "s/image"]]
+        for point, on_front in zip(self.points, self.front, strict=True):
+            texts = {each.conditions.metric: each.text for each in point.receipts}
+            numbers = [texts.get(axis.name, f"{value:g}") for axis, value in zip(self.axes, point.values, strict=True)]
+            settings = [str(point.settings[name]) for name in names]
+            rows.append(["*" if on_front else "", *settings, *numbers, f"{point.seconds:.3f}"])
+        return aligned(rows)
+
+    def plot(self, path: Path) -> None:
+        """Write a plot of the points with their intervals, the front connected.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        require_matplotlib()
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 5), layout="constrained")
+        axes = figure.add_subplot()
+        for point, on_front in zip(self.points, self.front, strict=True):
+            limits = {each.conditions.metric: (each.low, each.high) for each in point.receipts}
+            errors = [_whisker(value, limits.get(a.name)) for a, value in zip(self.axes, point.values, strict=True)]
+            color = "tab:blue" if on_front else "tab:gray"
+            axes.errorbar(*point.values, xerr=errors[0], yerr=errors[1], fmt="o", color=color, elinewidth=0.6)
+            label = ", ".join(f"{each}" for each in point.settings.values())
+            axes.annotate(label, point.values, textcoords="offset points", xytext=(4, 4), fontsize=7)
+        chosen = sorted(p.values for p, on_front in zip(self.points, self.front, strict=True) if on_front)
+        axes.plot(*zip(*chosen, strict=True), color="tab:blue", linewidth=0.8)
+        labels = [f"{a.name} ({'lower' if a.lower_is_better else 'higher'} is better)" for a in self.axes]
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.set_title(f"labels: {', '.join(self.points[0].settings)}; blue: Pareto front", fontsize=9)
+        FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _dominates(first: Sequence[float], second: Sequence[float]) -> bool:
+    return all(a <= b for a, b in zip(first, second, strict=True)) and tuple(first) != tuple(second)
+
+
+def _whisker(value: float, limits: tuple[float, float] | None) -> list[list[float]] | None:
+    """Return the lengths below and above a value; None without a finite interval."""
+    if limits is None or float("inf") in (-limits[0], limits[1]):
+        return None
+    return [[value - limits[0]], [limits[1] - value]]
+
+
+def require_matplotlib() -> None:
+    """Check that matplotlib is installed, before the images are generated rather than after it.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise missing_extra("matplotlib", "the plot of a sweep", "toy") from None
+
+
+def sweep(
+    subject: Subject,
+    values: Mapping[str, Sequence[Any]],
+    names: Sequence[str],
+    progress: Callable[[str], object] = lambda name: None,
+    average: Callable[[float], Subject] | None = None,
+) -> Sweep:
+    """Measure a model with each combination of settings, with the same captions and seeds.
+
+    Args:
+        subject: a model of captions, of classes, or without a condition.
+        values: values of the swept settings by name, such as ``{"guidance_scale": [1, 3]}``; sampling settings, and first
+            ``ema_length`` for lengths of the average of the weights.
+        names: the two numbers to compare: numbers of metrics of samples, such as ``fid`` or ``recall_by_image@1``, or
+            ``evaluations``, the evaluations of the network for an image.
+        progress: called with the settings of each combination before it is measured.
+        average: function that returns the subject with averaged weights of a length.
+
+    Raises:
+        ConfigError: a number is unknown, or is not measured for this model.
+    """
+    if not subject.generates:
+        raise ConfigError(
+            "a sweep needs a model of captions or classes; name one that is trained up to stage denoiser."
+        )
+    metrics = [each for each in all_metrics().values() if each.part == "samples"]
+    by_name = {each.name: each for each in metrics}
+    found = [by_name.get(name.partition("@")[0]) for name in names]
+    for name, each in zip(names, found, strict=True):
+        if each is None and name != EVALUATIONS:
+            raise ConfigError(unknown("number", name, [*by_name, EVALUATIONS]))
+    points, axes, current = [], [Axis(name, True) for name in names], None
+    for combination in itertools.product(*values.values()):
+        settings = dict(zip(values, combination, strict=True))
+        progress(", ".join(f"{name} {value}" for name, value in settings.items()))
+        sampling = {name: value for name, value in settings.items() if name != LENGTH}
+        if LENGTH in settings and settings[LENGTH] != current:
+            assert average is not None
+            current = settings[LENGTH]
+            subject = average(current)
+        one = replace(subject, settings={**subject.settings, **sampling}, _made={})
+        receipts = {
+            each.conditions.metric: each for each in measure(one, [each for each in found if each], required=by_name)
+        }
+        numbers = []
+        for i, name in enumerate(names):
+            if name == EVALUATIONS:
+                numbers.append(float(evaluations(one)))
+                continue
+            if name not in receipts:
+                raise ConfigError(
+                    f"the metric {name} gives {', '.join(receipts) or 'no numbers'} for this model; name one of them."
+                )
+            axes[i] = Axis(name, receipts[name].better != "higher")
+            numbers.append(receipts[name].value)
+        shown = [receipts[name] for name in names if name in receipts]
+        points.append(Point(settings, shown, (numbers[0], numbers[1]), one.generated().seconds))
+    return Sweep((axes[0], axes[1]), points)
+
+
+def evaluations(subject: Subject) -> int:
+    """Return the number of evaluations of the network for an image; those with and without the condition count separately.
+
+    Raises:
+        ConfigError: the sampler chooses its own steps.
+    """
+    assert subject.pipe is not None
+    defaults = subject.pipe.model.config.sampling
+    given = {**subject.settings, **subject.further}
+    sampler = given.get("sampler") or defaults.sampler
+    spec = SPECS[sampler]
+    if spec.adaptive:
+        raise ConfigError(
+            f"the sampler {sampler} chooses its own steps, so its evaluations are not known; leave it out."
+        )
+    steps = given.get("num_inference_steps") or defaults.num_inference_steps
+    scale = given.get("guidance_scale")
+    scale = defaults.guidance_scale if scale is None else scale
+    return int(steps * spec.evaluations * (1 if scale in (0, 1) else 2))

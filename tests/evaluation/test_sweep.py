@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ldm.cli import evaluate as command
+from ldm.evaluation.receipt import Receipt
+from ldm.evaluation.sweep import Axis, Point, Sweep
+from ldm.formats.ema_snapshots import write_snapshot
+from tests.evaluation.subjects import data_of, write_subject
+from tests.tiny import tiny_model
+
+
+@given(values=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8), lower=st.booleans())
+def test_the_front_holds_what_nothing_dominates(values: list[tuple[int, int]], lower: bool) -> None:
+    axes = (Axis("cost", True), Axis("quality", lower))
+    sweep = Sweep(axes, [Point({"i": i}, (), (float(x), float(y)), 0.0) for i, (x, y) in enumerate(values)])
+    for (x, y), on_front in zip(values, sweep.front, strict=True):
+        better = [(u, v) for u, v in values if u <= x and (v <= y if lower else v >= y) and (u, v) != (x, y)]
+        assert on_front == (not better)
+    assert any(sweep.front)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: object) -> int:
+    model = [
+        "sweep",
+        "--config",
+        folder / "tiny.yaml",
+        "--model",
+        folder / "model.safetensors",
+        "--out",
+        folder / "out",
+    ]
+    monkeypatch.setattr(sys, "argv", [str(each) for each in ("evaluate.py", *model, *data_of(folder), *arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    return int(stopped.value.code or 0)
+
+
+def test_a_sweep_makes_a_table_a_plot_and_receipts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_subject(tmp_path)
+    swept = ["--guidance", "1,3", "--steps", "1,2", "--sampler", "euler,heun", "--images", 6]
+    assert call(monkeypatch, tmp_path, *swept, "--y", "recall_by_image@5") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == [
+        "guidance_scale",
+        "num_inference_steps",
+        "sampler",
+        "evaluations",
+        "recall_by_image@5",
+        "s/image",
+    ]
+    assert len(lines) == 1 + 8 + 1
+    points = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    cost = {tuple(each["settings"].values()): each["evaluations"] for each in points}
+    assert cost[1.0, 2, "euler"] == 2
+    assert cost[3.0, 2, "heun"] == 8
+    for point, line in zip(points, lines[1:], strict=False):
+        (number,) = (Receipt.from_json(each) for each in point["numbers"])
+        assert number.conditions.guidance_scale == point["settings"]["guidance_scale"]
+        assert number.conditions.steps == point["settings"]["num_inference_steps"]
+        assert number.conditions.sampler == point["settings"]["sampler"]
+        assert number.value == point["recall_by_image@5"]
+        assert line.startswith("*") == point["pareto"]
+    with Image.open(tmp_path / "out" / "sweep.png") as plot:
+        assert plot.width > 300
+
+    state = tiny_model().state_dict()
+    averages = {0.05: state, 0.1: {name: 1.1 * each for name, each in state.items()}}
+    write_snapshot(tmp_path / "denoiser", 10, averages)
+    assert call(monkeypatch, tmp_path, "--ema-length", "0.05,0.1", "--steps", 1, "--images", 6) == 0
+    first, second = (
+        Receipt.from_json(p["numbers"][0]) for p in json.loads((tmp_path / "out" / "sweep.json").read_text())
+    )
+    assert first.conditions.differences(second.conditions).keys() == {"ema"}
+    assert first.conditions.ema == "power profile, length 0.05"
+    assert first.weights != second.weights
+    capsys.readouterr()
+
+    for arguments, message in (
+        (["--ema-length", "0.5"], "the length of the average is 0.5"),
+        ([], "there is nothing to sweep over"),
+        (["--guidance", "1;2"], "--guidance is '1;2'; write values separated by commas"),
+        (["--steps", "1", "--y", "fidd"], "unknown number 'fidd'; did you mean 'fid'"),
+        (["--steps", "1", "--y", "fid"], "the metric fid gives no numbers for this model"),
+    ):
+        assert call(monkeypatch, tmp_path, *arguments) == 2
+        assert message in capsys.readouterr().err
