@@ -2,7 +2,7 @@
 
 The rate rises exponentially, so that each factor has the same number of steps. The limit is the rate at which the smoothed loss
 is lowest: beyond it steps do harm. A third of it is suggested, Smith's lower bound of a range of rates. With Adam and the noisy
-loss of a denoiser, the limit is known to a factor of about two, so rates up to twice as high pass for usable.
+loss of a denoiser, the limit is known to a factor of a few, so rates up to four times as high pass for usable.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DIVERGED = 3.0
 SUGGESTED = 1 / 3
 """Suggested learning rate as a share of the limit."""
 
-USABLE = (0.02, 2.0)
+USABLE = (0.02, 4.0)
 """Range of usable learning rates as shares of the limit."""
 
 

@@ -35,7 +35,7 @@ class Probe:
         steps: most steps that are taken.
 
     Attributes:
-        build: time in which the networks were built, in seconds.
+        build: time in which networks and data were opened, in seconds.
         images: number of training images.
         parameters: number of trained parameters.
     """
@@ -49,7 +49,6 @@ class Probe:
         self.experiment = experiment
         start = time.perf_counter()
         module = build_module(experiment, STAGE)
-        self.build = time.perf_counter() - start
         data = data_of(experiment, module)
         self.task = module.task.to(self.device).to(memory_format=torch.channels_last).train()
         samples = data.data.open("train")
@@ -65,6 +64,7 @@ class Probe:
             p.numel() for each in self.optimizers for group in each.param_groups for p in group["params"]
         )
         self.completed = 0
+        self.build = time.perf_counter() - start
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, DTYPES[self.precision]) if self.precision in DTYPES else nullcontext()

@@ -31,7 +31,7 @@ RANGE_STEPS = (20, 100)
 """Least and largest number of steps of the learning-rate range test; it takes a tenth of the ladder's time between them."""
 
 START = 1.0
-"""Time in which a training starts and ends, in seconds, besides building its networks twice."""
+"""Time in which a training starts and ends, in seconds, besides opening networks and data twice."""
 
 LearningRate = Literal["auto", "config", "test"]
 
@@ -44,7 +44,7 @@ class Measured:
         device: name of the device.
         sizes: networks by width.
         images, held_out: numbers of training and validation images.
-        build: time in which the networks are built, in seconds.
+        build: time in which networks and data are opened, in seconds.
         test: learning-rate range test of the full network.
         seconds: time that all of it took.
     """
@@ -195,6 +195,7 @@ def _measure(experiment: Experiment, budget: float | None, share: float, say: Ca
         if model is None or model == experiment.denoiser.model:
             continue
         probe = Probe(replace(experiment, denoiser=replace(experiment.denoiser, model=model)), WARM_UP + MEASURED)
+        build = min(build, probe.build)  # the first may have encoded all images
         if probe.parameters not in [each.parameters for each in sizes.values()]:
             start = time.perf_counter()
             sizes[width] = _size(probe.experiment, probe)

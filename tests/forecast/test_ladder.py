@@ -166,9 +166,9 @@ def test_a_text_model_is_forecast_with_its_recall(
     write_data(tmp_path / "data")
     config = write_config(tmp_path, tmp_path / "data")
     few = ["vae.train.max_steps=100", "clip.train.max_steps=50"]
-    assert run(monkeypatch, "--config", config, "--budget", "300 s", "--train-stages", *few) == 0
+    assert run(monkeypatch, "--config", config, "--budget", "900 s", "--share", "0.06", "--train-stages", *few) == 0
     found = json.loads((tmp_path / "run" / "forecast" / "forecast.json").read_text())
     assert set(found["forecast"]["full"]["recall"]) == {"1", "5"}
     assert all(each["recall"]["among"] == 1280 for each in found["runs"])
-    assert found["ladder"]["seconds"] < 1.2 * found["ladder"]["limit_seconds"]
+    assert found["ladder"]["seconds"] < 1.5 * found["ladder"]["limit_seconds"]
     assert "R@1 of the full run" in capsys.readouterr().out

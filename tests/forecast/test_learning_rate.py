@@ -29,7 +29,7 @@ def test_the_limit_on_a_quadratic_is_that_of_gradient_descent(curvature: float) 
     assert 0.2 < found.limit / (2 / curvature) < 1.2
     assert found.suggested < 2 / curvature
     assert found.is_usable(found.suggested)
-    assert not found.is_usable(8 / curvature)
+    assert not found.is_usable(20 / curvature)
 
 
 def test_noise_of_the_loss_hardly_moves_the_limit() -> None:
