@@ -105,13 +105,16 @@ class Forecast:
 
 
 class _Fitted:
-    """Curves of one ladder, in terms of the quantities that its runs vary."""
+    """Curves of one ladder, in terms of the quantities in which its runs differ from the full run.
+
+    A quantity that differs but is the same in all runs counts: the prior says how much it may matter.
+    """
 
     def __init__(self, results: Sequence[Result], full: Rung, sizes: Mapping[float, Size], seed: int):
         self.full, self.size = full, sizes[FULL]
         rows = [(each.parameters, each.rung.images, each.rung.steps) for each in results]
         every = np.log(np.array(rows, float) / (self.size.parameters, full.images, full.steps))
-        self.varied = [i for i in range(3) if np.ptp(every[:, i]) > 0]
+        self.varied = [i for i in range(3) if np.any(every[:, i] != 0)]
         self.quantities = [list(NAMES)[i] for i in self.varied]
         losses = np.array([each.loss for each in results])
         self.curves: Curves = fit_curves(

@@ -137,7 +137,7 @@ def climb(
     say: Callable[[str], object],
     spent: float = 0.0,
 ) -> list[Result]:
-    """Train the runs of a plan that are not finished, the cheapest first, and return the results of all.
+    """Train the runs of a plan that are not finished, the most important first, and return the results of all.
 
     A run is left out if the ladder would take longer than its limit, judged by how much longer than planned runs took so far.
 

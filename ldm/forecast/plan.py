@@ -117,7 +117,7 @@ class Plan:
 
     Attributes:
         full: the full run.
-        rungs: the runs, the cheapest first.
+        rungs: the runs, the most important first.
         seconds: predicted time of each run.
         full_seconds: predicted time of the full run.
         limit: time that the ladder may take.
@@ -169,8 +169,7 @@ def make_plan(
         seconds = [seconds_of(rung, sizes, extras) for rung in rungs]
         idle = sum(seconds) - sum(rung.steps * sizes[rung.width].seconds for rung in rungs)
         if idle <= OVERHEAD_SHARE * sum(seconds) or count == FEWEST_RUNS:
-            order = sorted(range(len(rungs)), key=lambda i: seconds[i])
-            return Plan(full, [rungs[i] for i in order], [seconds[i] for i in order], full_seconds, limit)
+            return Plan(full, rungs, seconds, full_seconds, limit)
     shortest = _rungs(full, FEWEST_RUNS, SHORTEST, sizes, subsets)
     least = sum(seconds_of(rung, sizes, extras) for rung in shortest)
     least = (least + spent) / MARGIN

@@ -102,6 +102,14 @@ def test_recall_is_forecast_between_those_of_the_runs_and_one() -> None:
     assert "R@5" in lines[0]
 
 
+def test_a_ladder_of_small_models_alone_is_less_sure_about_the_full_one() -> None:
+    found = results((0.03, 0.02, 0.02))
+    small = [each for each in found if each.rung.width == SMALL]
+    forecast, unsure = make_forecast(found, FULL_RUN, SIZES), make_forecast(small, FULL_RUN, SIZES)
+    assert "model" in {each.quantity for each in unsure.levers}
+    assert unsure.full.loss.high - unsure.full.loss.low > 1.5 * (forecast.full.loss.high - forecast.full.loss.low)
+
+
 def test_too_few_runs_are_an_error() -> None:
     with pytest.raises(TrainingError, match="3 finished runs, but a forecast needs 4"):
         make_forecast(results((0.01, 0.02, 0.02))[:3], FULL_RUN, SIZES)

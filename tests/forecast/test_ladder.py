@@ -165,8 +165,8 @@ def test_a_text_model_is_forecast_with_its_recall(
 
     write_data(tmp_path / "data")
     config = write_config(tmp_path, tmp_path / "data")
-    few = ["vae.train.max_steps=100", "clip.train.max_steps=50"]
-    assert run(monkeypatch, "--config", config, "--budget", "900 s", "--share", "0.06", "--train-stages", *few) == 0
+    few = ["vae.train.max_steps=30", "clip.train.max_steps=30", "denoiser.train.batch_size=8"]
+    assert run(monkeypatch, "--config", config, "--budget", "900 s", "--share", "0.1", "--train-stages", *few) == 0
     found = json.loads((tmp_path / "run" / "forecast" / "forecast.json").read_text())
     assert set(found["forecast"]["full"]["recall"]) == {"1", "5"}
     assert all(each["recall"]["among"] == 1280 for each in found["runs"])

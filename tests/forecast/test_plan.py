@@ -20,7 +20,7 @@ EXTRAS = Extras(overhead=5, validated=192, evaluations=3000)
 def test_the_ladder_keeps_its_part_of_the_full_run_and_uses_most_of_it(steps: int, share: float) -> None:
     plan = make_plan(Rung(FULL, 3434, steps), SIZES, EXTRAS, share=share)
     assert plan.full_seconds == steps * 0.35
-    assert list(plan.seconds) == sorted(seconds_of(rung, SIZES, EXTRAS) for rung in plan.rungs)
+    assert list(plan.seconds) == [seconds_of(rung, SIZES, EXTRAS) for rung in plan.rungs]
     assert 0.7 * plan.limit < sum(plan.seconds) <= plan.limit == pytest.approx(share * plan.full_seconds)
     flops = sum(rung.steps * SIZES[rung.width].flops for rung in plan.rungs)
     assert flops < share * steps * SIZES[FULL].flops
@@ -41,7 +41,7 @@ def test_a_shorter_full_run_has_fewer_runs_that_still_vary_each_quantity() -> No
     counts = [len(make_plan(Rung(FULL, 3434, steps), SIZES, EXTRAS).rungs) for steps in (2_500, 5_000, 80_000)]
     assert counts == sorted(counts)
     assert counts[0] < 12
-    rungs = make_plan(Rung(FULL, 3434, 2_500), SIZES, EXTRAS).rungs
+    rungs = make_plan(Rung(FULL, 3434, 2_500), SIZES, EXTRAS).rungs[:4]  # the most important ones
     for name in ("width", "images", "steps"):
         assert len({getattr(rung, name) for rung in rungs}) >= 2
 
