@@ -36,7 +36,7 @@ ROWS = [
     {"training"},
     {"diagnosis", "report"},
     {"evaluation"},
-    {"serving"},
+    {"forecast", "serving"},
     {"ldm"},
     {"benchmarks"},
     {"cli"},

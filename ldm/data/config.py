@@ -11,7 +11,7 @@ from ldm.config import Kind, config_field
 from ldm.data.buckets import BucketConfig, Shape
 from ldm.data.caption_choice import CaptionConfig
 from ldm.data.encoded import EncodedConfig
-from ldm.data.filters import FilterConfig
+from ldm.data.filters import FilterConfig, SubsetConfig
 from ldm.data.images_in_memory import ImagesInMemory
 from ldm.data.mixture import WeightedSource
 from ldm.data.samples import Samples, SourceShare, StoredImages
@@ -66,6 +66,10 @@ class DataConfig(Kind):
     def without_cache(self) -> DataConfig:
         """Return a config of the same data that keeps no images in memory, for reading them once."""
         return self
+
+    def with_subset(self, images: int, seed: int) -> DataConfig | None:
+        """Return a config that trains on a random subset of its images; None if there can be none."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,9 @@ class ShardsData(DataConfig, kind="shards"):
         FilterConfig(), "Conditions on the samples; others are left out of all stages.", omit_default=True
     )
 
+    subset: SubsetConfig | None = config_field(
+        None, "Random subset of the training samples that the filters leave; null: all.", omit_default=True
+    )
     mixture: tuple[WeightedSource, ...] = config_field(
         (), "Sources to train on, each with its weight, instead of train.", omit_default=True
     )
@@ -220,6 +227,12 @@ class ShardsData(DataConfig, kind="shards"):
     def without_cache(self) -> ShardsData:
         return replace(self, cache="none")
 
+    def with_subset(self, images: int, seed: int) -> ShardsData | None:
+        if self.encoded.folder is not None:  # which holds the latents of all
+            return None
+        subset = SubsetConfig(images, seed if self.subset is None else self.subset.seed)
+        return replace(self, subset=subset, made_for=None)
+
     @property
     def _sources(self) -> dict[str, str | tuple[str, ...] | None]:
         return {"train": self.train or self._mixed, "val": self.val, "test": self.test}
@@ -261,6 +274,8 @@ class ShardsData(DataConfig, kind="shards"):
             caption_field=self.caption_field,
             caption_format=self.captions.format,
         )
+        if self.subset is not None and split == "train":
+            shards, selection = self.subset.select(shards, selection)
         stored = StoredImages(
             shards,
             FITS[self.fit](*self._height_width, _rgb("pad_color", self.pad_color or self.background)),

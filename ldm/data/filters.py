@@ -210,6 +210,27 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class SubsetConfig:
+    """Random subset of the training samples. With one seed, a smaller subset is a part of each larger one."""
+
+    images: int = config_field(help="Number of samples; all, if there are fewer.")
+    seed: int = config_field(0, "Seed of the choice.")
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise ConfigError(f"images must be at least 1, not {self.images}.")
+
+    def select(self, shards: Shards, selection: Selection) -> tuple[Shards, Selection]:
+        """Return the chosen samples, and the selection with what was left out."""
+        count = len(shards)
+        if count <= self.images:
+            return shards, selection
+        chosen = np.sort(np.random.default_rng(self.seed).permutation(count)[: self.images]).astype(np.uint32)
+        left_out = Dropped(f"subset: {self.images}", count - self.images, 0)
+        return shards.keep(chosen), Selection(selection.samples, (*selection.dropped, left_out))
+
+
+@dataclass(frozen=True)
 class _Filter:
     """A condition on a value that is computed from columns."""
 

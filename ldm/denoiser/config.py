@@ -41,5 +41,9 @@ class DenoiserConfig(Kind):
         """True if there are self-attentions on which ``AttentionOptions.token_merging`` acts."""
         return False
 
+    def with_width(self, factor: float) -> DenoiserConfig | None:
+        """Return the config of a network ``factor`` times as wide, rounded to widths that it can have; None if it has none."""
+        return None
+
     def build(self) -> nn.Module:
         raise NotImplementedError

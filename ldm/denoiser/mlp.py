@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -36,6 +36,9 @@ class MLPConfig(DenoiserConfig, kind="mlp"):
     @property
     def vector_width(self) -> None:  # type: ignore[override]
         return None
+
+    def with_width(self, factor: float) -> MLPConfig:
+        return replace(self, width=max(1, round(factor * self.width)))
 
     def build(self) -> MLP:
         return MLP(self)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -85,6 +86,11 @@ class UNetConfig(DenoiserConfig, kind="unet"):
     def finest_attention(self) -> int | None:
         """The first level with attention, whose self-attentions are the largest."""
         return next((i for i, level in enumerate(self.levels) if level.depth), None)
+
+    def with_width(self, factor: float) -> UNetConfig:
+        multiple = math.lcm(self.groups, self.heads or self.head_width or 1)
+        levels = (replace(each, width=multiple * max(1, round(factor * each.width / multiple))) for each in self.levels)
+        return replace(self, levels=tuple(levels))
 
     def build(self) -> UNet:
         return UNet(self)

@@ -190,3 +190,16 @@ def test_heads_need_not_divide_a_level_without_attention() -> None:
     levels = [{"width": 8, "blocks": 1}, {"width": 24, "blocks": 1, "depth": 1}]
     unet = from_dict(UNetConfig, {"levels": levels, "heads": 3, "groups": 4}).build()
     assert unet(torch.randn(1, 4, 4, 4), torch.zeros(1), Conditioning()).shape == (1, 4, 4, 4)
+
+
+@pytest.mark.parametrize("heads", [{"heads": 4}, {"head_width": 24}])
+def test_other_widths_are_divisible_by_groups_and_heads(heads: dict[str, int]) -> None:
+    levels = [{"width": 96, "blocks": 1}, {"width": 192, "blocks": 1, "depth": 1}]
+    config = from_dict(UNetConfig, {"groups": 16, "context_width": CONTEXT, "levels": levels, **heads})
+    assert config.with_width(1.0) == config
+    widths = [[level.width for level in config.with_width(factor).levels] for factor in (0.01, 0.5, 0.75, 2)]
+    multiple = 16 if "heads" in heads else 48
+    assert widths == [[multiple] * 2, [48, 96], [64, 144] if multiple == 16 else [96, 144], [192, 384]]
+    x = torch.randn(1, 4, 8, 8)
+    narrow = config.with_width(0.5).build()
+    assert narrow(x, torch.zeros(1), Conditioning(context=torch.randn(1, 3, CONTEXT))).shape == x.shape

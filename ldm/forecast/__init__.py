@@ -1,0 +1,1 @@
+"""Forecast of a training from a ladder of small ones."""

@@ -1,0 +1,153 @@
+"""Scaling curves: a floor and a power law for each quantity, fitted to many data sets at once.
+
+With the ratios r_k of the quantities (parameters, images, steps) to those of the full run, the loss is
+
+    L(r) = E + sum over k of A_k r_k^(-alpha_k)
+
+(Kaplan et al. 2020, arXiv 2001.08361, eq. 1.5, and Hoffmann et al. 2022, arXiv 2203.15556, eq. 2). As in section D.2 of the
+latter, the residuals are those of log L, with Huber's loss, and E and A_k are exponentials of the parameters, so that log L is
+their log-sum-exp. Since r = 1 at the full run, A_k is what the finite quantity k adds to the loss there.
+
+A dozen runs do not determine all of these parameters. Each has a weak normal prior, which decides where the runs do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+FLOOR_SHARE, FLOOR_SPREAD = 0.6, 0.8
+"""Prior of the floor: its median as a share of the lowest loss, and the standard deviation of its logarithm."""
+
+TERM_SHARE, TERM_SPREAD = 0.05, 1.5
+"""Prior of what a quantity adds to the loss of the full run, likewise."""
+
+EXPONENT, EXPONENT_SPREAD = 0.3, 0.6
+"""Prior of an exponent: its median, and the standard deviation of its logarithm; 0.09 to 1.0 at two standard deviations."""
+
+HUBER = 1.5
+"""Number of standard deviations from which the loss of a residual is linear."""
+
+ITERATIONS = 60
+"""Most iterations of a fit."""
+
+TOLERANCE, LARGEST_DAMPING = 1e-4, 1e6
+"""Gain of the log density below which a fit has ended, and the damping above which it is given up."""
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Independent normal priors of the parameters: means ``[..., p]`` and standard deviations ``[p]``."""
+
+    mean: np.ndarray
+    spread: np.ndarray
+
+
+def prior_of(lowest: np.ndarray, quantities: int) -> Prior:
+    """Return the prior for data sets whose lowest loss is ``lowest`` ``[...]``, with this number of quantities."""
+    level = np.log(lowest)[..., None]
+    floor, term = level + np.log(FLOOR_SHARE), level + np.log(TERM_SHARE)
+    exponents = np.full_like(level, np.log(EXPONENT))
+    mean = np.concatenate([floor, *[term] * quantities, *[exponents] * quantities], axis=-1)
+    spread = np.array([FLOOR_SPREAD, *[TERM_SPREAD] * quantities, *[EXPONENT_SPREAD] * quantities])
+    return Prior(mean, spread)
+
+
+def log_loss(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
+    """Return log L, ``[..., n]``.
+
+    Args:
+        parameters: log E, log A_k and log alpha_k, ``[..., 1 + 2 k]``.
+        log_ratios: logarithms of the ratios to the full run, ``[n k]``.
+    """
+    return np.log(np.exp(_terms(parameters, log_ratios)).sum(-1))
+
+
+def _terms(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
+    """Return the logarithms of the floor and of each power law, ``[..., n, 1 + k]``."""
+    k = log_ratios.shape[-1]
+    floor, terms, exponents = np.split(parameters[..., None, :], [1, 1 + k], axis=-1)
+    laws = terms - np.exp(exponents) * log_ratios
+    return np.concatenate([np.broadcast_to(floor, (*laws.shape[:-1], 1)), laws], axis=-1)
+
+
+def log_loss_and_gradient(parameters: np.ndarray, log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return log L ``[..., n]`` and its derivatives by the parameters ``[..., n, p]``."""
+    k = log_ratios.shape[-1]
+    shares = np.exp(_terms(parameters, log_ratios))
+    total = shares.sum(-1)
+    shares /= total[..., None]
+    by_exponent = -shares[..., 1:] * np.exp(parameters[..., None, 1 + k :]) * log_ratios
+    return np.log(total), np.concatenate([shares, by_exponent], axis=-1)
+
+
+def fit(
+    log_ratios: np.ndarray,
+    log_losses: np.ndarray,
+    prior: Prior,
+    sigma: np.ndarray,
+    start: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the parameters of highest posterior density for each of ``b`` data sets, ``[b p]``.
+
+    Levenberg's method on all data sets together (until each has converged); Huber's loss by iteratively reweighted least
+    squares.
+
+    Args:
+        log_ratios: ``[n k]``, the same for all.
+        log_losses: ``[b n]``.
+        prior: of which the means are ``[b p]``.
+        sigma: standard deviation of a log loss, ``[b]``.
+        start: where to start, ``[b p]``; None for the best of the results from a few exponents.
+    """
+    if start is None:
+        k = log_ratios.shape[-1]
+        starts = [prior.mean + np.r_[np.zeros(1 + k), np.full(k, shift)] for shift in (-0.7, 0.0, 0.7)]
+        found = np.stack([fit(log_ratios, log_losses, prior, sigma, each) for each in starts])
+        values = np.stack([_objective(log_ratios, log_losses, prior, sigma, each) for each in found])
+        return found[values.argmin(0), np.arange(len(log_losses))]
+    result, active = start.copy(), np.arange(len(start))
+    damping = np.full(len(start), 1e-2)
+    value = _objective(log_ratios, log_losses, prior, sigma, start)
+    precision = np.diag(prior.spread**-2)
+    for _ in range(ITERATIONS):
+        parameters, logs, noise = result[active], log_losses[active], sigma[active]
+        own = Prior(prior.mean[active], prior.spread)
+        predicted, gradient = log_loss_and_gradient(parameters, log_ratios)
+        residual = (logs - predicted) / noise[:, None]
+        weight = np.minimum(1, HUBER / np.maximum(np.abs(residual), 1e-12))
+        jacobian = gradient / noise[:, None, None]
+        weighted = (jacobian * weight[..., None]).swapaxes(1, 2)
+        normal = weighted @ jacobian + precision
+        normal += damping[active][:, None, None] * np.eye(normal.shape[-1])
+        towards = (weighted @ residual[..., None])[..., 0] + (own.mean - parameters) / prior.spread**2
+        tried = parameters + np.clip(np.linalg.solve(normal, towards[..., None])[..., 0], -1, 1)
+        new = _objective(log_ratios, logs, own, noise, tried)
+        gain = value[active] - new
+        better = gain >= 0
+        result[active[better]], value[active[better]] = tried[better], new[better]
+        damping[active] *= np.where(better, 0.2, 5)
+        active = active[(gain < 0) & (damping[active] < LARGEST_DAMPING) | (gain > TOLERANCE)]
+        if not len(active):
+            break
+    return result
+
+
+def _objective(
+    log_ratios: np.ndarray, log_losses: np.ndarray, prior: Prior, sigma: np.ndarray, parameters: np.ndarray
+) -> np.ndarray:
+    """Return the negative log posterior density, without constants, ``[b]``."""
+    residual = np.abs(log_losses - log_loss(parameters, log_ratios)) / sigma[:, None]
+    huber = np.where(residual < HUBER, residual**2 / 2, HUBER * (residual - HUBER / 2))
+    value: np.ndarray = huber.sum(-1) + (((parameters - prior.mean) / prior.spread) ** 2).sum(-1) / 2
+    return value
+
+
+def degrees_of_freedom(log_ratios: np.ndarray, prior: Prior, sigma: np.ndarray, parameters: np.ndarray) -> np.ndarray:
+    """Return how many parameters the runs of each data set determine, ``[b]``: the trace of the hat matrix."""
+    _, gradient = log_loss_and_gradient(parameters, log_ratios)
+    jacobian = gradient / sigma[:, None, None]
+    of_data = np.einsum("bnp,bnq->bpq", jacobian, jacobian)
+    trace: np.ndarray = np.trace(np.linalg.solve(of_data + np.diag(prior.spread**-2), of_data), axis1=1, axis2=2)
+    return trace

@@ -1,0 +1,249 @@
+"""The runs of a ladder: ordinary trainings of stage 3 in ``RUN_DIR/forecast/``, each with its config, resumed and reused.
+
+The name of a run has a hash of everything that it shares with the other runs, so that runs of another config or learning rate
+are never taken for its own. ``rung.json`` in its folder records the result of a finished run.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ldm.config import to_dict
+from ldm.errors import TrainingError
+from ldm.forecast.plan import VALIDATIONS, Plan, Rung
+from ldm.forecast.probe import STAGE
+from ldm.formats.tensors import write_atomically
+from ldm.training.experiment import Experiment
+from ldm.training.handoff import result_file
+from ldm.training.stages import train_stage
+
+FOLDER = "forecast"
+"""Folder of the ladders in a run folder."""
+
+RECORD = "rung.json"
+
+WARM_UP = 10
+"""Warm-up of a run takes at most one in this number of its steps."""
+
+UNSHARED = ("max_steps", "warmup_steps", "log_every", "validate_every", "images_every", "checkpoint_every")
+"""Fields of ``denoiser.train`` in which runs differ, or which do not change their losses."""
+
+MACHINE = ("cache", "workers", "cache_latents", "encoded")
+"""Fields of ``data`` that do not change what is trained on."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        rung: what was trained.
+        loss: lowest loss on the validation data.
+        last: loss on them after the last step.
+        parameters: number of trained parameters.
+        seconds: time that it took, in all sessions.
+        recall: for each k, how many of the ``of`` generated images were recognised; see :mod:`ldm.forecast.recall`.
+    """
+
+    rung: Rung
+    loss: float
+    last: float
+    parameters: int
+    seconds: float
+    recall: Mapping[str, Any] = field(default_factory=dict)
+
+
+def with_predecessors(experiment: Experiment, train: bool) -> Experiment:
+    """Return the experiment with the results of stages 1 and 2 of its run folder as sources.
+
+    Args:
+        experiment: the experiment.
+        train: True to train a stage whose result is missing.
+
+    Raises:
+        TrainingError: a result is missing.
+    """
+    for stage in (stage for stage in experiment.stages if stage in ("vae", "clip")):
+        path = result_file(experiment, stage)
+        if not path.is_file() and not train:
+            raise TrainingError(
+                f"a forecast of stage {STAGE} needs the result of stage {stage}, but {path} does not exist; train it first "
+                f"(tools/train.py --stage {stage}), or give --train-stages."
+            )
+        path = train_stage(experiment, stage) if train else path
+        section = replace(getattr(experiment, stage), train=None, checkpoint=str(path.absolute()))
+        experiment = replace(experiment, **{stage: section})
+    return replace(experiment, decoder=None)
+
+
+def digest(experiment: Experiment) -> str:
+    """Return a hash of what the runs of a ladder have in common."""
+    section, data = to_dict(experiment.denoiser), to_dict(experiment.data)
+    shared = {
+        "train": {name: value for name, value in section["train"].items() if name not in UNSHARED},
+        "denoiser": {name: section[name] for name in ("model", "conditioner", "diffusion", "loss")},
+        "data": {name: value for name, value in data.items() if name not in MACHINE},
+        "stages": [to_dict(experiment.vae.model), experiment.vae.checkpoint, to_dict(experiment.clip)],
+        "seed": experiment.seed,
+    }
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def rung_experiment(experiment: Experiment, rung: Rung) -> Experiment:
+    """Return the experiment of a run, in a folder of its own."""
+    stage, steps = experiment.denoiser, rung.steps
+    model = stage.model.with_width(rung.width) if rung.width != 1 else stage.model
+    assert model is not None, "a network whose width cannot be changed has rungs of one width"
+    every = max(1, steps // VALIDATIONS)
+    train = replace(
+        stage.train,
+        max_steps=steps,
+        warmup_steps=min(stage.train.warmup_steps, steps // WARM_UP),
+        log_every=max(1, min(stage.train.log_every, steps // 10)),
+        validate_every=every,
+        images_every=steps,
+        checkpoint_every=every,
+        keep_checkpoints=1,
+    )
+    name = f"width{rung.width:g}_images{rung.images}_steps{steps}" + (f"_seed{rung.seed}" if rung.seed else "")
+    name = f"{name}_{digest(experiment)}"
+    data = experiment.data.with_subset(rung.images, experiment.seed)
+    return replace(
+        experiment,
+        name=name,
+        run_dir=str(experiment.folder / FOLDER / name),
+        seed=experiment.seed + rung.seed,
+        data=experiment.data if data is None else data,
+        denoiser=replace(stage, model=model, train=train, prompts=(), classes=()),
+        trainer=replace(experiment.trainer, loggers=()),
+    )
+
+
+def climb(
+    experiment: Experiment,
+    plan: Plan,
+    parameters: Mapping[float, int],
+    measure_recall: Callable[[Path], Mapping[str, Any]],
+    say: Callable[[str], object],
+    spent: float = 0.0,
+) -> list[Result]:
+    """Train the runs of a plan that are not finished, the most important first, and return the results of all.
+
+    A run is left out if the ladder would take longer than its limit, judged by how much longer than planned runs took so far.
+
+    Args:
+        experiment: the full experiment, with its predecessors as sources.
+        plan: the ladder.
+        parameters: trained parameters by width.
+        measure_recall: measures the recall of a checkpoint.
+        say: called with a line for each run.
+        spent: seconds that the measurements before the ladder took.
+
+    Raises:
+        Interrupted: a signal stopped a run; the next call goes on from there.
+    """
+    results: list[Result] = []
+    planned = 0.0
+    for number, (rung, seconds) in enumerate(zip(plan.rungs, plan.seconds, strict=True), start=1):
+        own = rung_experiment(experiment, rung)
+        found, before = read_result(own.folder, rung)
+        head = f"run {number} of {len(plan.rungs)}, {rung}"
+        if found is None:
+            slower = sum(each.seconds for each in results) / planned if planned else 1.0
+            total = spent + sum(each.seconds for each in results) + max(0.0, seconds * slower - before)
+            if total > plan.limit and results:
+                say(f"{head}: left out, since the ladder would take {total:,.0f} s of its {plan.limit:,.0f} s")
+                continue
+            say(f"{head}: about {seconds:,.0f} s")
+            found = _train(experiment, own, rung, parameters[rung.width], measure_recall)
+            say(f"{head}: loss {found.loss:.4g} in {found.seconds:,.0f} s")
+        else:
+            say(f"{head}: finished before, loss {found.loss:.4g}")
+        results.append(found)
+        planned += seconds
+    return results
+
+
+def other_results(experiment: Experiment, results: list[Result]) -> list[Result]:
+    """Return the finished runs of earlier ladders of the same config, for other budgets."""
+    known = {each.rung for each in results}
+    found = []
+    for path in sorted((experiment.folder / FOLDER).glob(f"*_{digest(experiment)}/{RECORD}")):
+        rung = Rung(**json.loads(path.read_text(encoding="utf-8"))["rung"])
+        result, _ = read_result(path.parent, rung)
+        if rung not in known and result is not None:
+            found.append(result)
+    return found
+
+
+def read_result(folder: Path, rung: Rung) -> tuple[Result | None, float]:
+    """Return the result of a run, None if it is not finished, and the seconds that it has taken so far."""
+    try:
+        values = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None, 0.0
+    seconds = float(values["seconds"])
+    return (Result(**{**values, "rung": rung}) if "loss" in values else None), seconds
+
+
+def _train(
+    experiment: Experiment,
+    own: Experiment,
+    rung: Rung,
+    parameters: int,
+    measure_recall: Callable[[Path], Mapping[str, Any]],
+) -> Result:
+    """Train a run to its end, or go on with it; the time is recorded in any case."""
+    folder = own.folder
+    _link_latents(experiment, own)
+    _, before = read_result(folder, rung)
+    start = time.perf_counter()
+    values: dict[str, Any] = {}
+    try:
+        train_stage(own, STAGE)
+        losses = _losses(folder / STAGE / "metrics.csv")
+        best = folder / STAGE / "best.ckpt"
+        recall = measure_recall(best if best.exists() else result_file(own, STAGE))
+        values = {"loss": min(losses), "last": losses[-1], "parameters": parameters, "recall": dict(recall)}
+    finally:
+        seconds = before + time.perf_counter() - start
+        if folder.is_dir():
+            text = json.dumps({"rung": asdict(rung), "seconds": seconds, **values}, indent=2) + "\n"
+            write_atomically(folder / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+    return Result(rung=rung, seconds=seconds, **values)
+
+
+def _losses(path: Path) -> list[float]:
+    """Return the losses of the validations of a run.
+
+    Raises:
+        TrainingError: there are none.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        found = [float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")]
+    if not found or not all(math.isfinite(each) and each > 0 for each in found):
+        raise TrainingError(
+            f"{path} has no positive losses of validations, which the forecast is about; give data.val, and a loss that is "
+            "positive."
+        )
+    return found
+
+
+def _link_latents(experiment: Experiment, own: Experiment) -> None:
+    """Give a run the cached latents of the full experiment; the training encodes those again that are of other images."""
+    for split in ("train", "val"):
+        source, link = (each.folder / "latents" / f"{split}.safetensors" for each in (experiment, own))
+        if source.is_file() and not link.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # file systems without hard links
+                os.link(source, link)

@@ -1,0 +1,208 @@
+"""Plan of a ladder: which small runs are trained, so that all of them together take a given part of the full run.
+
+The runs differ from the full run in one or two of three quantities: width of the network, number of images, number of steps.
+How many steps the longest have is what the time allows. Each run has a learning-rate schedule of its own that ends at its last
+step, since the loss in the middle of a longer schedule is higher than that at the end of a shorter one (Hoffmann et al. 2022,
+arXiv 2203.15556, section 3.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ldm.errors import ConfigError
+
+SHARE = 0.2
+"""Largest part of the time of the full run that the ladder may take."""
+
+MARGIN = 0.9
+"""Part of that time that is planned, since no estimate is exact."""
+
+OVERHEAD_SHARE = 0.5
+"""Largest part of the time of a ladder in which nothing is trained; a shorter ladder has fewer runs."""
+
+VALIDATIONS = 4
+"""Validations of a run; the lowest loss counts, as it is that of ``best.ckpt``."""
+
+FEWEST_RUNS, FEWEST_STEPS = 5, 8
+"""Least number of runs, and of steps of a run."""
+
+SHORTEST = 4 * FEWEST_STEPS
+"""Least number of steps of the longest run, so that those of fewer steps differ from each other."""
+
+SMALL, MIDDLE, FULL = 0.5, 0.75, 1.0
+"""Widths of the networks, as shares of that of the full run."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One run of a ladder.
+
+    Attributes:
+        width: width of the network as a share of that of the full run.
+        images: number of training images.
+        steps: number of optimizer steps.
+        seed: number that is added to the seed of the experiment.
+    """
+
+    width: float
+    images: int
+    steps: int
+    seed: int = 0
+
+    def __str__(self) -> str:
+        again = f", seed + {self.seed}" if self.seed else ""
+        return f"width {self.width:g}, {self.images:,} images, {self.steps:,} steps{again}"
+
+
+TEMPLATE = (
+    (SMALL, 1, 1 / 4, 0),
+    (SMALL, 1, 1, 0),
+    (FULL, 1, 1 / 4, 0),
+    (SMALL, 1 / 4, 1, 0),
+    (FULL, 1, 1, 0),
+    (SMALL, 1, 1 / 2, 0),
+    (SMALL, 1 / 2, 1, 0),
+    (FULL, 1, 1 / 2, 0),
+    (SMALL, 1, 1 / 4, 1),
+    (MIDDLE, 1, 1, 0),
+    (SMALL, 1 / 4, 1 / 2, 0),
+    (SMALL, 1, 1 / 2, 1),
+)
+"""Runs, the most important first: width, share of the images, share of the steps of the longest run, and added to the seed."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A network of the ladder, and what it costs on this machine.
+
+    Attributes:
+        parameters: number of trained parameters.
+        seconds: time of an optimizer step.
+        flops: floating-point operations of an optimizer step.
+        batch: samples of a step.
+    """
+
+    parameters: int
+    seconds: float
+    flops: float
+    batch: int
+
+    @property
+    def forward(self) -> float:
+        """Time in which a sample goes through the network once, a third of what training on it takes."""
+        return self.seconds / (3 * self.batch)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a run costs besides its steps.
+
+    Attributes:
+        overhead: time in which a run starts and ends, in seconds.
+        validated: images of a validation.
+        evaluations: passes of a sample through the network that measure the recall of a run; 0 if it is not measured.
+    """
+
+    overhead: float
+    validated: int
+    evaluations: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A ladder, with what its runs and the full run take.
+
+    Attributes:
+        full: the full run.
+        rungs: the runs, the most important first.
+        seconds: predicted time of each run.
+        full_seconds: predicted time of the full run.
+        limit: time that the ladder may take.
+    """
+
+    full: Rung
+    rungs: Sequence[Rung]
+    seconds: Sequence[float]
+    full_seconds: float
+    limit: float
+
+
+def seconds_of(rung: Rung, sizes: Mapping[float, Size], extras: Extras) -> float:
+    """Return the predicted time of a run, with its validations and the measurement of its recall."""
+    size = sizes[rung.width]
+    passes = VALIDATIONS * extras.validated + extras.evaluations
+    return extras.overhead + rung.steps * size.seconds + passes * size.forward
+
+
+def make_plan(
+    full: Rung,
+    sizes: Mapping[float, Size],
+    extras: Extras,
+    *,
+    subsets: bool = True,
+    share: float = SHARE,
+    spent: float = 0.0,
+) -> Plan:
+    """Return the ladder with the most runs, and of these the one with the longest, that the time allows.
+
+    Args:
+        full: the full run.
+        sizes: networks by their width; without ``SMALL`` and ``MIDDLE``, all runs have the full width.
+        extras: what a run costs besides its steps.
+        subsets: whether runs can be trained on a part of the images.
+        share: part of the time of the full run that the ladder may take.
+        spent: seconds of it that were spent before, on measurements.
+
+    Raises:
+        ConfigError: the full run is too short for a ladder.
+    """
+    full_seconds = full.steps * sizes[FULL].seconds
+    limit = share * full_seconds
+    for count in range(len(TEMPLATE), FEWEST_RUNS - 1, -1):
+        longest = _longest(full, count, sizes, extras, subsets, MARGIN * limit - spent)
+        if longest is None:
+            continue
+        rungs = _rungs(full, count, longest, sizes, subsets)
+        seconds = [seconds_of(rung, sizes, extras) for rung in rungs]
+        idle = sum(seconds) - sum(rung.steps * sizes[rung.width].seconds for rung in rungs)
+        if idle <= OVERHEAD_SHARE * sum(seconds) or count == FEWEST_RUNS:
+            return Plan(full, rungs, seconds, full_seconds, limit)
+    shortest = _rungs(full, FEWEST_RUNS, SHORTEST, sizes, subsets)
+    least = sum(seconds_of(rung, sizes, extras) for rung in shortest)
+    least = (least + spent) / MARGIN
+    raise ConfigError(
+        f"the full run takes {full_seconds:,.0f} s, of which {limit:,.0f} s are for the ladder, but the shortest ladder takes "
+        f"{least:,.0f} s; give a --budget of at least {math.ceil(1.02 * least / share)} s, or train the full run itself."
+    )
+
+
+def _rungs(full: Rung, count: int, longest: int, sizes: Mapping[float, Size], subsets: bool) -> list[Rung]:
+    """Return the distinct runs among the first ``count`` of the template, for this number of steps of the longest."""
+    rungs: list[Rung] = []
+    for width, images, steps, seed in TEMPLATE[:count]:
+        if images < 1 and not subsets:
+            continue
+        multiple = VALIDATIONS  # so that the last step is validated
+        rounded = max(FEWEST_STEPS, round(longest * steps / multiple) * multiple)
+        rungs.append(Rung(width if width in sizes else FULL, max(1, round(images * full.images)), rounded, seed))
+    return list(dict.fromkeys(rungs))
+
+
+def _longest(
+    full: Rung, count: int, sizes: Mapping[float, Size], extras: Extras, subsets: bool, limit: float
+) -> int | None:
+    """Return the largest number of steps of the longest run with which the ladder keeps the limit; None if there is none."""
+
+    def fits(longest: int) -> bool:
+        return sum(seconds_of(rung, sizes, extras) for rung in _rungs(full, count, longest, sizes, subsets)) <= limit
+
+    low, high = SHORTEST, full.steps
+    if not fits(low):
+        return None
+    while low < high - 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,211 @@
+"""A forecast from beginning to end: measurements on this machine, the ladder, the fit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ldm import __version__
+from ldm.errors import ConfigError
+from ldm.forecast.answers import WORTHWHILE, Forecast, make_forecast
+from ldm.forecast.ladder import FOLDER, Result, climb, digest, other_results, with_predecessors
+from ldm.forecast.learning_rate import LOWEST, RangeTest
+from ldm.forecast.plan import FULL, MIDDLE, SHARE, SMALL, Extras, Plan, Rung, Size, make_plan
+from ldm.forecast.probe import MEASURED, WARM_UP, Probe
+from ldm.forecast.recall import RecallMeasure, captions_measured
+from ldm.forecast.sentences import sentences
+from ldm.formats.tensors import write_atomically
+from ldm.training.costs import step_cost
+from ldm.training.environment import environment
+from ldm.training.experiment import Experiment
+
+MEASUREMENTS, RESULT = "measured.json", "forecast.json"
+
+RANGE_STEPS = (20, 100)
+"""Least and largest number of steps of the learning-rate range test; it takes a tenth of the ladder's time between them."""
+
+START = 1.0
+"""Time in which a training starts and ends, in seconds, besides opening networks and data twice."""
+
+LearningRate = Literal["auto", "config", "test"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measurements on this machine, made once for a config.
+
+    Attributes:
+        device: name of the device.
+        sizes: networks by width.
+        images, held_out: numbers of training and validation images.
+        build: time in which networks and data are opened, in seconds.
+        test: learning-rate range test of the full network.
+        seconds: time that all of it took.
+    """
+
+    device: str
+    sizes: Mapping[float, Size]
+    images: int
+    held_out: int
+    build: float
+    test: RangeTest
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A forecast with everything that it rests on."""
+
+    experiment: Experiment
+    measured: Measured
+    plan: Plan
+    results: Sequence[Result]
+    forecast: Forecast
+    sentences: Sequence[str]
+    seconds: float
+
+    @property
+    def folder(self) -> Path:
+        return self.experiment.folder / FOLDER
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "ldm": __version__,
+            "digest": digest(self.experiment),
+            "learning_rate": self.experiment.denoiser.train.learning_rate,
+            "sentences": list(self.sentences),
+            "forecast": asdict(self.forecast),
+            "ladder": {
+                "limit_seconds": self.plan.limit,
+                "seconds": self.seconds,
+                "full_seconds": self.plan.full_seconds,
+            },
+            "full": asdict(self.plan.full),
+            "runs": [asdict(each) for each in self.results],
+            "measured": asdict(self.measured),
+        }
+
+
+def run_forecast(
+    experiment: Experiment,
+    budget: float | None,
+    *,
+    learning_rate: LearningRate = "auto",
+    train_stages: bool = False,
+    worthwhile: float = WORTHWHILE,
+    share: float = SHARE,
+    say: Callable[[str], object] = print,
+) -> Outcome:
+    """Measure, train the ladder, and forecast stage 3; a repeated call goes on, and reuses what is there.
+
+    Args:
+        experiment: the experiment, whose run folder gets the ladder.
+        budget: time of the full run in seconds; None for ``denoiser.train.max_steps`` steps.
+        learning_rate: ``config``'s, that of the range ``test``, or ``auto``: that of the config if the test finds it usable.
+        train_stages: True to train stages 1 and 2 first if their results are missing.
+        worthwhile: see :func:`ldm.forecast.answers.make_forecast`.
+        share: largest part of the time of the full run that the ladder takes.
+        say: called with lines on the progress.
+
+    Raises:
+        ConfigError: there are no validation data, or the full run is too short.
+        TrainingError: a result of stages 1 and 2 is missing, or a run of the ladder diverged.
+        Interrupted: a signal stopped a run of the ladder.
+    """
+    if not experiment.data.has("val"):
+        raise ConfigError("data.val is null, but a forecast is about the held-out loss; give validation data.")
+    experiment = _on_one_device(with_predecessors(experiment, train_stages))
+    measured = _measure(experiment, budget, share, say)
+    rate = experiment.denoiser.train.learning_rate
+    say(measured.test.describe(rate))
+    usable = measured.test.is_usable(rate) or not measured.test.diverged
+    if learning_rate == "test" or (learning_rate == "auto" and not usable):
+        rate = measured.test.suggested
+        say(f"the ladder and the full run are those with the learning rate {rate:g}")
+    train = replace(experiment.denoiser.train, learning_rate=rate)
+    experiment = replace(experiment, denoiser=replace(experiment.denoiser, train=train))
+
+    size = measured.sizes[FULL]
+    full = Rung(FULL, measured.images, train.max_steps if budget is None else int(budget / size.seconds))
+    captions, passes = captions_measured(experiment, measured.held_out, size.forward, full.steps * size.seconds)
+    subsets = experiment.data.with_subset(measured.images, experiment.seed) is not None
+    extras = Extras(START + 2 * measured.build, measured.held_out, passes)
+    plan = make_plan(full, measured.sizes, extras, subsets=subsets, share=share, spent=measured.seconds)
+    say(
+        f"full run: {full.steps:,} steps in {plan.full_seconds:,.0f} s on {measured.device}; ladder: {len(plan.rungs)} runs in "
+        f"{sum(plan.seconds) + measured.seconds:,.0f} s, at most {plan.limit:,.0f} s"
+    )
+    parameters = {width: each.parameters for width, each in measured.sizes.items()}
+    results = climb(experiment, plan, parameters, RecallMeasure(experiment, captions), say, measured.seconds)
+    seconds = measured.seconds + sum(each.seconds for each in results)
+    results += other_results(experiment, results)
+    forecast = make_forecast(results, full, measured.sizes, worthwhile, experiment.seed)
+    found = list(sentences(forecast, measured.device, worthwhile))
+    outcome = Outcome(experiment, measured, plan, results, forecast, found, seconds)
+    text = json.dumps(outcome.to_dict(), indent=2) + "\n"
+    write_atomically(outcome.folder / RESULT, lambda path: path.write_text(text, encoding="utf-8"))
+    return outcome
+
+
+def _on_one_device(experiment: Experiment) -> Experiment:
+    """Return the experiment on one device, with gradients accumulated to the batch of all of its devices."""
+    trainer, train = experiment.trainer, experiment.denoiser.train
+    devices = max(1, torch.cuda.device_count()) if trainer.accelerator != "cpu" else 1
+    devices = trainer.devices if isinstance(trainer.devices, int) else devices
+    count = devices * (trainer.num_nodes if isinstance(trainer.num_nodes, int) else 1)
+    if count == 1:
+        return experiment
+    return replace(
+        experiment,
+        trainer=replace(trainer, devices=1, num_nodes=1, strategy="auto"),
+        denoiser=replace(experiment.denoiser, train=replace(train, accumulate=count * train.accumulate)),
+    )
+
+
+def _measure(experiment: Experiment, budget: float | None, share: float, say: Callable[[str], object]) -> Measured:
+    """Time steps of each width and try learning rates, or read what was measured for the same config on this device."""
+    on_cpu = experiment.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    device = environment(torch.device("cpu" if on_cpu else "cuda"))["device"]
+    path = experiment.folder / FOLDER / MEASUREMENTS
+    key = {"digest": digest(experiment), "device": device}
+    if path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if all(values.get(name) == each for name, each in key.items()):
+            del values["digest"]
+            test = RangeTest.from_dict(values.pop("test"))
+            sizes = {float(width): Size(**size) for width, size in values.pop("sizes").items()}
+            return Measured(**values, sizes=sizes, test=test)
+    say("measuring the time of a step, and trying learning rates")
+    probe = Probe(experiment, WARM_UP + MEASURED + RANGE_STEPS[1])
+    start, build, images = time.perf_counter(), probe.build, probe.images
+    sizes = {FULL: _size(experiment, probe)}
+    steps = experiment.denoiser.train.max_steps if budget is None else budget / sizes[FULL].seconds
+    test = probe.range_test(round(min(max(share * steps / 10, RANGE_STEPS[0]), RANGE_STEPS[1])))
+    del probe
+    seconds = time.perf_counter() - start
+    for width in (MIDDLE, SMALL):
+        model = experiment.denoiser.model.with_width(width) if experiment.denoiser.train.init is None else None
+        if model is None or model == experiment.denoiser.model:
+            continue
+        probe = Probe(replace(experiment, denoiser=replace(experiment.denoiser, model=model)), WARM_UP + MEASURED)
+        build = min(build, probe.build)  # the first may have encoded all images
+        if probe.parameters not in [each.parameters for each in sizes.values()]:
+            start = time.perf_counter()
+            sizes[width] = _size(probe.experiment, probe)
+            seconds += time.perf_counter() - start
+    found = Measured(device, sizes, images, len(experiment.data.open("val")), build, test, seconds)
+    text = json.dumps({**key, **asdict(found)}, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return found
+
+
+def _size(experiment: Experiment, probe: Probe) -> Size:
+    cost = step_cost(experiment, "denoiser")
+    return Size(probe.parameters, probe.seconds(LOWEST), cost.flops, cost.samples)

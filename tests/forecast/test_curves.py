@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ldm.forecast.bands import Band, fit_curves
+from ldm.forecast.curves import fit, log_loss, log_loss_and_gradient, prior_of
+from tests.forecast.ladders import population, simulate
+
+WIDE = [(n, d, s) for n in (1, 1e-1, 1e-2, 1e-3) for d in (1, 1e-1, 1e-2, 1e-3) for s in (1, 1e-1, 1e-2, 1e-3)]
+
+
+def test_the_gradient_is_that_of_the_curve() -> None:
+    parameters, log_ratios = population(3, 0), np.random.default_rng(0).uniform(-4, 0, (5, 3))
+    _, gradient = log_loss_and_gradient(parameters, log_ratios)
+    for i in range(parameters.shape[1]):
+        step = np.zeros(parameters.shape[1])
+        step[i] = 1e-6
+        difference = log_loss(parameters + step, log_ratios) - log_loss(parameters - step, log_ratios)
+        np.testing.assert_allclose(gradient[..., i], difference / 2e-6, rtol=1e-4, atol=1e-7)
+
+
+def test_known_parameters_are_recovered_from_runs_of_many_sizes() -> None:
+    """Exponents and floor of Hoffmann et al. 2022, arXiv 2203.15556, eq. 10, as far as they have a name there."""
+    truth = np.log([[0.35, 0.02, 0.03, 0.025, 0.34, 0.28, 0.4]])
+    ladder = simulate(truth, 0.003, seed=0, runs=WIDE)
+    curves = fit_curves(ladder.log_ratios, ladder.losses, ladder.costs, draws=50)
+    np.testing.assert_allclose(np.exp(curves.best[0, 4:]), np.exp(truth[0, 4:]), rtol=0.06)
+    np.testing.assert_allclose(np.exp(curves.best[0, 0]), 0.35, rtol=0.03)
+    low, high = np.quantile(curves.draws[0], [0.005, 0.995], axis=0)
+    assert ((low < truth[0]) & (truth[0] < high)).all()
+
+
+def test_bands_cover_the_full_run_as_often_as_they_say() -> None:
+    """Of 200 ladders whose steps are at most an 18th of the full run's."""
+    seed = 1
+    ladder = simulate(population(200, seed), 0.01, seed)
+    curves = fit_curves(ladder.log_ratios, ladder.losses, ladder.costs, draws=60)
+    generator = np.random.default_rng(seed)
+    low, high = np.quantile(curves.runs(np.zeros((1, 3)), generator)[..., 0], [0.1, 0.9], axis=1)
+    full = np.exp(log_loss(ladder.parameters, np.zeros((1, 3)))[:, 0] + 0.01 * generator.standard_normal(200))
+    covered = ((low < full) & (full < high)).mean()
+    assert 0.7 <= covered <= 0.9, covered
+    # They are of use: the last run's loss is farther from the full run's than the middle of the band, mostly.
+    middle = np.sqrt(low * high)
+    assert (np.abs(np.log(middle / full)) < np.abs(np.log(ladder.losses[:, 6] / full))).mean() > 0.75
+
+
+def test_one_diverged_run_hardly_moves_the_forecast() -> None:
+    ladder = simulate(population(20, 5), 0.005, seed=5)
+    broken = ladder.losses.copy()
+    broken[:, 4] *= 1.5
+    medians = []
+    for losses in (ladder.losses, broken):
+        curves = fit_curves(ladder.log_ratios, losses, ladder.costs, draws=60)
+        medians.append(np.median(np.exp(curves.log_losses(np.zeros((1, 3))))[..., 0], axis=1))
+    assert np.abs(np.log(medians[1] / medians[0])).mean() < 0.03
+
+
+def test_a_curve_that_is_no_power_law_has_wider_bands() -> None:
+    """The model error is seen by forecasting the most expensive runs from the others."""
+    ladder = simulate(population(20, 6), 0.003, seed=6)
+    bent = ladder.losses * np.where(ladder.costs > np.sort(ladder.costs)[-4], 1.15, 1.0)
+    straight, other = (
+        fit_curves(ladder.log_ratios, losses, ladder.costs, draws=60) for losses in (ladder.losses, bent)
+    )
+    assert straight.inflation.mean() < 1.4
+    assert other.inflation.mean() > 2
+
+
+def test_more_noise_gives_wider_bands_and_the_noise_is_estimated() -> None:
+    widths = []
+    for noise in (0.003, 0.03):
+        ladder = simulate(population(40, 7), noise, seed=7)
+        curves = fit_curves(ladder.log_ratios, ladder.losses, ladder.costs, draws=60)
+        assert 0.4 < np.median(curves.noise) / noise < 2
+        low, high = np.quantile(curves.runs(np.zeros((1, 3)), np.random.default_rng(0))[..., 0], [0.1, 0.9], axis=1)
+        widths.append(np.median(np.log(high / low)))
+    assert widths[1] > 2 * widths[0]
+
+
+def test_a_ladder_fits_alike_alone_and_among_others() -> None:
+    ladder = simulate(population(8, 8), 0.01, seed=8)
+    logs = np.log(ladder.losses)
+    together = fit(ladder.log_ratios, logs, prior_of(ladder.losses.min(-1), 3), np.full(8, 0.01))
+    alone = fit(ladder.log_ratios, logs[3:4], prior_of(ladder.losses[3:4].min(-1), 3), np.full(1, 0.01))
+    np.testing.assert_allclose(together[3], alone[0], atol=1e-9)
+
+
+def test_a_band_has_four_fifths_of_the_draws() -> None:
+    band = Band.of(np.arange(1001) / 1000)
+    assert (band.low, band.median, band.high) == pytest.approx((0.1, 0.5, 0.9))

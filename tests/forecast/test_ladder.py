@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm.cli import forecast as command
+from ldm.errors import TrainingError
+from ldm.forecast.ladder import digest, rung_experiment, with_predecessors
+from ldm.forecast.plan import Rung
+from ldm.report.run import Run
+from ldm.training.engine import StageModule
+from ldm.training.experiment import Experiment, load_config
+from tests.experiments import TRAIN, tiny_experiment, write_experiment
+
+PIXELS: dict[str, Any] = {
+    "vae": {"model": {"kind": "identity"}},
+    "clip": None,
+    "denoiser": {
+        "model": {
+            "kind": "unet",
+            "levels": [{"width": 16, "blocks": 1}],
+            "in_channels": 3,
+            "out_channels": 3,
+            "middle_depth": 0,
+            "heads": 2,
+            "groups": 4,
+        },
+        "conditioner": {"kind": "none"},
+        "sampling": {"num_inference_steps": 1},
+        "train": TRAIN,
+    },
+}
+"""A model of pixels, which needs no stage 1 and 2 and takes a step in milliseconds."""
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit code of the command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["forecast.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    return int(stopped.value.code or 0)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, then: Callable[[int], None]) -> list[int]:
+    """Count the training steps of all runs, with a call of ``then`` after each."""
+    steps = [0]
+    original = StageModule.training_step
+
+    def training_step(self: StageModule, batch: Any, batch_idx: int) -> None:
+        original(self, batch, batch_idx)
+        steps[0] += 1
+        then(steps[0])
+
+    monkeypatch.setattr(StageModule, "training_step", training_step)
+    return steps
+
+
+def test_the_command_forecasts_and_goes_on_without_training_a_step_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_experiment(tmp_path, PIXELS)
+    monkeypatch.setattr("ldm.forecast.runner.START", 5.0)  # seconds for each run, also on a machine that is busy
+    assert run(monkeypatch, "--config", config, "--budget", "1 s") == 2
+    least = re.search(r"a --budget of at least (\d+) s", capsys.readouterr().err)
+    assert least is not None
+    arguments = ["--config", config, "--budget", f"{least[1]} s"]
+
+    def stop(step: int) -> None:
+        if step == 21:  # in the second or third run
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    steps = counted(monkeypatch, stop)
+    assert run(monkeypatch, *arguments) == 75
+    assert steps[0] == 21
+    assert not (tmp_path / "run" / "forecast" / "forecast.json").exists()
+    assert run(monkeypatch, *arguments) == 0
+    folder = tmp_path / "run" / "forecast"
+    found = json.loads((folder / "forecast.json").read_text())
+    assert steps[0] == sum(each["rung"]["steps"] for each in found["runs"])
+
+    out = capsys.readouterr().out
+    assert "finished before" in out
+    assert all(sentence in out for sentence in found["sentences"])
+    assert any("reach a held-out loss of" in sentence for sentence in found["sentences"])
+    assert found["ladder"]["limit_seconds"] <= 0.2 * found["ladder"]["full_seconds"] + 1e-6
+    assert len(found["runs"]) >= 4
+    assert {each["rung"]["images"] for each in found["runs"]} == {2, 8}
+    full = found["forecast"]["full"]["loss"]
+    assert 0 < full["low"] < full["median"] < full["high"]
+    page = (folder / "forecast.html").read_text()
+    assert page.count("<svg viewBox") == 3
+    assert all(each.partition(" ")[0] in page for each in found["sentences"])
+
+    runs = [path for path in folder.iterdir() if path.is_dir()]
+    assert [Run(path).stages[0].status for path in runs] == ["finished"] * len(found["runs"])
+    assert run(monkeypatch, *arguments) == 0  # which trains nothing
+    assert steps[0] == sum(each["rung"]["steps"] for each in found["runs"])
+    assert json.loads((folder / "forecast.json").read_text())["forecast"] == found["forecast"]
+
+
+def test_a_run_of_the_ladder_has_its_own_width_images_steps_and_seed(tmp_path: Path) -> None:
+    experiment = load_config(write_experiment(tmp_path, PIXELS))
+    own = rung_experiment(experiment, Rung(0.5, 3, 40, 1))
+    assert own.denoiser.model.levels[0].width == 8  # type: ignore[attr-defined]
+    assert len(own.data.open("train")) == 3
+    assert len(own.data.open("val")) == 8
+    assert (own.seed, own.denoiser.train.max_steps, own.denoiser.train.validate_every) == (1, 40, 10)
+    assert own.folder.parent == experiment.folder / "forecast"
+
+
+def test_runs_of_another_config_have_other_folders(tmp_path: Path) -> None:
+    experiment = load_config(write_experiment(tmp_path, PIXELS))
+
+    def changed(**fields: Any) -> Experiment:
+        return replace(
+            experiment, denoiser=replace(experiment.denoiser, train=replace(experiment.denoiser.train, **fields))
+        )
+
+    same = [changed(max_steps=77), changed(log_every=3), replace(experiment, name="other")]
+    others = [changed(learning_rate=1e-4), changed(batch_size=2), replace(experiment, seed=5)]
+    assert {digest(each) for each in same} == {digest(experiment)}
+    assert len({digest(each) for each in (experiment, *others)}) == 4
+
+
+def test_a_missing_stage_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"stage vae.*does not exist; train it first .*or give --train-stages"):
+        with_predecessors(tiny_experiment(tmp_path), train=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--budget", "8 hours"], "give a time above 0 with its unit"),
+        (["--share", "0.5"], "at most 0.2"),
+        (["--learning-rate", "tset"], "test"),
+        (["data.val=null"], "held-out loss; give validation data"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    problem: str,
+) -> None:
+    assert run(monkeypatch, "--config", write_experiment(tmp_path, PIXELS), *arguments) == 2
+    assert problem in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_text_model_is_forecast_with_its_recall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With stages 1 and 2 trained first, cached latents, and R@k of the images that the runs of the ladder generate."""
+    from tests.diagnosis.runs import write_config, write_data
+
+    write_data(tmp_path / "data")
+    config = write_config(tmp_path, tmp_path / "data")
+    few = ["vae.train.max_steps=30", "clip.train.max_steps=30", "denoiser.train.batch_size=8"]
+    assert run(monkeypatch, "--config", config, "--budget", "900 s", "--share", "0.1", "--train-stages", *few) == 0
+    found = json.loads((tmp_path / "run" / "forecast" / "forecast.json").read_text())
+    assert set(found["forecast"]["full"]["recall"]) == {"1", "5"}
+    assert all(each["recall"]["among"] == 1280 for each in found["runs"])
+    assert found["ladder"]["seconds"] < 1.5 * found["ladder"]["limit_seconds"]
+    assert "R@1 of the full run" in capsys.readouterr().out

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ldm.errors import ConfigError
+from ldm.forecast.plan import FULL, MIDDLE, SHARE, SMALL, Extras, Rung, Size, make_plan, seconds_of
+
+SIZES = {
+    SMALL: Size(1_000_000, 0.1, 1e9, 32),
+    MIDDLE: Size(2_250_000, 0.2, 2.25e9, 32),
+    FULL: Size(4_000_000, 0.35, 4e9, 32),
+}
+EXTRAS = Extras(overhead=5, validated=192, evaluations=3000)
+
+
+@pytest.mark.parametrize("steps", [8_000, 20_000, 80_000, 1_000_000])
+@pytest.mark.parametrize("share", [0.05, SHARE])
+def test_the_ladder_keeps_its_part_of_the_full_run_and_uses_most_of_it(steps: int, share: float) -> None:
+    plan = make_plan(Rung(FULL, 3434, steps), SIZES, EXTRAS, share=share)
+    assert plan.full_seconds == steps * 0.35
+    assert list(plan.seconds) == [seconds_of(rung, SIZES, EXTRAS) for rung in plan.rungs]
+    assert 0.7 * plan.limit < sum(plan.seconds) <= plan.limit == pytest.approx(share * plan.full_seconds)
+    flops = sum(rung.steps * SIZES[rung.width].flops for rung in plan.rungs)
+    assert flops < share * steps * SIZES[FULL].flops
+    assert len({*plan.rungs}) == len(plan.rungs) >= 5
+    assert all(rung.steps % 4 == 0 and rung.steps < steps for rung in plan.rungs)
+
+
+def test_a_long_ladder_varies_each_quantity_and_repeats_runs_with_another_seed() -> None:
+    rungs = make_plan(Rung(FULL, 3434, 80_000), SIZES, EXTRAS).rungs
+    assert len(rungs) == 12
+    assert {rung.width for rung in rungs} == {SMALL, MIDDLE, FULL}
+    assert len({rung.images for rung in rungs}) == 3
+    assert len({rung.steps for rung in rungs}) == 3
+    assert sum(replace(rung, seed=0) in rungs for rung in rungs if rung.seed) == 2
+
+
+def test_a_shorter_full_run_has_fewer_runs_that_still_vary_each_quantity() -> None:
+    counts = [len(make_plan(Rung(FULL, 3434, steps), SIZES, EXTRAS).rungs) for steps in (2_500, 5_000, 80_000)]
+    assert counts == sorted(counts)
+    assert counts[0] < 12
+    rungs = make_plan(Rung(FULL, 3434, 2_500), SIZES, EXTRAS).rungs[:4]  # the most important ones
+    for name in ("width", "images", "steps"):
+        assert len({getattr(rung, name) for rung in rungs}) >= 2
+
+
+def test_without_other_widths_or_parts_of_the_data_the_ladder_varies_the_rest() -> None:
+    full = Rung(FULL, 3434, 80_000)
+    one_width = make_plan(full, {FULL: SIZES[FULL]}, EXTRAS).rungs
+    assert {rung.width for rung in one_width} == {FULL}
+    assert len({rung.images for rung in one_width}) == 3
+    one_set = make_plan(full, SIZES, EXTRAS, subsets=False).rungs
+    assert {rung.images for rung in one_set} == {3434}
+    assert len({rung.steps for rung in one_set}) == 3
+
+
+def test_a_full_run_that_is_too_short_says_how_long_it_has_to_be() -> None:
+    with pytest.raises(ConfigError, match=r"give a --budget of at least \d+ s") as error:
+        make_plan(Rung(FULL, 3434, 100), SIZES, EXTRAS)
+    seconds = int(str(error.value).split("at least ")[1].split(" s")[0])
+    assert make_plan(Rung(FULL, 3434, round(1.02 * seconds / 0.35)), SIZES, EXTRAS).rungs
+    with pytest.raises(ConfigError, match="shortest ladder"):
+        make_plan(Rung(FULL, 3434, round(0.95 * seconds / 0.35)), SIZES, EXTRAS)
