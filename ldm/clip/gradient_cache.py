@@ -18,9 +18,9 @@ def encode_in_chunks(encode: Callable[[Tensor], Tensor], x: Tensor, chunk: int |
     Args:
         encode: encoder whose result for a row does not depend on the other rows.
         x: its input.
-        chunk: rows that are encoded at a time; None = all, whose activations are kept.
+        chunk: rows that are encoded at a time; None, or at least b = all, whose activations are kept.
     """
-    if chunk is None:
+    if chunk is None or chunk >= len(x):
         return encode(x)
     if not torch.is_grad_enabled():
         return torch.cat([encode(part) for part in x.split(chunk)])

@@ -14,6 +14,7 @@ from ldm.clip.patch_dropout import drop_patches
 from ldm.clip.transformer import Activation, check_shape, stack
 from ldm.config import Kind, config_field
 from ldm.errors import ConfigError
+from ldm.nn.input_output import input_or_output
 
 HALF = (0.5, 0.5, 0.5)
 """Mean and standard deviation that normalize [0, 1] to [-1, 1]."""
@@ -99,7 +100,9 @@ class VisionTransformer(ImageTower):
         super().__init__()
         self.config = config
         patches = (config.image_size // config.patch_size) ** 2
-        self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
+        self.patch_embedding = input_or_output(
+            nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
+        )
         self.class_embedding = nn.Parameter(torch.empty(config.width))
         self.position_embedding = nn.Parameter(torch.empty(patches + 1, config.width))
         self.norm_in = nn.LayerNorm(config.width)
@@ -107,7 +110,7 @@ class VisionTransformer(ImageTower):
             config.layers, config.width, config.heads, config.mlp_ratio, config.activation, causal=False
         )
         self.final_norm = nn.LayerNorm(config.width)
-        self.projection = nn.Linear(config.width, embed_dim, bias=False)
+        self.projection = input_or_output(nn.Linear(config.width, embed_dim, bias=False))
         for parameter in (self.class_embedding, self.position_embedding, self.projection.weight):
             nn.init.normal_(parameter, std=config.width**-0.5)
 

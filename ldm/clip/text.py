@@ -22,6 +22,7 @@ from ldm.clip.transformer import Activation, check_shape, stack
 from ldm.config import config_field
 from ldm.errors import ConfigError
 from ldm.nn.embeddings import pad_rows
+from ldm.nn.input_output import input_or_output
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class TextTower(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
         self.blocks = stack(config.layers, config.width, config.heads, config.mlp_ratio, config.activation, causal=True)
         self.final_norm = nn.LayerNorm(config.width)
-        self.projection = nn.Linear(config.width, config.embed_dim, bias=False) if config.embed_dim else None
+        out = nn.Linear(config.width, config.embed_dim, bias=False) if config.embed_dim else None
+        self.projection = None if out is None else input_or_output(out)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding, std=0.01)
         if self.projection is not None:

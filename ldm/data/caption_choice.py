@@ -149,9 +149,11 @@ class CaptionConfig:
     def _without_words(self, text: str, generator: np.random.Generator) -> str:
         """Return a caption in which words are dropped (Wei & Zou 2019, arXiv 1901.11196, "random deletion")."""
         words = text.split()
+        if not words:
+            return text
         draws = generator.random(len(words))
         kept = [word for word, draw in zip(words, draws, strict=True) if draw >= self.drop_words]
-        return " ".join(kept or words[int(np.argmax(draws)) :][:1]) if words else text
+        return " ".join(kept or [words[int(np.argmax(draws))]])
 
     def _with_tags(self, text: str, generator: np.random.Generator) -> str:
         """Return a caption with the tags behind the first ``keep_tags`` shuffled and dropped."""

@@ -12,6 +12,7 @@ from ldm.config import config_field
 from ldm.denoiser.config import DenoiserConfig
 from ldm.errors import ConfigError
 from ldm.nn.conditioning import Conditioning
+from ldm.nn.input_output import input_or_output
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class MLP(nn.Module):
         widths = [config.in_channels] + [config.width] * config.layers
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.steps = nn.ModuleList(StepEmbedding(config.num_timesteps, config.width) for _ in range(config.layers))
-        self.out = nn.Linear(config.width, config.out_channels)
+        input_or_output(self.layers[0])
+        self.out = input_or_output(nn.Linear(config.width, config.out_channels))
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Conditioning) -> Tensor:
         """``x [b c 1 1]``, ``noise_level [b]`` in [0, num_timesteps) ``-> [b c 1 1]``; the conditioning has no effect."""

@@ -18,6 +18,7 @@ from ldm.nn.attention import AttentionOptions
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.embeddings import NoiseEmbedding, mlp, pad_rows
 from ldm.nn.group_norm import GroupNorm, silu
+from ldm.nn.input_output import input_or_output
 from ldm.nn.residual import ResidualBlock, Upsample
 
 OUTER = 1
@@ -177,7 +178,7 @@ class UNetEncoder(nn.Module):
         top = config.levels[0].width
         self.noise_embedding = NoiseEmbedding(top, 4 * top)
         self.vector_embedding = mlp(config.vector_width, 4 * top) if config.vector_width else None
-        self.conv_in = nn.Conv2d(config.in_channels, top, 3, padding=1)
+        self.conv_in = input_or_output(nn.Conv2d(config.in_channels, top, 3, padding=1))
 
         self.down = nn.ModuleList()
         width, self.skip_widths = top, [top]
@@ -248,7 +249,7 @@ class UNet(UNetEncoder):
                 width = level.width
 
         self.norm_out = GroupNorm(config.groups, width)
-        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        self.conv_out = input_or_output(nn.Conv2d(width, config.out_channels, 3, padding=1))
         start_as_identity(self.up)
         set_to_zero(self.conv_out)
 

@@ -39,6 +39,10 @@ class ContrastiveFlowLossConfig(WeightedLossConfig, kind="contrastive_flow"):
                 "targets of flow are comparable between noise levels; choose flow."
             )
 
+    @property
+    def compares_samples(self) -> bool:
+        return True
+
     def build(self) -> ContrastiveFlowLoss:
         return ContrastiveFlowLoss(self)
 

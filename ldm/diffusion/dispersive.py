@@ -42,6 +42,10 @@ class DispersiveLossConfig(WeightedLossConfig, kind="dispersive"):
     def features(self) -> tuple[str, ...]:
         return (self.feature,)
 
+    @property
+    def compares_samples(self) -> bool:
+        return True
+
     def build(self) -> DispersiveLoss:
         return DispersiveLoss(self)
 

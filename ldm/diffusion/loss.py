@@ -48,6 +48,11 @@ class DenoisingLossConfig(Kind, default="weighted"):
             ConfigError: it cannot.
         """
 
+    @property
+    def compares_samples(self) -> bool:
+        """True if the loss of a sample depends on other samples of the batch, of which there must be some."""
+        return False
+
     def build(self) -> nn.Module:
         raise NotImplementedError
 

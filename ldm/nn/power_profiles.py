@@ -11,6 +11,7 @@ of t, which g determines: 0.05 averages over about the last tenth of the trainin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ class Profile(NamedTuple):
     length: float
 
 
+@cache
 def exponent(length: float) -> float:
     """Return g of a length: the positive root of length = sqrt(g + 1) / ((g + 2) sqrt(g + 3))."""
     variance = length**-2

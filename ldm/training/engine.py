@@ -298,6 +298,7 @@ class StageModule(L.LightningModule):
     def on_fit_start(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
         self.fingerprints = data.fingerprints()
+        self.task.check_batch_size(self._samples_per_batch)
         if self.train_config.ema_decay and self.ema is None:
             self.ema = EMA(self.task.trainable_module, self.train_config.ema_decay)
         if not self.power_averages:

@@ -15,6 +15,7 @@ from ldm.errors import ConfigError
 from ldm.nn.attention import scaled_dot_product_attention
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
 from ldm.nn.group_norm import GroupNorm, silu
+from ldm.nn.input_output import input_or_output
 from ldm.nn.residual import ResidualBlock, Upsample
 from ldm.vae.first_stage import FirstStage, FirstStageConfig
 from ldm.vae.posterior import DiagonalGaussian, Posterior
@@ -120,7 +121,7 @@ class Encoder(nn.Module):
     def __init__(self, config: ConvolutionalConfig, out_channels: int):
         super().__init__()
         widths, top = config.widths, config.widths[-1]
-        self.conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
+        self.conv_in = input_or_output(nn.Conv2d(config.image_channels, widths[0], 3, padding=1))
         self.down = nn.ModuleList(
             Level(
                 widths[max(i - 1, 0)],
@@ -133,7 +134,7 @@ class Encoder(nn.Module):
         )
         self.mid = Middle(top, config.groups, config.middle_attention)
         self.norm_out = GroupNorm(config.groups, top, eps=1e-6)
-        self.conv_out = nn.Conv2d(top, out_channels, 3, padding=1)
+        self.conv_out = input_or_output(nn.Conv2d(top, out_channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.coarse(self.fine(x))
@@ -156,7 +157,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ConvolutionalConfig):
         super().__init__()
         widths = config.widths[::-1]  # the coarsest first
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = input_or_output(nn.Conv2d(config.latent_channels, widths[0], 3, padding=1))
         self.mid = Middle(widths[0], config.groups, config.middle_attention)
         self.up = nn.ModuleList(
             Level(
@@ -169,7 +170,7 @@ class Decoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.norm_out = GroupNorm(config.groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)
+        self.conv_out = input_or_output(nn.Conv2d(widths[-1], config.image_channels, 3, padding=1))
 
     def forward(self, z: Tensor) -> Tensor:
         return self.fine(self.coarse(z))
@@ -198,8 +199,8 @@ class ConvolutionalAutoencoder(FirstStage):
         self.config = config
         self.encoder = Encoder(config, parameters)
         z = config.latent_channels
-        self.quant_conv = nn.Conv2d(parameters, parameters, 1) if config.quant_conv else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(z, z, 1) if config.quant_conv else nn.Identity()
+        self.quant_conv = input_or_output(nn.Conv2d(parameters, parameters, 1)) if config.quant_conv else nn.Identity()
+        self.post_quant_conv = input_or_output(nn.Conv2d(z, z, 1)) if config.quant_conv else nn.Identity()
         self.decoder = Decoder(config)
 
     def make_posterior(self, parameters: Tensor) -> Posterior:

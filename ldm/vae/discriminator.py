@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ldm.nn.batch_norm import BatchNorm
+from ldm.nn.input_output import input_or_output
 
 
 class PatchDiscriminator(nn.Module):
@@ -19,7 +20,8 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, channels: int, width: int, layers: int):
         super().__init__()
         widths = [width * min(2**i, 8) for i in range(layers + 1)]
-        parts: list[nn.Module] = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        first = input_or_output(nn.Conv2d(channels, width, 4, stride=2, padding=1))
+        parts: list[nn.Module] = [first, nn.LeakyReLU(0.2)]
         for i in range(1, layers + 1):
             stride = 2 if i < layers else 1
             parts += [
@@ -27,7 +29,7 @@ class PatchDiscriminator(nn.Module):
                 BatchNorm(widths[i]),
                 nn.LeakyReLU(0.2),
             ]
-        self.body = nn.Sequential(*parts, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.body = nn.Sequential(*parts, input_or_output(nn.Conv2d(widths[-1], 1, 4, padding=1)))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)

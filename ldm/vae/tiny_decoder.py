@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldm.config import config_field
 from ldm.errors import ConfigError
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
+from ldm.nn.input_output import input_or_output
 from ldm.nn.residual import Upsample
 from ldm.vae.first_stage import FirstStageConfig
 
@@ -86,15 +87,15 @@ class TinyDecoder(nn.Module):
         super().__init__()
         self.config = config
         coarsest, *finer = config.widths[::-1]
-        layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, coarsest, 3, padding=1)]
+        layers: list[nn.Module] = [input_or_output(nn.Conv2d(config.latent_channels, coarsest, 3, padding=1))]
         layers += [TinyBlock(coarsest) for _ in range(config.blocks)]
         width = coarsest
         for each in finer:
             layers += [Upsample(width, each)]
             layers += [TinyBlock(each) for _ in range(config.blocks)]
             width = each
-        layers += [nn.ReLU(), nn.Conv2d(width, config.image_channels * config.patch**2, 3, padding=1)]
-        self.layers = nn.Sequential(*layers, nn.PixelShuffle(config.patch))
+        out = input_or_output(nn.Conv2d(width, config.image_channels * config.patch**2, 3, padding=1))
+        self.layers = nn.Sequential(*layers, nn.ReLU(), out, nn.PixelShuffle(config.patch))
 
     def forward(self, latent: Tensor) -> Tensor:
         """Decode normalized ``latent [b z h w]`` to images ``[b c fh fw]``, approximately in [-1, 1] (not clamped)."""

@@ -73,6 +73,7 @@ def test_gradient_caching_keeps_the_activations_of_one_chunk() -> None:
 
     assert saved(None) > 2 * 32 * 64
     assert saved(4) <= 32 * 4
+    assert saved(32) == saved(None), "a chunk that is the batch is encoded once"
 
 
 def test_without_gradients_chunks_are_only_encoded() -> None:

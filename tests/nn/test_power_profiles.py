@@ -47,3 +47,17 @@ def test_the_inner_product_is_the_integral(pair: tuple[tuple[int, float], tuple[
 def test_the_coefficients_of_a_stored_profile_are_that_profile() -> None:
     stored = [Profile(step, length) for step in (250, 500, 750, 1000) for length in (0.05, 0.1)]
     assert coefficients(stored, stored[5]) == pytest.approx([0, 0, 0, 0, 0, 1, 0, 0], abs=1e-8)
+
+
+@pytest.mark.parametrize(("count", "error"), [(64, 1e-3), (10, 0.025)])
+@pytest.mark.parametrize("length", [0.06, 0.08, 0.12, 0.15])
+def test_reconstructed_profiles_are_as_exact_as_documented(count: int, error: float, length: float) -> None:
+    """From averages of lengths 0.05 and 0.1; the relative distance in the mean square, of docs/stages.md."""
+    stored = [Profile(1000 * (i + 1), each) for i in range(count) for each in (0.05, 0.1)]
+    target = Profile(1000 * count, length)
+    factors = coefficients(stored, target)
+    found = sum(
+        float(factor) * values(each, 10_000, 1000 * count) for factor, each in zip(factors, stored, strict=True)
+    )
+    wanted = values(target, 10_000, 1000 * count)
+    assert (found - wanted).norm() < error * wanted.norm()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.clip.loss import CrossEntropy, CrossEntropyConfig
 from ldm.diffusion.loss import WeightedLoss, WeightedLossConfig
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, TrainingError
 from ldm.training.config import TrainConfig
 from ldm.training.engine import StageModule
 from ldm.training.experiment import Experiment
@@ -201,3 +201,20 @@ def test_an_adversarial_loss_needs_a_first_stage_with_a_last_layer(tmp_path: Pat
         ConfigError, match=r"vae.loss.adversarial is 0.5, but the first stage identity has no last layer"
     ):
         VAETask(experiment.vae)
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("clip", []),
+        ("denoiser", [*DENOISER, "denoiser.loss=dispersive"]),
+        (
+            "denoiser",
+            [*DENOISER, "denoiser.diffusion={schedule: flow, parametrization: flow}", "denoiser.loss=contrastive_flow"],
+        ),
+    ],
+)
+def test_a_loss_that_compares_samples_needs_several(tmp_path: Path, stage: str, overrides: list[str]) -> None:
+    """With one sample it would have no gradient, or only be scaled, without a message."""
+    with pytest.raises(TrainingError, match=f"compares the samples of a batch, .* set {stage}.train.batch_size to"):
+        train(tmp_path, stage, *overrides, f"{stage}.train.batch_size=1")

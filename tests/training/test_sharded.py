@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed import init_device_mesh
@@ -76,5 +77,6 @@ def compare_optimizers() -> None:
         compare(config)
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_trained_averaged_and_clipped_like_unsharded_ones(tmp_path: Path) -> None:
     run_on_ranks(compare_optimizers, tmp_path)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.config import config_field
 from ldm.errors import ConfigError
+from ldm.nn.input_output import is_input_or_output
 from ldm.training.optimizers.adamw import AdamW
 from ldm.training.optimizers.optimizer import FACTOR, OptimizerConfig, decay_groups, trainable
 from ldm.training.sharded_tensors import by_sharding, full_tensor, sharded_like
@@ -51,8 +52,9 @@ class MuonConfig(OptimizerConfig, kind="muon"):
         1.0, "learning rate of Muon as a multiple of that of AdamW, train.learning_rate", changeable=True
     )
     adamw_layers: tuple[str, ...] = config_field(
-        ("conv_in", "conv_out", "*quant_conv", "patch_embedding", "projection", "out", "*layers.0", "*body.0"),
-        "input and output layers, whose weights AdamW trains: patterns of their names, complete or after the last point",
+        (),
+        "more layers whose weights AdamW trains, apart from input and output layers: patterns of their names, complete or after "
+        "the last point, such as to_q",
     )
 
     def __post_init__(self) -> None:
@@ -81,14 +83,15 @@ class MuonConfig(OptimizerConfig, kind="muon"):
 
 
 def hidden_matrices(modules: Iterable[nn.Module], excluded: Sequence[str]) -> Iterator[nn.Parameter]:
-    """Yield the trainable weights of linear layers and convolutions, but those of layers whose names match ``excluded``.
+    """Yield the trainable weights of hidden linear layers and convolutions, but those of layers whose names match ``excluded``.
 
-    Grouped convolutions are excluded too, since each of their groups is a matrix of its own.
+    Networks mark their input and output layers (:mod:`ldm.nn.input_output`). Grouped convolutions are excluded too, since each
+    of their groups is a matrix of its own.
     """
     found: set[nn.Parameter] = set()
     for module in modules:
         for name, layer in module.named_modules():
-            hidden = isinstance(layer, LAYERS) and getattr(layer, "groups", 1) == 1
+            hidden = isinstance(layer, LAYERS) and getattr(layer, "groups", 1) == 1 and not is_input_or_output(layer)
             names = (name, name.rpartition(".")[2])
             if not hidden or any(fnmatch(each, pattern) for each in names for pattern in excluded):
                 continue

@@ -21,7 +21,7 @@ from ldm.clip.tokenizer import Tokenizer, TokenizerConfig
 from ldm.config import config_field
 from ldm.data.samples import captions_of
 from ldm.data.stream import EvaluationLoader
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, TrainingError
 from ldm.formats import native, read
 from ldm.formats.checkpoint import Checkpoint
 from ldm.formats.training_checkpoint import resume_points
@@ -172,6 +172,13 @@ class CLIPTask(Task):
             for name, tower in (("text", self.clip.text), ("image", self.clip.image))
             if name != self.config.freeze
         ]
+
+    def check_batch_size(self, size: int) -> None:
+        if size < 2:
+            raise TrainingError(
+                "the loss of stage clip compares the samples of a batch, but the batches have one; set clip.train.batch_size to "
+                "at least 2."
+            )
 
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
         distinct = len(set(batch["key"])) if step.number == 0 else len(batch["key"])

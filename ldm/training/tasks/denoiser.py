@@ -157,6 +157,14 @@ class DenoiserTask(Task):
         encoders = (encoder for _, encoder in self.model.conditioner.pretrained_encoders())
         return [self.model.denoiser, *(each for each in encoders if any(p.requires_grad for p in each.parameters()))]
 
+    def check_batch_size(self, size: int) -> None:
+        loss = self.config.loss
+        if loss.compares_samples and size < 2:
+            raise TrainingError(
+                f"denoiser.loss is {loss.kind}, which compares the samples of a batch, but the batches have one; set "
+                "denoiser.train.batch_size to at least 2."
+            )
+
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
         generator = step.generator
         batch = self._conditions(batch, generator)

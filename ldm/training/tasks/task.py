@@ -172,6 +172,13 @@ class Task(nn.Module):
         """Parameters within :attr:`called_modules` that a step uses directly, so that each rank keeps all of their values."""
         return ()
 
+    def check_batch_size(self, size: int) -> None:
+        """Check that the task can be trained on batches of ``size`` samples, those of all devices together.
+
+        Raises:
+            TrainingError: it cannot.
+        """
+
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
         """Yield the loss of each active optimizer, in the order of :meth:`optimizers`.
 

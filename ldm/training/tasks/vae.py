@@ -216,10 +216,8 @@ class VAETask(Task):
 
         The loss is a sum over the values of an image of the size of ``image``; the size of ``target`` may be another.
         """
-        loss, values = (
-            self.reconstruction_loss(target, reconstruction, **self.features.argument).mean(),
-            target[0].numel(),
-        )
+        loss = self.reconstruction_loss(target, reconstruction, **self.features.argument).mean()
+        values = target[0].numel()
         metrics: dict[str, Tensor | float] = {}
         for config, term in self._terms():
             distance = term.distance(target, reconstruction)

@@ -25,7 +25,7 @@ class EquivarianceConfig(LossTermConfig, kind="equivariance"):
     min_scale: float = config_field(
         0.25, "smallest scale of latents and images; it is drawn from there to 1, and 1 leaves only rotations"
     )
-    rotations: bool = config_field(True, "rotate by 0, 90, 180 or 270 degrees, each equally often")
+    rotations: bool = config_field(True, "rotate by 90, 180 or 270 degrees, each equally often")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,15 +50,15 @@ class EquivarianceConfig(LossTermConfig, kind="equivariance"):
 class Equivariance(LossTerm):
     """Transformation of the batch whose reconstruction loss is L(t(x), D(t(z))) instead of L(x, D(z)) (eq. 7).
 
-    t is one rotation and one scale for the batch, which all ranks share if they share their random numbers.
+    t is one scale and one rotation for the batch, which all ranks share if they share their random numbers. Unlike the paper's,
+    the bilinear interpolation is antialiased.
     """
 
     def __init__(self, config: EquivarianceConfig):
         super().__init__()
         self.config = config
-        self.active = not torch.empty(
-            0
-        ).is_meta  # costs are counted for a batch that is not transformed, which takes the most
+        # costs are counted for a batch that is not transformed, which takes the most
+        self.active = not torch.empty(0).is_meta
 
     def transform(self, image: Tensor, latent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if not self.active:
@@ -67,7 +67,7 @@ class Equivariance(LossTerm):
         if chance >= self.config.probability:
             return image, latent
         scale = self.config.min_scale + (1 - self.config.min_scale) * size
-        turns = math.floor(4 * turn) if self.config.rotations else 0
+        turns = 1 + math.floor(3 * turn) if self.config.rotations else 0
         factor = image.shape[2] // latent.shape[2]
         shape = [_scaled(side, scale) for side in latent.shape[2:]]
         return _transformed(image, [factor * side for side in shape], turns), _transformed(latent, shape, turns)

@@ -26,10 +26,8 @@ class R1(LossTerm):
     """1/2 E[||grad D(x)||^2] over real images x (eq. 9), where D(x) is the mean of the logits of the patches of an image."""
 
     def discriminator_loss(self, image: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-        output, scale = (
-            real.float().flatten(1).mean(1),
-            image[0].numel(),
-        )  # fp16 could not hold the gradients of single values
+        output = real.float().flatten(1).mean(1)
+        scale = image[0].numel()  # fp16 could not hold the gradients of single values
         outer = torch.full_like(output, scale)
         with torch.autocast(image.device.type, enabled=False):  # as torch recommends for a backward pass
             gradient = torch.autograd.grad(output, image, outer, create_graph=True)[0].float() / scale

@@ -6,13 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.clip.image import ViTConfig
 from ldm.config import from_dict
+from ldm.denoiser.mlp import MLPConfig
 from ldm.errors import ConfigError
 from ldm.training.config import TrainConfig
-from ldm.training.optimizers.muon import Muon, MuonConfig, hidden_matrices, orthogonalized
+from ldm.training.optimizers.muon import LAYERS, Muon, MuonConfig, hidden_matrices, orthogonalized
+from ldm.vae.discriminator import PatchDiscriminator
+from ldm.vae.tiny_decoder import TinyDecoderConfig
 from tests.tiny import tiny_model
 
 RATE, DECAY = 0.02, 0.1
+QUANT = ["quant_conv", "post_quant_conv"]
 
 
 def muon(network: nn.Module, **options: Any) -> Muon:
@@ -93,6 +98,31 @@ def test_hidden_matrices_and_convolutions_are_those_of_muon() -> None:
     assert {name for name in others if name.endswith(("conv_in.weight", "conv_out.weight"))}
     assert all(dict(model.named_parameters())[name].ndim < 2 for name in vectors)
     assert [group.get("muon", False) for group in optimizer.param_groups] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("network", "ends"),
+    [
+        (PatchDiscriminator(3, 8, 2), ["body.0", "body.8"]),
+        (TinyDecoderConfig(widths=(8, 8), blocks=1).build(), ["layers.0", "layers.5"]),
+        (MLPConfig().build(), ["layers.0", "out"]),
+        (
+            tiny_model().first_stage,
+            [f"{coder}.conv_{end}" for coder in ("encoder", "decoder") for end in ("in", "out")] + QUANT,
+        ),
+        (tiny_model().denoiser, ["conv_in", "conv_out"]),
+        (
+            ViTConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2).build(8),
+            ["patch_embedding", "projection"],
+        ),
+    ],
+)
+def test_the_first_and_last_layers_of_each_network_are_left_to_adamw(network: nn.Module, ends: list[str]) -> None:
+    hidden = {*hidden_matrices([network], [])}
+    found = {
+        name for name, layer in network.named_modules() if isinstance(layer, LAYERS) and layer.weight not in hidden
+    }
+    assert found == {*ends}
 
 
 def test_frozen_weights_and_grouped_convolutions_are_left_out() -> None:
