@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer import Argument, Exit, Option
+from typer import Argument, Context, Exit, Option
 
 from ldm.cli.common import Backend, BackendOption, Debug, backend_of, keep_freed_memory, new_app, run
 from ldm.cli.cores import use_idle_cores
@@ -75,12 +75,13 @@ def group() -> None:
 
 @app.command(DEFAULT)
 def evaluate(
+    context: Context,
     config: Config = None,
     split: Split = "val",
     overrides: Overrides = None,
     model: Model = None,
     checkpoint: CheckpointName = None,
-    train_every: Annotated[int, Option(help="Also generate images for every n-th training caption.")] = 28,
+    train_every: Annotated[int, Option(min=1, help="Also generate images for every n-th training caption.")] = 28,
     steps: Annotated[int | None, Option(help="Steps of the sampler; default: that of the model.")] = None,
     guidance: Annotated[float | None, Option(help="Guidance scale; default: that of the model.")] = None,
     sampler: Annotated[str | None, Option(help="Name of the sampler; default: that of the model.")] = None,
@@ -124,6 +125,11 @@ def evaluate(
     keep_freed_memory()
     use_idle_cores()
     if verify is not None:
+        others = [name for name in context.params if name not in ("verify", "debug") and _is_given(context, name)]
+        if others:
+            raise ConfigError(
+                f"--verify computes with the arguments in the receipts, without effect of {', '.join(others)}; leave them out."
+            )
         _verify(verify)
         return
     path, stage, changes = _config_of(config, overrides or [])
@@ -267,6 +273,12 @@ def _listed(option: str, given: str | None, kind: Callable[[str], Any]) -> list[
         return [kind(each.strip()) for each in (given or "").split(",") if each.strip()]
     except ValueError:
         raise ConfigError(f"{option} is {given!r}; write values separated by commas.") from None
+
+
+def _is_given(context: Context, name: str) -> bool:
+    """Return whether an argument was given on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _verify(path: Path) -> None:

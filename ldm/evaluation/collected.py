@@ -50,8 +50,9 @@ class Collected:
         self._digest.update(quantized(images).cpu().contiguous().numpy().tobytes())
         self._digest.update("\0".join(map(str, captions)).encode())
         for name, values in sorted(conditions.items()):
-            plain = values.tolist() if isinstance(values, Tensor) else values
-            self._digest.update(f"\0{name}\0{plain}".encode())
+            self._digest.update(f"\0{name}\0".encode())
+            is_tensor = isinstance(values, Tensor)
+            self._digest.update(values.contiguous().numpy().tobytes() if is_tensor else str(values).encode())
         if images.shape[1] == 3:
             for each in self._networks:
                 self._features[each.name].append(each(images))

@@ -40,9 +40,7 @@ def rank(receipts: Sequence[Receipt], across: Sequence[str] = ()) -> Ranking:
     Raises:
         ConfigError: there is no such field.
     """
-    for name in across:
-        if name not in CONDITIONS:
-            raise ConfigError(unknown("field of receipts", name, CONDITIONS))
+    _check_fields(across)
     first, *others = receipts
     for other in others:
         different = {
@@ -67,6 +65,12 @@ def rank(receipts: Sequence[Receipt], across: Sequence[str] = ()) -> Ranking:
     return Ranking(order, separated=separated and len(order) > 1)
 
 
+def _check_fields(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in CONDITIONS:
+            raise ConfigError(unknown("field of receipts", name, CONDITIONS))
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= WIDTH else f"{text[:WIDTH]}..."
@@ -83,7 +87,12 @@ def of_one(receipts: Receipts) -> str:
 
 
 def of_several(runs: Sequence[Receipts], across: Sequence[str] = ()) -> str:
-    """Return the table over runs: a row for each number, a column for each run, and the ranking or why there is none."""
+    """Return the table over runs: a row for each number, a column for each run, and the ranking or why there is none.
+
+    Raises:
+        ConfigError: ``across`` has a field that receipts do not have.
+    """
+    _check_fields(across)
     names = [chr(ord("A") + i) if i < 26 else f"run {i + 1}" for i in range(len(runs))]
     by_key = [{each.key: each for each in run.numbers} for run in runs]
     rows = [("metric", *names, "worst < best")]

@@ -107,6 +107,8 @@ def test_receipts_are_verified_and_a_changed_one_is_found(
     printed = capsys.readouterr().out
     assert f"{len(found.numbers)} of {len(found.numbers)} numbers are inside" in printed
     assert "was" not in printed  # no condition has changed
+    assert call(monkeypatch, "--verify", "receipts.json", "--steps", 3) == 2
+    assert "without effect of steps; leave them out" in capsys.readouterr().err
 
     content: dict[str, Any] = json.loads((folder / "receipts.json").read_text())
     number = next(each for each in content["numbers"] if each["conditions"]["metric"] == "psnr")
@@ -130,6 +132,8 @@ def test_runs_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "steps differs (2, 3)" in printed
     assert call(monkeypatch, "compare", "few.json", "receipts.json", "--across", "n", "--across", "steps") == 0
     assert "not ranked" not in capsys.readouterr().out
+    assert call(monkeypatch, "compare", "few.json", "--across", "step") == 2
+    assert "unknown field of receipts 'step'; did you mean 'steps'" in capsys.readouterr().err
 
 
 def test_settings_are_in_the_receipts_and_their_effect_in_the_summary(
@@ -152,6 +156,7 @@ def test_settings_are_in_the_receipts_and_their_effect_in_the_summary(
         (["--metrics", "retrieval"], "none of the metrics retrieval applies"),
         (["--metrics", "fid", "--features", "clip"], "the feature network 'clip' needs its weights"),
         (["--metrics", "lpips"], "the metric lpips needs the weights of AlexNet"),
+        (["--train-every", "0"], "greater than or equal to 1"),
         (["--reference", "trian"], "unknown reference split 'trian'; did you mean 'train'"),
     ],
 )

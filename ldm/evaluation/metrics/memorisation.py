@@ -14,22 +14,17 @@ from torch import Tensor
 
 from ldm.evaluation.intervals import Estimate, bootstrap
 from ldm.evaluation.metric import Better, Number, metric
+from ldm.evaluation.metrics.coverage import distances
 
 if TYPE_CHECKING:
     from ldm.evaluation.subject import Subject
 
-CHUNK = 1024
-"""Number of rows compared at once, which bounds the memory."""
-
 
 def nearest(features: Tensor, training: Tensor) -> np.ndarray:
     """Return the Euclidean distance of each of the features ``[n d]`` to the nearest of ``training [m d]``: ``[n]``."""
-    parts = [
-        torch.cdist(part, training.double(), compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
-        for part in features.double().split(CHUNK)
-    ]
-    distances: np.ndarray = torch.cat(parts).numpy()
-    return distances
+    parts = [part.amin(dim=1) for part in distances(features.double(), training.double())]
+    found: np.ndarray = torch.cat(parts).numpy()
+    return found
 
 
 def nearer_share(made: np.ndarray, held_out: np.ndarray) -> Estimate:
