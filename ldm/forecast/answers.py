@@ -124,7 +124,7 @@ class _Fitted:
         self.captions = max((int(each.recall.get("of", 0)) for each in results), default=0)
         small, large = (sizes[each] for each in (min(sizes), FULL))
         ratio = np.log(large.parameters / small.parameters)
-        self.cost = float(np.log(large.seconds / small.seconds) / ratio) if ratio else 1.0
+        self.cost = max(0.0, float(np.log(large.seconds / small.seconds) / ratio)) if ratio else 1.0
         self.generator = np.random.default_rng(seed + 1)
 
     def at(self, factors: Sequence[Mapping[str, float]]) -> np.ndarray:

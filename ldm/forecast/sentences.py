@@ -86,6 +86,11 @@ def _paying(forecast: Forecast, worthwhile: float) -> str:
     percent = f"{100 * worthwhile:g} %"
     if band.low >= 0.9 * FARTHEST * steps:
         return f"Further steps pay for all numbers looked at, up to {FARTHEST:g} times the full run."
+    if band.high <= 1.1 * steps / FARTHEST:
+        return (
+            f"Training stops paying before {_rounded(steps / FARTHEST)} steps: from there on, twice the steps lower the loss by "
+            f"less than {percent}."
+        )
     return (
         f"Training stops paying at about {_rounded(band.median)} steps, {duration(band.median * per_step)} (80 %: "
         f"{_rounded(band.low)} to {_rounded(band.high)}): from there on, twice the steps lower the loss by less than {percent}."

@@ -16,6 +16,7 @@ from ldm.cli import forecast as command
 from ldm.errors import TrainingError
 from ldm.forecast.ladder import digest, rung_experiment, with_predecessors
 from ldm.forecast.plan import Rung
+from ldm.forecast.recall import RecallMeasure
 from ldm.report.run import Run
 from ldm.training.engine import StageModule
 from ldm.training.experiment import Experiment, load_config
@@ -174,6 +175,12 @@ def test_a_text_model_is_forecast_with_its_recall(
     found = json.loads((tmp_path / "run" / "forecast" / "forecast.json").read_text())
     measured = [each for each in found["runs"] if each["recall"]]
     assert all(each["recall"]["among"] == 192 and each["recall"]["of"] >= 32 for each in measured)
+    best = next((tmp_path / "run" / "forecast").glob("*/denoiser/best.ckpt"))
+    again = RecallMeasure(with_predecessors(load_config(config, few), train=False), 40)
+    assert again(best).keys() == {"1", "5", "of", "among"}
+    assert again(best) == again(best)
+    assert (again(best)["of"], again(best)["among"]) == (40, 192)
+    assert 0 <= again(best)["1"] <= again(best)["5"] <= 40
     assert len(measured) in (0, len(found["runs"]))  # none, if the machine is so busy that measuring takes too long
     assert set(found["forecast"]["full"]["recall"]) == ({"1", "5"} if measured else set())
     assert found["ladder"]["seconds"] < 1.5 * found["ladder"]["limit_seconds"]
