@@ -206,9 +206,8 @@ def test_requests_that_cannot_be_met_are_told(three: list[Path], tmp_path: Path)
     assert list(pipe.model.adapters.loaded) == ["style"]
 
 
-@pytest.mark.parametrize(
-    "how", ["in place", *(pytest.param(how, marks=pytest.mark.slow) for how in ("wrapped", "wrapped first"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["in place", "wrapped", "wrapped first"])
 def test_live_ones_act_in_a_compiled_network(three: list[Path], how: str) -> None:
     """Loaded, scaled and unloaded before and after compiling, and stacked, as in the network that is not compiled."""
     pipe, plain = Pipeline(tiny_model()), Pipeline(tiny_model())

@@ -161,6 +161,7 @@ class Samples1000(Samples):
     lengths = (1000,)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the sample .* cannot be used")
 def test_all_ranks_count_the_bad_samples_of_all(tmp_path: Path) -> None:
     run_on_ranks(functools.partial(count_on_two_ranks, str(tmp_path)), tmp_path)
