@@ -154,7 +154,7 @@ def test_every_field_of_train_is_taken_over_or_refused_when_it_changes(
         assert effect(resume(f"clip.train.{name}={value}"))
 
 
-@pytest.mark.parametrize(("batch_size", "accumulate"), [(3, 1), (4, 3), (1, 4), (8, 1)])
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(3, 1), (4, 3), (2, 4), (8, 1)])
 def test_a_resumed_training_reads_each_image_of_an_epoch_once_whatever_its_batches(
     tmp_path: Path, train: Callable[..., Training], batch_size: int, accumulate: int
 ) -> None:
