@@ -104,7 +104,12 @@ def evaluate(
         Path | None, Option(help="Text file with the names of the classes, one a line, by label; default: captions.")
     ] = None,
     probe_steps: Annotated[int, Option(min=1, help="Training steps of the metric probe.")] = 300,
-    receipts: Annotated[Path | None, Option(help="File to write; default: receipts-<split>.json of the run.")] = None,
+    receipts: Annotated[
+        Path | None,
+        Option(
+            help="File to write; default: receipts-<split>.json of the run, with the names of stage and --metrics if given."
+        ),
+    ] = None,
     verify: Annotated[
         Path | None, Option(help="Compute the numbers of this file of receipts again; exit code 1 if one is outside.")
     ] = None,
@@ -158,12 +163,13 @@ def evaluate(
     subject = open_subject(request, say)
     result = runner.evaluate(request, subject, _progress)
     results = {} if metrics else summary(subject)
+    part = [] if stage is None else [stage]  # numbers of a part of a run do not replace those of all of it
     if "samples" in results:
         place = subject.folder / f"evaluation-{split}.png"
         sheet(subject).save(place)
         print(f"generated images above the true images: {place}")
     if result.numbers:
-        file = receipts or subject.folder / f"receipts-{split}.json"
+        file = receipts or subject.folder / ("-".join(["receipts", split, *part, *_names(metrics)]) + ".json")
         result.write(file)
         print(f"{table.of_one(result)}\nreceipts: {file}")
     elif metrics:
@@ -172,7 +178,9 @@ def evaluate(
         )
     if results:
         print(json.dumps(results, indent=2))
-        (subject.folder / f"evaluation-{split}.json").write_text(json.dumps(results, indent=2) + "\n")
+        (subject.folder / ("-".join(["evaluation", split, *part]) + ".json")).write_text(
+            json.dumps(results, indent=2) + "\n"
+        )
 
 
 @app.command()

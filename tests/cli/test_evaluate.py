@@ -48,11 +48,14 @@ def test_a_run_is_measured_by_each_of_its_stages(monkeypatch: pytest.MonkeyPatch
         assert numbers["fid"].conditions.ema == "EMA, decay 0.9"
         assert {each.conditions.split for each in numbers.values()} == {split}
 
-    vae = tmp_path / "run" / "vae"
-    assert evaluated(monkeypatch, vae, "--receipts", vae / "receipts.json", f"data.val={tmp_path / 'train.tar'}") == 0
-    alone = {each.conditions.metric for each in read_receipts(vae / "receipts.json").numbers}
-    assert "psnr" in alone
-    assert not alone & {"fid", "retrieval", "denoising_error@1"}
+    folder = tmp_path / "run"
+    of_run = {path: path.read_bytes() for path in folder.glob("*.json")}
+    for arguments, name in (([], "vae"), (["--metrics", "psnr,ssim"], "vae-psnr-ssim")):
+        assert evaluated(monkeypatch, folder / "vae", f"data.val={tmp_path / 'train.tar'}", *arguments) == 0
+        alone = {each.conditions.metric for each in read_receipts(folder / f"receipts-val-{name}.json").numbers}
+        assert "psnr" in alone
+        assert not alone & {"fid", "retrieval", "denoising_error@1"}
+    assert all(path.read_bytes() == content for path, content in of_run.items())
 
 
 def test_an_unknown_split_is_one_sentence(
