@@ -48,7 +48,8 @@ def newest(server: Running) -> dict[str, Any]:
 
 
 def drop(page: Page, file: Path, target: str = "body") -> None:
-    """Drop a file on an element."""
+    """Drop a file on an element, once the page has been built."""
+    expect(page.get_by_label("Sampler")).to_be_visible()
     transfer = page.evaluate_handle(
         """([name, content]) => {
             const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));

@@ -88,8 +88,8 @@ def test_settings_are_read_from_an_image_that_is_dropped(page: Page, server: Run
     expect(dialog).to_contain_text("red apple")
     expect(dialog).to_contain_text("heun")
     dialog.get_by_role("button", name="Use these settings").click()
-    assert page.get_by_label("Sampler").input_value() == "heun"
-    assert page.get_by_label("Guidance", exact=True).input_value() == "4"
+    expect(page.get_by_label("Sampler")).to_have_value("heun")
+    expect(page.get_by_label("Guidance", exact=True)).to_have_value("4")
     page.get_by_role("button", name="Generate").click()
     with Image.open(apple) as image:
         assert content(server, finished(page)).tobytes() == image.tobytes()
@@ -153,6 +153,7 @@ def test_two_settings_are_compared_with_one_seed(page: Page, server: Running) ->
 
 
 def test_controls_are_those_of_the_server(page: Page) -> None:
+    expect(page.get_by_label("Sampler")).to_be_visible()  # the page has been built
     offered = page.get_by_label("Sampler").locator("option").evaluate_all("all => all.map((each) => each.value)")
     assert set(offered) == {"", *SPECS}
     page.get_by_text("More settings").click()
