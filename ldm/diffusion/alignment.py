@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,7 @@ from torch.nn import functional
 
 from ldm.config import config_field
 from ldm.diffusion.loss import WeightedLoss, WeightedLossConfig
-from ldm.diffusion.parametrization import Diffusion
 from ldm.errors import ConfigError
-
-C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -105,33 +102,12 @@ class RepresentationAlignment(WeightedLoss):
         self.encoder.eval()
         return self
 
-    def forward(
-        self,
-        network: Callable[[Tensor, Tensor, C], Tensor],
-        diffusion: Diffusion,
-        x0: Tensor,
-        conditioning: C,
-        generator: torch.Generator | None = None,
-        *,
-        sigma: Tensor | None = None,
-        noise: Tensor | None = None,
-        features: Mapping[str, Any] | None = None,
-        image: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss of each image; see :meth:`WeightedLoss.forward`.
-
-        Args:
-            network, diffusion, x0, conditioning, generator, sigma, noise: those of :meth:`WeightedLoss.forward`.
-            features: outputs of the module ``feature`` by its name, filled by the network.
-            image: the clean images ``[b 3 h w]`` in [-1, 1]; None = without the second term, as in evaluation mode.
-        """
-        loss, sigma = super().forward(network, diffusion, x0, conditioning, generator, sigma=sigma, noise=noise)
-        if self.training and image is not None:
-            assert features is not None
-            hidden = features[self.config.feature]
-            projected = self.projection(hidden.movedim(1, -1)).movedim(-1, 1)
-            loss = loss - self.config.strength * similarity(projected, self.target(image, hidden.shape[2:]))
-        return loss, sigma
+    def feature_term(self, features: Mapping[str, Tensor], image: Tensor | None) -> Tensor | float:
+        if image is None:
+            return 0.0
+        hidden = features[self.config.feature]
+        projected = self.projection(hidden.movedim(1, -1)).movedim(-1, 1)
+        return -self.config.strength * similarity(projected, self.target(image, hidden.shape[2:]))
 
     @torch.no_grad()
     def target(self, image: Tensor, size: Sequence[int]) -> Tensor:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ldm.config import config_field
 from ldm.diffusion.loss import WeightedLoss, WeightedLossConfig
-from ldm.diffusion.parametrization import Diffusion
 from ldm.errors import ConfigError
 from ldm.nn.ranks import gather_rows_with_gradients
-
-C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -55,29 +51,9 @@ class DispersiveLoss(WeightedLoss):
 
     config: DispersiveLossConfig
 
-    def forward(
-        self,
-        network: Callable[[Tensor, Tensor, C], Tensor],
-        diffusion: Diffusion,
-        x0: Tensor,
-        conditioning: C,
-        generator: torch.Generator | None = None,
-        *,
-        sigma: Tensor | None = None,
-        noise: Tensor | None = None,
-        features: Mapping[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss of each image; see :meth:`WeightedLoss.forward`.
-
-        Args:
-            network, diffusion, x0, conditioning, generator, sigma, noise: those of :meth:`WeightedLoss.forward`.
-            features: outputs of the module ``feature`` by its name, filled by the network; None = without the second term.
-        """
-        loss, sigma = super().forward(network, diffusion, x0, conditioning, generator, sigma=sigma, noise=noise)
-        if self.training and features is not None:
-            z = features[self.config.feature]
-            loss = loss + self.config.strength * dispersion(gather_rows_with_gradients(z), self.config.temperature)
-        return loss, sigma
+    def feature_term(self, features: Mapping[str, Tensor], image: Tensor | None) -> Tensor:
+        z = gather_rows_with_gradients(features[self.config.feature])
+        return self.config.strength * dispersion(z, self.config.temperature)
 
 
 def dispersion(z: Tensor, temperature: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
@@ -153,6 +153,8 @@ class WeightedLoss(nn.Module):
         *,
         sigma: Tensor | None = None,
         noise: Tensor | None = None,
+        features: Mapping[str, Tensor] | None = None,
+        image: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of each image, each at its own noise level.
 
@@ -164,6 +166,9 @@ class WeightedLoss(nn.Module):
             generator: source of noise levels and noise, in this order; required unless both are given.
             sigma: noise levels [b]; a validation gives them, to be reproducible.
             noise: unit Gaussian noise of the shape of x0, likewise.
+            features: outputs of the modules ``features`` of the config by their names, filled by the network; None = without
+                :meth:`feature_term`.
+            image: the clean images ``[b 3 h w]`` in [-1, 1], for a loss that reads them.
 
         Returns:
             loss [b], with gradients, and sigma [b], to report the loss by noise level.
@@ -183,7 +188,14 @@ class WeightedLoss(nn.Module):
         level = per_item(sigma, x0)
         output = diffusion.model_output(network, x0 + level * (noise + perturbation), sigma, conditioning)
         target = diffusion.parametrization.target(x0, noise, level)
-        return self.weighted(self.distance(output, target), diffusion, sigma), sigma
+        loss = self.weighted(self.distance(output, target), diffusion, sigma)
+        if self.training and features is not None:
+            loss = loss + self.feature_term(features, image)
+        return loss, sigma
+
+    def feature_term(self, features: Mapping[str, Tensor], image: Tensor | None) -> Tensor | float:
+        """Return what the loss of each image ``[b]``, or of all, has in addition in training; see :meth:`forward`."""
+        return 0.0
 
     def _shifted(self, sigma: Tensor, shape: torch.Size, schedule: Schedule) -> Tensor:
         """Return the noise levels for images of a shape [b c ...]; see ``base_resolution``."""
