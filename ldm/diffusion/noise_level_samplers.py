@@ -17,7 +17,7 @@ class NoiseLevelSampler(Kind):
 
     @property
     def includes_last(self) -> bool:
-        """Whether the last timestep is drawn as often as others, even if it is pure noise."""
+        """True if the last timestep is drawn as often as others, even if it is pure noise."""
         return True
 
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:

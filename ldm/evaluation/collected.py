@@ -1,4 +1,4 @@
-"""What a pass over images keeps of them: features, small copies, captions and a hash, but no images."""
+"""Records of a pass over images: features, small copies, captions and a hash, but no images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ldm.evaluation.features import FeatureNetwork, quantized
 
 
 class Collected:
-    """What a pass over images keeps of them.
+    """Record of a pass over images, which keeps no images.
 
     Args:
         networks: feature networks.

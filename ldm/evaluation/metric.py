@@ -19,7 +19,7 @@ Better = Literal["higher", "lower", "neither"]
 """Which of two values is the better one."""
 
 Part = Literal["samples", "vae", "clip", "denoiser"]
-"""What a metric measures: generated images, the first stage, the CLIP of stage 2, or the denoiser."""
+"""Object that a metric measures: generated images, the first stage, the CLIP of stage 2, or the denoiser."""
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class Verification:
 
     @property
     def inside(self) -> bool:
-        """Whether the number computed again is within the recorded interval."""
+        """True if the number computed again is within the recorded interval."""
         return self.again is not None and self.recorded.contains(self.again.value)
 
     @property
@@ -125,7 +125,7 @@ class Verification:
 
     @property
     def sentence(self) -> str:
-        """What came of it, with the changed conditions."""
+        """Result of the comparison, with the changed conditions."""
         if self.again is None:
             return "not measured any more"
         changed = "; ".join(f"{name} was {first}, is {second}" for name, (first, second) in self.changes.items())

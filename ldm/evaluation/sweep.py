@@ -69,7 +69,7 @@ class Sweep:
 
     @property
     def front(self) -> list[bool]:
-        """Whether each point is on the Pareto front: no other is better in one number and at least as good in the other."""
+        """True for each point on the Pareto front: no other is better in one number and at least as good in the other."""
         costs = [
             tuple(axis.cost(value) for axis, value in zip(self.axes, point.values, strict=True))
             for point in self.points

@@ -51,7 +51,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Lever:
-    """What twice as much of a quantity would do.
+    """Effect of twice as much of a quantity.
 
     Attributes:
         quantity: name in :data:`NAMES`.

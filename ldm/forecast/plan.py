@@ -98,7 +98,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Extras:
-    """What a run costs besides its steps.
+    """Costs of a run besides its steps.
 
     Attributes:
         overhead: time in which a run starts and ends, in seconds.

@@ -1,4 +1,4 @@
-"""Whether generated images show what their captions say: CLIP score, and retrieval by embedding and by image."""
+"""Agreement of generated images with their captions: CLIP score, and retrieval by embedding and by image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether generated images are nearer to the training images than true held-out images are.
+"""Memorisation: how often generated images are nearer to the training images than true held-out images are.
 
 After the test of data copying by Meehan et al. 2020 (arXiv 2004.05675), without its cells.
 """
