@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
-import ldm.report
-from ldm import __version__
 from ldm.forecast.answers import NAMES
 from ldm.forecast.bands import Band
 from ldm.forecast.ladder import Result
 from ldm.forecast.runner import Outcome
 from ldm.forecast.sentences import duration, number
 from ldm.report.charts import Chart, Line
-from ldm.report.html import render
+from ldm.report.html import render_page
 
 
 def page(outcome: Outcome) -> str:
@@ -29,10 +23,8 @@ def page(outcome: Outcome) -> str:
         for each in forecast.levers
     ]
     laws = [(name, _shown(band)) for name, band in forecast.exponents.items()]
-    style, script = (
-        Markup(Path(ldm.report.__path__[0], name).read_text(encoding="utf-8")) for name in ("style.css", "script.js")
-    )
-    return render(
+    return render_page(
+        f"{outcome.experiment.name}: forecast of the training",
         _TEMPLATE,
         name=outcome.experiment.name,
         folder=str(outcome.folder),
@@ -45,10 +37,6 @@ def page(outcome: Outcome) -> str:
         noise=f"{100 * forecast.noise:.2g} %",
         ladder=duration(outcome.seconds / 3600),
         limit=duration(outcome.plan.limit / 3600),
-        style=style,
-        script=script,
-        version=__version__,
-        now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
@@ -137,19 +125,6 @@ def _charts(outcome: Outcome) -> list[Chart]:
 
 
 _TEMPLATE: Any = """
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
-script-src 'unsafe-inline'">
-<title>{{ name }}: forecast of the training</title>
-<link rel="icon" href="data:,">
-<style>{{ style }}</style>
-</head>
-<body>
 <header><h1>{{ name }}: forecast</h1><p><code>{{ folder }}</code></p></header>
 <main>
 <section><h2>Answers</h2><ul>{% for each in sentences %}<li>{{ each }}</li>{% endfor %}</ul></section>
@@ -165,8 +140,4 @@ script-src 'unsafe-inline'">
 <p>The loss of a run varies by {{ noise }} with its seed. The most expensive runs, forecast from the others, widen the bands by a
 factor of {{ inflation }}.</p></section>
 </main>
-<footer>Made by ldm {{ version }} on {{ now }}.</footer>
-<script>{{ script }}</script>
-</body>
-</html>
 """

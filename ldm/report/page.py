@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
-from ldm import __version__
 from ldm.report.charts import number
-from ldm.report.html import render
+from ldm.report.html import render_page
 from ldm.report.run import Run, Stage
 from ldm.report.sections import PARTS, SECTIONS
 from ldm.training.tasks import TASKS
@@ -23,16 +18,13 @@ def page(run: Run) -> str:
         for stage in run.stages
     ]
     sections = [(title.lower().replace(" ", "-"), title, section(run)) for title, section in SECTIONS.items()]
-    return render(
+    return render_page(
+        f"{run.name}: report of the training",
         _TEMPLATE,
         run=run,
         cards=[_card(stage) for stage in run.stages],
         stages=stages,
         sections=[each for each in sections if each[2]],
-        style=_asset("style.css"),
-        script=_asset("script.js"),
-        version=__version__,
-        now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
@@ -52,24 +44,7 @@ def _card(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _asset(name: str) -> Markup:
-    return Markup(Path(__file__).with_name(name).read_text(encoding="utf-8"))
-
-
 _TEMPLATE = """
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
-script-src 'unsafe-inline'">
-<title>{{ run.name }}: report of the training</title>
-<link rel="icon" href="data:,">
-<style>{{ style }}</style>
-</head>
-<body>
 <header><h1>{{ run.name }}</h1><p><code>{{ run.folder }}</code></p>
 <nav aria-label="Sections">{% for each in stages %}<a href="#{{ each.id }}">{{ each.title }}</a>{% endfor %}
 {% for id, title, _ in sections %}<a href="#{{ id }}">{{ title }}</a>{% endfor %}</nav></header>
@@ -84,8 +59,4 @@ script-src 'unsafe-inline'">
 {% endfor %}</section>{% endfor %}
 {% for id, title, content in sections %}<section id="{{ id }}"><h2>{{ title }}</h2>{{ content }}</section>{% endfor %}
 </main>
-<footer>Made by ldm {{ version }} on {{ now }}.</footer>
-<script>{{ script }}</script>
-</body>
-</html>
 """
