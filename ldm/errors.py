@@ -6,6 +6,7 @@ import difflib
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 
 
 class LdmError(ValueError):
@@ -77,6 +78,18 @@ class MissingExtraError(LdmError):
 def missing_extra(package: str, needed_for: str, extra: str) -> MissingExtraError:
     """Return the error for a missing optional dependency, naming the extra that installs it."""
     return MissingExtraError(f"{needed_for} needs the package {package!r}; install it with pip install 'ldm[{extra}]'.")
+
+
+def require_package(module: str, needed_for: str, extra: str) -> None:
+    """Check that an optional dependency can be imported, before the work that needs it.
+
+    Raises:
+        MissingExtraError: it is not installed; see :func:`missing_extra`.
+    """
+    try:
+        import_module(module)
+    except ImportError:
+        raise missing_extra(module, needed_for, extra) from None
 
 
 def first_line(error: BaseException) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ from typer import Option
 
 from ldm.cli.common import DTYPES, Debug, new_app, options_from, run
 from ldm.cli.cores import use_idle_cores
-from ldm.errors import ConfigError, missing_extra, unknown
+from ldm.errors import ConfigError, require_package, unknown
 from ldm.image_marks import ImageMarks
 from ldm.serving.limits import Limits
 
@@ -77,10 +76,7 @@ def serve(
 ) -> None:
     """Serve models over HTTP: OpenAI's images API, and jobs with previews; and show training runs."""
     for package in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
-        try:
-            import_module(package)
-        except ImportError:
-            raise missing_extra(package, "serving", "serve") from None
+        require_package(package, "serving", "serve")
     import torch
     import uvicorn
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ldm.errors import ConfigError, missing_extra, unknown
+from ldm.errors import ConfigError, require_package, unknown
 from ldm.evaluation.metric import all_metrics
 from ldm.evaluation.receipt import Receipt
 from ldm.evaluation.runner import measure
@@ -132,10 +132,7 @@ def require_matplotlib() -> None:
     Raises:
         MissingExtraError: it is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise missing_extra("matplotlib", "the plot of a sweep", "toy") from None
+    require_package("matplotlib", "the plot of a sweep", "toy")
 
 
 def sweep(

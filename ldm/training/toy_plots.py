@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.errors import missing_extra
+from ldm.errors import require_package
 from ldm.model import LatentDiffusion
 from ldm.pipeline import Pipeline
 
@@ -35,10 +35,7 @@ def require_matplotlib() -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise missing_extra("matplotlib", "the plots of two-dimensional data", "toy") from None
+    require_package("matplotlib", "the plots of two-dimensional data", "toy")
 
 
 def process_plots(
