@@ -10,6 +10,7 @@ import torch
 from ldm.clip.model import CLIPConfig
 from ldm.config import from_dict
 from ldm.data.shards import Sample, write_shard
+from ldm.evaluation.metric import Number, all_metrics
 from ldm.evaluation.opening import Request, open_subject
 from ldm.evaluation.subject import Options, Subject
 from ldm.formats import native, save
@@ -59,3 +60,8 @@ def opened(folder: Path, model: str = "model.safetensors", **options: Any) -> Su
             options=Options(**options),
         )
     )
+
+
+def numbers(subject: Subject, name: str) -> dict[str, Number]:
+    """Return the numbers of a metric by their names."""
+    return {each.name: each for each in all_metrics()[name].run(subject)}

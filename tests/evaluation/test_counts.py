@@ -11,28 +11,12 @@ from torch import Tensor
 from ldm.clip.model import CLIP
 from ldm.errors import ConfigError
 from ldm.evaluation.collected import Collected
-from ldm.evaluation.metric import Number, all_metrics
+from ldm.evaluation.metric import all_metrics
 from ldm.evaluation.metrics import contrastive
 from ldm.evaluation.runner import receipt
 from ldm.evaluation.subject import Options, Subject
 from ldm.evaluation.sweep import counted
-from tests.evaluation.subjects import opened, write_subject
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("counts")
-    write_subject(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def subject(folder: Path) -> Subject:
-    return opened(folder)
-
-
-def numbers(subject: Subject, name: str) -> dict[str, Number]:
-    return {each.name: each for each in all_metrics()[name].run(subject)}
+from tests.evaluation.subjects import numbers, opened
 
 
 def test_a_repeated_caption_is_one_of_the_captions_among_which_images_are_found(subject: Subject) -> None:

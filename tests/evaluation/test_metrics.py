@@ -18,27 +18,15 @@ from torchmetrics.image import StructuralSimilarityIndexMeasure
 from ldm.clip.retrieval import recall_at_k
 from ldm.diagnosis.pool import Pool
 from ldm.evaluation.image_pairs import BACKBONE, lpips_network, ssim
-from ldm.evaluation.metric import Number, all_metrics
+from ldm.evaluation.metric import all_metrics
 from ldm.evaluation.metrics import probe
 from ldm.evaluation.metrics.contrastive import best_scale, calibration_error, classifier
 from ldm.evaluation.metrics.denoising import encoded, levels_of, relative_error
 from ldm.evaluation.subject import Subject
 from ldm.formats import save
 from ldm.vae.metrics import psnr
-from tests.evaluation.subjects import opened, tiny_clip, write_subject
+from tests.evaluation.subjects import numbers, opened, tiny_clip
 from tests.tiny import TOKENIZER, tiny_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("metrics")
-    write_subject(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def subject(folder: Path) -> Subject:
-    return opened(folder)
 
 
 def test_the_table_of_the_docs_is_that_of_the_code() -> None:
@@ -47,10 +35,6 @@ def test_the_table_of_the_docs_is_that_of_the_code() -> None:
     assert sorted(rows) == sorted(
         (name, each.part, "yes" if each.by_default else "no") for name, each in all_metrics().items()
     )
-
-
-def numbers(subject: Subject, name: str) -> dict[str, Number]:
-    return {each.name: each for each in all_metrics()[name].run(subject)}
 
 
 def pairs() -> tuple[Tensor, Tensor]:
