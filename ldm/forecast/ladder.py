@@ -10,36 +10,31 @@ import csv
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ldm.config import to_dict
 from ldm.errors import TrainingError
-from ldm.forecast.plan import VALIDATIONS, Plan, Rung
-from ldm.forecast.probe import STAGE
+from ldm.forecast.plan import Plan, Rung
 from ldm.formats.tensors import write_atomically
 from ldm.training.experiment import Experiment
 from ldm.training.handoff import result_file
 from ldm.training.stages import train_stage
+from ldm.training.subruns import MACHINE, link_latents, with_steps
+
+STAGE = "denoiser"
+"""Stage that is forecast."""
 
 FOLDER = "forecast"
 """Folder of the ladders in a run folder."""
 
 RECORD = "rung.json"
 
-WARM_UP = 10
-"""Warm-up of a run takes at most one in this number of its steps."""
-
 UNSHARED = ("max_steps", "warmup_steps", "log_every", "validate_every", "images_every", "checkpoint_every")
 """Fields of ``denoiser.train`` in which runs differ, or which do not change their losses."""
-
-MACHINE = ("cache", "workers", "cache_latents", "encoded")
-"""Fields of ``data`` that do not change what is trained on."""
 
 
 @dataclass(frozen=True)
@@ -63,29 +58,6 @@ class Result:
     recall: Mapping[str, Any] = field(default_factory=dict)
 
 
-def with_predecessors(experiment: Experiment, train: bool) -> Experiment:
-    """Return the experiment with the results of stages 1 and 2 of its run folder as sources.
-
-    Args:
-        experiment: the experiment.
-        train: True to train a stage whose result is missing.
-
-    Raises:
-        TrainingError: a result is missing.
-    """
-    for stage in (stage for stage in experiment.stages if stage in ("vae", "clip")):
-        path = result_file(experiment, stage)
-        if not path.is_file() and not train:
-            raise TrainingError(
-                f"a forecast of stage {STAGE} needs the result of stage {stage}, but {path} does not exist; train it first "
-                f"(tools/train.py --stage {stage}), or give --train-stages."
-            )
-        path = train_stage(experiment, stage) if train else path
-        section = replace(getattr(experiment, stage), train=None, checkpoint=str(path.absolute()))
-        experiment = replace(experiment, **{stage: section})
-    return replace(experiment, decoder=None)
-
-
 def digest(experiment: Experiment) -> str:
     """Return a hash of what the runs of a ladder have in common."""
     section, data = to_dict(experiment.denoiser), to_dict(experiment.data)
@@ -104,17 +76,7 @@ def rung_experiment(experiment: Experiment, rung: Rung) -> Experiment:
     stage, steps = experiment.denoiser, rung.steps
     model = stage.model.with_width(rung.width) if rung.width != 1 else stage.model
     assert model is not None, "a network whose width cannot be changed has rungs of one width"
-    every = max(1, steps // VALIDATIONS)
-    train = replace(
-        stage.train,
-        max_steps=steps,
-        warmup_steps=min(stage.train.warmup_steps, steps // WARM_UP),
-        log_every=max(1, min(stage.train.log_every, steps // 10)),
-        validate_every=every,
-        images_every=steps,
-        checkpoint_every=every,
-        keep_checkpoints=1,
-    )
+    train = with_steps(stage.train, steps)
     name = f"width{rung.width:g}_images{rung.images}_steps{steps}" + (f"_seed{rung.seed}" if rung.seed else "")
     name = f"{name}_{digest(experiment)}"
     data = experiment.data.with_subset(rung.images, experiment.seed)
@@ -205,7 +167,7 @@ def _train(
 ) -> Result:
     """Train a run to its end, or go on with it; the time is recorded in any case."""
     folder = own.folder
-    _link_latents(experiment, own)
+    link_latents(experiment, own)
     _, before = read_result(folder, rung)
     start = time.perf_counter()
     values: dict[str, Any] = {}
@@ -237,13 +199,3 @@ def _losses(path: Path) -> list[float]:
             "positive."
         )
     return found
-
-
-def _link_latents(experiment: Experiment, own: Experiment) -> None:
-    """Give a run the cached latents of the full experiment; the training encodes those again that are of other images."""
-    for split in ("train", "val"):
-        source, link = (each.folder / "latents" / f"{split}.safetensors" for each in (experiment, own))
-        if source.is_file() and not link.exists():
-            link.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(OSError):  # file systems without hard links
-                os.link(source, link)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ldm.errors import ConfigError
+from ldm.training.subruns import VALIDATIONS
 
 SHARE = 0.2
 """Largest part of the time of the full run that the ladder may take."""
@@ -22,9 +23,6 @@ MARGIN = 0.9
 
 OVERHEAD_SHARE = 0.5
 """Largest part of the time of a ladder in which nothing is trained; a shorter ladder has fewer runs."""
-
-VALIDATIONS = 4
-"""Validations of a run; the lowest loss counts, as it is that of ``best.ckpt``."""
 
 FEWEST_RUNS, FEWEST_STEPS = 5, 8
 """Least number of runs, and of steps of a run."""

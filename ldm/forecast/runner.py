@@ -14,16 +14,17 @@ import torch
 from ldm import __version__
 from ldm.errors import ConfigError
 from ldm.forecast.answers import WORTHWHILE, Forecast, make_forecast
-from ldm.forecast.ladder import FOLDER, Result, climb, digest, other_results, with_predecessors
-from ldm.forecast.learning_rate import LOWEST, RangeTest
+from ldm.forecast.ladder import FOLDER, STAGE, Result, climb, digest, other_results
+from ldm.forecast.learning_rate import RangeTest, range_test
 from ldm.forecast.plan import FULL, MIDDLE, SHARE, SMALL, Extras, Plan, Rung, Size, make_plan
-from ldm.forecast.probe import MEASURED, WARM_UP, Probe
 from ldm.forecast.recall import RecallMeasure, captions_measured
 from ldm.forecast.sentences import sentences
 from ldm.formats.tensors import write_atomically
 from ldm.training.costs import step_cost
 from ldm.training.environment import environment
 from ldm.training.experiment import Experiment
+from ldm.training.probe import MEASURED, WARM_UP, Probe
+from ldm.training.subruns import with_predecessors
 
 MEASUREMENTS, RESULT = "measured.json", "forecast.json"
 
@@ -121,7 +122,9 @@ def run_forecast(
     """
     if not experiment.data.has("val"):
         raise ConfigError("data.val is null, but a forecast is about the held-out loss; give validation data.")
-    experiment = _on_one_device(with_predecessors(experiment, train_stages))
+    experiment = _on_one_device(
+        with_predecessors(experiment, STAGE, "a forecast", train_stages, ", or give --train-stages")
+    )
     measured = _measure(experiment, budget, share, say)
     rate = experiment.denoiser.train.learning_rate
     say(measured.test.describe(rate))
@@ -183,18 +186,20 @@ def _measure(experiment: Experiment, budget: float | None, share: float, say: Ca
             sizes = {float(width): Size(**size) for width, size in values.pop("sizes").items()}
             return Measured(**values, sizes=sizes, test=test)
     say("measuring the time of a step, and trying learning rates")
-    probe = Probe(experiment, WARM_UP + MEASURED + RANGE_STEPS[1])
+    probe = Probe(experiment, STAGE, WARM_UP + MEASURED + RANGE_STEPS[1])
     start, build, images = time.perf_counter(), probe.build, probe.images
     sizes = {FULL: _size(experiment, probe)}
     steps = experiment.denoiser.train.max_steps if budget is None else budget / sizes[FULL].seconds
-    test = probe.range_test(round(min(max(share * steps / 10, RANGE_STEPS[0]), RANGE_STEPS[1])))
+    test = range_test(probe.step, round(min(max(share * steps / 10, RANGE_STEPS[0]), RANGE_STEPS[1])))
     del probe
     seconds = time.perf_counter() - start
     for width in (MIDDLE, SMALL):
         model = experiment.denoiser.model.with_width(width) if experiment.denoiser.train.init is None else None
         if model is None or model == experiment.denoiser.model:
             continue
-        probe = Probe(replace(experiment, denoiser=replace(experiment.denoiser, model=model)), WARM_UP + MEASURED)
+        probe = Probe(
+            replace(experiment, denoiser=replace(experiment.denoiser, model=model)), STAGE, WARM_UP + MEASURED
+        )
         build = min(build, probe.build)  # the first may have encoded all images
         if probe.parameters not in [each.parameters for each in sizes.values()]:
             start = time.perf_counter()
@@ -207,5 +212,5 @@ def _measure(experiment: Experiment, budget: float | None, share: float, say: Ca
 
 
 def _size(experiment: Experiment, probe: Probe) -> Size:
-    cost = step_cost(experiment, "denoiser")
-    return Size(probe.parameters, probe.seconds(LOWEST), cost.flops, cost.samples)
+    cost = step_cost(experiment, STAGE)
+    return Size(probe.parameters, probe.seconds(), cost.flops, cost.samples)

@@ -14,12 +14,13 @@ import pytest
 
 from ldm.cli import forecast as command
 from ldm.errors import TrainingError
-from ldm.forecast.ladder import digest, rung_experiment, with_predecessors
+from ldm.forecast.ladder import digest, rung_experiment
 from ldm.forecast.plan import Rung
 from ldm.forecast.recall import RecallMeasure
 from ldm.report.run import Run
 from ldm.training.engine import StageModule
 from ldm.training.experiment import Experiment, load_config
+from ldm.training.subruns import with_predecessors
 from tests.experiments import TRAIN, tiny_experiment, write_experiment
 
 PIXELS: dict[str, Any] = {
@@ -133,8 +134,8 @@ def test_runs_of_another_config_have_other_folders(tmp_path: Path) -> None:
 
 
 def test_a_missing_stage_is_named_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"stage vae.*does not exist; train it first .*or give --train-stages"):
-        with_predecessors(tiny_experiment(tmp_path), train=False)
+    with pytest.raises(TrainingError, match=r"a forecast of .*stage vae.*does not exist; train it first .*or give"):
+        with_predecessors(tiny_experiment(tmp_path), "denoiser", "a forecast", hint=", or give --train-stages")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_a_text_model_is_forecast_with_its_recall(
     measured = [each for each in found["runs"] if each["recall"]]
     assert all(each["recall"]["among"] == 192 and each["recall"]["of"] >= 32 for each in measured)
     best = next((tmp_path / "run" / "forecast").glob("*/denoiser/best.ckpt"))
-    again = RecallMeasure(with_predecessors(load_config(config, few), train=False), 40)
+    again = RecallMeasure(with_predecessors(load_config(config, few), "denoiser", "a forecast"), 40)
     assert again(best).keys() == {"1", "5", "of", "among"}
     assert again(best) == again(best)
     assert (again(best)["of"], again(best)["among"]) == (40, 192)

@@ -1,0 +1,133 @@
+"""Steps of a training outside of the training loop, to measure their time and to try learning rates."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from statistics import median
+from typing import Any
+
+import torch
+
+from ldm.data.stream import TrainStream
+from ldm.devices import default_device, usual_torch_state
+from ldm.training.ema import EMA
+from ldm.training.experiment import Experiment
+from ldm.training.gradient_clipping import clip_gradients
+from ldm.training.optimizers import set_learning_rate
+from ldm.training.stages import build_module, data_of
+from ldm.training.tasks.task import Step, on_device
+
+LOW_RATE = 1e-6
+"""Learning rate of steps whose time is measured."""
+
+WARM_UP, MEASURED = 2, 8
+"""Steps before the time is measured, and steps of which it is the median."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Probe:
+    """The training of a stage with new weights, step by step; nothing is written but cached latents.
+
+    Args:
+        experiment: the experiment, whose preceding stages are there.
+        stage: the stage.
+        steps: most steps that are taken.
+
+    Attributes:
+        build: time in which networks and data were opened, in seconds.
+        images: number of training images.
+        parameters: number of trained parameters.
+    """
+
+    @usual_torch_state()
+    def __init__(self, experiment: Experiment, stage: str, steps: int):
+        train = getattr(experiment, stage).train
+        self.train = train
+        self.device = torch.device("cpu") if experiment.trainer.accelerator == "cpu" else default_device()
+        self.precision = experiment.trainer.precision_of(train)
+        self.experiment = experiment
+        start = time.perf_counter()
+        module = build_module(experiment, stage)
+        data = data_of(experiment, module)
+        self.task = module.task.to(self.device).to(memory_format=torch.channels_last).train()
+        self.task.check_batch_size(train.batch_size)
+        samples = data.data.open("train")
+        self.latents = data.latents
+        if self.latents is not None:
+            samples = self.latents.open("train", samples, self.device)
+            self.task.to(self.device)
+        stream = TrainStream(samples, train.batch_size, experiment.seed, steps * train.accumulate)
+        self.batches = iter(stream)
+        self.specs = self.task.optimizers()
+        self.optimizers = [train.optimizer.build(spec.modules, train) for spec in self.specs]
+        self.ema = EMA(self.task.trainable_module, train.ema_decay) if train.ema_decay else None
+        self.images = len(samples)
+        self.parameters = sum(
+            p.numel() for each in self.optimizers for group in each.param_groups for p in group["params"]
+        )
+        self.completed = 0
+        self.build = time.perf_counter() - start
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Steps from which on further networks are trained, such as a discriminator; the first is 0."""
+        return tuple(sorted({spec.start for spec in self.specs}))
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, DTYPES[self.precision]) if self.precision in DTYPES else nullcontext()
+
+    @usual_torch_state()
+    def step(self, learning_rate: float, number: int | None = None) -> float:
+        """Take an optimizer step as the engine does, and return the loss of the trained network, averaged over its batches.
+
+        Args:
+            learning_rate: learning rate of all optimizers.
+            number: number of the step, if it is to be another than the number of steps taken.
+        """
+        number, total = self.completed if number is None else number, 0.0
+        parameters = [list(chain(*(group["params"] for group in each.param_groups))) for each in self.optimizers]
+        for optimizer in self.optimizers:
+            set_learning_rate(optimizer, learning_rate)
+        for index in range(self.train.accumulate):
+            batch: Any = on_device(next(self.batches), self.device)
+            batch = batch if self.latents is None else self.latents.complete(batch, self.device)
+            generator = torch.Generator().manual_seed(self.completed)
+            with self._autocast():
+                losses = self.task.losses(batch, Step(number, 0, generator))
+                for i, (spec, optimizer) in enumerate(zip(self.specs, self.optimizers, strict=True)):
+                    if number < spec.start:
+                        continue
+                    others = list(chain(*(each for j, each in enumerate(parameters) if j != i)))
+                    for parameter in others:
+                        parameter.requires_grad_(False)
+                    value = next(losses).value / self.train.accumulate
+                    with torch.autocast(self.device.type, enabled=False):
+                        value.backward()
+                    total += float(value.detach()) if i == 0 else 0.0
+                    if index == self.train.accumulate - 1:
+                        clip_gradients(parameters[i], self.train.gradient_clip)
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    for parameter in others:
+                        parameter.requires_grad_(True)
+        self.task.after_step()
+        if self.ema is not None:
+            self.ema.update()
+        self.completed += 1
+        return total
+
+    def timed(self, count: int, number: int | None = None) -> list[float]:
+        """Return the seconds of each of ``count`` steps; ``number`` is that of :meth:`step`."""
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            self.step(LOW_RATE, number)  # reads the loss, and so waits for the device
+            times.append(time.perf_counter() - start)
+        return times
+
+    def seconds(self) -> float:
+        """Return the median time of a step."""
+        return median(self.timed(WARM_UP + MEASURED)[WARM_UP:])

@@ -1,0 +1,78 @@
+"""Runs that are trained in the run folder of another experiment, to learn something about it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import replace
+
+from ldm.errors import TrainingError
+from ldm.training.config import TrainConfig
+from ldm.training.experiment import Experiment
+from ldm.training.handoff import result_file
+from ldm.training.stages import train_stage
+
+VALIDATIONS = 4
+"""Validations of a run; in a forecast the lowest loss counts, as it is that of ``best.ckpt``."""
+
+WARM_UP = 10
+"""Warm-up of a run takes at most one in this number of its steps."""
+
+REPORTING = ("log_every", "validate_every", "images_every", "checkpoint_every", "keep_checkpoints")
+"""Fields of ``train`` that do not change what is trained."""
+
+MACHINE = ("cache", "workers", "cache_latents", "encoded")
+"""Fields of ``data`` that do not change what is trained on."""
+
+
+def with_predecessors(
+    experiment: Experiment, stage: str, purpose: str, train: bool = False, hint: str = ""
+) -> Experiment:
+    """Return the experiment with the results of the stages before ``stage`` in its run folder as sources.
+
+    Args:
+        experiment: the experiment.
+        stage: ``denoiser``; the others have no predecessors.
+        purpose: what the results are needed for, for the error message.
+        train: True to train a stage whose result is missing.
+        hint: what else can be done if one is missing.
+
+    Raises:
+        TrainingError: a result is missing.
+    """
+    for before in (each for each in experiment.stages if each in ("vae", "clip") and stage == "denoiser"):
+        path = result_file(experiment, before)
+        if not path.is_file() and not train:
+            raise TrainingError(
+                f"{purpose} of stage {stage} needs the result of stage {before}, but {path} does not exist; train it first "
+                f"(tools/train.py --stage {before}){hint}."
+            )
+        path = train_stage(experiment, before) if train else path
+        section = replace(getattr(experiment, before), train=None, checkpoint=str(path.absolute()))
+        experiment = replace(experiment, **{before: section})
+    return replace(experiment, decoder=None)
+
+
+def with_steps(train: TrainConfig, steps: int) -> TrainConfig:
+    """Return the config of a training with its schedule over ``steps`` steps, and few validations and checkpoints."""
+    every = max(1, steps // VALIDATIONS)
+    return replace(
+        train,
+        max_steps=steps,
+        warmup_steps=min(train.warmup_steps, steps // WARM_UP),
+        log_every=max(1, min(train.log_every, steps // 10)),
+        validate_every=every,
+        images_every=steps,
+        checkpoint_every=every,
+        keep_checkpoints=1,
+    )
+
+
+def link_latents(experiment: Experiment, own: Experiment) -> None:
+    """Give a run the cached latents of an experiment; the training encodes those again that are of other images."""
+    for split in ("train", "val"):
+        source, link = (each.folder / "latents" / f"{split}.safetensors" for each in (experiment, own))
+        if source.is_file() and not link.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # file systems without hard links
+                os.link(source, link)
