@@ -71,6 +71,10 @@ class Interrupted(TrainingError):
     """Training that a signal of the system stopped and the same command resumes; commands exit with code 75 (``EX_TEMPFAIL``)."""
 
 
+class DivergedError(TrainingError):
+    """Training whose loss, gradients or weights are not finite."""
+
+
 class MissingExtraError(LdmError):
     """Missing optional dependency."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm import __version__
 from ldm.config import to_dict
-from ldm.errors import TrainingError
+from ldm.errors import DivergedError
 from ldm.formats.native import metadata_of
 from ldm.formats.training_checkpoint import MODULE, RECORD
 from ldm.nn.ranks import BatchGenerator, mean_over_ranks
@@ -272,14 +272,14 @@ class StageModule(L.LightningModule):
             raise self._diverged(f"{problem} after step {self.completed_steps}")
         self.verified_steps = self.completed_steps
 
-    def _diverged(self, problem: str) -> TrainingError:
+    def _diverged(self, problem: str) -> DivergedError:
         """Return the error for weights, gradients or losses that are not finite, naming the checkpoints to resume from."""
         last, best = (self.folder / name for name in ("last.ckpt", "best.ckpt"))
         remedy = f"with a lower {self.stage}.train.learning_rate or in another trainer.precision"
         if not last.exists():
-            return TrainingError(f"{problem}; there is no checkpoint yet. Start again {remedy}.")
+            return DivergedError(f"{problem}; there is no checkpoint yet. Start again {remedy}.")
         instead = f", or copy {best} to it if it ends like this again at once" if best.exists() else ""
-        return TrainingError(f"{problem}; the last good checkpoint is {last}. Resume it {remedy}{instead}.")
+        return DivergedError(f"{problem}; the last good checkpoint is {last}. Resume it {remedy}{instead}.")
 
     def try_settings(self) -> None:
         """Try what is computed during the training once; see :func:`ldm.training.trial.try_settings`."""

@@ -17,7 +17,7 @@ from ldm.data.datamodule import DataModule, Encoded, LatentSource
 from ldm.data.filters import DATA_FILE
 from ldm.data.order_table import order_table
 from ldm.devices import usual_torch_state
-from ldm.errors import ConfigError, TrainingError
+from ldm.errors import ConfigError, DivergedError
 from ldm.formats.native import save_state
 from ldm.formats.tensors import write_atomically
 from ldm.formats.training_checkpoint import resume_points
@@ -84,7 +84,7 @@ def _train(experiment: Experiment, module: StageModule, files: Mapping[Path, str
     module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when it ends
     export, state = module.export(data.samples)
     if broken := not_finite(state):
-        raise TrainingError(
+        raise DivergedError(
             f"the weight {broken} of the finished stage {module.stage} holds NaN or infinite values, so {result} is not written; "
             f"train the stage again with a lower {module.stage}.train.learning_rate, in another run_dir."
         )
