@@ -36,7 +36,7 @@ ROWS = [
     {"training"},
     {"diagnosis", "report"},
     {"evaluation"},
-    {"forecast", "serving"},
+    {"forecast", "ablation", "serving"},
     {"ldm"},
     {"benchmarks"},
     {"cli"},

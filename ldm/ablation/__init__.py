@@ -1,0 +1,1 @@
+"""Comparison of training recipes at equal time, over several seeds."""
