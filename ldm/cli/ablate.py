@@ -47,6 +47,8 @@ def ablate(
         raise ConfigError("give either --minutes, the time of each training, or --steps, the steps of plain.")
     if minutes is not None and not minutes > 0:
         raise ConfigError(f"--minutes is {minutes:g}; give a time above 0.")
+    from tqdm import tqdm
+
     from ldm.ablation.runner import run_comparison
     from ldm.ablation.runs import FOLDER
     from ldm.training.experiment import load_config
@@ -65,6 +67,7 @@ def ablate(
         by=by,
         only=names,
         repeats=repeats,
+        say=tqdm.write,
     )
     folder = load_config(config, overrides or []).folder / FOLDER
     print(
