@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldm.cli import dry_run
 from ldm.errors import CheckpointError
 from ldm.formats.tensors import read_metadata
 from ldm.training.experiment import Experiment
@@ -74,3 +75,14 @@ def test_a_checkpoint_that_holds_its_tower_resumes_like_others(tmp_path: Path, s
     torch.save(checkpoint, last)
     with pytest.raises(CheckpointError, match=r"with an image tower of .* with fingerprint"):
         train_stage(experiment_to(3, tmp_path / "old", stage), stage)
+
+
+def test_a_dry_run_counts_checkpoints_without_the_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_clip(tmp_path)
+    monkeypatch.setattr(dry_run, "GIB", 1)
+    experiments = experiment_to(1, tmp_path, "vae"), tiny_experiment(tmp_path)
+    with_tower, without = (
+        [line for line in dry_run.describe(each, ["vae"]).splitlines() if "disk" in line] for each in experiments
+    )
+    assert with_tower == without
+    assert len(without) == 1
