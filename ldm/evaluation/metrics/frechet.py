@@ -96,7 +96,7 @@ def _estimate_by_products(rows: np.ndarray, fixed: Moments) -> Estimate:
         variance = (square - count * float(mean @ mean)) / (count - 1)
         eigenvalues = np.linalg.eigvalsh((product - count * np.outer(own, own)) / (count - 1))
         cross = float(np.sqrt(eigenvalues.clip(min=0)).sum())
-        return max(0.0, float(mean @ mean) + variance + fixed.variance - 2 * cross)
+        return max(0.0, float(mean @ mean + variance) + fixed.variance - 2 * cross)
 
     without = [value(*(of_all - of_group for of_all, of_group in zip(total, part, strict=True))) for part in parts]
     return jackknife_of(value(*total), without)
