@@ -69,9 +69,10 @@ class FlatNetwork(nn.Module):
 
 @dataclass
 class Evaluations:
-    """Tensors of real evaluations that are collected for a program: of ``wanted`` in all."""
+    """Tensors of real evaluations that are collected for a program, of ``wanted`` in all, and what then compiles it."""
 
     wanted: int
+    build: Build
     tensors: list[list[Tensor]] = field(default_factory=list)
 
 
@@ -83,8 +84,8 @@ class ConstantWeights(ChecksWeights):
         name: its name for messages.
         backend: the backend, for messages.
         build: compiles a network for the shapes of its tensors.
-        calibration: returns the number of evaluations that ``build`` wants to know for a network and the tensors of one; so many
-            are computed by the network itself before it is compiled. None = it wants none.
+        calibration: returns, for a network and the tensors of one evaluation, the number of evaluations that are computed by the
+            network itself before it is compiled, and what compiles it in place of ``build``. None = no evaluation, and ``build``.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class ConstantWeights(ChecksWeights):
         name: str,
         backend: Backend,
         build: Build,
-        calibration: Callable[[FlatNetwork, Sequence[Tensor]], int] | None = None,
+        calibration: Callable[[FlatNetwork, Sequence[Tensor]], tuple[int, Build]] | None = None,
     ):
         super().__init__()
         self.network, self.name, self.backend, self.build = ref(network), name, backend, build
@@ -114,10 +115,10 @@ class ConstantWeights(ChecksWeights):
                 self._forget()
                 self.state = state
             if key not in self.programs:
-                if (examples := self._examples(key, inputs, tensors)) is None:
+                if (evaluations := self._evaluations(key, inputs, tensors)) is None:
                     result: Tensor = self._alive()(*inputs)
                     return result
-                self.programs[key] = self._program(inputs, examples)
+                self.programs[key] = self._program(inputs, evaluations)
                 while len(self.programs) > PROGRAMS:
                     self.programs.popitem(last=False)
             self.programs.move_to_end(key)
@@ -137,11 +138,13 @@ class ConstantWeights(ChecksWeights):
         self.programs.clear()
         self.evaluations.clear()
 
-    def _examples(self, key: Any, inputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[list[Tensor]] | None:
+    def _evaluations(self, key: Any, inputs: Sequence[Any], tensors: Sequence[Tensor]) -> Evaluations | None:
         """Return what the program for a key is compiled with, or None while evaluations are collected for it."""
         if key not in self.evaluations:
-            wanted = self.calibration(FlatNetwork(self._alive(), inputs), tensors) if self.calibration else 0
-            self.evaluations[key] = Evaluations(wanted)
+            wanted, build = 0, self.build
+            if self.calibration:
+                wanted, build = self.calibration(FlatNetwork(self._alive(), inputs), tensors)
+            self.evaluations[key] = Evaluations(wanted, build)
             if wanted:
                 self.backend.announce(
                     f"{self.backend.kind}: the next {wanted} evaluations of the {self.name} for the input {shape_text(inputs)} "
@@ -152,7 +155,9 @@ class ConstantWeights(ChecksWeights):
             if len(evaluations.tensors) < evaluations.wanted:
                 evaluations.tensors.append([each.clone() for each in tensors])
                 return None
-            return self.evaluations.pop(key).tensors or [[torch.zeros_like(each) for each in tensors]]
+            if not evaluations.wanted:
+                evaluations.tensors = [[torch.zeros_like(each) for each in tensors]]
+            return self.evaluations.pop(key)
 
     def _alive(self) -> nn.Module:
         network = self.network()
@@ -163,11 +168,11 @@ class ConstantWeights(ChecksWeights):
         """Return what differs after the weights were replaced or written in place, or the adapters changed."""
         return _versions(self.weights), adapters_of(self.parts)
 
-    def _program(self, inputs: Sequence[Any], examples: Sequence[Sequence[Tensor]]) -> Program:
+    def _program(self, inputs: Sequence[Any], evaluations: Evaluations) -> Program:
         start, size = time.perf_counter(), shape_text(inputs)
         self.backend.announce(f"{self.backend.kind}: compiling the {self.name} for the input {size} ...")
         with torch.inference_mode(False), torch.no_grad():
-            program = self.build(FlatNetwork(self._alive(), inputs), examples)
+            program = evaluations.build(FlatNetwork(self._alive(), inputs), evaluations.tensors)
         self.backend.announce(
             f"{self.backend.kind}: the {self.name} is ready after {time.perf_counter() - start:.1f} s."
         )

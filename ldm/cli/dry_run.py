@@ -190,7 +190,8 @@ def _memory(cost: StepCost, other: StepCost, train: TrainConfig, precision: str,
 
 def _disk(experiment: Experiment, task: Task, cost: StepCost, opened: _Opened) -> list[str]:
     """Return the lines on disk space; that of latents if the images can be counted."""
-    lines = [f"disk: {_gib(cost.weights + cost.optimizer + cost.ema)} for each checkpoint"]
+    towers = sum(tensor.nbytes for tower in task.image_towers.values() for tensor in tower.state_dict().values())
+    lines = [f"disk: {_gib(cost.weights - towers + cost.optimizer + cost.ema)} for each checkpoint"]
     first_stage, data = task.frozen_first_stage, experiment.data
     if first_stage is None:
         return lines

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import nn
+
 from ldm.errors import ConfigError, unknown
 from ldm.evaluation.features import FeatureNetwork
 from ldm.evaluation.intervals import Estimate
@@ -35,6 +37,7 @@ class Number:
         network: feature network.
         reference: split whose images it was compared with.
         parameters: parameters of the metric, as values of JSON.
+        decoder: decoder that was used in place of that of the first stage; None for none.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Number:
     network: FeatureNetwork | None = None
     reference: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    decoder: nn.Module | None = None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class Receipt:
     """A number with its interval and conditions.
 
     Attributes:
-        weights: hash of the evaluated weights.
+        weights: hash of the evaluated weights; of those of several networks, joined by ``+``.
         value, low, high: the number and the limits of its interval, which may be infinite.
         unit: unit of the number; empty for none.
         better: ``higher``, ``lower`` or ``neither``.

@@ -86,7 +86,10 @@ def receipt(subject: Subject, part: Part, number: Number) -> Receipt:
         **_sampling(subject, part),
     )
     value = number.estimate
-    return Receipt(_weights(subject, part), value.value, value.low, value.high, number.unit, number.better, conditions)
+    weights = _weights(subject, part)
+    if number.decoder is not None:
+        weights = f"{weights}+{subject.hash_of(number.decoder)}"
+    return Receipt(weights, value.value, value.low, value.high, number.unit, number.better, conditions)
 
 
 def evaluate(request: Request, subject: Subject, progress: Callable[[str], object] = lambda name: None) -> Receipts:

@@ -28,7 +28,7 @@ from ldm.training.ema import EMA, PowerEMA, not_finite
 from ldm.training.gradient_clipping import clip_gradients
 from ldm.training.optimizers import set_learning_rate
 from ldm.training.sharded_tensors import full_tensor
-from ldm.training.tasks import Task
+from ldm.training.tasks import Task, image_towers
 from ldm.training.tasks.task import Export, Preview, Splits, Step, TrainLoss
 from ldm.training.trial import evaluation_mode, infinite_loss, try_settings
 
@@ -44,8 +44,8 @@ def seed_of(*key: int | str) -> int:
 class StageModule(L.LightningModule):
     """A task under Lightning.
 
-    Its state dict is that of the task. Steps are counted here (``completed_steps``), since Lightning counts those of all
-    optimizers together. All methods are called on all ranks; files are written elsewhere, by the first rank.
+    Its state dict is that of the task without its image towers. Steps are counted here (``completed_steps``), since Lightning
+    counts those of all optimizers together. All methods are called on all ranks; files are written elsewhere, by the first rank.
 
     Args:
         task: networks and losses, with their initial weights.
@@ -75,6 +75,7 @@ class StageModule(L.LightningModule):
         self.seed = seed
         self.folder = folder
         self.settings = settings
+        self.tower_fingerprints = image_towers.fingerprints(task)
         self.completed_steps = 0
         self.interrupted = (
             False  # True if what is due after the newest step, previews and validation, has not been made
@@ -364,15 +365,16 @@ class StageModule(L.LightningModule):
     # Checkpoints
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        return self.task.state_dict(*args, **options)
+        return image_towers.without(self.task, self.task.state_dict(*args, **options))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        return self.task.load_state_dict(state_dict, strict, assign)
+        return self.task.load_state_dict(image_towers.added(self.task, state_dict), strict, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["completed_steps"] = self.completed_steps
         checkpoint["interrupted"] = self.interrupted
         checkpoint["handoff"] = self.handoff
+        checkpoint[image_towers.RECORD] = self.tower_fingerprints
         checkpoint["settings"] = to_dict(self.settings)
         checkpoint["samples"] = self.fingerprints
         checkpoint["samples_per_batch"] = self._samples_per_batch

@@ -24,6 +24,7 @@ from ldm.formats.native import check_names
 from ldm.formats.sharded_checkpoint import damaged_tensor, is_sharded, load_sharded
 from ldm.formats.training_checkpoint import earlier_checkpoints, resume_points
 from ldm.training.ema import not_finite
+from ldm.training.tasks import image_towers
 
 if TYPE_CHECKING:
     from ldm.data.datamodule import DataModule
@@ -123,8 +124,8 @@ def resume_point(module: StageModule, data: DataModule) -> ResumePoint | None:
 
     Raises:
         CheckpointError: all are damaged; or the newest intact one holds weights that are not finite, belongs to another model,
-            trains other parts of it, was trained on other predecessors or images, with fields that must not change, or for
-            more steps.
+            trains other parts of it, was trained on other predecessors, image towers or images, with fields that must not
+            change, or for more steps.
     """
     paths, problems = resume_points(module.folder), []
     for path, following in itertools.zip_longest(paths, paths[1:]):
@@ -172,7 +173,13 @@ def _check(module: StageModule, data: DataModule, last: Path, checkpoint: Mappin
                 f"{last} was trained on the {name} with fingerprint {checkpoint['handoff'].get(name)}, but the current one has "
                 f"{mark}; delete {module.folder} to train the stage on it, or restore the old one."
             )
-    check_names(module.task, checkpoint["state_dict"], last)
+    for name, mark in image_towers.recorded_fingerprints(module.task, checkpoint).items():
+        if (current := module.tower_fingerprints.get(name, mark)) != mark:
+            raise CheckpointError(
+                f"{last} was trained with an image tower of {name} with fingerprint {mark}, but its file now holds one with "
+                f"{current}; restore the old file, or delete {module.folder} to restart the stage."
+            )
+    check_names(module.task, image_towers.added(module.task, checkpoint["state_dict"]), last)
     groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
     before, now = sum(len(group["params"]) for group in groups), sum(p.requires_grad for p in module.parameters())
     if before != now:

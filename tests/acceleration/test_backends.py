@@ -234,9 +234,16 @@ def test_weights_in_8_bits_hardly_change_an_image(cache: str) -> None:
 @needs_openvino
 @pytest.mark.slow
 def test_convolutions_in_8_bits_are_calibrated_by_the_first_evaluations(
-    cache: str, capsys: pytest.CaptureFixture[str]
+    cache: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("nncf", reason="needs the package nncf, of the extra openvino")
+    hashed, fingerprint = [], openvino.fingerprint
+
+    def counted(network: Any, about: object) -> str:
+        hashed.append(type(network.network).__name__)
+        return fingerprint(network, about)
+
+    monkeypatch.setattr(openvino, "fingerprint", counted)
     exact = Pipeline(tiny_model())(PROMPT, **QUIET)
     options: dict[str, Any] = {
         "cache": cache,
@@ -251,6 +258,7 @@ def test_convolutions_in_8_bits_are_calibrated_by_the_first_evaluations(
     later = Pipeline(tiny_model()).compile("openvino", **options)
     torch.testing.assert_close(later(PROMPT, **QUIET), quantized)
     assert "computed without the program" not in capsys.readouterr().err
+    assert hashed.count("UNet") == 2  # once in each pipeline
 
 
 SIGNAL = """

@@ -45,7 +45,7 @@ class Snapshot(Backend, kind="snapshot"):
 
     def compile(self, network: nn.Module, name: str) -> nn.Module:
         wanted = self.calibration if name == "denoiser" else 0
-        return ConstantWeights(network, name, self, self.copied, lambda network, tensors: wanted)
+        return ConstantWeights(network, name, self, self.copied, lambda network, tensors: (wanted, self.copied))
 
     def copied(self, network: FlatNetwork, examples: Sequence[Sequence[Tensor]]) -> FlatNetwork:
         copied = copy.deepcopy(network)

@@ -16,7 +16,9 @@ from ldm.evaluation.metrics import contrastive
 from ldm.evaluation.runner import receipt
 from ldm.evaluation.subject import Options, Subject
 from ldm.evaluation.sweep import counted
+from ldm.formats import save
 from tests.evaluation.subjects import numbers, opened
+from tests.tiny import tiny_model
 
 
 def test_a_repeated_caption_is_one_of_the_captions_among_which_images_are_found(subject: Subject) -> None:
@@ -54,6 +56,20 @@ def test_reconstructions_are_compared_with_the_measured_images_alone(folder: Pat
     (found,) = all_metrics()["rfid"].run(subject)
     conditions = receipt(subject, "vae", found).conditions
     assert (conditions.n, conditions.reference, conditions.reference_n) == (20, None, None)
+
+
+def test_receipts_of_the_tiny_decoder_have_the_hash_of_its_weights_too(folder: Path) -> None:
+    weights: list[dict[str, str]] = []
+    for seed in range(2):
+        model = tiny_model(tiny_decoder={"widths": [8], "blocks": 1, "patch": 2})
+        assert model.tiny_decoder is not None
+        torch.nn.init.normal_(next(model.tiny_decoder.parameters()), generator=torch.Generator().manual_seed(seed))
+        save(model, folder / "with_tiny_decoder.safetensors")
+        subject = opened(folder, "with_tiny_decoder.safetensors")
+        weights.append({name: receipt(subject, "vae", each).weights for name, each in numbers(subject, "psnr").items()})
+    first, second = weights
+    assert first["psnr"] == second["psnr"]
+    assert first["psnr_tiny_decoder"] != second["psnr_tiny_decoder"]
 
 
 def test_other_labels_give_another_hash_of_the_data() -> None:

@@ -14,7 +14,7 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from ldm.evaluation.intervals import jackknife
-from ldm.evaluation.metrics import kernels
+from ldm.evaluation.metrics import coverage, kernels
 from ldm.evaluation.metrics.coverage import density_and_coverage, precision_and_recall
 from ldm.evaluation.metrics.frechet import Moments, estimate, frechet_distance
 from ldm.evaluation.metrics.kernels import SIGMA, gaussian, mmd, polynomial
@@ -57,6 +57,22 @@ def test_the_frechet_distance_holds_for_singular_covariances() -> None:
         Moments.of_gaussian(np.zeros(4), np.diag(first)), Moments.of_gaussian(np.ones(4), np.diag(second))
     )
     assert found == pytest.approx(4 + ((np.sqrt(first) - np.sqrt(second)) ** 2).sum())
+
+
+@pytest.mark.parametrize("unused", [0, 4])
+def test_the_interval_of_the_frechet_distance_is_from_distances_without_each_group(unused: int) -> None:
+    """Also if some features are always 0."""
+    draw = np.random.default_rng(0)
+    first, second = draw.standard_normal((210, 12)) + 3, 2 * draw.standard_normal((90, 12))
+    first[:, :unused] = second[:, :unused] = 0
+    found = estimate(torch.from_numpy(first), torch.from_numpy(second))
+    moments = Moments.of(second)
+    expected = jackknife(210, lambda index: frechet_distance(Moments.of(first[index]), moments))
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (expected.value, expected.low, expected.high), rel=1e-9 if unused == 0 else 1e-6
+    )
+    first[0, 0] = np.nan
+    assert np.isnan(estimate(torch.from_numpy(first), torch.from_numpy(second)).value)
 
 
 def test_fewer_images_than_features_are_no_exception() -> None:
@@ -139,6 +155,17 @@ def test_precision_recall_density_and_coverage_are_those_of_loops() -> None:
     assert found["density"].value == pytest.approx(np.mean([inside(p, true, reach(true, 5)) / 5 for p in made]))
     covered = [any(float((p - q).norm()) <= r for q in made) for p, r in zip(true, reach(true, 5), strict=True)]
     assert found["coverage"].value == np.mean(covered)
+
+
+def test_balls_contain_copies_of_the_features_that_they_reach_to() -> None:
+    """Also of features far from 0, whose distances by matrix products are rounded."""
+    true = torch.randn(300, 64) + 100
+    made = true[torch.randperm(300)]
+    distances = list(coverage.distances(made, true))
+    assert int((torch.cat(distances) == 0).sum()) == 300
+    found = precision_and_recall(made, true) | density_and_coverage(made, true, k=5)
+    assert [found[name].value for name in ("precision", "recall", "coverage")] == [1, 1, 1]
+    assert found["density"].value == pytest.approx(6 / 5)
 
 
 def test_their_intervals_are_those_of_the_jackknife_from_one_pass_over_the_pairs(

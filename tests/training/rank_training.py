@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tests.processes import spawn
+
 
 def train(
     config: Path, stages: Sequence[str], overrides: Sequence[str], world_size: int = 1, killed_after: int | None = None
@@ -28,7 +30,7 @@ def train(
         port = free.getsockname()[1]
     arguments = (world_size, port, config, stages, overrides, killed_after)
     try:
-        torch.multiprocessing.spawn(_train, arguments, nprocs=world_size)
+        spawn(_train, arguments, world_size, config.parent)
     except torch.multiprocessing.ProcessExitedException as error:
         if killed_after is None or error.signal_name not in ("SIGKILL", "SIGABRT"):  # or of gloo, which lost its peer
             raise

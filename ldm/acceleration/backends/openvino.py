@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ldm import __version__
 from ldm.acceleration.backend import Backend
-from ldm.acceleration.constant_weights import ConstantWeights, FlatNetwork, Program
+from ldm.acceleration.constant_weights import Build, ConstantWeights, FlatNetwork, Program
 from ldm.config import config_field
 from ldm.errors import SamplingError, first_line, missing_extra
 from ldm.paths import expanded
@@ -81,9 +81,10 @@ class OpenVINO(Backend, kind="openvino"):
         calibration = plain._calibration if plain.quantization == "int8_hybrid" else None
         return ConstantWeights(network, name, self, plain._build, calibration)
 
-    def _calibration(self, network: FlatNetwork, tensors: Sequence[Tensor]) -> int:
-        stored = self.cache is not None and (Path(expanded(self.cache)) / self._key(network, tensors)).is_dir()
-        return 0 if stored else self.calibration
+    def _calibration(self, network: FlatNetwork, tensors: Sequence[Tensor]) -> tuple[int, Build]:
+        key = self._key(network, tensors)
+        stored = self.cache is not None and (Path(expanded(self.cache)) / key).is_dir()
+        return 0 if stored else self.calibration, partial(self._build_as, key)
 
     def _key(self, network: FlatNetwork, tensors: Sequence[Tensor]) -> str:
         import openvino
@@ -100,9 +101,12 @@ class OpenVINO(Backend, kind="openvino"):
         return fingerprint(network, (versions, _properties(network), options, shapes, network.constants()))
 
     def _build(self, network: FlatNetwork, examples: Sequence[Sequence[Tensor]]) -> Program:
+        return self._build_as(self._key(network, examples[0]), network, examples)
+
+    def _build_as(self, key: str, network: FlatNetwork, examples: Sequence[Sequence[Tensor]]) -> Program:
         properties = _properties(network)
         with tempfile.TemporaryDirectory() if self.cache is None else nullcontext(expanded(self.cache)) as cache:
-            folder = Path(cache) / self._key(network, examples[0])
+            folder = Path(cache) / key
             try:
                 if not folder.is_dir():
                     _write(folder, network, examples, self.quantization)

@@ -21,11 +21,18 @@ PRECISION_K, DENSITY_K = 3, 5
 CHUNK = 256
 """Number of rows compared at once, which bounds the memory."""
 
+ROUNDING = 1e-12
+"""Bound of the rounding of a squared distance by matrix products in fp64, relative to the squared lengths of the vectors."""
+
 
 def distances(points: Tensor, centres: Tensor) -> Iterator[Tensor]:
-    """Yield the distances of points ``[n d]`` to centres ``[m d]``, exact for equal ones, as ``[CHUNK m]`` at a time."""
+    """Yield the distances of points ``[n d]`` to centres ``[m d]`` in fp64, 0 for equal ones, as ``[CHUNK m]`` at a time."""
+    points, centres = points.double(), centres.double()
+    lengths = centres.square().sum(1)
     for part in points.split(CHUNK):
-        yield torch.cdist(part, centres, compute_mode="donot_use_mm_for_euclid_dist")
+        distance = torch.cdist(part, centres, compute_mode="use_mm_for_euclid_dist")
+        rounding = ROUNDING * (part.square().sum(1)[:, None] + lengths)
+        yield distance.masked_fill_(distance.square() <= rounding, 0)
 
 
 def radii(features: Tensor, k: int) -> Tensor:
@@ -45,7 +52,6 @@ def precision_and_recall(made: Tensor, true: Tensor, k: int = PRECISION_K) -> di
     the share of true images in the ball of a generated one (equations 1 and 2). True images are fixed:
     precision is then a share of independent hits; the interval of recall is that of the jackknife.
     """
-    made, true = made.double(), true.double()
     reach = _radii_among(made, k, _kept(len(made)))
     hits = sum(torch.stack([(part <= radius).any(1).sum() for radius in reach]) for part in distances(true, made))
     shares = (torch.as_tensor(hits) / len(true)).tolist()
@@ -61,7 +67,6 @@ def density_and_coverage(made: Tensor, true: Tensor, k: int = DENSITY_K) -> dict
     Density is the number of balls of true images that a generated image lies in, over k (equation 5); coverage the share of true
     images whose ball holds a generated image (equation 6). True images are fixed.
     """
-    made, true = made.double(), true.double()
     keep = _kept(len(made))
     balls, covered = torch.zeros(len(made)), torch.zeros(len(keep))
     for part, reach in zip(distances(true, made), radii(true, k).split(CHUNK), strict=True):
@@ -82,12 +87,15 @@ def _kept(n: int) -> Tensor:
 
 
 def _radii_among(features: Tensor, k: int, keep: Tensor) -> Tensor:
-    """Return :func:`radii` among the features that each row of ``keep [g n]`` keeps, ``[g n]``; minus infinity for the others."""
-    parts = []
+    """Return :func:`radii` among the features that each row of ``keep [g n]`` keeps, ``[g n]``; minus infinity for the others.
+
+    They are longer by the rounding of distances, so that a ball contains the neighbour that it reaches to, and its copies.
+    """
+    parts, rounding = [], 2 * ROUNDING * features.double().square().sum(1)
     for part in distances(features, features):
         among = [part.masked_fill(~kept, math.inf).kthvalue(k + 1, dim=1).values for kept in keep]
         parts.append(torch.stack(among))  # the nearest is the feature itself
-    return torch.cat(parts, dim=1).masked_fill(~keep, -math.inf)
+    return (torch.cat(parts, dim=1).square() + rounding).sqrt().masked_fill(~keep, -math.inf)
 
 
 @metric("precision_recall", "samples")

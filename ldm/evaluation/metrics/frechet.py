@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ldm.evaluation.intervals import Estimate, jackknife
+from ldm.evaluation.intervals import GROUPS, Estimate, group_of, jackknife, jackknife_of
 from ldm.evaluation.metric import Number, metric
 
 if TYPE_CHECKING:
@@ -68,7 +68,38 @@ def estimate(features: Tensor, reference: Tensor) -> Estimate:
     The distance has a bias of about d / n, so numbers of different n are not comparable.
     """
     rows, fixed = features.double().numpy(), Moments.of(reference.double().numpy())
+    if len(rows) > max(GROUPS, rows.shape[1]):
+        return _estimate_by_products(rows, fixed).within(0)
     return jackknife(len(rows), lambda index: frechet_distance(Moments.of(rows[index]), fixed)).within(0)
+
+
+def _estimate_by_products(rows: np.ndarray, fixed: Moments) -> Estimate:
+    """Return the distance of more rows than features, ``[n d]``, with its interval.
+
+    The singular values of R1 R2^T are the square roots of the eigenvalues of R2 C1 R2^T, and this matrix is, without a group of
+    the jackknife, the difference of sums of products of rows. An eigenvalue is exact to the rounding of the largest one.
+    """
+    if not all(np.isfinite(each).all() for each in (rows, *fixed)):
+        return jackknife_of(math.nan, [])
+    group, rows = group_of(len(rows)), rows - fixed.mean
+    groups = [group == i for i in range(GROUPS)]
+    projected = rows @ fixed.root.T
+    parts = [  # of which those of all rows are the sums
+        (projected[each].T @ projected[each], rows[each].sum(axis=0), np.square(rows[each]).sum(), each.sum())
+        for each in groups
+    ]
+    total = [sum(each) for each in zip(*parts, strict=True)]
+
+    def value(product: np.ndarray, sum_of_rows: np.ndarray, square: float, count: int) -> float:
+        mean = sum_of_rows / count
+        own = fixed.root @ mean
+        variance = (square - count * float(mean @ mean)) / (count - 1)
+        eigenvalues = np.linalg.eigvalsh((product - count * np.outer(own, own)) / (count - 1))
+        cross = float(np.sqrt(eigenvalues.clip(min=0)).sum())
+        return max(0.0, float(mean @ mean + variance) + fixed.variance - 2 * cross)
+
+    without = [value(*(of_all - of_group for of_all, of_group in zip(total, part, strict=True))) for part in parts]
+    return jackknife_of(value(*total), without)
 
 
 @metric("fid", "samples")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def nearest(features: Tensor, training: Tensor) -> np.ndarray:
     """Return the Euclidean distance of each of the features ``[n d]`` to the nearest of ``training [m d]``: ``[n]``."""
-    parts = [part.amin(dim=1) for part in distances(features.double(), training.double())]
+    parts = [part.amin(dim=1) for part in distances(features, training)]
     found: np.ndarray = torch.cat(parts).numpy()
     return found
 

@@ -20,10 +20,12 @@ def psnr(subject: Subject) -> Iterator[Number]:
     """Measure the mean PSNR of the decoded modes of the posteriors, also by the tiny decoder if there is one."""
     if subject.first_stage is None:
         return
-    tiny = subject.pipe is not None and subject.pipe.model.tiny_decoder is not None
-    for decoder, suffix in {"full": "", **({"tiny": "_tiny_decoder"} if tiny else {})}.items():
-        values = subject.reconstructions(decoder).values["psnr"]
-        yield Number(f"psnr{suffix}", bootstrap(values), len(values), "higher", unit="dB")
+    values = subject.reconstructions().values["psnr"]
+    yield Number("psnr", bootstrap(values), len(values), "higher", unit="dB")
+    tiny = subject.pipe.model.tiny_decoder if subject.pipe is not None else None
+    if tiny is not None:
+        values = subject.reconstructions("tiny").values["psnr"]
+        yield Number("psnr_tiny_decoder", bootstrap(values), len(values), "higher", unit="dB", decoder=tiny)
 
 
 @metric("ssim", "vae")

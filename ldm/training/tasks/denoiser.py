@@ -107,6 +107,7 @@ class DenoiserTask(Task):
         self.features = Features(model.denoiser, config.loss.features)
         self.needs_images = config.loss.reads_images
         self.loss = self._loss(image_encoder)
+        self.image_towers = {} if image_encoder is None else {"denoiser.loss": image_encoder}
         self.of_points = model.latent_shape() == (2, 1, 1)
         if self.of_points:
             require_matplotlib()

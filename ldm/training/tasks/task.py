@@ -100,7 +100,8 @@ class Task(nn.Module):
     Class attributes: ``stage``, its name and config section; ``title``, its name in reports; ``result``, its result file in the
     run folder; ``monitor``, the validation metric that selects the best checkpoint; ``higher_is_better``; ``one_size``, whether
     its networks take images of one size only, so that they are trained without aspect buckets; ``needs_images``, whether it uses
-    the images themselves if latents are cached.
+    the images themselves if latents are cached; ``image_towers``, frozen networks of its losses that are read from files of
+    their own, by the config field that names the file: checkpoints hold their fingerprints, but not their weights.
     """
 
     stage: ClassVar[str]
@@ -110,6 +111,7 @@ class Task(nn.Module):
     higher_is_better: ClassVar[bool]
     one_size: ClassVar[bool] = False
     needs_images: bool = True
+    image_towers: Mapping[str, nn.Module] = MappingProxyType({})
 
     @classmethod
     def build(cls, experiment: Experiment, handoff: Handoff) -> Task:

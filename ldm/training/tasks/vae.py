@@ -93,7 +93,9 @@ class VAETask(Task):
         self.config = config
         self.first_stage = config.model.build()
         self.reconstruction_loss = config.loss.build()
-        self.terms = nn.ModuleDict({each.kind: each.build(_image_tower(each)) for each in config.loss.terms})
+        towers = {each.kind: _image_tower(each) for each in config.loss.terms}
+        self.image_towers = {f"vae.loss.terms.{kind}": tower for kind, tower in towers.items() if tower is not None}
+        self.terms = nn.ModuleDict({each.kind: each.build(towers[each.kind]) for each in config.loss.terms})
         self.discriminator = config.loss.build_discriminator(config.model.image_channels)
         self.discriminator_step = config.loss.discriminator_step(config.train.max_steps if config.train else 0)
         self.features = Features(self.first_stage, config.loss.features)
