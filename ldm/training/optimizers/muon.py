@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import config_field
+from ldm.devices import default_dtype
 from ldm.errors import ConfigError
 from ldm.nn.input_output import is_input_or_output
 from ldm.training.optimizers.adamw import AdamW
@@ -139,7 +140,7 @@ class Muon(AdamW):
         for members in _batches(directions):
             matrices = torch.stack([full_tensor(directions[i]).flatten(1) for i in members])
             rows, columns = matrices.shape[1:]
-            updates = orthogonalized(matrices, group["iterations"]).float()
+            updates = orthogonalized(matrices.to(default_dtype(matrices.device)), group["iterations"]).float()
             size = group["lr"] * update_scale(rows, columns, group["scale"])
             for i, update in zip(members, updates, strict=True):
                 parameter = parameters[i]
@@ -166,12 +167,11 @@ def orthogonalized(matrices: Tensor, iterations: int) -> Tensor:
     """Return matrices [b m n] with singular values near 1, in about [0.7, 1.2], and the same singular vectors.
 
     The quintic Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X of the matrix divided by its Frobenius norm
-    (Jordan et al. 2024); in bf16 on GPUs, else in the precision of the matrices.
+    (Jordan et al. 2024), in the precision of the matrices; bf16 is enough.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.to(torch.bfloat16) if matrices.device.type == "cuda" else matrices
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x  # the smaller products
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices  # the smaller products
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
