@@ -96,8 +96,8 @@ def run_comparison(
 
     waiting = [each for each in runs if not each.record.is_done]
     say(
-        f"{len(recipes.overrides)} recipes, {seeds} seeds: {len(runs)} runs of {minutes:.3g} minutes, {len(waiting)} of them not "
-        f"finished; about {len(waiting) * minutes / 60 / jobs:.1f} h without the measurements"
+        f"{len(recipes.overrides)} recipes, {seeds} seed{'s' * (seeds > 1)}: {len(runs)} runs of {minutes:.3g} minutes, "
+        f"{len(waiting)} of them not finished; about {len(waiting) * minutes / 60 / jobs:.1f} h without the measurements"
     )
     failed: list[str] = []
 
@@ -134,8 +134,7 @@ def _check_distinct(digests: dict[str, str]) -> None:
     for name, mark in digests.items():
         if mark in known:
             raise ConfigError(
-                f"recipe {name!r} is the same training as {known[mark]!r}; remove "
-                "one of them, or choose others with --only."
+                f"recipe {name!r} is the same training as {known[mark]!r}; remove one of them, or choose others with --only."
             )
         known[mark] = name
 

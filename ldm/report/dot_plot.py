@@ -10,7 +10,7 @@ from markupsafe import Markup
 from ldm.report.charts import BOTTOM, RIGHT, TOP, WIDTH, Axis, number
 from ldm.report.html import render
 
-LABELS = 130
+LABELS = 165
 """Width of the labels of the rows."""
 
 ROW = 18

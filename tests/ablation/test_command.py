@@ -19,7 +19,9 @@ from ldm.cli import ablate as command
 from ldm.evaluation.receipt import read_receipts
 from ldm.report.run import Run as RunFolder
 from ldm.training.engine import StageModule
+from ldm.training.stages import train_stage
 from tests.ablation.experiments import RECIPES, arguments_of, write_recipes
+from tests.experiments import tiny_experiment, write_clip, write_experiment
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,8 +45,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             work(each.folder)
             finished(each, 0)
 
-    def step_times(experiments: Any, *_: Any) -> StepTimes:
-        sizes = {name: each.denoiser.train.batch_size / 4 for name, each in experiments.items()}
+    def step_times(experiments: Any, stage: str, *_: Any) -> StepTimes:
+        sizes = {name: getattr(each, stage).train.batch_size / 4 for name, each in experiments.items()}
         return StepTimes("a device", 1, 1.0, {name: (size,) for name, size in sizes.items()})
 
     count = [0]
@@ -146,6 +148,54 @@ def test_mistakes_end_in_a_sentence_before_any_training(
     assert steps[0] == 0
 
 
+STAGES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
+    "clip": (
+        ["clip.loss=siglip"],
+        {},
+        ["text_to_image_R@1", "image_to_text_R@1", "text_to_image_R@5", "image_to_text_R@5"],
+    ),
+    "vae": (
+        ["vae.loss.terms=[{kind: perceptual, checkpoint: {clip}, weight: 0.1}]"],
+        {"clip": "clip.safetensors"},
+        ["probe_fid", "probe_error", "psnr", "ssim", "rfid"],
+    ),
+    "denoiser": (
+        ["denoiser.loss=repa"],
+        {"clip": "clip.safetensors", "vae": "run/vae/final.safetensors"},
+        ["recall_by_image@1", "recall_by_image@5", "denoising_error", "fid", "kid"],
+    ),
+}
+"""For each stage a recipe, the sources that it needs, and the numbers that are shown, of which the first decides."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_is_measured_on_val(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int], stage: str
+) -> None:
+    overrides, sources, numbers = STAGES[stage]
+    config = write_experiment(tmp_path)
+    write_clip(tmp_path)
+    if "vae" in sources:
+        train_stage(tiny_experiment(tmp_path), "vae")
+    recipes = write_recipes(tmp_path, {"plain": [], "other": overrides}, stage)
+    given = [f"{name}.checkpoint={tmp_path / path}" for name, path in sources.items()]
+    given += [f"{name}.train=null" for name in sources]
+    arguments = ["--config", config, "--recipes", recipes, "--steps", 6, "--seeds", 2, "--repeats", 2, *given]
+    before = steps[0]
+    assert run(monkeypatch, *arguments) == 0
+    assert steps[0] == before + 4 * 6
+    folder = tmp_path / "run" / "ablation"
+    found = json.loads((folder / "ablation.json").read_text())
+    assert found["by"] == numbers[0]
+    header = next(line for line in (folder / "ablation.md").read_text().splitlines() if line.startswith("|"))
+    assert [name.strip() for name in header.split("|")[5:-3]] == numbers
+    for row in found["recipes"]:
+        assert all(len(row["numbers"][name]["seeds"]) == 2 for name in numbers)
+    files = sorted(path.name for path in Path(found["runs"][0]["folder"]).glob("receipts*.json"))
+    assert files == ["receipts-val-seed100000.json", "receipts-val.json"][stage == "clip" :]
+
+
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     line = [sys.executable, str(ROOT / "tools" / "ablate.py"), *arguments]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -155,7 +205,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_comparison_that_is_stopped_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C, the signal of a queue, or a kill of the command alone: its trainings save their step and end."""
-    arguments = [*arguments_of(tmp_path)[:-2], "--steps", "4000", "--seeds", "1", "--jobs", "2"]
+    arguments = [*arguments_of(tmp_path)[:-2], "--steps", "800", "--seeds", "1", "--jobs", "2"]
     folder, deadline = tmp_path / "run" / "ablation", time.monotonic() + 120
     first = start(arguments)
     while not list(folder.glob("*/denoiser/metrics.csv")):
