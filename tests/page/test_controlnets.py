@@ -8,11 +8,12 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Page, expect
 
+from ldm import Pipeline
 from ldm.control_images import ControlImage
 from tests.page.actions import content, finished, generate, newest
 from tests.page.conftest import Opener
 from tests.serving.servers import Running, serving
-from tests.tiny import SIZE, tiny_controlnet
+from tests.tiny import SIZE, tiny_controlnet, tiny_model
 
 pytestmark = pytest.mark.page
 
@@ -88,6 +89,39 @@ def test_axe_finds_no_serious_fault_in_the_panel(open_page: Opener, controlled: 
     page.wait_for_timeout(200)
     violations = Axe().run(page).response["violations"]
     assert [each["id"] for each in violations if each["impact"] in ("serious", "critical")] == []
+
+
+def test_a_model_is_offered_the_controlnets_that_fit_it(open_page: Opener, tmp_path: Path, hint: Path) -> None:
+    """All of them while it is not loaded, since the server does not know yet which fit."""
+    network = {"kind": "unet", "levels": [{"width": 8, "blocks": 1, "depth": 1}], "heads": 2, "groups": 4}
+    narrow = tiny_model(denoiser=network | {"context_width": 16})
+    sources = {"edges": tiny_controlnet(tmp_path / "edges"), "depth": tiny_controlnet(tmp_path / "depth", model=narrow)}
+    models = {
+        name: Pipeline(model).save_pretrained(tmp_path / f"{name}.safetensors")
+        for name, model in {
+            "one": tiny_model(),
+            "narrow": narrow,
+            "classes": tiny_model("class"),
+            "late": narrow,
+        }.items()
+    }
+    with serving(tmp_path, sources=models, controlnets=sources) as server:
+        for name in ("one", "narrow", "classes"):
+            server.service.models.load(name)
+        page = open_page(server.url)
+        panel, model = page.locator("#controlnets"), page.get_by_label("Model", exact=True)
+        page.locator("#settings summary").first.click()
+        for name, names in {"narrow": ["depth"], "late": ["edges", "depth"], "one": ["edges"]}.items():
+            model.select_option(name)
+            expect(panel.locator("option")).to_have_text(names)
+        add(page, "edges", hint)
+        model.select_option("late")
+        expect(page.get_by_role("img", name="Image of edges")).to_be_visible()
+        model.select_option("classes")
+        expect(panel).to_be_hidden()
+        model.select_option("one")
+        expect(panel).to_be_visible()
+        expect(page.get_by_role("img", name="Image of edges")).to_have_count(0)
 
 
 def test_without_controlnets_there_is_no_panel(page: Page) -> None:

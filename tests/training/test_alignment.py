@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from ldm.benchmarks.peaks import count_operations
 from ldm.errors import CheckpointError, ConfigError
@@ -61,6 +62,24 @@ def test_it_trains_denoiser_and_projection_is_counted_and_resumes_bitwise(
     assert cost.weights == without.weights + sum(added.values())
     assert cost.trained == without.trained + projection
     assert "loss repa, with its image tower" in outline(experiment, "denoiser").networks
+
+
+@pytest.mark.slow
+def test_it_trains_in_a_compiled_denoiser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the weights without compiling, in as many graphs for any number of steps; the time of inductor is left out."""
+    recipe = ["denoiser.train.validate_every=1", f"denoiser.loss={{{FIELDS}, checkpoint: {write_clip(tmp_path)}}}"]
+    expected = trained(tmp_path / "plain", recipe, 2)
+    compile_module, graphs = torch.nn.Module.compile, []
+    for steps in (1, 2):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        with monkeypatch.context() as context:
+            context.setattr(torch.nn.Module, "compile", lambda module, by=counter: compile_module(module, backend=by))
+            found = trained(tmp_path / f"compiled {steps}", [*recipe, "trainer.compile=true"], steps)
+        graphs.append(counter.frame_count)
+    assert 0 < graphs[0] == graphs[1]
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-3)
 
 
 def test_it_uses_the_clip_of_the_experiment_and_images_next_to_cached_latents(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 /** The ControlNets that act on a job: each with its image, its scale, and the share of the steps. */
 
 import { choice, slider } from "./controls.js";
-import { announce, element } from "./dom.js";
+import { announce, element, find } from "./dom.js";
 import { drawn, encoded, fileOf } from "./source.js";
 
 /** Side in pixels of the small images in the panel. */
@@ -12,17 +12,14 @@ const THUMBNAIL = 96;
 export class ControlNets {
   /**
    * @param {HTMLDetailsElement} root
-   * @param {string[]} names
+   * @param {() => string[]} names returns those that can act in the chosen model
    */
   constructor(root, names) {
     this.root = root;
-    root.hidden = names.length === 0;
+    this.names = names;
     /** @type {Unit[]} */
     this.units = [];
-    this.choice = choice(
-      "controlnet",
-      names.map((name) => ({ value: name, text: name })),
-    );
+    this.choice = choice("controlnet", []);
     this.file = element("input", {
       type: "file",
       accept: "image/png,image/jpeg,image/webp",
@@ -47,6 +44,23 @@ export class ControlNets {
     });
     this.list = element("div", { className: "stack" });
     root.append(element("div", { className: "stack" }, this.choice.root, drop, this.list));
+    this.refresh();
+  }
+
+  /** Offer the ControlNets of the model that is chosen now, and remove the others. */
+  refresh() {
+    const names = this.names();
+    const before = this.choice.read();
+    this.root.hidden = names.length === 0;
+    find("select", this.choice.root).replaceChildren(...names.map((value) => element("option", { value }, value)));
+    if (names.includes(before)) this.choice.write(before);
+    this.#show(this.units.filter(({ name }) => names.includes(name)));
+  }
+
+  /** @param {Unit[]} units */
+  #show(units) {
+    this.units = units;
+    this.list.replaceChildren(...units.map(({ root }) => root));
   }
 
   /** @param {File | undefined} file */
@@ -61,14 +75,12 @@ export class ControlNets {
 
   /** @param {Unit} unit replaces that of the same ControlNet */
   #add(unit) {
-    this.units = [...this.units.filter(({ name }) => name !== unit.name), unit];
-    this.list.replaceChildren(...this.units.map(({ root }) => root));
+    this.#show([...this.units.filter(({ name }) => name !== unit.name), unit]);
   }
 
   /** @param {Unit} removed */
   #remove(removed) {
-    this.units = this.units.filter((unit) => unit !== removed);
-    this.list.replaceChildren(...this.units.map(({ root }) => root));
+    this.#show(this.units.filter((unit) => unit !== removed));
     this.file.focus();
   }
 
@@ -87,8 +99,8 @@ export class ControlNets {
    * @param {any[]} [fields]
    */
   async write(fields = []) {
-    this.units = [];
-    this.list.replaceChildren();
+    this.#show([]);
+    this.refresh();
     for (const { name, image, ...values } of fields) {
       const unit = new Unit(name, await createImageBitmap(await fileOf(image)), image, (each) => this.#remove(each));
       unit.write(values);

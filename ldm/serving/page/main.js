@@ -20,7 +20,7 @@ const options = await fetchJson("/v1/options");
 find("#runs-link").hidden = !options.runs;
 const form = new SettingsForm(find("#form"), options);
 const source = new Source(find("#source"), () => form.modelOptions);
-const controlnets = new ControlNets(find("#controlnets"), options.controlnets);
+const controlnets = new ControlNets(find("#controlnets"), () => form.modelOptions.controlnets ?? options.controlnets);
 const viewer = new Viewer({
   use: (image) => report(async () => use(image)),
   again: (image) => generate({ ...image.request, model: image.model ?? form.model.read() }),
@@ -55,6 +55,7 @@ async function busy(/** @type {() => Promise<any[]>} */ run) {
     const status = states.some((state) => state.status === "cancelled") ? "Cancelled." : "Done.";
     await gallery.refresh();
     form.update(await fetchJson("/v1/options"));
+    controlnets.refresh();
     announce(failed ? failed.error : status, Boolean(failed));
   });
   sessionStorage.removeItem(RUNNING);
@@ -120,7 +121,10 @@ find("#form").addEventListener("submit", (/** @type {Event} */ event) => {
     await (comparison.isOpen ? busy(() => comparison.run(given)) : generate(given));
   });
 });
-form.model.root.addEventListener("change", () => source.refresh());
+form.model.root.addEventListener("change", () => {
+  source.refresh();
+  controlnets.refresh();
+});
 find("#form").addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) find("#generate").click();
 });
