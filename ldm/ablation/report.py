@@ -58,9 +58,10 @@ class Comparison:
         """Sentence on what was compared."""
         unfinished = sum(row.open for row in self.rows)
         left = f"; runs not finished: {unfinished}" if unfinished else ""
+        threads = f"{self.times.threads} thread{'s' * (self.times.threads > 1)}"
         return (
             f"Stage {self.stage} of {self.name}, {self.minutes:.3g} minutes of training on {self.times.device} "
-            f"({self.times.seconds:.3g} s for a step of {PLAIN}, {self.times.threads} thread{'s' * (self.times.threads > 1)}), {self.seeds} "
+            f"({self.times.seconds:.3g} s for a step of {PLAIN}, {threads}), {self.seeds} "
             f"seed{'s' * (self.seeds > 1)}, val split{left}."
         )
 
