@@ -6,17 +6,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ldm.ablation import runner
+from ldm.ablation import metrics, runner
 from ldm.ablation.runs import Record, Run
 from ldm.ablation.step_times import StepTimes
 from ldm.ablation.work import work
 from ldm.cli import ablate as command
 from ldm.evaluation.receipt import read_receipts
+from ldm.evaluation.subject import Options
 from ldm.report.run import Run as RunFolder
 from ldm.training.engine import StageModule
 from ldm.training.stages import train_stage
@@ -174,6 +176,7 @@ def test_each_stage_is_measured_on_val(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int], stage: str
 ) -> None:
     overrides, sources, numbers = STAGES[stage]
+    monkeypatch.setattr(metrics, "Options", partial(Options, probe_steps=5))
     config = write_experiment(tmp_path)
     write_clip(tmp_path)
     if "vae" in sources:
