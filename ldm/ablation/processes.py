@@ -8,17 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ldm.ablation.runs import Run
-from ldm.errors import Interrupted
-from ldm.processes import STOP_SIGNALS
+from ldm.processes import THREADS_BY_USER, interruptible
 
 LOG = "log.txt"
 """File in the folder of a run with the output of its process."""
@@ -29,12 +26,10 @@ POLL = 0.5
 EX_TEMPFAIL = 75
 """Exit code of a training that was stopped by a signal."""
 
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-
 
 def threads_of(jobs: int) -> int:
     """Return the number of CPU threads of each of several processes: their part of the cores, or what the user has set."""
-    given = [int(os.environ[name]) for name in THREADS if os.environ.get(name, "").isdigit()]
+    given = [int(os.environ[name]) for name in THREADS_BY_USER if os.environ.get(name, "").isdigit()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return given[0] if given else max(1, cores // jobs)
 
@@ -63,7 +58,7 @@ def run_all(
     total = sum(each.task.steps for each in runs)
     bar = tqdm(total=total, unit="step", desc="training", leave=False, disable=not sys.stderr.isatty())
     done = 0
-    with _stoppable(), bar:
+    with interruptible("the comparison"), bar:
         try:
             while waiting or active:
                 for slot in range(jobs):
@@ -97,7 +92,7 @@ def _start(run: Run, command: list[str], threads: int, slot: int) -> subprocess.
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
-        **dict.fromkeys(THREADS, str(threads)),
+        **dict.fromkeys(THREADS_BY_USER, str(threads)),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     if (count := torch.cuda.device_count()) > 1 and run.experiment.trainer.accelerator != "cpu":
@@ -120,23 +115,6 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         for each in processes:
             if each.poll() is None:
                 each.kill()
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Raise upon a signal of a queue within the block."""
-
-    def stop(number: int, frame: Any) -> None:
-        name = signal.Signals(number).name
-        raise Interrupted(f"the comparison was stopped by {name}; run the same command to resume it.")
-
-    numbers = [number for number in STOP_SIGNALS if number != signal.SIGINT]
-    handlers = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def stop_with_parent() -> None:

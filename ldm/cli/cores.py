@@ -15,12 +15,13 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import NamedTuple
 
+from ldm.processes import THREADS_BY_USER
+
 WAITING = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 """Turns of libgomp's busy loop (about 0.2 ms in all), and milliseconds of that of LLVM and Intel, after which a thread sleeps."""
 
 WAITING_BY_USER = ("OMP_WAIT_POLICY", *WAITING)
-THREADS_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Environment variables by which users choose; nothing is changed if one is set."""
+"""Environment variables by which users choose; nothing is changed if one is set, as for those of the number of threads."""
 
 
 class Usage(NamedTuple):

@@ -22,7 +22,7 @@ from ldm.formats.native import save_state
 from ldm.formats.tensors import write_atomically
 from ldm.formats.training_checkpoint import resume_points
 from ldm.nn.gradient_checkpointing import set_gradient_checkpointing
-from ldm.training.callbacks.interruption import interruptible
+from ldm.processes import interruptible
 from ldm.training.costs import flops_by_shape
 from ldm.training.ema import not_finite
 from ldm.training.encoders import encoded_source
@@ -47,7 +47,7 @@ def train_stage(experiment: Experiment, stage: str) -> Path:
         CheckpointError: a predecessor does not fit the config, or has been trained again since; or the stage cannot be
             resumed with this config.
     """
-    with interruptible(stage):
+    with interruptible(f"stage {stage}"):
         result = result_file(experiment, stage)
         module, files = _build(experiment, stage)
         if is_finished(result, stage, module.train_config.max_steps, module.handoff):

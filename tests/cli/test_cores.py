@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm.cli.cores import THREADS_BY_USER, WAITING, WAITING_BY_USER, Usage, idle_cores, shorten_waiting, usage
+from ldm.cli.cores import WAITING, WAITING_BY_USER, Usage, idle_cores, shorten_waiting, usage
+from ldm.processes import THREADS_BY_USER
 
 ROOT = Path(__file__).parents[2]
 PRINT = "import os, torch; use_idle_cores(); print(torch.get_num_threads(), os.environ.get('GOMP_SPINCOUNT'))"
@@ -20,6 +21,7 @@ import os
 os.sched_getaffinity = lambda _: {{0, 1}}
 from ldm.cli import cores
 from ldm.cli.cores import shorten_waiting, use_idle_cores
+from ldm.processes import THREADS_BY_USER
 shorten_waiting()
 cores.START = cores.START._replace(all=cores.START.all - {1000 if busy else 0}, time=cores.START.time - 1000)
 import torch; torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))

@@ -6,43 +6,14 @@
 from __future__ import annotations
 
 import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 
 from ldm.errors import Interrupted, TrainingError
-from ldm.processes import STOP_SIGNALS
+from ldm.processes import STOP_SIGNALS, set_handlers
 from ldm.training.callbacks.checkpoints import Checkpoints
 from ldm.training.engine import StageModule
-
-
-@contextmanager
-def interruptible(stage: str) -> Iterator[None]:
-    """Raise at once upon a signal of a queue within the block; within the training steps :class:`Interruption` acts instead.
-
-    Raises:
-        Interrupted: the signal was received.
-    """
-
-    def stop(number: int, frame: Any) -> None:
-        name = signal.Signals(number).name
-        raise Interrupted(f"stage {stage} was stopped by {name}; run the same command to resume it.")
-
-    handlers = _set_handlers({number: stop for number in STOP_SIGNALS if number != signal.SIGINT})
-    try:
-        yield
-    finally:
-        _set_handlers(handlers)
-
-
-def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> dict[signal.Signals, Any]:
-    """Set the handlers of signals and return the former ones; handlers can only be set in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
 
 class Interruption(L.Callback):
@@ -66,7 +37,7 @@ class Interruption(L.Callback):
             if number == signal.SIGINT:
                 signal.signal(number, self.handlers[signal.SIGINT])
 
-        self.handlers = _set_handlers(dict.fromkeys(STOP_SIGNALS, stop))
+        self.handlers = set_handlers(dict.fromkeys(STOP_SIGNALS, stop))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StageModule, outputs: Any, batch: Any, batch_idx: int
@@ -82,10 +53,10 @@ class Interruption(L.Callback):
             self._stop(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: StageModule) -> None:
-        _set_handlers(self.handlers)
+        set_handlers(self.handlers)
 
     def on_exception(self, trainer: L.Trainer, module: StageModule, exception: BaseException) -> None:
-        _set_handlers(self.handlers)
+        set_handlers(self.handlers)
 
     def _agreed(self, trainer: L.Trainer) -> bool:
         return bool(trainer.strategy.reduce_boolean_decision(self.received is not None, all=False))
