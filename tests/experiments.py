@@ -29,6 +29,26 @@ TRAIN = {
 }
 """A checkpoint at each step, so that a training can be stopped at any."""
 
+PIXELS: dict[str, Any] = {
+    "vae": {"model": {"kind": "identity"}},
+    "clip": None,
+    "denoiser": {
+        "model": {
+            "kind": "unet",
+            "levels": [{"width": 16, "blocks": 1}],
+            "in_channels": 3,
+            "out_channels": 3,
+            "middle_depth": 0,
+            "heads": 2,
+            "groups": 4,
+        },
+        "conditioner": {"kind": "none"},
+        "sampling": {"num_inference_steps": 1},
+        "train": TRAIN,
+    },
+}
+"""A model of pixels, which needs no stage 1 and 2 and takes a step in milliseconds."""
+
 EXPERIMENT: dict[str, Any] = {
     "name": "tiny",
     "trainer": {"accelerator": "cpu", "devices": 1, "precision": "fp32"},

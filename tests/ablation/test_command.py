@@ -23,6 +23,7 @@ from ldm.report.run import Run as RunFolder
 from ldm.training.engine import StageModule
 from ldm.training.stages import train_stage
 from tests.ablation.experiments import RECIPES, arguments_of, write_recipes
+from tests.commands import exit_code
 from tests.experiments import tiny_experiment, write_clip, write_experiment
 
 ROOT = Path(__file__).parents[2]
@@ -30,10 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """The exit code of the command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["ablate.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        command.main()
-    return int(stopped.value.code or 0)
+    return exit_code(monkeypatch, command.main, "ablate.py", *arguments)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from ldm.ablation.recipes import Recipes, chosen, open_recipes, read_recipes
 from ldm.ablation.runs import Task, digest, make_run
 from ldm.errors import LdmError
 from ldm.training.experiment import load_config
-from tests.ablation.experiments import PIXELS, RECIPES, write_recipes
+from tests.ablation.experiments import CHANGES, RECIPES, write_recipes
 from tests.experiments import write_experiment
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def test_a_recipe_that_is_named_twice_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_recipe_that_is_refused_is_named(tmp_path: Path, override: str, problem: str) -> None:
-    changes = {} if "clip" in override else PIXELS
+    changes = {} if "clip" in override else CHANGES
     config = write_experiment(tmp_path, changes)
     stage = "vae" if "clip" in override else "denoiser"
     with pytest.raises(LdmError, match=problem):
@@ -65,7 +65,7 @@ def test_recipes_replace_overrides_of_all_runs_and_keep_the_noise_levels(tmp_pat
     recipes = Recipes(
         "denoiser", {"large": ("denoiser.train.batch_size=8",), "spread": ("denoiser.loss=dispersive",), "plain": ()}
     )
-    found = open_recipes(write_experiment(tmp_path, PIXELS), recipes, ["denoiser.train.batch_size=2"])
+    found = open_recipes(write_experiment(tmp_path, CHANGES), recipes, ["denoiser.train.batch_size=2"])
     assert list(found) == ["plain", "large", "spread"]
     assert [each.denoiser.train.batch_size for each in found.values()] == [2, 8, 2]
     losses = [each.denoiser.loss for each in found.values()]
@@ -82,7 +82,7 @@ def test_recipes_are_chosen_by_name() -> None:
 
 
 def test_a_run_is_an_ordinary_experiment_with_its_own_folder_steps_and_seed(tmp_path: Path) -> None:
-    experiment = load_config(write_experiment(tmp_path, PIXELS), ["seed=7"])
+    experiment = load_config(write_experiment(tmp_path, CHANGES), ["seed=7"])
     run = make_run(experiment, Task("min-SNR, soft", 2, "denoiser", 40, 1, ()))
     assert run.folder.parent == tmp_path / "run" / "ablation"
     assert run.folder.name == f"min-SNR_soft-seed2-{digest(run.experiment, 'denoiser')}"
@@ -92,7 +92,7 @@ def test_a_run_is_an_ordinary_experiment_with_its_own_folder_steps_and_seed(tmp_
 
 
 def test_runs_of_other_trainings_have_other_folders(tmp_path: Path) -> None:
-    config = write_experiment(tmp_path, PIXELS)
+    config = write_experiment(tmp_path, CHANGES)
 
     def name(*overrides: str, steps: int = 40) -> str:
         task = Task("plain", 0, "denoiser", steps, 1, ())

@@ -10,7 +10,7 @@ from ldm.ablation.runs import FOLDER
 from ldm.ablation.step_times import MEASUREMENTS, phase_starts, step_times, steps_in
 from ldm.errors import LdmError
 from ldm.training.experiment import load_config
-from tests.ablation.experiments import PIXELS
+from tests.ablation.experiments import CHANGES
 from tests.experiments import tiny_experiment, write_experiment
 
 
@@ -27,7 +27,7 @@ def test_steps_with_a_discriminator_count_with_their_own_time(tmp_path: Path, st
 
 
 def test_times_are_measured_once_for_a_recipe(tmp_path: Path) -> None:
-    config, lines = write_experiment(tmp_path, PIXELS), []
+    config, lines = write_experiment(tmp_path, CHANGES), []
     experiments = {
         PLAIN: load_config(config),
         "large": load_config(config, ["denoiser.train.batch_size=64"]),
@@ -53,7 +53,7 @@ def test_both_phases_of_a_vae_are_measured(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_cannot_be_trained_is_named(tmp_path: Path) -> None:
-    config = write_experiment(tmp_path, PIXELS)
+    config = write_experiment(tmp_path, CHANGES)
     one = load_config(config, ["denoiser.loss=dispersive", "denoiser.train.batch_size=1"])
     with pytest.raises(LdmError, match=r"recipe 'alone': .*batch_size to at least 2"):
         step_times({PLAIN: load_config(config), "alone": one}, "denoiser", 1, lambda line: None)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,13 @@ from PIL import Image
 from ldm.cli import evaluate as command
 from ldm.evaluation.receipt import read_receipts
 from ldm.training.stages import train_stage
+from tests.commands import exit_code
 from tests.experiments import CAPTIONS, tiny_experiment, write_experiment
 
 
 def evaluated(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Run the command in this process and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        command.main()
-    return int(stopped.value.code or 0)
+    return exit_code(monkeypatch, command.main, "evaluate.py", *arguments)
 
 
 def test_a_run_is_measured_by_each_of_its_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,14 @@ import pytest
 
 from ldm.cli import evaluate as command
 from ldm.evaluation.receipt import Receipts, read_receipts
+from tests.commands import exit_code
 from tests.evaluation.subjects import data_of, write_subject
 
 CHEAP = "psnr,retrieval,recall_by_image"
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        command.main()
-    return int(stopped.value.code or 0)
+    return exit_code(monkeypatch, command.main, "evaluate.py", *arguments)
 
 
 @pytest.fixture(scope="module")

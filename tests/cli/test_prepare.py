@@ -10,6 +10,7 @@ import yaml
 from ldm.cli import prepare
 from ldm.clip.tokenizer import Tokenizer
 from ldm.data.shards import Shards, find_shards
+from tests.commands import exit_code
 from tests.data.pictures import encoded, noise_picture, write_shards, write_tar
 from tests.experiments import write_experiment
 
@@ -18,10 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """The exit code of the command in this process."""
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        prepare.main()
-    return int(stopped.value.code or 0)
+    return exit_code(monkeypatch, prepare.main, "prepare.py", *arguments)
 
 
 @pytest.fixture

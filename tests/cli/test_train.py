@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.cli import train as command
+from tests.commands import exit_code
 from tests.experiments import tiny_experiment, write_experiment
 
 ROOT = Path(__file__).parents[2]
@@ -22,10 +23,7 @@ LONG = ["vae.train.max_steps=40", "vae.train.checkpoint_every=4", "vae.train.val
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """The exit code of the command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        command.main()
-    return int(stopped.value.code or 0)
+    return exit_code(monkeypatch, command.main, "train.py", *arguments)
 
 
 def interrupted(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from ldm.cli import evaluate as command
 from ldm.evaluation.receipt import Receipt
 from ldm.evaluation.sweep import Axis, Point, Sweep
 from ldm.formats.ema_snapshots import write_snapshot
+from tests.commands import exit_code
 from tests.evaluation.subjects import data_of, write_subject
 from tests.tiny import tiny_model
 
@@ -37,10 +37,7 @@ def call(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: object) -> i
         "--out",
         folder / "out",
     ]
-    monkeypatch.setattr(sys, "argv", [str(each) for each in ("evaluate.py", *model, *data_of(folder), *arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        command.main()
-    return int(stopped.value.code or 0)
+    return exit_code(monkeypatch, command.main, "evaluate.py", *model, *data_of(folder), *arguments)
 
 
 def test_a_sweep_makes_a_table_a_plot_and_receipts(

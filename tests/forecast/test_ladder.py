@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,35 +20,13 @@ from ldm.report.run import Run
 from ldm.training.engine import StageModule
 from ldm.training.experiment import Experiment, load_config
 from ldm.training.subruns import with_predecessors
-from tests.experiments import TRAIN, tiny_experiment, write_experiment
-
-PIXELS: dict[str, Any] = {
-    "vae": {"model": {"kind": "identity"}},
-    "clip": None,
-    "denoiser": {
-        "model": {
-            "kind": "unet",
-            "levels": [{"width": 16, "blocks": 1}],
-            "in_channels": 3,
-            "out_channels": 3,
-            "middle_depth": 0,
-            "heads": 2,
-            "groups": 4,
-        },
-        "conditioner": {"kind": "none"},
-        "sampling": {"num_inference_steps": 1},
-        "train": TRAIN,
-    },
-}
-"""A model of pixels, which needs no stage 1 and 2 and takes a step in milliseconds."""
+from tests.commands import exit_code
+from tests.experiments import PIXELS, tiny_experiment, write_experiment
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """The exit code of the command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["forecast.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        command.main()
-    return int(stopped.value.code or 0)
+    return exit_code(monkeypatch, command.main, "forecast.py", *arguments)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, then: Callable[[int], None]) -> list[int]:
