@@ -1,4 +1,4 @@
-"""What is measured of the result of a stage, on validation data and with receipts."""
+"""Metrics of the result of each stage, measured on validation data and with receipts."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ State = Literal["open", "trained", "diverged", "finished"]
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained and measured in the folder of a run.
+    """Training and measurements of the run in a folder.
 
     Attributes:
         recipe: name of the recipe.

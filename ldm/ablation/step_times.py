@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -184,8 +184,3 @@ def _relative(probe: Probe, base: Probe) -> list[float]:
             else:
                 ratios[i].append(median(probe.timed(EACH, start)) / unit)
     return [median(each) for each in ratios]
-
-
-def to_json(times: StepTimes) -> dict[str, Any]:
-    """Return the times as values of JSON."""
-    return asdict(times)

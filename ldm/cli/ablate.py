@@ -50,12 +50,10 @@ def ablate(
     from tqdm import tqdm
 
     from ldm.ablation.runner import run_comparison
-    from ldm.ablation.runs import FOLDER
-    from ldm.training.experiment import load_config
 
     keep_freed_memory()
     names = [name.strip() for each in only or () for name in each.split(",") if name.strip()]
-    run_comparison(
+    found = run_comparison(
         config,
         recipes,
         overrides or [],
@@ -69,7 +67,7 @@ def ablate(
         repeats=repeats,
         say=tqdm.write,
     )
-    folder = load_config(config, overrides or []).folder / FOLDER
+    folder = found.folders[0].parent
     print(
         f"\nMarkdown: {folder / 'ablation.md'}\ncharts: {folder / 'ablation.html'}\nnumbers: {folder / 'ablation.json'}"
     )

@@ -1,4 +1,4 @@
-"""What the tests of LoRAs share: a prompt, the output of a model, and the comparison of two."""
+"""Shared by the tests of LoRAs: a prompt, the output of a denoiser, and the comparison of two models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PROMPT = "a red apple"
 
 
 def network(pipe: Pipeline) -> Tensor:
-    """What the model says of something noisy."""
+    """Return the output of the denoiser for a fixed noisy input and the prompt."""
     with torch.inference_mode():
         cond = pipe.model.conditioner({"text": [PROMPT]})
         x = torch.linspace(-2, 2, 256).view(1, 4, 8, 8)
@@ -19,7 +19,7 @@ def network(pipe: Pipeline) -> Tensor:
 
 
 def assert_equal_states(pipe: Pipeline, other: Pipeline) -> None:
-    """Names, dtypes and bits."""
+    """Check that two models have the same names, dtypes and bits."""
     mine, theirs = pipe.model.state_dict(), other.model.state_dict()
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
