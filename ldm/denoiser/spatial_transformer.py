@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from ldm.nn.attention import AttentionOptions, TransformerBlock
 from ldm.nn.conditioning import Conditioning
+from ldm.nn.conv import Conv1x1
 from ldm.nn.group_norm import GroupNorm
+from ldm.nn.inference import Linear
 from ldm.nn.token_merging import TokenMerging
 
 
@@ -40,9 +42,9 @@ class SpatialTransformer(nn.Module):
         self.linear = linear
         self.merges = merges
         self.norm = GroupNorm(groups, width, eps=1e-6)
-        self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.proj_in = Linear(width, width) if linear else Conv1x1(width, width)
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, context_width, dropout) for _ in range(depth))
-        self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.proj_out = Linear(width, width) if linear else Conv1x1(width, width)
 
     def forward(self, x: Tensor, cond: Conditioning, options: AttentionOptions | None = None) -> Tensor:
         """``x [b c h w] -> [b c h w]``"""

@@ -17,6 +17,7 @@ from ldm.denoiser.spatial_transformer import SpatialTransformer
 from ldm.errors import ConfigError, SamplingError
 from ldm.nn.attention import AttentionOptions
 from ldm.nn.conditioning import Conditioning
+from ldm.nn.conv import Conv3x3
 from ldm.nn.embeddings import NoiseEmbedding, mlp, pad_rows
 from ldm.nn.group_norm import GroupNorm, silu
 from ldm.nn.input_output import input_or_output
@@ -152,7 +153,7 @@ class Downsample(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.out_channels = width
-        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.conv = Conv3x3(width, width, stride=2)
 
     def forward(self, x: Tensor, *unused: object) -> Tensor:
         """``[b c h w] -> [b c ceil(h/2) ceil(w/2)]``; takes the arguments of a block, but uses only ``x``."""

@@ -13,7 +13,7 @@ from ldm.nn.cpu_attention import fast_attention
 from ldm.nn.cpu_training import trains_on_cpu
 from ldm.nn.deep_features import DeepFeatures
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
-from ldm.nn.inference import Linear, is_plain, onednn_linear, uses_onednn
+from ldm.nn.inference import Linear, is_plain, onednn_linear, onednn_linear_times, uses_onednn
 from ldm.nn.token_merging import TokenMerging
 
 SHORT = 256
@@ -41,12 +41,12 @@ class AttentionOptions:
 def scaled_dot_product_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """``F.scaled_dot_product_attention``, except on a CPU: in training with few keys it is computed in fp32, and in inference
-    with many by :func:`ldm.nn.cpu_attention.fast_attention`.
+    """``F.scaled_dot_product_attention``, except on a CPU: in training with few keys it is computed in fp32, and in inference by
+    :func:`ldm.nn.cpu_attention.fast_attention`.
 
     ``q [b heads n d], k [b heads m d], v [b heads m d], mask [b 1 1 m]`` (True = attend) ``-> [b heads n d]``
     """
-    if mask is None and not causal and (out := fast_attention(q, k, v)) is not None:
+    if not causal and (out := fast_attention(q, k, v, mask)) is not None:
         return out
     if k.shape[2] > SHORT or v.itemsize >= torch.float32.itemsize or not trains_on_cpu(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -114,7 +114,7 @@ class GEGLU(nn.Module):
         """``[... width] -> [... hidden]``"""
         if is_plain(self.proj, nn.Linear) and uses_onednn(x, self.proj.weight):
             (value, gate), (shift, gate_shift) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
-            return onednn_linear(x, value, shift).mul_(onednn_linear(x, gate, gate_shift, "gelu"))
+            return onednn_linear_times(x, value, shift, onednn_linear(x, gate, gate_shift, "gelu"))
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 

@@ -1,7 +1,11 @@
-"""Attention in bf16 for inference on CPUs with AVX-512 bf16 but without AMX, where torch's kernel is bound by its softmax.
+"""Attention for inference on a CPU, where other formulations than a call of torch's kernel are faster.
 
-The logistic function of a small argument is an exponential, sigmoid(x) = exp(x) / (1 + exp(x)), and oneDNN applies it to the fp32
-results of a matrix product before these are rounded and stored. So
+**An odd number of keys**, such as the 77 of a caption, makes torch's kernel take up to twice as long as the next multiple of 16;
+:func:`padded_attention` adds keys that are masked.
+
+**Many keys in bf16, without AMX**, make torch's kernel bound by its softmax; :func:`sigmoid_attention` has none. The logistic
+function of a small argument is an exponential, sigmoid(x) = exp(x) / (1 + exp(x)), and oneDNN applies it to the fp32 results of a
+matrix product before these are rounded and stored. So
 
     softmax(s)_ij = p_ij / sum_j p_ij,   p_ij = exp(s_ij - SHIFT), which is sigmoid(s_ij - SHIFT) up to the share p_ij,
 
@@ -15,6 +19,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.nn.inference import has_amx, is_eager_cpu_inference, onednn_linear, supports_onednn_linear
@@ -29,11 +34,33 @@ BLOCK = 2**20
 """Logits that are computed together; they should stay in the cache."""
 
 
-def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """Compute :func:`sigmoid_attention` where it is faster than torch's kernel; else return None."""
-    if is_eager_cpu_inference(q) and q.dtype == k.dtype == v.dtype == torch.bfloat16 and _pays(q, k):
-        return sigmoid_attention(q, k, v)
-    return None
+MULTIPLE = 16
+"""Numbers of keys for which torch's kernel is fast are multiples of this."""
+
+MIN_QUERIES = 256
+"""Number of queries from which on padding the keys costs little."""
+
+
+def fast_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Compute the attention by another formulation where one is faster than a call of torch's kernel; else return None.
+
+    ``q [b h n d], k [b h m d], v [b h m d], mask [b 1 1 m]`` (True = attend) ``-> [b h n d]``
+    """
+    if not is_eager_cpu_inference(q):
+        return None
+    if mask is None and _sigmoid_pays(q, k, v) and (out := sigmoid_attention(q, k, v)) is not None:
+        return out
+    n, m = q.shape[2], k.shape[2]
+    return padded_attention(q, k, v, mask) if m % MULTIPLE and n >= max(MIN_QUERIES, m) else None
+
+
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend with keys and values that are padded to a multiple of 16, and masked: as :func:`fast_attention`, of any shape."""
+    m = k.shape[2]
+    more = -m % MULTIPLE
+    mask = q.new_ones(1, 1, 1, m, dtype=torch.bool) if mask is None else mask
+    k, v = (F.pad(each, (0, 0, 0, more)) for each in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=F.pad(mask, (0, more)))
 
 
 def sigmoid_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
@@ -57,7 +84,8 @@ def sigmoid_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     return out[..., :d] / sums if sums.max() <= MAX_SUM else None
 
 
-def _pays(q: Tensor, k: Tensor) -> bool:
-    """Return True for matrices of logits so large that their exponentials are what takes the time."""
+def _sigmoid_pays(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return True for matrices of logits in bf16 so large that their exponentials are what takes the time."""
     large = k.shape[2] >= 512 and q.shape[2] * k.shape[2] >= 2**20
-    return large and supports_onednn_linear(torch.bfloat16) and not has_amx()
+    bf16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    return bf16 and large and supports_onednn_linear(torch.bfloat16) and not has_amx()

@@ -6,6 +6,7 @@ so that weights can change at any time. Training, autocast, compiled networks an
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import torch
@@ -35,9 +36,11 @@ def supports_onednn_linear(dtype: torch.dtype) -> bool:
 def has_amx() -> bool:
     """Return True if the CPU multiplies matrices in bf16 as tiles (Intel AMX), about eight times as fast as in fp32.
 
-    There, formulations that have fewer products but more passes over memory do not pay in bf16.
+    There, formulations that have fewer products but more passes over memory do not pay in bf16. The environment variable
+    ``ONEDNN_MAX_CPU_ISA`` can keep oneDNN from using it (``AVX512_CORE_BF16``).
     """
-    return bool(torch.cpu._is_amx_tile_supported())
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    return bool(torch.cpu._is_amx_tile_supported()) and (limit in ("ALL", "DEFAULT") or "AMX" in limit)
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -48,6 +51,14 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     """
     algorithm = "none" if activation == "gelu" else ""  # the exact gelu, not that by tanh
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, activation, [], algorithm)
+
+
+def onednn_linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
+    """Compute (x weight^T + bias) factor: ``x [... c], weight [d c], bias [d], factor [... d] -> [... d]``
+
+    The fp32 sums are multiplied before they are stored.
+    """
+    return torch.ops.mkldnn._linear_pointwise.binary(x, factor, weight, bias, "mul")
 
 
 class Linear(nn.Linear):

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ldm.nn.conv import Conv1x1, Conv3x3
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
 from ldm.nn.group_norm import GroupNorm, silu
 from ldm.nn.inference import has_amx, is_plain
-from ldm.nn.winograd import Conv3x3
 
 
 class ResidualBlock(CheckpointedBlock):
@@ -43,7 +43,7 @@ class ResidualBlock(CheckpointedBlock):
         self.norm2 = GroupNorm(groups, width, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv3x3(width, width)
-        self.shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
+        self.shortcut = Conv1x1(in_width, width) if in_width != width else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """``x [b c h w], embedding [b e]`` (already through SiLU; further rows are ignored) ``-> [b width h w]``"""
@@ -64,7 +64,7 @@ class Upsample(nn.Module):
 
     def __init__(self, width: int, out_width: int | None = None):
         super().__init__()
-        self.conv = nn.Conv2d(width, out_width or width, 3, padding=1)
+        self.conv = Conv3x3(width, out_width or width)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """``[b c h w] -> [b out_width 2h 2w]``, or to ``size`` where downsampling has rounded an odd size up."""
@@ -78,7 +78,7 @@ class Upsample(nn.Module):
         traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
         least = MIN_POSITIONS_AMX if x.dtype == torch.bfloat16 and has_amx() else MIN_POSITIONS
         large = x.shape[-2] * x.shape[-1] >= least
-        return large and x.device.type == "cpu" and not traced and is_plain(self.conv, nn.Conv2d)
+        return large and x.device.type == "cpu" and not traced and is_plain(self.conv, Conv3x3)
 
 
 MIN_POSITIONS = 256

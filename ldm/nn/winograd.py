@@ -18,25 +18,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.nn.inference import has_amx, is_eager_cpu_inference
+from ldm.nn.inference import has_amx
 
 BYTES = 2**24
 """Bytes of the transformed rows of the tiles that are computed together: many enough for efficient convolutions, few enough to
 stay in the cache."""
-
-
-class Conv3x3(nn.Conv2d):
-    """3 x 3 convolution that keeps the size: ``[b c h w] -> [b d h w]``; by :func:`winograd` where that is faster."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if is_eager_cpu_inference(input) and _pays(input, weight):
-            return winograd(input, weight, bias)
-        return super()._conv_forward(input, weight, bias)
 
 
 @dataclass(frozen=True)
@@ -109,8 +97,11 @@ FILTERINGS = {
 }
 
 
-def _pays(x: Tensor, weight: Tensor) -> bool:
-    """Return True where :func:`winograd` is faster, for any number of images, so that the bits of one do not depend on others."""
+def pays(x: Tensor, weight: Tensor) -> bool:
+    """Return True where :func:`winograd` is faster than a convolution of stride 1.
+
+    This does not depend on the number of images, so that the bits of one do not depend on others.
+    """
     filtering = FILTERINGS.get(x.dtype)
     if filtering is None or weight.dtype != x.dtype or (x.dtype == torch.bfloat16 and has_amx()):
         return False

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.config import config_field
 from ldm.errors import ConfigError
 from ldm.nn.attention import scaled_dot_product_attention
+from ldm.nn.conv import Conv1x1
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
 from ldm.nn.group_norm import GroupNorm, silu
 from ldm.nn.input_output import input_or_output
@@ -67,7 +68,7 @@ class SpatialAttention(CheckpointedBlock):
     def __init__(self, width: int, groups: int):
         super().__init__()
         self.norm = GroupNorm(groups, width, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+        self.q, self.k, self.v, self.proj_out = (Conv1x1(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)

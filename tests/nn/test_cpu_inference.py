@@ -7,17 +7,20 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ldm.nn import cpu_attention, residual
+from ldm.nn import conv, cpu_attention, residual
 from ldm.nn import winograd as ldm_winograd
 from ldm.nn.adapters import attach
 from ldm.nn.attention import GEGLU, Attention, scaled_dot_product_attention
-from ldm.nn.cpu_attention import sigmoid_attention
-from ldm.nn.inference import Linear, supports_onednn_linear
+from ldm.nn.conv import Conv1x1, Conv3x3, conv_by_product
+from ldm.nn.cpu_attention import padded_attention, sigmoid_attention
+from ldm.nn.inference import Linear, has_amx, supports_onednn_linear
 from ldm.nn.lora import LoRALayer
 from ldm.nn.residual import ResidualBlock, Upsample
-from ldm.nn.winograd import Conv3x3, winograd
+from ldm.nn.winograd import winograd
 
 needs_bf16 = pytest.mark.skipif(not supports_onednn_linear(torch.bfloat16), reason="needs AVX-512 bf16")
 
@@ -54,6 +57,54 @@ def test_the_error_of_winograd_is_that_of_the_dtype(dtype: torch.dtype, error: f
     x, weight = torch.randn(1, 256, 16, 16).to(dtype), torch.randn(32, 256, 3, 3).to(dtype)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
     assert (winograd(x, weight, None) - exact).std() < error * exact.std()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    shape=st.tuples(*(st.integers(1, most) for most in (3, 6, 9, 9))), width=st.integers(1, 5), stride=st.integers(1, 3)
+)
+def test_a_convolution_as_a_product_equals_the_direct_one(
+    shape: tuple[int, int, int, int], width: int, stride: int
+) -> None:
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        x = torch.randn(shape).to(dtype)
+        weight, bias = torch.randn(width, shape[1], 3, 3).to(dtype), torch.randn(width).to(dtype)
+        for each in (bias, None):
+            y = conv_by_product(x, weight, each, stride)
+            exact = F.conv2d(x.double(), weight.double(), None if each is None else each.double(), stride, padding=1)
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(y.double(), exact, atol=error * exact.abs().max().item(), rtol=error)
+
+
+@needs_bf16
+@pytest.mark.parametrize("amx", [False, True])
+def test_convolutions_of_small_images_are_products_in_bf16_with_amx(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, linear = [], conv.onednn_linear
+    monkeypatch.setattr(conv, "has_amx", lambda: amx)
+    monkeypatch.setattr(conv, "onednn_linear", lambda x, *args: sizes.append(x.shape[-1]) or linear(x, *args))
+    layers = Conv3x3(512, 512), Conv3x3(512, 512, stride=2), Conv1x1(512, 512), Conv3x3(64, 64)
+    sizes_of_images = 8, 16, 16, 32
+    for layer, size in zip(layers, sizes_of_images, strict=True):
+        layer.to(torch.bfloat16, memory_format=torch.channels_last)
+        x = torch.randn(2, layer.in_channels, size, size, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        expected = layer(x)  # with gradients: the layer of torch
+        with torch.inference_mode():
+            y = layer(x)
+        torch.testing.assert_close(y, expected, atol=2e-2, rtol=2e-2)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    assert sizes == ([9 * 512, 9 * 512, 512] if amx else [])
+
+
+@pytest.mark.parametrize("limit", ["AVX512_CORE_BF16", "avx512_core"])
+def test_amx_can_be_switched_off(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    has_amx.cache_clear()
+    assert has_amx()
+    has_amx.cache_clear()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert not has_amx()
+    monkeypatch.undo()
+    has_amx.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -121,6 +172,28 @@ def test_a_residual_block_is_the_same_with_and_without_gradients() -> None:
         torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
         block, x = block.to(torch.bfloat16), x.bfloat16()
         torch.testing.assert_close(block(x).float(), expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("keys", [1, 15, 77])
+@pytest.mark.parametrize("masked", [False, True])
+def test_padded_keys_change_nothing(keys: int, masked: bool) -> None:
+    q, k, v = torch.randn(2, 3, 300, 8), torch.randn(2, 3, keys, 8), torch.randn(2, 3, keys, 8)
+    mask = torch.arange(keys) <= torch.tensor([[0], [keys // 2]]) if masked else None
+    mask = None if mask is None else mask[:, None, None]
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(padded_attention(q, k, v, mask), expected)
+
+
+def test_few_keys_are_padded_for_many_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(cpu_attention, "padded_attention", lambda *args: calls.append(1) or padded_attention(*args))
+    for queries, keys, times in ((300, 77, 1), (300, 80, 0), (200, 77, 0), (300, 301, 0)):
+        calls.clear()
+        q, k = torch.randn(1, 2, queries, 8), torch.randn(1, 2, keys, 8)
+        with torch.inference_mode():
+            out = scaled_dot_product_attention(q, k, k)
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, k))
+        assert len(calls) == times
 
 
 @needs_bf16

@@ -14,6 +14,7 @@ from ldm.errors import ConfigError, SamplingError
 from ldm.formats import save
 from ldm.formats.native import save_model
 from ldm.model import LatentDiffusion
+from ldm.nn.conv import Conv3x3
 from ldm.pipeline import Pipeline
 from ldm.vae import TinyDecoderConfig
 from tests.tiny import CHANNELS, tiny_model
@@ -36,7 +37,7 @@ def test_the_default_has_the_size_of_taesd_and_neither_norms_nor_attention() -> 
     decoder = TinyDecoderConfig().build()
     assert 0.9e6 < sum(each.numel() for each in decoder.parameters()) < 2e6
     layers = {type(each) for each in decoder.modules() if not [*each.children()]}
-    assert layers == {nn.Conv2d, nn.ReLU, nn.PixelShuffle}
+    assert layers == {nn.Conv2d, Conv3x3, nn.ReLU, nn.PixelShuffle}
 
 
 def test_an_image_does_not_depend_on_its_batch() -> None:
