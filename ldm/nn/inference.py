@@ -6,7 +6,6 @@ so that weights can change at any time. Training, autocast, compiled networks an
 
 from __future__ import annotations
 
-import os
 from functools import cache
 
 import torch
@@ -36,11 +35,9 @@ def supports_onednn_linear(dtype: torch.dtype) -> bool:
 def has_amx() -> bool:
     """Return True if the CPU multiplies matrices in bf16 as tiles (Intel AMX), about eight times as fast as in fp32.
 
-    There, formulations that have fewer products but more passes over memory do not pay in bf16. The environment variable
-    ``ONEDNN_MAX_CPU_ISA`` can keep oneDNN from using it (``AVX512_CORE_BF16``).
+    There, formulations that have fewer products but more passes over memory do not pay in bf16.
     """
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    return bool(torch.cpu._is_amx_tile_supported()) and (limit in ("ALL", "DEFAULT") or "AMX" in limit)
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:

@@ -17,7 +17,7 @@ from ldm.nn.adapters import attach
 from ldm.nn.attention import GEGLU, Attention, scaled_dot_product_attention
 from ldm.nn.conv import Conv1x1, Conv3x3, conv_by_product
 from ldm.nn.cpu_attention import padded_attention, sigmoid_attention
-from ldm.nn.inference import Linear, has_amx, supports_onednn_linear
+from ldm.nn.inference import Linear, supports_onednn_linear
 from ldm.nn.lora import LoRALayer
 from ldm.nn.residual import ResidualBlock, Upsample
 from ldm.nn.winograd import winograd
@@ -93,18 +93,6 @@ def test_convolutions_of_small_images_are_products_in_bf16_with_amx(amx: bool, m
         torch.testing.assert_close(y, expected, atol=2e-2, rtol=2e-2)
         assert y.is_contiguous(memory_format=torch.channels_last)
     assert sizes == ([9 * 512, 9 * 512, 512] if amx else [])
-
-
-@pytest.mark.parametrize("limit", ["AVX512_CORE_BF16", "avx512_core"])
-def test_amx_can_be_switched_off(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    has_amx.cache_clear()
-    assert has_amx()
-    has_amx.cache_clear()
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert not has_amx()
-    monkeypatch.undo()
-    has_amx.cache_clear()
 
 
 @pytest.mark.parametrize(
