@@ -14,6 +14,7 @@ from ldm.benchmarks.case import Setup, Work
 from ldm.training.config import TrainConfig
 from ldm.training.ema import EMA
 from ldm.training.gradient_clipping import clip_gradients
+from ldm.training.optimizers.adamw import AdamWConfig
 from ldm.training.tasks.task import Step, Task
 
 BACKWARD = "forward and backward"
@@ -28,6 +29,8 @@ def autocast(setup: Setup) -> AbstractContextManager[Any]:
 class OurTraining:
     """Steps of a task: losses, backward passes, gradient clipping, AdamW and EMA, as ``StageModule.training_step`` does them.
 
+    The optimizer is AdamW, whichever the config names, since it is that of the other libraries' scripts.
+
     Args:
         task: with weights on the device.
         config: hyperparameters.
@@ -40,7 +43,7 @@ class OurTraining:
         task.to(memory_format=torch.channels_last)  # as StageModule.configure_model does
         self.task, self.config, self.batch, self.setup, self.number = task, config, batch, setup, number
         self.specs = task.optimizers()
-        self.optimizers = [config.optimizer.build(spec.modules, config) for spec in self.specs]
+        self.optimizers = [AdamWConfig().build(spec.modules, config) for spec in self.specs]
         self.parameters = [[p for group in each.param_groups for p in group["params"]] for each in self.optimizers]
         self.ema = EMA(task.trainable_module, config.ema_decay) if config.ema_decay else None
         if setup.compile is not None:
