@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from ldm import load
 from ldm.errors import ConfigError
@@ -17,7 +19,9 @@ from ldm.training.costs import step_cost
 from ldm.training.experiment import Experiment
 from ldm.training.handoff import add_tiny_decoder, result_file
 from ldm.training.stages import build_module, data_of, train_stage
+from ldm.training.tasks.decoder import MIN_ERROR, DistillationLossConfig
 from ldm.vae import TinyDecoderConfig
+from ldm.vae.metrics import psnr
 from tests.experiments import tiny_experiment
 from tests.tiny import tiny_model
 
@@ -42,6 +46,24 @@ def test_the_stage_is_trained_with_previews_and_metrics_and_on_cached_latents(tm
     assert (experiment.folder / "decoder" / "images" / "decoded_0000003.png").is_file()
     header = (experiment.folder / "decoder" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"val/psnr", "val/psnr_full", "val/ssim"} <= {*header}
+
+
+@pytest.mark.parametrize("error", [0.5, 0.03, 0.0])
+def test_the_loss_in_logarithms_is_the_psnr_but_for_a_factor(error: float) -> None:
+    image = 2 * torch.rand(4, 3, 8, 8) - 1
+    difference = error * torch.randn_like(image) * torch.tensor([0.5, 1.0, 1.5, 2.0])[:, None, None, None]
+    loss = DistillationLossConfig(l1=0.0, l2=0.0, log_l2=1.0)(difference)
+    expected = min(psnr(image, image + difference).mean(), psnr_of(MIN_ERROR))
+    torch.testing.assert_close(-10 / math.log(10) * loss + psnr_of(1.0), expected, atol=0.1, rtol=0)
+
+
+def psnr_of(error: float) -> Tensor:
+    return torch.tensor(10 * math.log10(4 / error))
+
+
+def test_a_loss_without_weights_is_refused() -> None:
+    with pytest.raises(ConfigError, match="l1, l2 or log_l2 must be above 0"):
+        DistillationLossConfig(l1=0.0, l2=0.0)
 
 
 @pytest.mark.slow

@@ -31,16 +31,30 @@ PREVIEW = 8
 """Number of images that are shown with their reconstructions."""
 
 
+MIN_ERROR = 1e-5
+"""Added to the squared errors of images in ``log_l2``, that of a PSNR of 56 dB, so that perfect images do not outweigh others."""
+
+
 @dataclass(frozen=True)
 class DistillationLossConfig:
     """Loss between an image and what the tiny decoder makes of its latent."""
 
     l1: float = config_field(0.25, "weight of the mean absolute error")
     l2: float = config_field(1.0, "weight of the mean squared error")
+    log_l2: float = config_field(
+        0.0, "weight of the mean logarithm of each image's mean squared error, which is the PSNR but for a factor"
+    )
 
     def __post_init__(self) -> None:
-        if min(self.l1, self.l2) < 0 or self.l1 + self.l2 == 0:
-            raise ConfigError("weights must not be negative, and l1 or l2 must be above 0.")
+        weights = self.l1, self.l2, self.log_l2
+        if min(weights) < 0 or sum(weights) == 0:
+            raise ConfigError("weights must not be negative, and l1, l2 or log_l2 must be above 0.")
+
+    def __call__(self, difference: Tensor) -> Tensor:
+        """Return the loss of the ``difference [b c h w]`` of images in [-1, 1]: a scalar."""
+        squares = difference.square().mean((1, 2, 3))
+        loss = self.l1 * difference.abs().mean() + self.l2 * squares.mean()
+        return loss + self.log_l2 * (squares + MIN_ERROR).log().mean() if self.log_l2 else loss
 
 
 @dataclass(frozen=True)
@@ -106,13 +120,12 @@ class DecoderTask(Task):
         return [self.decoder]
 
     def losses(self, batch: Mapping[str, Any], step: Step) -> Iterator[TrainLoss]:
-        image, config = batch["image"], self.config.loss
+        image = batch["image"]
         with torch.no_grad():
             posterior = self.first_stage.posterior(batch)
             noise = randn_rows(posterior.mode.shape, step.generator).to(posterior.mode)
             latent = self.first_stage.normalize(posterior.sample(noise))
-        difference = self.decoder(latent).float() - image
-        yield TrainLoss(config.l1 * difference.abs().mean() + config.l2 * difference.square().mean())
+        yield TrainLoss(self.config.loss(self.decoder(latent).float() - image))
 
     def evaluate(self, batch: Mapping[str, Any], step: Step) -> Mapping[str, Tensor]:
         """Return PSNR and SSIM of each image, decoded from the mode of its posterior by the tiny and the full decoder."""
