@@ -83,7 +83,7 @@ def test_peak_memory_is_that_of_weights_and_activations(tmp_path: Path) -> None:
 
 
 def test_a_family_and_all_select_their_cases() -> None:
-    assert [case.name for case in selected(["vae", "vae-decode"])] == ["vae-decode", "vae-encode"]
+    assert [case.name for case in selected(["vae", "vae-decode"])] == ["vae-decode", "vae-encode", "vae-tiny"]
     assert [case.name for case in selected(["all"])] == list(all_cases())
     with pytest.raises(LdmError, match="unknown case 'unet-sd1'; did you mean 'unet-sd15'"):
         selected(["unet-sd1"])
@@ -134,7 +134,7 @@ def test_the_command_writes_the_results_as_json(tmp_path: Path) -> None:
     run = CliRunner().invoke(app, arguments)
     assert run.exit_code == 0, run.output
     content = json.loads(file.read_text())
-    assert [each["case"] for each in content["results"]] == ["vae-decode", "vae-encode"]
+    assert [each["case"] for each in content["results"]] == ["vae-decode", "vae-encode", "vae-tiny"]
     assert content["machine"]["dtype"] == "float32"
     assert content["machine"]["peak_matmul"] > 0
 

@@ -1,12 +1,17 @@
-"""Decoder and encoder of the autoencoder of SD 1.5 for 512 x 512 pixels, against diffusers."""
+"""Decoder and encoder of the autoencoder of SD 1.5, against diffusers, and the tiny decoder of the shipped model."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
 
 from ldm.benchmarks.case import Setup, Work, register
 from ldm.benchmarks.compare import Comparison, inference
 from ldm.benchmarks.models import diffusers_vae, pipeline, sd15, sd_vae
+from ldm.model import LatentDiffusion
+from ldm.pipeline import Pipeline
 from ldm.vae import FirstStage
 
 
@@ -57,5 +62,34 @@ def their_encoder(setup: Setup, ours: Work) -> Work:
     return Work(inference(lambda: vae.encode(image)[0].mode()), vae)  # noqa: PLW0108
 
 
+def tiny_decoder(setup: Setup) -> Work:
+    """Load the tiny decoder of the shipped model."""
+    model = _shipped(setup)
+    assert model.tiny_decoder is not None
+    return _decoding(model.tiny_decoder.decode, model.first_stage, setup)
+
+
+def full_decoder(setup: Setup, ours: Work) -> Work:
+    """Load the decoder that it stands for."""
+    stage = _shipped(setup).first_stage
+    return _decoding(lambda z: stage.decode(stage.denormalize(z).to(z)), stage, setup)
+
+
+def _shipped(setup: Setup) -> LatentDiffusion:
+    return Pipeline.from_pretrained("emoji", setup.device, setup.dtype).model
+
+
+def _decoding(decode: Callable[[Tensor], Tensor], network: nn.Module, setup: Setup) -> Work:
+    """Decode random latents, for which the outputs of two decoders need not be alike, so that they are not returned."""
+    z = setup.randn(setup.batch_size or 1, 12, 8, 8)
+
+    @torch.inference_mode()
+    def run() -> None:
+        decode(z)
+
+    return Work(run, network)
+
+
 register(Comparison("vae-decode", "decoder of SD 1.5, 512 x 512 pixels", "diffusers", decoder, their_decoder))
+register(Comparison("vae-tiny", "tiny decoder of the shipped model", "its decoder", tiny_decoder, full_decoder))
 register(Comparison("vae-encode", "encoder of SD 1.5, 512 x 512 pixels", "diffusers", encoder, their_encoder))
