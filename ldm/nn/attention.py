@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ldm.nn.conditioning import Conditioning
 from ldm.nn.cpu_attention import fast_attention
@@ -50,9 +52,29 @@ def scaled_dot_product_attention(
         return out
     if k.shape[2] > SHORT or v.itemsize >= torch.float32.itemsize or not trains_on_cpu(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    with torch.autocast("cpu", enabled=False):
-        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal)
-    return out.to(v.dtype)
+    return _AttentionInFP32.apply(q, k, v, mask, causal)
+
+
+class _AttentionInFP32(torch.autograd.Function):
+    """Attention in fp32 that keeps its inputs in their own dtype; the backward pass computes it again, cheap for few keys."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.causal = causal
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal)
+        return out.to(v.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, mask = ctx.saved_tensors
+        q, k, v = (each.float().requires_grad_() for each in inputs)
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=ctx.causal)
+            gradients = torch.autograd.grad(out, (q, k, v), gradient.float())
+        return *(each.to(own.dtype) for each, own in zip(gradients, inputs, strict=True)), None, None
 
 
 class Attention(nn.Module):

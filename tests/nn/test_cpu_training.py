@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.attention import SHORT, Attention, scaled_dot_product_attention
-from ldm.nn.group_norm import GroupNorm, _NarrowGroupNorm
+from ldm.nn.group_norm import GroupNorm, _GroupNormInFP32
 
 
 def gradients(norm: nn.Module, x: Tensor, upstream: Tensor) -> list[Tensor]:
@@ -40,7 +40,7 @@ def test_group_norm_has_the_gradients_of_torch(width: int, dtype: torch.dtype) -
 def test_the_backward_pass_of_a_narrow_group_norm_is_the_derivative() -> None:
     x = torch.randn(2, 4, 3, 2, dtype=torch.double).contiguous(memory_format=torch.channels_last).requires_grad_()
     weight, bias = (torch.randn(4, dtype=torch.double, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(_NarrowGroupNorm.apply, (x, weight, bias, 2, 1e-5))
+    assert torch.autograd.gradcheck(_GroupNormInFP32.apply, (x, weight, bias, 2, 1e-5))
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
