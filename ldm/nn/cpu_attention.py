@@ -33,7 +33,6 @@ MAX_SUM = 2.0**-8
 BLOCK = 2**20
 """Logits that are computed together; they should stay in the cache."""
 
-
 MULTIPLE = 16
 """Numbers of keys for which torch's kernel is fast are multiples of this."""
 
