@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.benchmarks.case import Setup, Work, register
 from ldm.benchmarks.compare import Comparison, inference
@@ -64,22 +64,22 @@ def their_encoder(setup: Setup, ours: Work) -> Work:
 
 def tiny_decoder(setup: Setup) -> Work:
     """Load the tiny decoder of the shipped model."""
-    model = _shipped(setup)
-    assert model.tiny_decoder is not None
-    return _decoding(model.tiny_decoder.decode, model.first_stage, setup)
+    decoder = _shipped(setup).tiny_decoder
+    assert decoder is not None
+    return _decoding(decoder.decode, setup)
 
 
 def full_decoder(setup: Setup, ours: Work) -> Work:
     """Load the decoder that it stands for."""
     stage = _shipped(setup).first_stage
-    return _decoding(lambda z: stage.decode(stage.denormalize(z).to(z)), stage, setup)
+    return _decoding(lambda z: stage.decode(stage.denormalize(z).to(z)), setup)
 
 
 def _shipped(setup: Setup) -> LatentDiffusion:
     return Pipeline.from_pretrained("emoji", setup.device, setup.dtype).model
 
 
-def _decoding(decode: Callable[[Tensor], Tensor], network: nn.Module, setup: Setup) -> Work:
+def _decoding(decode: Callable[[Tensor], Tensor], setup: Setup) -> Work:
     """Decode random latents, for which the outputs of two decoders need not be alike, so that they are not returned."""
     z = setup.randn(setup.batch_size or 1, 12, 8, 8)
 
@@ -87,7 +87,7 @@ def _decoding(decode: Callable[[Tensor], Tensor], network: nn.Module, setup: Set
     def run() -> None:
         decode(z)
 
-    return Work(run, network)
+    return Work(run)
 
 
 register(Comparison("vae-decode", "decoder of SD 1.5, 512 x 512 pixels", "diffusers", decoder, their_decoder))
