@@ -47,7 +47,6 @@ class _GroupNormInFP32(torch.autograd.Function):
         weight, bias = _in_fp32(weight), _in_fp32(bias)
         y, mean, rstd = torch.native_group_norm(_in_fp32(x), weight, bias, b, c, h * w, groups, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.groups = groups
         return y.to(x.dtype)
 
     @staticmethod
@@ -55,13 +54,13 @@ class _GroupNormInFP32(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         dy, in_fp32 = _in_fp32(gradient), _in_fp32(x)
-        b, c, h, w = x.shape
-        if c // ctx.groups < NARROW:
+        (b, c, h, w), groups = x.shape, mean.shape[1]
+        if c // groups < NARROW:
             gradients = _narrow_backward(dy, in_fp32, weight, mean, rstd)
         else:
             dy = dy.contiguous(memory_format=torch.channels_last)
             gradients = torch.ops.aten.native_group_norm_backward(
-                dy, in_fp32, mean, rstd, weight, b, c, h * w, ctx.groups, [True, True, True]
+                dy, in_fp32, mean, rstd, weight, b, c, h * w, groups, [True, True, True]
             )
         dx, dweight, dbias = gradients
         return dx.to(gradient.dtype), dweight, dbias, None, None

@@ -64,24 +64,26 @@ def their_encoder(setup: Setup, ours: Work) -> Work:
 
 def tiny_decoder(setup: Setup) -> Work:
     """Load the tiny decoder of the shipped model."""
-    decoder = _shipped(setup).tiny_decoder
-    assert decoder is not None
-    return _decoding(decoder.decode, setup)
+    model = _shipped(setup)
+    assert model.tiny_decoder is not None
+    return _decoding(model.tiny_decoder.decode, model, setup)
 
 
 def full_decoder(setup: Setup, ours: Work) -> Work:
     """Load the decoder that it stands for."""
-    stage = _shipped(setup).first_stage
-    return _decoding(lambda z: stage.decode(stage.denormalize(z).to(z)), setup)
+    model = _shipped(setup)
+    stage = model.first_stage
+    return _decoding(lambda z: stage.decode(stage.denormalize(z).to(z)), model, setup)
 
 
 def _shipped(setup: Setup) -> LatentDiffusion:
     return Pipeline.from_pretrained("emoji", setup.device, setup.dtype).model
 
 
-def _decoding(decode: Callable[[Tensor], Tensor], setup: Setup) -> Work:
+def _decoding(decode: Callable[[Tensor], Tensor], model: LatentDiffusion, setup: Setup) -> Work:
     """Decode random latents, for which the outputs of two decoders need not be alike, so that they are not returned."""
-    z = setup.randn(setup.batch_size or 1, 12, 8, 8)
+    stage = model.first_stage
+    z = setup.randn(setup.batch_size or 1, stage.latent_channels, *(side // stage.factor for side in model.config.size))
 
     @torch.inference_mode()
     def run() -> None:

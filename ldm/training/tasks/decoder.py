@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 PREVIEW = 8
 """Number of images that are shown with their reconstructions."""
 
-
 MIN_ERROR = 1e-5
 """Added to the squared errors of images in ``log_l2``, that of a PSNR of 56 dB, so that perfect images do not outweigh others."""
 
@@ -53,8 +52,8 @@ class DistillationLossConfig:
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the loss of the ``difference [b c h w]`` of images in [-1, 1]: a scalar."""
         squares = difference.square().mean((1, 2, 3))
-        loss = self.l1 * difference.abs().mean() + self.l2 * squares.mean()
-        return loss + self.log_l2 * (squares + MIN_ERROR).log().mean() if self.log_l2 else loss
+        logarithms = (squares + MIN_ERROR).log()
+        return self.l1 * difference.abs().mean() + self.l2 * squares.mean() + self.log_l2 * logarithms.mean()
 
 
 @dataclass(frozen=True)
