@@ -60,8 +60,8 @@ class Comparison:
         left = f"; runs not finished: {unfinished}" if unfinished else ""
         threads = f"{self.times.threads} thread{'s' * (self.times.threads > 1)}"
         return (
-            f"Stage {self.stage} of {self.name}, {self.minutes:.3g} minutes of training on {self.times.device} "
-            f"({self.times.seconds:.3g} s for a step of {PLAIN}, {threads}), {self.seeds} "
+            f"Stage {self.stage} of {self.name}, {self.minutes:.3g} minutes of training by the time of a step on "
+            f"{self.times.device} ({self.times.seconds:.3g} s for a step of {PLAIN}, {threads}), {self.seeds} "
             f"seed{'s' * (self.seeds > 1)}, val split{left}."
         )
 

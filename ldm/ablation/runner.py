@@ -12,7 +12,7 @@ from ldm.ablation.processes import LOG, run_all, threads_of
 from ldm.ablation.recipes import PLAIN, chosen, clip_source, open_recipes, read_recipes
 from ldm.ablation.report import Comparison
 from ldm.ablation.runs import FOLDER, Run, Task, digest, make_run
-from ldm.ablation.step_times import phase_starts, step_times, steps_in, time_of
+from ldm.ablation.step_times import phase_starts, step_times, steps_in, stored_times, time_of
 from ldm.errors import ConfigError, TrainingError
 from ldm.training.subruns import link_latents
 
@@ -33,6 +33,7 @@ def run_comparison(
     by: str | None = None,
     only: Sequence[str] = (),
     repeats: int | None = None,
+    measured: Path | None = None,
     say: Callable[[str], object] = print,
 ) -> Comparison:
     """Train and measure each recipe with each seed, and compare them; a repeated call goes on, and reuses what is there.
@@ -49,6 +50,7 @@ def run_comparison(
         by: name of the number that decides; None for the first of the stage.
         only: names of the recipes; none = all.
         repeats: number of seeds of the metrics that are measured several times; None for that of the stage.
+        measured: ``measured.json`` of a comparison on another device, whose time counts; None to measure the time on this one.
         say: called with lines on the progress.
 
     Raises:
@@ -63,7 +65,9 @@ def run_comparison(
     _check_distinct({name: digest(each, stage) for name, each in experiments.items()})
     plain = experiments[PLAIN]
     threads = plain.trainer.threads or threads_of(jobs)
-    times = step_times(experiments, stage, threads, say)
+    times = (
+        step_times(experiments, stage, threads, say) if measured is None else stored_times(experiments, stage, measured)
+    )
     starts = {name: phase_starts(each, stage, len(times.relative[name])) for name, each in experiments.items()}
     if minutes is None:
         assert plain_steps is not None, "either a time or a number of steps is given"

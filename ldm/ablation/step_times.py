@@ -18,7 +18,7 @@ import torch
 
 from ldm.ablation.recipes import PLAIN
 from ldm.ablation.runs import FOLDER, digest, on_one_device
-from ldm.errors import LdmError
+from ldm.errors import ConfigError, LdmError
 from ldm.formats.tensors import write_atomically
 from ldm.training.environment import environment
 from ldm.training.experiment import Experiment
@@ -121,6 +121,34 @@ def step_times(
                 write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     relative = {name: tuple(kept["relative"][mark]) for name, mark in marks.items()}
     return StepTimes(device, kept["threads"], kept["seconds"], relative)
+
+
+def stored_times(experiments: Mapping[str, Experiment], stage: str, path: Path) -> StepTimes:
+    """Return the times of a step that were measured elsewhere, such as on a slower machine whose time is to count.
+
+    Args:
+        experiments: experiment of each recipe.
+        stage: trained stage.
+        path: ``measured.json`` of a comparison of the same config.
+
+    Raises:
+        ConfigError: it has no times of the config, or of a recipe.
+    """
+    marks = {name: digest(each, stage, SCHEDULE) for name, each in experiments.items()}
+    found = [each for each in _read(path) if (each.get("stage"), each.get("plain")) == (stage, marks[PLAIN])]
+    if not found:
+        raise ConfigError(
+            f"{path} has no times of stage {stage} of this config; give the {MEASUREMENTS} of a comparison of it."
+        )
+    kept = found[0]
+    if missing := [name for name, mark in marks.items() if mark not in kept["relative"]]:
+        raise ConfigError(f"{path} has no time of recipe {missing[0]!r}; measure it there, or leave it out by --only.")
+    return StepTimes(
+        kept["device"],
+        kept["threads"],
+        kept["seconds"],
+        {name: tuple(kept["relative"][mark]) for name, mark in marks.items()},
+    )
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -40,6 +40,10 @@ def ablate(
         int | None,
         Option(min=1, help="Seeds with which images are generated, or the probe is trained; default: 4, or 1 for vae."),
     ] = None,
+    times: Annotated[
+        Path | None,
+        Option(help="measured.json of a comparison on another machine: each training takes equal time there."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Compare recipes with the plain one at equal time over several seeds; repeating the command goes on."""
@@ -65,6 +69,7 @@ def ablate(
         by=by,
         only=names,
         repeats=repeats,
+        measured=times,
         say=tqdm.write,
     )
     folder = found.folders[0].parent

@@ -7,8 +7,8 @@ import pytest
 
 from ldm.ablation.recipes import PLAIN
 from ldm.ablation.runs import FOLDER
-from ldm.ablation.step_times import MEASUREMENTS, phase_starts, step_times, steps_in
-from ldm.errors import LdmError
+from ldm.ablation.step_times import MEASUREMENTS, phase_starts, step_times, steps_in, stored_times
+from ldm.errors import ConfigError, LdmError
 from ldm.training.experiment import load_config
 from tests.ablation.experiments import CHANGES
 from tests.experiments import tiny_experiment, write_experiment
@@ -43,6 +43,23 @@ def test_times_are_measured_once_for_a_recipe(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run" / FOLDER).iterdir()] == [MEASUREMENTS]
     (kept,) = json.loads((tmp_path / "run" / FOLDER / MEASUREMENTS).read_text())
     assert kept["seconds"] == first.seconds
+
+
+def test_times_of_another_machine_are_taken_from_its_file(tmp_path: Path) -> None:
+    config = write_experiment(tmp_path, CHANGES)
+    experiments = {PLAIN: load_config(config), "large": load_config(config, ["denoiser.train.batch_size=64"])}
+    path = tmp_path / "run" / FOLDER / MEASUREMENTS
+    measured = step_times(experiments, "denoiser", 1, lambda line: None)
+    other = path.read_text().replace(measured.device, "another machine")
+    path.write_text(other)
+    found = stored_times(experiments, "denoiser", path)
+    assert found.device == "another machine"
+    assert (found.seconds, found.relative) == (measured.seconds, measured.relative)
+    experiments["small"] = load_config(config, ["denoiser.train.batch_size=2"])
+    with pytest.raises(ConfigError, match="no time of recipe 'small'"):
+        stored_times(experiments, "denoiser", path)
+    with pytest.raises(ConfigError, match="no times of stage denoiser of this config"):
+        stored_times({PLAIN: load_config(config, ["seed=5"])}, "denoiser", path)
 
 
 def test_both_phases_of_a_vae_are_measured(tmp_path: Path) -> None:
