@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn import winograd
-from ldm.nn.inference import has_amx, is_eager_cpu_inference, onednn_linear, uses_onednn
+from ldm.nn.inference import is_eager_cpu_inference, onednn_linear, uses_amx, uses_onednn
 
 
 class Conv3x3(nn.Conv2d):
@@ -36,7 +36,7 @@ class Conv1x1(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if input.dtype == torch.bfloat16 and has_amx() and uses_onednn(input, weight):
+        if uses_amx(input) and uses_onednn(input, weight):
             return onednn_linear(_channels_last(input), weight.flatten(1), bias).permute(0, 3, 1, 2)
         return super()._conv_forward(input, weight, bias)
 
@@ -71,7 +71,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _product_pays(x: Tensor, weight: Tensor, stride: int) -> bool:
     """Return True where the products of AMX take less time than reordering the kernel, however large the batch is."""
-    if x.dtype != torch.bfloat16 or not has_amx() or not weight.is_contiguous(memory_format=torch.channels_last):
+    if not uses_amx(x) or not weight.is_contiguous(memory_format=torch.channels_last):
         return False
     positions = x.shape[-2] * x.shape[-1] // stride**2
     return weight.shape[0] >= 4 * positions and uses_onednn(x, weight)

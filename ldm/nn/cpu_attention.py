@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.nn.inference import has_amx, is_eager_cpu_inference, onednn_linear, supports_onednn_linear
+from ldm.nn.inference import is_eager_cpu_inference, onednn_linear, supports_onednn_linear, uses_amx
 
 SHIFT = 60.0
 """Logits above -27 give normal numbers of bf16; those that are lower do not matter beside the mean."""
@@ -87,4 +87,4 @@ def _sigmoid_pays(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Return True for matrices of logits in bf16 so large that their exponentials are what takes the time."""
     large = k.shape[2] >= 512 and q.shape[2] * k.shape[2] >= 2**20
     bf16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
-    return bf16 and large and supports_onednn_linear(torch.bfloat16) and not has_amx()
+    return bf16 and large and supports_onednn_linear(torch.bfloat16) and not uses_amx(q)

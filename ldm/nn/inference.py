@@ -33,11 +33,17 @@ def supports_onednn_linear(dtype: torch.dtype) -> bool:
 
 @cache
 def has_amx() -> bool:
-    """Return True if the CPU multiplies matrices in bf16 as tiles (Intel AMX), about eight times as fast as in fp32.
-
-    There, formulations that have fewer products but more passes over memory do not pay in bf16.
-    """
+    """Return True if the CPU has Intel AMX."""
     return bool(torch.cpu._is_amx_tile_supported())
+
+
+def uses_amx(x: Tensor) -> bool:
+    """Return True if products of ``x`` are computed as tiles by AMX: in bf16, about eight times as fast as in fp32.
+
+    There, formulations that have fewer products but more passes over memory do not pay. Compiled networks have none of these,
+    and for them it is False.
+    """
+    return x.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and has_amx()
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ldm.nn.conv import Conv1x1, Conv3x3
 from ldm.nn.gradient_checkpointing import CheckpointedBlock
 from ldm.nn.group_norm import GroupNorm, silu
-from ldm.nn.inference import has_amx, is_plain
+from ldm.nn.inference import is_plain, uses_amx
 
 
 class ResidualBlock(CheckpointedBlock):
@@ -76,7 +76,7 @@ class Upsample(nn.Module):
     def _pays_in_phases(self, x: Tensor) -> bool:
         """Return True on a CPU without autocast, if the kernels, which are summed at each call, are small compared to ``x``."""
         traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        least = MIN_POSITIONS_AMX if x.dtype == torch.bfloat16 and has_amx() else MIN_POSITIONS
+        least = MIN_POSITIONS_AMX if uses_amx(x) else MIN_POSITIONS
         large = x.shape[-2] * x.shape[-1] >= least
         return large and x.device.type == "cpu" and not traced and is_plain(self.conv, Conv3x3)
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.nn.inference import has_amx
+from ldm.nn.inference import uses_amx
 
 BYTES = 2**24
 """Bytes of the transformed rows of the tiles that are computed together: many enough for efficient convolutions, few enough to
@@ -103,7 +103,7 @@ def pays(x: Tensor, weight: Tensor) -> bool:
     This does not depend on the number of images, so that the bits of one do not depend on others.
     """
     filtering = FILTERINGS.get(x.dtype)
-    if filtering is None or weight.dtype != x.dtype or (x.dtype == torch.bfloat16 and has_amx()):
+    if filtering is None or weight.dtype != x.dtype or uses_amx(x):
         return False
     (h, w), (d, c) = x.shape[-2:], weight.shape[:2]
     return h % filtering.m == 0 and h * w >= filtering.min_positions and c * d >= filtering.min_width * (c + d)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ldm.nn import conv, cpu_attention, residual
+from ldm.nn import conv, cpu_attention, inference, residual
 from ldm.nn import winograd as ldm_winograd
 from ldm.nn.adapters import attach
 from ldm.nn.attention import GEGLU, Attention, scaled_dot_product_attention
@@ -80,7 +80,7 @@ def test_a_convolution_as_a_product_equals_the_direct_one(
 @pytest.mark.parametrize("amx", [False, True])
 def test_convolutions_of_small_images_are_products_in_bf16_with_amx(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, linear = [], conv.onednn_linear
-    monkeypatch.setattr(conv, "has_amx", lambda: amx)
+    monkeypatch.setattr(inference, "has_amx", lambda: amx)
     monkeypatch.setattr(conv, "onednn_linear", lambda x, *args: sizes.append(x.shape[-1]) or linear(x, *args))
     layers = Conv3x3(512, 512), Conv3x3(512, 512, stride=2), Conv1x1(512, 512), Conv3x3(64, 64)
     sizes_of_images = 8, 16, 16, 32
@@ -209,7 +209,7 @@ def test_logits_out_of_its_range_are_left_to_torch() -> None:
 @needs_bf16
 def test_attention_modules_use_it_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(cpu_attention, "has_amx", lambda: False)
+    monkeypatch.setattr(inference, "has_amx", lambda: False)
     monkeypatch.setattr(cpu_attention, "sigmoid_attention", lambda *args: calls.append(1) or sigmoid_attention(*args))
     attention = Attention(16, 2).to(torch.bfloat16)
     x = torch.randn(1, 1024, 16).bfloat16()
@@ -231,8 +231,8 @@ def test_fewer_products_in_bf16_are_for_cpus_without_amx(
     def counted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args: calls.append(function.__name__) or function(*args)
 
+    monkeypatch.setattr(inference, "has_amx", lambda: amx)
     for module, function in ((residual, residual.upsample_conv), (ldm_winograd, winograd)):
-        monkeypatch.setattr(module, "has_amx", lambda: amx)
         monkeypatch.setattr(module, function.__name__, counted(function))
     with torch.inference_mode():
         Conv3x3(160, 160).to(dtype)(torch.randn(1, 160, 64, 64, dtype=dtype))
@@ -240,3 +240,15 @@ def test_fewer_products_in_bf16_are_for_cpus_without_amx(
         Upsample(4).to(dtype)(torch.randn(1, 4, 64, 64, dtype=dtype))
     fast_bf16 = amx and dtype == torch.bfloat16
     assert calls == (["upsample_conv"] if fast_bf16 else ["winograd", "upsample_conv", "upsample_conv"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_layers_are_one_graph(dtype: torch.dtype) -> None:
+    """A question to the CPU inside the graph would break it."""
+    image, tokens = torch.randn(1, 16, 32, 32, dtype=dtype), torch.randn(1, 1024, 16, dtype=dtype)
+    layers = (Conv3x3(16, 16), image), (Conv1x1(16, 16), image), (Upsample(16), image), (Attention(16, 2), tokens)
+    for layer, x in layers:
+        with torch.inference_mode():
+            expected = layer.to(dtype)(x)
+            compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        torch.testing.assert_close(compiled, expected, atol=1e-2, rtol=5e-2)
