@@ -209,6 +209,18 @@ class LatentDiffusion(nn.Module):
         network = partial(self._network, options=options)
         return self.diffusion.denoise(network, x, sigma, cond.at_levels(sigma))
 
+    @torch.no_grad()
+    def with_estimate(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Conditioning:
+        """Return the conditions with the estimate that a denoiser with self-conditioning makes of ``x`` without one.
+
+        The arguments are those of :meth:`denoise`. For other denoisers, the conditions are returned as they are.
+        """
+        if not self.config.denoiser.self_conditioning:
+            return cond
+        estimate = self.denoise(x, sigma, cond)
+        torch.clear_autocast_cache()  # before pytorch/pytorch#165068, it may hold weights that are cut off from their gradients
+        return replace(cond, estimate=estimate)
+
     def _network(
         self, x: Tensor, noise_level: Tensor, cond: Conditioning, options: AttentionOptions | None = None
     ) -> Tensor:

@@ -24,6 +24,7 @@ from ldm.controlnet_loader import ControlNetLoader
 from ldm.devices import check_dtype, default_device, default_dtype, usable, usual_torch_state
 from ldm.diffusion import SPECS, Denoiser, Perturbable, guided, seeded_noise, sigmas_from_timesteps, sigmas_from_values
 from ldm.diffusion import sigmas as spaced_sigmas
+from ldm.diffusion.self_conditioning import Evaluate, SelfConditioning
 from ldm.errors import SamplingError
 from ldm.formats import SHIPPED, Source, load, save
 from ldm.formats.native import innermost
@@ -361,9 +362,12 @@ class Pipeline(ControlNetLoader, LoRALoader, TextualInversionLoader, Compilable)
                 self.model, request.controls, conditional, negative, levels, images, len(request)
             )
         unconditional = negative if self.model.config.conditioner.input_keys else None
+        denoise: Evaluate = self.model.denoise
+        if self.model.config.denoiser.self_conditioning:
+            denoise = SelfConditioning(denoise, len(request), composition)
 
         def network(x: Tensor, sigma: Tensor, phases: ConditioningSchedule) -> Tensor:
-            return self.model.denoise(x, sigma, phases.at(sigma), options)
+            return denoise(x, sigma, phases.at(sigma), options)
 
         if not guidance.perturbed:
             return guided(network, conditional, unconditional, guidance, composition=composition)
@@ -372,7 +376,7 @@ class Pipeline(ControlNetLoader, LoRALoader, TextualInversionLoader, Compilable)
 
         def perturbable(x: Tensor, sigma: Tensor, batch: Perturbable[ConditioningSchedule]) -> Tensor:
             perturbed = replace(options or AttentionOptions(), identity=batch.rows)
-            return self.model.denoise(x, sigma, batch.conditioning.at(sigma), perturbed)
+            return denoise(x, sigma, batch.conditioning.at(sigma), perturbed)
 
         rows = torch.ones(len(request), dtype=torch.bool, device=self.device)
         prompts = rows if composition is None else rows[[*composition.rows]]

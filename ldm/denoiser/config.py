@@ -20,6 +20,8 @@ class DenoiserConfig(Kind):
     vector_width: int | None
     num_timesteps: int | None = None
     """Number of timesteps that the network has embeddings for; None = it embeds any real number."""
+    self_conditioning: float = 0.0
+    """Share of the training batches with self-conditioning; above 0, the network uses ``Conditioning.estimate``."""
 
     @property
     def factor(self) -> int:

@@ -53,8 +53,19 @@ class UNetConfig(DenoiserConfig, kind="unet"):
     )
     groups: int = config_field(32, "groups of the group norms")
     dropout: float = config_field(0.0, "dropout in residual blocks and feed-forwards", changeable=True)
+    self_conditioning: float = config_field(
+        0.0,
+        "share of the training batches in which further channels of the input hold the network's own estimate of the clean "
+        "latent (Chen et al. 2208.04202, section 3.2), in place of zeros; 0.5 in the paper, 0 = no such channels",
+        omit_default=True,
+    )
 
     def __post_init__(self) -> None:
+        if not 0 <= self.self_conditioning < 1:
+            raise ConfigError(
+                f"self_conditioning is {self.self_conditioning}; it must be at least 0, and below 1, since the first evaluation "
+                "of a sampling has no estimate."
+            )
         if not self.levels:
             raise ConfigError("the U-Net needs at least one level.")
         if (self.heads is None) == (self.head_width is None):
@@ -187,7 +198,8 @@ class UNetEncoder(nn.Module):
         top = config.levels[0].width
         self.noise_embedding = NoiseEmbedding(top, 4 * top)
         self.vector_embedding = mlp(config.vector_width, 4 * top) if config.vector_width else None
-        self.conv_in = input_or_output(nn.Conv2d(config.in_channels, top, 3, padding=1))
+        in_channels = config.in_channels + (config.out_channels if config.self_conditioning else 0)
+        self.conv_in = input_or_output(nn.Conv2d(in_channels, top, 3, padding=1))
 
         self.down = nn.ModuleList()
         width, self.skip_widths = top, [top]
@@ -234,6 +246,9 @@ class UNetEncoder(nn.Module):
                     "give the height and width that fit the condition."
                 )
             x = torch.cat([x, cond.concat.to(x)], dim=1)
+        if self.config.self_conditioning:
+            shape = len(x), self.config.out_channels, *x.shape[2:]
+            x = torch.cat([x, x.new_zeros(shape) if cond.estimate is None else cond.estimate.to(x)], dim=1)
         embedding = self.noise_embedding(pad_rows(noise_level))
         if self.vector_embedding is not None:
             assert cond.vector is not None, "the conditioner gives a vector if the config has a vector_width"
@@ -275,7 +290,8 @@ class UNet(UNetEncoder):
         Args:
             x: ``[b in_channels h w]``, scaled by the parametrization; any height and width.
             noise_level: ``[b]``, as the parametrization embeds it (the timestep in SD).
-            cond: the conditions: ``context [b n context_width]``, ``vector [b vector_width]``, ``concat [b c h w]``.
+            cond: the conditions: ``context [b n context_width]``, ``vector [b vector_width]``, ``concat [b c h w]``,
+                ``estimate [b out_channels h w]``.
             options: changes to the evaluation; ``identity`` acts on the middle blocks.
             residuals: tensors that are added to each skip and, the last, to the middle; empty = none. The output of a ControlNet
                 (Zhang et al. 2023, arXiv 2302.05543).

@@ -190,6 +190,7 @@ class UNetSingleFile(SingleFileFormat):
             raise CheckpointError(
                 "the U-Net of an LDM file attends to a context, but this one has none; write a native file."
             )
+        _check_self_conditioning(config, "an LDM file")
         return super().prefix(config, component, components)
 
 
@@ -297,6 +298,7 @@ class UNetFolder(FolderFormat):
 
     def write_config(self, config: UNetConfig, size: tuple[int, int], extra: Values) -> dict[str, Any]:
         """Convert a config to JSON; the conditioning vector is passed as class labels unless ``extra`` overrides that."""
+        _check_self_conditioning(config, "diffusers")
         levels = config.levels
         depths = [level.depth or config.middle_depth for level in levels]
         if config.middle_depth == 0 or levels[-1].depth not in (0, config.middle_depth):
@@ -327,6 +329,13 @@ class UNetFolder(FolderFormat):
             "dropout": config.dropout,
             **({**vector, **(extra or {"class_embed_type": "projection"})} if vector else {}),
         }
+
+
+def _check_self_conditioning(config: UNetConfig, where: str) -> None:
+    if config.self_conditioning:
+        raise CheckpointError(
+            f"the U-Net of {where} has no self-conditioning, but this one was trained with it; write a native file."
+        )
 
 
 def lora_names(config: UNetConfig, names: Sequence[str], component: str, components: Collection[str]) -> dict[str, str]:

@@ -109,7 +109,7 @@ def outputs(model: LatentDiffusion, pool: Pool, sigma: Tensor) -> Tensor:
         part = pool.take(np.arange(start, min(start + CHUNK, len(pool))))
         level = sigma[start : start + len(part)].to(device)
         x = part.latents.to(device) + level[:, None, None, None] * part.noise.to(device)
-        cond = conditioning(model, part)
+        cond = model.with_estimate(x, level, conditioning(model, part))
         parts.append(model.diffusion.model_output(model.denoiser, x, level, cond).cpu())
     return torch.cat(parts)
 
@@ -145,4 +145,4 @@ def denoised(model: LatentDiffusion, part: Pool, level: Tensor) -> Tensor:
     device = next(model.denoiser.parameters()).device
     sigma = level.expand(len(part)).to(device)
     x = part.latents.to(device) + level.to(device) * part.noise.to(device)
-    return model.denoise(x, sigma, conditioning(model, part)).cpu()
+    return model.denoise(x, sigma, model.with_estimate(x, sigma, conditioning(model, part))).cpu()

@@ -155,6 +155,7 @@ class WeightedLoss(nn.Module):
         noise: Tensor | None = None,
         features: Mapping[str, Tensor] | None = None,
         image: Tensor | None = None,
+        self_condition: Callable[[Tensor, Tensor, C], C] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of each image, each at its own noise level.
 
@@ -169,6 +170,8 @@ class WeightedLoss(nn.Module):
             features: outputs of the modules ``features`` of the config by their names, filled by the network; None = without
                 :meth:`feature_term`.
             image: the clean images ``[b 3 h w]`` in [-1, 1], for a loss that reads them.
+            self_condition: given the noisy images, their noise levels and the conditioning, returns the conditioning with an
+                estimate of x0; None = it is passed to the network as it is.
 
         Returns:
             loss [b], with gradients, and sigma [b], to report the loss by noise level.
@@ -186,7 +189,10 @@ class WeightedLoss(nn.Module):
                 perturbation = self.config.input_perturbation * randn_rows(x0.shape, generator).to(x0)
         sigma, noise = sigma.to(x0), noise.to(x0)
         level = per_item(sigma, x0)
-        output = diffusion.model_output(network, x0 + level * (noise + perturbation), sigma, conditioning)
+        x = x0 + level * (noise + perturbation)
+        if self_condition is not None:
+            conditioning = self_condition(x, sigma, conditioning)
+        output = diffusion.model_output(network, x, sigma, conditioning)
         target = diffusion.parametrization.target(x0, noise, level)
         loss = self.weighted(self.distance(output, target), diffusion, sigma)
         if self.training and features is not None:

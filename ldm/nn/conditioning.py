@@ -89,6 +89,7 @@ class Conditioning:
         concat: ``[b c h w]``, concatenated to the noisy latent along its channels.
         contexts: further sequences by name, for adapters with keys and values of their own (an image, as in IP-Adapter).
         controls: inputs of ControlNets, whose outputs add up.
+        estimate: ``[b c h w]``, an estimate of the clean latent, for a denoiser with self-conditioning; None = zeros.
     """
 
     context: Tensor | None = None
@@ -97,6 +98,7 @@ class Conditioning:
     concat: Tensor | None = None
     contexts: Mapping[str, Context] = field(default_factory=dict)
     controls: tuple[Control, ...] = ()
+    estimate: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """Return the record with ``function`` applied to each tensor."""
@@ -106,7 +108,8 @@ class Conditioning:
 
         contexts = {name: Context(function(each.states), of(each.mask)) for name, each in self.contexts.items()}
         controls = tuple(each.map(function) for each in self.controls)
-        return Conditioning(of(self.context), of(self.mask), of(self.vector), of(self.concat), contexts, controls)
+        parts = of(self.context), of(self.mask), of(self.vector), of(self.concat)
+        return Conditioning(*parts, contexts, controls, of(self.estimate))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """Return the record on ``device``, its floating-point parts in ``dtype``."""
@@ -148,4 +151,5 @@ class Conditioning:
             concat=joined("concat", [record.concat for record in records], torch.cat),
             contexts={name: each for name, each in contexts.items() if each is not None},
             controls=tuple(map(Control.cat, zip(*(record.controls for record in records), strict=True))),
+            estimate=joined("estimate", [record.estimate for record in records], torch.cat),
         )

@@ -53,7 +53,7 @@ class _Evaluation:
         """All shapes and types but the number of images; evaluations of one model and signature fit into one call."""
         identity = None if self.options is None else self.options.identity
         tensors = [self.x, self.sigma, identity]
-        tensors += [self.cond.context, self.cond.mask, self.cond.vector, self.cond.concat]
+        tensors += [self.cond.context, self.cond.mask, self.cond.vector, self.cond.concat, self.cond.estimate]
         for name in sorted(self.cond.contexts):
             tensors += [self.cond.contexts[name].states, self.cond.contexts[name].mask]
         tensors += [control.hint for control in self.cond.controls]

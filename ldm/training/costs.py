@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ldm.training.config import TrainConfig
 from ldm.training.ema import EMA, PowerEMA
 from ldm.training.gradient_clipping import clip_gradients
 from ldm.training.simulation import CostCounter, autocast, compute_norms_in_fp32, remove_values
-from ldm.training.tasks import TASKS, CLIPTask
+from ldm.training.tasks import TASKS, CLIPTask, DenoiserTask
 from ldm.training.tasks.task import Step, Task
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 CAPTIONS, BATCHES = 4096, 256
 """Numbers of training captions, and of random batches of them, from which the length of a batch in tokens is estimated."""
 
+
+ALL_BATCHES = math.nextafter(1.0, 0.0)
+"""Share of the batches with self-conditioning that is so near to 1 that all have it."""
 
 CUBLAS_HANDLES = 2
 """Handles of cuBLAS in a training: torch computes the backward pass of a device in a thread of its own."""
@@ -136,7 +139,7 @@ def step_cost(
     gradient_checkpointing: bool | None = None,
     shape: Shape | None = None,
 ) -> StepCost:
-    """Count the costs of one optimizer step of a stage on one device.
+    """Count the costs of one optimizer step of a stage on one device: with self-conditioning, the mean operations of a step.
 
     Args:
         experiment: the experiment.
@@ -148,6 +151,14 @@ def step_cost(
         gradient_checkpointing: whether activations are computed again; None = as the config says.
         shape: height and width of the images in pixels; None = the largest that the data have.
     """
+    share = experiment.denoiser.model.self_conditioning
+    if stage == DenoiserTask.stage and 0 < share < ALL_BATCHES:
+        options: dict[str, Any] = {"precision": precision, "device_type": device_type, "device": device, "shape": shape}
+        options["gradient_checkpointing"] = gradient_checkpointing
+        never, always = (
+            step_cost(_with_self_conditioning(experiment, each), stage, step, **options) for each in (0.0, ALL_BATCHES)
+        )
+        return replace(always, flops=round(never.flops + share * (always.flops - never.flops)))
     train: TrainConfig = getattr(experiment, stage).train
     captions, data = _captions(experiment, stage), experiment.data_of(stage)
     task = outline(experiment, stage, captions)
@@ -193,6 +204,12 @@ def step_cost(
         activations=counter.peak - sum(fixed) - counter.gradients,
         workspaces=CUBLAS_HANDLES * cublas_workspace(device) if device_type == "cuda" else 0,
     )
+
+
+def _with_self_conditioning(experiment: Experiment, share: float) -> Experiment:
+    """Return the experiment with self-conditioning in a share of the batches."""
+    model = replace(cast(Any, experiment.denoiser.model), self_conditioning=share)
+    return replace(experiment, denoiser=replace(experiment.denoiser, model=model))
 
 
 def _step(

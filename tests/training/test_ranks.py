@@ -83,6 +83,18 @@ def test_losses_are_those_of_the_batch_of_all_ranks(tmp_path: Path, loss: str) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_all_ranks_self_condition_the_same_batches(tmp_path: Path, strategy: str) -> None:
+    config, stage = write_experiment(tmp_path), "denoiser"
+    common = [*DENOISER, "denoiser.model.dropout=0", "denoiser.model.self_conditioning=0.5"]
+    common += [f"{stage}.train.{field}" for field in ("max_steps=6", "validate_every=6", "learning_rate=1e-3")]
+    sizes = {1: ["denoiser.train.batch_size=6"], 2: ["denoiser.train.batch_size=3", f"trainer.strategy={strategy}"]}
+    one, two = (train(config, [stage], [*common, f"run_dir={tmp_path / str(n)}", *sizes[n]], n) for n in (1, 2))
+    for row, wanted in zip(record(two, stage)["rows"], record(one, stage)["rows"], strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5, abs=1e-6), row["step"]
+
+
+@pytest.mark.slow
 def test_averages_do_not_depend_on_the_ranks_that_computed_them(tmp_path: Path) -> None:
     """Each row covers steps of two ranks and of one, before and after a resume."""
     fields = ("log_every=5", "max_steps=10", "validate_every=100", "accumulate=2", "learning_rate=1e-4")

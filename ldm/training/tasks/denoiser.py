@@ -188,7 +188,12 @@ class DenoiserTask(Task):
             cond = self.model.conditioner(batch, generator)
         x0, model = self._latents(batch, generator), self.model
         image = {"image": batch["image"]} if self.config.loss.reads_images else {}
-        loss, sigma = self.loss(model.denoiser, model.diffusion, x0, cond, generator, **self.features.argument, **image)
+        share = model.config.denoiser.self_conditioning
+        # one number for the batch of all ranks, which then evaluate their networks equally often
+        estimates = share > 0 and float(torch.rand((), generator=generator, device=generator.device)) < share
+        self_condition = model.with_estimate if estimates else None
+        options = {**self.features.argument, **image, "self_condition": self_condition}
+        loss, sigma = self.loss(model.denoiser, model.diffusion, x0, cond, generator, **options)
         yield TrainLoss(loss.mean(), by_noise_level={"loss": (loss.detach(), sigma)})
 
     def _conditions(self, batch: Mapping[str, Any], generator: torch.Generator) -> Mapping[str, Any]:
@@ -215,7 +220,8 @@ class DenoiserTask(Task):
     def evaluate(self, batch: Mapping[str, Any], step: Step) -> Mapping[str, Tensor]:
         """Return the loss of each image, its noise level and the bin of the schedule, ``[b]`` each.
 
-        Noise is fixed and noise levels are stratified, so that the losses of two validations differ by the weights alone.
+        Noise is fixed and noise levels are stratified, so that the losses of two validations differ by the weights alone. A
+        denoiser with self-conditioning gets its own estimate, as in all but the first evaluation of a sampling.
         """
         generator, schedule = step.generator, self.model.diffusion.schedule
         batch = self._conditions(batch, generator)
@@ -224,7 +230,8 @@ class DenoiserTask(Task):
         noise = randn_rows(x0.shape, generator)
         with _naming_sample(batch["key"]):
             cond = self.model.conditioner(batch)
-        fixed: dict[str, Any] = {"sigma": sigma, "noise": noise, **self.features.argument}
+        fixed: dict[str, Any] = {"sigma": sigma, "noise": noise, "self_condition": self.model.with_estimate}
+        fixed |= self.features.argument
         loss, sigma = self.loss(self.model.denoiser, self.model.diffusion, x0, cond, **fixed)
         share = schedule.t(sigma.cpu()) / schedule.num_timesteps
         bins = (share * BINS).long().clamp(max=BINS - 1)
