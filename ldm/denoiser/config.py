@@ -43,6 +43,14 @@ class DenoiserConfig(Kind):
         """True if there are self-attentions on which ``AttentionOptions.token_merging`` acts."""
         return False
 
+    @property
+    def transformer_depths(self) -> tuple[int, ...]:
+        """Number of transformer blocks that tokens can skip in training, at each level, the finest first; () if there are none.
+
+        A network that has some takes the share of the tokens for each level by ``set_token_routing(shares)``.
+        """
+        return ()
+
     def with_width(self, factor: float) -> DenoiserConfig | None:
         """Return the config of a network ``factor`` times as wide, rounded to widths that it can have; None if it has none."""
         return None

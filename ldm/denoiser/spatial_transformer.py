@@ -11,6 +11,7 @@ from ldm.nn.conv import Conv1x1
 from ldm.nn.group_norm import GroupNorm
 from ldm.nn.inference import Linear
 from ldm.nn.token_merging import TokenMerging
+from ldm.nn.token_routing import route_tokens
 
 
 class SpatialTransformer(nn.Module):
@@ -25,7 +26,12 @@ class SpatialTransformer(nn.Module):
         groups: groups of the group norm.
         merges: True if ``AttentionOptions.token_merging`` acts on its self-attentions.
         dropout: dropout rate in the feed-forward layers.
+
+    Attributes:
+        token_routing: share of the positions that skip the blocks in training mode; see :mod:`ldm.nn.token_routing`.
     """
+
+    token_routing: float = 0.0
 
     def __init__(
         self,
@@ -54,8 +60,14 @@ class SpatialTransformer(nn.Module):
         merging = None
         if self.merges and options is not None and options.token_merging is not None:
             merging = TokenMerging(h, (x.shape[2], x.shape[3]), options.token_merging)
-        for block in self.blocks:
-            h = block(h, cond, options, merging)
+
+        def transform(tokens: Tensor) -> Tensor:
+            for block in self.blocks:
+                tokens = block(tokens, cond, options, merging)
+            return tokens
+
+        routes = self.training and self.token_routing > 0
+        h = route_tokens(h, self.token_routing, transform) if routes else transform(h)
         h = self.proj_out(h) if self.linear else h
         h = rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
         return x + (h if self.linear else self.proj_out(h))

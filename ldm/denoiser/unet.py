@@ -95,6 +95,10 @@ class UNetConfig(DenoiserConfig, kind="unet"):
         return self.finest_attention is not None
 
     @property
+    def transformer_depths(self) -> tuple[int, ...]:
+        return tuple(level.depth for level in self.levels)
+
+    @property
     def finest_attention(self) -> int | None:
         """The first level with attention, whose self-attentions are the largest."""
         return next((i for i, level in enumerate(self.levels) if level.depth), None)
@@ -109,7 +113,10 @@ class UNetConfig(DenoiserConfig, kind="unet"):
 
 
 class UNetBlock(nn.Module):
-    """Residual block, then a spatial transformer if the level has attention; in the decoder, a skip is concatenated first."""
+    """Residual block, then a spatial transformer if the level has attention; in the decoder, a skip is concatenated first.
+
+    ``level`` is the index of its level, None in the middle.
+    """
 
     def __init__(
         self,
@@ -118,9 +125,10 @@ class UNetBlock(nn.Module):
         width: int,
         depth: int,
         upsample: int | None = None,
-        merges: bool = False,
+        level: int | None = None,
     ):
         super().__init__()
+        self.level = level
         self.out_channels = width
         self.upsample = Upsample(upsample) if upsample else None
         self.residual = ResidualBlock(
@@ -136,7 +144,7 @@ class UNetBlock(nn.Module):
                 config.projection == "linear",
                 config.groups,
                 config.dropout,
-                merges,
+                merges=level is not None and level == config.finest_attention,
             )
             if depth
             else None
@@ -208,8 +216,7 @@ class UNetEncoder(nn.Module):
                 self.down.append(Downsample(width))
                 self.skip_widths.append(width)
             for _ in range(level.blocks):
-                merges = i == config.finest_attention
-                self.down.append(UNetBlock(config, width, level.width, level.depth, merges=merges))
+                self.down.append(UNetBlock(config, width, level.width, level.depth, level=i))
                 width = level.width
                 self.skip_widths.append(width)
 
@@ -268,8 +275,7 @@ class UNet(UNetEncoder):
         for i, level in reversed(list(enumerate(config.levels))):
             for j in range(level.blocks + 1):
                 upsample = width if j == 0 and i < len(config.levels) - 1 else None
-                merges = i == config.finest_attention
-                self.up.append(UNetBlock(config, width + skips.pop(), level.width, level.depth, upsample, merges))
+                self.up.append(UNetBlock(config, width + skips.pop(), level.width, level.depth, upsample, i))
                 width = level.width
 
         self.norm_out = GroupNorm(config.groups, width)
@@ -338,6 +344,15 @@ class UNet(UNetEncoder):
         for block in self.up[-len(skips) :]:
             x = block(x, embedding, cond, skips.pop(), outer)
         return self.conv_out(silu(self.norm_out(x)))
+
+    def set_token_routing(self, shares: Sequence[float]) -> None:
+        """Set the share of the positions that skip the transformer blocks of each level in training mode, the finest first.
+
+        In the middle, where positions are few, none skips.
+        """
+        for block in (*self.down, *self.up):
+            if isinstance(block, UNetBlock) and block.level is not None and block.transformer is not None:
+                block.transformer.token_routing = shares[block.level]
 
     def copy_encoder(self) -> UNetEncoder:
         """Return a copy of the encoder that shares no parameters with this network, to be trained as a ControlNet."""

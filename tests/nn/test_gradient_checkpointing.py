@@ -26,13 +26,19 @@ class Case:
     loss: Callable[[], Tensor]
 
 
-def unet() -> Case:
+def unet(*shares: float) -> Case:
     levels = (LevelSpec(16, 1), LevelSpec(32, 2, depth=2))
     network = UNetConfig(levels, context_width=8, vector_width=8, heads=2, groups=4, dropout=0.2).build()
+    if shares:
+        network.set_token_routing(shares)
     x, noise_level = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 500.0])
     mask = torch.tensor([[True, True, False], [True, True, True]])
     cond = Conditioning(torch.randn(2, 3, 8), mask, torch.randn(2, 8))
     return Case(network, lambda: network(x, noise_level, cond).square().mean())
+
+
+def unet_with_token_routing() -> Case:
+    return unet(0, 0.5)
 
 
 def vae() -> Case:
@@ -54,7 +60,7 @@ def transformer() -> Case:
     return Case(network, lambda: network({"text": ["a red apple", "a blue car"]}).context.square().mean())
 
 
-CASES = [unet, vae, clip, transformer]
+CASES = [unet, unet_with_token_routing, vae, clip, transformer]
 
 
 def randomized(case: Case) -> Case:

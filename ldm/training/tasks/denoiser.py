@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from ldm.modalities.arguments import of_key, pipeline_arguments
 from ldm.modalities.label import LABEL
 from ldm.model import LatentDiffusion, SamplingConfig
 from ldm.nn.ranks import draw_rows, randn_rows
+from ldm.nn.token_routing import shares_by_level
 from ldm.pipeline import Pipeline
 from ldm.training import noise_level_bins
 from ldm.training.config import TrainConfig
@@ -79,6 +80,12 @@ class DenoiserStage:
     train: TrainConfig = config_field(help="training of the stage")
     diffusion: Diffusion = config_field(Diffusion(), "schedule and parametrization")
     loss: DenoisingLossConfig = config_field(WeightedLossConfig(), "denoising loss", changeable=True)
+    token_routing: float | tuple[float, ...] = config_field(
+        0.0,
+        "share of the positions that skip the transformer blocks in training (TREAD); a list gives that of each level, the "
+        "finest first",
+        changeable=True,
+    )
     sampling: SamplingConfig = config_field(SamplingConfig(), "default sampling of the trained model", changeable=True)
     prompts: tuple[str, ...] = config_field((), "prompts of the image grids made during training", changeable=True)
     classes: tuple[int, ...] = config_field((), "class labels of the image grids made during training", changeable=True)
@@ -88,6 +95,12 @@ class DenoiserStage:
             self.loss.check(self.diffusion)
         except ConfigError as error:
             raise ConfigError(f"loss: {error}") from None
+        _ = self.routed_shares  # raises if they do not fit the network
+
+    @property
+    def routed_shares(self) -> tuple[float, ...]:
+        """Share of the positions that skip the transformer blocks in training, for each level of the network."""
+        return shares_by_level(self.token_routing, self.model.transformer_depths)
 
 
 class DenoiserTask(Task):
@@ -103,6 +116,8 @@ class DenoiserTask(Task):
         super().__init__()
         self.config = config
         self.model = model
+        if any(config.routed_shares):
+            cast(Any, model.denoiser).set_token_routing(config.routed_shares)
         model.first_stage.requires_grad_(False)
         self.features = Features(model.denoiser, config.loss.features)
         self.needs_images = config.loss.reads_images
