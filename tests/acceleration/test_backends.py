@@ -3,7 +3,9 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from ldm import Pipeline
 from ldm.acceleration import default_backend, known_backends
 from ldm.acceleration.backends import openvino
+from ldm.acceleration.backends.cudagraphs import CUDAGraphs, Replayed
 from ldm.cli.sample import main
 from ldm.diffusion import SAMPLERS, SPECS, Guidance
 from ldm.errors import ConfigError, MissingExtraError, SamplingError
@@ -59,9 +62,9 @@ def test_the_default_is_the_fastest_that_is_installed(monkeypatch: pytest.Monkey
         Pipeline(tiny_model()).compile("openvino")
 
 
-def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    with pytest.raises(SamplingError, match=r"the backend 'inductor' needs a C\+\+ compiler, but none is found"):
+def test_a_missing_compiler_is_named() -> None:
+    missing = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with missing, pytest.raises(SamplingError, match=r"'inductor' needs a C\+\+ compiler, but none is found"):
         Pipeline(tiny_model()).compile("inductor")
 
 
@@ -80,6 +83,28 @@ def test_the_command_compiles_and_refuses_options_without_a_backend(
     output = run("--compile", "snapshot", "--steps", 1, "--out", tmp_path / "image.png")
     assert "snapshot: compiling the denoiser for the input 2 x 4 x 8 x 8 ..." in output
     assert (tmp_path / "image.png").exists()
+
+
+# cudagraphs
+
+
+def test_all_graphs_are_replayed_in_one_thread() -> None:
+    class Network(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.add((threading.get_ident(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+            return x + 1
+
+    def call(network: Replayed, inference: bool) -> torch.Tensor:
+        with torch.inference_mode(inference):
+            return network(torch.zeros(2))
+
+    seen = set[tuple[int, bool, bool]]()
+    networks = [Replayed(Network(), name, CUDAGraphs(progress=False)) for name in ("denoiser", "decoder")]
+    with ThreadPoolExecutor(4) as threads:
+        made = [threads.submit(call, network, inference) for network in networks for inference in (True, False)]
+    assert all(torch.equal(each.result(), torch.ones(2)) for each in made)
+    assert len({thread for thread, _, _ in seen}) == 1
+    assert {(grad, inference) for _, grad, inference in seen} == {(False, True), (False, False)}
 
 
 # inductor

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -42,13 +43,20 @@ class CUDAGraphs(Backend, kind="cudagraphs"):
 
 
 class Replayed(Compiled):
-    """A network that replays CUDA graphs, for one thread after the other."""
+    """A network that replays CUDA graphs, in a thread that all of them share.
 
-    def __init__(self, network: nn.Module, name: str, backend: Backend):
-        super().__init__(network, name, backend)
-        self.lock = threading.Lock()
+    The memory of torch's CUDA graphs belongs to the thread that recorded them, and two threads cannot record at the same time.
+    """
 
     def forward(self, *inputs: Any) -> Tensor:
-        with self.lock:
+        return _graph_thread().submit(self._replay, torch.is_inference_mode_enabled(), inputs).result()
+
+    def _replay(self, inference: bool, inputs: tuple[Any, ...]) -> Tensor:
+        with torch.inference_mode(inference), torch.no_grad():
             torch.compiler.cudagraph_mark_step_begin()
             return super().forward(*inputs).clone()  # the next replay writes into the same memory
+
+
+@cache
+def _graph_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "cuda-graphs")
