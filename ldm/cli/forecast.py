@@ -43,6 +43,9 @@ def forecast(
     share: Annotated[
         float, Option(help="Part of the time of the full run that the ladder may take, at most 0.2.")
     ] = 0.2,
+    verify: Annotated[
+        bool, Option("--verify", help="Then train the full run as well, and say whether it is in the forecast.")
+    ] = False,
     out: Annotated[
         Path | None, Option(help="HTML page to write; default: forecast/forecast.html in the run folder.")
     ] = None,
@@ -58,6 +61,7 @@ def forecast(
     seconds = None if budget is None else seconds_of(budget)
     from ldm.forecast.page import page
     from ldm.forecast.runner import RESULT, run_forecast
+    from ldm.forecast.runner import verify as verified
     from ldm.forecast.sentences import table
     from ldm.formats.tensors import write_atomically
     from ldm.training.experiment import load_config
@@ -77,6 +81,8 @@ def forecast(
     path = out or outcome.folder / "forecast.html"
     write_atomically(path, lambda temporary: temporary.write_text(page(outcome), encoding="utf-8"))
     print(f"\ncharts: {path}\nnumbers: {outcome.folder / RESULT}")
+    if verify:
+        print("", *verified(outcome).sentences, sep="\n")
 
 
 def seconds_of(text: str) -> float:

@@ -117,8 +117,7 @@ def climb(
     results: list[Result] = []
     planned = 0.0
     for number, (rung, seconds) in enumerate(zip(plan.rungs, plan.seconds, strict=True), start=1):
-        own = rung_experiment(experiment, rung)
-        found, before = read_result(own.folder, rung)
+        found, before = read_result(rung_experiment(experiment, rung).folder, rung)
         head = f"run {number} of {len(plan.rungs)}, {rung}"
         if found is None:
             slower = sum(each.seconds for each in results) / planned if planned else 1.0
@@ -127,7 +126,7 @@ def climb(
                 say(f"{head}: left out, since the ladder would take {total:,.0f} s of its {plan.limit:,.0f} s")
                 continue
             say(f"{head}: about {seconds:,.0f} s")
-            found = _train(experiment, own, rung, parameters[rung.width], measure_recall)
+            found = train_rung(experiment, rung, parameters[rung.width], measure_recall)
             say(f"{head}: loss {found.loss:.4g} in {found.seconds:,.0f} s")
         else:
             say(f"{head}: finished before, loss {found.loss:.4g}")
@@ -136,9 +135,9 @@ def climb(
     return results
 
 
-def other_results(experiment: Experiment, results: list[Result]) -> list[Result]:
-    """Return the finished runs of earlier ladders of the same config, for other budgets."""
-    known = {each.rung for each in results}
+def other_results(experiment: Experiment, results: list[Result], full: Rung) -> list[Result]:
+    """Return the finished runs of earlier ladders of the same config, for other budgets, but not ``full`` itself."""
+    known = {full, *(each.rung for each in results)}
     found = []
     for path in sorted((experiment.folder / FOLDER).glob(f"*_{digest(experiment)}/{RECORD}")):
         rung = Rung(**json.loads(path.read_text(encoding="utf-8"))["rung"])
@@ -158,17 +157,19 @@ def read_result(folder: Path, rung: Rung) -> tuple[Result | None, float]:
     return (Result(**{**values, "rung": rung}) if "loss" in values else None), seconds
 
 
-def _train(
-    experiment: Experiment,
-    own: Experiment,
-    rung: Rung,
-    parameters: int,
-    measure_recall: Callable[[Path], Mapping[str, Any]],
+def train_rung(
+    experiment: Experiment, rung: Rung, parameters: int, measure_recall: Callable[[Path], Mapping[str, Any]]
 ) -> Result:
-    """Train a run to its end, or go on with it; the time is recorded in any case."""
+    """Train a run to its end, or go on with it, and return its result; the time is recorded in any case.
+
+    The arguments are those of :func:`climb`.
+    """
+    own = rung_experiment(experiment, rung)
     folder = own.folder
+    found, before = read_result(folder, rung)
+    if found is not None:
+        return found
     link_latents(experiment, own)
-    _, before = read_result(folder, rung)
     start = time.perf_counter()
     values: dict[str, Any] = {}
     try:

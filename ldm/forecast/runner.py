@@ -13,8 +13,8 @@ import torch
 
 from ldm import __version__
 from ldm.errors import ConfigError
-from ldm.forecast.answers import WORTHWHILE, Forecast, make_forecast
-from ldm.forecast.ladder import FOLDER, STAGE, Result, climb, digest, other_results
+from ldm.forecast.answers import WORTHWHILE, Forecast, Point, make_forecast
+from ldm.forecast.ladder import FOLDER, STAGE, Result, climb, digest, other_results, train_rung
 from ldm.forecast.learning_rate import RangeTest, range_test
 from ldm.forecast.plan import FULL, MIDDLE, SHARE, SMALL, Extras, Plan, Rung, Size, make_plan
 from ldm.forecast.recall import RecallMeasure, captions_measured
@@ -26,7 +26,7 @@ from ldm.training.experiment import Experiment
 from ldm.training.probe import MEASURED, WARM_UP, Probe
 from ldm.training.subruns import with_predecessors
 
-MEASUREMENTS, RESULT = "measured.json", "forecast.json"
+MEASUREMENTS, RESULT, VERIFICATION = "measured.json", "forecast.json", "verification.json"
 
 RANGE_STEPS = (20, 100)
 """Least and largest number of steps of the learning-rate range test; it takes a tenth of the ladder's time between them."""
@@ -70,6 +70,7 @@ class Outcome:
     forecast: Forecast
     sentences: Sequence[str]
     seconds: float
+    measure_recall: RecallMeasure
 
     @property
     def folder(self) -> Path:
@@ -92,6 +93,37 @@ class Outcome:
             "runs": [asdict(each) for each in self.results],
             "measured": asdict(self.measured),
         }
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The full run of a forecast, and what had been forecast.
+
+    Attributes:
+        result: result of the full run.
+        forecast: its forecast.
+        seconds: time of the ladder, with all measurements.
+    """
+
+    result: Result
+    forecast: Point
+    seconds: float
+
+    @property
+    def sentences(self) -> list[str]:
+        """What was reached, what had been forecast, and what the forecast cost."""
+        recalls = {k: band for k, band in self.forecast.recall.items() if k in self.result.recall}
+        rows = [("held-out loss", self.result.loss, self.forecast.loss)]
+        rows += [(f"R@{k}", self.result.recall[k] / self.result.recall["of"], band) for k, band in recalls.items()]
+        share = self.seconds / self.result.seconds
+        return [
+            *(
+                f"{name} {value:.4g}: {'in' if band.low <= value <= band.high else 'outside of'} the forecast "
+                f"{band.low:.4g} to {band.high:.4g} (80 %)"
+                for name, value, band in rows
+            ),
+            f"the ladder took {self.seconds:,.0f} s, {share:.0%} of the {self.result.seconds:,.0f} s of the full run",
+        ]
 
 
 def run_forecast(
@@ -146,15 +178,33 @@ def run_forecast(
         f"{sum(plan.seconds) + measured.seconds:,.0f} s, at most {plan.limit:,.0f} s"
     )
     parameters = {width: each.parameters for width, each in measured.sizes.items()}
-    results = climb(experiment, plan, parameters, RecallMeasure(experiment, captions), say, measured.seconds)
+    measure_recall = RecallMeasure(experiment, captions)
+    results = climb(experiment, plan, parameters, measure_recall, say, measured.seconds)
     seconds = measured.seconds + sum(each.seconds for each in results)
-    results += other_results(experiment, results)
+    results += other_results(experiment, results, full)
     forecast = make_forecast(results, full, measured.sizes, worthwhile, experiment.seed)
     found = list(sentences(forecast, measured.device, worthwhile))
-    outcome = Outcome(experiment, measured, plan, results, forecast, found, seconds)
+    outcome = Outcome(experiment, measured, plan, results, forecast, found, seconds, measure_recall)
     text = json.dumps(outcome.to_dict(), indent=2) + "\n"
     write_atomically(outcome.folder / RESULT, lambda path: path.write_text(text, encoding="utf-8"))
     return outcome
+
+
+def verify(outcome: Outcome, say: Callable[[str], object] = print) -> Verification:
+    """Train the full run of a forecast, or go on with it, and compare it with the forecast, which does not use it.
+
+    Raises:
+        Interrupted: a signal stopped the run.
+    """
+    plan, point = outcome.plan, outcome.forecast.full
+    say(f"the full run itself, {plan.full}: about {plan.full_seconds:,.0f} s")
+    parameters = outcome.measured.sizes[FULL].parameters
+    result = train_rung(outcome.experiment, plan.full, parameters, outcome.measure_recall)
+    found = Verification(result, point, outcome.seconds)
+    path = outcome.folder / VERIFICATION
+    text = json.dumps(asdict(found), indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return found
 
 
 def _on_one_device(experiment: Experiment) -> Experiment:

@@ -13,9 +13,13 @@ import pytest
 
 from ldm.cli import forecast as command
 from ldm.errors import TrainingError
-from ldm.forecast.ladder import digest, rung_experiment
-from ldm.forecast.plan import Rung
+from ldm.forecast.answers import Forecast, Point
+from ldm.forecast.bands import Band
+from ldm.forecast.ladder import digest, other_results, rung_experiment
+from ldm.forecast.learning_rate import RangeTest
+from ldm.forecast.plan import Plan, Rung, Size
 from ldm.forecast.recall import RecallMeasure
+from ldm.forecast.runner import Measured, Outcome, verify
 from ldm.report.run import Run
 from ldm.training.engine import StageModule
 from ldm.training.experiment import Experiment, load_config
@@ -84,6 +88,35 @@ def test_the_command_forecasts_and_goes_on_without_training_a_step_twice(
     assert run(monkeypatch, *arguments) == 0  # which trains nothing
     assert steps[0] == sum(each["rung"]["steps"] for each in found["runs"])
     assert json.loads((folder / "forecast.json").read_text())["forecast"] == found["forecast"]
+
+
+def test_the_full_run_is_compared_with_its_forecast_and_not_used_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, full = load_config(write_experiment(tmp_path, PIXELS)), Rung(1, 8, 8)
+    test = RangeTest((1e-3,), (1.0,), 1e-3, False)
+    measured = Measured("a device", {1: Size(100, 0.1, 1.0, 4)}, 8, 8, 0.0, test, 0.0)
+    losses = Band(0.5, 1e-6, 1e6)
+    point, plan = Point(8, 0.1, losses, {"1": Band(0.0, 0.0, 0.0)}), Plan(full, [], [], 0.8, 0.2)
+    forecast = Forecast(point, losses, [], None, [], [], 1.0, 0.0, {}, losses)
+    outcome = Outcome(experiment, measured, plan, [], forecast, [], 2.0, RecallMeasure(experiment, 0))
+    steps = counted(monkeypatch, lambda step: None)
+    found = verify(outcome)
+    assert steps[0] == 8
+    assert found.sentences[0].endswith("in the forecast 1e-06 to 1e+06 (80 %)")
+    assert len(found.sentences) == 2  # without R@k
+    assert verify(outcome) == found
+    assert steps[0] == 8
+    too_high = replace(found, forecast=replace(point, loss=Band(3e6, 2e6, 4e6)))
+    assert "outside of the forecast" in too_high.sentences[0]
+    half = replace(found, result=replace(found.result, seconds=4.0, recall={"1": 3, "of": 12}))
+    assert half.sentences[1:] == [
+        "R@1 0.25: outside of the forecast 0 to 0 (80 %)",
+        "the ladder took 2 s, 50% of the 4 s of the full run",
+    ]
+    assert json.loads((tmp_path / "run" / "forecast" / "verification.json").read_text())["seconds"] == 2
+    assert other_results(experiment, [], full) == []
+    assert [each.rung for each in other_results(experiment, [], Rung(1, 8, 16))] == [full]
 
 
 def test_a_run_of_the_ladder_has_its_own_width_images_steps_and_seed(tmp_path: Path) -> None:
