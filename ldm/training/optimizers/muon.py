@@ -28,6 +28,10 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 BATCH_ELEMENTS = 2**26
 """Number of elements of the matrices of one shape that are orthogonalized together, which bounds the memory for it."""
 
+WIDE = 4
+"""Columns for each row from which on several iterations are computed from one Gram matrix. With fewer it saves little; in bf16 it
+has about twice the error, 3 % of the update of a random matrix."""
+
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose weights are matrices, or become one when they are flattened from their second dimension."""
 
@@ -138,19 +142,30 @@ class Muon(AdamW):
             )
             torch._foreach_mul_(part, 1 - group["lr"] * group["weight_decay"])
         for members in _batches(directions):
-            matrices = torch.stack([full_tensor(directions[i]).flatten(1) for i in members])
+            dtype = default_dtype(directions[members[0]].device)
+            matrices = torch.stack([_matrix(full_tensor(directions[i])).to(dtype) for i in members])
             rows, columns = matrices.shape[1:]
-            updates = orthogonalized(matrices.to(default_dtype(matrices.device)), group["iterations"]).float()
+            updates = orthogonalized(matrices, group["iterations"])
             size = group["lr"] * update_scale(rows, columns, group["scale"])
             for i, update in zip(members, updates, strict=True):
                 parameter = parameters[i]
-                parameter.add_(sharded_like(update.view(parameter.shape), parameter), alpha=-size)
+                parameter.add_(sharded_like(_weight(update, parameter.shape), parameter), alpha=-size)
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
         if not state:  # torch's Adam expects a count of steps in each state that it loads
             state |= {"step": torch.zeros((), device=parameter.device), "momentum_buffer": torch.zeros_like(parameter)}
         return state
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """Return a weight as a matrix, whose columns are in the order of channels_last memory; their order changes no update."""
+    return weight.movedim(1, -1).flatten(1)
+
+
+def _weight(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """Invert :func:`_matrix`."""
+    return matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 def _batches(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -166,17 +181,49 @@ def _batches(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
 def orthogonalized(matrices: Tensor, iterations: int) -> Tensor:
     """Return matrices [b m n] with singular values near 1, in about [0.7, 1.2], and the same singular vectors.
 
-    The quintic Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X of the matrix divided by its Frobenius norm
+    The quintic Newton-Schulz iteration X <- P X, P = a I + b G + c G^2, G = X X^T, of the matrix divided by its Frobenius norm
     (Jordan et al. 2024), in the precision of the matrices; bf16 is enough.
+
+    The P of several iterations are computed from one G, since the next one is P G P, so that the long side of a matrix takes part
+    in fewer products (Gram Newton-Schulz, https://dao-lab.ai/blog/2026/gram-newton-schulz).
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices  # the smaller products
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(iterations):
+    for count in _iterations_at_once(iterations, wide=x.shape[2] >= WIDE * x.shape[1]):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        if count == 1:
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        else:
+            x = _product_of_iterations(gram, count) @ x
     return x.mT if tall else x
+
+
+def _product_of_iterations(gram: Tensor, count: int) -> Tensor:
+    """Return the product of the P of ``count`` iterations that begin with this Gram matrix."""
+    a, b, c = COEFFICIENTS
+    product = None
+    for i in range(count):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=1, dim2=2).add_(a)
+        product = p if product is None else p @ product
+        if i < count - 1:
+            gram = p @ gram @ p
+    assert product is not None
+    return product
+
+
+def _iterations_at_once(iterations: int, wide: bool) -> Iterator[int]:
+    """Yield how many iterations are computed from each Gram matrix: one, or of wide matrices three, and then two at a time.
+
+    In bf16, rounding makes small eigenvalues negative, and more iterations from one Gram matrix would enlarge these.
+    """
+    count = 3 if wide else 1
+    while iterations > 0:
+        yield min(count, iterations)
+        iterations -= count
+        count = min(count, 2)
 
 
 def update_scale(rows: int, columns: int, scale: str) -> float:

@@ -46,6 +46,29 @@ def test_the_iteration_is_a_polynomial_of_the_singular_values(shape: tuple[int, 
     assert (in_bf16.float() - found).norm() < 0.03 * found.norm()
 
 
+@pytest.mark.parametrize("iterations", [1, 5, 11])
+@pytest.mark.parametrize("spectrum", ["flat", "decaying", "half zero", "one"])
+def test_the_iteration_is_stable_in_bf16(spectrum: str, iterations: int) -> None:
+    """Of wide matrices too, of which several iterations are computed from one Gram matrix."""
+    m, n, generator = 64, 576, torch.Generator().manual_seed(0)
+    sigma = {
+        "flat": torch.ones(m),
+        "decaying": torch.logspace(0, -6, m),
+        "half zero": torch.arange(m).lt(m // 2).float(),
+        "one": torch.arange(m).eq(0).float(),
+    }[spectrum]
+    u, _, v = torch.linalg.svd(torch.randn(m, n, generator=generator), full_matrices=False)
+    matrix = u @ sigma.diag() @ v
+    found = orthogonalized(matrix[None].bfloat16(), iterations)[0].float()
+    assert torch.linalg.svdvals(found).max() < 1.25
+    large = sigma > 0.05
+    components = (u.mT @ found @ v.mT).diagonal()[large]
+    expected = (u.mT @ polynomial(matrix, iterations).float() @ v.mT).diagonal()[large]
+    if iterations <= 5:  # more of them move singular values near 1 by turns up and down
+        torch.testing.assert_close(components, expected, atol=0.1, rtol=0)
+    assert components.min() > 0.4 or iterations == 1
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(("scale", "factor"), [("adamw", 0.2 * 18**0.5), ("spectral", 1.0)])
 def test_the_update_is_that_of_the_description(
