@@ -16,6 +16,8 @@ from ldm.training.stages import train_stage
 def work(folder: Path) -> None:
     """Train the run of a folder, or go on with it, and measure its result; the record says how far it is.
 
+    The checkpoints of a measured run are deleted; its result stays.
+
     Raises:
         DataError: there is no run in the folder.
         Interrupted: a signal stopped the training; the next call goes on.
@@ -32,6 +34,8 @@ def work(folder: Path) -> None:
         if record.state == "trained":
             numbers = measure(folder / CONFIG, task.stage, task.features, task.repeats, folder)
             record = replace(record, state="finished", numbers=numbers)
+            for checkpoint in (folder / task.stage).glob("*.ckpt"):  # of several times the size of the result
+                checkpoint.unlink()
     except DivergedError as error:
         record = replace(record, state="diverged", error=str(error))
     finally:

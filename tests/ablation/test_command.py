@@ -104,6 +104,7 @@ def test_recipes_are_compared_and_more_seeds_or_recipes_add_runs(
 
     runs = [Path(each["folder"]) for each in found["runs"]]
     assert {RunFolder(path).stages[0].status for path in runs} == {"finished"}
+    assert [*folder.rglob("*.ckpt")] == []
     receipts = read_receipts(runs[0])
     assert {each.conditions.split for each in receipts.numbers} == {"val"}
 
