@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from ldm.data.bad_samples import BadSample
 from ldm.data.sample_table import SampleTable, concatenate
-from ldm.data.shard_format import scan_shard
+from ldm.data.shard_format import ShardContent, scan_shard
 from ldm.data.shard_index import IndexedShard, ShardIndex, Table
 from ldm.data.shard_set import check_shards
 from ldm.data.sources import index_of
@@ -131,11 +132,26 @@ def open_parts(
 
 
 def _scanned(paths: Sequence[Location]) -> tuple[SampleTable, Part]:
-    contents = {path: scan_shard(path) for path in paths if isinstance(path, Path)}
+    contents = {path: _content(path, _state(path)) for path in paths if isinstance(path, Path)}
     check_shards({path: content.checksum for path, content in contents.items()})
     dropped = [bad for content in contents.values() for bad in content.dropped]
     table = concatenate([content.table for content in contents.values()])
     return table, Part(len(table), [content.modified for content in contents.values()], dropped)
+
+
+@lru_cache(maxsize=16)
+def _content(path: Path, state: object) -> ShardContent:
+    """Return the content of a shard in this state, of which the last ones are kept for data sets that are opened repeatedly."""
+    return scan_shard(path)
+
+
+def _state(path: Path) -> object:
+    """Return what changes when the file is written; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _indexed(paths: Sequence[Location], index: ShardIndex, sidecar: bool) -> tuple[SampleTable, Part]:
