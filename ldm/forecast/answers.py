@@ -9,6 +9,7 @@ import numpy as np
 
 from ldm.errors import TrainingError
 from ldm.forecast.bands import DRAWS, Band, Curves, fit_curves
+from ldm.forecast.curves import OFFSET_STEPS
 from ldm.forecast.ladder import Result
 from ldm.forecast.plan import FULL, Rung, Size
 from ldm.forecast.recall import RECALLS, RecallCurve, fit_recall
@@ -118,7 +119,12 @@ class _Fitted:
         self.quantities = [list(NAMES)[i] for i in self.varied]
         losses = np.array([each.loss for each in results])
         self.curves: Curves = fit_curves(
-            every[:, self.varied], losses, every[:, 0] + every[:, 2], draws=DRAWS, seed=seed
+            every[:, self.varied],
+            losses,
+            every[:, 0] + every[:, 2],
+            offset=OFFSET_STEPS / full.steps if 2 in self.varied else None,
+            draws=DRAWS,
+            seed=seed,
         )
         self.recalls = _recalls(results)
         self.captions = max((int(each.recall.get("of", 0)) for each in results), default=0)

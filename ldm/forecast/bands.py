@@ -83,7 +83,13 @@ class Curves:
 
 
 def fit_curves(
-    log_ratios: np.ndarray, losses: np.ndarray, costs: np.ndarray, *, draws: int = DRAWS, seed: int = 0
+    log_ratios: np.ndarray,
+    losses: np.ndarray,
+    costs: np.ndarray,
+    *,
+    offset: float | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
 ) -> Curves:
     """Fit the curves to the losses of ladders, with draws for the bands.
 
@@ -91,13 +97,14 @@ def fit_curves(
         log_ratios: logarithms of the quantities of each run, divided by those of the full run, ``[n k]``.
         losses: loss of each run, positive, ``[..., n]``; leading dimensions are ladders with the same runs.
         costs: cost of each run in any unit, ``[n]``, by which the runs to leave out are chosen.
+        offset: median of the prior of the offset of the last quantity, relative to the full run; None = without one.
         draws: number of repeated fits.
         seed: seed of the perturbations.
     """
     generator = np.random.default_rng(seed)
     flat = losses.reshape(-1, losses.shape[-1])
-    best, found, noise = _draws(log_ratios, flat, draws, generator)
-    inflation = _inflation(log_ratios, flat, costs, draws, generator)
+    best, found, noise = _draws(log_ratios, flat, offset, draws, generator)
+    inflation = _inflation(log_ratios, flat, costs, offset, draws, generator)
     shape = losses.shape[:-1]
     return Curves(
         best.reshape(*shape, -1),
@@ -108,10 +115,10 @@ def fit_curves(
 
 
 def _draws(
-    log_ratios: np.ndarray, losses: np.ndarray, draws: int, generator: np.random.Generator
+    log_ratios: np.ndarray, losses: np.ndarray, offset: float | None, draws: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the best parameters ``[b p]``, draws of them ``[b d p]`` and of the noise ``[b d]``."""
-    logs, prior = np.log(losses), prior_of(losses.min(-1), log_ratios.shape[-1])
+    logs, prior = np.log(losses), prior_of(losses.min(-1), log_ratios.shape[-1], offset)
     best, sigma, free = _best(log_ratios, logs, prior)
     b, p = best.shape
     # The scaled inverse chi-squared distribution of the variance
@@ -146,7 +153,12 @@ def _best(log_ratios: np.ndarray, logs: np.ndarray, prior: Prior) -> tuple[np.nd
 
 
 def _inflation(
-    log_ratios: np.ndarray, losses: np.ndarray, costs: np.ndarray, draws: int, generator: np.random.Generator
+    log_ratios: np.ndarray,
+    losses: np.ndarray,
+    costs: np.ndarray,
+    offset: float | None,
+    draws: int,
+    generator: np.random.Generator,
 ) -> np.ndarray:
     """Return by how much the most expensive runs miss their forecasts from the others, as a factor on the spread, ``[b]``."""
     n = losses.shape[-1]
@@ -154,7 +166,7 @@ def _inflation(
         return np.ones(len(losses))
     order = np.argsort(costs, kind="stable")
     kept, left = order[: -(n // LEFT_OUT)], order[-(n // LEFT_OUT) :]
-    _, found, noise = _draws(log_ratios[kept], losses[:, kept], draws, generator)
+    _, found, noise = _draws(log_ratios[kept], losses[:, kept], offset, draws, generator)
     predicted = log_loss(found, log_ratios[left])
     predicted += noise[..., None] * generator.standard_normal(predicted.shape)
     low, middle, high = np.quantile(predicted, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2], axis=1)

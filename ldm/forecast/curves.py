@@ -8,6 +8,11 @@ With the ratios r_k of the quantities (parameters, images, steps) to those of th
 latter, the residuals are those of log L, with Huber's loss, and E and A_k are exponentials of the parameters, so that log L is
 their log-sum-exp. Since r = 1 at the full run, A_k is what the finite quantity k adds to the loss there.
 
+At its beginning a training follows no power law of its steps: the loss leaves a plateau, faster and faster on a double
+logarithmic scale. With an offset r_0, the last quantity, the steps, counts as (r + r_0) / (1 + r_0), so that its term is a power
+law from some times r_0 on and flat before. A ladder that has only seen the plateau then does not know how steep the loss will
+fall, and says so by wide bands.
+
 A dozen runs do not determine all of these parameters. Each has a weak normal prior, which decides where the runs do not.
 """
 
@@ -17,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FLOOR_SHARE, FLOOR_SPREAD = 0.6, 0.8
+FLOOR_SHARE, FLOOR_SPREAD = 0.5, 1.2
 """Prior of the floor: its median as a share of the lowest loss, and the standard deviation of its logarithm."""
 
 TERM_SHARE, TERM_SPREAD = 0.05, 1.5
@@ -25,6 +30,9 @@ TERM_SHARE, TERM_SPREAD = 0.05, 1.5
 
 EXPONENT, EXPONENT_SPREAD = 0.3, 0.6
 """Prior of an exponent: its median, and the standard deviation of its logarithm; 0.09 to 1.0 at two standard deviations."""
+
+OFFSET_STEPS, OFFSET_SPREAD = 150, 1.5
+"""Prior of the offset of the steps: its median, and the standard deviation of its logarithm."""
 
 HUBER = 1.5
 """Number of standard deviations from which the loss of a residual is linear."""
@@ -44,21 +52,25 @@ class Prior:
     spread: np.ndarray
 
 
-def prior_of(lowest: np.ndarray, quantities: int) -> Prior:
-    """Return the prior for data sets whose lowest loss is ``lowest`` ``[...]``, with this number of quantities."""
+def prior_of(lowest: np.ndarray, quantities: int, offset: float | None = None) -> Prior:
+    """Return the prior for data sets whose lowest loss is ``lowest`` ``[...]``, with this number of quantities.
+
+    ``offset`` is the median of that of the last quantity, relative to the full run; None = it has none.
+    """
     level = np.log(lowest)[..., None]
     floor, term = level + np.log(FLOOR_SHARE), level + np.log(TERM_SHARE)
     exponents = np.full_like(level, np.log(EXPONENT))
-    mean = np.concatenate([floor, *[term] * quantities, *[exponents] * quantities], axis=-1)
-    spread = np.array([FLOOR_SPREAD, *[TERM_SPREAD] * quantities, *[EXPONENT_SPREAD] * quantities])
-    return Prior(mean, spread)
+    offsets = [] if offset is None else [np.full_like(level, np.log(offset))]
+    mean = np.concatenate([floor, *[term] * quantities, *[exponents] * quantities, *offsets], axis=-1)
+    spreads = [FLOOR_SPREAD, *[TERM_SPREAD] * quantities, *[EXPONENT_SPREAD] * quantities]
+    return Prior(mean, np.array([*spreads, *[OFFSET_SPREAD] * len(offsets)]))
 
 
 def log_loss(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
     """Return log L, ``[..., n]``.
 
     Args:
-        parameters: log E, log A_k and log alpha_k, ``[..., 1 + 2 k]``.
+        parameters: log E, log A_k, log alpha_k and, if the last quantity has an offset, log r_0, ``[..., 1 + 2 k]`` or one more.
         log_ratios: logarithms of the ratios to the full run, ``[n k]``.
     """
     return np.log(np.exp(_terms(parameters, log_ratios)).sum(-1))
@@ -67,9 +79,26 @@ def log_loss(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
 def _terms(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
     """Return the logarithms of the floor and of each power law, ``[..., n, 1 + k]``."""
     k = log_ratios.shape[-1]
-    floor, terms, exponents = np.split(parameters[..., None, :], [1, 1 + k], axis=-1)
-    laws = terms - np.exp(exponents) * log_ratios
+    floor, terms, exponents = (
+        each[..., None, :] for each in np.split(parameters[..., : 1 + 2 * k], [1, 1 + k], axis=-1)
+    )
+    laws = terms - np.exp(exponents) * _shifted(parameters, log_ratios)
     return np.concatenate([np.broadcast_to(floor, (*laws.shape[:-1], 1)), laws], axis=-1)
+
+
+def _shifted(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
+    """Return the logarithms of the ratios with the offset of the last quantity, ``[..., n, k]``; without one, as they are."""
+    if (offset := _offset(parameters, log_ratios)) is None:
+        return log_ratios
+    last = np.logaddexp(log_ratios[:, -1], offset) - np.logaddexp(0, offset)
+    others = np.broadcast_to(log_ratios[:, :-1], (*last.shape, log_ratios.shape[-1] - 1))
+    return np.concatenate([others, last[..., None]], axis=-1)
+
+
+def _offset(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray | None:
+    """Return log r_0, ``[..., 1]``; None if the parameters have none."""
+    before = 1 + 2 * log_ratios.shape[-1]
+    return parameters[..., before:] if parameters.shape[-1] > before else None
 
 
 def log_loss_and_gradient(parameters: np.ndarray, log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -78,8 +107,18 @@ def log_loss_and_gradient(parameters: np.ndarray, log_ratios: np.ndarray) -> tup
     shares = np.exp(_terms(parameters, log_ratios))
     total = shares.sum(-1)
     shares /= total[..., None]
-    by_exponent = -shares[..., 1:] * np.exp(parameters[..., None, 1 + k :]) * log_ratios
-    return np.log(total), np.concatenate([shares, by_exponent], axis=-1)
+    slopes = -shares[..., 1:] * np.exp(
+        parameters[..., None, 1 + k : 1 + 2 * k]
+    )  # by the logarithms of the shifted ratios
+    derivatives = [shares, slopes * _shifted(parameters, log_ratios)]
+    if (offset := _offset(parameters, log_ratios)) is not None:
+        by_offset = _logistic(offset - log_ratios[:, -1]) - _logistic(offset)
+        derivatives.append((slopes[..., -1] * by_offset)[..., None])
+    return np.log(total), np.concatenate(derivatives, axis=-1)
+
+
+def _logistic(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
 
 
 def fit(
@@ -103,7 +142,9 @@ def fit(
     """
     if start is None:
         k = log_ratios.shape[-1]
-        starts = [prior.mean + np.r_[np.zeros(1 + k), np.full(k, shift)] for shift in (-0.7, 0.0, 0.7)]
+        number = np.arange(prior.mean.shape[-1])
+        of_exponents = (number > k) & (number <= 2 * k)
+        starts = [prior.mean + shift * of_exponents for shift in (-0.7, 0.0, 0.7)]
         found = np.stack([fit(log_ratios, log_losses, prior, sigma, each) for each in starts])
         values = np.stack([_objective(log_ratios, log_losses, prior, sigma, each) for each in found])
         return found[values.argmin(0), np.arange(len(log_losses))]

@@ -30,6 +30,10 @@ FEWEST_RUNS, FEWEST_STEPS = 5, 8
 SHORTEST = 4 * FEWEST_STEPS
 """Least number of steps of the longest run, so that those of fewer steps differ from each other."""
 
+LONG = 300
+"""Steps of the longest run from which on a ladder has more runs instead of longer ones; shorter ones may see the plateau alone at
+which a training begins (:mod:`ldm.forecast.curves`)."""
+
 SMALL, MIDDLE, FULL = 0.5, 0.75, 1.0
 """Widths of the networks, as shares of that of the full run."""
 
@@ -144,7 +148,9 @@ def make_plan(
     share: float = SHARE,
     spent: float = 0.0,
 ) -> Plan:
-    """Return the ladder with the most runs, and of these the one with the longest, that the time allows.
+    """Return the ladder with the most runs that the time allows, and of these the one with the longest.
+
+    If the longest run would have fewer than ``LONG`` steps, there are fewer runs.
 
     Args:
         full: the full run.
@@ -166,7 +172,7 @@ def make_plan(
         rungs = _rungs(full, count, longest, sizes, subsets)
         seconds = [seconds_of(rung, sizes, extras) for rung in rungs]
         idle = sum(seconds) - sum(rung.steps * sizes[rung.width].seconds for rung in rungs)
-        if idle <= OVERHEAD_SHARE * sum(seconds) or count == FEWEST_RUNS:
+        if (idle <= OVERHEAD_SHARE * sum(seconds) and longest >= LONG) or count == FEWEST_RUNS:
             return Plan(full, rungs, seconds, full_seconds, limit)
     shortest = _rungs(full, FEWEST_RUNS, SHORTEST, sizes, subsets)
     least = sum(seconds_of(rung, sizes, extras) for rung in shortest)

@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 
 from ldm.forecast.bands import Band, fit_curves
-from ldm.forecast.curves import fit, log_loss, log_loss_and_gradient, prior_of
-from tests.forecast.ladders import population, simulate
+from ldm.forecast.curves import OFFSET_SPREAD, fit, log_loss, log_loss_and_gradient, prior_of
+from tests.forecast.ladders import LAST, population, simulate
 
 WIDE = [(n, d, s) for n in (1, 1e-1, 1e-2, 1e-3) for d in (1, 1e-1, 1e-2, 1e-3) for s in (1, 1e-1, 1e-2, 1e-3)]
 
 
-def test_the_gradient_is_that_of_the_curve() -> None:
+@pytest.mark.parametrize("offsets", [(), (-3.0, 0.0, 2.0)])
+def test_the_gradient_is_that_of_the_curve(offsets: tuple[float, ...]) -> None:
     parameters, log_ratios = population(3, 0), np.random.default_rng(0).uniform(-4, 0, (5, 3))
+    parameters = np.c_[(parameters, np.array(offsets))] if offsets else parameters
     _, gradient = log_loss_and_gradient(parameters, log_ratios)
     for i in range(parameters.shape[1]):
         step = np.zeros(parameters.shape[1])
@@ -44,6 +46,30 @@ def test_bands_cover_the_full_run_as_often_as_they_say() -> None:
     # They are of use: the last run's loss is farther from the full run's than the middle of the band, mostly.
     middle = np.sqrt(low * high)
     assert (np.abs(np.log(middle / full)) < np.abs(np.log(ladder.losses[:, 6] / full))).mean() > 0.75
+
+
+@pytest.mark.parametrize("offset", [LAST / 20, LAST / 2, 2 * LAST])
+def test_bands_cover_the_full_run_after_a_plateau(offset: float) -> None:
+    """Also if the longest run has mostly not left it. Offsets are those of the prior, around ``offset``."""
+    seed, count = 2, 100
+    offsets = np.log(offset) + OFFSET_SPREAD * np.random.default_rng(seed).standard_normal(count)
+    truth = np.c_[population(count, seed), offsets]
+    ladder = simulate(truth, 0.01, seed)
+    curves = fit_curves(ladder.log_ratios, ladder.losses, ladder.costs, offset=offset, draws=60)
+    full = np.exp(log_loss(truth, np.zeros((1, 3))))[:, 0]
+    low, high = np.quantile(curves.runs(np.zeros((1, 3)), np.random.default_rng(0))[..., 0], [0.1, 0.9], axis=1)
+    covered = ((low < full) & (full < high)).mean()
+    assert 0.7 <= covered <= 0.92, covered
+
+
+def test_the_term_of_the_steps_is_flat_before_its_offset_and_a_power_law_after() -> None:
+    parameters = np.log([[1e-9, 0.1, 0.5, 0.02]])  # floor, term, exponent, offset
+    steps = np.log([[1e-6], [1e-5], [1.0], [1e4], [4e4]])
+    losses = log_loss(parameters, steps)[0]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert losses[0] == pytest.approx(np.log(0.1 * (1.02 / 0.02) ** 0.5), abs=1e-3)
+    assert losses[2] == pytest.approx(np.log(0.1))
+    assert losses[4] - losses[3] == pytest.approx(-0.5 * np.log(4), abs=1e-3)
 
 
 def test_one_diverged_run_hardly_moves_the_forecast() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ldm.errors import ConfigError
-from ldm.forecast.plan import FULL, MIDDLE, SHARE, SMALL, Extras, Rung, Size, make_plan, seconds_of
+from ldm.forecast.plan import FULL, LONG, MIDDLE, SHARE, SMALL, Extras, Rung, Size, make_plan, seconds_of
 
 SIZES = {
     SMALL: Size(1_000_000, 0.1, 1e9, 32),
@@ -44,6 +44,12 @@ def test_a_shorter_full_run_has_fewer_runs_that_still_vary_each_quantity() -> No
     rungs = make_plan(Rung(FULL, 3434, 2_500), SIZES, EXTRAS).rungs[:4]  # the most important ones
     for name in ("width", "images", "steps"):
         assert len({getattr(rung, name) for rung in rungs}) >= 2
+
+
+def test_a_ladder_has_long_runs_rather_than_many() -> None:
+    for steps in (2_500, 5_000, 10_000, 20_000, 80_000):
+        rungs = make_plan(Rung(FULL, 3434, steps), SIZES, EXTRAS).rungs
+        assert len(rungs) == 5 or max(rung.steps for rung in rungs) >= LONG
 
 
 def test_without_other_widths_or_parts_of_the_data_the_ladder_varies_the_rest() -> None:
