@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +14,8 @@ from ldm.acceleration.backends.inductor import Compiled
 from ldm.config import config_field
 from ldm.errors import SamplingError
 from ldm.nn.views import view
+
+_GRAPH_THREAD = ThreadPoolExecutor(1, "cuda-graphs")  # it begins with the first graph
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,9 @@ class Replayed(Compiled):
     """
 
     def forward(self, *inputs: Any) -> Tensor:
-        return _graph_thread().submit(self._replay, torch.is_inference_mode_enabled(), inputs).result()
+        return _GRAPH_THREAD.submit(self._replay, torch.is_inference_mode_enabled(), inputs).result()
 
     def _replay(self, inference: bool, inputs: tuple[Any, ...]) -> Tensor:
         with torch.inference_mode(inference), torch.no_grad():
             torch.compiler.cudagraph_mark_step_begin()
             return super().forward(*inputs).clone()  # the next replay writes into the same memory
-
-
-@cache
-def _graph_thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "cuda-graphs")
