@@ -195,7 +195,7 @@ def test_dry_run_counts_the_mean_of_the_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_each_evaluation_gets_the_conditional_estimate_of_the_one_before(model: LatentDiffusion, sampler: str) -> None:
     if SPECS[sampler].brownian:
-        pytest.importorskip("torchsde")
+        pytest.importorskip("torchsde", reason="needs the package torchsde, of the extra sde")
     denoised: list[Tensor] = []
     given: list[Tensor] = []
     plain = model.denoise
@@ -286,7 +286,7 @@ def test_threads_and_batches_of_a_server_do_not_share_estimates(model: LatentDif
 @pytest.mark.parametrize("backend", ["inductor", "openvino"])
 def test_compiled_networks_make_the_same_images(model: LatentDiffusion, backend: str) -> None:
     if backend == "openvino":
-        pytest.importorskip("openvino")
+        pytest.importorskip("openvino", reason="needs the package openvino, of the extra openvino")
     options = {"cache": None} if backend == "openvino" else {}
     pipe = Pipeline(self_conditioned()).compile(backend, progress=False, **options)
     torch.testing.assert_close(pipe(**LATENT), Pipeline(model)(**LATENT), rtol=1e-3, atol=1e-3)

@@ -18,7 +18,7 @@ from ldm.ablation import metrics
 from ldm.ablation.metrics import Measured
 from ldm.config import to_dict, to_yaml
 from ldm.errors import LdmError
-from ldm.formats.tensors import read_metadata, write_atomically
+from ldm.formats.tensors import read_metadata, write_atomically, write_json
 from ldm.training.experiment import Experiment
 from ldm.training.subruns import MACHINE, REPORTING, with_steps
 
@@ -76,8 +76,7 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Write the record into the folder of its run."""
-        text = json.dumps({**asdict(self), "numbers": metrics.to_json(self.numbers)}, indent=2) + "\n"
-        write_atomically(folder / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(folder / RECORD, {**asdict(self), "numbers": metrics.to_json(self.numbers)})
 
     @classmethod
     def read(cls, folder: Path) -> Record | None:

@@ -19,7 +19,7 @@ import torch
 from ldm.ablation.recipes import PLAIN
 from ldm.ablation.runs import FOLDER, digest, on_one_device
 from ldm.errors import ConfigError, LdmError
-from ldm.formats.tensors import write_atomically
+from ldm.formats.tensors import write_json
 from ldm.training.environment import environment
 from ldm.training.experiment import Experiment
 from ldm.training.probe import WARM_UP, Probe
@@ -116,11 +116,8 @@ def step_times(
             torch.set_num_threads(before)
             others = [each for each in _read(path) if any(each.get(name) != value for name, value in key.items())]
             if kept["relative"]:
-                text = json.dumps([*others, kept], indent=2) + "\n"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    relative = {name: tuple(kept["relative"][mark]) for name, mark in marks.items()}
-    return StepTimes(device, kept["threads"], kept["seconds"], relative)
+                write_json(path, [*others, kept])
+    return _times_of(kept, marks)
 
 
 def stored_times(experiments: Mapping[str, Experiment], stage: str, path: Path) -> StepTimes:
@@ -143,12 +140,13 @@ def stored_times(experiments: Mapping[str, Experiment], stage: str, path: Path) 
     kept = found[0]
     if missing := [name for name, mark in marks.items() if mark not in kept["relative"]]:
         raise ConfigError(f"{path} has no time of recipe {missing[0]!r}; measure it there, or leave it out by --only.")
-    return StepTimes(
-        kept["device"],
-        kept["threads"],
-        kept["seconds"],
-        {name: tuple(kept["relative"][mark]) for name, mark in marks.items()},
-    )
+    return _times_of(kept, marks)
+
+
+def _times_of(kept: Mapping[str, Any], marks: Mapping[str, str]) -> StepTimes:
+    """Return the times of recipes, given by their hashes, from an entry of the file."""
+    relative = {name: tuple(kept["relative"][mark]) for name, mark in marks.items()}
+    return StepTimes(kept["device"], kept["threads"], kept["seconds"], relative)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

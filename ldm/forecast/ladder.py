@@ -19,7 +19,7 @@ from typing import Any
 from ldm.config import to_dict
 from ldm.errors import TrainingError
 from ldm.forecast.plan import Plan, Rung
-from ldm.formats.tensors import write_atomically
+from ldm.formats.tensors import write_json
 from ldm.training.experiment import Experiment
 from ldm.training.handoff import result_file
 from ldm.training.stages import train_stage
@@ -181,8 +181,7 @@ def train_rung(
     finally:
         seconds = before + time.perf_counter() - start
         if folder.is_dir():
-            text = json.dumps({"rung": asdict(rung), "seconds": seconds, **values}, indent=2) + "\n"
-            write_atomically(folder / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+            write_json(folder / RECORD, {"rung": asdict(rung), "seconds": seconds, **values})
     return Result(rung=rung, seconds=seconds, **values)
 
 

@@ -19,7 +19,7 @@ from ldm.forecast.learning_rate import RangeTest, range_test
 from ldm.forecast.plan import FULL, MIDDLE, SHARE, SMALL, Extras, Plan, Rung, Size, make_plan
 from ldm.forecast.recall import RecallMeasure, captions_measured
 from ldm.forecast.sentences import sentences
-from ldm.formats.tensors import write_atomically
+from ldm.formats.tensors import write_json
 from ldm.training.costs import step_cost
 from ldm.training.environment import environment
 from ldm.training.experiment import Experiment
@@ -111,7 +111,7 @@ class Verification:
 
     @property
     def sentences(self) -> list[str]:
-        """What was reached, what had been forecast, and what the forecast cost."""
+        """Sentences on the results of the full run, their forecasts, and the time of the ladder."""
         recalls = {k: band for k, band in self.forecast.recall.items() if k in self.result.recall}
         rows = [("held-out loss", self.result.loss, self.forecast.loss)]
         rows += [(f"R@{k}", self.result.recall[k] / self.result.recall["of"], band) for k, band in recalls.items()]
@@ -185,8 +185,7 @@ def run_forecast(
     forecast = make_forecast(results, full, measured.sizes, worthwhile, experiment.seed)
     found = list(sentences(forecast, measured.device, worthwhile))
     outcome = Outcome(experiment, measured, plan, results, forecast, found, seconds, measure_recall)
-    text = json.dumps(outcome.to_dict(), indent=2) + "\n"
-    write_atomically(outcome.folder / RESULT, lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(outcome.folder / RESULT, outcome.to_dict())
     return outcome
 
 
@@ -201,9 +200,7 @@ def verify(outcome: Outcome, say: Callable[[str], object] = print) -> Verificati
     parameters = outcome.measured.sizes[FULL].parameters
     result = train_rung(outcome.experiment, plan.full, parameters, outcome.measure_recall)
     found = Verification(result, point, outcome.seconds)
-    path = outcome.folder / VERIFICATION
-    text = json.dumps(asdict(found), indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(outcome.folder / VERIFICATION, asdict(found))
     return found
 
 
@@ -256,8 +253,7 @@ def _measure(experiment: Experiment, budget: float | None, share: float, say: Ca
             sizes[width] = _size(probe.experiment, probe)
             seconds += time.perf_counter() - start
     found = Measured(device, sizes, images, len(experiment.data.open("val")), build, test, seconds)
-    text = json.dumps({**key, **asdict(found)}, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(path, {**key, **asdict(found)})
     return found
 
 

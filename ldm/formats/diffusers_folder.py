@@ -21,11 +21,10 @@ from ldm.formats.network_folder import (
     network_files,
     read_network,
     read_network_folder,
-    write_json,
 )
 from ldm.formats.pipelines import PIPELINES, StableDiffusion
 from ldm.formats.schedulers import read_scheduler, write_scheduler
-from ldm.formats.tensors import CONFIG, INDEX, check_writable, read_json
+from ldm.formats.tensors import CONFIG, INDEX, check_writable, read_json, write_json
 from ldm.formats.tokenizer import read_tokenizer, tokenizer_class, write_tokenizer
 from ldm.model import LatentDiffusion, SamplingConfig
 from ldm.nn.network_format import FolderFormat, Values
@@ -152,10 +151,10 @@ def write_folder(path: Path, model: LatentDiffusion, dtype: torch.dtype | None =
         check_writable(files.tensors, path / folder)
     for folder, files in networks.items():
         files.write(path / folder, checked=True)
-    write_json(path / "scheduler" / SCHEDULER, scheduler)
+    write_json(path / "scheduler" / SCHEDULER, scheduler, sort_keys=True)
     for folder, tokenizer in tokenizers.items():
         write_tokenizer(tokenizer, path / folder)
-    write_json(path / INDEX, index)  # the last file, since it makes the folder a pipeline
+    write_json(path / INDEX, index, sort_keys=True)  # the last file, since it makes the folder a pipeline
 
 
 def _placed(name: str, part: Part) -> tuple[str, FolderFormat]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from operator import methodcaller
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ from ldm.errors import CheckpointError, first_line
 from ldm.formats.checkpoint import Checkpoint, Part, conditioner_of, of_clip
 from ldm.formats.folding import SCALE, folded, has_statistics, scale_and_shift_of, scale_from, with_scale
 from ldm.formats.kinds import KINDS
-from ldm.formats.tensors import CONFIG, read_json, read_weights, write_atomically, write_tensors
+from ldm.formats.tensors import CONFIG, read_json, read_weights, write_json, write_tensors
 from ldm.formats.tokenizer import has_tokenizer, read_tokenizer
 from ldm.nn.network_format import FolderFormat, NetworkFormat, Values, is_weight, outer_prefix
 
@@ -100,7 +98,7 @@ class NetworkFiles:
         """
         write_tensors(folder / self.weights, self.tensors, {"format": "pt"}, checked)
         for name, values in self.values.items():
-            write_json(folder / name, values)
+            write_json(folder / name, values, sort_keys=True)
 
 
 def network_files(form: FolderFormat, part: Part, size: tuple[int, int], extra: Values | None = None) -> NetworkFiles:
@@ -168,8 +166,3 @@ def _with_statistics(part: Part, values: Values, where: Path) -> Part:
     except Exception as error:  # the values may have any type
         raise CheckpointError(f"{where} does not say how latents are normalised: {first_line(error)}.") from None
     return replace(part, state=state)
-
-
-def write_json(path: Path, values: Values) -> None:
-    """Write JSON, atomically."""
-    write_atomically(path, methodcaller("write_text", json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8"))

@@ -58,6 +58,12 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         write(temporary)
 
 
+def write_json(path: str | Path, values: Any, sort_keys: bool = False) -> None:
+    """Write JSON, atomically."""
+    text = json.dumps(values, indent=2, sort_keys=sort_keys) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 @contextmanager
 def written_atomically(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file in the same folder; after the block, unless it fails, sync it to disk and rename it to ``path``."""

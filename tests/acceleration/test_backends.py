@@ -63,8 +63,9 @@ def test_the_default_is_the_fastest_that_is_installed(monkeypatch: pytest.Monkey
 
 
 def test_a_missing_compiler_is_named() -> None:
+    message = r"the backend 'inductor' needs a C\+\+ compiler, but none is found"
     missing = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
-    with missing, pytest.raises(SamplingError, match=r"'inductor' needs a C\+\+ compiler, but none is found"):
+    with missing, pytest.raises(SamplingError, match=message):
         Pipeline(tiny_model()).compile("inductor")
 
 

@@ -49,7 +49,7 @@ def test_the_iteration_is_a_polynomial_of_the_singular_values(shape: tuple[int, 
 @pytest.mark.parametrize("iterations", [1, 5, 11])
 @pytest.mark.parametrize("spectrum", ["flat", "decaying", "half zero", "one"])
 def test_the_iteration_is_stable_in_bf16(spectrum: str, iterations: int) -> None:
-    """Of wide matrices too, of which several iterations are computed from one Gram matrix."""
+    """Also for wide matrices, several iterations of which share one Gram matrix."""
     m, n, generator = 64, 576, torch.Generator().manual_seed(0)
     sigma = {
         "flat": torch.ones(m),
