@@ -9,7 +9,7 @@ import numpy as np
 
 from ldm.errors import TrainingError
 from ldm.forecast.bands import DRAWS, Band, Curves, fit_curves
-from ldm.forecast.curves import OFFSET_STEPS
+from ldm.forecast.curves import OFFSET_STEPS, Law
 from ldm.forecast.ladder import Result
 from ldm.forecast.plan import FULL, Rung, Size
 from ldm.forecast.recall import RECALLS, RecallCurve, fit_recall
@@ -122,7 +122,7 @@ class _Fitted:
             every[:, self.varied],
             losses,
             every[:, 0] + every[:, 2],
-            offset=OFFSET_STEPS / full.steps if 2 in self.varied else None,
+            law=Law(len(self.varied), OFFSET_STEPS / full.steps, gain=0 in self.varied) if 2 in self.varied else None,
             draws=DRAWS,
             seed=seed,
         )

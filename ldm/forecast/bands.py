@@ -4,7 +4,8 @@ Bands hold three kinds of errors. *Parameters*: the fit is repeated with losses 
 their standard deviations (randomize-then-optimize, Bardsley et al. 2014, SIAM J. Sci. Comput. 36, A1895), which gives about
 a sample of the posterior distribution, also of parameters that the runs do not determine. *Runs*: another seed gives another
 loss; its standard deviation is estimated from the residuals, those of repeated seeds among them. *Model*: the true curve is no
-sum of power laws. The most expensive runs are forecast from the others, and the spread is enlarged by how far they miss.
+sum of power laws. How far the log loss falls below that of all runs is uncertain by a factor, and the most expensive runs are
+forecast from the others: the spread is enlarged by how far they miss.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm.forecast.curves import Prior, degrees_of_freedom, fit, log_loss, prior_of
+from ldm.forecast.curves import Law, Prior, degrees_of_freedom, fit, log_loss, prior_of
 
 LEVEL = 0.8
 """Probability of a band."""
@@ -32,6 +33,9 @@ FEWEST = 7
 
 INFLATION_WEIGHT = 4.0
 """Number of left-out runs as which the bands without model error count."""
+
+FALL_SPREAD = 0.25
+"""Standard deviation of the logarithm of the factor by which the loss falls more below that of all runs than the curve says."""
 
 NORMAL_WIDTH = 2.5631031310892007
 """Width of the band of a standard normal variable."""
@@ -60,17 +64,21 @@ class Curves:
         best: most probable parameters, ``[..., p]``; see :mod:`ldm.forecast.curves`.
         draws: parameters of the repeated fits, ``[..., d, p]``.
         noise: standard deviation of the log loss of a run, in each draw, ``[..., d]``.
+        lowest: lowest log loss of the runs, ``[...]``.
+        factor: by which the log loss falls more below it than the curve says, in each draw, ``[..., d]``.
         inflation: factor by which the spread of the draws is enlarged for the error of the model, at least 1, ``[...]``.
     """
 
     best: np.ndarray
     draws: np.ndarray
     noise: np.ndarray
+    lowest: np.ndarray
+    factor: np.ndarray
     inflation: np.ndarray
 
     def log_losses(self, log_ratios: np.ndarray) -> np.ndarray:
         """Return draws of the expected log loss at points ``[m k]``, ``[..., d, m]``; draws of one number belong together."""
-        found = log_loss(self.draws, log_ratios)
+        found = _beyond(log_loss(self.draws, log_ratios), self.lowest, self.factor)
         middle = np.median(found, axis=-2, keepdims=True)
         spread: np.ndarray = middle + self.inflation[..., None, None] * (found - middle)
         return spread
@@ -87,7 +95,7 @@ def fit_curves(
     losses: np.ndarray,
     costs: np.ndarray,
     *,
-    offset: float | None = None,
+    law: Law | None = None,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Curves:
@@ -97,28 +105,43 @@ def fit_curves(
         log_ratios: logarithms of the quantities of each run, divided by those of the full run, ``[n k]``.
         losses: loss of each run, positive, ``[..., n]``; leading dimensions are ladders with the same runs.
         costs: cost of each run in any unit, ``[n]``, by which the runs to leave out are chosen.
-        offset: median of the prior of the offset of the last quantity, relative to the full run; None = without one.
+        law: which parameters the curves have; None = a power law of each quantity.
         draws: number of repeated fits.
         seed: seed of the perturbations.
     """
+    law = law or Law(log_ratios.shape[-1])
     generator = np.random.default_rng(seed)
     flat = losses.reshape(-1, losses.shape[-1])
-    best, found, noise = _draws(log_ratios, flat, offset, draws, generator)
-    inflation = _inflation(log_ratios, flat, costs, offset, draws, generator)
+    best, found, noise = _draws(log_ratios, flat, law, draws, generator)
+    inflation = _inflation(log_ratios, flat, costs, law, draws, generator)
     shape = losses.shape[:-1]
     return Curves(
         best.reshape(*shape, -1),
         found.reshape(*shape, draws, -1),
         noise.reshape(*shape, draws),
+        np.log(losses).min(-1),
+        _factors(noise, generator).reshape(*shape, draws),
         inflation.reshape(shape),
     )
 
 
+def _factors(noise: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return draws of the factor on what lies beyond the runs, as many as of the noise."""
+    factors: np.ndarray = np.exp(FALL_SPREAD * generator.standard_normal(noise.shape))
+    return factors
+
+
+def _beyond(expected: np.ndarray, lowest: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """Return log losses ``[..., d, m]`` whose fall below the lowest of the runs is multiplied by a factor of each draw."""
+    fall = np.minimum(expected - lowest[..., None, None], 0)
+    return expected + (factor[..., None] - 1) * fall
+
+
 def _draws(
-    log_ratios: np.ndarray, losses: np.ndarray, offset: float | None, draws: int, generator: np.random.Generator
+    log_ratios: np.ndarray, losses: np.ndarray, law: Law, draws: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the best parameters ``[b p]``, draws of them ``[b d p]`` and of the noise ``[b d]``."""
-    logs, prior = np.log(losses), prior_of(losses.min(-1), log_ratios.shape[-1], offset)
+    logs, prior = np.log(losses), prior_of(losses.min(-1), law)
     best, sigma, free = _best(log_ratios, logs, prior)
     b, p = best.shape
     # The scaled inverse chi-squared distribution of the variance
@@ -156,7 +179,7 @@ def _inflation(
     log_ratios: np.ndarray,
     losses: np.ndarray,
     costs: np.ndarray,
-    offset: float | None,
+    law: Law,
     draws: int,
     generator: np.random.Generator,
 ) -> np.ndarray:
@@ -166,8 +189,9 @@ def _inflation(
         return np.ones(len(losses))
     order = np.argsort(costs, kind="stable")
     kept, left = order[: -(n // LEFT_OUT)], order[-(n // LEFT_OUT) :]
-    _, found, noise = _draws(log_ratios[kept], losses[:, kept], offset, draws, generator)
-    predicted = log_loss(found, log_ratios[left])
+    _, found, noise = _draws(log_ratios[kept], losses[:, kept], law, draws, generator)
+    lowest = np.log(losses[:, kept]).min(-1)
+    predicted = _beyond(log_loss(found, log_ratios[left]), lowest, _factors(noise, generator))
     predicted += noise[..., None] * generator.standard_normal(predicted.shape)
     low, middle, high = np.quantile(predicted, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2], axis=1)
     missed = (np.log(losses[:, left]) - middle) / ((high - low) / NORMAL_WIDTH)

@@ -13,6 +13,9 @@ logarithmic scale. With an offset r_0, the last quantity, the steps, counts as (
 law from some times r_0 on and flat before. A ladder that has only seen the plateau then does not know how steep the loss will
 fall, and says so by wide bands.
 
+A larger model also learns more from a step (Kaplan et al. 2020, figure 2): with a gain gamma, a step of a model with the ratio
+r_1, that of the first quantity, counts as r_1^gamma steps of the model of the full run, before the offset.
+
 A dozen runs do not determine all of these parameters. Each has a weak normal prior, which decides where the runs do not.
 """
 
@@ -22,17 +25,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FLOOR_SHARE, FLOOR_SPREAD = 0.5, 1.2
+FLOOR_SHARE, FLOOR_SPREAD = 0.3, 1.5
 """Prior of the floor: its median as a share of the lowest loss, and the standard deviation of its logarithm."""
 
 TERM_SHARE, TERM_SPREAD = 0.05, 1.5
 """Prior of what a quantity adds to the loss of the full run, likewise."""
 
-EXPONENT, EXPONENT_SPREAD = 0.3, 0.6
-"""Prior of an exponent: its median, and the standard deviation of its logarithm; 0.09 to 1.0 at two standard deviations."""
+EXPONENT, EXPONENT_SPREAD = 0.5, 0.6
+"""Prior of an exponent: its median, and the standard deviation of its logarithm; 0.15 to 1.7 at two standard deviations."""
 
-OFFSET_STEPS, OFFSET_SPREAD = 150, 1.5
+OFFSET_STEPS, OFFSET_SPREAD = 250, 1.5
 """Prior of the offset of the steps: its median, and the standard deviation of its logarithm."""
+
+GAIN, GAIN_SPREAD = 0.1, 1.5
+"""Prior of the gain of a step by the size of the model, likewise."""
 
 HUBER = 1.5
 """Number of standard deviations from which the loss of a residual is linear."""
@@ -45,6 +51,21 @@ TOLERANCE, LARGEST_DAMPING = 1e-4, 1e6
 
 
 @dataclass(frozen=True)
+class Law:
+    """Which parameters a curve has.
+
+    Attributes:
+        quantities: number of quantities.
+        offset: median of the prior of the offset of the last quantity, relative to the full run; None = without one.
+        gain: whether the first quantity makes a unit of the last count for more, which needs an offset.
+    """
+
+    quantities: int
+    offset: float | None = None
+    gain: bool = False
+
+
+@dataclass(frozen=True)
 class Prior:
     """Independent normal priors of the parameters: means ``[..., p]`` and standard deviations ``[p]``."""
 
@@ -52,25 +73,29 @@ class Prior:
     spread: np.ndarray
 
 
-def prior_of(lowest: np.ndarray, quantities: int, offset: float | None = None) -> Prior:
-    """Return the prior for data sets whose lowest loss is ``lowest`` ``[...]``, with this number of quantities.
-
-    ``offset`` is the median of that of the last quantity, relative to the full run; None = it has none.
-    """
+def prior_of(lowest: np.ndarray, law: Law) -> Prior:
+    """Return the prior for data sets whose lowest loss is ``lowest`` ``[...]``."""
+    quantities = law.quantities
     level = np.log(lowest)[..., None]
     floor, term = level + np.log(FLOOR_SHARE), level + np.log(TERM_SHARE)
     exponents = np.full_like(level, np.log(EXPONENT))
-    offsets = [] if offset is None else [np.full_like(level, np.log(offset))]
-    mean = np.concatenate([floor, *[term] * quantities, *[exponents] * quantities, *offsets], axis=-1)
+    means = [floor, *[term] * quantities, *[exponents] * quantities]
     spreads = [FLOOR_SPREAD, *[TERM_SPREAD] * quantities, *[EXPONENT_SPREAD] * quantities]
-    return Prior(mean, np.array([*spreads, *[OFFSET_SPREAD] * len(offsets)]))
+    if law.offset is not None:
+        means.append(np.full_like(level, np.log(law.offset)))
+        spreads.append(OFFSET_SPREAD)
+    if law.gain:
+        means.append(np.full_like(level, np.log(GAIN)))
+        spreads.append(GAIN_SPREAD)
+    return Prior(np.concatenate(means, axis=-1), np.array(spreads))
 
 
 def log_loss(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
     """Return log L, ``[..., n]``.
 
     Args:
-        parameters: log E, log A_k, log alpha_k and, if the last quantity has an offset, log r_0, ``[..., 1 + 2 k]`` or one more.
+        parameters: log E, log A_k, log alpha_k, if the last quantity has an offset log r_0, and if the first makes it count for
+            more log gamma, ``[..., 1 + 2 k]`` and up to two more.
         log_ratios: logarithms of the ratios to the full run, ``[n k]``.
     """
     return np.log(np.exp(_terms(parameters, log_ratios)).sum(-1))
@@ -87,10 +112,11 @@ def _terms(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
 
 
 def _shifted(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
-    """Return the logarithms of the ratios with the offset of the last quantity, ``[..., n, k]``; without one, as they are."""
-    if (offset := _offset(parameters, log_ratios)) is None:
+    """Return the logarithms of the ratios with the offset and the gain of the last quantity, ``[..., n, k]``."""
+    offset, gained = _offset(parameters, log_ratios), _gained(parameters, log_ratios)
+    if offset is None:
         return log_ratios
-    last = np.logaddexp(log_ratios[:, -1], offset) - np.logaddexp(0, offset)
+    last = np.logaddexp(gained, offset) - np.logaddexp(0, offset)
     others = np.broadcast_to(log_ratios[:, :-1], (*last.shape, log_ratios.shape[-1] - 1))
     return np.concatenate([others, last[..., None]], axis=-1)
 
@@ -98,7 +124,15 @@ def _shifted(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
 def _offset(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray | None:
     """Return log r_0, ``[..., 1]``; None if the parameters have none."""
     before = 1 + 2 * log_ratios.shape[-1]
-    return parameters[..., before:] if parameters.shape[-1] > before else None
+    return parameters[..., before : before + 1] if parameters.shape[-1] > before else None
+
+
+def _gained(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
+    """Return the logarithms of the last ratios with the gain by the first, ``[..., n]``."""
+    before = 2 + 2 * log_ratios.shape[-1]
+    if parameters.shape[-1] <= before:
+        return log_ratios[:, -1]
+    return log_ratios[:, -1] + np.exp(parameters[..., before : before + 1]) * log_ratios[:, 0]
 
 
 def log_loss_and_gradient(parameters: np.ndarray, log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,8 +146,12 @@ def log_loss_and_gradient(parameters: np.ndarray, log_ratios: np.ndarray) -> tup
     )  # by the logarithms of the shifted ratios
     derivatives = [shares, slopes * _shifted(parameters, log_ratios)]
     if (offset := _offset(parameters, log_ratios)) is not None:
-        by_offset = _logistic(offset - log_ratios[:, -1]) - _logistic(offset)
+        gained = _gained(parameters, log_ratios)
+        by_offset = _logistic(offset - gained) - _logistic(offset)
         derivatives.append((slopes[..., -1] * by_offset)[..., None])
+        if parameters.shape[-1] > 2 + 2 * k:
+            by_gain = _logistic(gained - offset) * (gained - log_ratios[:, -1])
+            derivatives.append((slopes[..., -1] * by_gain)[..., None])
     return np.log(total), np.concatenate(derivatives, axis=-1)
 
 

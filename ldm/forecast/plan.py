@@ -1,9 +1,9 @@
 """Plan of a ladder: which small runs are trained, so that all of them together take a given part of the full run.
 
-The runs differ from the full run in one or two of three quantities: width of the network, number of images, number of steps.
-How many steps the longest have is what the time allows. Each run has a learning-rate schedule of its own that ends at its last
-step, since the loss in the middle of a longer schedule is higher than that at the end of a shorter one (Hoffmann et al. 2022,
-arXiv 2203.15556, section 3.1).
+The runs differ from the full run in three quantities: width of the network, number of images, number of steps. Runs of different
+widths take equal times, so that a narrow network has many steps, since the steps are what is extrapolated farthest. How many they
+are is what the time allows. Each run has a learning-rate schedule of its own that ends at its last step, since the loss in the
+middle of a longer schedule is higher than that at the end of a shorter one (Hoffmann et al. 2022, arXiv 2203.15556, section 3.1).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LONG = 300
 """Steps of the longest run from which on a ladder has more runs instead of longer ones; shorter ones may see the plateau alone at
 which a training begins (:mod:`ldm.forecast.curves`)."""
 
-SMALL, MIDDLE, FULL = 0.5, 0.75, 1.0
+SMALL, MIDDLE, FULL = 0.25, 0.5, 1.0
 """Widths of the networks, as shares of that of the full run."""
 
 
@@ -60,20 +60,20 @@ class Rung:
 
 
 TEMPLATE = (
-    (SMALL, 1, 1 / 4, 0),
     (SMALL, 1, 1, 0),
-    (FULL, 1, 1 / 4, 0),
-    (SMALL, 1 / 4, 1, 0),
+    (SMALL, 1, 1 / 4, 0),
     (FULL, 1, 1, 0),
-    (SMALL, 1, 1 / 2, 0),
-    (SMALL, 1 / 2, 1, 0),
-    (FULL, 1, 1 / 2, 0),
-    (SMALL, 1, 1 / 4, 1),
+    (SMALL, 1 / 4, 1, 0),
     (MIDDLE, 1, 1, 0),
-    (SMALL, 1 / 4, 1 / 2, 0),
+    (SMALL, 1, 1 / 2, 0),
+    (MIDDLE, 1, 1 / 4, 0),
+    (FULL, 1, 1 / 4, 0),
+    (SMALL, 1 / 2, 1, 0),
+    (SMALL, 1, 1 / 4, 1),
+    (MIDDLE, 1 / 4, 1, 0),
     (SMALL, 1, 1 / 2, 1),
 )
-"""Runs, the most important first: width, share of the images, share of the steps of the longest run, and added to the seed."""
+"""Runs, the most important first: width, share of the images, share of the time of the longest run, and added to the seed."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def make_plan(
 
     Args:
         full: the full run.
-        sizes: networks by their width; without ``SMALL`` and ``MIDDLE``, all runs have the full width.
+        sizes: networks by their width; the next larger one stands for ``SMALL`` or ``MIDDLE`` if it is missing.
         extras: what a run costs besides its steps.
         subsets: whether runs can be trained on a part of the images.
         share: part of the time of the full run that the ladder may take.
@@ -184,15 +184,18 @@ def make_plan(
 
 
 def _rungs(full: Rung, count: int, longest: int, sizes: Mapping[float, Size], subsets: bool) -> list[Rung]:
-    """Return the distinct runs among the first ``count`` of the template, for this number of steps of the longest."""
+    """Return the first ``count`` distinct runs of the template, for this number of steps of the longest."""
     rungs: list[Rung] = []
-    for width, images, steps, seed in TEMPLATE[:count]:
+    narrowest = sizes[min(sizes)]
+    for width, images, time, seed in TEMPLATE:
         if images < 1 and not subsets:
             continue
+        width = min(each for each in sizes if each >= width)
+        steps = min(longest, longest * narrowest.seconds / sizes[width].seconds) * time
         multiple = VALIDATIONS  # so that the last step is validated
-        rounded = max(FEWEST_STEPS, round(longest * steps / multiple) * multiple)
-        rungs.append(Rung(width if width in sizes else FULL, max(1, round(images * full.images)), rounded, seed))
-    return list(dict.fromkeys(rungs))
+        rounded = max(FEWEST_STEPS, round(steps / multiple) * multiple)
+        rungs.append(Rung(width, max(1, round(images * full.images)), rounded, seed))
+    return list(dict.fromkeys(rungs))[:count]
 
 
 def _longest(

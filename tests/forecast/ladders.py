@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ldm.forecast.bands import FALL_SPREAD
 from ldm.forecast.curves import log_loss
 
 LAST = 1 / 18
@@ -33,6 +34,16 @@ def simulate(parameters: np.ndarray, noise: float, seed: int, runs: object = RUN
     exact = log_loss(parameters, log_ratios)
     losses = np.exp(exact + noise * np.random.default_rng(seed).standard_normal(exact.shape))
     return Simulated(log_ratios, losses, np.exp(log_ratios[:, 0] + log_ratios[:, 2]), parameters)
+
+
+def full_losses(ladder: Simulated, noise: float, seed: int) -> np.ndarray:
+    """Draw the loss of the full run of each ladder; beyond the runs it falls by a lognormal factor more than the curve."""
+    generator = np.random.default_rng(seed)
+    expected, lowest = log_loss(ladder.parameters, np.zeros((1, 3)))[:, 0], np.log(ladder.losses).min(-1)
+    count = len(expected)
+    fall = np.minimum(expected - lowest, 0) * np.exp(FALL_SPREAD * generator.standard_normal(count))
+    losses: np.ndarray = np.exp(np.maximum(expected, lowest) + fall + noise * generator.standard_normal(count))
+    return losses
 
 
 def population(count: int, seed: int) -> np.ndarray:

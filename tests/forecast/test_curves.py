@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 
 from ldm.forecast.bands import Band, fit_curves
-from ldm.forecast.curves import OFFSET_SPREAD, fit, log_loss, log_loss_and_gradient, prior_of
-from tests.forecast.ladders import LAST, population, simulate
+from ldm.forecast.curves import GAIN, GAIN_SPREAD, OFFSET_SPREAD, Law, fit, log_loss, log_loss_and_gradient, prior_of
+from tests.forecast.ladders import LAST, full_losses, population, simulate
 
 WIDE = [(n, d, s) for n in (1, 1e-1, 1e-2, 1e-3) for d in (1, 1e-1, 1e-2, 1e-3) for s in (1, 1e-1, 1e-2, 1e-3)]
 
 
-@pytest.mark.parametrize("offsets", [(), (-3.0, 0.0, 2.0)])
-def test_the_gradient_is_that_of_the_curve(offsets: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("extra", [(), ((-3.0, 0.0, 2.0),), ((-3.0, 0.0, 2.0), (-2.0, -1.0, 0.3))])
+def test_the_gradient_is_that_of_the_curve(extra: tuple[tuple[float, ...], ...]) -> None:
+    """Also with an offset, and with an offset and a gain."""
     parameters, log_ratios = population(3, 0), np.random.default_rng(0).uniform(-4, 0, (5, 3))
-    parameters = np.c_[(parameters, np.array(offsets))] if offsets else parameters
+    parameters = np.c_[(parameters, *map(np.array, extra))]
     _, gradient = log_loss_and_gradient(parameters, log_ratios)
     for i in range(parameters.shape[1]):
         step = np.zeros(parameters.shape[1])
@@ -40,7 +41,7 @@ def test_bands_cover_the_full_run_as_often_as_they_say() -> None:
     curves = fit_curves(ladder.log_ratios, ladder.losses, ladder.costs, draws=60)
     generator = np.random.default_rng(seed)
     low, high = np.quantile(curves.runs(np.zeros((1, 3)), generator)[..., 0], [0.1, 0.9], axis=1)
-    full = np.exp(log_loss(ladder.parameters, np.zeros((1, 3)))[:, 0] + 0.01 * generator.standard_normal(200))
+    full = full_losses(ladder, 0.01, seed)
     covered = ((low < full) & (full < high)).mean()
     assert 0.7 <= covered <= 0.9, covered
     # They are of use: the last run's loss is farther from the full run's than the middle of the band, mostly.
@@ -50,13 +51,13 @@ def test_bands_cover_the_full_run_as_often_as_they_say() -> None:
 
 @pytest.mark.parametrize("offset", [LAST / 20, LAST / 2, 2 * LAST])
 def test_bands_cover_the_full_run_after_a_plateau(offset: float) -> None:
-    """Also if the longest run has mostly not left it. Offsets are those of the prior, around ``offset``."""
+    """Also if the longest run has mostly not left it. Offsets and gains are those of the prior, around ``offset``."""
     seed, count = 2, 100
-    offsets = np.log(offset) + OFFSET_SPREAD * np.random.default_rng(seed).standard_normal(count)
-    truth = np.c_[population(count, seed), offsets]
-    ladder = simulate(truth, 0.01, seed)
-    curves = fit_curves(ladder.log_ratios, ladder.losses, ladder.costs, offset=offset, draws=60)
-    full = np.exp(log_loss(truth, np.zeros((1, 3))))[:, 0]
+    offsets, gains = np.random.default_rng(seed).standard_normal((2, count))
+    offsets, gains = np.log(offset) + OFFSET_SPREAD * offsets, np.log(GAIN) + GAIN_SPREAD * gains
+    ladder = simulate(np.c_[population(count, seed), offsets, gains], 0.01, seed)
+    curves = fit_curves(ladder.log_ratios, ladder.losses, ladder.costs, law=Law(3, offset, gain=True), draws=60)
+    full = full_losses(ladder, 0.01, seed)
     low, high = np.quantile(curves.runs(np.zeros((1, 3)), np.random.default_rng(0))[..., 0], [0.1, 0.9], axis=1)
     covered = ((low < full) & (full < high)).mean()
     assert 0.7 <= covered <= 0.92, covered
@@ -100,16 +101,16 @@ def test_more_noise_gives_wider_bands_and_the_noise_is_estimated() -> None:
         ladder = simulate(population(40, 7), noise, seed=7)
         curves = fit_curves(ladder.log_ratios, ladder.losses, ladder.costs, draws=60)
         assert 0.4 < np.median(curves.noise) / noise < 2
-        low, high = np.quantile(curves.runs(np.zeros((1, 3)), np.random.default_rng(0))[..., 0], [0.1, 0.9], axis=1)
-        widths.append(np.median(np.log(high / low)))
+        low, high = np.quantile(log_loss(curves.draws, np.zeros((1, 3)))[..., 0], [0.1, 0.9], axis=1)
+        widths.append(np.median(high - low))
     assert widths[1] > 2 * widths[0]
 
 
 def test_a_ladder_fits_alike_alone_and_among_others() -> None:
     ladder = simulate(population(8, 8), 0.01, seed=8)
     logs = np.log(ladder.losses)
-    together = fit(ladder.log_ratios, logs, prior_of(ladder.losses.min(-1), 3), np.full(8, 0.01))
-    alone = fit(ladder.log_ratios, logs[3:4], prior_of(ladder.losses[3:4].min(-1), 3), np.full(1, 0.01))
+    together = fit(ladder.log_ratios, logs, prior_of(ladder.losses.min(-1), Law(3)), np.full(8, 0.01))
+    alone = fit(ladder.log_ratios, logs[3:4], prior_of(ladder.losses[3:4].min(-1), Law(3)), np.full(1, 0.01))
     np.testing.assert_allclose(together[3], alone[0], atol=1e-9)
 
 

@@ -8,8 +8,8 @@ from ldm.errors import ConfigError
 from ldm.forecast.plan import FULL, LONG, MIDDLE, SHARE, SMALL, Extras, Rung, Size, make_plan, seconds_of
 
 SIZES = {
-    SMALL: Size(1_000_000, 0.1, 1e9, 32),
-    MIDDLE: Size(2_250_000, 0.2, 2.25e9, 32),
+    SMALL: Size(270_000, 0.06, 2.7e8, 32),
+    MIDDLE: Size(1_000_000, 0.15, 1e9, 32),
     FULL: Size(4_000_000, 0.35, 4e9, 32),
 }
 EXTRAS = Extras(overhead=5, validated=192, evaluations=3000)
@@ -33,7 +33,8 @@ def test_a_long_ladder_varies_each_quantity_and_repeats_runs_with_another_seed()
     assert len(rungs) == 12
     assert {rung.width for rung in rungs} == {SMALL, MIDDLE, FULL}
     assert len({rung.images for rung in rungs}) == 3
-    assert len({rung.steps for rung in rungs}) == 3
+    for width in (SMALL, MIDDLE, FULL):
+        assert len({rung.steps for rung in rungs if rung.width == width}) >= 2
     assert sum(replace(rung, seed=0) in rungs for rung in rungs if rung.seed) == 2
 
 
@@ -59,7 +60,7 @@ def test_without_other_widths_or_parts_of_the_data_the_ladder_varies_the_rest() 
     assert len({rung.images for rung in one_width}) == 3
     one_set = make_plan(full, SIZES, EXTRAS, subsets=False).rungs
     assert {rung.images for rung in one_set} == {3434}
-    assert len({rung.steps for rung in one_set}) == 3
+    assert len({rung.steps for rung in one_set if rung.width == SMALL}) == 3
 
 
 def test_a_full_run_that_is_too_short_says_how_long_it_has_to_be() -> None:
