@@ -30,7 +30,7 @@ FEWEST_RUNS, FEWEST_STEPS = 5, 8
 SHORTEST = 4 * FEWEST_STEPS
 """Least number of steps of the longest run, so that those of fewer steps differ from each other."""
 
-LONG = 300
+LONG = 1000
 """Steps of the longest run from which on a ladder has more runs instead of longer ones; shorter ones may see the plateau alone at
 which a training begins (:mod:`ldm.forecast.curves`)."""
 
