@@ -34,7 +34,7 @@ FEWEST = 7
 INFLATION_WEIGHT = 4.0
 """Number of left-out runs as which the bands without model error count."""
 
-FALL_SPREAD = 0.25
+FALL_SPREAD = 0.35
 """Standard deviation of the logarithm of the factor by which the loss falls more below that of all runs than the curve says."""
 
 NORMAL_WIDTH = 2.5631031310892007

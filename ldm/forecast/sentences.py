@@ -10,6 +10,9 @@ from ldm.forecast.ladder import Result
 
 TWICE = {"model": "a model of twice the parameters", "images": "twice the images", "steps": "twice the steps"}
 
+WIDE = 1.5
+"""Ratio of the limits of a band from which it is called wide."""
+
 CLEAR, LIKELY = 0.8, 0.5
 """Probabilities from which one quantity helps most, and from which it probably does."""
 
@@ -37,6 +40,8 @@ def sentences(forecast: Forecast, device: str, worthwhile: float = WORTHWHILE) -
         f"{full.steps:,} steps of the full run take {duration(full.hours)} on {device} and reach a held-out loss of "
         f"{_band(full.loss)}."
     )
+    if full.loss.high > WIDE * full.loss.low:
+        yield "That band is wide, since the runs are short; a full run of a larger --budget has longer ones."
     for k, band in full.recall.items():
         yield f"R@{k} of the full run: {_percent(band)}."
     if forecast.levers:

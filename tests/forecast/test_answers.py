@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from ldm.errors import TrainingError
 from ldm.forecast.answers import Forecast, make_forecast
+from ldm.forecast.bands import Band
 from ldm.forecast.curves import OFFSET_STEPS
 from ldm.forecast.ladder import Result
 from ldm.forecast.plan import FULL, MIDDLE, SMALL, Extras, Rung, Size, make_plan
@@ -111,6 +113,9 @@ def test_a_ladder_of_small_models_alone_is_less_sure_about_the_full_one() -> Non
     forecast, unsure = make_forecast(found, FULL_RUN, SIZES), make_forecast(small, FULL_RUN, SIZES)
     assert "model" in {each.quantity for each in unsure.levers}
     assert unsure.full.loss.high - unsure.full.loss.low > 1.5 * (forecast.full.loss.high - forecast.full.loss.low)
+    assert not any("band is wide" in sentence for sentence in sentences(forecast, "this machine"))
+    wide = replace(forecast, full=replace(forecast.full, loss=Band(0.4, 0.3, 0.5)))
+    assert any("larger --budget" in sentence for sentence in sentences(wide, "this machine"))
 
 
 def test_too_few_runs_are_an_error() -> None:
