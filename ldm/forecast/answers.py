@@ -91,6 +91,7 @@ class Forecast:
         noise: standard deviation of the logarithm of a run's loss.
         exponents: band of the exponent of each quantity.
         floor: band of the loss that remains with unlimited quantities.
+        gain: band of the exponent of the parameters with which a step of a model counts; None if the runs have one width.
     """
 
     full: Point
@@ -103,6 +104,7 @@ class Forecast:
     noise: float
     exponents: Mapping[str, Band]
     floor: Band
+    gain: Band | None
 
 
 class _Fitted:
@@ -117,12 +119,13 @@ class _Fitted:
         every = np.log(np.array(rows, float) / (self.size.parameters, full.images, full.steps))
         self.varied = [i for i in range(3) if np.any(every[:, i] != 0)]
         self.quantities = [list(NAMES)[i] for i in self.varied]
+        self.gain = {0, 2} <= {*self.varied}
         losses = np.array([each.loss for each in results])
         self.curves: Curves = fit_curves(
             every[:, self.varied],
             losses,
             every[:, 0] + every[:, 2],
-            law=Law(len(self.varied), OFFSET_STEPS / full.steps, gain=0 in self.varied) if 2 in self.varied else None,
+            law=Law(len(self.varied), OFFSET_STEPS / full.steps if 2 in self.varied else None, self.gain),
             draws=DRAWS,
             seed=seed,
         )
@@ -194,6 +197,7 @@ def make_forecast(
             for i, name in enumerate(fitted.quantities)
         },
         floor=Band.of(np.exp(curves.draws[:, 0])),
+        gain=Band.of(np.exp(curves.draws[:, -1])) if fitted.gain else None,
     )
 
 

@@ -23,6 +23,9 @@ def page(outcome: Outcome) -> str:
         for each in forecast.levers
     ]
     laws = [(name, _shown(band)) for name, band in forecast.exponents.items()]
+    if forecast.gain is not None:
+        laws.append(("gain of a step by the model", _shown(forecast.gain)))
+    laws.append(("floor", _shown(forecast.floor)))
     return render_page(
         f"{outcome.experiment.name}: forecast of the training",
         _TEMPLATE,
@@ -31,7 +34,7 @@ def page(outcome: Outcome) -> str:
         sentences=outcome.sentences,
         charts=[each for each in (chart.html for chart in _charts(outcome)) if each],
         levers=levers,
-        laws=[*laws, ("floor", _shown(forecast.floor))],
+        laws=laws,
         runs=[_row(each) for each in outcome.results],
         inflation=number(forecast.inflation),
         noise=f"{100 * forecast.noise:.2g} %",

@@ -118,6 +118,16 @@ def test_a_ladder_of_small_models_alone_is_less_sure_about_the_full_one() -> Non
     assert any("larger --budget" in sentence for sentence in sentences(wide, "this machine"))
 
 
+def test_the_gain_is_that_of_the_law() -> None:
+    found = results((0.02, 0.01, 0.05))
+    gain = make_forecast(found, FULL_RUN, SIZES).gain
+    assert gain is not None
+    assert gain.low < 0.2 < gain.high
+    assert gain.high < 1
+    one_width = [each for each in found if each.rung.width == FULL]
+    assert make_forecast([*one_width, *one_width], FULL_RUN, SIZES).gain is None
+
+
 def test_too_few_runs_are_an_error() -> None:
     with pytest.raises(TrainingError, match="3 finished runs, but a forecast needs 4"):
         make_forecast(results((0.01, 0.02, 0.02))[:3], FULL_RUN, SIZES)

@@ -101,7 +101,7 @@ def test_the_full_run_is_compared_with_its_forecast_and_not_used_for_it(
     measured = Measured("a device", {1: Size(100, 0.1, 1.0, 4)}, 8, 8, 0.0, test, 0.0)
     losses = Band(0.5, 1e-6, 1e6)
     point, plan = Point(8, 0.1, losses, {"1": Band(0.0, 0.0, 0.0)}), Plan(full, [], [], 0.8, 0.2)
-    forecast = Forecast(point, losses, [], None, [], [], 1.0, 0.0, {}, losses)
+    forecast = Forecast(point, losses, [], None, [], [], 1.0, 0.0, {}, losses, None)
     outcome = Outcome(experiment, measured, plan, [], forecast, [], 2.0, RecallMeasure(experiment, 0))
     steps = counted(monkeypatch, lambda step: None)
     found = verify(outcome)
