@@ -85,13 +85,14 @@ class Forecast:
         expected: band of its expected loss, without the noise of a single run, against which the levers are compared.
         levers: what twice as much of each quantity would do, the most helpful first.
         pays_until: band of the steps beyond which twice the steps lower the loss by less than :data:`WORTHWHILE`.
-        models: models of other sizes in the same time; empty if the runs have one width.
+        models: models of other sizes in the same time; empty if all runs have the parameters of the full run.
         curve: forecasts for other numbers of steps.
         inflation: factor on the spread for the error of the model; see :mod:`ldm.forecast.bands`.
         noise: standard deviation of the logarithm of a run's loss.
         exponents: band of the exponent of each quantity.
         floor: band of the loss that remains with unlimited quantities.
-        gain: band of the exponent of the parameters with which a step of a model counts; None if the runs have one width.
+        gain: band of the exponent of the parameters with which a step of a model counts; None if all runs have the parameters of
+            the full run.
     """
 
     full: Point
@@ -105,6 +106,16 @@ class Forecast:
     exponents: Mapping[str, Band]
     floor: Band
     gain: Band | None
+
+
+def longest_runs(rungs: Sequence[Rung]) -> list[int]:
+    """Return the numbers of the longest runs, one of each width, with the most images."""
+    longest: dict[float, int] = {}
+    for i, rung in enumerate(rungs):
+        other = rungs[longest.setdefault(rung.width, i)]
+        if (rung.steps, rung.images) > (other.steps, other.images):
+            longest[rung.width] = i
+    return sorted(longest.values())
 
 
 class _Fitted:
@@ -124,16 +135,15 @@ class _Fitted:
         self.curves: Curves = fit_curves(
             every[:, self.varied],
             losses,
-            every[:, 0] + every[:, 2],
             law=Law(len(self.varied), OFFSET_STEPS / full.steps if 2 in self.varied else None, self.gain),
+            left_out=longest_runs([each.rung for each in results]),
             draws=DRAWS,
             seed=seed,
         )
         self.recalls = _recalls(results)
         self.captions = max((int(each.recall.get("of", 0)) for each in results), default=0)
-        small, large = (sizes[each] for each in (min(sizes), FULL))
-        ratio = np.log(large.parameters / small.parameters)
-        self.cost = max(0.0, float(np.log(large.seconds / small.seconds) / ratio)) if ratio else 1.0
+        measured = sorted((each.parameters, each.seconds) for each in sizes.values())
+        self.measured = np.log(np.array(measured) / (self.size.parameters, self.size.seconds))
         self.generator = np.random.default_rng(seed + 1)
 
     def at(self, factors: Sequence[Mapping[str, float]]) -> np.ndarray:
@@ -141,8 +151,13 @@ class _Fitted:
         return np.log(np.array([[each.get(name, 1.0) for name in self.quantities] for each in factors]))
 
     def seconds(self, model: float = 1.0) -> float:
-        """Return the time of a step of a model with this factor on the parameters, by a power law between measured sizes."""
-        return float(self.size.seconds * model**self.cost)
+        """Return the time of a step of a model with this factor on the parameters, by power laws between measured sizes."""
+        if len(self.measured) == 1:
+            return self.size.seconds * model
+        parameters, seconds = self.measured.T
+        i = int(np.clip(np.searchsorted(parameters, np.log(model)), 1, len(parameters) - 1))
+        exponent = max(0.0, (seconds[i] - seconds[i - 1]) / (parameters[i] - parameters[i - 1]))
+        return float(self.size.seconds * np.exp(seconds[i] + exponent * (np.log(model) - parameters[i])))
 
     def point(self, steps: float) -> Point:
         losses = self.curves.runs(self.at([{"steps": steps / self.full.steps}]), self.generator)

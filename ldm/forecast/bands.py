@@ -4,12 +4,13 @@ Bands hold three kinds of errors. *Parameters*: the fit is repeated with losses 
 their standard deviations (randomize-then-optimize, Bardsley et al. 2014, SIAM J. Sci. Comput. 36, A1895), which gives about
 a sample of the posterior distribution, also of parameters that the runs do not determine. *Runs*: another seed gives another
 loss; its standard deviation is estimated from the residuals, those of repeated seeds among them. *Model*: the true curve is no
-sum of power laws. How far the log loss falls below that of all runs is uncertain by a factor, and the most expensive runs are
+sum of power laws. How far the log loss falls below that of all runs is uncertain by a factor, and the longest runs are
 forecast from the others: the spread is enlarged by how far they miss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,17 +26,14 @@ DRAWS = 400
 NOISE, NOISE_WEIGHT = 0.005, 2.0
 """Prior of the standard deviation of a run's log loss, and the number of residuals that it counts as."""
 
-LEFT_OUT = 4
-"""The most expensive runs, one in this number, are forecast from the others."""
-
-FEWEST = 7
-"""Number of runs from which some are left out."""
+FEWEST = 4
+"""Least number of runs from which others are forecast."""
 
 INFLATION_WEIGHT = 4.0
 """Number of left-out runs as which the bands without model error count."""
 
 FALL_SPREAD = 0.35
-"""Standard deviation of the logarithm of the factor by which the loss falls more below that of all runs than the curve says."""
+"""Standard deviation of the logarithm of the factor between how far the log loss falls below that of all runs, and the curve."""
 
 NORMAL_WIDTH = 2.5631031310892007
 """Width of the band of a standard normal variable."""
@@ -65,7 +63,7 @@ class Curves:
         draws: parameters of the repeated fits, ``[..., d, p]``.
         noise: standard deviation of the log loss of a run, in each draw, ``[..., d]``.
         lowest: lowest log loss of the runs, ``[...]``.
-        factor: by which the log loss falls more below it than the curve says, in each draw, ``[..., d]``.
+        factor: on how far the log loss falls below it, in each draw, ``[..., d]``.
         inflation: factor by which the spread of the draws is enlarged for the error of the model, at least 1, ``[...]``.
     """
 
@@ -93,9 +91,9 @@ class Curves:
 def fit_curves(
     log_ratios: np.ndarray,
     losses: np.ndarray,
-    costs: np.ndarray,
     *,
     law: Law | None = None,
+    left_out: Sequence[int] = (),
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Curves:
@@ -104,8 +102,8 @@ def fit_curves(
     Args:
         log_ratios: logarithms of the quantities of each run, divided by those of the full run, ``[n k]``.
         losses: loss of each run, positive, ``[..., n]``; leading dimensions are ladders with the same runs.
-        costs: cost of each run in any unit, ``[n]``, by which the runs to leave out are chosen.
         law: which parameters the curves have; None = a power law of each quantity.
+        left_out: numbers of runs that are forecast from the others, to see how far the curves miss.
         draws: number of repeated fits.
         seed: seed of the perturbations.
     """
@@ -113,7 +111,7 @@ def fit_curves(
     generator = np.random.default_rng(seed)
     flat = losses.reshape(-1, losses.shape[-1])
     best, found, noise = _draws(log_ratios, flat, law, draws, generator)
-    inflation = _inflation(log_ratios, flat, costs, law, draws, generator)
+    inflation = _inflation(log_ratios, flat, left_out, law, draws, generator)
     shape = losses.shape[:-1]
     return Curves(
         best.reshape(*shape, -1),
@@ -126,15 +124,15 @@ def fit_curves(
 
 
 def _factors(noise: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Return draws of the factor on what lies beyond the runs, as many as of the noise."""
+    """Return draws of the factor on the fall beyond the runs, of the shape of the noise."""
     factors: np.ndarray = np.exp(FALL_SPREAD * generator.standard_normal(noise.shape))
     return factors
 
 
 def _beyond(expected: np.ndarray, lowest: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """Return log losses ``[..., d, m]`` whose fall below the lowest of the runs is multiplied by a factor of each draw."""
-    fall = np.minimum(expected - lowest[..., None, None], 0)
-    return expected + (factor[..., None] - 1) * fall
+    """Return log losses ``[..., d, m]`` whose fall below the lowest of the runs is multiplied by the factor of each draw."""
+    lowest = lowest[..., None, None]
+    return np.maximum(expected, lowest) + factor[..., None] * np.minimum(expected - lowest, 0)
 
 
 def _draws(
@@ -178,17 +176,16 @@ def _best(log_ratios: np.ndarray, logs: np.ndarray, prior: Prior) -> tuple[np.nd
 def _inflation(
     log_ratios: np.ndarray,
     losses: np.ndarray,
-    costs: np.ndarray,
+    left_out: Sequence[int],
     law: Law,
     draws: int,
     generator: np.random.Generator,
 ) -> np.ndarray:
-    """Return by how much the most expensive runs miss their forecasts from the others, as a factor on the spread, ``[b]``."""
-    n = losses.shape[-1]
-    if n < FEWEST:
+    """Return by how much some runs miss their forecasts from the others, as a factor on the spread, ``[b]``."""
+    left = np.array(left_out, int)
+    kept = np.setdiff1d(np.arange(losses.shape[-1]), left)
+    if not len(left) or len(kept) < FEWEST:
         return np.ones(len(losses))
-    order = np.argsort(costs, kind="stable")
-    kept, left = order[: -(n // LEFT_OUT)], order[-(n // LEFT_OUT) :]
     _, found, noise = _draws(log_ratios[kept], losses[:, kept], law, draws, generator)
     lowest = np.log(losses[:, kept]).min(-1)
     predicted = _beyond(log_loss(found, log_ratios[left]), lowest, _factors(noise, generator))

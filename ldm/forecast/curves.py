@@ -22,6 +22,7 @@ A dozen runs do not determine all of these parameters. Each has a weak normal pr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -57,12 +58,15 @@ class Law:
     Attributes:
         quantities: number of quantities.
         offset: median of the prior of the offset of the last quantity, relative to the full run; None = without one.
-        gain: whether the first quantity makes a unit of the last count for more, which needs an offset.
+        gain: True if a unit of the last quantity counts for more with the first one; needs an offset.
     """
 
     quantities: int
     offset: float | None = None
     gain: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.offset is not None or not self.gain, "a gain needs an offset"
 
 
 @dataclass(frozen=True)
@@ -90,66 +94,66 @@ def prior_of(lowest: np.ndarray, law: Law) -> Prior:
     return Prior(np.concatenate(means, axis=-1), np.array(spreads))
 
 
+class _Parts(NamedTuple):
+    """Parameters by name, each ``[..., 1, *]`` for one or ``k`` of them; ``offset`` and ``gain`` are None if there are none."""
+
+    floor: np.ndarray
+    terms: np.ndarray
+    exponents: np.ndarray
+    offset: np.ndarray | None
+    gain: np.ndarray | None
+
+    @classmethod
+    def of(cls, parameters: np.ndarray, quantities: int) -> _Parts:
+        ends = np.cumsum([1, quantities, quantities, 1])
+        floor, terms, exponents, offset, gain = np.split(parameters[..., None, :], ends, axis=-1)
+        return cls(floor, terms, exponents, offset if offset.size else None, gain if gain.size else None)
+
+    def gained(self, log_ratios: np.ndarray) -> np.ndarray:
+        """Return the logarithms of the last ratios with the gain by the first, ``[..., n]``."""
+        last: np.ndarray = log_ratios[:, -1]
+        return last if self.gain is None else last + np.exp(self.gain[..., 0]) * log_ratios[:, 0]
+
+    def shifted(self, log_ratios: np.ndarray) -> np.ndarray:
+        """Return the logarithms of the ratios with the gain and the offset of the last quantity, ``[..., n, k]``."""
+        if self.offset is None:
+            return log_ratios
+        offset = self.offset[..., 0]
+        last = np.logaddexp(self.gained(log_ratios), offset) - np.logaddexp(0, offset)
+        others = np.broadcast_to(log_ratios[:, :-1], (*last.shape, log_ratios.shape[-1] - 1))
+        return np.concatenate([others, last[..., None]], axis=-1)
+
+    def contributions(self, log_ratios: np.ndarray) -> np.ndarray:
+        """Return the floor and the loss by each quantity, ``[..., n, 1 + k]``."""
+        laws = self.terms - np.exp(self.exponents) * self.shifted(log_ratios)
+        return np.exp(np.concatenate([np.broadcast_to(self.floor, (*laws.shape[:-1], 1)), laws], axis=-1))
+
+
 def log_loss(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
     """Return log L, ``[..., n]``.
 
     Args:
-        parameters: log E, log A_k, log alpha_k, if the last quantity has an offset log r_0, and if the first makes it count for
-            more log gamma, ``[..., 1 + 2 k]`` and up to two more.
+        parameters: log E, log A_k, log alpha_k, then log r_0 if there is an offset, then log gamma if there is a gain,
+            ``[..., 1 + 2 k]`` to ``[..., 3 + 2 k]``.
         log_ratios: logarithms of the ratios to the full run, ``[n k]``.
     """
-    return np.log(np.exp(_terms(parameters, log_ratios)).sum(-1))
-
-
-def _terms(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
-    """Return the logarithms of the floor and of each power law, ``[..., n, 1 + k]``."""
-    k = log_ratios.shape[-1]
-    floor, terms, exponents = (
-        each[..., None, :] for each in np.split(parameters[..., : 1 + 2 * k], [1, 1 + k], axis=-1)
-    )
-    laws = terms - np.exp(exponents) * _shifted(parameters, log_ratios)
-    return np.concatenate([np.broadcast_to(floor, (*laws.shape[:-1], 1)), laws], axis=-1)
-
-
-def _shifted(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
-    """Return the logarithms of the ratios with the offset and the gain of the last quantity, ``[..., n, k]``."""
-    offset, gained = _offset(parameters, log_ratios), _gained(parameters, log_ratios)
-    if offset is None:
-        return log_ratios
-    last = np.logaddexp(gained, offset) - np.logaddexp(0, offset)
-    others = np.broadcast_to(log_ratios[:, :-1], (*last.shape, log_ratios.shape[-1] - 1))
-    return np.concatenate([others, last[..., None]], axis=-1)
-
-
-def _offset(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray | None:
-    """Return log r_0, ``[..., 1]``; None if the parameters have none."""
-    before = 1 + 2 * log_ratios.shape[-1]
-    return parameters[..., before : before + 1] if parameters.shape[-1] > before else None
-
-
-def _gained(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
-    """Return the logarithms of the last ratios with the gain by the first, ``[..., n]``."""
-    before = 2 + 2 * log_ratios.shape[-1]
-    if parameters.shape[-1] <= before:
-        return log_ratios[:, -1]
-    return log_ratios[:, -1] + np.exp(parameters[..., before : before + 1]) * log_ratios[:, 0]
+    parts = _Parts.of(parameters, log_ratios.shape[-1])
+    found: np.ndarray = np.log(parts.contributions(log_ratios).sum(-1))
+    return found
 
 
 def log_loss_and_gradient(parameters: np.ndarray, log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return log L ``[..., n]`` and its derivatives by the parameters ``[..., n, p]``."""
-    k = log_ratios.shape[-1]
-    shares = np.exp(_terms(parameters, log_ratios))
+    parts = _Parts.of(parameters, log_ratios.shape[-1])
+    shares = parts.contributions(log_ratios)
     total = shares.sum(-1)
     shares /= total[..., None]
-    slopes = -shares[..., 1:] * np.exp(
-        parameters[..., None, 1 + k : 1 + 2 * k]
-    )  # by the logarithms of the shifted ratios
-    derivatives = [shares, slopes * _shifted(parameters, log_ratios)]
-    if (offset := _offset(parameters, log_ratios)) is not None:
-        gained = _gained(parameters, log_ratios)
-        by_offset = _logistic(offset - gained) - _logistic(offset)
-        derivatives.append((slopes[..., -1] * by_offset)[..., None])
-        if parameters.shape[-1] > 2 + 2 * k:
+    slopes = -shares[..., 1:] * np.exp(parts.exponents)  # by the logarithms of the shifted ratios
+    derivatives = [shares, slopes * parts.shifted(log_ratios)]
+    if parts.offset is not None:
+        gained, offset = parts.gained(log_ratios), parts.offset[..., 0]
+        derivatives.append((slopes[..., -1] * (_logistic(offset - gained) - _logistic(offset)))[..., None])
+        if parts.gain is not None:
             by_gain = _logistic(gained - offset) * (gained - log_ratios[:, -1])
             derivatives.append((slopes[..., -1] * by_gain)[..., None])
     return np.log(total), np.concatenate(derivatives, axis=-1)

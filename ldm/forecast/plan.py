@@ -1,9 +1,10 @@
 """Plan of a ladder: which small runs are trained, so that all of them together take a given part of the full run.
 
-The runs differ from the full run in three quantities: width of the network, number of images, number of steps. Runs of different
-widths take equal times, so that a narrow network has many steps, since the steps are what is extrapolated farthest. How many they
-are is what the time allows. Each run has a learning-rate schedule of its own that ends at its last step, since the loss in the
-middle of a longer schedule is higher than that at the end of a shorter one (Hoffmann et al. 2022, arXiv 2203.15556, section 3.1).
+The runs differ from the full run in three quantities: width of the network, number of images, number of steps. The longest runs
+of all widths take equal times, so that a narrow network has many steps, since the steps are what is extrapolated farthest. How
+many they are is what the time allows. Each run has a learning-rate schedule of its own that ends at its last step, since the
+loss in the middle of a longer schedule is higher than that at the end of a shorter one (Hoffmann et al. 2022, arXiv 2203.15556,
+section 3.1).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FEWEST_RUNS, FEWEST_STEPS = 5, 8
 """Least number of runs, and of steps of a run."""
 
 SHORTEST = 4 * FEWEST_STEPS
-"""Least number of steps of the longest run, so that those of fewer steps differ from each other."""
+"""Least number of steps of the longest run, so that those of fewer steps of the narrowest network differ from each other."""
 
 LONG = 1000
 """Steps of the longest run from which on a ladder has more runs instead of longer ones; shorter ones may see the plateau alone at
@@ -67,7 +68,7 @@ TEMPLATE = (
     (MIDDLE, 1, 1, 0),
     (SMALL, 1, 1 / 2, 0),
     (MIDDLE, 1, 1 / 4, 0),
-    (FULL, 1, 1 / 4, 0),
+    (FULL, 1, 1 / 2, 0),
     (SMALL, 1 / 2, 1, 0),
     (SMALL, 1, 1 / 4, 1),
     (MIDDLE, 1 / 4, 1, 0),
@@ -191,9 +192,9 @@ def _rungs(full: Rung, count: int, longest: int, sizes: Mapping[float, Size], su
         if images < 1 and not subsets:
             continue
         width = min(each for each in sizes if each >= width)
-        steps = min(longest, longest * narrowest.seconds / sizes[width].seconds) * time
+        steps = longest * min(1, narrowest.seconds / sizes[width].seconds) * time
         multiple = VALIDATIONS  # so that the last step is validated
-        rounded = max(FEWEST_STEPS, round(steps / multiple) * multiple)
+        rounded = max(FEWEST_STEPS, int(steps) // multiple * multiple)
         rungs.append(Rung(width, max(1, round(images * full.images)), rounded, seed))
     return list(dict.fromkeys(rungs))[:count]
 

@@ -224,11 +224,11 @@ def _measure(experiment: Experiment, budget: float | None, share: float, say: Ca
     on_cpu = experiment.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     device = environment(torch.device("cpu" if on_cpu else "cuda"))["device"]
     path = experiment.folder / FOLDER / MEASUREMENTS
-    key = {"digest": digest(experiment), "device": device}
+    key = {"digest": digest(experiment), "device": device, "widths": [FULL, MIDDLE, SMALL]}
     if path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))
         if all(values.get(name) == each for name, each in key.items()):
-            del values["digest"]
+            del values["digest"], values["widths"]
             test = RangeTest.from_dict(values.pop("test"))
             sizes = {float(width): Size(**size) for width, size in values.pop("sizes").items()}
             return Measured(**values, sizes=sizes, test=test)

@@ -41,7 +41,7 @@ def sentences(forecast: Forecast, device: str, worthwhile: float = WORTHWHILE) -
         f"{_band(full.loss)}."
     )
     if full.loss.high > WIDE * full.loss.low:
-        yield "That band is wide, since the runs are short; a full run of a larger --budget has longer ones."
+        yield "That band is wide. Longer runs usually narrow it; a larger --budget has longer ones."
     for k, band in full.recall.items():
         yield f"R@{k} of the full run: {_percent(band)}."
     if forecast.levers:

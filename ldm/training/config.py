@@ -70,7 +70,7 @@ class TrainConfig:
     )
     precision: Precision | None = config_field(
         None,
-        "autocast precision of this stage; null = trainer.precision. fp32 suits a VAE: small channels, exact colours",
+        "autocast precision of this stage; null = trainer.precision",
         changeable=True,
     )
     gradient_checkpointing: bool = config_field(

@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ldm.forecast.bands import FALL_SPREAD
+from ldm.forecast.answers import longest_runs
 from ldm.forecast.curves import log_loss
+from ldm.forecast.plan import FULL, MIDDLE, SMALL, Extras, Rung, Size, make_plan
 
-LAST = 1 / 18
+SIZES = {
+    SMALL: Size(270_000, 0.06, 2.7e8, 32),
+    MIDDLE: Size(1_000_000, 0.15, 1e9, 32),
+    FULL: Size(4_000_000, 0.35, 4e9, 32),
+}
+EXTRAS = Extras(overhead=5, validated=192, evaluations=3000)
+IMAGES, STEPS = 3434, 80_000
+
+FALL = 0.35
+"""Standard deviation of the logarithm of the factor on how far the loss falls beyond the runs."""
+
+
+def rungs(steps: int) -> Sequence[Rung]:
+    """Return the ladder of a full run of so many steps."""
+    return make_plan(Rung(FULL, IMAGES, steps), SIZES, EXTRAS).rungs
+
+
+def shares(steps: int) -> list[tuple[float, float, float]]:
+    """Return parameters, images and steps of its runs, as shares of those of the full run."""
+    full = SIZES[FULL].parameters
+    return [(SIZES[each.width].parameters / full, each.images / IMAGES, each.steps / steps) for each in rungs(steps)]
+
+
+RUNS = shares(STEPS)
+LONGEST = longest_runs(rungs(STEPS))
+LAST = max(steps for *_, steps in RUNS)
 """Steps of the longest run, as a share of those of the full run."""
-
-RUNS = [
-    (0.25, 1, LAST / 4), (0.25, 1, LAST / 2), (0.25, 1, LAST), (0.56, 1, LAST), (1, 1, LAST / 4), (1, 1, LAST / 2),
-    (1, 1, LAST), (0.25, 0.5, LAST), (0.25, 0.25, LAST), (0.25, 1, LAST / 4), (0.25, 1, LAST / 2), (0.25, 0.25, LAST / 2),
-]  # fmt: skip
-"""Parameters, images and steps of the runs, as shares of those of the full run; two runs are repeated."""
 
 
 class Simulated(NamedTuple):
-    """Runs of many ladders: quantities ``[n k]``, losses ``[s n]``, costs ``[n]``, and parameters ``[s p]``."""
+    """Runs of many ladders: quantities ``[n k]``, losses ``[s n]``, and parameters ``[s p]``."""
 
     log_ratios: np.ndarray
     losses: np.ndarray
-    costs: np.ndarray
     parameters: np.ndarray
 
 
@@ -33,15 +53,15 @@ def simulate(parameters: np.ndarray, noise: float, seed: int, runs: object = RUN
     log_ratios = np.log(np.array(runs, dtype=float))
     exact = log_loss(parameters, log_ratios)
     losses = np.exp(exact + noise * np.random.default_rng(seed).standard_normal(exact.shape))
-    return Simulated(log_ratios, losses, np.exp(log_ratios[:, 0] + log_ratios[:, 2]), parameters)
+    return Simulated(log_ratios, losses, parameters)
 
 
 def full_losses(ladder: Simulated, noise: float, seed: int) -> np.ndarray:
-    """Draw the loss of the full run of each ladder; beyond the runs it falls by a lognormal factor more than the curve."""
+    """Draw the loss of the full run of each ladder; beyond the runs its fall has a lognormal factor."""
     generator = np.random.default_rng(seed)
     expected, lowest = log_loss(ladder.parameters, np.zeros((1, 3)))[:, 0], np.log(ladder.losses).min(-1)
     count = len(expected)
-    fall = np.minimum(expected - lowest, 0) * np.exp(FALL_SPREAD * generator.standard_normal(count))
+    fall = np.minimum(expected - lowest, 0) * np.exp(FALL * generator.standard_normal(count))
     losses: np.ndarray = np.exp(np.maximum(expected, lowest) + fall + noise * generator.standard_normal(count))
     return losses
 

@@ -11,15 +11,10 @@ from ldm.forecast.answers import Forecast, make_forecast
 from ldm.forecast.bands import Band
 from ldm.forecast.curves import OFFSET_STEPS
 from ldm.forecast.ladder import Result
-from ldm.forecast.plan import FULL, MIDDLE, SMALL, Extras, Rung, Size, make_plan
+from ldm.forecast.plan import FULL, SMALL, Extras, Rung, make_plan
 from ldm.forecast.sentences import duration, sentences, table
+from tests.forecast.ladders import IMAGES, SIZES, STEPS
 
-SIZES = {
-    SMALL: Size(270_000, 0.06, 2.7e8, 32),
-    MIDDLE: Size(1_000_000, 0.15, 1e9, 32),
-    FULL: Size(4_000_000, 0.35, 4e9, 32),
-}
-IMAGES, STEPS = 3434, 80_000
 FULL_RUN = Rung(FULL, IMAGES, STEPS)
 
 
@@ -122,8 +117,7 @@ def test_the_gain_is_that_of_the_law() -> None:
     found = results((0.02, 0.01, 0.05))
     gain = make_forecast(found, FULL_RUN, SIZES).gain
     assert gain is not None
-    assert gain.low < 0.2 < gain.high
-    assert gain.high < 1
+    assert gain.low < 0.2 < gain.high < 3 * gain.low
     one_width = [each for each in found if each.rung.width == FULL]
     assert make_forecast([*one_width, *one_width], FULL_RUN, SIZES).gain is None
 

@@ -5,14 +5,8 @@ from dataclasses import replace
 import pytest
 
 from ldm.errors import ConfigError
-from ldm.forecast.plan import FULL, LONG, MIDDLE, SHARE, SMALL, Extras, Rung, Size, make_plan, seconds_of
-
-SIZES = {
-    SMALL: Size(270_000, 0.06, 2.7e8, 32),
-    MIDDLE: Size(1_000_000, 0.15, 1e9, 32),
-    FULL: Size(4_000_000, 0.35, 4e9, 32),
-}
-EXTRAS = Extras(overhead=5, validated=192, evaluations=3000)
+from ldm.forecast.plan import FULL, LONG, MIDDLE, SHARE, SMALL, Extras, Rung, make_plan, seconds_of
+from tests.forecast.ladders import EXTRAS, SIZES
 
 
 @pytest.mark.parametrize("steps", [8_000, 20_000, 80_000, 1_000_000])
@@ -70,3 +64,28 @@ def test_a_full_run_that_is_too_short_says_how_long_it_has_to_be() -> None:
     assert make_plan(Rung(FULL, 3434, round(1.02 * seconds / 0.35)), SIZES, EXTRAS).rungs
     with pytest.raises(ConfigError, match="shortest ladder"):
         make_plan(Rung(FULL, 3434, round(0.95 * seconds / 0.35)), SIZES, EXTRAS)
+
+
+def test_a_narrow_network_that_is_no_faster_has_no_more_steps() -> None:
+    sizes = {
+        width: replace(size, seconds=seconds)
+        for (width, size), seconds in zip(SIZES.items(), (0.4, 0.3, 0.35), strict=True)
+    }
+    rungs = make_plan(Rung(FULL, 3434, 20_000), sizes, EXTRAS).rungs
+    longest = {width: max(rung.steps for rung in rungs if rung.width == width) for width in sizes}
+    assert longest[FULL] == longest[SMALL] == longest[MIDDLE]
+
+
+def test_the_next_wider_network_stands_for_a_missing_one() -> None:
+    sizes = {width: SIZES[width] for width in (MIDDLE, FULL)}
+    rungs = make_plan(Rung(FULL, 3434, 20_000), sizes, EXTRAS).rungs
+    assert {rung.width for rung in rungs} == {MIDDLE, FULL}
+    assert len({*rungs}) == len(rungs) >= 5
+    bare = make_plan(Rung(FULL, 3434, 80_000), {FULL: SIZES[FULL]}, EXTRAS, subsets=False).rungs
+    assert len({*bare}) == 5
+
+
+def test_no_run_has_more_steps_than_the_full_one() -> None:
+    sizes = {SMALL: replace(SIZES[SMALL], seconds=0.01), FULL: replace(SIZES[FULL], seconds=1.0)}
+    plan = make_plan(Rung(FULL, 3434, 103), sizes, Extras(0, 0))
+    assert max(rung.steps for rung in plan.rungs) == 100
