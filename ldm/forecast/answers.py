@@ -8,14 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ldm.errors import TrainingError
-from ldm.forecast.bands import DRAWS, Band, Curves, fit_curves
+from ldm.forecast.bands import DRAWS, FEWEST, Band, Curves, fit_curves
 from ldm.forecast.curves import OFFSET_STEPS, Law
 from ldm.forecast.ladder import Result
 from ldm.forecast.plan import FULL, Rung, Size
 from ldm.forecast.recall import RECALLS, RecallCurve, fit_recall
-
-FEWEST = 4
-"""Least number of runs from which anything is forecast."""
 
 TWICE = 2.0
 """Factor by which each quantity is raised to see what helps most."""

@@ -27,7 +27,7 @@ NOISE, NOISE_WEIGHT = 0.005, 2.0
 """Prior of the standard deviation of a run's log loss, and the number of residuals that it counts as."""
 
 FEWEST = 4
-"""Least number of runs from which others are forecast."""
+"""Least number of runs from which anything is forecast."""
 
 INFLATION_WEIGHT = 4.0
 """Number of left-out runs as which the bands without model error count."""

@@ -54,7 +54,7 @@ def test_what_helps_most_is_the_quantity_that_limits_the_loss(terms: Sequence[fl
     factors = {"model": (2, 1, 1), "images": (1, 2, 1), "steps": (1, 1, 2)}[helps]
     for band, (n, d, s) in ((best.loss, factors), (forecast.expected, (1, 1, 1))):
         truth = loss(n * SIZES[FULL].parameters, d * IMAGES, s * STEPS, terms)
-        assert band.median == pytest.approx(truth, rel=0.05)
+        assert band.median == pytest.approx(truth, rel=0.03)
         assert band.low < truth < band.high
     text = " ".join(sentences(forecast, "this machine"))
     name = {"images": "More images help most", "model": "A larger model helps most", "steps": "More steps help most"}[

@@ -35,7 +35,7 @@ def test_known_parameters_are_recovered_from_runs_of_many_sizes() -> None:
 
 
 def test_bands_cover_the_full_run_as_often_as_they_say() -> None:
-    """Of 200 ladders whose steps are at most an eighth of those of the full run."""
+    """The longest run of each of the 200 ladders has an eighth of the steps of the full run."""
     seed = 1
     ladder = simulate(population(200, seed), 0.01, seed)
     curves = fit_curves(ladder.log_ratios, ladder.losses, left_out=LONGEST, draws=60)
@@ -99,14 +99,17 @@ def test_a_curve_that_is_no_power_law_has_wider_bands() -> None:
 
 
 def test_more_noise_gives_wider_bands_and_the_noise_is_estimated() -> None:
-    widths = []
+    widths, bands = [], []
     for noise in (0.003, 0.03):
         ladder = simulate(population(40, 7), noise, seed=7)
         curves = fit_curves(ladder.log_ratios, ladder.losses, left_out=LONGEST, draws=60)
         assert 0.4 < np.median(curves.noise) / noise < 2
         low, high = np.quantile(log_loss(curves.draws, np.zeros((1, 3)))[..., 0], [0.1, 0.9], axis=1)
         widths.append(np.median(high - low))
+        low, high = np.quantile(curves.runs(np.zeros((1, 3)), np.random.default_rng(0))[..., 0], [0.1, 0.9], axis=1)
+        bands.append(np.median(np.log(high / low)))
     assert widths[1] > 2 * widths[0]
+    assert bands[1] > 1.2 * bands[0]  # a part of a band does not depend on the noise
 
 
 def test_a_ladder_fits_alike_alone_and_among_others() -> None:
