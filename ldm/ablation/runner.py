@@ -11,10 +11,10 @@ from ldm.ablation.metrics import METRICS, main_number
 from ldm.ablation.processes import LOG, run_all, threads_of
 from ldm.ablation.recipes import PLAIN, chosen, clip_source, open_recipes, read_recipes
 from ldm.ablation.report import Comparison
-from ldm.ablation.runs import FOLDER, Run, Task, digest, make_run
+from ldm.ablation.runs import FOLDER, Run, Task, make_run
 from ldm.ablation.step_times import phase_starts, step_times, steps_in, stored_times, time_of
 from ldm.errors import ConfigError, TrainingError
-from ldm.training.subruns import link_latents
+from ldm.training.subruns import digest, link_latents
 
 FEWEST_STEPS = 2
 """Least number of steps of a run."""

@@ -6,21 +6,19 @@ never taken for its own. ``ablation-run.json`` in its folder records its state.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ldm.ablation import metrics
 from ldm.ablation.metrics import Measured
-from ldm.config import to_dict, to_yaml
-from ldm.errors import LdmError
-from ldm.formats.tensors import read_metadata, write_atomically, write_json
+from ldm.config import to_yaml
+from ldm.formats.tensors import write_atomically, write_json
 from ldm.training.experiment import Experiment
-from ldm.training.subruns import MACHINE, REPORTING, with_steps
+from ldm.training.subruns import digest, with_steps
 
 FOLDER = "ablation"
 """Folder of the comparisons in a run folder."""
@@ -150,35 +148,3 @@ def on_one_device(experiment: Experiment) -> Experiment:
     """Return the experiment on one device, without further loggers."""
     trainer = replace(experiment.trainer, devices=1, num_nodes=1, strategy="auto", loggers=())
     return replace(experiment, trainer=trainer)
-
-
-def digest(experiment: Experiment, stage: str, without: Sequence[str] = ()) -> str:
-    """Return a hash of what the training of a stage, and the default sampling of its model, depend on.
-
-    Args:
-        experiment: the experiment.
-        stage: the stage.
-        without: fields of ``train`` that are left out.
-    """
-    section, data = to_dict(getattr(experiment, stage)), to_dict(experiment.data)
-    section["train"] = {name: each for name, each in section["train"].items() if name not in (*REPORTING, *without)}
-    shared = {
-        "section": {name: each for name, each in section.items() if name not in ("prompts", "classes")},
-        "data": {name: each for name, each in data.items() if name not in (*MACHINE, "test")},
-        "seed": experiment.seed,
-        "precision": [experiment.trainer.precision, experiment.trainer.compile],
-    }
-    if stage == "denoiser":
-        shared["stages"] = [_source(experiment.vae), None if experiment.clip is None else _source(experiment.clip)]
-    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _source(section: Any) -> Any:
-    """Return what a preceding stage gives to the training: its model, and the fingerprint of its weights or their source."""
-    source = section.checkpoint
-    if source is not None and Path(source).is_file():
-        try:
-            source = read_metadata(Path(source)).get("fingerprint") or source
-        except LdmError:  # of another format
-            source = str(source)
-    return [to_dict(section.model), source]

@@ -17,21 +17,18 @@ from typing import Any
 import torch
 
 from ldm.ablation.recipes import PLAIN
-from ldm.ablation.runs import FOLDER, digest, on_one_device
+from ldm.ablation.runs import FOLDER, on_one_device
 from ldm.errors import ConfigError, LdmError
 from ldm.formats.tensors import write_json
 from ldm.training.environment import environment
 from ldm.training.experiment import Experiment
 from ldm.training.probe import WARM_UP, Probe
-from ldm.training.subruns import link_latents
+from ldm.training.subruns import SCHEDULE, digest, link_latents
 
 MEASUREMENTS = "measured.json"
 
 ROUNDS, EACH = 5, 3
 """Rounds, and steps of each recipe in a round."""
-
-SCHEDULE = ("max_steps", "warmup_steps")
-"""Fields of ``train`` that do not change the time of a step."""
 
 
 @dataclass(frozen=True)

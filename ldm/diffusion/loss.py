@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ldm.config import Kind, config_field
 from ldm.diffusion.noise_level_samplers import NoiseLevelSampler, Uniform
-from ldm.diffusion.parametrization import Diffusion, per_item
+from ldm.diffusion.parametrization import Diffusion, Flow, per_item
 from ldm.diffusion.schedule import BetaSchedule, Schedule
 from ldm.diffusion.weightings import snr_weight
 from ldm.errors import ConfigError
@@ -84,7 +84,7 @@ class WeightedLossConfig(DenoisingLossConfig, kind="weighted"):
     weighting: Literal["none", "min_snr", "soft_min_snr"] = config_field(
         "none",
         "min_snr weights the error of x0 by min(SNR, gamma) (Hang et al. 2303.09556), soft_min_snr by SNR gamma / (SNR + gamma) "
-        "(Crowson et al. 2401.11605); none = 1.",
+        "(Crowson et al. 2401.11605), not with the parametrization flow; none = 1.",
     )
     gamma: float = config_field(5.0, "Upper limit of the signal-to-noise ratio in min_snr and soft_min_snr.")
     noise_level_sampler: NoiseLevelSampler = config_field(
@@ -121,6 +121,11 @@ class WeightedLossConfig(DenoisingLossConfig, kind="weighted"):
     def check(self, diffusion: Diffusion) -> None:
         schedule = diffusion.schedule
         zero_terminal_snr = isinstance(schedule, BetaSchedule) and schedule.zero_terminal_snr
+        if isinstance(diffusion.parametrization, Flow) and self.weighting != "none":
+            raise ConfigError(
+                f"the weighting {self.weighting} cannot be used with the parametrization flow, which weights noise levels by how "
+                "often they are drawn; choose none, and a noise_level_sampler such as logit_normal."
+            )
         if zero_terminal_snr and self.weighting != "none":
             raise ConfigError(
                 f"the weighting {self.weighting} cannot be used with zero_terminal_snr, because its weight is 0 in pure noise, "
@@ -130,6 +135,11 @@ class WeightedLossConfig(DenoisingLossConfig, kind="weighted"):
             raise ConfigError(
                 f"the noise_level_sampler {self.noise_level_sampler.kind} cannot be used with zero_terminal_snr, because it "
                 "never draws pure noise, with which sampling begins; choose uniform, antithetic, stratified or low_discrepancy."
+            )
+        if zero_terminal_snr and self.base_resolution is not None:
+            raise ConfigError(
+                "base_resolution cannot be used with zero_terminal_snr, because small images would never be trained with pure "
+                "noise, with which sampling begins; choose null."
             )
 
     def build(self) -> WeightedLoss:

@@ -258,8 +258,8 @@ class Subject:
     @torch.inference_mode()
     def reconstructions(self, decoder: str = "full", lpips: bool = False) -> Reconstructions:
         """Measure the reconstructions of the evaluated split by a decoder, once; values are ``psnr``, ``ssim`` and ``lpips``."""
-        from ldm.evaluation.image_pairs import lpips_network, ssim
-        from ldm.vae.metrics import psnr
+        from ldm.evaluation.lpips import lpips_network
+        from ldm.vae.metrics import psnr, ssim
 
         for (kept, with_lpips), found in self._reconstructed.items():
             if kept == decoder and (with_lpips or not lpips):

@@ -7,7 +7,6 @@ are never taken for its own. ``rung.json`` in its folder records the result of a
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import math
 import time
@@ -16,14 +15,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ldm.config import to_dict
 from ldm.errors import TrainingError
 from ldm.forecast.plan import Plan, Rung
 from ldm.formats.tensors import write_json
 from ldm.training.experiment import Experiment
 from ldm.training.handoff import result_file
 from ldm.training.stages import train_stage
-from ldm.training.subruns import MACHINE, link_latents, with_steps
+from ldm.training.subruns import SCHEDULE, digest, link_latents, with_steps
 
 STAGE = "denoiser"
 """Stage that is forecast."""
@@ -32,9 +30,6 @@ FOLDER = "forecast"
 """Folder of the ladders in a run folder."""
 
 RECORD = "rung.json"
-
-UNSHARED = ("max_steps", "warmup_steps", "log_every", "validate_every", "images_every", "checkpoint_every")
-"""Fields of ``denoiser.train`` in which runs differ, or which do not change their losses."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +53,6 @@ class Result:
     recall: Mapping[str, Any] = field(default_factory=dict)
 
 
-def digest(experiment: Experiment) -> str:
-    """Return a hash of what the runs of a ladder have in common."""
-    section, data = to_dict(experiment.denoiser), to_dict(experiment.data)
-    shared = {
-        "train": {name: value for name, value in section["train"].items() if name not in UNSHARED},
-        "denoiser": {name: section[name] for name in ("model", "conditioner", "diffusion", "loss")},
-        "data": {name: value for name, value in data.items() if name not in MACHINE},
-        "stages": [to_dict(experiment.vae.model), experiment.vae.checkpoint, to_dict(experiment.clip)],
-        "seed": experiment.seed,
-    }
-    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
-
-
 def rung_experiment(experiment: Experiment, rung: Rung) -> Experiment:
     """Return the experiment of a run, in a folder of its own."""
     stage, steps = experiment.denoiser, rung.steps
@@ -78,7 +60,7 @@ def rung_experiment(experiment: Experiment, rung: Rung) -> Experiment:
     assert model is not None, "a network whose width cannot be changed has rungs of one width"
     train = with_steps(stage.train, steps)
     name = f"width{rung.width:g}_images{rung.images}_steps{steps}" + (f"_seed{rung.seed}" if rung.seed else "")
-    name = f"{name}_{digest(experiment)}"
+    name = f"{name}_{digest(experiment, STAGE, SCHEDULE)}"
     data = experiment.data.with_subset(rung.images, experiment.seed)
     return replace(
         experiment,
@@ -139,7 +121,7 @@ def other_results(experiment: Experiment, results: list[Result], full: Rung) -> 
     """Return the finished runs of earlier ladders of the same config, for other budgets, but not ``full`` itself."""
     known = {full, *(each.rung for each in results)}
     found = []
-    for path in sorted((experiment.folder / FOLDER).glob(f"*_{digest(experiment)}/{RECORD}")):
+    for path in sorted((experiment.folder / FOLDER).glob(f"*_{digest(experiment, STAGE, SCHEDULE)}/{RECORD}")):
         rung = Rung(**json.loads(path.read_text(encoding="utf-8"))["rung"])
         result, _ = read_result(path.parent, rung)
         if rung not in known and result is not None:

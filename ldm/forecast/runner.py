@@ -14,7 +14,7 @@ import torch
 from ldm import __version__
 from ldm.errors import ConfigError
 from ldm.forecast.answers import WORTHWHILE, Forecast, Point, make_forecast
-from ldm.forecast.ladder import FOLDER, STAGE, Result, climb, digest, other_results, train_rung
+from ldm.forecast.ladder import FOLDER, STAGE, Result, climb, other_results, train_rung
 from ldm.forecast.learning_rate import RangeTest, range_test
 from ldm.forecast.plan import FULL, MIDDLE, SHARE, SMALL, Extras, Plan, Rung, Size, make_plan
 from ldm.forecast.recall import RecallMeasure, captions_measured
@@ -24,7 +24,7 @@ from ldm.training.costs import step_cost
 from ldm.training.environment import environment
 from ldm.training.experiment import Experiment
 from ldm.training.probe import MEASURED, WARM_UP, Probe
-from ldm.training.subruns import with_predecessors
+from ldm.training.subruns import SCHEDULE, digest, with_predecessors
 
 MEASUREMENTS, RESULT, VERIFICATION = "measured.json", "forecast.json", "verification.json"
 
@@ -80,7 +80,7 @@ class Outcome:
         """Return everything as JSON values."""
         return {
             "ldm": __version__,
-            "digest": digest(self.experiment),
+            "digest": digest(self.experiment, STAGE, SCHEDULE),
             "learning_rate": self.experiment.denoiser.train.learning_rate,
             "sentences": list(self.sentences),
             "forecast": asdict(self.forecast),
@@ -224,7 +224,7 @@ def _measure(experiment: Experiment, budget: float | None, share: float, say: Ca
     on_cpu = experiment.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     device = environment(torch.device("cpu" if on_cpu else "cuda"))["device"]
     path = experiment.folder / FOLDER / MEASUREMENTS
-    key = {"digest": digest(experiment), "device": device, "widths": [FULL, MIDDLE, SMALL]}
+    key = {"digest": digest(experiment, STAGE, SCHEDULE), "device": device, "widths": [FULL, MIDDLE, SMALL]}
     if path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))
         if all(values.get(name) == each for name, each in key.items()):

@@ -53,6 +53,9 @@ class Probe:
         module = build_module(experiment, stage)
         data = data_of(experiment, module)
         self.task = module.task.to(self.device).to(memory_format=torch.channels_last).train()
+        if experiment.trainer.compile:
+            for network in self.task.called_modules:
+                network.compile()
         self.task.check_batch_size(train.batch_size)
         samples = data.data.open("train")
         self.latents = data.latents
@@ -94,7 +97,7 @@ class Probe:
         for index in range(self.train.accumulate):
             batch: Any = on_device(next(self.batches), self.device)
             batch = batch if self.latents is None else self.latents.complete(batch, self.device)
-            generator = torch.Generator().manual_seed(self.completed)
+            generator = torch.Generator().manual_seed(self.completed * self.train.accumulate + index)
             with self._autocast():
                 losses = self.task.losses(batch, Step(number, 0, generator))
                 for i, (spec, optimizer) in enumerate(zip(self.specs, self.optimizers, strict=True)):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from ldm.errors import TrainingError
+from ldm.config import to_dict
+from ldm.errors import LdmError, TrainingError
+from ldm.formats.tensors import read_metadata
 from ldm.training.config import TrainConfig
 from ldm.training.experiment import Experiment
 from ldm.training.handoff import result_file
@@ -20,6 +27,9 @@ WARM_UP = 10
 
 REPORTING = ("log_every", "validate_every", "images_every", "checkpoint_every", "keep_checkpoints")
 """Fields of ``train`` that do not change what is trained."""
+
+SCHEDULE = ("max_steps", "warmup_steps")
+"""Fields of ``train`` that say how long a training is."""
 
 MACHINE = ("cache", "workers", "cache_latents", "encoded")
 """Fields of ``data`` that do not change what is trained on."""
@@ -76,3 +86,35 @@ def link_latents(experiment: Experiment, own: Experiment) -> None:
             link.parent.mkdir(parents=True, exist_ok=True)
             with suppress(OSError):  # file systems without hard links
                 os.link(source, link)
+
+
+def digest(experiment: Experiment, stage: str, without: Sequence[str] = ()) -> str:
+    """Return a hash of what the training of a stage, and the default sampling of its model, depend on.
+
+    Args:
+        experiment: the experiment.
+        stage: the stage.
+        without: fields of ``train`` that are left out.
+    """
+    section, data = to_dict(getattr(experiment, stage)), to_dict(experiment.data)
+    section["train"] = {name: each for name, each in section["train"].items() if name not in (*REPORTING, *without)}
+    shared = {
+        "section": {name: each for name, each in section.items() if name not in ("prompts", "classes")},
+        "data": {name: each for name, each in data.items() if name not in (*MACHINE, "test")},
+        "seed": experiment.seed,
+        "precision": [experiment.trainer.precision, experiment.trainer.compile],
+    }
+    if stage == "denoiser":
+        shared["stages"] = [_source(experiment.vae), None if experiment.clip is None else _source(experiment.clip)]
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _source(section: Any) -> Any:
+    """Return what a preceding stage gives to the training: its model, and the fingerprint of its weights or their source."""
+    source = section.checkpoint
+    if source is not None and Path(source).is_file():
+        try:
+            source = read_metadata(Path(source)).get("fingerprint") or source
+        except LdmError:  # of another format
+            source = str(source)
+    return [to_dict(section.model), source]

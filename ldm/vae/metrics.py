@@ -1,4 +1,4 @@
-"""Measurements on a first stage: PSNR, and the statistics of its latents."""
+"""Measurements on a first stage: PSNR, SSIM, and the statistics of its latents."""
 
 from __future__ import annotations
 
@@ -12,11 +12,31 @@ from ldm.errors import TrainingError
 from ldm.vae.first_stage import FirstStage
 from ldm.vae.preview import LeastSquares
 
+WINDOW = 11
+"""Side of the window of SSIM in pixels; smaller images have none."""
+
 
 def psnr(image: Tensor, reconstruction: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio in dB of each image ``[b c h w]`` in [-1, 1]: ``[b]``; the peak is the range, 2."""
     error = (image - reconstruction).square().flatten(1).mean(1)
     return 10 * torch.log10(4.0 / error.clamp(min=1e-10))
+
+
+def ssim(image: Tensor, reconstruction: Tensor) -> Tensor:
+    """Return the structural similarity of each pair of images ``[b c h w]`` in [-1, 1]: ``[b]`` (Wang et al. 2004, equation 13).
+
+    With a Gaussian window of standard deviation 1.5 and 11 pixels, and images reflected at their borders; NaN for images that are
+    smaller than the window.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    if min(image.shape[2:]) < WINDOW:
+        return torch.full((len(image),), torch.nan, device=image.device)
+    values = structural_similarity_index_measure(
+        (reconstruction.float() + 1) / 2, (image.float() + 1) / 2, data_range=1.0, reduction="none"
+    )
+    assert isinstance(values, Tensor)
+    return values.reshape(len(image))
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from ldm.ablation.recipes import Recipes, chosen, open_recipes, read_recipes
-from ldm.ablation.runs import Task, digest, make_run
+from ldm.ablation.runs import Task, make_run
 from ldm.errors import LdmError
 from ldm.training.experiment import load_config
+from ldm.training.subruns import digest
 from tests.ablation.experiments import CHANGES, RECIPES, write_recipes
 from tests.experiments import write_experiment
 

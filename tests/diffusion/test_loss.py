@@ -83,7 +83,7 @@ def test_soft_min_snr_is_the_harmonic_sum_of_snr_and_gamma(sigma: float, gamma: 
     assert snr_weight("soft_min_snr", Eps(), s, gamma).item() == pytest.approx(gamma / (snr(sigma) + gamma))
 
 
-@every_row
+@pytest.mark.parametrize("row", [row for row in ROWS if row != Flow()], ids=repr)
 @pytest.mark.parametrize("weighting", ["min_snr", "soft_min_snr"])
 def test_min_snr_weighs_the_error_of_x0_alike_in_every_parametrization(row: Parametrization, weighting: str) -> None:
     gamma, diffusion = 5.0, Diffusion(ScaledLinear(), row)
@@ -228,6 +228,7 @@ def test_levels_shift_with_the_resolution(height: int, width: int) -> None:
             {"noise_level_sampler": {"kind": "low_discrepancy", "distribution": "logit_normal"}},
             "low_discrepancy cannot be used with zero_terminal_snr",
         ),
+        ({"base_resolution": 16}, "base_resolution cannot be used with zero_terminal_snr"),
         ({"kind": "contrastive_flow"}, "contrastive_flow cannot be used with the parametrization v"),
     ],
 )
@@ -235,6 +236,14 @@ def test_recipes_that_do_not_fit_are_refused(loss: dict[str, object], message: s
     config = from_dict(DenoisingLossConfig, loss)
     with pytest.raises(ConfigError, match=message):
         config.check(Diffusion(Cosine(zero_terminal_snr=True), V()))
+
+
+@pytest.mark.parametrize("kind", ["weighted", "uncertainty", "contrastive_flow"])
+@pytest.mark.parametrize("weighting", ["min_snr", "soft_min_snr"])
+def test_weightings_by_snr_are_refused_for_flow_matching(kind: str, weighting: str) -> None:
+    config = from_dict(DenoisingLossConfig, {"kind": kind, "weighting": weighting})
+    with pytest.raises(ConfigError, match=f"{weighting} cannot be used with the parametrization flow"):
+        config.check(Diffusion(FlowSchedule(), Flow()))
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,14 @@ from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from ldm.clip.retrieval import recall_at_k
 from ldm.diagnosis.pool import Pool
-from ldm.evaluation.image_pairs import BACKBONE, lpips_network, ssim
+from ldm.evaluation.lpips import BACKBONE, lpips_network
 from ldm.evaluation.metric import all_metrics
 from ldm.evaluation.metrics import probe
 from ldm.evaluation.metrics.contrastive import best_scale, calibration_error, classifier
 from ldm.evaluation.metrics.denoising import encoded, levels_of, relative_error
 from ldm.evaluation.subject import Subject
 from ldm.formats import save
-from ldm.vae.metrics import psnr
+from ldm.vae.metrics import psnr, ssim
 from tests.evaluation.subjects import numbers, opened, tiny_clip
 from tests.tiny import TOKENIZER, tiny_model
 

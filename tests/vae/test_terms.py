@@ -35,9 +35,18 @@ def test_ms_ssim_is_that_of_torchmetrics(scales: int, size: int) -> None:
     y = (x + 0.3 * images(size, seed=1)).clamp(-1, 1)
     exponents = tuple(each / sum(EXPONENTS[:scales]) for each in EXPONENTS[:scales])
     expected = multiscale_structural_similarity_index_measure(
-        y, x, data_range=(-1.0, 1.0), betas=exponents, reduction="none"
+        (y + 1) / 2, (x + 1) / 2, data_range=1.0, betas=exponents, reduction="none"
     )
     torch.testing.assert_close(1 - MSSSIM(scales).distance(x, y), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ms_ssim_of_plain_images_compares_their_luminance() -> None:
+    """(2 m n + c) / (m^2 + n^2 + c) of the values m, n in [0, 1], with c = 0.01^2, for all scales together."""
+    for value, other in ((-0.05, 0.05), (-0.9, -0.8), (0.8, 0.9)):
+        x, y = (torch.full((1, 3, 16, 16), each) for each in (value, other))
+        m, n = (value + 1) / 2, (other + 1) / 2
+        expected = 1 - (2 * m * n + 1e-4) / (m**2 + n**2 + 1e-4)
+        assert MSSSIM(1).distance(x, y).item() == pytest.approx(expected, abs=1e-3)  # single precision
 
 
 def test_ms_ssim_of_opposite_images_has_finite_gradients() -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ldm.evaluation.image_pairs import WINDOW
 from ldm.evaluation.intervals import bootstrap
 from ldm.evaluation.metric import Number, metric
+from ldm.vae.metrics import WINDOW
 
 if TYPE_CHECKING:
     from ldm.evaluation.subject import Subject

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from ldm.config import config_field
 from ldm.data.stream import EvaluationLoader
@@ -36,7 +35,7 @@ from ldm.training.tasks.task import (
 )
 from ldm.vae.first_stage import FirstStageConfig, HasLastLayer
 from ldm.vae.loss import AutoencoderLossConfig, GeneratorLoss, VAELossConfig, adaptive_weight, hinge_loss
-from ldm.vae.metrics import measure_latents, psnr
+from ldm.vae.metrics import measure_latents, psnr, ssim
 from ldm.vae.terms import LossTerm, LossTermConfig
 
 if TYPE_CHECKING:
@@ -228,10 +227,9 @@ class VAETask(Task):
         image = batch["image"]
         posterior = self.first_stage.encode(image)
         reconstruction = self.first_stage.decode(posterior.mode).float().clamp(-1, 1)
-        similarity: Any = ssim(reconstruction, image, data_range=(-1.0, 1.0), reduction="sum")
         sums = {
             "psnr": psnr(image, reconstruction).sum(),
-            "ssim": similarity,
+            "ssim": ssim(image, reconstruction).sum(),
             "images": torch.tensor(len(image), device="cpu"),
         }
         return {name: value.double()[None] for name, value in {**sums, **posterior.sums()}.items()}

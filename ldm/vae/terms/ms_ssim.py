@@ -18,8 +18,8 @@ EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 WINDOW, DEVIATION = 11, 1.5
 """Width of the Gaussian window and its standard deviation, in pixels."""
 
-STABILIZERS = (0.02**2, 0.06**2)
-"""(K1 L)^2 and (K2 L)^2 for K1 = 0.01, K2 = 0.03 and the range L = 2 of the values."""
+STABILIZERS = (0.01**2, 0.03**2)
+"""(K1 L)^2 and (K2 L)^2 for K1 = 0.01, K2 = 0.03 and the range L = 1 of the values."""
 
 SMALLEST = 1e-6
 """Least value of the factor of a scale; the derivative of its power is infinite at 0."""
@@ -62,11 +62,13 @@ class MSSSIM(LossTerm):
 
     def distance(self, image: Tensor, reconstruction: Tensor) -> Tensor:
         with torch.autocast(image.device.type, enabled=False):  # variances are differences of squares
-            return 1 - ms_ssim(image.float(), reconstruction.float(), self.exponents)
+            return 1 - ms_ssim((image.float() + 1) / 2, (reconstruction.float() + 1) / 2, self.exponents)
 
 
 def ms_ssim(x: Tensor, y: Tensor, exponents: list[float]) -> Tensor:
-    """Return the MS-SSIM ``[b]`` of ``x, y [b c h w]`` in [-1, 1] (eq. 7).
+    """Return the MS-SSIM ``[b]`` of ``x, y [b c h w]`` in [0, 1] (eq. 7).
+
+    Luminance compares the ratio of means, so it is defined for values from 0 on only.
 
     It is the product, over the scales, of the mean of contrast and structure to the power of the exponent of the scale; at the
     coarsest scale also of the luminance. As in torchmetrics, that scale alone is extended at its borders, by reflection.

@@ -1,4 +1,4 @@
-"""Distances between pairs of images by other packages: SSIM by torchmetrics, LPIPS by lpips."""
+"""LPIPS, by the package lpips."""
 
 from __future__ import annotations
 
@@ -12,26 +12,6 @@ from ldm.errors import CheckpointError, missing_extra
 
 BACKBONE = "alexnet-owt-7be5be79.pth"
 """File of torchvision's AlexNet, the backbone of LPIPS, in torch's hub folder."""
-
-WINDOW = 11
-"""Side of the window of SSIM in pixels; smaller images have none."""
-
-
-def ssim(image: Tensor, reconstruction: Tensor) -> Tensor:
-    """Return the structural similarity of each pair of images ``[b c h w]`` in [-1, 1]: ``[b]`` (Wang et al. 2004, equation 13).
-
-    With a Gaussian window of standard deviation 1.5 and 11 pixels, and images reflected at their borders; NaN for images that are
-    smaller than the window.
-    """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    if min(image.shape[2:]) < WINDOW:
-        return torch.full((len(image),), torch.nan, device=image.device)
-    values = structural_similarity_index_measure(
-        (reconstruction.float() + 1) / 2, (image.float() + 1) / 2, data_range=1.0, reduction="none"
-    )
-    assert isinstance(values, Tensor)
-    return values.reshape(len(image))
 
 
 def lpips_network(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

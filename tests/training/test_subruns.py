@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ldm.training.experiment import load_config
+from ldm.training.probe import Probe
+from ldm.training.subruns import SCHEDULE, digest
+from ldm.training.tasks.task import Step
+from tests.experiments import PIXELS, tiny_experiment, write_experiment
+
+
+def test_runs_after_a_predecessor_was_trained_again_are_others(tmp_path: Path) -> None:
+    def found(fingerprint: str, name: str = "vae.safetensors") -> str:
+        path = tmp_path / name
+        save_file({"weight": torch.zeros(1)}, path, metadata={"fingerprint": fingerprint})
+        experiment = tiny_experiment(tmp_path)
+        vae = replace(experiment.vae, train=None, checkpoint=str(path))
+        return digest(replace(experiment, vae=vae), "denoiser", SCHEDULE)
+
+    assert found("first") == found("first", "moved.safetensors")
+    assert found("first") != found("second")
+
+
+def test_batches_of_one_step_have_other_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = load_config(write_experiment(tmp_path, PIXELS), ["denoiser.train.accumulate=2"])
+    probe, seeds = Probe(experiment, "denoiser", 2), []
+    original = probe.task.losses
+
+    def losses(batch: object, step: Step) -> object:
+        seeds.append(step.generator.initial_seed())
+        return original(batch, step)
+
+    monkeypatch.setattr(probe.task, "losses", losses)
+    for _ in range(2):
+        probe.step(1e-4)
+    assert len(set(seeds)) == 4
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_times_are_those_of_compiled_networks_if_the_config_compiles(tmp_path: Path, compiled: bool) -> None:
+    experiment = load_config(write_experiment(tmp_path, PIXELS), [f"trainer.compile={str(compiled).lower()}"])
+    probe = Probe(experiment, "denoiser", 1)
+    assert {network._compiled_call_impl is not None for network in probe.task.called_modules} == {compiled}
