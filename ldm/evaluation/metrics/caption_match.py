@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm.clip.retrieval import cosine_ranks, reduced_ranks
-from ldm.evaluation.intervals import bootstrap, wilson
+from ldm.evaluation.intervals import mean_estimate, wilson
 from ldm.evaluation.metric import Number, metric
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def clip_score(subject: Subject) -> Iterator[Number]:
             continue
         text = network.captions(made.captions)
         cosine = F.cosine_similarity(made.features[network.name], text).double().numpy()
-        yield Number("clip_score", bootstrap(100 * cosine.clip(min=0)), len(made), "higher", network=network)
+        yield Number("clip_score", mean_estimate(100 * cosine.clip(min=0)), len(made), "higher", network=network)
 
 
 @metric("recall_by_embedding", "samples")

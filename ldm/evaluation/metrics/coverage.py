@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ldm.evaluation.intervals import GROUPS, Estimate, bootstrap, group_of, jackknife_of, wilson
+from ldm.evaluation.intervals import GROUPS, Estimate, group_of, jackknife_of, mean_estimate, wilson
 from ldm.evaluation.metric import Number, metric
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def density_and_coverage(made: Tensor, true: Tensor, k: int = DENSITY_K) -> dict
         covered += torch.stack([(inside & each).any(1).sum() for each in keep])
     shares = (covered.double() / len(true)).tolist()
     return {
-        "density": bootstrap(balls.double().numpy() / k),
+        "density": mean_estimate(balls.double().numpy() / k),
         "coverage": jackknife_of(shares[0], shares[1:]).within(0, 1),
     }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.diagnosis.pool import Pool, denoised
 from ldm.diffusion import Schedule, seeded_noise
-from ldm.evaluation.intervals import bootstrap
+from ldm.evaluation.intervals import mean_estimate
 from ldm.evaluation.metric import Number, metric
 from ldm.model import LatentDiffusion
 from ldm.training.tasks.task import on_device
@@ -71,4 +71,4 @@ def denoising(subject: Subject) -> Iterator[Number]:
     for level in levels:
         parameters = {"sigma": level, "unit": "s^2 / (1 + s^2)"}
         values = torch.cat(errors[level]).double().numpy()
-        yield Number(f"denoising_error@{level:g}", bootstrap(values), count, "lower", parameters=parameters)
+        yield Number(f"denoising_error@{level:g}", mean_estimate(values), count, "lower", parameters=parameters)

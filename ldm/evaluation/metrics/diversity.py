@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.evaluation.intervals import bootstrap
+from ldm.evaluation.intervals import mean_estimate
 from ldm.evaluation.metric import Number, metric
 from ldm.evaluation.subject import READER
 
@@ -50,7 +50,7 @@ def diversity(subject: Subject) -> Iterator[Number]:
         parameters = {"distance": "1 - cos", "images_per_caption": repeats}
         yield Number(
             "diversity",
-            bootstrap(torch.tensor(distances[network.name]).numpy()),
+            mean_estimate(torch.tensor(distances[network.name]).numpy()),
             len(captions),
             "higher",
             network=network,

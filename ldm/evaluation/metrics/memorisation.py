@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.evaluation.intervals import Estimate, bootstrap
+from ldm.evaluation.intervals import Estimate, mean_estimate
 from ldm.evaluation.metric import Better, Number, metric
 from ldm.evaluation.metrics.coverage import distances
 
@@ -39,7 +39,7 @@ def nearer_share(made: np.ndarray, held_out: np.ndarray) -> Estimate:
     others = np.sort(held_out)
     below, up_to = np.searchsorted(others, made, "left"), np.searchsorted(others, made, "right")
     shares = 1 - (below + up_to) / 2 / len(others)
-    return bootstrap(shares)
+    return mean_estimate(shares)
 
 
 @metric("memorisation", "samples")
@@ -55,8 +55,8 @@ def memorisation(subject: Subject) -> Iterator[Number]:
         others = nearest(held_out.features[network.name], reference)
         numbers: tuple[tuple[str, Estimate, Better], ...] = (
             ("memorisation", nearer_share(own, others), "lower"),
-            ("nearest_training_image", bootstrap(own), "neither"),
-            ("nearest_training_image_true", bootstrap(others), "neither"),
+            ("nearest_training_image", mean_estimate(own), "neither"),
+            ("nearest_training_image_true", mean_estimate(others), "neither"),
         )
         for name, found, better in numbers:
             n = len(others) if name.endswith("true") else len(own)

@@ -20,7 +20,7 @@ from ldm.denoiser.unet import LevelSpec, UNetConfig
 from ldm.diagnosis.pool import Pool
 from ldm.diffusion import Diffusion, seeded_noise
 from ldm.diffusion.loss import WeightedLossConfig
-from ldm.evaluation.intervals import bootstrap
+from ldm.evaluation.intervals import mean_estimate
 from ldm.evaluation.metric import Number, metric
 from ldm.evaluation.metrics import frechet
 from ldm.evaluation.metrics.denoising import levels_of, relative_error
@@ -152,7 +152,7 @@ def probe(subject: Subject) -> Iterator[Number]:
     seeds = [options.seed + i for i in range(len(held_out[0]))]
     errors = held_out_error(model, *held_out, seeds).double().numpy()
     shape = {"latent": list(mode.shape[1:]), "levels": levels_of(model.diffusion.schedule)}
-    yield Number("probe_error", bootstrap(errors), len(errors), "lower", parameters=parameters | shape)
+    yield Number("probe_error", mean_estimate(errors), len(errors), "lower", parameters=parameters | shape)
     if not subject.networks:
         return
     reference = subject.true(subject.reference)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ldm.evaluation.intervals import bootstrap
+from ldm.evaluation.intervals import mean_estimate
 from ldm.evaluation.metric import Number, metric
 from ldm.vae.metrics import WINDOW
 
@@ -21,11 +21,11 @@ def psnr(subject: Subject) -> Iterator[Number]:
     if subject.first_stage is None:
         return
     values = subject.reconstructions().values["psnr"]
-    yield Number("psnr", bootstrap(values), len(values), "higher", unit="dB")
+    yield Number("psnr", mean_estimate(values), len(values), "higher", unit="dB")
     tiny = subject.pipe.model.tiny_decoder if subject.pipe is not None else None
     if tiny is not None:
         values = subject.reconstructions("tiny").values["psnr"]
-        yield Number("psnr_tiny_decoder", bootstrap(values), len(values), "higher", unit="dB", decoder=tiny)
+        yield Number("psnr_tiny_decoder", mean_estimate(values), len(values), "higher", unit="dB", decoder=tiny)
 
 
 @metric("ssim", "vae")
@@ -35,7 +35,7 @@ def ssim(subject: Subject) -> Iterator[Number]:
         return
     values = subject.reconstructions().values["ssim"]
     if not np.isnan(values).any():
-        yield Number("ssim", bootstrap(values), len(values), "higher", parameters={"sigma": 1.5, "window": WINDOW})
+        yield Number("ssim", mean_estimate(values), len(values), "higher", parameters={"sigma": 1.5, "window": WINDOW})
 
 
 @metric("lpips", "vae", by_default=False)
@@ -44,4 +44,4 @@ def lpips(subject: Subject) -> Iterator[Number]:
     if subject.first_stage is None:
         return
     values = subject.reconstructions(lpips=True).values["lpips"]
-    yield Number("lpips", bootstrap(values), len(values), "lower", parameters={"network": "alex", "version": "0.1"})
+    yield Number("lpips", mean_estimate(values), len(values), "lower", parameters={"network": "alex", "version": "0.1"})
