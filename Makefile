@@ -78,4 +78,5 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[dev]'
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/torch-fidelity torch-fidelity  # which has a package `tests`
 	@touch $(VENV)/.run $(VENV)/.serve $@

@@ -1,0 +1,59 @@
+"""Distances of features against torch-fidelity, which is installed in a folder of its own, since it has a package ``tests``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.evaluation.metrics.coverage import precision_and_recall
+from ldm.evaluation.metrics.frechet import Moments, frechet_distance
+from ldm.evaluation.metrics.kernels import SIGMA, gaussian, mmd, polynomial
+
+FOLDER = Path(sys.prefix) / "torch-fidelity"
+"""Where ``make install`` puts it."""
+
+
+@pytest.fixture(scope="module")
+def fidelity() -> Iterator[Any]:
+    sys.path.append(str(FOLDER))
+    yield pytest.importorskip("torch_fidelity", reason="`make install` installs torch-fidelity")
+    sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def features() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    made, true = (torch.rand(300, 48, generator=draw, dtype=torch.float64) for _ in range(2))
+    return made.square() + 0.1, true
+
+
+def test_fid(fidelity: Any, features: tuple[Tensor, Tensor]) -> None:
+    found = frechet_distance(*(Moments.of(each.numpy()) for each in features))
+    statistics = (fidelity.metric_fid.fid_features_to_statistics(each) for each in features)
+    expected = fidelity.metric_fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_kernel_distances(fidelity: Any, features: tuple[Tensor, Tensor]) -> None:
+    """KID, and CMMD with its constants; of one subset, which are all images."""
+    options = {"kid_subsets": 1, "kid_subset_size": len(features[0]), "verbose": False}
+    for kernel, chosen in ((polynomial, {}), (gaussian, {"kid_kernel": "rbf", "kid_kernel_rbf_sigma": SIGMA})):
+        expected = fidelity.metric_kid.kid_features_to_metric(*features, **options, **chosen)[
+            "kernel_inception_distance_mean"
+        ]
+        assert mmd(*features, kernel).value == pytest.approx(expected, rel=1e-4)
+
+
+def test_precision_and_recall(fidelity: Any, features: tuple[Tensor, Tensor]) -> None:
+    found = precision_and_recall(*features)
+    expected = fidelity.metric_prc.prc_features_to_metric(*features, prc_neighborhood=3, verbose=False)
+    assert {name: each.value for name, each in found.items()} == pytest.approx(
+        {name: expected[name] for name in found}, rel=1e-4
+    )
+    assert 0.1 < found["recall"].value < 0.9
