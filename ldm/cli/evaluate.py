@@ -9,6 +9,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,6 +82,9 @@ def evaluate(
     overrides: Overrides = None,
     model: Model = None,
     checkpoint: CheckpointName = None,
+    ema_length: Annotated[
+        float | None, Option(help="Length of the average of the weights, of a run with train.ema_snapshots.")
+    ] = None,
     train_every: Annotated[int, Option(min=1, help="Also generate images for every n-th training caption.")] = 28,
     steps: Annotated[int | None, Option(help="Steps of the sampler; default: that of the model.")] = None,
     guidance: Annotated[float | None, Option(help="Guidance scale; default: that of the model.")] = None,
@@ -144,6 +148,7 @@ def evaluate(
         stage=stage,
         model=model,
         checkpoint=checkpoint,
+        ema_length=ema_length,
         split=split,
         train_every=train_every,
         settings={"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler},
@@ -156,7 +161,7 @@ def evaluate(
             reference=reference,
             seed=seed,
             templates=tuple(template or ("{}",)),
-            classes=() if classes is None else tuple(classes.read_text().splitlines()),
+            classes=_lines("--classes", classes),
             probe_steps=probe_steps,
         ),
     )
@@ -223,13 +228,14 @@ def sweep(
     reference: Reference = None,
     seed: Seed = 0,
     out: Annotated[
-        Path, Option(help="Folder of sweep.json (a receipt for each number), sweep.txt and sweep.png.")
+        Path, Option(help="Folder of sweep.json, sweep.txt, sweep.png, and the receipts of each combination.")
     ] = Path("sweep"),
     debug: Debug = False,
 ) -> None:
     """Measure a model with each combination of sampling settings, and show which are on the Pareto front."""
     from ldm.config import with_overrides
     from ldm.evaluation.opening import Request, open_subject, with_average
+    from ldm.evaluation.runner import receipts_of
     from ldm.evaluation.subject import Options
     from ldm.evaluation.sweep import require_matplotlib
     from ldm.evaluation.sweep import sweep as measure
@@ -264,11 +270,20 @@ def sweep(
     subject = open_subject(request, say)
     result = measure(subject, values, (x, y), say, functools.partial(with_average, request, subject))
     out.mkdir(parents=True, exist_ok=True)
-    points = [
-        {"settings": point.settings, "pareto": on_front, "numbers": [each.to_json() for each in point.receipts]}
-        | dict(zip((x, y), point.values, strict=True))
-        for point, on_front in zip(result.points, result.front, strict=True)
-    ]
+    points = []
+    for i, (point, on_front) in enumerate(zip(result.points, result.front, strict=True), start=1):
+        sampling = dict(point.settings)
+        again = replace(
+            request,
+            ema_length=sampling.pop("ema_length", None),
+            settings=sampling,
+            metrics=[each.conditions.metric.partition("@")[0] for each in point.receipts],
+        )
+        receipts_of(again, subject, point.receipts).write(out / f"receipts-{i}.json")
+        points.append(
+            {"settings": point.settings, "pareto": on_front, "receipts": f"receipts-{i}.json"}
+            | dict(zip((x, y), point.values, strict=True))
+        )
     for name, text in (("sweep.json", json.dumps(points, indent=2)), ("sweep.txt", result.table)):
         write_atomically(out / name, functools.partial(Path.write_text, data=f"{text}\n"))
     result.plot(out / "sweep.png")
@@ -281,6 +296,14 @@ def _listed(option: str, given: str | None, kind: Callable[[str], Any]) -> list[
         return [kind(each.strip()) for each in (given or "").split(",") if each.strip()]
     except ValueError:
         raise ConfigError(f"{option} is {given!r}; write values separated by commas.") from None
+
+
+def _lines(option: str, path: Path | None) -> tuple[str, ...]:
+    """Return the lines of the text file of an option; none without a file."""
+    try:
+        return () if path is None else tuple(path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path} cannot be read ({error}); give a text file with one name a line.") from None
 
 
 def _is_given(context: Context, name: str) -> bool:

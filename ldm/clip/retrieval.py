@@ -42,29 +42,23 @@ def reduce_images(images: Tensor, size: int = 16) -> Tensor:
 
 
 @torch.no_grad()
-def sample_recall(samples: Tensor, truths: Tensor, own_index: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+def reduced_recall(
+    reduced: Tensor, reference: Tensor, own_index: Tensor, ks: Sequence[int] = (1, 5)
+) -> dict[str, float]:
     """Compute the fraction of samples for which the true image of their caption is among the k nearest true images.
 
-    Both are reduced to 16 x 16 and compared by Euclidean distance. True images that equal the own one do not count against
-    a sample, because captions that share an image cannot be distinguished by it.
+    By Euclidean distance. True images that equal the own one do not count against a sample, because captions that share an
+    image cannot be distinguished by it.
 
     Args:
-        samples: ``[n 3 h w]``, one for each caption.
-        truths: ``[m 3 h w]``, the true images, of the same height, width and scale.
-        own_index: ``[n]`` of int, the row of ``truths`` that belongs to each sample.
+        reduced: ``[n d]``, one sample for each caption, from :func:`reduce_images`.
+        reference: ``[m d]``, the true images, likewise.
+        own_index: ``[n]`` of int, the row of ``reference`` that belongs to each sample.
         ks: numbers of nearest images.
 
     Returns:
         ``R@k`` in [0, 1] for each k.
     """
-    return reduced_recall(reduce_images(samples), reduce_images(truths), own_index, ks)
-
-
-@torch.no_grad()
-def reduced_recall(
-    reduced: Tensor, reference: Tensor, own_index: Tensor, ks: Sequence[int] = (1, 5)
-) -> dict[str, float]:
-    """Compute :func:`sample_recall` from samples ``[n d]`` and true images ``[m d]`` that :func:`reduce_images` has reduced."""
     rank = reduced_ranks(reduced, reference, own_index)
     return {f"R@{k}": _share_below(rank, k) for k in ks}
 

@@ -28,7 +28,6 @@ class Collected:
         features: features of the images by network, ``[n d]``.
         reduced: images reduced to 16 x 16, ``[n 768]``.
         captions: captions, empty if the data has none.
-        size: height and width of the images.
     """
 
     def __init__(self, networks: Sequence[FeatureNetwork], reduce: bool = True):
@@ -36,7 +35,6 @@ class Collected:
         self._features: dict[str, list[Tensor]] = {each.name: [] for each in networks}
         self._reduced: list[Tensor] = []
         self.captions: list[Any] = []
-        self.size: tuple[int, int] = (0, 0)
 
     def add(
         self, images: Tensor, captions: Sequence[Any] = (), conditions: Mapping[str, Any] = MappingProxyType({})
@@ -46,7 +44,6 @@ class Collected:
         if self._reduce:
             self._reduced.append(reduce_images(images))
         self.captions += captions
-        self.size = (images.shape[-2], images.shape[-1])
         self._digest.update(quantized(images).cpu().contiguous().numpy().tobytes())
         self._digest.update("\0".join(map(str, captions)).encode())
         for name, values in sorted(conditions.items()):
@@ -102,8 +99,6 @@ class Reconstructions:
     values: dict[str, np.ndarray]
     features: dict[str, Tensor]
     originals: dict[str, Tensor]
-    fingerprint: str
-    size: tuple[int, int]
 
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))

@@ -36,6 +36,7 @@ class Request:
         config, overrides: YAML of the experiment, and ``key=value`` changes of it.
         stage: the one stage to evaluate; None for all.
         model, checkpoint: what is evaluated instead of the results of the run; see ``tools/evaluate.py --help``.
+        ema_length: length of the average of the weights, of a run with ``train.ema_snapshots``; None = as stored.
         split: evaluated split.
         train_every: captions of the training set for which the summary generates images.
         settings, further: sampling settings.
@@ -50,6 +51,7 @@ class Request:
     stage: str | None = None
     model: str | None = None
     checkpoint: str | None = None
+    ema_length: float | None = None
     split: str = "val"
     train_every: int = 28
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -112,6 +114,8 @@ def open_subject(request: Request, say: Callable[[str], object] = warn) -> Subje
         options=request.options,
         **parts,
     )
+    if request.ema_length is not None:
+        subject = with_average(request, subject, request.ema_length)
     if request.compiled and subject.pipe:
         subject.pipe.compile(**request.compiled)
     return subject

@@ -184,6 +184,8 @@ def read_receipts(path: Path) -> Receipts:
         )
     try:
         content = json.loads(path.read_text())
+        if not isinstance(content, dict) or "format" not in content:
+            raise DataError(f"{path} is no file of receipts; write one with tools/evaluate.py.")
         if content["format"] != FORMAT:
             raise DataError(f"it has the format {content['format']!r}, not {FORMAT}")
         numbers = [Receipt.from_json(each) for each in content["numbers"]]

@@ -7,6 +7,7 @@ import datetime
 import functools
 import importlib.metadata
 import platform
+from collections import defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,20 +44,28 @@ def measure(
         subject: the subject.
         metrics: the metrics.
         progress: called with the name of each metric before it runs.
-        required: names of metrics that are needed; others are left out with a warning if their networks are missing.
+        required: names of metrics that are needed. Others are left out with a warning if their networks are missing, and without
+            one if they do not apply to the subject.
 
     Raises:
         CheckpointError, MissingExtraError: the networks of a required metric are missing.
     """
-    receipts = []
+    receipts: list[Receipt] = []
+    left_out: defaultdict[str, list[str]] = defaultdict(list)
     for each in metrics:
         progress(each.name)
         try:
-            receipts += [receipt(subject, each.part, number) for number in each.run(subject)]
+            found = [receipt(subject, each.part, number) for number in each.run(subject)]
         except (CheckpointError, MissingExtraError) as error:
             if each.name in required:
                 raise
-            warn(f"the metric {each.name} is left out: {error}")
+            left_out[str(error)].append(each.name)
+            continue
+        if not found and each.name in required:
+            left_out["there is nothing that it can be measured on."].append(each.name)
+        receipts += found
+    for reason, names in left_out.items():
+        warn(f"without {', '.join(names)}: {reason}")
     return receipts
 
 
@@ -94,10 +103,14 @@ def receipt(subject: Subject, part: Part, number: Number) -> Receipt:
 
 def evaluate(request: Request, subject: Subject, progress: Callable[[str], object] = lambda name: None) -> Receipts:
     """Measure what a request names on its subject, and return the receipts."""
-    metrics = chosen(list(request.metrics))
+    return receipts_of(request, subject, measure(subject, chosen(list(request.metrics)), progress, request.metrics))
+
+
+def receipts_of(request: Request, subject: Subject, numbers: Sequence[Receipt]) -> Receipts:
+    """Return the receipts of numbers that were measured on the subject of a request, with which they can be computed again."""
     name = request.model or str(subject.experiment.folder)
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return Receipts(name, created, _plain(asdict(request)), measure(subject, metrics, progress, request.metrics))
+    return Receipts(name, created, _plain(asdict(request)), numbers)
 
 
 @dataclass(frozen=True)

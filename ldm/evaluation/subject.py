@@ -20,7 +20,7 @@ from ldm.conditioning.conditioner import input_of
 from ldm.data.bad_samples import BAD, summary
 from ldm.data.samples import Batch, BatchIndices, Samples, captions_of, take
 from ldm.data.stream import EvaluationLoader
-from ldm.errors import ConfigError, warn
+from ldm.errors import CheckpointError, ConfigError, warn
 from ldm.evaluation.collected import Collected, GeneratedImages, Reconstructions, TrueImages
 from ldm.evaluation.features import FeatureNetwork, weights_hash
 
@@ -132,6 +132,19 @@ class Subject:
         return self.options.reference or self.split
 
     @property
+    def feature_networks(self) -> Sequence[FeatureNetwork]:
+        """Feature networks for a metric that compares features; none for data without colors.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if not self.networks and self.experiment.data.image_shape[0] == 3:
+            raise CheckpointError(
+                "there is no feature network; train stage clip, or give --features, such as inception=FILE or clip=SOURCE."
+            )
+        return self.networks
+
+    @property
     def device(self) -> torch.device:
         """Device of the first stage."""
         assert self.first_stage is not None
@@ -171,6 +184,12 @@ class Subject:
             found.rows = np.setdiff1d(np.arange(len(self.sets[split])), bad)
             self._true[split] = found
         return self._true[split]
+
+    def gallery(self) -> tuple[Tensor, dict[str, int]]:
+        """Return the reduced true images of all splits, ``[m d]``, and the row of the first one of each split."""
+        reduced = [self.true(name).reduced for name in self.sets]
+        starts = np.cumsum([0, *map(len, reduced)]).tolist()
+        return torch.cat(reduced), dict(zip(self.sets, starts, strict=False))
 
     def hashes(self, splits: str) -> tuple[str, int]:
         """Return the hash and the number of the true images and captions of a split, or of several, joined by ``+``."""
@@ -279,8 +298,6 @@ class Subject:
             {name: torch.cat(each).numpy() for name, each in values.items()},
             made.features if networks else {},
             originals.features if networks else {},
-            originals.fingerprint,
-            originals.size,
         )
         self._reconstructed[decoder, lpips] = found
         return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,8 +56,7 @@ def caption_match(run: Subject) -> dict[str, Any]:
     """
     if not run.samples_text:
         return {}
-    truths = torch.cat([run.true(name).reduced for name in run.sets])
-    first = dict(zip(run.sets, np.cumsum([0, *(len(run.true(name)) for name in run.sets)]), strict=False))
+    truths, first = run.gallery()
     results: dict[str, Any] = {"among": len(truths)}
     for name, of, every in ((run.split, run.split, None), (f"train[::{run.train_every}]", "train", run.train_every)):
         made = run.generated(every)

@@ -37,7 +37,7 @@ def measured(
 
 
 def test_each_number_of_a_model_has_its_receipt(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    with pytest.warns(UserWarning, match="the metric lpips is left out"):
+    with pytest.warns(UserWarning, match="without lpips: the metric lpips needs the weights of AlexNet"):
         found = measured(
             monkeypatch, folder, "--metrics", "all", "--features", "own=clip.safetensors", "--probe-steps", 2
         )
@@ -65,7 +65,9 @@ def test_each_number_of_a_model_has_its_receipt(monkeypatch: pytest.MonkeyPatch,
     assert (fid.network, fid.resize) == ("own", "bicubic with antialias to 16")
     assert (psnr.n, psnr.network, psnr.sampler, psnr.reference) == (24, None, None, None)
     assert diversity.parameters["images_per_caption"] == 8
-    assert numbers["fid"].low > -1e9  # 24 images are enough for an interval
+    assert 0 < numbers["fid"].high < 1e9  # 24 images are enough for an interval
+    sampling = numbers["probe_fid"].conditions.parameters["sampling"]
+    assert (sampling["num_inference_steps"], sampling["guidance_scale"]) == (20, 1.0)
     assert all(each.conditions.versions["torch"] for each in found.numbers)
 
 
@@ -136,7 +138,8 @@ def test_runs_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_settings_are_in_the_receipts_and_their_effect_in_the_summary(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    found = measured(monkeypatch, folder, "--setting", "cache_interval=2", "--images", 4, "--train-every", 40)
+    with pytest.warns(UserWarning, match="without rfid, .*fid, kid, .*: there is no feature network"):
+        found = measured(monkeypatch, folder, "--setting", "cache_interval=2", "--images", 4, "--train-every", 40)
     numbers = {each.conditions.metric: each for each in found.numbers}
     assert numbers["recall_by_image@1"].conditions.sampling["cache_interval"] == 2
     assert numbers["psnr"].conditions.sampling == {}
@@ -153,6 +156,8 @@ def test_settings_are_in_the_receipts_and_their_effect_in_the_summary(
         (["--metrics", "retrieval"], "none of the metrics retrieval applies"),
         (["--metrics", "fid", "--features", "clip"], "the feature network 'clip' needs its weights"),
         (["--metrics", "lpips"], "the metric lpips needs the weights of AlexNet"),
+        (["--metrics", "psnr,fid"], "there is no feature network; train stage clip, or give --features"),
+        (["--classes", "nowhere.txt"], "--classes nowhere.txt cannot be read"),
         (["--train-every", "0"], "greater than or equal to 1"),
         (["--reference", "trian"], "unknown reference split 'trian'; did you mean 'train'"),
     ],

@@ -14,7 +14,7 @@ import torch
 
 from ldm import Pipeline
 from ldm.cli import evaluate as command
-from ldm.clip.retrieval import sample_recall
+from ldm.clip.retrieval import reduce_images, reduced_recall
 from ldm.data import BatchIndices, ShardsData
 from ldm.data.samples import StoredImages
 from ldm.data.shards import Sample, write_shard
@@ -73,4 +73,7 @@ def test_images_are_not_kept_and_the_test_set_is_not_needed(monkeypatch: pytest.
     captions = [f"val {i}" for i in range(COUNTS["val"])]
     made = pipe(captions, seed=0, num_inference_steps=1, guidance_scale=1.0, output_type="pt", batch_size=32)
     own = torch.arange(COUNTS["val"]) + COUNTS["train"]
-    assert results["samples"]["val"] == {"captions": 34, **sample_recall(made.cpu() * 2 - 1, truths, own)}
+    assert results["samples"]["val"] == {
+        "captions": 34,
+        **reduced_recall(reduce_images(made.cpu() * 2 - 1), reduce_images(truths), own),
+    }

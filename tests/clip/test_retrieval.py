@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.clip import retrieval
-from ldm.clip.retrieval import recall_at_k, reduce_images, sample_recall
+from ldm.clip.retrieval import recall_at_k, reduce_images, reduced_recall
 
 
 def pair_features(n: int = 40, d: int = 6) -> tuple[Tensor, Tensor]:
@@ -54,12 +54,12 @@ def test_pictures_are_reduced_by_the_mean_of_their_blocks() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1024, 3])
-def test_sample_recall_equals_that_of_a_sorted_list(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_reduced_recall_equals_that_of_a_sorted_list(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(retrieval, "CHUNK", chunk)
     truths = torch.rand(25, 3, 32, 32)
     own = torch.randperm(25)[:12]
     samples = truths[own] + 6.0 * torch.randn(12, 3, 32, 32)
-    found = sample_recall(samples, truths, own, ks=(1, 5))
+    found = reduced_recall(reduce_images(samples), reduce_images(truths), own, ks=(1, 5))
     reference = reduce_images(truths)
     order = [(sample - reference).norm(dim=1).argsort().tolist() for sample in reduce_images(samples)]
     ranks = [row.index(index) for row, index in zip(order, own.tolist(), strict=True)]
@@ -71,10 +71,10 @@ def test_a_shared_drawing_does_not_count_against_a_sample() -> None:
     truths = torch.rand(9, 3, 16, 16)
     truths[4] = truths[2]
     samples = truths + 0.01 * torch.randn(9, 3, 16, 16)
-    assert sample_recall(samples, truths, torch.arange(9), ks=(1,)) == {"R@1": 1.0}
+    assert reduced_recall(reduce_images(samples), reduce_images(truths), torch.arange(9), ks=(1,)) == {"R@1": 1.0}
 
 
 def test_samples_that_are_not_finite_are_not_found() -> None:
     truths = torch.rand(9, 3, 16, 16)
     samples = torch.full_like(truths, float("nan"))
-    assert sample_recall(samples, truths, torch.arange(9)) == {"R@1": 0.0, "R@5": 0.0}
+    assert reduced_recall(reduce_images(samples), reduce_images(truths), torch.arange(9)) == {"R@1": 0.0, "R@5": 0.0}

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.cli import evaluate as command
-from ldm.evaluation.receipt import Receipt
+from ldm.evaluation.receipt import read_receipts
+from ldm.evaluation.runner import verify
 from ldm.evaluation.sweep import Axis, Point, Sweep
 from ldm.formats.ema_snapshots import write_snapshot
 from tests.commands import exit_code
@@ -61,7 +62,7 @@ def test_a_sweep_makes_a_table_a_plot_and_receipts(
     assert cost[1.0, 2, "euler"] == 2
     assert cost[3.0, 2, "heun"] == 6  # the last step is one evaluation
     for point, line in zip(points, lines[1:], strict=False):
-        (number,) = (Receipt.from_json(each) for each in point["numbers"])
+        (number,) = read_receipts(tmp_path / "out" / point["receipts"]).numbers
         assert number.conditions.guidance_scale == point["settings"]["guidance_scale"]
         assert number.conditions.steps == point["settings"]["num_inference_steps"]
         assert number.conditions.sampler == point["settings"]["sampler"]
@@ -74,12 +75,12 @@ def test_a_sweep_makes_a_table_a_plot_and_receipts(
     averages = {0.05: state, 0.1: {name: 1.1 * each for name, each in state.items()}}
     write_snapshot(tmp_path / "denoiser", 10, averages)
     assert call(monkeypatch, tmp_path, "--ema-length", "0.05,0.1", "--steps", 1, "--images", 6) == 0
-    first, second = (
-        Receipt.from_json(p["numbers"][0]) for p in json.loads((tmp_path / "out" / "sweep.json").read_text())
-    )
+    again = [read_receipts(tmp_path / "out" / f"receipts-{i}.json") for i in (1, 2)]
+    first, second = (each.numbers[0] for each in again)
     assert first.conditions.differences(second.conditions).keys() == {"ema"}
     assert first.conditions.ema == "power profile, length 0.05"
     assert first.weights != second.weights
+    assert [each.again for each in verify(again[1])] == [second]
     capsys.readouterr()
 
     for arguments, message in (
@@ -87,7 +88,7 @@ def test_a_sweep_makes_a_table_a_plot_and_receipts(
         ([], "there is nothing to sweep over"),
         (["--guidance", "1;2"], "--guidance is '1;2'; write values separated by commas"),
         (["--steps", "1", "--y", "fidd"], "unknown number 'fidd'; did you mean 'fid'"),
-        (["--steps", "1", "--y", "fid"], "the metric fid gives no numbers for this model"),
+        (["--steps", "1", "--y", "fid"], "there is no feature network; train stage clip, or give --features"),
     ):
         assert call(monkeypatch, tmp_path, *arguments) == 2
         assert message in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -30,7 +29,7 @@ def clip_score(subject: Subject) -> Iterator[Number]:
     if not subject.samples_text:
         return
     made = subject.generated()
-    for network in subject.networks:
+    for network in subject.feature_networks:
         if network.captions is None:
             continue
         text = network.captions(made.captions)
@@ -46,13 +45,13 @@ def recall_by_embedding(subject: Subject) -> Iterator[Number]:
     made = subject.generated()
     numbers = {caption: i for i, caption in enumerate(dict.fromkeys(made.captions))}
     own = torch.tensor([numbers[caption] for caption in made.captions])
-    for network in subject.networks:
+    for network in subject.feature_networks:
         if network.captions is None:
             continue
         text = network.captions(list(numbers))
         images = F.normalize(made.features[network.name], dim=-1)
         ranks = cosine_ranks(images, F.normalize(text, dim=-1), own).numpy()
-        for k in KS:
+        for k in (each for each in KS if each < len(numbers)):
             parameters = {"k": k, "captions": len(numbers)}
             name, share = f"recall_by_embedding@{k}", wilson(ranks < k)
             yield Number(name, share, len(made), "higher", network=network, parameters=parameters)
@@ -64,8 +63,7 @@ def recall_by_image(subject: Subject) -> Iterator[Number]:
     if not subject.samples_text:
         return
     made = subject.generated()
-    truths = torch.cat([subject.true(name).reduced for name in subject.sets])
-    first = dict(zip(subject.sets, np.cumsum([0, *(len(subject.true(name)) for name in subject.sets)]), strict=False))
+    truths, first = subject.gallery()
     own = torch.from_numpy(made.rows + first[subject.split])
     ranks = reduced_ranks(made.reduced, truths, own).numpy()
     among = "+".join(subject.sets)

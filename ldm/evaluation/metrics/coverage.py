@@ -106,7 +106,7 @@ def manifold(subject: Subject) -> Iterator[Number]:
     reference, made = subject.true(subject.reference), subject.generated()
     if min(len(reference), len(made)) <= DENSITY_K + 1:
         return
-    for network in subject.networks:
+    for network in subject.feature_networks:
         pair = made.features[network.name], reference.features[network.name]
         for k, found in ((PRECISION_K, precision_and_recall(*pair)), (DENSITY_K, density_and_coverage(*pair))):
             for name, value in found.items():

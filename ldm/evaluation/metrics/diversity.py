@@ -34,19 +34,20 @@ def diversity(subject: Subject) -> Iterator[Number]:
     """
     from ldm.data.samples import BatchIndices, captions_of
 
-    if not subject.samples_text or not subject.networks:
+    if not subject.samples_text:
         return
+    networks = subject.feature_networks
     count, repeats = subject.options.repeats
     rows = subject.true(subject.split).rows
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))]
     captions = captions_of(subject.sets[subject.split].annotations(BatchIndices(rows)), READER)
-    distances: dict[str, list[float]] = {each.name: [] for each in subject.networks}
+    distances: dict[str, list[float]] = {each.name: [] for each in networks}
     for number, caption in enumerate(captions):
         seed = subject.options.seed + number * repeats
         made = subject.generate([caption] * repeats, seed, {**subject.settings, **subject.further})
-        for network in subject.networks:
+        for network in networks:
             distances[network.name].append(mean_pairwise_distance(network(made)))
-    for network in subject.networks:
+    for network in networks:
         parameters = {"distance": "1 - cos", "images_per_caption": repeats}
         yield Number(
             "diversity",

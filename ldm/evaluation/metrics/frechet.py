@@ -108,7 +108,7 @@ def fid(subject: Subject) -> Iterator[Number]:
     if not subject.generates:
         return
     reference, made = subject.true(subject.reference), subject.generated()
-    for network in subject.networks:
+    for network in subject.feature_networks:
         found = estimate(made.features[network.name], reference.features[network.name])
         yield Number("fid", found, len(made), "lower", network=network, reference=subject.reference)
 
@@ -119,6 +119,6 @@ def rfid(subject: Subject) -> Iterator[Number]:
     if subject.first_stage is None:
         return
     made = subject.reconstructions()
-    for network in subject.networks:
+    for network in subject.feature_networks:
         found = estimate(made.features[network.name], made.originals[network.name])
         yield Number("rfid", found, len(made), "lower", network=network)  # the reference is the evaluated images

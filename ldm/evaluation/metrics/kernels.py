@@ -105,7 +105,7 @@ def _distance(
     reference, made = subject.true(subject.reference), subject.generated()
     if min(len(reference), len(made)) < 2:
         return
-    for network in subject.networks:
+    for network in subject.feature_networks:
         found = mmd(made.features[network.name], reference.features[network.name], kernel)
         scaled = Estimate(found.value * scale, found.low * scale, found.high * scale, found.method)
         yield Number(

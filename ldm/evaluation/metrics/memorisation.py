@@ -49,7 +49,7 @@ def memorisation(subject: Subject) -> Iterator[Number]:
         return
     training, made = subject.true("train"), subject.generated()
     held_out = subject.true(subject.split)
-    for network in subject.networks:
+    for network in subject.feature_networks:
         reference = training.features[network.name]
         own = nearest(made.features[network.name], reference)
         others = nearest(held_out.features[network.name], reference)

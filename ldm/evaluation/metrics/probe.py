@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.conditioner import NoConditionerConfig
-from ldm.config import from_dict
+from ldm.config import from_dict, to_dict
 from ldm.denoiser.unet import LevelSpec, UNetConfig
 from ldm.diagnosis.pool import Pool
 from ldm.diffusion import Diffusion, seeded_noise
@@ -142,7 +142,7 @@ def probe(subject: Subject) -> Iterator[Number]:
     model = new_probe(stage, config, size, options.seed)
     train(model, mode, std, options.probe_steps, options.seed)
     parameters = {
-        "steps": options.probe_steps,
+        "training_steps": options.probe_steps,
         "batch_size": BATCH,
         "learning_rate": LEARNING_RATE,
         "widths": list(WIDTHS),
@@ -171,5 +171,5 @@ def probe(subject: Subject) -> Iterator[Number]:
             "lower",
             network=network,
             reference=subject.reference,
-            parameters=parameters,
+            parameters=parameters | {"sampling": to_dict(SAMPLING)},
         )
