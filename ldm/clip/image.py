@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +36,17 @@ class ImageTower(nn.Module):
     def block_states(self, image: Tensor) -> list[Tensor]:
         """Return the output ``[b 1+n width]`` of each block for ``image [b 3 h w]`` in [-1, 1], of any size."""
         raise NotImplementedError
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        raise NotImplementedError
+
+    def feature_map(self, image: Tensor, layer: int) -> Tensor:
+        """Return the patches in the output of a block, from 1, as ``[b width h w]``; the image is as for :meth:`block_states`."""
+        patches = self.block_states(image)[layer - 1][:, 1:]
+        side = math.isqrt(patches.shape[1])
+        return patches.transpose(1, 2).unflatten(2, (side, side))
 
     def embed(self, states: Tensor) -> Tensor:
         """``[b 1+n width] -> [b embed_dim]``"""
@@ -113,6 +125,10 @@ class VisionTransformer(ImageTower):
         self.projection = input_or_output(nn.Linear(config.width, embed_dim, bias=False))
         for parameter in (self.class_embedding, self.position_embedding, self.projection.weight):
             nn.init.normal_(parameter, std=config.width**-0.5)
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
 
     def states(self, image: Tensor) -> Tensor:
         x = self._tokens(image)

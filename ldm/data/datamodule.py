@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.data.config import DataConfig
 from ldm.data.filters import Selection
-from ldm.data.latents import cache_latents
+from ldm.data.latents import Teacher, cache_latents
 from ldm.data.samples import Batch, Samples
 from ldm.data.stream import EvaluationLoader, TrainStream
 from ldm.vae import FirstStage
@@ -41,17 +41,20 @@ class LatentSource:
         fingerprint: fingerprint of its weights.
         folder: folder of the latents, one file per split.
         with_images: True to give the images with their latents.
+        teacher: network whose features of the training images are cached and given as well; None for none.
     """
 
     first_stage: FirstStage
     fingerprint: str
     folder: Path
     with_images: bool = False
+    teacher: Teacher | None = None
 
     def open(self, split: str, samples: Samples, device: torch.device | str) -> Samples:
         """Return the latents of a split, from its file or encoded here."""
         path = self.folder / f"{split}.safetensors"
-        return cache_latents(self.first_stage, self.fingerprint, samples, path, device, self.with_images)
+        teacher = self.teacher if split == "train" else None
+        return cache_latents(self.first_stage, self.fingerprint, samples, path, device, self.with_images, teacher)
 
     def complete(self, batch: Batch, device: torch.device) -> Batch:
         """Return the batch."""

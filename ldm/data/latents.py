@@ -5,20 +5,24 @@ posteriors is cached (:attr:`ldm.vae.Posterior.cached`; of a Gaussian mean and s
 it has one tensor for each bucket, ``posterior.<height>x<width>``. It can be written and read one image at a time whatever its
 size. Its metadata hold the fingerprints of the first stage and of the samples; if one of them
 differs, the file is rewritten. The posterior of a bad sample is NaN; what is wrong with it is found by reading it again.
+
+Features of the images that a loss compares the denoiser with are cached likewise, in a file of their own with a tensor
+``teacher``, ``[n z h w]``.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.data.bad_samples import BAD, BadSample
 from ldm.data.buckets import Buckets, Shape
@@ -28,8 +32,48 @@ from ldm.errors import DataError
 from ldm.formats.tensors import write_atomically
 from ldm.vae import FirstStage
 
-_TENSOR = "posterior"
+TEACHER = "teacher"
+"""Name of the features of a batch of images that a loss compares the denoiser with."""
+
+_POSTERIOR = "posterior"
 _BATCH = 32  # images encoded at once
+
+Metadata = dict[str, str]
+"""Fingerprints of the network and of the samples of a file."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Features of images that are cached next to the latents.
+
+    Attributes:
+        network: frozen, in evaluation mode.
+        encode: function of images ``[b 3 h w]`` in [-1, 1] on the device of the network ``-> [b z h w]``.
+        fingerprint: function that returns a hash of the network and of which of its features these are.
+    """
+
+    network: nn.Module
+    encode: Callable[[Tensor], Tensor]
+    fingerprint: Callable[[], str]
+
+
+class _Rows:
+    """Tensors ``name`` of samples in a file, one for each bucket, in the order of the samples."""
+
+    def __init__(self, samples: Samples, path: Path, name: str):
+        self._tensors, self._row_of = {}, np.empty(len(samples), np.int64)
+        file = safe_open(str(path), "pt")
+        for shape, numbers in samples.by_shape().items():
+            self._tensors[shape] = file.get_slice(_name(name, shape))
+            self._row_of[numbers] = np.arange(len(numbers))
+
+    def __contains__(self, shape: Shape | None) -> bool:
+        return shape in self._tensors
+
+    def __getitem__(self, draw: BatchIndices) -> Tensor:
+        """Return the rows of a draw in fp32, ``[b ...]``."""
+        tensor = self._tensors[draw.shape]
+        return torch.cat([tensor[i : i + 1] for i in self._row_of[draw.index].tolist()]).float()
 
 
 class CachedLatents(Samples):
@@ -40,16 +84,21 @@ class CachedLatents(Samples):
         path: file that :func:`cache_latents` wrote for it.
         names: names of the tensors in the file, in order: ``cached`` of the class of posteriors.
         with_images: True to give the images as they were encoded as well.
+        teacher: file of their features, which are given as well; None for none.
     """
 
-    def __init__(self, samples: Samples, path: Path, names: Sequence[str], with_images: bool = False):
+    def __init__(
+        self,
+        samples: Samples,
+        path: Path,
+        names: Sequence[str],
+        with_images: bool = False,
+        teacher: Path | None = None,
+    ):
         self._samples, self._path, self._names, self._with_images = samples, path, names, with_images
         self.describe_as(samples)
-        file = safe_open(str(path), "pt")
-        self._posteriors, self._row_of = {}, np.empty(len(samples), np.int64)
-        for shape, numbers in samples.by_shape().items():
-            self._posteriors[shape] = file.get_slice(_name(shape))
-            self._row_of[numbers] = np.arange(len(numbers))
+        self._posteriors = _Rows(samples, path, _POSTERIOR)
+        self._features = None if teacher is None else _Rows(samples, teacher, TEACHER)
 
     def buckets(self) -> Buckets | None:
         return self._samples.buckets()
@@ -62,8 +111,7 @@ class CachedLatents(Samples):
         if draw.shape not in self._posteriors:
             return self._samples[draw]
         self._check_shape(draw)
-        posteriors, places = self._posteriors[draw.shape], self._row_of[draw.index].tolist()
-        rows = torch.cat([posteriors[i : i + 1] for i in places]).float()
+        rows = self._posteriors[draw]
         missing = np.flatnonzero(rows.flatten(1)[:, 0].isnan().numpy()).tolist()
         if missing:
             bad = self._bad(BatchIndices(draw.index[missing], shape=draw.shape))
@@ -75,7 +123,8 @@ class CachedLatents(Samples):
         parts = {name: rows[:, i].contiguous(memory_format=torch.channels_last) for i, name in enumerate(self._names)}
         unchanged = BatchIndices(draw.index, shape=draw.shape)  # as the images were encoded
         images = {"image": self._samples[unchanged]["image"]} if self._with_images else {}
-        return {**parts, **images, **self.annotations(draw), **self._samples.spatial_annotations(unchanged)}
+        teacher = {} if self._features is None else {TEACHER: self._features[draw]}
+        return {**parts, **images, **teacher, **self.annotations(draw), **self._samples.spatial_annotations(unchanged)}
 
     def _check_shape(self, draw: BatchIndices) -> None:
         """Raise a DataError if a sample is of another bucket, which replaces those of a bucket that are all bad."""
@@ -111,6 +160,7 @@ def cache_latents(
     path: str | Path,
     device: torch.device | str = "cpu",
     with_images: bool = False,
+    teacher: Teacher | None = None,
 ) -> CachedLatents:
     """Encode every sample, without augmentation, unless ``path`` already holds these latents.
 
@@ -121,16 +171,34 @@ def cache_latents(
         path: ``run_dir/latents/<split>.safetensors``; written atomically.
         device: where to encode.
         with_images: True to give the images with their latents.
+        teacher: features of the images to cache and give as well, in ``<split>-teacher.safetensors``.
     """
     path = Path(path)
-    metadata = {"first_stage": fingerprint, "samples": samples.fingerprint}
-    if _metadata(path) != metadata:
+
+    def posterior(image: Tensor) -> Tensor:
+        return first_stage.encode(image).to_cache()
+
+    def shape_in(encoded: Sequence[int], shape: Shape) -> Sequence[int]:
+        return (*encoded[:2], *(side // first_stage.factor for side in shape))
+
+    made_of: Metadata = {"first_stage": fingerprint, "samples": samples.fingerprint}
+    if _metadata(path) != made_of:
         first_stage.to(device)  # not in inference mode, in which moved parameters could not be used in training
-        write_atomically(path, lambda temporary: _encode(first_stage, samples, temporary, metadata, device))
-    return CachedLatents(samples, path, first_stage.posterior_type.cached, with_images)
+        write_atomically(path, lambda file: _encode(_POSTERIOR, posterior, shape_in, samples, file, made_of, device))
+    names, file = first_stage.posterior_type.cached, None
+    if teacher is not None:
+        file, of = (
+            path.with_stem(f"{path.stem}-teacher"),
+            {"teacher": teacher.fingerprint(), "samples": samples.fingerprint},
+        )
+        if _metadata(file) != of:
+            encode = teacher.encode
+            teacher.network.to(device)
+            write_atomically(file, lambda part: _encode(TEACHER, encode, lambda z, _: z, samples, part, of, device))
+    return CachedLatents(samples, path, names, with_images, file)
 
 
-def _metadata(path: Path) -> dict[str, str] | None:
+def _metadata(path: Path) -> Metadata | None:
     """Return the metadata of a file of latents; None if it does not exist or is incomplete."""
     if not path.is_file():
         return None
@@ -143,12 +211,15 @@ def _metadata(path: Path) -> dict[str, str] | None:
 
 @torch.inference_mode()
 def _encode(
-    first_stage: FirstStage,
+    name: str,
+    encode: Callable[[Tensor], Tensor],
+    shape_in: Callable[[Sequence[int], Shape], Sequence[int]],
     samples: Samples,
     path: Path,
-    metadata: dict[str, str],
+    metadata: Metadata,
     device: torch.device | str,
 ) -> None:
+    """Write what ``encode`` makes of each sample; ``shape_in`` gives its shape in a bucket from that in another one."""
     from tqdm import tqdm
 
     groups = samples.by_shape()
@@ -158,7 +229,7 @@ def _encode(
     ):
         bad: list[BadSample] = []
         skipped: list[tuple[Shape | None, int]] = []  # bad samples before the first good one
-        shapes: dict[Shape | None, tuple[int, ...]] = {}  # of a posterior of each bucket, as the first good one shows
+        shapes: dict[Shape | None, Sequence[int]] = {}  # of what is made in each bucket, as the first good one shows
         for shape, numbers in groups.items():
             for batch in batches_in_order(samples, numbers, _BATCH, shape):
                 failed = batch.pop(BAD, {})
@@ -169,10 +240,11 @@ def _encode(
                     skipped.append((shape, count))
                     continue
                 if batch:
-                    encoded = first_stage.encode(batch["image"].to(device)).to_cache().to("cpu", torch.float16)
+                    encoded = encode(batch["image"].to(device)).to("cpu", torch.float16)
                 if not shapes:
-                    shapes = {each: _posterior_shape(encoded, first_stage.factor, each) for each in groups}
-                    sizes = {_name(each): (len(groups[each]), *shapes[each]) for each in groups}
+                    own = encoded.shape[1:]
+                    shapes = {each: own if each is None else shape_in(own, each) for each in groups}
+                    sizes = {_name(name, each): (len(groups[each]), *shapes[each]) for each in groups}
                     file.write(_header(sizes, metadata))
                     for each, missing in skipped:
                         file.write(_missing(missing, shapes[each]).numpy().tobytes())
@@ -184,22 +256,17 @@ def _encode(
             raise none_good(bad)
 
 
-def _name(shape: Shape | None) -> str:
+def _name(name: str, shape: Shape | None) -> str:
     """Return the name of the tensor of a bucket."""
-    return _TENSOR if shape is None else f"{_TENSOR}.{shape[0]}x{shape[1]}"
-
-
-def _posterior_shape(encoded: Tensor, factor: int, shape: Shape | None) -> tuple[int, ...]:
-    """Return the shape ``[k z h w]`` of the posterior of an image in a bucket, given some of any other."""
-    return tuple(encoded.shape[1:]) if shape is None else (*encoded.shape[1:3], shape[0] // factor, shape[1] // factor)
+    return name if shape is None else f"{name}.{shape[0]}x{shape[1]}"
 
 
 def _missing(count: int, shape: Sequence[int]) -> Tensor:
-    """Return the posteriors of ``count`` bad samples."""
+    """Return the rows of ``count`` bad samples."""
     return torch.full((count, *shape), math.nan, dtype=torch.float16)
 
 
-def _header(tensors: Mapping[str, Sequence[int]], metadata: dict[str, str]) -> bytes:
+def _header(tensors: Mapping[str, Sequence[int]], metadata: Metadata) -> bytes:
     """Return the bytes before the data of a safetensors file with fp16 tensors: the length of a JSON header, and the header.
 
     Written here because the library writes only tensors that are in memory.

@@ -15,13 +15,17 @@ from ldm.config import config_field
 from ldm.diffusion.loss import WeightedLoss, WeightedLossConfig
 from ldm.errors import ConfigError
 
+SIDE = 32
+"""Side of the image from which the channels of the teacher's feature maps are read."""
+
 
 @dataclass(frozen=True)
 class RepresentationAlignmentConfig(WeightedLossConfig, kind="repa"):
     """The loss of kind `weighted` minus strength mean_n cos(y_n, MLP(h_n)) (REPA; Yu et al. 2410.06940).
 
-    h_n are the positions of the output of a block of the denoiser for the noisy image, and y_n those of a block of the image
-    tower of a CLIP for the clean one, resized to as many. The MLP is trained with the denoiser and is not part of its result.
+    h_n are the positions of the output of a block of the denoiser for the noisy image, and y_n those of a block of the teacher
+    for the clean one, resized to as many. The teacher is the image tower of a CLIP, or a network of timm. The MLP is trained with
+    the denoiser and is not part of its result.
     Validations report the loss without the second term.
     """
 
@@ -31,12 +35,12 @@ class RepresentationAlignmentConfig(WeightedLossConfig, kind="repa"):
     feature: str = config_field("middle.0", "Module of the denoiser whose output, a feature map, is aligned.")
     checkpoint: str | None = config_field(
         None,
-        "Source of the CLIP: clip/final.safetensors of a run, or any other source of an image tower; null = stage clip of this "
-        "experiment.",
+        "Source of the teacher: clip/final.safetensors of a run, or any other source of an image tower; timm:NAME or "
+        "timm:NAME=FILE for a network of timm; null = stage clip of this experiment.",
         path=True,
     )
     layer: int | None = config_field(
-        None, "Block of the image tower whose output is the target, counted from 1; null = the last."
+        None, "Block of the teacher whose output is the target, counted from 1; null = the last."
     )
     hidden_width: int = config_field(2048, "Width of the two hidden layers of the MLP.")
 
@@ -71,10 +75,11 @@ class RepresentationAlignment(WeightedLoss):
     Args:
         config: its config.
         channels: channels of the output of the module ``feature``.
-        encoder: image tower with ``block_states``; it is frozen and stays in evaluation mode.
+        encoder: teacher with ``depth`` and ``feature_map``, an :class:`ldm.clip.image.ImageTower` or
+            :class:`ldm.clip.timm_tower.TimmTower`; it is frozen and stays in evaluation mode.
 
     Raises:
-        ConfigError: the tower has fewer blocks than ``layer``.
+        ConfigError: the teacher has fewer blocks than ``layer``.
     """
 
     config: RepresentationAlignmentConfig
@@ -82,19 +87,17 @@ class RepresentationAlignment(WeightedLoss):
     def __init__(self, config: RepresentationAlignmentConfig, channels: int, encoder: nn.Module):
         super().__init__(config)
         self.encoder = encoder.requires_grad_(False).eval()
-        tower: Any = encoder
-        blocks, width = len(tower.blocks), config.hidden_width
+        teacher: Any = encoder
+        blocks, width = teacher.depth, config.hidden_width
         self.layer = blocks if config.layer is None else config.layer
         if self.layer > blocks:
-            raise ConfigError(
-                f"layer of repa is {self.layer}, but the image tower has {blocks} blocks; name one of them."
-            )
+            raise ConfigError(f"layer of repa is {self.layer}, but the teacher has {blocks} blocks; name one of them.")
         self.projection = nn.Sequential(
             nn.Linear(channels, width),
             nn.SiLU(),
             nn.Linear(width, width),
             nn.SiLU(),
-            nn.Linear(width, tower.config.width),
+            nn.Linear(width, self.encode(torch.zeros(1, 3, SIDE, SIDE)).shape[1]),
         )
 
     def train(self, mode: bool = True) -> RepresentationAlignment:
@@ -102,23 +105,26 @@ class RepresentationAlignment(WeightedLoss):
         self.encoder.eval()
         return self
 
-    def feature_term(self, features: Mapping[str, Tensor], image: Tensor | None) -> Tensor | float:
-        if image is None:
+    def feature_term(self, features: Mapping[str, Tensor], teacher: Tensor | None) -> Tensor | float:
+        if teacher is None:
             return 0.0
         hidden = features[self.config.feature]
         projected = self.projection(hidden.movedim(1, -1)).movedim(-1, 1)
-        return -self.config.strength * similarity(projected, self.target(image, hidden.shape[2:]))
+        return -self.config.strength * similarity(projected, resized(teacher, hidden.shape[2:]))
 
     @torch.no_grad()
-    def target(self, image: Tensor, size: Sequence[int]) -> Tensor:
-        """Return the hidden states of the patches of ``image [b 3 H W]``, resized to ``size`` (h, w), ``[b z h w]`` fp32."""
-        tower: Any = self.encoder
-        patches = tower.block_states(image)[self.layer - 1][:, 1:].float()
-        side = math.isqrt(patches.shape[1])
-        grid = patches.transpose(1, 2).unflatten(2, (side, side))
-        if grid.shape[2:] == tuple(size):
-            return grid
-        return functional.interpolate(grid, tuple(size), mode="bilinear", antialias=True)
+    def encode(self, image: Tensor) -> Tensor:
+        """Return what the denoiser is aligned with for the clean ``image [b 3 H W]`` in [-1, 1]: ``[b z h w]`` fp32."""
+        teacher: Any = self.encoder
+        found: Tensor = teacher.feature_map(image, self.layer)
+        return found.float()
+
+
+def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Return feature maps ``[b z h w]`` at ``size`` (h, w), bilinear with antialiasing."""
+    if maps.shape[2:] == tuple(size):
+        return maps
+    return functional.interpolate(maps, tuple(size), mode="bilinear", antialias=True)
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:

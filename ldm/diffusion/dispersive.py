@@ -51,7 +51,7 @@ class DispersiveLoss(WeightedLoss):
 
     config: DispersiveLossConfig
 
-    def feature_term(self, features: Mapping[str, Tensor], image: Tensor | None) -> Tensor:
+    def feature_term(self, features: Mapping[str, Tensor], teacher: Tensor | None) -> Tensor:
         z = gather_rows_with_gradients(features[self.config.feature])
         return self.config.strength * dispersion(z, self.config.temperature)
 

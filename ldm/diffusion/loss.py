@@ -35,8 +35,8 @@ class DenoisingLossConfig(Kind, default="weighted"):
     ``build()`` makes a module that is called as :meth:`WeightedLoss.forward`; its parameters are trained with the denoiser.
     In evaluation mode, a loss that learns a weighting returns the one that it weights, so that validations compare.
 
-    Class attribute ``reads_images``: whether the loss compares the denoiser with an image tower, so that it is built by
-    :meth:`build_aligned` and takes the images as the argument ``image``.
+    Class attribute ``reads_images``: whether the loss compares the denoiser with features of the clean images, so that it is
+    built by :meth:`build_aligned`, makes them by a method ``encode``, and takes them as the argument ``teacher``.
     """
 
     reads_images: ClassVar[bool] = False
@@ -48,7 +48,7 @@ class DenoisingLossConfig(Kind, default="weighted"):
 
     @property
     def image_encoder(self) -> str | None:
-        """Source of the CLIP whose image tower a loss that ``reads_images`` uses; None = stage 2 of the experiment."""
+        """Source of the teacher of a loss that ``reads_images``; None = the image tower of stage 2 of the experiment."""
         return None
 
     def check(self, diffusion: Diffusion) -> None:
@@ -71,7 +71,7 @@ class DenoisingLossConfig(Kind, default="weighted"):
 
         Args:
             channels: channels of the feature maps that :attr:`features` names.
-            image_encoder: image tower, which the loss freezes.
+            image_encoder: teacher, which the loss freezes.
         """
         raise NotImplementedError
 
@@ -164,7 +164,7 @@ class WeightedLoss(nn.Module):
         sigma: Tensor | None = None,
         noise: Tensor | None = None,
         features: Mapping[str, Tensor] | None = None,
-        image: Tensor | None = None,
+        teacher: Tensor | None = None,
         self_condition: Callable[[Tensor, Tensor, C], C] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of each image, each at its own noise level.
@@ -179,7 +179,7 @@ class WeightedLoss(nn.Module):
             noise: unit Gaussian noise of the shape of x0, likewise.
             features: outputs of the modules ``features`` of the config by their names, filled by the network; None = without
                 :meth:`feature_term`.
-            image: the clean images ``[b 3 h w]`` in [-1, 1], for a loss that reads them.
+            teacher: features of the clean images, by ``encode`` of a loss that ``reads_images``.
             self_condition: given the noisy images, their noise levels and the conditioning, returns the conditioning with an
                 estimate of x0; None = it is passed to the network as it is.
 
@@ -206,10 +206,10 @@ class WeightedLoss(nn.Module):
         target = diffusion.parametrization.target(x0, noise, level)
         loss = self.weighted(self.distance(output, target), diffusion, sigma)
         if self.training and features is not None:
-            loss = loss + self.feature_term(features, image)
+            loss = loss + self.feature_term(features, teacher)
         return loss, sigma
 
-    def feature_term(self, features: Mapping[str, Tensor], image: Tensor | None) -> Tensor | float:
+    def feature_term(self, features: Mapping[str, Tensor], teacher: Tensor | None) -> Tensor | float:
         """Return what the loss of each image ``[b]``, or of all, has in addition in training; see :meth:`forward`."""
         return 0.0
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data.buckets import Shape
+from ldm.data.latents import TEACHER
 from ldm.data.samples import Batch, BatchIndices, captions_of
 from ldm.errors import LdmError
 from ldm.formats import native
@@ -253,6 +254,8 @@ def _batch(experiment: Experiment, task: Task, captions: Sequence[str], shape: S
         batch["image"] = torch.zeros(n, channels, height, width)
     if first_stage is None:
         return batch
+    if task.teacher is not None:
+        batch[TEACHER] = task.teacher.encode(torch.zeros(n, channels, height, width))
     size = (n, first_stage.latent_channels, height // first_stage.factor, width // first_stage.factor)
     return batch | {name: torch.zeros(size) for name in first_stage.posterior_type.cached}
 

@@ -126,8 +126,9 @@ def data_of(experiment: Experiment, module: StageModule) -> DataModule:
             experiment, module.task.model.first_stage, module.task.model.conditioner, module.handoff
         )
     elif experiment.data.cache_latents and first_stage is not None:
+        task, folder = module.task, experiment.folder / "latents"
         latents = LatentSource(
-            first_stage, module.handoff[VAETask.stage], experiment.folder / "latents", module.task.needs_images
+            first_stage, module.handoff[VAETask.stage], folder, with_images=task.needs_images, teacher=task.teacher
         )
     return DataModule(
         experiment.data_of(module.stage),

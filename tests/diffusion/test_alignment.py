@@ -9,7 +9,7 @@ from torch import Tensor
 from ldm.clip.image import VisionTransformer, ViTConfig
 from ldm.config import from_dict
 from ldm.diffusion import DenoisingLossConfig, Diffusion, RepresentationAlignmentConfig, WeightedLossConfig
-from ldm.diffusion.alignment import RepresentationAlignment, similarity
+from ldm.diffusion.alignment import RepresentationAlignment, resized, similarity
 from ldm.diffusion.parametrization import V
 from ldm.diffusion.schedule import ScaledLinear
 from ldm.errors import ConfigError
@@ -36,7 +36,13 @@ def test_the_loss_is_that_of_the_paper() -> None:
     arguments: dict[str, Any] = {"sigma": sigma, "noise": noise}
     plain, _ = WeightedLossConfig().build()(zeros, Diffusion(ScaledLinear(), V()), x0, None, **arguments)
     found, _ = loss(
-        zeros, Diffusion(ScaledLinear(), V()), x0, None, **arguments, features={FEATURE: hidden}, image=image
+        zeros,
+        Diffusion(ScaledLinear(), V()),
+        x0,
+        None,
+        **arguments,
+        features={FEATURE: hidden},
+        teacher=loss.encode(image),
     )
     first, _, second, _, third = loss.projection
     y = encoder.block_states(image)[0][:, 1:]
@@ -62,11 +68,11 @@ def test_the_grid_of_the_tower_is_resized_to_that_of_the_feature_map() -> None:
     loss = config.build_aligned([5], encoder)
     image = torch.rand(2, 3, 16, 16) * 2 - 1
     y = encoder.block_states(image)[1][:, 1:].detach().reshape(2, 4, 4, 12).permute(0, 3, 1, 2)
-    assert torch.equal(loss.target(image, (4, 4)), y)
+    assert torch.equal(resized(loss.encode(image), (4, 4)), y)
     # Bilinear with antialiasing, 4 -> 2: a triangle of half-width 2 around the centre 1, at 0.5, 1.5, 2.5: 3, 3, 1 of 7.
     rows = torch.tensor([[3.0, 3.0, 1.0, 0.0], [0.0, 1.0, 3.0, 3.0]]) / 7
-    torch.testing.assert_close(loss.target(image, (2, 2)), torch.einsum("ai,bj,ncij->ncab", rows, rows, y))
-    assert loss.target(image, (3, 5)).shape == (2, 12, 3, 5)
+    torch.testing.assert_close(resized(y, (2, 2)), torch.einsum("ai,bj,ncij->ncab", rows, rows, y))
+    assert resized(y, (3, 5)).shape == (2, 12, 3, 5)
 
 
 def test_only_projection_and_denoiser_get_gradients_and_only_in_training() -> None:
@@ -75,7 +81,7 @@ def test_only_projection_and_denoiser_get_gradients_and_only_in_training() -> No
     hidden, image = torch.randn(2, 5, 2, 2, requires_grad=True), torch.rand(2, 3, 16, 16)
     x0, arguments = torch.randn(2, 2, 2, 2), {"sigma": torch.ones(2), "noise": torch.randn(2, 2, 2, 2)}
     diffusion = Diffusion(ScaledLinear(), V())
-    inputs: dict[str, Any] = {**arguments, "features": {FEATURE: hidden}, "image": image}
+    inputs: dict[str, Any] = {**arguments, "features": {FEATURE: hidden}, "teacher": loss.encode(image)}
     value, _ = loss(zeros, diffusion, x0, None, **inputs)
     value.sum().backward()
     assert hidden.grad is not None
@@ -88,7 +94,7 @@ def test_only_projection_and_denoiser_get_gradients_and_only_in_training() -> No
 
 
 def test_a_layer_that_the_tower_lacks_is_refused() -> None:
-    with pytest.raises(ConfigError, match="layer of repa is 3, but the image tower has 2 blocks"):
+    with pytest.raises(ConfigError, match="layer of repa is 3, but the teacher has 2 blocks"):
         RepresentationAlignmentConfig(layer=3).build_aligned([5], tower())
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -82,15 +84,40 @@ def test_it_trains_in_a_compiled_denoiser(tmp_path: Path, monkeypatch: pytest.Mo
         torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-3)
 
 
-def test_it_uses_the_clip_of_the_experiment_and_images_next_to_cached_latents(tmp_path: Path) -> None:
-    short = [f"{stage}.train.max_steps=1" for stage in ("vae", "clip", "denoiser")]
-    short += ["data.cache_latents=true", f"denoiser.loss={{{FIELDS}, strength: 5}}"]
-    experiment = tiny_experiment(tmp_path, *short)
+def test_it_uses_the_clip_of_the_experiment_and_caches_its_features(tmp_path: Path) -> None:
+    """Weights with cached features, in half precision, are those of a training that computes them from the images."""
+    short = [f"{stage}.train.max_steps=2" for stage in ("vae", "clip", "denoiser")]
+    short += [f"denoiser.loss={{{FIELDS}, strength: 5}}"]
+    experiment, without_cache = (
+        tiny_experiment(tmp_path, *short, f"data.cache_latents={cached}") for cached in ("true", "false")
+    )
     for stage in ("vae", "clip", "denoiser"):
-        train_stage(experiment, stage)
+        result = train_stage(experiment, stage)
+    found = load_file(result)
+    shutil.rmtree(tmp_path / "run/denoiser")
+    for name, tensor in load_file(train_stage(without_cache, "denoiser")).items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-3, rtol=2e-2)
     clip = load_file(tmp_path / "run/clip/final.safetensors")
     tower = build_module(experiment, "denoiser").task.image_towers["denoiser.loss"].state_dict()
     assert all(torch.equal(clip[f"image.{name}"], each) for name, each in tower.items())
+
+    features = load_file(tmp_path / "run/latents/train-teacher.safetensors")["teacher"]
+    assert (len(features), features.dtype) == (8, torch.float16)
+    assert not (tmp_path / "run/latents/val-teacher.safetensors").exists()
+    assert step_cost(experiment, "denoiser").flops < step_cost(without_cache, "denoiser").flops
+
+
+def test_a_network_of_timm_is_the_teacher(tmp_path: Path) -> None:
+    network = timm.create_model("test_vit", pretrained=False)
+    save_file(network.state_dict(), tmp_path / "vit.safetensors")
+    recipe = [f"denoiser.loss={{{FIELDS}, checkpoint: 'timm:test_vit={tmp_path / 'vit.safetensors'}', layer: 3}}"]
+    trained(tmp_path / "timm", recipe, 1)
+    state = state_of(tmp_path / "timm")
+    assert state["loss.projection.4.weight"].shape == (64, 16)
+    assert not any("encoder" in name for name in state)
+    wrong = tiny_experiment(tmp_path, *PIXELS, f"denoiser.loss={{{FIELDS}, checkpoint: 'timm:test_vitt'}}")
+    with pytest.raises(CheckpointError, match=r"^denoiser\.loss: timm has no network 'test_vitt'"):
+        outline(wrong, "denoiser")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +140,7 @@ def test_features_that_are_no_maps_and_sources_without_a_tower_are_refused(tmp_p
     for fields, message in [
         (f"{loss}, feature: {linear}", f"denoiser.loss: feature is '{linear}', whose output is no feature map"),
         (f"{loss}, feature: middle.9", "unknown feature 'middle.9'"),
-        (f"{loss}, layer: 2", "denoiser.loss: layer of repa is 2, but the image tower has 1 blocks"),
+        (f"{loss}, layer: 2", "denoiser.loss: layer of repa is 2, but the teacher has 1 blocks"),
     ]:
         experiment = tiny_experiment(tmp_path, *PIXELS, f"denoiser.loss={{{fields}}}")
         with pytest.raises(ConfigError, match=message):

@@ -18,6 +18,7 @@ from ldm.conditioning import Conditioner, ConditionerConfig
 from ldm.conditioning.conditioner import input_of
 from ldm.conditioning.label import ClassConditioner
 from ldm.config import config_field
+from ldm.data.latents import TEACHER, Teacher
 from ldm.data.samples import Samples
 from ldm.data.stream import EvaluationLoader
 from ldm.denoiser.config import DenoiserConfig
@@ -27,6 +28,7 @@ from ldm.diffusion.parametrization import Diffusion
 from ldm.errors import ConditionError, ConfigError, TrainingError
 from ldm.formats import MODEL_FILE, native
 from ldm.formats.checkpoint import Checkpoint, part_prefixes
+from ldm.formats.tensors import fingerprint
 from ldm.image_output import Images
 from ldm.modalities.arguments import of_key, pipeline_arguments
 from ldm.modalities.label import LABEL
@@ -36,7 +38,7 @@ from ldm.nn.token_routing import shares_by_level
 from ldm.pipeline import Pipeline
 from ldm.training import noise_level_bins
 from ldm.training.config import TrainConfig
-from ldm.training.tasks.image_towers import image_tower
+from ldm.training.tasks.image_towers import teacher_of
 from ldm.training.tasks.task import (
     DENOISER,
     FIRST_STAGE,
@@ -120,7 +122,7 @@ class DenoiserTask(Task):
             cast(Any, model.denoiser).set_token_routing(config.routed_shares)
         model.first_stage.requires_grad_(False)
         self.features = Features(model.denoiser, config.loss.features)
-        self.needs_images = config.loss.reads_images
+        self.needs_images = False
         self.loss = self._loss(image_encoder)
         self.image_towers = {} if image_encoder is None else {"denoiser.loss": image_encoder}
         self.of_points = model.latent_shape() == (2, 1, 1)
@@ -180,6 +182,15 @@ class DenoiserTask(Task):
     def frozen_first_stage(self) -> FirstStage | None:
         return self.model.first_stage if self.model.config.first_stage.has_weights else None
 
+    @property
+    def teacher(self) -> Teacher | None:
+        if not self.image_towers:
+            return None
+        loss: Any = self.loss
+        return Teacher(
+            loss.encoder, loss.encode, lambda: f"{fingerprint(loss.encoder.state_dict(), {})}, layer {loss.layer}"
+        )
+
     def optimizers(self) -> Sequence[OptimizerSpec]:
         return [OptimizerSpec("loss", (self.model, self.loss))]
 
@@ -202,14 +213,19 @@ class DenoiserTask(Task):
         with _naming_sample(batch["key"]):
             cond = self.model.conditioner(batch, generator)
         x0, model = self._latents(batch, generator), self.model
-        image = {"image": batch["image"]} if self.config.loss.reads_images else {}
         share = model.config.denoiser.self_conditioning
         # one number for the batch of all ranks, which then evaluate their networks equally often
         estimates = share > 0 and float(torch.rand((), generator=generator, device=generator.device)) < share
         self_condition = model.with_estimate if estimates else None
-        options = {**self.features.argument, **image, "self_condition": self_condition}
+        options = {**self.features.argument, **self._features_of(batch), "self_condition": self_condition}
         loss, sigma = self.loss(model.denoiser, model.diffusion, x0, cond, generator, **options)
         yield TrainLoss(loss.mean(), by_noise_level={"loss": (loss.detach(), sigma)})
+
+    def _features_of(self, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Return the argument of a loss that reads images: their features, cached or computed here."""
+        if self.teacher is None:
+            return {}
+        return {"teacher": batch[TEACHER] if TEACHER in batch else self.teacher.encode(batch["image"])}
 
     def _conditions(self, batch: Mapping[str, Any], generator: torch.Generator) -> Mapping[str, Any]:
         """Return the batch with default values of missing raw conditions, and with those that are made from its images."""
@@ -391,7 +407,7 @@ def _image_encoder(
     if not loss.reads_images:
         return None
     if loss.image_encoder is not None:
-        return image_tower(loss.image_encoder, "denoiser.loss")
+        return teacher_of(loss.image_encoder, "denoiser.loss")
     assert section is not None, "the experiment has checked it"
     assert section.model.image is not None, "the experiment has checked it"
     assert section.model.embed_dim is not None, "the config of a CLIP has checked it"

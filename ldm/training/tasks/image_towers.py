@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.clip.timm_tower import PREFIX, TimmTower
 from ldm.errors import CheckpointError
 from ldm.formats import native, read
 from ldm.formats.tensors import fingerprint
@@ -39,6 +40,24 @@ def image_tower(source: str, field: str) -> nn.Module:
     if not torch.empty(0).is_meta:
         native.load_strictly(tower, part.state, source, torch.float32)
     return tower
+
+
+def teacher_of(source: str, field: str) -> nn.Module:
+    """Build the network whose features a denoiser is compared with: an image tower as :func:`image_tower`, or one of timm.
+
+    Args:
+        source: source of an image tower, or ``timm:NAME`` or ``timm:NAME=FILE``.
+        field: config field that names it, for the error messages.
+
+    Raises:
+        CheckpointError: the source cannot be read, or has no image tower.
+    """
+    if not source.startswith(PREFIX):
+        return image_tower(source, field)
+    try:
+        return TimmTower(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{field}: {error}") from None
 
 
 def fingerprints(task: Task) -> dict[str, str]:

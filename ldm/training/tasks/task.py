@@ -20,6 +20,7 @@ from ldm.formats.checkpoint import TINY_DECODER, Checkpoint
 from ldm.vae import FirstStage
 
 if TYPE_CHECKING:
+    from ldm.data.latents import Teacher
     from ldm.training.experiment import Experiment
     from ldm.training.handoff import Handoff
 
@@ -151,6 +152,11 @@ class Task(nn.Module):
     @property
     def frozen_first_stage(self) -> FirstStage | None:
         """First stage whose latents may be cached, since the stage does not train it; None if there is none."""
+        return None
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """Frozen network whose features of the images its loss reads, and which may be cached; None if there is none."""
         return None
 
     @property
