@@ -83,9 +83,10 @@ class Images(list[Image.Image]):
         font = ImageFont.load_default(CAPTION_SIZE)
         wrapped = [textwrap.fill(text, CAPTION_WIDTH) for text in texts]
         lines = max((text.count("\n") + 1 for text in wrapped), default=0)
+        caption_width = max((font.getlength(line) for text in wrapped for line in text.split("\n")), default=0)
         image_width = scale * max(image.width for image in self)
         image_height = scale * max(image.height for image in self)
-        width = max(image_width, CAPTION_SIZE * CAPTION_WIDTH // 2 if texts else 0)
+        width = max(image_width, math.ceil(caption_width))
         height = image_height + lines * (CAPTION_SIZE + 3) + (GAP if texts else 0)
 
         sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP), "white")

@@ -188,6 +188,8 @@ def test_a_grid_has_a_cell_for_each_image_and_its_caption(pipe: Pipeline) -> Non
     assert (ink < 100).any()
     with pytest.raises(SamplingError, match="2 captions do not fit 5 images"):
         images.grid(captions=["one", "two"])
+    wide = np.asarray(Images(images[:2]).grid(columns=2, captions=["W" * 20] * 2))
+    assert wide[:, wide.shape[1] // 2].min() == 255, "the captions touch"
 
 
 def test_a_saved_model_makes_the_same_images(pipe: Pipeline, tmp_path: Path) -> None:
