@@ -83,7 +83,12 @@ def _encode_split(source: EncodedSource, split: str, device: torch.device, ranks
         own = range(ranks.rank, len(shards), ranks.world_size)
         conditioner = source.conditioner if "text" in encoding else None
         encoder = Encoder(
-            source.first_stage, conditioner, source.data.encoded, flips=source.flips(split), device=device
+            source.first_stage,
+            conditioner,
+            source.data.encoded,
+            flips=source.flips(split),
+            teacher=source.teacher_of(split),
+            device=device,
         )
         engine = local_engine(images, encoder, crops)
         if actors:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ldm.data.config import DataConfig
 from ldm.data.filters import Selection
-from ldm.data.latents import Teacher, cache_latents
+from ldm.data.latents import cache_latents
 from ldm.data.samples import Batch, Samples
 from ldm.data.stream import EvaluationLoader, TrainStream
+from ldm.data.teacher import Teacher
 from ldm.vae import FirstStage
 
 FAR_SMALLER = 3

@@ -4,6 +4,7 @@
 
 - ``key.latents.safetensors``: ``posterior [v k z h w]``, the k tensors by which the first stage's class of posteriors is
   cached (:attr:`ldm.vae.Posterior.cached`), for each of v variants of the image; ``size``, width and height of the stored image;
+  ``teacher [v z h w]``, the features of the variants that a loss compares the denoiser with, if it does;
 - ``key.text.safetensors``: the outputs of the frozen text encoders, ``[n ...]`` each, for the n captions of the sample.
 
 The variants of a training image are its crops, each followed by its mirror image if the data is mirrored. Which one is used
@@ -29,6 +30,7 @@ from ldm.config import config_field
 from ldm.data.samples import Batch, BatchIndices, SourceShare, StoredImages
 from ldm.data.shard_format import LATENTS, ORIGINAL_SIZE, STATES
 from ldm.data.shards import Shards
+from ldm.data.teacher import TEACHER
 from ldm.errors import ConfigError, DataError
 from ldm.modalities.caption import CAPTION
 from ldm.modalities.crop import Crop
@@ -88,6 +90,7 @@ class EncodedImages(StoredImages):
         crops: number of crops of each image.
         flips: whether each crop is followed by its mirror image.
         text: whether to read text states.
+        teacher: whether to read the features of the teacher.
         mixture: see :class:`~ldm.data.samples.Samples`; of the encoded shards.
     """
 
@@ -100,6 +103,7 @@ class EncodedImages(StoredImages):
         crops: int,
         flips: bool,
         text: bool,
+        teacher: bool = False,
         mixture: Sequence[SourceShare] = (),
     ):
         super().__init__(
@@ -118,6 +122,7 @@ class EncodedImages(StoredImages):
         self.selection = images.selection
         self.dropped, self.fingerprint = [*images.dropped, *shards.dropped], images.fingerprint
         self._names, self._crop_count, self._flipped, self._text = names, crops, flips, text
+        self._teacher = teacher
 
     def __getitem__(self, draw: BatchIndices) -> Batch:
         """Return the encoded samples of a draw; images if they are not to have the shape of their buckets, as in previews."""
@@ -143,8 +148,9 @@ class EncodedImages(StoredImages):
 
     def _pixels(self, i: int, crop: Crop) -> dict[str, Any]:
         assert isinstance(crop, Variant)
-        posterior = self._tensors(i, LATENTS)[POSTERIOR][crop.number]
-        values: dict[str, Any] = dict(zip(self._names, posterior, strict=True))
+        tensors = self._tensors(i, LATENTS)
+        values: dict[str, Any] = dict(zip(self._names, tensors[POSTERIOR][crop.number], strict=True))
+        values |= {TEACHER: tensors[TEACHER][crop.number].float()} if self._teacher else {}
         return values | ({TEXT_STATES: self._tensors(i, STATES)} if self._text else {})
 
     def _crops(self, draw: BatchIndices) -> Iterator[Crop]:

@@ -23,6 +23,7 @@ from ldm.data.shard_index import ShardIndex
 from ldm.data.shard_set import INDEX
 from ldm.data.shards import Shards
 from ldm.data.storage import Location, exists, joined, located, read_range, shown, size_of
+from ldm.data.teacher import Teacher
 from ldm.errors import ConfigError, DataError
 from ldm.formats.tensors import fingerprint
 from ldm.modalities.caption import CAPTION
@@ -44,12 +45,14 @@ class EncodedSource:
         first_stage: frozen first stage.
         fingerprint: fingerprint of its weights.
         conditioner: conditioner of the denoiser, whose frozen text encoders may be used.
+        teacher: network whose features of the training images are stored as well; None for none.
     """
 
     data: ShardsData
     first_stage: FirstStage
     fingerprint: str
     conditioner: Conditioner
+    teacher: Teacher | None = None
     _states: dict[str, Tensor] = field(default_factory=dict)  # of the empty caption, on the device that was used last
 
     @property
@@ -83,6 +86,10 @@ class EncodedSource:
         """Return the number of crops of each image of a split; validation uses the center."""
         return self.data.encoded.crops if split == "train" and self.data.crop == "random" else 1
 
+    def teacher_of(self, split: str) -> Teacher | None:
+        """Return the teacher of the images of a split; validations need none."""
+        return self.teacher if split == "train" else None
+
     def flips(self, split: str) -> bool:
         """Return True if the images of a split are mirrored too."""
         return split == "train" and self.data.flip
@@ -102,6 +109,8 @@ class EncodedSource:
             "precision": data.encoded.precision,
             "data": images.fingerprint,
         }
+        if (teacher := self.teacher_of(split)) is not None:
+            entries["teacher"] = teacher.fingerprint
         if data.bucket_shapes:
             entries["buckets"] = [list(shape) for shape in data.bucket_shapes]
         if images.mixture:
@@ -148,6 +157,7 @@ class EncodedSource:
             crops=self.crops(split),
             flips=self.flips(split),
             text="text" in expected,
+            teacher="teacher" in expected,
             mixture=mixture,
         )
 

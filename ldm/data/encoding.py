@@ -21,6 +21,7 @@ from ldm.data.order import READ_AHEAD
 from ldm.data.samples import Batch, BatchIndices, Samples, StoredImages
 from ldm.data.shard_format import LATENTS, ORIGINAL_SIZE, STATES
 from ldm.data.stream import batches_in_order
+from ldm.data.teacher import TEACHER, Teacher
 from ldm.data.transforms import to_tensor
 from ldm.errors import DataError
 from ldm.modalities.caption import CAPTION
@@ -98,13 +99,14 @@ class DecodedSamples(Samples):
 
 
 class Encoder:
-    """First stage and text encoders that encode decoded samples.
+    """First stage, text encoders and teacher that encode decoded samples.
 
     Args:
         first_stage: frozen.
         conditioner: the conditioner with the text encoders; None stores no text states.
         config: types, and size of a batch.
         flips: whether each crop is encoded mirrored too.
+        teacher: network whose features of each variant are stored; None for none.
         device: where to encode.
     """
 
@@ -115,22 +117,28 @@ class Encoder:
         config: EncodedConfig,
         *,
         flips: bool,
+        teacher: Teacher | None = None,
         device: torch.device | str = "cpu",
     ):
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.network.to(device)
         self.first_stage = first_stage.eval().to(device)
         self.conditioner = None if conditioner is None else conditioner.eval().to(device)
         self.config, self.flips, self.device = config, flips, torch.device(device)
 
     def to(self, device: torch.device | str) -> Encoder:
         """Return an encoder on another device; the networks are moved."""
-        return Encoder(self.first_stage, self.conditioner, self.config, flips=self.flips, device=device)
+        return Encoder(
+            self.first_stage, self.conditioner, self.config, flips=self.flips, teacher=self.teacher, device=device
+        )
 
     @torch.inference_mode()
     def __call__(self, batch: Sequence[DecodedSample | BadSample]) -> list[EncodedSample | BadSample]:
         """Encode the samples of a batch; bad ones are returned as they are."""
         good = [sample for sample in batch if isinstance(sample, DecodedSample)]
-        latents, texts = iter(self._latents(good)), iter(self._texts(good))
-        return [self._encoded(each, latents, texts) if isinstance(each, DecodedSample) else each for each in batch]
+        images, texts = iter(self._images(good)), iter(self._texts(good))
+        return [self._encoded(each, images, texts) if isinstance(each, DecodedSample) else each for each in batch]
 
     def empty(self) -> bytes:
         """Return the text states of the empty caption as a safetensors file."""
@@ -141,17 +149,17 @@ class Encoder:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def _encoded(
-        self, sample: DecodedSample, latents: Iterator[Tensor], texts: Iterator[dict[str, Tensor]]
+        self, sample: DecodedSample, images: Iterator[dict[str, Tensor]], texts: Iterator[dict[str, Tensor]]
     ) -> EncodedSample:
-        tensors = {POSTERIOR: next(latents), ORIGINAL_SIZE: torch.tensor(sample.size, dtype=torch.int32, device="cpu")}
+        tensors = {**next(images), ORIGINAL_SIZE: torch.tensor(sample.size, dtype=torch.int32, device="cpu")}
         members = {LATENTS: save(tensors), **sample.members}
         if self.conditioner is not None:
             members[STATES] = save(next(texts))
         return EncodedSample(sample.key, members)
 
-    def _latents(self, samples: Sequence[DecodedSample]) -> list[Tensor]:
-        """Return the posteriors of each sample, ``[v k z h w]``; images of one shape are encoded together."""
-        latents: dict[int, Tensor] = {}
+    def _images(self, samples: Sequence[DecodedSample]) -> list[dict[str, Tensor]]:
+        """Return the posteriors of each sample, ``[v k z h w]``, and its features; images of one shape are encoded together."""
+        found: dict[int, dict[str, Tensor]] = {}
         for shape in dict.fromkeys(sample.images.shape for sample in samples):
             rows = [row for row, sample in enumerate(samples) if sample.images.shape == shape]
             images = np.stack([samples[row].images for row in rows])
@@ -160,12 +168,18 @@ class Encoder:
                 for crop in range(shape[0])
                 for each in (images[:, crop], images[:, crop, :, ::-1])[: 1 + self.flips]
             ]
-            tensors = (to_tensor(np.ascontiguousarray(each)).to(self.device) for each in variants)
+            tensors = [to_tensor(np.ascontiguousarray(each)).to(self.device) for each in variants]
             with self._autocast():
-                encoded = [self.first_stage.encode(each) for each in tensors]
-            stacked = torch.stack([each.to_cache() for each in encoded], dim=1)
-            latents |= zip(rows, _stored(stacked, "latents", self.config.latents), strict=True)
-        return [latents[row] for row in range(len(samples))]
+                columns = {POSTERIOR: [self.first_stage.encode(each).to_cache() for each in tensors]}
+                if self.teacher is not None:
+                    columns[TEACHER] = [self.teacher.encode(each) for each in tensors]
+            stored = {
+                name: _stored(torch.stack(each, dim=1), "latents", self.config.latents)
+                for name, each in columns.items()
+            }
+            for i, row in enumerate(rows):
+                found[row] = {name: each[i].contiguous() for name, each in stored.items()}
+        return [found[row] for row in range(len(samples))]
 
     def _texts(self, samples: Sequence[DecodedSample]) -> list[dict[str, Tensor]]:
         """Return the outputs of the text encoders for the captions of each sample, ``[n ...]`` each."""

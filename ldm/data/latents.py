@@ -15,46 +15,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.data.bad_samples import BAD, BadSample
 from ldm.data.buckets import Buckets, Shape
 from ldm.data.samples import Batch, BatchIndices, Samples
 from ldm.data.stream import batches_in_order, none_good
+from ldm.data.teacher import TEACHER, Teacher
 from ldm.errors import DataError
 from ldm.formats.tensors import write_atomically
 from ldm.vae import FirstStage
-
-TEACHER = "teacher"
-"""Name of the features of a batch of images that a loss compares the denoiser with."""
 
 _POSTERIOR = "posterior"
 _BATCH = 32  # images encoded at once
 
 Metadata = dict[str, str]
 """Fingerprints of the network and of the samples of a file."""
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Features of images that are cached next to the latents.
-
-    Attributes:
-        network: frozen, in evaluation mode.
-        encode: function of images ``[b 3 h w]`` in [-1, 1] on the device of the network ``-> [b z h w]``.
-        fingerprint: function that returns a hash of the network and of which of its features these are.
-    """
-
-    network: nn.Module
-    encode: Callable[[Tensor], Tensor]
-    fingerprint: Callable[[], str]
 
 
 class _Rows:
@@ -189,7 +171,7 @@ def cache_latents(
     if teacher is not None:
         file, of = (
             path.with_stem(f"{path.stem}-teacher"),
-            {"teacher": teacher.fingerprint(), "samples": samples.fingerprint},
+            {"teacher": teacher.fingerprint, "samples": samples.fingerprint},
         )
         if _metadata(file) != of:
             encode = teacher.encode

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,15 @@ class RepresentationAlignmentConfig(WeightedLossConfig, kind="repa"):
     def image_encoder(self) -> str | None:
         return self.checkpoint
 
+    def layer_of(self, image_encoder: nn.Module) -> int:
+        teacher: Any = image_encoder
+        layer: int = teacher.depth if self.layer is None else self.layer
+        if layer > teacher.depth:
+            raise ConfigError(
+                f"layer of repa is {layer}, but the teacher has {teacher.depth} blocks; name one of them."
+            )
+        return layer
+
     def build(self) -> WeightedLoss:
         """Build the loss without the second term."""
         return WeightedLoss(self)
@@ -87,17 +96,15 @@ class RepresentationAlignment(WeightedLoss):
     def __init__(self, config: RepresentationAlignmentConfig, channels: int, encoder: nn.Module):
         super().__init__(config)
         self.encoder = encoder.requires_grad_(False).eval()
-        teacher: Any = encoder
-        blocks, width = teacher.depth, config.hidden_width
-        self.layer = blocks if config.layer is None else config.layer
-        if self.layer > blocks:
-            raise ConfigError(f"layer of repa is {self.layer}, but the teacher has {blocks} blocks; name one of them.")
+        self.layer, width, teacher = config.layer_of(encoder), config.hidden_width, cast(Any, encoder)
+        with torch.no_grad():
+            features: Tensor = teacher.feature_map(torch.zeros(1, 3, SIDE, SIDE), self.layer)
         self.projection = nn.Sequential(
             nn.Linear(channels, width),
             nn.SiLU(),
             nn.Linear(width, width),
             nn.SiLU(),
-            nn.Linear(width, self.encode(torch.zeros(1, 3, SIDE, SIDE)).shape[1]),
+            nn.Linear(width, features.shape[1]),
         )
 
     def train(self, mode: bool = True) -> RepresentationAlignment:
@@ -111,13 +118,6 @@ class RepresentationAlignment(WeightedLoss):
         hidden = features[self.config.feature]
         projected = self.projection(hidden.movedim(1, -1)).movedim(-1, 1)
         return -self.config.strength * similarity(projected, resized(teacher, hidden.shape[2:]))
-
-    @torch.no_grad()
-    def encode(self, image: Tensor) -> Tensor:
-        """Return what the denoiser is aligned with for the clean ``image [b 3 H W]`` in [-1, 1]: ``[b z h w]`` fp32."""
-        teacher: Any = self.encoder
-        found: Tensor = teacher.feature_map(image, self.layer)
-        return found.float()
 
 
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:

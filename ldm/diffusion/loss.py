@@ -36,7 +36,7 @@ class DenoisingLossConfig(Kind, default="weighted"):
     In evaluation mode, a loss that learns a weighting returns the one that it weights, so that validations compare.
 
     Class attribute ``reads_images``: whether the loss compares the denoiser with features of the clean images, so that it is
-    built by :meth:`build_aligned`, makes them by a method ``encode``, and takes them as the argument ``teacher``.
+    built by :meth:`build_aligned` and takes them as the argument ``teacher``.
     """
 
     reads_images: ClassVar[bool] = False
@@ -50,6 +50,14 @@ class DenoisingLossConfig(Kind, default="weighted"):
     def image_encoder(self) -> str | None:
         """Source of the teacher of a loss that ``reads_images``; None = the image tower of stage 2 of the experiment."""
         return None
+
+    def layer_of(self, image_encoder: nn.Module) -> int:
+        """Return the block of the teacher, from 1, whose features a loss that ``reads_images`` takes.
+
+        Raises:
+            ConfigError: the teacher lacks it.
+        """
+        raise NotImplementedError
 
     def check(self, diffusion: Diffusion) -> None:
         """Check that the loss can train a network with this schedule and parametrization.
@@ -179,7 +187,7 @@ class WeightedLoss(nn.Module):
             noise: unit Gaussian noise of the shape of x0, likewise.
             features: outputs of the modules ``features`` of the config by their names, filled by the network; None = without
                 :meth:`feature_term`.
-            teacher: features of the clean images, by ``encode`` of a loss that ``reads_images``.
+            teacher: features ``[b z h w]`` of the clean images, for a loss that ``reads_images``.
             self_condition: given the noisy images, their noise levels and the conditioning, returns the conditioning with an
                 estimate of x0; None = it is passed to the network as it is.
 

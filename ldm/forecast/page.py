@@ -140,7 +140,7 @@ _TEMPLATE: Any = """
 <p>The ladder took {{ ladder }} of at most {{ limit }}.</p></section>
 <section><h2>Fitted laws</h2><table><tr><th>parameter</th><th>80 % band</th></tr>
 {% for row in laws %}<tr><td>{{ row[0] }}</td><td>{{ row[1] }}</td></tr>{% endfor %}</table>
-<p>The loss of a run varies by {{ noise }} with its seed. The longest run of each width, forecast from the others, widens the bands by
-a factor of {{ inflation }}.</p></section>
+<p>The loss of a run varies by {{ noise }} with its seed. The longest run of each width, forecast from the others, widens the
+bands by a factor of {{ inflation }}.</p></section>
 </main>
 """

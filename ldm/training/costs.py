@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data.buckets import Shape
-from ldm.data.latents import TEACHER
 from ldm.data.samples import Batch, BatchIndices, captions_of
+from ldm.data.teacher import TEACHER
 from ldm.errors import LdmError
 from ldm.formats import native
 from ldm.nn.gradient_checkpointing import set_gradient_checkpointing

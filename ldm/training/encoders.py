@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from ldm.conditioning import Conditioner
 from ldm.data.config import ShardsData
 from ldm.data.encoded_source import EncodedSource
+from ldm.data.teacher import Teacher
 from ldm.errors import ConfigError
 from ldm.training.experiment import Experiment
 from ldm.training.handoff import Handoff
 from ldm.training.tasks import DenoiserTask, VAETask
-from ldm.training.tasks.denoiser import load_encoders
+from ldm.training.tasks.denoiser import image_encoder_of, load_encoders
 from ldm.vae import FirstStage
 
 
@@ -28,11 +29,19 @@ def frozen_encoders(experiment: Experiment) -> EncodedSource:
     first_stage = config.first_stage.build()
     conditioner = config.conditioner.with_tokenizer(handoff.tokenizer).build(None if clip is None else clip.tokenizer)
     load_encoders(handoff, clip, first_stage, conditioner)
-    return encoded_source(experiment, first_stage.eval(), conditioner.eval(), handoff.fingerprints)
+    network = image_encoder_of(experiment, handoff, clip)
+    teacher = None
+    if network is not None:
+        teacher = Teacher(network.requires_grad_(False).eval(), experiment.denoiser.loss.layer_of(network))
+    return encoded_source(experiment, first_stage.eval(), conditioner.eval(), handoff.fingerprints, teacher)
 
 
 def encoded_source(
-    experiment: Experiment, first_stage: FirstStage, conditioner: Conditioner, fingerprints: Mapping[str, str]
+    experiment: Experiment,
+    first_stage: FirstStage,
+    conditioner: Conditioner,
+    fingerprints: Mapping[str, str],
+    teacher: Teacher | None,
 ) -> EncodedSource:
     """Return the encoded data of an experiment.
 
@@ -40,6 +49,7 @@ def encoded_source(
         experiment: its ``data.encoded.folder`` is set.
         first_stage, conditioner: those of stage 3, with their weights.
         fingerprints: fingerprints of the results of preceding stages.
+        teacher: network whose features the loss reads; None if it reads none.
 
     Raises:
         ConfigError: there is nothing to encode.
@@ -51,4 +61,4 @@ def encoded_source(
         raise ConfigError("data.encoded.folder is null; name the folder or URL for latents and text states.")
     if not experiment.vae.model.has_weights:
         raise ConfigError("the first stage has no weights, so there are no latents; set data.encoded.folder to null.")
-    return EncodedSource(data, first_stage, fingerprints[VAETask.stage], conditioner)
+    return EncodedSource(data, first_stage, fingerprints[VAETask.stage], conditioner, teacher)

@@ -90,17 +90,12 @@ class Experiment:
             raise ConfigError(f"denoiser.sampling: {error}") from None
 
     def _check_loss_of_images(self) -> None:
-        """Check that the data have images for a loss of the denoiser that reads them, and that it has an image tower.
+        """Check that images have colours for a loss of the denoiser that reads them, and that it has a teacher.
 
         Raises:
             ConfigError: they have not.
         """
         loss, channels = self.denoiser.loss, self.data.image_shape[0]
-        if self.data.encoded.folder is not None:
-            raise ConfigError(
-                f"denoiser.loss: {loss.kind} reads images, which encoded data lack; set data.encoded.folder to null "
-                "(data.cache_latents can be used)."
-            )
         if channels != 3:
             raise ConfigError(
                 f"denoiser.loss: {loss.kind} needs images with 3 channels, but those of the data have {channels}."

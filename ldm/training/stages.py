@@ -122,9 +122,8 @@ def data_of(experiment: Experiment, module: StageModule) -> DataModule:
     train, first_stage = module.train_config, module.task.frozen_first_stage
     latents: Encoded | None = None
     if isinstance(module.task, DenoiserTask) and experiment.data.encoded.folder is not None:
-        latents = encoded_source(
-            experiment, module.task.model.first_stage, module.task.model.conditioner, module.handoff
-        )
+        model, teacher = module.task.model, module.task.teacher
+        latents = encoded_source(experiment, model.first_stage, model.conditioner, module.handoff, teacher)
     elif experiment.data.cache_latents and first_stage is not None:
         task, folder = module.task, experiment.folder / "latents"
         latents = LatentSource(

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.data.config import ShardsData
-from ldm.data.latents import Teacher, cache_latents
+from ldm.data.latents import cache_latents
 from ldm.data.samples import Samples
 from ldm.data.stream import EvaluationLoader, TrainStream
+from ldm.data.teacher import Teacher
 from ldm.vae.first_stage import DiagonalGaussian, FirstStage
 from tests.data.pictures import write_shards
 
@@ -50,29 +51,39 @@ def test_cached_latents_are_those_of_the_first_stage(tmp_path: Path, samples: Sa
         assert torch.equal(batch["label"], expected["label"])
 
 
+class TinyTeacher(nn.Conv2d):
+    """Convolution as a network with feature maps; counts the images that it has encoded."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 5, 4, stride=4)
+        self.encoded = 0
+
+    def feature_map(self, image: Tensor, layer: int) -> Tensor:
+        self.encoded += len(image)
+        return layer * self(image)
+
+
 def test_features_of_a_teacher_are_cached_with_the_latents(tmp_path: Path, samples: Samples) -> None:
-    """In a file of their own, which is made again if the teacher has changed."""
-    network, encoded, mark = nn.Conv2d(3, 5, 4, stride=4).requires_grad_(False), [0], ["a"]
+    """In a file of their own, which is made again for another layer or other weights."""
+    network = TinyTeacher().requires_grad_(False)
 
-    def encode(image: Tensor) -> Tensor:
-        encoded[0] += len(image)
-        return network(image)  # type: ignore[no-any-return]
-
-    def cached() -> Samples:
-        path, teacher = tmp_path / "train.safetensors", Teacher(network, encode, lambda: mark[0])
-        return cache_latents(TinyFirstStage(), "mark", samples, path, teacher=teacher)
+    def cached(layer: int = 1) -> Samples:
+        path = tmp_path / "train.safetensors"
+        return cache_latents(TinyFirstStage(), "mark", samples, path, teacher=Teacher(network, layer))
 
     pictures = TrainStream(samples, 6, 0, 9)
     for batch, expected in zip(TrainStream(cached(), 6, 0, 9), pictures, strict=True):
         torch.testing.assert_close(batch["teacher"], network(expected["image"]), rtol=1e-3, atol=1e-3)  # fp16
         assert batch.keys() >= {"mean", "std", "key", "text"}
         assert "image" not in batch
-    assert encoded == [35]
+    assert network.encoded == 35
     cached()
-    assert encoded == [35]
-    mark[0] = "b"
-    cached()
-    assert encoded == [70]
+    assert network.encoded == 35
+    cached(2)
+    assert network.encoded == 70
+    network.weight += 1
+    cached(2)
+    assert network.encoded == 105
 
 
 def test_the_file_is_valid_safetensors(tmp_path: Path, samples: Samples) -> None:

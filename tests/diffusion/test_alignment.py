@@ -42,7 +42,7 @@ def test_the_loss_is_that_of_the_paper() -> None:
         None,
         **arguments,
         features={FEATURE: hidden},
-        teacher=loss.encode(image),
+        teacher=encoder.feature_map(image, 1),
     )
     first, _, second, _, third = loss.projection
     y = encoder.block_states(image)[0][:, 1:]
@@ -64,11 +64,10 @@ def test_features_that_are_equal_in_direction_have_similarity_1_and_opposite_one
 
 def test_the_grid_of_the_tower_is_resized_to_that_of_the_feature_map() -> None:
     """Each position of a map of half the side is a mean around its four patches, and a map of one, of all patches."""
-    encoder, config = tower(), RepresentationAlignmentConfig()
-    loss = config.build_aligned([5], encoder)
+    encoder = tower()
     image = torch.rand(2, 3, 16, 16) * 2 - 1
     y = encoder.block_states(image)[1][:, 1:].detach().reshape(2, 4, 4, 12).permute(0, 3, 1, 2)
-    assert torch.equal(resized(loss.encode(image), (4, 4)), y)
+    assert torch.equal(resized(encoder.feature_map(image, 2), (4, 4)), y)
     # Bilinear with antialiasing, 4 -> 2: a triangle of half-width 2 around the centre 1, at 0.5, 1.5, 2.5: 3, 3, 1 of 7.
     rows = torch.tensor([[3.0, 3.0, 1.0, 0.0], [0.0, 1.0, 3.0, 3.0]]) / 7
     torch.testing.assert_close(resized(y, (2, 2)), torch.einsum("ai,bj,ncij->ncab", rows, rows, y))
@@ -81,7 +80,7 @@ def test_only_projection_and_denoiser_get_gradients_and_only_in_training() -> No
     hidden, image = torch.randn(2, 5, 2, 2, requires_grad=True), torch.rand(2, 3, 16, 16)
     x0, arguments = torch.randn(2, 2, 2, 2), {"sigma": torch.ones(2), "noise": torch.randn(2, 2, 2, 2)}
     diffusion = Diffusion(ScaledLinear(), V())
-    inputs: dict[str, Any] = {**arguments, "features": {FEATURE: hidden}, "teacher": loss.encode(image)}
+    inputs: dict[str, Any] = {**arguments, "features": {FEATURE: hidden}, "teacher": encoder.feature_map(image, 2)}
     value, _ = loss(zeros, diffusion, x0, None, **inputs)
     value.sum().backward()
     assert hidden.grad is not None

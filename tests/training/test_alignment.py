@@ -124,7 +124,6 @@ def test_a_network_of_timm_is_the_teacher(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         ([*PIXELS, "denoiser.loss=repa"], "repa needs an image tower, but the experiment has none; name the source"),
-        (["denoiser.loss=repa", "data.encoded.folder=encoded"], "repa reads images, which encoded data lack"),
     ],
 )
 def test_what_does_not_fit_is_refused_when_the_config_is_read(

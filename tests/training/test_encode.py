@@ -23,11 +23,13 @@ from ldm.errors import ConfigError, DataError
 from ldm.training.engine import StageModule
 from ldm.training.stages import build_module, data_of, train_stage
 from ldm.training.tasks.task import Step
+from tests.experiments import write_clip
 from tests.tiny import TOKENIZER
 from tests.training import encoding
 
 AUGMENTED = ["data.crop=random", "data.flip=true", "data.encoded.crops=3"]
 EXACT = ["data.encoded.latents=fp32", "data.encoded.text=fp32"]
+REPA = ["denoiser.loss={kind: repa, hidden_width: 16}"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,10 @@ def sensitive(module: Any) -> None:
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
 
 
-@pytest.mark.parametrize(("types", "tolerance"), [(EXACT, 1e-6), ([], 1e-4), (["data.encoded.precision=bf16"], 1e-2)])
+@pytest.mark.parametrize(
+    ("types", "tolerance"),
+    [(EXACT, 1e-6), ([], 1e-4), (["data.encoded.precision=bf16"], 1e-2), ([*EXACT, *REPA], 1e-6)],
+)
 def test_encoded_data_give_the_losses_of_live_encoding(
     trained: Path, tmp_path: Path, types: list[str], tolerance: float
 ) -> None:
@@ -77,9 +82,35 @@ def test_encoded_data_give_the_losses_of_live_encoding(
         for name in ("key", "text", "boxes"):
             assert batch[name] == live[name]
         assert "image" not in batch
+        teacher = module.task.teacher
+        assert (teacher is not None) == ("teacher" in batch) == (REPA[0] in types)
+        if teacher is not None:  # the term is not in the losses below, of an evaluation
+            torch.testing.assert_close(batch["teacher"], teacher.encode(live["image"]))
         batch = data.transfer_batch_to_device(batch, torch.device("cpu"), 0)
         assert loss(module, batch) == pytest.approx(loss(module, live), rel=tolerance)
     assert len(variants) == 6
+
+
+def test_features_of_a_teacher_are_read_in_training_and_those_of_another_one_refused(
+    trained: Path, tmp_path: Path
+) -> None:
+    encoded = [f"data.encoded.folder={tmp_path / 'encoded'}"]
+    encode(config=trained, overrides=[*encoded, *REPA])
+
+    def batch_of(*loss: str) -> tuple[Any, dict[str, Any]]:
+        experiment = encoding.experiment(trained, *encoded, *loss)
+        module = build_module(experiment, "denoiser")
+        data = data_of(experiment, module)
+        batch = next(iter(TrainStream(data.samples("train"), 8, 0, 1)))
+        return module, data.transfer_batch_to_device(batch, torch.device("cpu"), 0)
+
+    module, batch = batch_of(*REPA)
+    module.task.train()
+    aligned = loss(module, batch)
+    assert loss(module, {**batch, "teacher": -batch["teacher"]}) != pytest.approx(aligned)
+    assert "teacher" not in batch_of()[1]  # a loss that needs none can be trained on the same data
+    with pytest.raises(DataError, match=r"do not fit the config: teacher is .* there"):
+        batch_of(f"denoiser.loss={{kind: repa, checkpoint: {write_clip(tmp_path)}}}")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

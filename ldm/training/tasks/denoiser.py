@@ -18,9 +18,9 @@ from ldm.conditioning import Conditioner, ConditionerConfig
 from ldm.conditioning.conditioner import input_of
 from ldm.conditioning.label import ClassConditioner
 from ldm.config import config_field
-from ldm.data.latents import TEACHER, Teacher
 from ldm.data.samples import Samples
 from ldm.data.stream import EvaluationLoader
+from ldm.data.teacher import TEACHER, Teacher
 from ldm.denoiser.config import DenoiserConfig
 from ldm.diffusion.loss import DenoisingLossConfig, WeightedLossConfig
 from ldm.diffusion.noise_level_samplers import Stratified
@@ -28,7 +28,6 @@ from ldm.diffusion.parametrization import Diffusion
 from ldm.errors import ConditionError, ConfigError, TrainingError
 from ldm.formats import MODEL_FILE, native
 from ldm.formats.checkpoint import Checkpoint, part_prefixes
-from ldm.formats.tensors import fingerprint
 from ldm.image_output import Images
 from ldm.modalities.arguments import of_key, pipeline_arguments
 from ldm.modalities.label import LABEL
@@ -137,7 +136,7 @@ class DenoiserTask(Task):
         conditioner = config.conditioner.with_tokenizer(handoff.tokenizer)
         model = LatentDiffusion(replace(config, conditioner=conditioner), None if clip is None else clip.tokenizer)
         load_encoders(handoff, clip, model.first_stage, model.conditioner)
-        return cls(experiment.denoiser, model, _image_encoder(experiment, handoff, clip))
+        return cls(experiment.denoiser, model, image_encoder_of(experiment, handoff, clip))
 
     @classmethod
     def outline(cls, experiment: Experiment, captions: Sequence[str]) -> DenoiserTask:
@@ -146,7 +145,7 @@ class DenoiserTask(Task):
         config = experiment.model_config
         conditioner = config.conditioner.with_tokenizer(lambda tokenizer, _: _any_tokenizer(tokenizer))
         model = LatentDiffusion(replace(config, conditioner=conditioner), clip)
-        return cls(experiment.denoiser, model.to("meta"), _image_encoder(experiment))
+        return cls(experiment.denoiser, model.to("meta"), image_encoder_of(experiment))
 
     def _loss(self, image_encoder: nn.Module | None) -> nn.Module:
         """Build the loss, with the image tower that one that reads images compares the denoiser with."""
@@ -187,9 +186,7 @@ class DenoiserTask(Task):
         if not self.image_towers:
             return None
         loss: Any = self.loss
-        return Teacher(
-            loss.encoder, loss.encode, lambda: f"{fingerprint(loss.encoder.state_dict(), {})}, layer {loss.layer}"
-        )
+        return Teacher(loss.encoder, loss.layer)
 
     def optimizers(self) -> Sequence[OptimizerSpec]:
         return [OptimizerSpec("loss", (self.model, self.loss))]
@@ -393,7 +390,7 @@ def load_encoders(handoff: Handoff, clip: Checkpoint | None, first_stage: FirstS
     conditioner.load_pretrained()
 
 
-def _image_encoder(
+def image_encoder_of(
     experiment: Experiment, handoff: Handoff | None = None, clip: Checkpoint | None = None
 ) -> nn.Module | None:
     """Build the image tower that the loss uses, if it uses one: that of its source, or of stage 2.

@@ -20,7 +20,7 @@ from ldm.formats.checkpoint import TINY_DECODER, Checkpoint
 from ldm.vae import FirstStage
 
 if TYPE_CHECKING:
-    from ldm.data.latents import Teacher
+    from ldm.data.teacher import Teacher
     from ldm.training.experiment import Experiment
     from ldm.training.handoff import Handoff
 
