@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.clip.patch_dropout import drop_patches
 from ldm.clip.transformer import Activation, check_shape, stack
-from ldm.config import Kind, config_field
+from ldm.config import Kind, config_field, to_dict
 from ldm.errors import ConfigError
 from ldm.nn.input_output import input_or_output
 
@@ -40,6 +41,11 @@ class ImageTower(nn.Module):
     @property
     def depth(self) -> int:
         """Number of blocks."""
+        raise NotImplementedError
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What its outputs depend on apart from the weights, as JSON values."""
         raise NotImplementedError
 
     def feature_map(self, image: Tensor, layer: int) -> Tensor:
@@ -129,6 +135,10 @@ class VisionTransformer(ImageTower):
     @property
     def depth(self) -> int:
         return len(self.blocks)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return to_dict(self.config)
 
     def states(self, image: Tensor) -> Tensor:
         x = self._tokens(image)

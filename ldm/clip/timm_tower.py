@@ -1,4 +1,4 @@
-"""Networks of timm as teachers: self-supervised ones such as DINOv2 are those that REPA was proposed with."""
+"""Networks of timm as teachers of a denoiser, such as DINOv2, with which REPA was proposed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.clip.image import to_size
-from ldm.errors import CheckpointError, first_line
+from ldm.errors import CheckpointError
+from ldm.paths import expanded
 
 PREFIX = "timm:"
 """Beginning of a source that names a network of timm: ``timm:NAME``, or ``timm:NAME=FILE`` with a file of its weights."""
@@ -38,21 +39,27 @@ class TimmTower(nn.Module):
                 f"timm has no network {name!r}; "
                 + (f"it has {similar}." if similar else "timm.list_models() lists the names.")
             )
+        file = expanded(file)
         if file and not Path(file).is_file():
-            raise CheckpointError(f"{file}, the weights of {PREFIX}{name}, is no file; give the path of one.")
+            raise CheckpointError(f"{file}, the file of weights of {PREFIX}{name}, does not exist; correct the path.")
         options: dict[str, Any] = {"pretrained_cfg_overlay": {"file": file}} if file else {}
         try:
             network: Any = timm.create_model(name, pretrained=not torch.empty(0).is_meta, **options)
         except Exception as error:  # of many kinds: the hub, the file, its keys
+            instead = f"give the file of weights of {name}" if file else f"give {PREFIX}{name}=FILE"
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"the weights of {source} cannot be loaded ({reason}); {instead}.") from None
+        self.network: Any = network.eval()
+        values: Mapping[str, Any] = network.pretrained_cfg
+        self.size, self.mean, self.std = values["input_size"][-1], tuple(values["mean"]), tuple(values["std"])
+        self.settings = {"name": name, "size": self.size, "mean": list(self.mean), "std": list(self.std)}
+        try:
+            with torch.no_grad():
+                self.feature_map(torch.zeros(1, 3, self.size, self.size), 1)
+        except (AttributeError, AssertionError, TypeError):  # the method is missing, or cannot normalize
             raise CheckpointError(
-                f"the weights of {PREFIX}{name} cannot be loaded ({first_line(error)}); give {PREFIX}{name}=FILE."
+                f"the feature maps of {PREFIX}{name} cannot be read; choose another network."
             ) from None
-        if not hasattr(network, "forward_intermediates"):
-            raise CheckpointError(f"the feature maps of {PREFIX}{name} cannot be read; choose a vision transformer.")
-        self.network: Any = network
-        settings: Mapping[str, Any] = network.pretrained_cfg
-        self.size = settings["input_size"][-1]
-        self.mean, self.std = settings["mean"], settings["std"]
 
     @property
     def depth(self) -> int:
@@ -68,6 +75,6 @@ class TimmTower(nn.Module):
         mean, std = (image.new_tensor(each)[:, None, None] for each in (self.mean, self.std))
         x = ((to_size(image, self.size) + 1) / 2 - mean) / std
         found: list[Tensor] = self.network.forward_intermediates(
-            x, indices=[layer - 1], norm=True, intermediates_only=True
+            x, indices=[layer - 1], norm=True, stop_early=True, intermediates_only=True
         )
         return found[0]

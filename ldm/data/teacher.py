@@ -19,7 +19,8 @@ class Teacher:
     """Features of images by a layer of a network.
 
     Attributes:
-        network: frozen, in evaluation mode; :class:`ldm.clip.image.ImageTower` or :class:`ldm.clip.timm_tower.TimmTower`.
+        network: frozen, in evaluation mode; :class:`ldm.clip.image.ImageTower` or :class:`ldm.clip.timm_tower.TimmTower`,
+            with ``feature_map`` and ``settings``.
         layer: number of a block, from 1.
     """
 
@@ -28,8 +29,9 @@ class Teacher:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the weights, with the layer."""
-        return f"{fingerprint(self.network.state_dict(), {})}, layer {self.layer}"
+        """Hash of the weights and settings, with the layer."""
+        network: Any = self.network
+        return f"{fingerprint(network.state_dict(), network.settings)}, layer {self.layer}"
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:

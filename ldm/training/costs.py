@@ -185,10 +185,12 @@ def step_cost(
     average = [value for each in averages for value in each.average.values()]
     number = train.max_steps - 1 if step is None else step
     precision = precision or experiment.trainer.precision_of(train)
+    shape = shape or max(data.bucket_shapes or (data.image_shape[1:],), key=math.prod)
+    teacher = None if task.teacher is None else task.teacher.encode(torch.zeros(1, 3, *shape)).shape[1:]
 
     with CostCounter([*weights, *moments, *average], trained) as counter:
-        shape = shape or max(data.bucket_shapes or (data.image_shape[1:],), key=math.prod)
-        batch = _batch(experiment, task, [_typical(captions, task, train.batch_size)] * train.batch_size, shape)
+        typical = [_typical(captions, task, train.batch_size)] * train.batch_size
+        batch = _batch(experiment, task, typical, shape, teacher)
         batches = min(train.accumulate, 2)
         _step(task, optimizers, parameters, batch, batches, number, train.gradient_clip, precision)
         for each in averages:
@@ -244,8 +246,13 @@ def _step(
                     optimizer.zero_grad()
 
 
-def _batch(experiment: Experiment, task: Task, captions: Sequence[str], shape: Shape) -> Batch:
-    """Return a batch of black images or cached latents, or both, with these captions and without other conditions."""
+def _batch(
+    experiment: Experiment, task: Task, captions: Sequence[str], shape: Shape, teacher: Sequence[int] | None
+) -> Batch:
+    """Return a batch of black images or cached latents, or both, with these captions and without other conditions.
+
+    Features of a teacher have the shape ``teacher``, and are cached where latents are.
+    """
     n, channels, (height, width) = len(captions), experiment.data.image_shape[0], shape
     conditions = dict.fromkeys(experiment.denoiser.conditioner.input_keys, [None] * n)
     batch: Batch = {**conditions, "key": [str(i) for i in range(n)], "text": captions}
@@ -254,8 +261,8 @@ def _batch(experiment: Experiment, task: Task, captions: Sequence[str], shape: S
         batch["image"] = torch.zeros(n, channels, height, width)
     if first_stage is None:
         return batch
-    if task.teacher is not None:
-        batch[TEACHER] = task.teacher.encode(torch.zeros(n, channels, height, width))
+    if teacher is not None:
+        batch[TEACHER] = torch.zeros(n, *teacher)
     size = (n, first_stage.latent_channels, height // first_stage.factor, width // first_stage.factor)
     return batch | {name: torch.zeros(size) for name in first_stage.posterior_type.cached}
 

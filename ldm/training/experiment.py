@@ -60,6 +60,10 @@ class Experiment:
                 raise ConfigError(
                     f"denoiser.conditioner needs images with 3 channels, but those of the data have {self.data.image_shape[0]}."
                 )
+        try:  # not by the section, which is also read from checkpoints of versions that allowed more
+            self.denoiser.loss.check(self.denoiser.diffusion)
+        except ConfigError as error:
+            raise ConfigError(f"denoiser: loss: {error}") from None
         if self.denoiser.loss.reads_images:
             self._check_loss_of_images()
         if self.vae.train is not None:
@@ -102,7 +106,7 @@ class Experiment:
             )
         if loss.image_encoder is None and (self.clip is None or self.clip.model.image is None):
             raise ConfigError(
-                f"denoiser.loss: {loss.kind} needs an image tower, but the experiment has none; name the source of one as "
+                f"denoiser.loss: {loss.kind} needs a teacher, but the experiment has no image tower; name the source of one as "
                 "checkpoint."
             )
 

@@ -79,9 +79,10 @@ def with_steps(train: TrainConfig, steps: int) -> TrainConfig:
 
 
 def link_latents(experiment: Experiment, own: Experiment) -> None:
-    """Give a run the cached latents of an experiment; the training encodes those again that are of other images."""
-    for split in ("train", "val"):
-        source, link = (each.folder / "latents" / f"{split}.safetensors" for each in (experiment, own))
+    """Give a run the cached latents of an experiment, and the features of a teacher; the training encodes those again that are
+    of other images."""
+    for name in ("train", "val", "train-teacher"):
+        source, link = (each.folder / "latents" / f"{name}.safetensors" for each in (experiment, own))
         if source.is_file() and not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
             with suppress(OSError):  # file systems without hard links

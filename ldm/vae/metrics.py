@@ -32,9 +32,10 @@ def ssim(image: Tensor, reconstruction: Tensor) -> Tensor:
 
     if min(image.shape[2:]) < WINDOW:
         return torch.full((len(image),), torch.nan, device=image.device)
-    values = structural_similarity_index_measure(
-        (reconstruction.float() + 1) / 2, (image.float() + 1) / 2, data_range=1.0, reduction="none"
-    )
+    with torch.autocast(image.device.type, enabled=False):  # variances are differences of squares
+        values = structural_similarity_index_measure(
+            (reconstruction.float() + 1) / 2, (image.float() + 1) / 2, data_range=1.0, reduction="none"
+        )
     assert isinstance(values, Tensor)
     return values.reshape(len(image))
 

@@ -43,6 +43,11 @@ def test_images_of_any_size_are_resized(file: Path) -> None:
     assert tower.feature_map(torch.rand(1, 3, 48, 32), 1).shape == (1, 64, 10, 10)
 
 
+def test_settings_tell_networks_with_equal_weights_apart(file: Path) -> None:
+    tower = TimmTower(f"timm:{NAME}={file}")
+    assert tower.settings == {"name": NAME, "size": 160, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+
+
 def test_convolutional_networks_have_feature_maps() -> None:
     with torch.device("meta"):
         tower = TimmTower("timm:test_resnet")
@@ -54,14 +59,18 @@ def test_convolutional_networks_have_feature_maps() -> None:
     [
         ("timm:test_vitt", "timm has no network 'test_vitt'"),
         ("timm:vit_tiny_patch16", "timm has no network 'vit_tiny_patch16'; it has vit_tiny_patch16_224"),
-        ("timm:test_vit=nowhere.safetensors", "nowhere.safetensors, the weights of timm:test_vit, is no file"),
+        (
+            "timm:test_vit=nowhere.safetensors",
+            "nowhere.safetensors, the file of weights of timm:test_vit, does not exist",
+        ),
+        ("timm:hiera_tiny_224", "the feature maps of timm:hiera_tiny_224 cannot be read"),
         (
             "timm:test_resnet={file}",
-            r"the weights of timm:test_resnet cannot be loaded \(.*; give timm:test_resnet=FILE",
+            r"the weights of timm:test_resnet=.* cannot be loaded \(.*Missing key.*; give the file of weights of test_resnet",
         ),
     ],
 )
 def test_what_cannot_be_loaded_is_one_sentence(file: Path, source: str, message: str) -> None:
-    with pytest.raises(CheckpointError, match=message) as raised:
+    with pytest.raises(CheckpointError, match=message) as raised, torch.device("cpu" if "=" in source else "meta"):
         TimmTower(source.format(file=file))
     assert "\n" not in str(raised.value)

@@ -57,6 +57,7 @@ class TinyTeacher(nn.Conv2d):
     def __init__(self) -> None:
         super().__init__(3, 5, 4, stride=4)
         self.encoded = 0
+        self.settings: dict[str, int] = {}
 
     def feature_map(self, image: Tensor, layer: int) -> Tensor:
         self.encoded += len(image)
@@ -84,6 +85,9 @@ def test_features_of_a_teacher_are_cached_with_the_latents(tmp_path: Path, sampl
     network.weight += 1
     cached(2)
     assert network.encoded == 105
+    network.settings["size"] = 4
+    cached(2)
+    assert network.encoded == 140
 
 
 def test_the_file_is_valid_safetensors(tmp_path: Path, samples: Samples) -> None:

@@ -68,6 +68,8 @@ def test_ssim_is_that_of_torchmetrics_and_of_the_formula() -> None:
     local /= (means[0] ** 2 + means[1] ** 2 + c1) * (variances[0] + variances[1] + c2)
     np.testing.assert_allclose(found.numpy(), local.mean(axis=(1, 2, 3)), rtol=1e-3)
     assert ssim(image[..., :10], other[..., :10]).isnan().all()
+    with torch.autocast("cpu", torch.bfloat16):  # as in a validation
+        assert torch.equal(ssim(image, other), found)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from ldm.benchmarks.peaks import count_operations
+from ldm.data.stream import TrainStream
 from ldm.errors import CheckpointError, ConfigError
 from ldm.training.costs import outline, step_cost
 from ldm.training.engine import StageModule
-from ldm.training.stages import build_module, train_stage
+from ldm.training.stages import build_module, data_of, train_stage
 from tests.experiments import tiny_experiment, write_clip
 from tests.training.test_recipes import PIXELS, trained
 
@@ -63,7 +63,7 @@ def test_it_trains_denoiser_and_projection_is_counted_and_resumes_bitwise(
     projection = sum(size for name, size in added.items() if name.startswith("loss.projection."))
     assert cost.weights == without.weights + sum(added.values())
     assert cost.trained == without.trained + projection
-    assert "loss repa, with its image tower" in outline(experiment, "denoiser").networks
+    assert "loss repa, with its teacher" in outline(experiment, "denoiser").networks
 
 
 @pytest.mark.slow
@@ -85,18 +85,19 @@ def test_it_trains_in_a_compiled_denoiser(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_it_uses_the_clip_of_the_experiment_and_caches_its_features(tmp_path: Path) -> None:
-    """Weights with cached features, in half precision, are those of a training that computes them from the images."""
+    """The features of a batch are those of its images, in half precision."""
     short = [f"{stage}.train.max_steps=2" for stage in ("vae", "clip", "denoiser")]
     short += [f"denoiser.loss={{{FIELDS}, strength: 5}}"]
     experiment, without_cache = (
         tiny_experiment(tmp_path, *short, f"data.cache_latents={cached}") for cached in ("true", "false")
     )
     for stage in ("vae", "clip", "denoiser"):
-        result = train_stage(experiment, stage)
-    found = load_file(result)
-    shutil.rmtree(tmp_path / "run/denoiser")
-    for name, tensor in load_file(train_stage(without_cache, "denoiser")).items():
-        torch.testing.assert_close(found[name], tensor, atol=2e-3, rtol=2e-2)
+        train_stage(experiment, stage)
+    module = build_module(experiment, "denoiser")
+    samples, images = data_of(experiment, module).samples("train"), experiment.data.open("train")
+    batch, live = (next(iter(TrainStream(each, 8, 0, 1))) for each in (samples, images))
+    assert "image" not in batch
+    torch.testing.assert_close(batch["teacher"], module.task.teacher.encode(live["image"]), rtol=1e-3, atol=1e-3)
     clip = load_file(tmp_path / "run/clip/final.safetensors")
     tower = build_module(experiment, "denoiser").task.image_towers["denoiser.loss"].state_dict()
     assert all(torch.equal(clip[f"image.{name}"], each) for name, each in tower.items())
@@ -104,7 +105,13 @@ def test_it_uses_the_clip_of_the_experiment_and_caches_its_features(tmp_path: Pa
     features = load_file(tmp_path / "run/latents/train-teacher.safetensors")["teacher"]
     assert (len(features), features.dtype) == (8, torch.float16)
     assert not (tmp_path / "run/latents/val-teacher.safetensors").exists()
-    assert step_cost(experiment, "denoiser").flops < step_cost(without_cache, "denoiser").flops
+    projection = (
+        6 * (4 * 4 * 4) * (3 * 16 * 16)
+    )  # of three layers, forward and backward, at 4 x 4 positions of 4 images
+    weighted = tiny_experiment(tmp_path, *short, "data.cache_latents=true", "denoiser.loss=weighted")
+    flops = step_cost(experiment, "denoiser").flops
+    assert flops - step_cost(weighted, "denoiser").flops == projection
+    assert flops < step_cost(without_cache, "denoiser").flops
 
 
 def test_a_network_of_timm_is_the_teacher(tmp_path: Path) -> None:
@@ -123,7 +130,10 @@ def test_a_network_of_timm_is_the_teacher(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([*PIXELS, "denoiser.loss=repa"], "repa needs an image tower, but the experiment has none; name the source"),
+        (
+            [*PIXELS, "denoiser.loss=repa"],
+            "repa needs a teacher, but the experiment has no image tower; name the source",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_when_the_config_is_read(

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from ldm.training.experiment import load_config
 from ldm.training.probe import Probe
-from ldm.training.subruns import SCHEDULE, digest
+from ldm.training.subruns import SCHEDULE, digest, link_latents
 from ldm.training.tasks.task import Step
 from tests.experiments import PIXELS, tiny_experiment, write_experiment
 
@@ -24,6 +24,18 @@ def test_runs_after_a_predecessor_was_trained_again_are_others(tmp_path: Path) -
 
     assert found("first") == found("first", "moved.safetensors")
     assert found("first") != found("second")
+
+
+def test_a_run_has_the_latents_of_its_experiment_and_the_features_of_its_teacher(tmp_path: Path) -> None:
+    experiment = tiny_experiment(tmp_path)
+    own = replace(experiment, run_dir=str(tmp_path / "own"))
+    (experiment.folder / "latents").mkdir(parents=True)
+    for name in ("train", "val", "train-teacher"):
+        (experiment.folder / "latents" / f"{name}.safetensors").write_text(name)
+    link_latents(experiment, own)
+    assert {path.stem: path.read_text() for path in (own.folder / "latents").iterdir()} == {
+        name: name for name in ("train", "val", "train-teacher")
+    }
 
 
 def test_batches_of_one_step_have_other_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,8 @@ class StoredEncodings(Case):
     def measure(self, setup: Setup, peaks: Peaks | None) -> Result:
         torch.manual_seed(0)
         changes = SMALL if setup.small else ()
-        experiment = load_config(setup.options.get("experiment", EXPERIMENT), ["data.cache_latents=false", *changes])
+        plain = ["data.cache_latents=false", "data.captions.templates=[]", "denoiser.loss=weighted"]
+        experiment = load_config(setup.options.get("experiment", EXPERIMENT), [*plain, *changes])
         if experiment.clip is None:
             raise LdmError("the case latents needs an experiment with a clip section; give another --experiment.")
         words = experiment.clip.tokenizer

@@ -33,8 +33,9 @@ BILLIONS, STATES = 0.86, 5
 
 def emoji_task(setup: Setup) -> DenoiserTask:
     """Build the task of the emoji U-Net, with a text encoder of random weights."""
+    plain = ["denoiser.loss=weighted", "denoiser.diffusion={schedule: cosine, parametrization: v}"]  # as the peer
     small = ["denoiser.model.levels=[{width: 32}, {width: 64, depth: 1}]", "denoiser.train.batch_size=2"]
-    experiment = load_config(EMOJI, small if setup.small else [])
+    experiment = load_config(EMOJI, [*plain, *(small if setup.small else [])])
     assert experiment.clip is not None
     words = experiment.clip.tokenizer
     tokenizer = train_byte_bpe([""], words.vocab_size, words.context_length)

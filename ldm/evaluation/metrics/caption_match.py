@@ -34,7 +34,9 @@ def clip_score(subject: Subject) -> Iterator[Number]:
             continue
         text = network.captions(made.captions)
         cosine = F.cosine_similarity(made.features[network.name], text).double().numpy()
-        yield Number("clip_score", mean_estimate(100 * cosine.clip(min=0)), len(made), "higher", network=network)
+        yield Number(
+            "clip_score", mean_estimate(100 * cosine.clip(min=0)).within(0, 100), len(made), "higher", network=network
+        )
 
 
 @metric("recall_by_embedding", "samples")

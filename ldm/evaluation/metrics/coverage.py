@@ -75,7 +75,7 @@ def density_and_coverage(made: Tensor, true: Tensor, k: int = DENSITY_K) -> dict
         covered += torch.stack([(inside & each).any(1).sum() for each in keep])
     shares = (covered.double() / len(true)).tolist()
     return {
-        "density": mean_estimate(balls.double().numpy() / k),
+        "density": mean_estimate(balls.double().numpy() / k).within(0),
         "coverage": jackknife_of(shares[0], shares[1:]).within(0, 1),
     }
 

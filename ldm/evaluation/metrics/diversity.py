@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,6 +36,8 @@ def diversity(subject: Subject) -> Iterator[Number]:
     if not subject.samples_text:
         return
     networks = subject.feature_networks
+    if not networks:
+        return
     count, repeats = subject.options.repeats
     rows = subject.true(subject.split).rows
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))]
@@ -51,7 +52,7 @@ def diversity(subject: Subject) -> Iterator[Number]:
         parameters = {"distance": "1 - cos", "images_per_caption": repeats}
         yield Number(
             "diversity",
-            mean_estimate(torch.tensor(distances[network.name]).numpy()),
+            mean_estimate(distances[network.name]).within(0, 2),
             len(captions),
             "higher",
             network=network,

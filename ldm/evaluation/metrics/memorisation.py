@@ -39,7 +39,7 @@ def nearer_share(made: np.ndarray, held_out: np.ndarray) -> Estimate:
     others = np.sort(held_out)
     below, up_to = np.searchsorted(others, made, "left"), np.searchsorted(others, made, "right")
     shares = 1 - (below + up_to) / 2 / len(others)
-    return mean_estimate(shares)
+    return mean_estimate(shares).within(0, 1)
 
 
 @metric("memorisation", "samples")

@@ -35,7 +35,13 @@ def ssim(subject: Subject) -> Iterator[Number]:
         return
     values = subject.reconstructions().values["ssim"]
     if not np.isnan(values).any():
-        yield Number("ssim", mean_estimate(values), len(values), "higher", parameters={"sigma": 1.5, "window": WINDOW})
+        yield Number(
+            "ssim",
+            mean_estimate(values).within(-1, 1),
+            len(values),
+            "higher",
+            parameters={"sigma": 1.5, "window": WINDOW},
+        )
 
 
 @metric("lpips", "vae", by_default=False)

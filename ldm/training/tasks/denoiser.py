@@ -92,10 +92,6 @@ class DenoiserStage:
     classes: tuple[int, ...] = config_field((), "class labels of the image grids made during training", changeable=True)
 
     def __post_init__(self) -> None:
-        try:
-            self.loss.check(self.diffusion)
-        except ConfigError as error:
-            raise ConfigError(f"loss: {error}") from None
         _ = self.routed_shares  # raises if they do not fit the network
 
     @property
@@ -112,6 +108,7 @@ class DenoiserTask(Task):
     result = Path(MODEL_FILE)
     monitor = "loss"
     higher_is_better = False
+    needs_images = False
 
     def __init__(self, config: DenoiserStage, model: LatentDiffusion, image_encoder: nn.Module | None = None):
         super().__init__()
@@ -121,7 +118,6 @@ class DenoiserTask(Task):
             cast(Any, model.denoiser).set_token_routing(config.routed_shares)
         model.first_stage.requires_grad_(False)
         self.features = Features(model.denoiser, config.loss.features)
-        self.needs_images = False
         self.loss = self._loss(image_encoder)
         self.image_towers = {} if image_encoder is None else {"denoiser.loss": image_encoder}
         self.of_points = model.latent_shape() == (2, 1, 1)
@@ -171,7 +167,7 @@ class DenoiserTask(Task):
         model = self.model
         networks = {"denoiser": model.denoiser, "first stage": model.first_stage, "conditioner": model.conditioner}
         kind = self.config.loss.kind
-        return networks | ({f"loss {kind}, with its image tower": self.loss} if self.config.loss.reads_images else {})
+        return networks | ({f"loss {kind}, with its teacher": self.loss} if self.config.loss.reads_images else {})
 
     @property
     def parts(self) -> Mapping[str, str]:
@@ -219,7 +215,7 @@ class DenoiserTask(Task):
         yield TrainLoss(loss.mean(), by_noise_level={"loss": (loss.detach(), sigma)})
 
     def _features_of(self, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """Return the argument of a loss that reads images: their features, cached or computed here."""
+        """Return the argument of a loss that reads images: the teacher's features of them, stored or computed here."""
         if self.teacher is None:
             return {}
         return {"teacher": batch[TEACHER] if TEACHER in batch else self.teacher.encode(batch["image"])}
