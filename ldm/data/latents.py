@@ -163,21 +163,27 @@ def cache_latents(
     def shape_in(encoded: Sequence[int], shape: Shape) -> Sequence[int]:
         return (*encoded[:2], *(side // first_stage.factor for side in shape))
 
-    made_of: Metadata = {"first_stage": fingerprint, "samples": samples.fingerprint}
-    if _metadata(path) != made_of:
+    metadata = {"first_stage": fingerprint, "samples": samples.fingerprint}
+    if _metadata(path) != metadata:
         first_stage.to(device)  # not in inference mode, in which moved parameters could not be used in training
-        write_atomically(path, lambda file: _encode(_POSTERIOR, posterior, shape_in, samples, file, made_of, device))
-    names, file = first_stage.posterior_type.cached, None
-    if teacher is not None:
-        file, of = (
-            path.with_stem(f"{path.stem}-teacher"),
-            {"teacher": teacher.fingerprint, "samples": samples.fingerprint},
-        )
-        if _metadata(file) != of:
-            encode = teacher.encode
-            teacher.network.to(device)
-            write_atomically(file, lambda part: _encode(TEACHER, encode, lambda z, _: z, samples, part, of, device))
-    return CachedLatents(samples, path, names, with_images, file)
+        write_atomically(path, lambda file: _encode(_POSTERIOR, posterior, shape_in, samples, file, metadata, device))
+    features = (
+        None if teacher is None else _cache_features(teacher, samples, path.with_stem(f"{path.stem}-teacher"), device)
+    )
+    return CachedLatents(samples, path, first_stage.posterior_type.cached, with_images, features)
+
+
+def _cache_features(teacher: Teacher, samples: Samples, path: Path, device: torch.device | str) -> Path:
+    """Write the features of every sample, unless ``path`` already holds them, and return the path."""
+
+    def shape_in(features: Sequence[int], shape: Shape) -> Sequence[int]:
+        return features  # of images that are resized to one size
+
+    metadata = {"teacher": teacher.fingerprint, "samples": samples.fingerprint}
+    if _metadata(path) != metadata:
+        teacher.network.to(device)  # as the first stage
+        write_atomically(path, lambda file: _encode(TEACHER, teacher.encode, shape_in, samples, file, metadata, device))
+    return path
 
 
 def _metadata(path: Path) -> Metadata | None:
@@ -201,7 +207,7 @@ def _encode(
     metadata: Metadata,
     device: torch.device | str,
 ) -> None:
-    """Write what ``encode`` makes of each sample; ``shape_in`` gives its shape in a bucket from that in another one."""
+    """Write the tensor ``name`` of each sample; ``shape_in`` returns its shape in a bucket, given that in any other bucket."""
     from tqdm import tqdm
 
     groups = samples.by_shape()

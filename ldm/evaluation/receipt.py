@@ -173,7 +173,7 @@ def read_receipts(path: Path) -> Receipts:
     """Read a file of receipts, or that of a run folder: the one for the test split, else for val.
 
     Raises:
-        DataError: there is none, or it is no file of receipts.
+        DataError: there is none, or it is not a file of receipts.
     """
     if path.is_dir():
         files = [path / f"receipts-{split}.json" for split in ("test", "val")]
@@ -185,12 +185,12 @@ def read_receipts(path: Path) -> Receipts:
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or "format" not in content:
-            raise DataError(f"{path} is no file of receipts; write one with tools/evaluate.py.")
+            raise DataError(f"{path} is not a file of receipts; write one with tools/evaluate.py.")
         if content["format"] != FORMAT:
             raise DataError(f"it has the format {content['format']!r}, not {FORMAT}")
         numbers = [Receipt.from_json(each) for each in content["numbers"]]
         return Receipts(str(content["name"]), str(content["created"]), dict(content["request"]), numbers)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{path} is no file of receipts ({first_line(error)}); write it again with tools/evaluate.py."
+            f"{path} is not a file of receipts ({first_line(error)}); write it again with tools/evaluate.py."
         ) from None

@@ -62,10 +62,14 @@ def measure(
             left_out[str(error)].append(each.name)
             continue
         if not found and each.name in required:
-            left_out["there is nothing that it can be measured on."].append(each.name)
+            left_out["this run has nothing to measure with it."].append(each.name)
         receipts += found
     for reason, names in left_out.items():
-        warn(f"without {', '.join(names)}: {reason}")
+        warn(
+            f"the metrics {', '.join(names)} are left out: {reason}"
+            if names[1:]
+            else f"the metric {names[0]} is left out: {reason}"
+        )
     return receipts
 
 

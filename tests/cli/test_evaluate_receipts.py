@@ -37,7 +37,7 @@ def measured(
 
 
 def test_each_number_of_a_model_has_its_receipt(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    with pytest.warns(UserWarning, match="without lpips: the metric lpips needs the weights of AlexNet"):
+    with pytest.warns(UserWarning, match="the metric lpips is left out: the metric lpips needs the weights of AlexNet"):
         found = measured(
             monkeypatch, folder, "--metrics", "all", "--features", "own=clip.safetensors", "--probe-steps", 2
         )
@@ -138,7 +138,7 @@ def test_runs_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_settings_are_in_the_receipts_and_their_effect_in_the_summary(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    with pytest.warns(UserWarning, match="without rfid, .*fid, kid, .*: there is no feature network"):
+    with pytest.warns(UserWarning, match="the metrics rfid, .*fid, kid, .* are left out: there is no feature network"):
         found = measured(monkeypatch, folder, "--setting", "cache_interval=2", "--images", 4, "--train-every", 40)
     numbers = {each.conditions.metric: each for each in found.numbers}
     assert numbers["recall_by_image@1"].conditions.sampling["cache_interval"] == 2

@@ -122,7 +122,7 @@ def test_an_unknown_field_and_another_file_are_one_sentence(tmp_path: Path) -> N
         '{"format": "ldm.evaluation.1", "numbers": [{"value": 1}]}',
     ):
         (tmp_path / "other.json").write_text(content)
-        with pytest.raises(DataError, match=r"other\.json is no file of receipts"):
+        with pytest.raises(DataError, match=r"other\.json is not a file of receipts"):
             read_receipts(tmp_path / "other.json")
 
 
@@ -149,5 +149,5 @@ def test_a_value_of_another_type_is_one_sentence(place: str, value: Any, tmp_pat
     inner = content if place in content else number["conditions"] if place in number["conditions"] else number
     inner[place] = value
     (tmp_path / "run.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"run\.json is no file of receipts"):
+    with pytest.raises(DataError, match=r"run\.json is not a file of receipts"):
         read_receipts(tmp_path / "run.json")
