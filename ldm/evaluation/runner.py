@@ -65,11 +65,8 @@ def measure(
             left_out["this run has nothing to measure with it."].append(each.name)
         receipts += found
     for reason, names in left_out.items():
-        warn(
-            f"the metrics {', '.join(names)} are left out: {reason}"
-            if names[1:]
-            else f"the metric {names[0]} is left out: {reason}"
-        )
+        what = f"metric {names[0]} is" if len(names) == 1 else f"metrics {', '.join(names)} are"
+        warn(f"the {what} left out: {reason}")
     return receipts
 
 
