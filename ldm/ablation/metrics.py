@@ -10,11 +10,9 @@ from statistics import fmean, geometric_mean
 from typing import Any
 
 from ldm.errors import ConfigError, unknown
-from ldm.evaluation.metric import chosen
 from ldm.evaluation.opening import Request, open_subject
 from ldm.evaluation.receipt import Receipt
-from ldm.evaluation.runner import measure as measured
-from ldm.evaluation.runner import receipts_of
+from ldm.evaluation.runner import evaluate
 from ldm.evaluation.subject import Options
 
 
@@ -110,10 +108,7 @@ def measure(config: Path, stage: str, features: Sequence[str], repeats: int, fol
         request = first if i == 0 else replace(first, metrics=METRICS[stage].repeated, options=options)
         if not request.metrics:
             break
-        own = replace(subject, options=options, _made={})
-        receipts = receipts_of(
-            request, own, measured(own, chosen(list(request.metrics)))
-        )  # without those that cannot be
+        receipts = evaluate(request, replace(subject, options=options, _made={}), required=())
         receipts.write(folder / ("receipts-val" + (f"-seed{options.seed}" if i else "") + ".json"))
         for each in receipts.numbers:
             found.setdefault(each.conditions.metric, []).append(each)

@@ -45,7 +45,7 @@ class ImageTower(nn.Module):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What its outputs depend on apart from the weights, as JSON values."""
+        """Settings that its outputs depend on, apart from the weights, as JSON values."""
         raise NotImplementedError
 
     def feature_map(self, image: Tensor, layer: int) -> Tensor:

@@ -102,9 +102,18 @@ def receipt(subject: Subject, part: Part, number: Number) -> Receipt:
     return Receipt(weights, value.value, value.low, value.high, number.unit, number.better, conditions)
 
 
-def evaluate(request: Request, subject: Subject, progress: Callable[[str], object] = lambda name: None) -> Receipts:
-    """Measure what a request names on its subject, and return the receipts."""
-    return receipts_of(request, subject, measure(subject, chosen(list(request.metrics)), progress, request.metrics))
+def evaluate(
+    request: Request,
+    subject: Subject,
+    progress: Callable[[str], object] = lambda name: None,
+    required: Container[str] | None = None,
+) -> Receipts:
+    """Measure what a request names on its subject, and return the receipts; see :func:`measure`.
+
+    ``required`` is None for the metrics that the request names.
+    """
+    required = request.metrics if required is None else required
+    return receipts_of(request, subject, measure(subject, chosen(list(request.metrics)), progress, required))
 
 
 def receipts_of(request: Request, subject: Subject, numbers: Sequence[Receipt]) -> Receipts:

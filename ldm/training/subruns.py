@@ -79,8 +79,7 @@ def with_steps(train: TrainConfig, steps: int) -> TrainConfig:
 
 
 def link_latents(experiment: Experiment, own: Experiment) -> None:
-    """Give a run the cached latents of an experiment, and the features of a teacher; the training encodes those again that are
-    of other images."""
+    """Give a run the cached latents and features of an experiment; its training encodes those again that are of other images."""
     for name in ("train", "val", "train-teacher"):
         source, link = (each.folder / "latents" / f"{name}.safetensors" for each in (experiment, own))
         if source.is_file() and not link.exists():

@@ -25,7 +25,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def test_the_last_feature_map_is_that_of_the_normalized_patches(file: Path) -> None:
-    """Of images normalized by the mean and standard deviation of the network's config, at its own size."""
+    """The images have the network's own size, and are normalized by the mean and standard deviation of its config."""
     tower = TimmTower(f"timm:{NAME}={file}").eval()
     image = torch.rand(2, 3, 160, 160) * 2 - 1
     mean, std = (torch.tensor(each)[:, None, None] for each in (tower.network.default_cfg[k] for k in ("mean", "std")))

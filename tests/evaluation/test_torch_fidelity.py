@@ -16,7 +16,7 @@ from ldm.evaluation.metrics.frechet import Moments, frechet_distance
 from ldm.evaluation.metrics.kernels import SIGMA, gaussian, mmd, polynomial
 
 FOLDER = Path(sys.prefix) / "torch-fidelity"
-"""Where ``make install`` puts it."""
+"""Folder in which ``make install`` installs it."""
 
 
 @pytest.fixture(scope="module")

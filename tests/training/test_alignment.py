@@ -105,12 +105,10 @@ def test_it_uses_the_clip_of_the_experiment_and_caches_its_features(tmp_path: Pa
     features = load_file(tmp_path / "run/latents/train-teacher.safetensors")["teacher"]
     assert (len(features), features.dtype) == (8, torch.float16)
     assert not (tmp_path / "run/latents/val-teacher.safetensors").exists()
-    projection = (
-        6 * (4 * 4 * 4) * (3 * 16 * 16)
-    )  # of three layers, forward and backward, at 4 x 4 positions of 4 images
+    positions, weights = 4 * 4 * 4, 3 * 16 * 16  # of 4 images, and of the three layers of the projection
     weighted = tiny_experiment(tmp_path, *short, "data.cache_latents=true", "denoiser.loss=weighted")
     flops = step_cost(experiment, "denoiser").flops
-    assert flops - step_cost(weighted, "denoiser").flops == projection
+    assert flops - step_cost(weighted, "denoiser").flops == 6 * positions * weights  # forward and backward
     assert flops < step_cost(without_cache, "denoiser").flops
 
 
