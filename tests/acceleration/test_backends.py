@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import threading
@@ -213,6 +214,19 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     pipe = Pipeline(tiny_model()).compile("openvino", cache=str(tmp_path / "file"), progress=False)
     with pytest.raises(SamplingError, match=r"the cache .*file cannot be used .* another folder, or to None"):
         pipe(PROMPT, **QUIET)
+
+
+def test_the_least_recently_used_programs_leave_the_cache(tmp_path: Path) -> None:
+    names = [f"{number:032x}" for number in range(4)]
+    for age, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.bin").write_bytes(bytes(1024))
+        os.utime(tmp_path / name, (0, 1000 - age))
+    (tmp_path / "tmpabc").mkdir()  # a program that another process is writing
+    openvino.trim(tmp_path / names[3], 3 * 1024 / 2**30)
+    assert sorted(each.name for each in tmp_path.iterdir()) == [*names[:2], names[3], "tmpabc"]
+    openvino.trim(tmp_path / names[3], 0.0)
+    assert sorted(each.name for each in tmp_path.iterdir()) == [names[3], "tmpabc"]
 
 
 @needs_openvino

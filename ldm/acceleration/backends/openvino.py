@@ -7,10 +7,12 @@ import gc
 import hashlib
 import logging
 import os
+import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -45,6 +47,7 @@ class OpenVINO(Backend, kind="openvino"):
     """Compile the denoiser and the first stage with OpenVINO for the CPU.
 
     Programs are stored in ``cache`` under a fingerprint of everything that they depend on, so that a later process loads them.
+    The least recently used ones are removed when all of them together exceed ``cache_gib``.
     """
 
     priority: ClassVar[int] = 2
@@ -58,6 +61,9 @@ class OpenVINO(Backend, kind="openvino"):
         "int8_hybrid: evaluations of the denoiser, computed without OpenVINO, from which the ranges of the inputs are taken",
     )
     cache: str | None = config_field("~/.cache/ldm/openvino", "folder of compiled programs; null = none", path=True)
+    cache_gib: float = config_field(
+        20.0, "size in GiB of the folder, from which the least recently used programs are removed"
+    )
 
     @classmethod
     def is_default(cls, device: torch.device) -> bool:
@@ -117,7 +123,12 @@ class OpenVINO(Backend, kind="openvino"):
                     angles = core().compile_model(
                         folder / ANGLES, "CPU", properties | {"INFERENCE_PRECISION_HINT": "f32"}
                     )
-                return Infer(angles, core().compile_model(folder / MODEL, "CPU", properties), _dtype(network))
+                program = Infer(angles, core().compile_model(folder / MODEL, "CPU", properties), _dtype(network))
+                if self.cache is not None:
+                    with suppress(OSError):  # the folder may be read-only, or another process may remove programs
+                        os.utime(folder)
+                        trim(folder, self.cache_gib)
+                return program
             except OSError as error:
                 raise SamplingError(
                     f"the cache {folder.parent} cannot be used ({first_line(error)}); set the option cache to another folder, or "
@@ -170,6 +181,16 @@ def _write(folder: Path, network: FlatNetwork, examples: Sequence[Sequence[Tenso
         if not folder.is_dir():
             new.replace(folder)
     gc.collect()  # graphs of the conversion, which hold copies of the weights
+
+
+def trim(kept: Path, gib: float) -> None:
+    """Remove the least recently used programs until the cache of ``kept``, which always stays, has at most ``gib`` GiB."""
+    programs = [each for each in kept.parent.iterdir() if re.fullmatch("[0-9a-f]{32}", each.name)]
+    left = gib * 2**30
+    for folder in sorted(programs, key=lambda each: (each == kept, each.stat().st_mtime), reverse=True):
+        left -= sum(file.stat().st_size for file in folder.iterdir())
+        if left < 0 and folder != kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Infer:
