@@ -16,7 +16,7 @@ from typing import Any
 from ldm.ablation.metrics import LEVELS, METRICS, Measured, mean_error
 from ldm.ablation.recipes import PLAIN
 from ldm.ablation.runs import Record
-from ldm.evaluation.intervals import LEVEL
+from ldm.evaluation.intervals import LEVEL, t_quantile
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def compare(
         if record.state == "diverged":
             diverged[record.task.recipe].add(record.task.seed)
     for record, found in zip(finished, numbers, strict=True):
-        if by is not None and not _is_finite(found.get(by)):
+        if by in found and not _is_finite(found[by]):
             diverged[record.task.recipe].add(record.task.seed)
         for name, each in found.items():
             if _is_finite(each):
@@ -169,8 +169,8 @@ def compare(
     return rows, by
 
 
-def _is_finite(number: Measured | None) -> bool:
-    return number is not None and math.isfinite(number.value)
+def _is_finite(number: Measured) -> bool:
+    return math.isfinite(number.value)
 
 
 def _verdict(
@@ -204,30 +204,3 @@ def paired(values: Mapping[int, float], plain: Mapping[int, float], level: float
         return Difference(mean, None, None, n)
     half = t_quantile((1 + level) / 2, n - 1) * stdev(found) / math.sqrt(n)
     return Difference(mean, mean - half, mean + half, n)
-
-
-def t_quantile(share: float, degrees: int) -> float:
-    """Return the quantile of Student's t distribution for a share in [0.5, 1), by bisection."""
-    low, high = 0.0, 1.0
-    while t_share(high, degrees) < share:
-        low, high = high, 2 * high
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_share(middle, degrees) < share else (low, middle)
-    return (low + high) / 2
-
-
-def t_share(t: float, degrees: int) -> float:
-    """Return the distribution function of Student's t at ``t`` >= 0 (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    square, term, total = math.cos(angle) ** 2, 1.0, 0.0
-    if degrees % 2:
-        term = math.cos(angle)
-        for k in range(1, degrees - 1, 2):
-            total += term
-            term *= square * (k + 1) / (k + 2)
-        return 0.5 + (angle + math.sin(angle) * total) / math.pi
-    for k in range(0, degrees - 1, 2):
-        total += term
-        term *= square * (k + 1) / (k + 2)
-    return 0.5 + math.sin(angle) * total / 2

@@ -14,7 +14,7 @@ from ldm.ablation.report import Comparison
 from ldm.ablation.runs import FOLDER, Run, Task, make_run
 from ldm.ablation.step_times import phase_starts, step_times, steps_in, stored_times, time_of
 from ldm.errors import ConfigError, TrainingError
-from ldm.training.subruns import digest, link_latents
+from ldm.training.subruns import digest, link_latents, weights_of
 
 FEWEST_STEPS = 2
 """Least number of steps of a run."""
@@ -83,10 +83,10 @@ def run_comparison(
             f"{FEWEST_STEPS}; give more."
         )
     source = clip_source(plain) if stage != "clip" and plain.data.image_shape[0] == 3 else None
-    features = () if source is None else (f"own={source}",)
+    features, judges = ((), ()) if source is None else ((f"own={source}",), (weights_of(source),))
     count = METRICS[stage].repeats if repeats is None else repeats
     runs = [
-        make_run(each, Task(name, seed, stage, steps[name], count, features))
+        make_run(each, Task(name, seed, stage, steps[name], count, features, judges))
         for seed in range(seeds)
         for name, each in experiments.items()
     ]

@@ -39,6 +39,7 @@ class Task:
         steps: number of steps.
         repeats: number of seeds of the metrics that are measured several times.
         features: feature networks.
+        judges: fingerprints of these, or what names them; a run that was measured with others is measured again.
     """
 
     recipe: str
@@ -47,6 +48,7 @@ class Task:
     steps: int
     repeats: int
     features: tuple[str, ...]
+    judges: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ class Record:
             values = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             return None
-        task = Task(**{**values["task"], "features": tuple(values["task"]["features"])})
-        return cls(**{**values, "task": task, "numbers": metrics.from_json(values["numbers"])})
+        task: Any = {name: tuple(each) if isinstance(each, list) else each for name, each in values["task"].items()}
+        return cls(**{**values, "task": Task(**task), "numbers": metrics.from_json(values["numbers"])})
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ldm.ablation.recipes import PLAIN
 from ldm.ablation.runs import FOLDER, on_one_device
 from ldm.errors import ConfigError, LdmError
 from ldm.formats.tensors import write_json
-from ldm.training.environment import environment
+from ldm.training.environment import device_name
 from ldm.training.experiment import Experiment
 from ldm.training.probe import WARM_UP, Probe
 from ldm.training.subruns import SCHEDULE, digest, link_latents
@@ -97,8 +97,7 @@ def step_times(
     """
     plain = experiments[PLAIN]
     path = plain.folder / FOLDER / MEASUREMENTS
-    on_cpu = plain.trainer.accelerator == "cpu" or not torch.cuda.is_available()
-    device = environment(torch.device("cpu" if on_cpu else "cuda"))["device"]
+    device = device_name(plain.trainer)
     marks = {name: digest(each, stage, SCHEDULE) for name, each in experiments.items()}
     key = {"stage": stage, "plain": marks[PLAIN], "device": device}
     found = [each for each in _read(path) if all(each.get(name) == value for name, value in key.items())]
@@ -148,10 +147,10 @@ def _times_of(kept: Mapping[str, Any], marks: Mapping[str, str]) -> StepTimes:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    except (OSError, json.JSONDecodeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return []
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def _measure(

@@ -167,12 +167,7 @@ def evaluate(
     )
     subject = open_subject(request, say)
     result = runner.evaluate(request, subject, _progress)
-    results = {} if metrics else summary(subject)
     part = [] if stage is None else [stage]  # numbers of a part of a run do not replace those of all of it
-    if "samples" in results:
-        place = subject.folder / f"evaluation-{split}.png"
-        sheet(subject).save(place)
-        print(f"generated images above the true images: {place}")
     if result.numbers:
         file = receipts or subject.folder / ("-".join(["receipts", split, *part, *_names(metrics)]) + ".json")
         result.write(file)
@@ -181,6 +176,11 @@ def evaluate(
         raise ConfigError(
             f"none of the metrics {', '.join(_names(metrics))} applies to {result.name}; choose others, or give --features."
         )
+    results = {} if metrics else summary(subject, result.numbers)
+    if "samples" in results:
+        place = subject.folder / f"evaluation-{split}.png"
+        sheet(subject).save(place)
+        print(f"generated images above the true images: {place}")
     if results:
         print(json.dumps(results, indent=2))
         (subject.folder / ("-".join(["evaluation", split, *part]) + ".json")).write_text(
@@ -234,6 +234,7 @@ def sweep(
 ) -> None:
     """Measure a model with each combination of sampling settings, and show which are on the Pareto front."""
     from ldm.config import with_overrides
+    from ldm.evaluation.metric import metrics_of_samples
     from ldm.evaluation.opening import Request, open_subject, with_average
     from ldm.evaluation.runner import receipts_of
     from ldm.evaluation.subject import Options
@@ -270,14 +271,14 @@ def sweep(
     subject = open_subject(request, say)
     result = measure(subject, values, (x, y), say, functools.partial(with_average, request, subject))
     out.mkdir(parents=True, exist_ok=True)
-    points = []
+    points, of = [], metrics_of_samples()
     for i, (point, on_front) in enumerate(zip(result.points, result.front, strict=True), start=1):
         sampling = dict(point.settings)
         again = replace(
             request,
             ema_length=sampling.pop("ema_length", None),
             settings=sampling,
-            metrics=[each.conditions.metric.partition("@")[0] for each in point.receipts],
+            metrics=list(dict.fromkeys(of[each.conditions.metric].name for each in point.receipts)),
         )
         receipts_of(again, subject, point.receipts).write(out / f"receipts-{i}.json")
         points.append(

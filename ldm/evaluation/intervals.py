@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,15 +24,8 @@ VALUES = 2**22
 GROUPS = 20
 """Number of groups of the jackknife."""
 
-# fmt: off
-T_QUANTILES = (
-    12.70620474, 4.30265273, 3.18244631, 2.77644511, 2.57058184, 2.44691185, 2.36462425, 2.30600414,
-    2.26215716, 2.22813885, 2.20098516, 2.17881283, 2.16036866, 2.14478669, 2.13144955, 2.11990530,
-    2.10981558, 2.10092204, 2.09302405, 2.08596345, 2.07961384, 2.07387307, 2.06865761, 2.06389856,
-    2.05953855, 2.05552944, 2.05183052, 2.04840714, 2.04522964,
-)
-# fmt: on
-"""Quantiles of Student's t distribution at (1 + LEVEL) / 2, the first for one degree of freedom."""
+FEW = 30
+"""Largest number of values whose mean has the interval of Student's t distribution, for which the bootstrap's is too narrow."""
 
 
 @dataclass(frozen=True)
@@ -63,27 +57,24 @@ class Estimate:
 def mean_estimate(values: np.ndarray | Sequence[float], seed: int = 0) -> Estimate:
     """Return the mean of independent values ``[n]`` with its percentile bootstrap interval (Efron 1979).
 
-    Of up to 30 values, for which that is too narrow, the interval is that of Student's t distribution.
+    Of up to :data:`FEW` values the interval is that of Student's t distribution.
 
     Args:
         values: at least one; a single value has an interval of infinite length.
         seed: seed of the resampling.
     """
     array = np.asarray(values, dtype=np.float64)
-    mean, freedom = float(array.mean()), len(array) - 1
-    if freedom <= len(T_QUANTILES):
-        error = float(array.std(ddof=1)) / math.sqrt(len(array)) if freedom else math.inf
-        half = T_QUANTILES[max(freedom, 1) - 1] * error
+    mean, n = float(array.mean()), len(array)
+    if n <= FEW:
+        half = t_quantile((1 + LEVEL) / 2, n - 1) * float(array.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
         return Estimate(mean, mean - half, mean + half, "Student's t")
     generator, means = np.random.default_rng(seed), []
-    rows = max(1, VALUES // len(array))
+    rows = max(1, VALUES // n)
     for start in range(0, RESAMPLES, rows):
-        drawn = generator.integers(0, len(array), (min(rows, RESAMPLES - start), len(array)))
+        drawn = generator.integers(0, n, (min(rows, RESAMPLES - start), n))
         means.append(array[drawn].mean(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    # Rounding of the sums must not put the mean of equal values outside of its interval.
-    low, high = min(float(low), mean), max(float(high), mean)
-    return Estimate(mean, low, high, f"bootstrap of the mean, {RESAMPLES} resamples")
+    return Estimate(mean, float(low), float(high), f"bootstrap of the mean, {RESAMPLES} resamples")
 
 
 def wilson(hits: np.ndarray | Sequence[bool]) -> Estimate:
@@ -120,11 +111,41 @@ def jackknife_of(value: float, without: Sequence[float]) -> Estimate:
     half = math.inf
     if len(without) == GROUPS:
         array = np.asarray(without, dtype=np.float64)
-        half = T_QUANTILES[GROUPS - 2] * math.sqrt((GROUPS - 1) / GROUPS * float(np.square(array - array.mean()).sum()))
+        error = math.sqrt((GROUPS - 1) / GROUPS * float(np.square(array - array.mean()).sum()))
+        half = t_quantile((1 + LEVEL) / 2, GROUPS - 1) * error
     half = half if math.isfinite(half) else math.inf
-    return Estimate(value, value - half, value + half, f"jackknife over {GROUPS} groups")
+    return Estimate(value, value - half, value + half, f"jackknife over {GROUPS} random groups")
 
 
 def group_of(n: int) -> np.ndarray:
-    """Return the group of each of ``n`` samples, ``[n]`` of int: sample i is in group ``i % GROUPS``."""
-    return np.arange(n) % GROUPS
+    """Return the group of each of ``n`` samples, ``[n]`` of int: random, since the order of the samples may have a period."""
+    found: np.ndarray = np.random.default_rng(0).permutation(n) % GROUPS
+    return found
+
+
+@functools.cache
+def t_quantile(share: float, degrees: int) -> float:
+    """Return the quantile of Student's t distribution for a share in [0.5, 1), by bisection."""
+    low, high = 0.0, 1.0
+    while t_share(high, degrees) < share:
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_share(middle, degrees) < share else (low, middle)
+    return (low + high) / 2
+
+
+def t_share(t: float, degrees: int) -> float:
+    """Return the distribution function of Student's t at ``t`` >= 0 (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    square, term, total = math.cos(angle) ** 2, 1.0, 0.0
+    if degrees % 2:
+        term = math.cos(angle)
+        for k in range(1, degrees - 1, 2):
+            total += term
+            term *= square * (k + 1) / (k + 2)
+        return 0.5 + (angle + math.sin(angle) * total) / math.pi
+    for k in range(0, degrees - 1, 2):
+        total += term
+        term *= square * (k + 1) / (k + 2)
+    return 0.5 + math.sin(angle) * total / 2

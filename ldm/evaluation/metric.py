@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,16 +56,18 @@ class Metric:
     """A registered metric.
 
     Attributes:
-        name: name on the command line; its numbers may have further names.
+        name: name on the command line.
         part: what it measures.
         run: generator of its numbers; it yields none for a subject that it does not apply to.
         by_default: whether it is measured if no metrics are named; the others take minutes, or weights of other projects.
+        numbers: names of its numbers, if it measures samples: what a sweep can compare.
     """
 
     name: str
     part: Part
     run: Callable[[Subject], Iterator[Number]]
     by_default: bool
+    numbers: Sequence[str]
 
 
 METRICS: dict[str, Metric] = {}
@@ -73,12 +75,12 @@ METRICS: dict[str, Metric] = {}
 
 
 def metric(
-    name: str, part: Part, by_default: bool = True
+    name: str, part: Part, by_default: bool = True, numbers: Sequence[str] = ()
 ) -> Callable[[Callable[[Subject], Iterator[Number]]], Callable[[Subject], Iterator[Number]]]:
-    """Register a generator of numbers as a :class:`Metric`."""
+    """Register a generator of numbers as a :class:`Metric`; without ``numbers``, its one number has its name."""
 
     def register(function: Callable[[Subject], Iterator[Number]]) -> Callable[[Subject], Iterator[Number]]:
-        METRICS[name] = Metric(name, part, function, by_default)
+        METRICS[name] = Metric(name, part, function, by_default, numbers or (name,))
         return function
 
     return register
@@ -92,6 +94,11 @@ def all_metrics() -> dict[str, Metric]:
         importlib.import_module(f"{metrics.__name__}.{module.name}")
     order = ("vae", "clip", "denoiser", "samples")
     return dict(sorted(METRICS.items(), key=lambda item: (order.index(item[1].part), item[0])))
+
+
+def metrics_of_samples() -> dict[str, Metric]:
+    """Return the metrics of generated images by the names of their numbers."""
+    return {number: each for each in all_metrics().values() if each.part == "samples" for number in each.numbers}
 
 
 def chosen(names: list[str]) -> list[Metric]:

@@ -114,6 +114,8 @@ def open_subject(request: Request, say: Callable[[str], object] = warn) -> Subje
         options=request.options,
         **parts,
     )
+    if subject.pipe is not None:
+        subject.sampling_settings()  # before anything is computed
     if request.ema_length is not None:
         subject = with_average(request, subject, request.ema_length)
     if request.compiled and subject.pipe:
@@ -217,5 +219,5 @@ def networks(found: Sequence[Checkpoint]) -> dict[str, Any]:
             first_stage.to(device).eval().requires_grad_(False)
         elif each.parts.keys() >= {*CLIP_COMPONENTS, OTHERS}:
             network, tokenizer = clip_from(each)
-            clip = (network, tokenizer) if tokenizer is not None else None
+            clip = (network.to(device), tokenizer) if tokenizer is not None else None
     return {"pipe": pipe, "first_stage": first_stage if pipe is None else pipe.model.first_stage, "clip": clip}

@@ -17,13 +17,12 @@ import numpy as np
 from ldm import __version__
 from ldm.config import to_dict
 from ldm.diffusion import SPECS
-from ldm.errors import CheckpointError, MissingExtraError, warn
+from ldm.errors import CheckpointError, DataError, MissingExtraError, warn
 from ldm.evaluation.intervals import LEVEL
 from ldm.evaluation.metric import Metric, Number, Part, chosen
 from ldm.evaluation.opening import Request, open_subject
 from ldm.evaluation.receipt import Conditions, Receipt, Receipts
 from ldm.evaluation.subject import Subject
-from ldm.sampling_settings import SamplingSettings
 
 PACKAGES = ("torch", "numpy", "torchvision", "torchmetrics", "open_clip_torch", "lpips")
 """Packages whose versions a receipt records, where they are installed."""
@@ -44,11 +43,11 @@ def measure(
         subject: the subject.
         metrics: the metrics.
         progress: called with the name of each metric before it runs.
-        required: names of metrics that are needed. Others are left out with a warning if their networks are missing, and without
-            one if they do not apply to the subject.
+        required: names of metrics that are needed. Others are left out with a warning if their networks or captions are missing,
+            and without one if they do not apply to the subject.
 
     Raises:
-        CheckpointError, MissingExtraError: the networks of a required metric are missing.
+        CheckpointError, DataError, MissingExtraError: the networks or captions of a required metric are missing.
     """
     receipts: list[Receipt] = []
     left_out: defaultdict[str, list[str]] = defaultdict(list)
@@ -56,7 +55,7 @@ def measure(
         progress(each.name)
         try:
             found = [receipt(subject, each.part, number) for number in each.run(subject)]
-        except (CheckpointError, MissingExtraError) as error:
+        except (CheckpointError, DataError, MissingExtraError) as error:
             if each.name in required:
                 raise
             left_out[str(error)].append(each.name)
@@ -204,17 +203,17 @@ def _sampling(subject: Subject, part: Part) -> dict[str, Any]:
     """Return the fields of :class:`Conditions` that say how images were generated."""
     if part != "samples" or subject.pipe is None:
         return {"sampler": None, "steps": None, "guidance_scale": None, "sampling": {}}
-    defaults = subject.pipe.model.config.sampling
-    given = {name: each for name, each in {**subject.settings, **subject.further}.items() if each is not None}
-    settings = SamplingSettings.of(**given).resolved(defaults)
+    model, settings = subject.pipe.model, subject.sampling_settings()
     assert settings.guidance is not None
-    sampler, record = str(settings.sampler), settings.record()
+    sampler, defaults, record = str(settings.sampler), model.config.sampling, settings.record()
     steps = record.pop("num_inference_steps", defaults.num_inference_steps)
+    latent = subject.pipe.latent_shape(record.pop("height", None), record.pop("width", None))
     sampling = {
         **{name: each for name, each in to_dict(defaults).items() if name in ("spacing", "offset", "final", "shift")},
         **{name: each for name, each in record.items() if name != "sampler"},
         **{f"guidance_{name}": each for name, each in asdict(settings.guidance).items() if name != "scale"},
         "options": dict(settings.sampler_options or {}),
+        "size": [side * model.config.first_stage.factor for side in latent[1:]],
     }
     return {
         "sampler": sampler,

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from ldm.conditioning.conditioner import input_of
 from ldm.data.bad_samples import BAD, summary
 from ldm.data.samples import Batch, BatchIndices, Samples, captions_of, take
 from ldm.data.stream import EvaluationLoader
-from ldm.errors import CheckpointError, ConfigError, warn
+from ldm.errors import CheckpointError, ConfigError, SamplingError, warn
 from ldm.evaluation.collected import Collected, GeneratedImages, Reconstructions, TrueImages
 from ldm.evaluation.features import FeatureNetwork, weights_hash
+from ldm.sampling_settings import SamplingSettings
 
 if TYPE_CHECKING:
     from ldm.clip.model import CLIP
@@ -38,6 +40,18 @@ SHOWN = 24
 """Number of generated images that are kept for the sheet."""
 
 READER = "the evaluation of generated images"
+
+OWN_SETTINGS = (
+    "prompt",
+    "label",
+    "num_images_per_prompt",
+    "seed",
+    "generator",
+    "output_type",
+    "batch_size",
+    "progress",
+)
+"""Settings of the pipeline that the evaluation gives itself."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +225,19 @@ class Subject:
         if id(module) not in self._weights:
             self._weights[id(module)] = weights_hash(module)
         return self._weights[id(module)]
+
+    def sampling_settings(self, swept: Mapping[str, Any] = MappingProxyType({})) -> SamplingSettings:
+        """Return how images are generated, with the values of a combination of a sweep.
+
+        Raises:
+            SamplingError: a setting is unknown, has an invalid value, or is one that the evaluation gives itself.
+        """
+        assert self.pipe is not None
+        given = {**self.settings, **swept, **self.further}
+        if own := [name for name in given if name in OWN_SETTINGS]:
+            raise SamplingError(f"the evaluation gives {own[0]} itself; leave it out.")
+        found = SamplingSettings.of(**{name: each for name, each in given.items() if each is not None})
+        return found.resolved(self.pipe.model.config.sampling)
 
     def generate(self, captions: Sequence[str], seed: int | Sequence[int], settings: Mapping[str, Any]) -> Tensor:
         """Generate an image for each caption, ``[n 3 h w]`` in [-1, 1] on the CPU; image i has the seed ``seed + i``."""

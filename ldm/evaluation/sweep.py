@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ldm.errors import ConfigError, require_package, unknown
-from ldm.evaluation.metric import all_metrics
+from ldm.evaluation.metric import metrics_of_samples
 from ldm.evaluation.receipt import Receipt
 from ldm.evaluation.runner import measure
 from ldm.evaluation.subject import Subject
@@ -154,21 +154,25 @@ def sweep(
         average: function that returns the subject with averaged weights of a length.
 
     Raises:
-        ConfigError: a number is unknown, or is not measured for this model.
+        ConfigError: a number is unknown, or is not measured for this model, or there are several feature networks.
+        SamplingError: a value is not one of its setting.
     """
     if not subject.generates:
         raise ConfigError(
             "a sweep needs a model of captions or classes; name one that is trained up to stage denoiser."
         )
-    metrics = [each for each in all_metrics().values() if each.part == "samples"]
-    by_name = {each.name: each for each in metrics}
-    found = [by_name.get(name.partition("@")[0]) for name in names]
-    for name, each in zip(names, found, strict=True):
-        if each is None and name != EVALUATIONS:
-            raise ConfigError(unknown("number", name, [*by_name, EVALUATIONS]))
+    if len(subject.networks) > 1:
+        raise ConfigError("a sweep compares numbers of one feature network; give --features once.")
+    by_number = metrics_of_samples()
+    for name in names:
+        if name not in (*by_number, EVALUATIONS):
+            raise ConfigError(unknown("number", name, [*by_number, EVALUATIONS]))
+    metrics = list({each.name: each for name in names if (each := by_number.get(name)) is not None}.values())
+    combinations = [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+    for settings in combinations:
+        subject.sampling_settings({name: each for name, each in settings.items() if name != LENGTH})
     points, axes, current = [], [Axis(name, True) for name in names], None
-    for combination in itertools.product(*values.values()):
-        settings = dict(zip(values, combination, strict=True))
+    for settings in combinations:
         progress(", ".join(f"{name} {value}" for name, value in settings.items()))
         sampling = {name: value for name, value in settings.items() if name != LENGTH}
         if LENGTH in settings and settings[LENGTH] != current:
@@ -180,7 +184,7 @@ def sweep(
         with counted(one.pipe.model.denoiser) as rows:
             made = one.generated()
         receipts = {
-            each.conditions.metric: each for each in measure(one, [each for each in found if each], required=by_name)
+            each.conditions.metric: each for each in measure(one, metrics, required=[each.name for each in metrics])
         }
         numbers = []
         for i, name in enumerate(names):
@@ -188,9 +192,7 @@ def sweep(
                 numbers.append(sum(rows) / len(made))
                 continue
             if name not in receipts:
-                raise ConfigError(
-                    f"the metric {name} gives {', '.join(receipts) or 'no numbers'} for this model; name one of them."
-                )
+                raise ConfigError(f"the number {name!r} is not measured for this model; name another one.")
             axes[i] = Axis(name, receipts[name].better != "higher")
             numbers.append(receipts[name].value)
         shown = [receipts[name] for name in names if name in receipts]

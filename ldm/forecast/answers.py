@@ -81,7 +81,8 @@ class Forecast:
         full: the full run.
         expected: band of its expected loss, without the noise of a single run, against which the levers are compared.
         levers: what twice as much of each quantity would do, the most helpful first.
-        pays_until: band of the steps beyond which twice the steps lower the loss by less than :data:`WORTHWHILE`.
+        pays_until: band of the steps from which twice the steps lower the loss by less than :data:`WORTHWHILE`; where it is
+            :data:`FARTHEST` times the full run, further steps still pay there.
         models: models of other sizes in the same time; empty if all runs have the parameters of the full run.
         curve: forecasts for other numbers of steps.
         inflation: factor on the spread for the error of the model; see :mod:`ldm.forecast.bands`.
@@ -227,16 +228,21 @@ def _levers(fitted: _Fitted) -> list[Lever]:
 
 
 def _pays_until(fitted: _Fitted, worthwhile: float) -> Band | None:
-    """Return the band of the steps from which twice the steps are not worth it; None if the runs do not vary them."""
+    """Return the band of the steps from which twice the steps are no longer worth it, at most ``FARTHEST`` times the full run.
+
+    None if the runs do not vary the steps.
+    """
     if "steps" not in fitted.quantities:
         return None
     factors = np.geomspace(1 / FARTHEST, FARTHEST, 100)
     now, twice = (
         fitted.curves.log_losses(fitted.at([{"steps": factor * each} for each in factors])) for factor in (1, TWICE)
     )
-    too_little = now - twice < -np.log1p(-worthwhile)
-    first = np.where(too_little.any(1), too_little.argmax(1), len(factors) - 1)
-    return Band.of(fitted.full.steps * factors[first])
+    worth = now - twice >= -np.log1p(-worthwhile)
+    after = len(factors) - worth[:, ::-1].argmax(
+        1
+    )  # of the last that is worth it; before the first there may be a plateau
+    return Band.of(fitted.full.steps * factors[np.where(worth.any(1), after.clip(max=len(factors) - 1), 0)])
 
 
 def _models(fitted: _Fitted) -> list[Model]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 LOWEST, HIGHEST = 1e-6, 1.0
 """Range of the learning rates."""
@@ -26,6 +26,9 @@ SUGGESTED = 1 / 3
 
 USABLE = (0.02, 4.0)
 """Range of usable learning rates as shares of the limit."""
+
+LearningRate = Literal["auto", "config", "test"]
+"""Learning rate that is taken: that of the config, that of the test, or that of the config if the test finds it usable."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,12 @@ class RangeTest:
         """Return True if a learning rate is in the range that the test finds usable."""
         low, high = (share * self.limit for share in USABLE)
         return low <= rate <= high
+
+    def choose(self, rate: float, choice: LearningRate) -> float:
+        """Return the learning rate to train with, where ``rate`` is that of the config, which a test without a limit keeps."""
+        if not self.diverged or choice == "config" or (choice == "auto" and self.is_usable(rate)):
+            return rate
+        return self.suggested
 
     def describe(self, rate: float) -> str:
         """Return a sentence on the test and the learning rate of the config."""

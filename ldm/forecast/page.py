@@ -121,7 +121,9 @@ def _charts(outcome: Outcome) -> list[Chart]:
             x_label="learning rate",
             log_x=True,
             log_y=False,
-            note=f"Lowest at {number(test.limit)}; suggested: {number(test.suggested)}.",
+            note=f"Lowest at {number(test.limit)}; suggested: {number(test.suggested)}."
+            if test.diverged
+            else "The loss did not rise.",
         )
     )
     return charts

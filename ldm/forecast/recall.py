@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ldm.devices import default_device, default_dtype
+from ldm.diffusion import SPECS
 from ldm.evaluation.metrics.caption_match import KS, recall_by_image
 from ldm.evaluation.subject import Options, Subject
 from ldm.formats import read
@@ -27,7 +28,7 @@ from ldm.pipeline import Pipeline
 from ldm.training.experiment import Experiment
 
 GALLERY = 20_000
-"""Most true images among which those of all splits are searched, as tools/evaluate.py does; else the held-out ones only."""
+"""Most true images of train and val together for which both are searched; with more, val alone."""
 
 FEWEST_CAPTIONS, MOST_CAPTIONS = 32, 256
 """Least and largest number of captions; fewer are too few for a curve."""
@@ -90,7 +91,8 @@ def captions_measured(experiment: Experiment, held_out: int, forward: float, ful
         full_seconds: seconds of the full run.
     """
     sampling = experiment.denoiser.sampling
-    each = sampling.num_inference_steps * (2 if sampling.guidance_scale != 1 else 1)
+    evaluations = sampling.num_inference_steps * SPECS[sampling.sampler].evaluations
+    each = evaluations * (2 if sampling.guidance_scale != 1 else 1)
     count = min(held_out, MOST_CAPTIONS, int(PART * full_seconds / (each * forward)))
     if count < FEWEST_CAPTIONS or experiment.denoiser.conditioner.input_keys != ("text",):
         return 0, 0

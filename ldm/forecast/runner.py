@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -15,13 +15,13 @@ from ldm import __version__
 from ldm.errors import ConfigError
 from ldm.forecast.answers import WORTHWHILE, Forecast, Point, make_forecast
 from ldm.forecast.ladder import FOLDER, STAGE, Result, climb, other_results, train_rung
-from ldm.forecast.learning_rate import RangeTest, range_test
+from ldm.forecast.learning_rate import LearningRate, RangeTest, range_test
 from ldm.forecast.plan import FULL, MIDDLE, SHARE, SMALL, Extras, Plan, Rung, Size, make_plan
 from ldm.forecast.recall import RecallMeasure, captions_measured
 from ldm.forecast.sentences import sentences
 from ldm.formats.tensors import write_json
 from ldm.training.costs import step_cost
-from ldm.training.environment import environment
+from ldm.training.environment import device_name
 from ldm.training.experiment import Experiment
 from ldm.training.probe import MEASURED, WARM_UP, Probe
 from ldm.training.subruns import SCHEDULE, digest, with_predecessors
@@ -33,8 +33,6 @@ RANGE_STEPS = (20, 100)
 
 START = 1.0
 """Time in which a training starts and ends, in seconds, besides opening networks and data twice."""
-
-LearningRate = Literal["auto", "config", "test"]
 
 
 @dataclass(frozen=True)
@@ -160,9 +158,8 @@ def run_forecast(
     measured = _measure(experiment, budget, share, say)
     rate = experiment.denoiser.train.learning_rate
     say(measured.test.describe(rate))
-    usable = measured.test.is_usable(rate) or not measured.test.diverged
-    if learning_rate == "test" or (learning_rate == "auto" and not usable):
-        rate = measured.test.suggested
+    rate, before = measured.test.choose(rate, learning_rate), rate
+    if rate != before:
         say(f"the ladder and the full run are those with the learning rate {rate:g}")
     train = replace(experiment.denoiser.train, learning_rate=rate)
     experiment = replace(experiment, denoiser=replace(experiment.denoiser, train=train))
@@ -221,8 +218,7 @@ def _on_one_device(experiment: Experiment) -> Experiment:
 
 def _measure(experiment: Experiment, budget: float | None, share: float, say: Callable[[str], object]) -> Measured:
     """Time steps of each width and try learning rates, or read what was measured for the same config on this device."""
-    on_cpu = experiment.trainer.accelerator == "cpu" or not torch.cuda.is_available()
-    device = environment(torch.device("cpu" if on_cpu else "cuda"))["device"]
+    device = device_name(experiment.trainer)
     path = experiment.folder / FOLDER / MEASUREMENTS
     key = {"digest": digest(experiment, STAGE, SCHEDULE), "device": device, "widths": [FULL, MIDDLE, SMALL]}
     if path.is_file():
@@ -240,6 +236,7 @@ def _measure(experiment: Experiment, budget: float | None, share: float, say: Ca
     test = range_test(probe.step, round(min(max(share * steps / 10, RANGE_STEPS[0]), RANGE_STEPS[1])))
     del probe
     seconds = time.perf_counter() - start
+    builds = [build]
     for width in (MIDDLE, SMALL):
         model = experiment.denoiser.model.with_width(width) if experiment.denoiser.train.init is None else None
         if model is None or model == experiment.denoiser.model:
@@ -247,11 +244,13 @@ def _measure(experiment: Experiment, budget: float | None, share: float, say: Ca
         probe = Probe(
             replace(experiment, denoiser=replace(experiment.denoiser, model=model)), STAGE, WARM_UP + MEASURED
         )
-        build = min(build, probe.build)  # the first may have encoded all images
+        builds.append(probe.build)
         if probe.parameters not in [each.parameters for each in sizes.values()]:
             start = time.perf_counter()
             sizes[width] = _size(probe.experiment, probe)
             seconds += time.perf_counter() - start
+    build = min(builds)  # the first may have encoded all images, which the full run needs as well
+    seconds += build * len(builds)
     found = Measured(device, sizes, images, len(experiment.data.open("val")), build, test, seconds)
     write_json(path, {**key, **asdict(found)})
     return found

@@ -55,8 +55,9 @@ def sentences(forecast: Forecast, device: str, worthwhile: float = WORTHWHILE) -
         if best.parameters == 1:
             yield "In the same time, no model of another size is expected to reach a lower loss."
         else:
-            largest = max(each.parameters for each in forecast.models)
-            times = f"{'at least ' if best.parameters == largest else ''}{best.parameters:g} times"
+            sizes = [each.parameters for each in forecast.models]
+            limit = {max(sizes): "at least ", min(sizes): "at most "}.get(best.parameters, "")
+            times = f"{limit}{best.parameters:g} times"
             yield (
                 f"In the same time, a model of {times} the parameters, trained for {best.steps:,} steps, would reach "
                 f"{_band(best.loss)} instead of {_band(forecast.expected)}."
@@ -96,9 +97,13 @@ def _paying(forecast: Forecast, worthwhile: float) -> str:
             f"Training stops paying before {_rounded(steps / FARTHEST)} steps: from there on, twice the steps lower the loss by "
             f"less than {percent}."
         )
+    about, high = (
+        f"more than {_rounded(FARTHEST * steps)}" if value >= 0.9 * FARTHEST * steps else f"{prefix}{_rounded(value)}"
+        for prefix, value in (("about ", band.median), ("", band.high))
+    )
     return (
-        f"Training stops paying at about {_rounded(band.median)} steps, {duration(band.median * per_step)} (80 %: "
-        f"{_rounded(band.low)} to {_rounded(band.high)}): from there on, twice the steps lower the loss by less than {percent}."
+        f"Training stops paying at {about} steps, {duration(band.median * per_step)} (80 %: {_rounded(band.low)} to {high}): "
+        f"from there on, twice the steps lower the loss by less than {percent}."
     )
 
 

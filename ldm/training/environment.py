@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ldm import __version__
+from ldm.training.config import TrainerConfig
 
 SESSIONS = "sessions.jsonl"
 """File in the folder of a stage: one JSON object per line, the start and the end of each session; a kill leaves no end."""
@@ -28,6 +29,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()} ({device.type})",
     }
+
+
+def device_name(trainer: TrainerConfig) -> str:
+    """Return the name of the device on which a training of one device runs."""
+    on_cpu = trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    return str(environment(torch.device("cpu" if on_cpu else "cuda"))["device"])
 
 
 def _version(package: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -105,16 +105,24 @@ def digest(experiment: Experiment, stage: str, without: Sequence[str] = ()) -> s
         "precision": [experiment.trainer.precision, experiment.trainer.compile],
     }
     if stage == "denoiser":
-        shared["stages"] = [_source(experiment.vae), None if experiment.clip is None else _source(experiment.clip)]
+        before = [each for each in (experiment.vae, experiment.clip) if each is not None]
+        shared["stages"] = [[to_dict(each.model), each.checkpoint] for each in before]
+    shared = _by_weights(shared)
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _source(section: Any) -> Any:
-    """Return what a preceding stage gives to the training: its model, and the fingerprint of its weights or their source."""
-    source = section.checkpoint
-    if source is not None and Path(source).is_file():
-        try:
-            source = read_metadata(Path(source)).get("fingerprint") or source
-        except LdmError:  # of another format
-            source = str(source)
-    return [to_dict(section.model), source]
+def _by_weights(value: Any) -> Any:
+    """Replace the names of files of weights, anywhere in a value, by their fingerprints."""
+    if isinstance(value, Mapping):
+        return {name: _by_weights(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_by_weights(each) for each in value]
+    return weights_of(value) if isinstance(value, str) else value
+
+
+def weights_of(source: str) -> str:
+    """Return the fingerprint that a file of weights records, or its name if it is another format, or no file."""
+    with suppress(LdmError, OSError):
+        if Path(source).is_file():
+            return read_metadata(Path(source)).get("fingerprint") or source
+    return source

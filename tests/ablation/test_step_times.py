@@ -60,6 +60,9 @@ def test_times_of_another_machine_are_taken_from_its_file(tmp_path: Path) -> Non
         stored_times(experiments, "denoiser", path)
     with pytest.raises(ConfigError, match="no times of stage denoiser of this config"):
         stored_times({PLAIN: load_config(config, ["seed=5"])}, "denoiser", path)
+    path.write_text('{"device": "of a forecast"}')
+    with pytest.raises(ConfigError, match="no times of stage denoiser of this config"):
+        stored_times(experiments, "denoiser", path)
 
 
 def test_both_phases_of_a_vae_are_measured(tmp_path: Path) -> None:

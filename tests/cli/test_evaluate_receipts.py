@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ldm.cli import evaluate as command
 from ldm.evaluation.receipt import Receipts, read_receipts
@@ -149,9 +150,23 @@ def test_settings_are_in_the_receipts_and_their_effect_in_the_summary(
     assert results["samples"]["val"]["captions"] == 4
 
 
+def test_images_of_another_size_than_the_data_are_measured(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    settings = ["--setting", "height=32", "--setting", "width=32", "--images", 4, "--train-every", 40]
+    with pytest.warns(UserWarning, match="there is no feature network"):
+        found = measured(monkeypatch, folder, *settings)
+    conditions = {each.conditions.metric: each.conditions for each in found.numbers}["recall_by_image@1"]
+    assert (list(conditions.size), conditions.sampling["size"]) == ([16, 16], [32, 32])
+    results = json.loads((folder / "evaluation-val.json").read_text())
+    assert "distance" not in results
+    with Image.open(folder / "evaluation-val.png") as sheet:
+        assert sheet.width > 4 * 16
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--setting", "batch_size=8"], "the evaluation gives batch_size itself; leave it out"),
+        (["--setting", "shfit=2"], "unknown setting 'shfit'; did you mean 'shift'"),
         (["--metrics", "fidd"], "unknown metric 'fidd'; did you mean 'fid'"),
         (["--metrics", "retrieval"], "none of the metrics retrieval applies"),
         (["--metrics", "fid", "--features", "clip"], "the feature network 'clip' needs its weights"),

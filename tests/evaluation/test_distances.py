@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from ldm.evaluation.intervals import jackknife
+from ldm.evaluation.intervals import group_of, jackknife
 from ldm.evaluation.metrics import coverage, kernels
 from ldm.evaluation.metrics.coverage import density_and_coverage, precision_and_recall
 from ldm.evaluation.metrics.frechet import Moments, estimate, frechet_distance
@@ -113,7 +113,7 @@ def test_the_interval_of_a_kernel_distance_is_from_distances_without_each_group(
     monkeypatch.setattr(kernels, "CHUNK", 32)
     x, y = torch.randn(75, 2, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64) + 0.5
     found = mmd(x, y, gaussian)
-    group = np.arange(len(x)) % 20
+    group = group_of(len(x))
     without = np.array([mmd(x[torch.from_numpy(group != i)], y, gaussian).value for i in range(20)])
     error = np.sqrt(19 / 20 * ((without - without.mean()) ** 2).sum())
     assert (found.high - found.low) / 2 == pytest.approx(2.093024054408263 * error)

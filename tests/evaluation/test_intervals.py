@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, t
 
-from ldm.evaluation.intervals import GROUPS, Estimate, jackknife, mean_estimate, wilson
+from ldm.evaluation.intervals import FEW, GROUPS, Estimate, group_of, jackknife, mean_estimate, t_quantile, wilson
 from ldm.evaluation.metrics.coverage import DENSITY_K, balls_around, density_and_coverage, radii
 from ldm.evaluation.metrics.diversity import mean_pairwise_distance
 from ldm.evaluation.metrics.frechet import Moments, frechet_distance
@@ -111,9 +111,22 @@ def test_the_interval_of_a_share_is_that_of_scipy(hits: int, n: int) -> None:
 def test_the_jackknife_of_a_mean_of_equal_groups_is_the_standard_error_of_the_group_means() -> None:
     values = np.random.default_rng(0).standard_normal(10 * GROUPS)
     found = jackknife(len(values), lambda index: float(values[index].mean()))
-    means = values.reshape(-1, GROUPS).mean(axis=0)
+    means = np.array([values[group_of(len(values)) == i].mean() for i in range(GROUPS)])
     error = means.std(ddof=1) / np.sqrt(GROUPS)
     assert (found.high - found.low) / 2 == pytest.approx(t.ppf(0.975, GROUPS - 1) * error)
+
+
+def test_the_jackknife_does_not_depend_on_a_period_of_the_samples() -> None:
+    """As of images that are sorted by class, ten of them in turn."""
+    values = np.tile(np.arange(10.0), 40)
+    found = jackknife(len(values), lambda index: float(values[index].mean()))
+    assert (found.high - found.low) / 2 == pytest.approx(2 * values.std() / np.sqrt(len(values)), rel=0.4)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 30])
+def test_quantiles_of_t_are_those_of_scipy(degrees: int) -> None:
+    for share in (0.6, 0.9, 0.975, 0.999):
+        assert t_quantile(share, degrees) == pytest.approx(t.ppf(share, degrees), rel=1e-9)
 
 
 def test_too_few_samples_have_no_finite_interval() -> None:
@@ -122,8 +135,10 @@ def test_too_few_samples_have_no_finite_interval() -> None:
 
 
 def test_a_constant_is_within_its_interval() -> None:
-    found = mean_estimate(np.full(7, 0.1))
-    assert found.contains(found.value)
+    for n in (FEW, FEW + 1, 500):
+        found = mean_estimate(np.full(n, 0.1))
+        assert found.contains(found.value)
+        assert (found.low, found.high) == pytest.approx((0.1, 0.1))
 
 
 def test_the_mean_pairwise_distance_is_that_of_a_loop() -> None:

@@ -81,13 +81,27 @@ def test_a_sweep_makes_a_table_a_plot_and_receipts(
     assert first.conditions.ema == "power profile, length 0.05"
     assert first.weights != second.weights
     assert [each.again for each in verify(again[1])] == [second]
+
+    own = ["--features", f"own={tmp_path / 'clip.safetensors'}"]
+    axes = ["--x", "precision", "--y", "nearest_training_image"]
+    assert call(monkeypatch, tmp_path, *own, *axes, "--steps", "1,2") == 0
+    found = read_receipts(tmp_path / "out" / "receipts-1.json")
+    assert {each.conditions.metric for each in found.numbers} == {"precision", "nearest_training_image"}
+    assert found.request["metrics"] == ["precision_recall", "memorisation"]
     capsys.readouterr()
 
     for arguments, message in (
+        ([*own, *own, "--steps", "1"], "own, own; give each name once"),
+        ([*own, "--features", f"clip={tmp_path / 'clip.safetensors'}", "--steps", "1"], "give --features once"),
         (["--ema-length", "0.5"], "the length of the average is 0.5"),
         ([], "there is nothing to sweep over"),
         (["--guidance", "1;2"], "--guidance is '1;2'; write values separated by commas"),
         (["--steps", "1", "--y", "fidd"], "unknown number 'fidd'; did you mean 'fid'"),
+        (
+            ["--steps", "1", "--y", "recall_by_image@3"],
+            "unknown number 'recall_by_image@3'; did you mean 'recall_by_image@",
+        ),
+        (["--steps", "1", "--sampler", "euler,hein"], "unknown sampler 'hein'; did you mean 'heun'"),
         (["--steps", "1", "--y", "fid"], "there is no feature network; train stage clip, or give --features"),
     ):
         assert call(monkeypatch, tmp_path, *arguments) == 2

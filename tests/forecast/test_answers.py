@@ -78,6 +78,30 @@ def test_training_stops_paying_where_twice_the_steps_lower_the_loss_by_one_perce
     assert any("stops paying" in sentence for sentence in sentences(forecast, "this machine"))
 
 
+def test_the_plateau_of_the_first_steps_is_not_where_training_stops_paying() -> None:
+    """In a full run as short as the plateau, twice the first steps hardly help, but later ones do."""
+    full = Rung(FULL, IMAGES, 2500)
+
+    def value(steps: float) -> float:
+        return float(0.02 + ((steps + 1500) / 4000) ** -0.6)
+
+    runs = [Rung(FULL, IMAGES, steps) for steps in (40, 80, 160, 320, 640, 1000)]
+    parameters = SIZES[FULL].parameters
+    found = make_forecast(
+        [Result(each, value(each.steps), value(each.steps), parameters, 1.0, {}) for each in runs], full, SIZES
+    )
+    assert value(2500) - value(5000) > 0.05 * value(2500)
+    assert found.pays_until is not None
+    assert found.pays_until.low > 2500
+    assert "Further steps pay for all numbers looked at, up to 64 times the full run." in sentences(
+        found, "this machine"
+    )
+    unsure = replace(found, pays_until=Band(8000.0, 3000.0, 64 * 2500.0))
+    text = " ".join(sentences(unsure, "this machine"))
+    assert "stops paying at about 8,000 steps" in text
+    assert "(80 %: 3,000 to more than 160,000)" in text
+
+
 def test_hours_are_those_of_the_measured_steps() -> None:
     forecast = forecast_of((0.01, 0.02, 0.02))
     assert forecast.full.hours == pytest.approx(STEPS * 0.35 / 3600)

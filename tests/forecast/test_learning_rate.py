@@ -61,6 +61,7 @@ def test_a_loss_that_never_rises_gives_no_limit() -> None:
     found = range_test(lambda rate: float(next(losses)), 50)
     assert not found.diverged
     assert "did not rise" in found.describe(1e-3)
+    assert all(found.choose(1e-3, choice) == 1e-3 for choice in ("auto", "config", "test"))
 
 
 @pytest.mark.parametrize(("rate", "text"), [(1e-3, "usable"), (1e-1, "too high"), (1e-6, "low")])
@@ -68,3 +69,6 @@ def test_the_sentence_judges_the_learning_rate_of_the_config(rate: float, text: 
     found = RangeTest((1e-6, 1e-2, 1e-1), (1.0, 0.5, 5.0), 1e-2, True)
     assert found.suggested == 3e-3
     assert text in found.describe(rate)
+    assert found.choose(rate, "test") == 3e-3
+    assert found.choose(rate, "config") == rate
+    assert found.choose(rate, "auto") == (rate if text == "usable" else 3e-3)

@@ -26,6 +26,17 @@ def test_runs_after_a_predecessor_was_trained_again_are_others(tmp_path: Path) -
     assert found("first") != found("second")
 
 
+def test_runs_with_a_loss_network_that_was_trained_again_are_others(tmp_path: Path) -> None:
+    def found(fingerprint: str) -> str:
+        path = tmp_path / "clip.safetensors"
+        save_file({"weight": torch.zeros(1)}, path, metadata={"fingerprint": fingerprint})
+        term = f"vae.loss.terms=[{{kind: perceptual, checkpoint: {path}, weight: 0.1}}]"
+        return digest(tiny_experiment(tmp_path, term), "vae")
+
+    assert found("first") == found("first")
+    assert found("first") != found("second")
+
+
 def test_a_run_has_the_latents_of_its_experiment_and_the_features_of_its_teacher(tmp_path: Path) -> None:
     experiment = tiny_experiment(tmp_path)
     own = replace(experiment, run_dir=str(tmp_path / "own"))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ldm.clip.retrieval import cosine_ranks, reduced_ranks
 from ldm.evaluation.intervals import mean_estimate, wilson
 from ldm.evaluation.metric import Number, metric
+from ldm.evaluation.metrics.contrastive import distinct
 
 if TYPE_CHECKING:
     from ldm.evaluation.subject import Subject
@@ -39,27 +40,26 @@ def clip_score(subject: Subject) -> Iterator[Number]:
         )
 
 
-@metric("recall_by_embedding", "samples")
+@metric("recall_by_embedding", "samples", numbers=[f"recall_by_embedding@{k}" for k in KS])
 def recall_by_embedding(subject: Subject) -> Iterator[Number]:
     """Measure how often the caption of a generated image is among the k nearest of the distinct captions measured, by cosine."""
     if not subject.samples_text:
         return
     made = subject.generated()
-    numbers = {caption: i for i, caption in enumerate(dict.fromkeys(made.captions))}
-    own = torch.tensor([numbers[caption] for caption in made.captions])
+    names, own = distinct(made.captions)
     for network in subject.feature_networks:
         if network.captions is None:
             continue
-        text = network.captions(list(numbers))
+        text = network.captions(names)
         images = F.normalize(made.features[network.name], dim=-1)
         ranks = cosine_ranks(images, F.normalize(text, dim=-1), own).numpy()
-        for k in (each for each in KS if each < len(numbers)):
-            parameters = {"k": k, "captions": len(numbers)}
+        for k in (each for each in KS if each < len(names)):
+            parameters = {"k": k, "captions": len(names)}
             name, share = f"recall_by_embedding@{k}", wilson(ranks < k)
             yield Number(name, share, len(made), "higher", network=network, parameters=parameters)
 
 
-@metric("recall_by_image", "samples")
+@metric("recall_by_image", "samples", numbers=[f"recall_by_image@{k}" for k in KS])
 def recall_by_image(subject: Subject) -> Iterator[Number]:
     """Measure how often the true image of a caption is among the k nearest to the generated one, at 16 x 16."""
     if not subject.samples_text:

@@ -54,11 +54,12 @@ def embeddings(subject: Subject) -> Pairs:
         return subject.pairs
     assert subject.clip is not None
     clip, tokenizer = subject.clip
+    device = next(clip.parameters()).device
     images, texts, captions, labels = [], [], [], []
     for batch in subject.measured():
         own = captions_of(batch, READER)
-        images.append(clip.encode_image(batch["image"]).float())
-        texts.append(clip.encode_text(tokenizer(own)).float())
+        images.append(clip.encode_image(batch["image"].to(device)).float().cpu())
+        texts.append(clip.encode_text(tokenizer(own).to(device)).float().cpu())
         captions += own
         labels += [int(each) for each in batch.get("label", ())]
     found = Pairs(torch.cat(images), torch.cat(texts), captions, labels)
@@ -94,16 +95,20 @@ class _WithNormalize:
 
 
 def classifier(clip: CLIP, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return the classifier ``[d classes]`` of class names in templates with ``{}``, by open_clip's builder.
+    """Return the classifier ``[d classes]`` of class names in templates with ``{}``, by open_clip's builder, on the CPU.
 
     The embeddings of a class in all templates are averaged (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
     """
     from open_clip import build_zero_shot_classifier
 
     weights: Tensor = build_zero_shot_classifier(
-        _WithNormalize(clip), tokenizer, list(classes), [partial(_fill, template) for template in templates]
+        _WithNormalize(clip),
+        tokenizer,
+        list(classes),
+        [partial(_fill, template) for template in templates],
+        device=next(clip.parameters()).device,
     )
-    return weights
+    return weights.cpu()
 
 
 def distinct(captions: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:

@@ -18,18 +18,23 @@ if TYPE_CHECKING:
 PRECISION_K, DENSITY_K = 3, 5
 """Numbers of neighbours of the papers: Kynkäänniemi et al. 2019 and Naeem et al. 2020."""
 
-CHUNK = 256
-"""Number of rows compared at once, which bounds the memory."""
+DISTANCES = 2**22
+"""Largest number of distances that are computed at once, which bounds the memory."""
 
 ROUNDING = 1e-12
 """Bound of the rounding of a squared distance by matrix products in fp64, relative to the squared lengths of the vectors."""
 
 
+def rows(centres: int) -> int:
+    """Return the number of points whose distances to so many centres are computed at once."""
+    return max(1, DISTANCES // centres)
+
+
 def distances(points: Tensor, centres: Tensor) -> Iterator[Tensor]:
-    """Yield the distances of points ``[n d]`` to centres ``[m d]`` in fp64, 0 for equal ones, as ``[CHUNK m]`` at a time."""
+    """Yield the distances of points ``[n d]`` to centres ``[m d]`` in fp64, 0 for equal ones, as ``[rows(m) m]`` at a time."""
     points, centres = points.double(), centres.double()
     lengths = centres.square().sum(1)
-    for part in points.split(CHUNK):
+    for part in points.split(rows(len(centres))):
         distance = torch.cdist(part, centres, compute_mode="use_mm_for_euclid_dist")
         rounding = ROUNDING * (part.square().sum(1)[:, None] + lengths)
         yield distance.masked_fill_(distance.square() <= rounding, 0)
@@ -69,7 +74,7 @@ def density_and_coverage(made: Tensor, true: Tensor, k: int = DENSITY_K) -> dict
     """
     keep = _kept(len(made))
     balls, covered = torch.zeros(len(made)), torch.zeros(len(keep))
-    for part, reach in zip(distances(true, made), radii(true, k).split(CHUNK), strict=True):
+    for part, reach in zip(distances(true, made), radii(true, k).split(rows(len(made))), strict=True):
         inside = part <= reach[:, None]
         balls += inside.sum(0)
         covered += torch.stack([(inside & each).any(1).sum() for each in keep])
@@ -98,7 +103,7 @@ def _radii_among(features: Tensor, k: int, keep: Tensor) -> Tensor:
     return (torch.cat(parts, dim=1).square() + rounding).sqrt().masked_fill(~keep, -math.inf)
 
 
-@metric("precision_recall", "samples")
+@metric("precision_recall", "samples", numbers=("precision", "recall", "density", "coverage"))
 def manifold(subject: Subject) -> Iterator[Number]:
     """Measure precision, recall, density and coverage against the true images of the reference split."""
     if not subject.generates:

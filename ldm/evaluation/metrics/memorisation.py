@@ -42,7 +42,7 @@ def nearer_share(made: np.ndarray, held_out: np.ndarray) -> Estimate:
     return mean_estimate(shares).within(0, 1)
 
 
-@metric("memorisation", "samples")
+@metric("memorisation", "samples", numbers=("memorisation", "nearest_training_image", "nearest_training_image_true"))
 def memorisation(subject: Subject) -> Iterator[Number]:
     """Compare the distances of generated and of true held-out images to the nearest training image."""
     if not subject.generates or "train" not in subject.sets:

@@ -57,13 +57,15 @@ def normalized(stage: FirstStage, mode: Tensor, std: Tensor) -> FirstStage:
     return copied
 
 
+def widths_of(stage: FirstStage, size: tuple[int, int]) -> tuple[int, ...]:
+    """Return the widths of the U-Net for images of a size: one level alone for latents with an odd side."""
+    return WIDTHS if all(each // stage.factor % 2 == 0 for each in size) else WIDTHS[:1]
+
+
 def new_probe(stage: FirstStage, config: Any, size: tuple[int, int], seed: int) -> LatentDiffusion:
     """Return an unconditional model of a first stage with a new denoiser, in fp32."""
-    z, side = stage.latent_channels, [each // stage.factor for each in size]
-    widths = WIDTHS if all(each % 2 == 0 for each in side) else WIDTHS[:1]
-    network = UNetConfig(
-        tuple(LevelSpec(width, blocks=1) for width in widths), in_channels=z, out_channels=z, heads=4, groups=16
-    )
+    z, levels = stage.latent_channels, tuple(LevelSpec(width, blocks=1) for width in widths_of(stage, size))
+    network = UNetConfig(levels, in_channels=z, out_channels=z, heads=4, groups=16)
     diffusion = from_dict(Diffusion, {"schedule": "cosine", "parametrization": "v"})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -145,7 +147,7 @@ def probe(subject: Subject) -> Iterator[Number]:
         "training_steps": options.probe_steps,
         "batch_size": BATCH,
         "learning_rate": LEARNING_RATE,
-        "widths": list(WIDTHS),
+        "widths": list(widths_of(stage, size)),
         "training_images": len(mode),
     }
     held_out = posteriors(subject, subject.split, min(HELD_OUT, options.images or HELD_OUT))
