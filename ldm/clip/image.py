@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,18 @@ from ldm.nn.input_output import input_or_output
 
 HALF = (0.5, 0.5, 0.5)
 """Mean and standard deviation that normalize [0, 1] to [-1, 1]."""
+
+
+class ImageOutput(NamedTuple):
+    """Output of an image tower.
+
+    Attributes:
+        states: ``[b 1+n width]``, the hidden states of the entire image and of the patches.
+        embedding: ``[b embed_dim]``.
+    """
+
+    states: Tensor
+    embedding: Tensor
 
 
 class ImageTower(nn.Module):
@@ -58,13 +70,14 @@ class ImageTower(nn.Module):
         """``[b 1+n width] -> [b embed_dim]``"""
         raise NotImplementedError
 
-    def forward(self, image: Tensor) -> Tensor:
-        """``image [b 3 h w] -> [b embed_dim]``"""
-        return self.embed(self.states(image))
+    def forward(self, image: Tensor) -> ImageOutput:
+        """Encode ``image [b 3 h w]`` of the config's size in [-1, 1]."""
+        states = self.states(image)
+        return ImageOutput(states, self.embed(states))
 
 
 class ImageTowerConfig(Kind):
-    """Base class of image tower configs; ``build(embed_dim)`` returns a module ``[b 3 h w] -> [b embed_dim]``."""
+    """Base class of image tower configs; ``build(embed_dim)`` returns an :class:`ImageTower`."""
 
     image_size: int
     width: int

@@ -55,7 +55,10 @@ class CrossEntropy(nn.Module):
         with warnings.catch_warnings() if many else nullcontext():
             if many:  # the gathering functions of torch that open_clip calls are deprecated
                 warnings.simplefilter("ignore", FutureWarning)
-            return loss(image_features, text_features, scale)
+            with torch.autocast(
+                image_features.device.type, enabled=False
+            ):  # logits reach 100, where bf16 has steps of 0.5
+                return loss(image_features.float(), text_features.float(), scale.float())
 
 
 @dataclass(frozen=True)
@@ -87,4 +90,5 @@ class SigLIP(nn.Module):
         from open_clip.loss import SigLipLoss  # needed in training only; imports torchvision
 
         loss: Any = SigLipLoss(rank=rank, world_size=world_size)
-        return loss(image_features, text_features, scale, self.logit_bias)
+        with torch.autocast(image_features.device.type, enabled=False):
+            return loss(image_features.float(), text_features.float(), scale.float(), self.logit_bias)

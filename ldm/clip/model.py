@@ -72,7 +72,7 @@ class CLIP(nn.Module):
 
         An image of another size is resized to that of the image tower, without keeping its aspect ratio.
         """
-        return F.normalize(self.image(to_size(image, self.image_size)), dim=-1)
+        return F.normalize(self.image(to_size(image, self.image_size)).embedding, dim=-1)
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the features ``[b embed_dim]`` of ``image [b 3 h w]`` and of ``tokens [b n]``, and the logit scale."""

@@ -80,6 +80,8 @@ class ImageConditioner(Conditioner):
         self.size = tower.image_size
         self.width = embed_dim
         self.tower = tower.build(embed_dim).requires_grad_(config.trainable)
+        if config.tokens and not config.pooled:
+            self.tower.projection.requires_grad_(False)  # nothing reads the embedding
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         """Compute the conditioning; the embedding has unit variance per channel on average, like other contexts."""
@@ -90,8 +92,8 @@ class ImageConditioner(Conditioner):
         stacked = torch.cat([to_size(each.to(weight.device), self.size) for each in images])
         absent = torch.tensor([each is None for each in given], device="cpu")
         kept = ~(absent | dropped(len(absent), self.config.dropout, generator)).to(weight.device)
-        states = self.tower.states(stacked.to(weight.dtype))
-        embedding = F.normalize(self.tower.embed(states), dim=-1) * self.width**0.5
+        states, embedding = self.tower(stacked.to(weight.dtype))
+        embedding = F.normalize(embedding, dim=-1) * self.width**0.5
         context = states[:, 1:] if self.config.tokens else embedding[:, None]
         return Conditioning(
             context=context * kept[:, None, None],

@@ -116,8 +116,10 @@ class EncodedSource:
         if images.mixture:
             entries["samples of each source"] = source_sizes(images)
         if self.has_text and CAPTION.key in images.shards.modalities:
-            weights = sorted(name for name, weight in data.captions.weights.items() if weight > 0)
-            entries |= {"text": data.encoded.text, "captions": [data.captions.format, *weights]}
+            names = [name for name, weight in data.captions.weights.items() if weight > 0]
+            entries |= {"text": data.encoded.text, "captions": [data.captions.format, *sorted(names)]}
+            if len(names) > 1:  # text states are stored in that order
+                entries["order of captions"] = names
             for encoder in self.conditioner.text_encoders():
                 entries[encoder.name] = fingerprint(encoder.network.state_dict(), encoder.config)
                 entries[f"tokenizer of {encoder.name}"] = hashlib.sha256(encoder.tokenizer.encode()).hexdigest()[:16]

@@ -69,7 +69,10 @@ def train(
     *,
     same_batch: bool = False,
 ) -> Tensor:
-    """Train a copy as stage 3 does, without warm-up and decay, and return the loss of each sample of each step, ``[steps b]``.
+    """Train a copy, and return the loss of each sample of each step, ``[steps b]``.
+
+    It is trained as by stage 3, but in fp32, without warm-up, decay and self-conditioning, and without terms of the loss that
+    read hidden states.
 
     Args:
         run: the run, for the loss.

@@ -134,10 +134,10 @@ class WeightedLossConfig(DenoisingLossConfig, kind="weighted"):
                 f"the weighting {self.weighting} cannot be used with the parametrization flow, which weights noise levels by how "
                 "often they are drawn; choose none, and a noise_level_sampler such as logit_normal."
             )
-        if zero_terminal_snr and self.weighting != "none":
+        if schedule.pure_noise and self.weighting != "none":
             raise ConfigError(
-                f"the weighting {self.weighting} cannot be used with zero_terminal_snr, because its weight is 0 in pure noise, "
-                "which the network would not learn; choose none."
+                f"the weighting {self.weighting} cannot be used with {schedule.pure_noise}, because its weight is 0 in pure "
+                "noise, which the network would not learn; choose none."
             )
         if zero_terminal_snr and not self.noise_level_sampler.includes_last:
             raise ConfigError(

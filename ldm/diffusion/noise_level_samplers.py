@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -67,10 +68,10 @@ class Stratified(NoiseLevelSampler, kind="stratified"):
 
 @dataclass(frozen=True)
 class LogNormal(NoiseLevelSampler, kind="lognormal"):
-    """ln sigma ~ N(mean, std^2) (Karras et al. 2206.00364, table 1); with flow, SD 3's logit-normal."""
+    """ln sigma ~ N(mean, std^2) (Karras et al. 2206.00364, table 1), whatever the schedule is."""
 
-    mean: float = config_field(-1.2, "Mean of ln sigma; 0 with flow.")
-    std: float = config_field(1.2, "Standard deviation of ln sigma; 1 with flow.")
+    mean: float = config_field(-1.2, "Mean of ln sigma.")
+    std: float = config_field(1.2, "Standard deviation of ln sigma.")
 
     @property
     def includes_last(self) -> bool:
@@ -82,19 +83,27 @@ class LogNormal(NoiseLevelSampler, kind="lognormal"):
 
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
         normal = torch.randn(n, generator=generator, device=generator.device, dtype=torch.float32)
-        return (self.mean + self.std * normal).exp().clamp(schedule.sigma_min, schedule.sigma_max)
+        return self._sigma(normal, schedule)
 
     def quantile(self, share: Tensor, schedule: Schedule) -> Tensor:
-        sigma = (self.mean + self.std * torch.special.ndtri(share)).exp()
-        return sigma.clamp(schedule.sigma_min, schedule.sigma_max).float()
+        return self._sigma(torch.special.ndtri(share), schedule).float()
+
+    def _sigma(self, normal: Tensor, schedule: Schedule) -> Tensor:
+        return (self.mean + self.std * normal).exp().clamp(schedule.sigma_min, schedule.sigma_max)
 
 
 @dataclass(frozen=True)
 class LogitNormal(LogNormal, kind="logit_normal"):
-    """u = s / (1 + s) of flow is logit-normal: ln u / (1 - u) = ln s ~ N(mean, std^2) (SD 3, Esser et al. 2403.03206, eq. 19)."""
+    """u = s / (1 + s) of flow is logit-normal: ln u / (1 - u) = ln s ~ N(mean, std^2) (SD 3, Esser et al. 2403.03206, eq. 19).
+
+    A shift of the schedule then multiplies the levels (ibid., section 5.3.2).
+    """
 
     mean: float = config_field(0.0, "Mean of the logit of u; above 0 for more noise.")
     std: float = config_field(1.0, "Standard deviation of the logit of u.")
+
+    def _sigma(self, normal: Tensor, schedule: Schedule) -> Tensor:
+        return super()._sigma(normal + math.log(schedule.shift) / self.std, schedule)
 
 
 @dataclass(frozen=True)

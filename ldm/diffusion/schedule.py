@@ -28,6 +28,13 @@ class Schedule(Kind):
     """Increasing table of noise levels, and the map between timesteps and noise levels that it defines."""
 
     num_timesteps: int
+    shift: float = 1.0
+    """Factor on the noise levels, in training and sampling."""
+
+    @property
+    def pure_noise(self) -> str | None:
+        """Name of the setting by which the last timestep is pure noise; None if it is not."""
+        return None
 
     def levels(self) -> Tensor:
         """Return the noise level of each timestep: [num_timesteps] fp64 on the CPU, increasing; the last may be infinite."""
@@ -76,6 +83,10 @@ class BetaSchedule(Schedule):
     def __post_init__(self) -> None:
         if self.num_timesteps < 2:
             raise ConfigError(f"num_timesteps is {self.num_timesteps}; a schedule needs at least 2.")
+
+    @property
+    def pure_noise(self) -> str | None:
+        return "zero_terminal_snr" if self.zero_terminal_snr else None
 
     @property
     def betas(self) -> Tensor:
@@ -161,6 +172,10 @@ class Flow(Schedule, kind="flow"):
     def __post_init__(self) -> None:
         if self.num_timesteps < 2 or self.shift <= 0:
             raise ConfigError(f"num_timesteps {self.num_timesteps} must be at least 2 and shift {self.shift} above 0.")
+
+    @property
+    def pure_noise(self) -> str | None:
+        return "the schedule flow"
 
     def levels(self) -> Tensor:
         """shift u / (1 - u)"""

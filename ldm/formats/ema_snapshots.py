@@ -9,14 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, warn
 from ldm.formats import native
 from ldm.formats.tensors import fingerprint, read_file, read_metadata, read_tensors, write_tensors
 from ldm.formats.training_checkpoint import MODEL_STAGE, step_of
-from ldm.nn.power_profiles import LONGEST, Profile, coefficients
+from ldm.nn.power_profiles import LONGEST, Profile, coefficients, distance
 
 FOLDER = "ema_snapshots"
 """Name of the folder of the snapshots, in that of the stage."""
+
+INEXACT = 0.05
+"""Relative distance of profiles from which a warning is given."""
 
 
 def write_snapshot(stage: Path, step: int, averages: Mapping[float, Mapping[str, Tensor]]) -> None:
@@ -48,9 +51,15 @@ def reconstructed(stage: Path, length: float, last: int | None = None) -> tuple[
             f"{stage} holds no snapshot of averaged weights; train the stage with the section train.ema_snapshots."
         )
     stored = [(path, Profile(step_of(path), each)) for path in paths for each in _lengths(path)]
-    target = Profile(step_of(paths[-1]), length)
+    target, profiles = Profile(step_of(paths[-1]), length), [each for _, each in stored]
+    factors = coefficients(profiles, target)
+    if (error := distance(profiles, factors, target)) > INEXACT:
+        warn(
+            f"the average that {len(paths)} snapshots in {stage} give has a profile {error:.0%} off that of length {length:g}; "
+            "choose another length, or train with a smaller ema_snapshots.every."
+        )
     total: dict[str, Tensor] = {}
-    for (path, profile), factor in zip(stored, coefficients([each for _, each in stored], target), strict=True):
+    for (path, profile), factor in zip(stored, factors, strict=True):
         prefix = f"{profile.length:g}/"
         for name, tensor in read_tensors(path).items():
             if name.startswith(prefix):

@@ -50,8 +50,19 @@ def inner_product(a: Profile, b: Profile) -> float:
 def coefficients(stored: Sequence[Profile], target: Profile) -> np.ndarray:
     """Return the factors of stored averages whose sum has the profile that is closest to ``target``, in the mean square.
 
-    The solution x of A x = b, with the inner products of the stored profiles in A and those with the target in b.
+    The solution x of A x = b, with the inner products of the stored profiles in A and those with the target in b, divided by its
+    sum, so that weights that never changed stay what they are.
     """
-    products = np.array([[inner_product(a, b) for b in stored] for a in stored])
-    solution: np.ndarray = np.linalg.solve(products, np.array([inner_product(each, target) for each in stored]))
-    return solution
+    solution: np.ndarray = np.linalg.solve(_products(stored), [inner_product(each, target) for each in stored])
+    return solution / solution.sum()
+
+
+def distance(stored: Sequence[Profile], factors: np.ndarray, target: Profile) -> float:
+    """Return the distance in the mean square of a sum of stored averages from a profile, relative to that profile."""
+    norm = inner_product(target, target)
+    cross = factors @ np.array([inner_product(each, target) for each in stored])
+    return float(np.sqrt(max(0.0, factors @ _products(stored) @ factors - 2 * cross + norm) / norm))
+
+
+def _products(stored: Sequence[Profile]) -> np.ndarray:
+    return np.array([[inner_product(a, b) for b in stored] for a in stored])

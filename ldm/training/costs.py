@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.data.buckets import Shape
 from ldm.data.samples import Batch, BatchIndices, captions_of
@@ -25,7 +26,7 @@ from ldm.nn.gradient_checkpointing import set_gradient_checkpointing
 from ldm.training.accelerators import cublas_workspace
 from ldm.training.config import TrainConfig
 from ldm.training.ema import EMA, PowerEMA
-from ldm.training.gradient_clipping import clip_gradients
+from ldm.training.optimizer_step import optimizer_step
 from ldm.training.simulation import CostCounter, autocast, compute_norms_in_fp32, remove_values
 from ldm.training.tasks import TASKS, CLIPTask, DenoiserTask
 from ldm.training.tasks.task import Step, Task
@@ -192,7 +193,8 @@ def step_cost(
         typical = [_typical(captions, task, train.batch_size)] * train.batch_size
         batch = _batch(experiment, task, typical, shape, teacher)
         batches = min(train.accumulate, 2)
-        _step(task, optimizers, parameters, batch, batches, number, train.gradient_clip, precision)
+        accumulated = [(batch, Step(number, 0, torch.Generator().manual_seed(0)))] * batches
+        optimizer_step(task, optimizers, accumulated, batches, train.gradient_clip, partial(autocast, precision))
         for each in averages:
             each.update()
     fixed = [_bytes(tensors) for tensors in (weights, moments, average)]
@@ -213,37 +215,6 @@ def _with_self_conditioning(experiment: Experiment, share: float) -> Experiment:
     """Return the experiment with self-conditioning in a share of the batches."""
     model = replace(cast(Any, experiment.denoiser.model), self_conditioning=share)
     return replace(experiment, denoiser=replace(experiment.denoiser, model=model))
-
-
-def _step(
-    task: Task,
-    optimizers: Sequence[torch.optim.Optimizer],
-    parameters: Sequence[Sequence[nn.Parameter]],
-    batch: Batch,
-    batches: int,
-    number: int,
-    gradient_clip: float | None,
-    precision: str,
-) -> None:
-    """Run optimizer step ``number`` as :class:`ldm.training.engine.StageModule` does, with this number of accumulated batches."""
-    step = Step(number, 0, torch.Generator().manual_seed(0))
-    for last in range(1 - batches, 1):
-        with autocast(precision):
-            losses = task.losses(batch, step)
-            for spec, optimizer, own in zip(task.optimizers(), optimizers, parameters, strict=True):
-                if number < spec.start:
-                    continue
-                for parameter in chain(*parameters):
-                    parameter.requires_grad_(False)
-                for parameter in own:
-                    parameter.requires_grad_(True)
-                loss = next(losses).value / batches
-                with torch.autocast("cpu", enabled=False):
-                    loss.backward()
-                if last == 0:
-                    clip_gradients(own, gradient_clip)
-                    optimizer.step()
-                    optimizer.zero_grad()
 
 
 def _batch(

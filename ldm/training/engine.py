@@ -107,8 +107,8 @@ class StageModule(L.LightningModule):
         """Return the record of the current step, with the generator of ``key``, the same on all ranks."""
         return self._step(self.generator(*key))
 
-    def _step(self, generator: torch.Generator) -> Step:
-        return Step(self.completed_steps, self.seed, generator, self.global_rank, self.world_size)
+    def _step(self, generator: torch.Generator, of_all_ranks: torch.Generator | None = None) -> Step:
+        return Step(self.completed_steps, self.seed, generator, self.global_rank, self.world_size, of_all_ranks)
 
     def batch_step(self, *key: int | str, rows: range | None = None, size: int | None = None) -> Step:
         """Return the record of the current step for a batch that is divided among the ranks.
@@ -124,7 +124,7 @@ class StageModule(L.LightningModule):
         generator = self.generator(*key, 0 if shared else self.global_rank)
         if shared:
             generator.start, generator.total = rows.start, size or self.world_size * count
-        return self._step(generator)
+        return self._step(generator, self.generator(*key, "all ranks"))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed = seed_of(self.seed, self.stage, "dropout", batch_idx, self.global_rank)

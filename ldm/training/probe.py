@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from statistics import median
 from typing import Any
 
 import torch
 
+from ldm.data.samples import Batch
 from ldm.data.stream import TrainStream
 from ldm.devices import default_device, usual_torch_state
 from ldm.training.ema import EMA
 from ldm.training.experiment import Experiment
-from ldm.training.gradient_clipping import clip_gradients
+from ldm.training.optimizer_step import optimizer_step
 from ldm.training.optimizers import set_learning_rate
 from ldm.training.stages import build_module, data_of
 from ldm.training.tasks.task import Step, on_device
@@ -90,37 +91,25 @@ class Probe:
             learning_rate: learning rate of all optimizers.
             number: number of the step, if it is to be another than the number of steps taken.
         """
-        number, total = self.completed if number is None else number, 0.0
-        parameters = [list(chain(*(group["params"] for group in each.param_groups))) for each in self.optimizers]
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, learning_rate)
-        for index in range(self.train.accumulate):
-            batch: Any = on_device(next(self.batches), self.device)
-            batch = batch if self.latents is None else self.latents.complete(batch, self.device)
-            generator = torch.Generator().manual_seed(self.completed * self.train.accumulate + index)
-            with self._autocast():
-                losses = self.task.losses(batch, Step(number, 0, generator))
-                for i, (spec, optimizer) in enumerate(zip(self.specs, self.optimizers, strict=True)):
-                    if number < spec.start:
-                        continue
-                    others = list(chain(*(each for j, each in enumerate(parameters) if j != i)))
-                    for parameter in others:
-                        parameter.requires_grad_(False)
-                    value = next(losses).value / self.train.accumulate
-                    with torch.autocast(self.device.type, enabled=False):
-                        value.backward()
-                    total += float(value.detach()) if i == 0 else 0.0
-                    if index == self.train.accumulate - 1:
-                        clip_gradients(parameters[i], self.train.gradient_clip)
-                        optimizer.step()
-                        optimizer.zero_grad()
-                    for parameter in others:
-                        parameter.requires_grad_(True)
+        batches = self._batches(self.completed if number is None else number)
+        loss = optimizer_step(
+            self.task, self.optimizers, batches, self.train.accumulate, self.train.gradient_clip, self._autocast
+        )
         self.task.after_step()
         if self.ema is not None:
             self.ema.update()
         self.completed += 1
-        return total
+        return 0.0 if loss is None else float(loss)
+
+    def _batches(self, number: int) -> Iterator[tuple[Batch, Step]]:
+        """Yield the batches of the next optimizer step, each with its record."""
+        for index in range(self.train.accumulate):
+            batch: Any = on_device(next(self.batches), self.device)
+            batch = batch if self.latents is None else self.latents.complete(batch, self.device)
+            generator = torch.Generator().manual_seed(self.completed * self.train.accumulate + index)
+            yield batch, Step(number, 0, generator)
 
     def timed(self, count: int, number: int | None = None) -> list[float]:
         """Return the seconds of each of ``count`` steps; ``number`` is that of :meth:`step`."""

@@ -15,6 +15,9 @@ from ldm.nn.ranks import mean_over_ranks
 from ldm.vae.discriminator import PatchDiscriminator, largest_number_of_layers
 from ldm.vae.terms import LossTermConfig
 
+LPIPS_SIDE = 16
+"""Least height and width of images for LPIPS, whose VGG halves them four times."""
+
 
 @dataclass(frozen=True)
 class VAELossConfig(Kind, default="reconstruction"):
@@ -68,14 +71,19 @@ class VAELossConfig(Kind, default="reconstruction"):
     def build(self) -> nn.Module:
         raise NotImplementedError
 
+    def smallest(self, height: int, width: int, factor: int = 1) -> tuple[int, int]:
+        """Return the smallest height and width to which the terms scale images."""
+        for term in self.terms:
+            height, width = term.smallest(height, factor), term.smallest(width, factor)
+        return height, width
+
     def check_size(self, height: int, width: int, factor: int = 1) -> None:
         """Check that discriminator and terms can take images of ``height`` by ``width`` pixels, as the terms scale them.
 
         Raises:
             ConfigError: they are too small for the number of layers of the discriminator, or for a term.
         """
-        for term in self.terms:
-            height, width = term.smallest(height, factor), term.smallest(width, factor)
+        height, width = self.smallest(height, width, factor)
         for term in self.terms:
             term.check_size(height, width)
         most = largest_number_of_layers(min(height, width))
@@ -102,6 +110,15 @@ class AutoencoderLossConfig(VAELossConfig, kind="reconstruction"):
         super().__post_init__()
         if min(self.l1, self.l2, self.lpips) < 0 or self.l1 + self.l2 == 0:
             raise ConfigError("weights must not be negative, and l1 or l2 must be above 0.")
+
+    def check_size(self, height: int, width: int, factor: int = 1) -> None:
+        super().check_size(height, width, factor)
+        height, width = self.smallest(height, width, factor)
+        if self.lpips and min(height, width) < LPIPS_SIDE:
+            raise ConfigError(
+                f"lpips cannot be used with images of {height} x {width} pixels, since its network needs {LPIPS_SIDE}; set it to "
+                "0, or remove the term that scales the images."
+            )
 
     def build(self) -> ReconstructionLoss:
         return ReconstructionLoss(self)

@@ -32,6 +32,16 @@ def test_siglip_is_a_binary_classification_of_all_pairs() -> None:
     torch.testing.assert_close(loss(image, text, scale), expected)
 
 
+@pytest.mark.parametrize("config", [CrossEntropyConfig(), SigLIPConfig()], ids=repr)
+def test_logits_are_computed_in_fp32(config: CLIPLossConfig) -> None:
+    loss, scale = config.build(), torch.tensor(100.0)
+    image, text = features(6, 0).bfloat16(), features(6, 1).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(image, text, scale)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, loss(image.float(), text.float(), scale))
+
+
 def test_siglip_is_that_of_open_clip_and_learns_its_bias() -> None:
     image, text, scale = features(6, 0), features(6, 1), torch.tensor(10.0)
     loss = SigLIPConfig().build()

@@ -52,7 +52,7 @@ def test_a_picture_is_its_embedding_as_one_token() -> None:
     conditioner = image(pooled=True)
     pictures = torch.rand(2, 3, 8, 8) * 2 - 1
     cond = conditioner({"image": pictures})
-    expected = F.normalize(conditioner.tower(pictures), dim=-1) * 4  # the root of 16: unit variance
+    expected = F.normalize(conditioner.tower(pictures).embedding, dim=-1) * 4  # the root of 16: unit variance
     torch.testing.assert_close(cond.context, expected[:, None])
     torch.testing.assert_close(cond.vector, expected)
     assert cond.mask is None

@@ -36,7 +36,6 @@ def test_its_gradient_moves_samples_apart() -> None:
 def test_in_bf16_it_is_computed_in_fp32() -> None:
     z = 10 + 0.01 * torch.randn(4, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(dispersion(z, 0.5), dispersion(z, 0.5))
         inner = dispersion(z, 0.5)
     assert torch.equal(inner, dispersion(z, 0.5))
 

@@ -101,6 +101,18 @@ def test_lognormal_with_flow_is_logit_normal(sampler: NoiseLevelSampler) -> None
     )
 
 
+@pytest.mark.parametrize(
+    ("sampler", "factor"),
+    [(Uniform(), 3), (LogitNormal(), 3), (LowDiscrepancy(LogitNormal(0.5, 0.7)), 3), (LogNormal(0.2), 1)],
+    ids=repr,
+)
+def test_the_shift_of_a_schedule_multiplies_its_levels_but_not_absolute_ones(
+    sampler: NoiseLevelSampler, factor: float
+) -> None:
+    plain, shifted = (sampler.sample(1001, Flow(shift=shift), generator()) for shift in (1.0, 3.0))
+    torch.testing.assert_close(shifted.median(), factor * plain.median())
+
+
 @pytest.mark.parametrize("distribution", [LogNormal(mean=0.3, std=0.8), LogitNormal()], ids=repr)
 @pytest.mark.parametrize("n", [1, 8, 33])
 def test_low_discrepancy_has_equidistant_shares_in_random_order(distribution: LogNormal, n: int) -> None:

@@ -193,7 +193,7 @@ def test_an_image_tower_alone_is_read(tmp_path: Path) -> None:
     load_strictly(tower, part.state, tmp_path)
     pixels, _ = inputs()
     expected = peer(normalized(pixels)).image_embeds
-    torch.testing.assert_close(tower(2 * pixels - 1), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(tower(2 * pixels - 1).embedding, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])

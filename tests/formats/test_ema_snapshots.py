@@ -60,6 +60,15 @@ def test_the_average_of_an_earlier_step(walk: tuple[Path, dict[float, torch.Tens
     torch.testing.assert_close(average["weight"], stored.float(), rtol=1e-5, atol=1e-6)
 
 
+def test_an_inexact_average_keeps_the_scale_and_is_warned_about(tmp_path: Path) -> None:
+    weight = torch.randn(3, 2)
+    for step in (1000, 2000, 2800):
+        write_snapshot(tmp_path, step, {length: {"weight": weight} for length in LENGTHS})
+    with pytest.warns(UserWarning, match=r"the average that 3 snapshots in .* 13% off that of length 0\.15"):
+        average, _ = reconstructed(tmp_path, 0.15)
+    torch.testing.assert_close(average["weight"], weight)
+
+
 @pytest.mark.parametrize(("length", "message"), [(0.3, "above 0 and below 0.2887"), (0.1, "holds no snapshot")])
 def test_what_cannot_be_reconstructed_is_one_sentence(tmp_path: Path, length: float, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):

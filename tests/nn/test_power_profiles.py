@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ldm.nn.power_profiles import Profile, coefficients, decay, exponent, inner_product
+from ldm.nn.power_profiles import Profile, coefficients, decay, distance, exponent, inner_product
 
 
 def values(profile: Profile, n: int = 200_000, until: int = 1000) -> torch.Tensor:
@@ -61,3 +61,13 @@ def test_reconstructed_profiles_are_as_exact_as_documented(count: int, error: fl
     )
     wanted = values(target, 10_000, 1000 * count)
     assert (found - wanted).norm() < error * wanted.norm()
+    assert distance(stored, factors, target) == pytest.approx(float((found - wanted).norm() / wanted.norm()), abs=1e-4)
+
+
+@pytest.mark.parametrize("length", [0.01, 0.07, 0.15, 0.25])
+def test_weights_that_never_changed_stay_what_they_are(length: float) -> None:
+    """Also with few snapshots, and with lengths outside of those stored, whose profiles are met badly."""
+    stored = [Profile(step, each) for step in (1000, 2000, 2800) for each in (0.05, 0.1)]
+    factors = coefficients(stored, Profile(2800, length))
+    assert factors.sum() == pytest.approx(1)
+    assert (distance(stored, factors, Profile(2800, length)) < 0.05) == (length == 0.07)

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ldm.errors import ConfigError, DataError
 from ldm.training.engine import StageModule
 from ldm.training.stages import build_module, data_of, train_stage
 from ldm.training.tasks.task import Step
+from tests.data.pictures import encoded, noise_picture
 from tests.experiments import write_clip
 from tests.tiny import TOKENIZER
 from tests.training import encoding
@@ -151,6 +153,26 @@ def test_an_interrupted_encoding_continues_with_the_same_bytes(
     assert contents(tmp_path / "stopped") == contents(tmp_path / "complete")
     assert not (tmp_path / "stopped" / "train" / "parts").exists()
     assert len(batches) == 10
+
+
+def test_captions_of_another_order_are_refused(trained: Path, tmp_path: Path) -> None:
+    """Text states are stored in the order of the captions, which is that of their weights."""
+    images = (encoded(noise_picture(i, height=20, width=20)) for i in range(4))
+    samples = (
+        Sample(f"{i}", f'{{"short": "car {i}", "long": "a car {i}"}}', each, "png") for i, each in enumerate(images)
+    )
+    write_shard(tmp_path / "json.tar", samples)
+    common = [f"data.{split}={tmp_path / 'json.tar'}" for split in ("train", "val")]
+    common.append(f"data.encoded.folder={tmp_path / 'encoded'}")
+
+    def weights(text: str) -> list[str]:
+        return [*common, f"data.captions={{format: json, weights: {{{text}}}}}"]
+
+    encode(config=trained, overrides=weights("short: 1, long: 1"))
+    for text, problem in (("short: 3, long: 1", None), ("long: 1, short: 1", "order of captions is")):
+        experiment = encoding.experiment(trained, *weights(text))
+        with pytest.raises(DataError, match=problem) if problem else nullcontext():
+            data_of(experiment, build_module(experiment, "denoiser")).samples("train")
 
 
 def test_samples_of_other_settings_are_refused(trained: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ldm.training.system_metrics import SYSTEM
 from tests.data.pictures import encoded, noise_picture
 from tests.experiments import write_clip, write_experiment
 from tests.training.rank_training import record, train
-from tests.training.test_losses import DENOISER
+from tests.training.test_losses import DENOISER, PIXELS
 
 STAGES = ("vae", "clip", "denoiser")
 STEPS = 20
@@ -92,6 +92,39 @@ def test_all_ranks_self_condition_the_same_batches(tmp_path: Path, strategy: str
     one, two = (train(config, [stage], [*common, f"run_dir={tmp_path / str(n)}", *sizes[n]], n) for n in (1, 2))
     for row, wanted in zip(record(two, stage)["rows"], record(one, stage)["rows"], strict=True):
         assert row == pytest.approx(wanted, rel=1e-5, abs=1e-6), row["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "conditioner", ["{kind: text, pooled: false, trainable: true}", "{kind: image, tokens: true, trainable: true}"]
+)
+def test_encoders_of_conditions_are_trained_on_two_ranks(tmp_path: Path, conditioner: str, strategy: str) -> None:
+    """Encoders of whose outputs the denoiser reads one."""
+    config, stage = write_experiment(tmp_path), "denoiser"
+    common = [
+        *PIXELS,
+        f"denoiser.conditioner={conditioner}",
+        "denoiser.model.dropout=0",
+        "denoiser.model.vector_width=null",
+    ]
+    common += [f"{stage}.train.{field}" for field in ("max_steps=3", "validate_every=3", "learning_rate=1e-3")]
+    train(config, ["clip"], ["clip.train.max_steps=1", f"run_dir={tmp_path / 'clip'}"])
+    common += ["clip.train=null", f"clip.checkpoint={tmp_path / 'clip' / 'clip' / 'final.safetensors'}"]
+    sizes = {1: ["denoiser.train.batch_size=6"], 2: ["denoiser.train.batch_size=3", f"trainer.strategy={strategy}"]}
+    one, two = (train(config, [stage], [*common, f"run_dir={tmp_path / str(n)}", *sizes[n]], n) for n in (1, 2))
+    for row, wanted in zip(record(two, stage)["rows"], record(one, stage)["rows"], strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5, abs=1e-6), row["step"]
+
+
+@pytest.mark.slow
+def test_ranks_that_draw_their_own_numbers_evaluate_their_networks_equally_often(tmp_path: Path) -> None:
+    """With ``fsdp2``, whose ranks gather weights in each evaluation, the training would hang otherwise."""
+    config, stage = write_experiment(tmp_path), "denoiser"
+    fields = [f"{stage}.train.{field}" for field in ("max_steps=6", "validate_every=6", "batch_size=3")]
+    settings = [*DENOISER, *fields, "denoiser.model.self_conditioning=0.5", "trainer.shared_draws=false"]
+    folder = train(config, [stage], [*settings, f"run_dir={tmp_path / 'run'}", "trainer.strategy=fsdp2"], 2)
+    assert [row["step"] for row in logged(folder / stage)][-1] == 6
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 import ldm
 from ldm.benchmarks.peaks import count_operations
 from ldm.denoiser import spatial_transformer
+from ldm.diffusion.alignment import RepresentationAlignment
 from ldm.errors import ConfigError
 from ldm.nn.token_routing import route_tokens
 from ldm.training.costs import step_cost
@@ -66,10 +67,18 @@ def test_training_alone_routes_and_its_operations_are_counted(tmp_path: Path, mo
     assert step_cost(routes, "denoiser").flops == in_step["training_step"][1] < step_cost(dense, "denoiser").flops
 
 
-def test_hidden_states_that_a_loss_aligns_have_all_positions(tmp_path: Path) -> None:
+def test_hidden_states_that_a_loss_aligns_have_all_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    aligned = RepresentationAlignment.forward
+
+    def watched(self: RepresentationAlignment, *args: Any, **options: Any) -> Any:
+        seen.append({name: each.shape[2:] for name, each in options["features"].items()})
+        return aligned(self, *args, **options)
+
+    monkeypatch.setattr(RepresentationAlignment, "forward", watched)
     repa = f"denoiser.loss={{kind: repa, hidden_width: 16, feature: down.2, checkpoint: {write_clip(tmp_path)}}}"
-    weights = trained(tmp_path / "run", [*RECIPE, repa], 1)
-    assert all(tensor.isfinite().all() for tensor in weights.values())
+    trained(tmp_path / "run", [*RECIPE, repa], 1)
+    assert {tuple(each["down.2"]) for each in seen if each} == {(8, 8)}, seen
 
 
 @pytest.mark.parametrize(

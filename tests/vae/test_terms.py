@@ -226,11 +226,13 @@ def test_impossible_terms_are_refused(loss: dict[str, Any], message: str) -> Non
             {"terms": ["equivariance", {"kind": "ms_ssim", "scales": 3}]},
             "at least 44 pixels, but they have 16 x 16; set scales to 1 at most",
         ),
+        ({"terms": ["equivariance"], "lpips": 1.0}, "lpips cannot be used with images of 8 x 8 pixels"),
         ({"terms": ["equivariance"], "adversarial": 1.0}, "disc_layers is 3, .* images of 16 x 16 pixels"),
     ],
 )
 def test_terms_that_do_not_fit_the_images_are_refused(loss: dict[str, Any], message: str) -> None:
     config = from_dict(VAELossConfig, loss)
+    side = 32 if "lpips" in loss else 64
     with pytest.raises(ConfigError, match=message):
-        config.check_size(64, 64, 8)
+        config.check_size(side, side, 8)
     config.check_size(512, 512, 8)

@@ -207,8 +207,8 @@ class DenoiserTask(Task):
             cond = self.model.conditioner(batch, generator)
         x0, model = self._latents(batch, generator), self.model
         share = model.config.denoiser.self_conditioning
-        # one number for the batch of all ranks, which then evaluate their networks equally often
-        estimates = share > 0 and float(torch.rand((), generator=generator, device=generator.device)) < share
+        shared = step.of_all_ranks or generator  # all ranks have to evaluate their networks equally often
+        estimates = share > 0 and float(torch.rand((), generator=shared, device=shared.device)) < share
         self_condition = model.with_estimate if estimates else None
         options = {**self.features.argument, **self._features_of(batch), "self_condition": self_condition}
         loss, sigma = self.loss(model.denoiser, model.diffusion, x0, cond, generator, **options)

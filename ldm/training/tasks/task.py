@@ -53,6 +53,7 @@ class Step:
         generator: CPU generator of this step; a resumed run draws the same numbers. :mod:`ldm.nn.ranks` draws those of the rows
             of a batch from it, so that they do not depend on the number of ranks.
         rank, world_size: rank of this process, and number of processes.
+        of_all_ranks: generator of the numbers that all ranks draw alike; None = ``generator``, if that is the same on all ranks.
     """
 
     number: int
@@ -60,6 +61,7 @@ class Step:
     generator: torch.Generator
     rank: int = 0
     world_size: int = 1
+    of_all_ranks: torch.Generator | None = None
 
 
 class TrainLoss(NamedTuple):
