@@ -4,8 +4,9 @@ Bands hold three kinds of errors. *Parameters*: the fit is repeated with losses 
 their standard deviations (randomize-then-optimize, Bardsley et al. 2014, SIAM J. Sci. Comput. 36, A1895), which gives about
 a sample of the posterior distribution, also of parameters that the runs do not determine. *Runs*: another seed gives another
 loss; its standard deviation is estimated from the residuals, those of repeated seeds among them. *Model*: the true curve is no
-sum of power laws. How far the log loss falls below that of all runs is uncertain by a factor, and the longest runs are
-forecast from the others: the spread is enlarged by how far they miss.
+sum of power laws. How far the log loss falls below that of all runs is uncertain by a factor, which is likely above 1 for runs
+that have hardly left the plateau of the first steps, after which the loss falls faster than any curve that is fitted to it. And
+the longest runs are forecast from the others: the spread is enlarged by how far they miss.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm.forecast.curves import Law, Prior, degrees_of_freedom, fit, log_loss, prior_of
+from ldm.forecast.curves import Law, Prior, degrees_of_freedom, fit, log_loss, plateau_share, prior_of
 
 LEVEL = 0.8
 """Probability of a band."""
@@ -32,8 +33,9 @@ FEWEST = 4
 INFLATION_WEIGHT = 4.0
 """Number of left-out runs as which the bands without model error count."""
 
-FALL_SPREAD = 0.35
-"""Standard deviation of the logarithm of the factor between how far the log loss falls below that of all runs, and the curve."""
+PLATEAU_FALL, FALL_SPREAD = 2.0, 0.35
+"""Factor between how far the log loss falls below that of all runs, and the curve: its median if all runs are on the plateau of
+the first steps, which goes to 1 as they leave it, and the standard deviation of its logarithm."""
 
 NORMAL_WIDTH = 2.5631031310892007
 """Width of the band of a standard normal variable."""
@@ -118,14 +120,17 @@ def fit_curves(
         found.reshape(*shape, draws, -1),
         noise.reshape(*shape, draws),
         np.log(losses).min(-1),
-        _factors(noise, generator).reshape(*shape, draws),
+        fall_factors(found, log_ratios, law, generator).reshape(*shape, draws),
         inflation.reshape(shape),
     )
 
 
-def _factors(noise: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Return draws of the factor on the fall beyond the runs, of the shape of the noise."""
-    factors: np.ndarray = np.exp(FALL_SPREAD * generator.standard_normal(noise.shape))
+def fall_factors(
+    parameters: np.ndarray, log_ratios: np.ndarray, law: Law, generator: np.random.Generator
+) -> np.ndarray:
+    """Return draws of the factor on the fall beyond the runs ``[b d]`` for draws of the parameters ``[b d p]``."""
+    median = PLATEAU_FALL ** plateau_share(parameters, log_ratios, law)
+    factors: np.ndarray = median * np.exp(FALL_SPREAD * generator.standard_normal(median.shape))
     return factors
 
 
@@ -188,7 +193,8 @@ def _inflation(
         return np.ones(len(losses))
     _, found, noise = _draws(log_ratios[kept], losses[:, kept], law, draws, generator)
     lowest = np.log(losses[:, kept]).min(-1)
-    predicted = _beyond(log_loss(found, log_ratios[left]), lowest, _factors(noise, generator))
+    factors = fall_factors(found, log_ratios[kept], law, generator)
+    predicted = _beyond(log_loss(found, log_ratios[left]), lowest, factors)
     predicted += noise[..., None] * generator.standard_normal(predicted.shape)
     low, middle, high = np.quantile(predicted, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2], axis=1)
     missed = (np.log(losses[:, left]) - middle) / ((high - low) / NORMAL_WIDTH)

@@ -56,12 +56,20 @@ def simulate(parameters: np.ndarray, noise: float, seed: int, runs: object = RUN
     return Simulated(log_ratios, losses, parameters)
 
 
-def full_losses(ladder: Simulated, noise: float, seed: int) -> np.ndarray:
-    """Draw the loss of the full run of each ladder; beyond the runs its fall has a lognormal factor."""
+def full_losses(ladder: Simulated, noise: float, seed: int, plateau_fall: float = 1.0) -> np.ndarray:
+    """Draw the loss of the full run of each ladder; beyond the runs its fall has a lognormal factor.
+
+    Its median is ``plateau_fall`` to the power of the plateau's share of the longest run, for curves with an offset and a gain.
+    """
     generator = np.random.default_rng(seed)
     expected, lowest = log_loss(ladder.parameters, np.zeros((1, 3)))[:, 0], np.log(ladder.losses).min(-1)
     count = len(expected)
-    fall = np.minimum(expected - lowest, 0) * np.exp(FALL * generator.standard_normal(count))
+    factor = np.exp(FALL * generator.standard_normal(count))
+    if plateau_fall != 1:
+        offset, gain = np.exp(ladder.parameters[:, -2:].T)
+        longest = np.exp(ladder.log_ratios[:, 2] + gain[:, None] * ladder.log_ratios[:, 0]).max(-1)
+        factor *= plateau_fall ** (offset / (offset + longest))
+    fall = np.minimum(expected - lowest, 0) * factor
     losses: np.ndarray = np.exp(np.maximum(expected, lowest) + fall + noise * generator.standard_normal(count))
     return losses
 

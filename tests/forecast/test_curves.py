@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ldm.forecast.bands import Band, fit_curves
-from ldm.forecast.curves import Law, fit, log_loss, log_loss_and_gradient, prior_of
+from ldm.forecast.bands import PLATEAU_FALL, Band, fall_factors, fit_curves
+from ldm.forecast.curves import Law, fit, log_loss, log_loss_and_gradient, plateau_share, prior_of
 from tests.forecast.ladders import LAST, LONGEST, full_losses, population, simulate
 
 WIDE = [(n, d, s) for n in (1, 1e-1, 1e-2, 1e-3) for d in (1, 1e-1, 1e-2, 1e-3) for s in (1, 1e-1, 1e-2, 1e-3)]
@@ -49,15 +49,19 @@ def test_bands_cover_the_full_run_as_often_as_they_say() -> None:
     assert (np.abs(np.log(middle / full)) < np.abs(np.log(ladder.losses.min(-1) / full))).mean() > 0.75
 
 
+@pytest.mark.parametrize("plateau_fall", [1.0, PLATEAU_FALL])
 @pytest.mark.parametrize("offset", [LAST / 20, LAST / 2, 2 * LAST])
-def test_bands_cover_the_full_run_after_a_plateau(offset: float) -> None:
-    """Also if the longest run has mostly not left it. Offsets and gains are those of the prior, around ``offset``."""
+def test_bands_cover_the_full_run_after_a_plateau(offset: float, plateau_fall: float) -> None:
+    """Also if the longest run has mostly not left it. Offsets and gains are those of the prior, around ``offset``.
+
+    The loss falls as fast as the curve after the plateau, or faster.
+    """
     seed, count = 2, 100
     offsets, gains = np.random.default_rng(seed).standard_normal((2, count))
     offsets, gains = np.log(offset) + 1.5 * offsets, np.log(0.1) + 1.5 * gains
     ladder = simulate(np.c_[population(count, seed), offsets, gains], 0.01, seed)
     curves = fit_curves(ladder.log_ratios, ladder.losses, law=Law(3, offset, gain=True), left_out=LONGEST, draws=60)
-    full = full_losses(ladder, 0.01, seed)
+    full = full_losses(ladder, 0.01, seed, plateau_fall)
     low, high = np.quantile(curves.runs(np.zeros((1, 3)), np.random.default_rng(0))[..., 0], [0.1, 0.9], axis=1)
     covered = ((low < full) & (full < high)).mean()
     assert 0.7 <= covered <= 0.92, covered
@@ -133,6 +137,19 @@ def test_only_what_lies_below_all_runs_has_the_factor() -> None:
     )
     assert (fall < 0).mean() > 0.9
     assert np.std(np.log(curves.factor)) == pytest.approx(0.35, rel=0.3)
+
+
+def test_the_fall_after_the_plateau_counts_for_more_as_far_as_the_runs_are_on_it() -> None:
+    law, generator = Law(3, 0.01, gain=True), np.random.default_rng(0)
+    ladder = simulate(np.c_[population(20, 10), np.full(20, np.log(0.01)), np.full(20, np.log(0.1))], 0.005, seed=10)
+    medians = {}
+    for offset in (1e-6, 1e3):
+        parameters = np.c_[ladder.parameters[:, :-2], np.full(20, np.log(offset)), ladder.parameters[:, -1]]
+        draws = np.repeat(parameters[:, None], 400, axis=1)
+        medians[offset] = np.median(fall_factors(draws, ladder.log_ratios, law, generator))
+    assert medians[1e-6] == pytest.approx(1, abs=0.05)
+    assert medians[1e3] == pytest.approx(PLATEAU_FALL, abs=0.1)
+    assert plateau_share(parameters, ladder.log_ratios, Law(3)) == pytest.approx(0)
 
 
 def test_a_band_has_four_fifths_of_the_draws() -> None:
