@@ -55,9 +55,7 @@ class CrossEntropy(nn.Module):
         with warnings.catch_warnings() if many else nullcontext():
             if many:  # the gathering functions of torch that open_clip calls are deprecated
                 warnings.simplefilter("ignore", FutureWarning)
-            with torch.autocast(
-                image_features.device.type, enabled=False
-            ):  # logits reach 100, where bf16 has steps of 0.5
+            with torch.autocast(image_features.device.type, enabled=False):  # bf16 has steps of 0.5 near logits of 100
                 return loss(image_features.float(), text_features.float(), scale.float())
 
 

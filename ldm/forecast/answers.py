@@ -239,9 +239,7 @@ def _pays_until(fitted: _Fitted, worthwhile: float) -> Band | None:
         fitted.curves.log_losses(fitted.at([{"steps": factor * each} for each in factors])) for factor in (1, TWICE)
     )
     worth = now - twice >= -np.log1p(-worthwhile)
-    after = len(factors) - worth[:, ::-1].argmax(
-        1
-    )  # of the last that is worth it; before the first there may be a plateau
+    after = len(factors) - worth[:, ::-1].argmax(1)  # of the last that is worth it: the first may lie on a plateau
     return Band.of(fitted.full.steps * factors[np.where(worth.any(1), after.clip(max=len(factors) - 1), 0)])
 
 

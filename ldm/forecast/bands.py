@@ -120,16 +120,14 @@ def fit_curves(
         found.reshape(*shape, draws, -1),
         noise.reshape(*shape, draws),
         np.log(losses).min(-1),
-        fall_factors(found, log_ratios, law, generator).reshape(*shape, draws),
+        fall_factors(found, log_ratios, generator).reshape(*shape, draws),
         inflation.reshape(shape),
     )
 
 
-def fall_factors(
-    parameters: np.ndarray, log_ratios: np.ndarray, law: Law, generator: np.random.Generator
-) -> np.ndarray:
+def fall_factors(parameters: np.ndarray, log_ratios: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Return draws of the factor on the fall beyond the runs ``[b d]`` for draws of the parameters ``[b d p]``."""
-    median = PLATEAU_FALL ** plateau_share(parameters, log_ratios, law)
+    median = PLATEAU_FALL ** plateau_share(parameters, log_ratios)
     factors: np.ndarray = median * np.exp(FALL_SPREAD * generator.standard_normal(median.shape))
     return factors
 
@@ -193,7 +191,7 @@ def _inflation(
         return np.ones(len(losses))
     _, found, noise = _draws(log_ratios[kept], losses[:, kept], law, draws, generator)
     lowest = np.log(losses[:, kept]).min(-1)
-    factors = fall_factors(found, log_ratios[kept], law, generator)
+    factors = fall_factors(found, log_ratios[kept], generator)
     predicted = _beyond(log_loss(found, log_ratios[left]), lowest, factors)
     predicted += noise[..., None] * generator.standard_normal(predicted.shape)
     low, middle, high = np.quantile(predicted, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2], axis=1)

@@ -142,13 +142,13 @@ def log_loss(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
     return found
 
 
-def plateau_share(parameters: np.ndarray, log_ratios: np.ndarray, law: Law) -> np.ndarray:
+def plateau_share(parameters: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
     """Return r_0 / (r + r_0) of the longest of runs, ``[...]``: 1 if all of them are on the plateau, 0 if it is far behind them.
 
     The arguments are those of :func:`log_loss`; without an offset it is 0.
     """
     parts = _Parts.of(parameters, log_ratios.shape[-1])
-    if law.offset is None or parts.offset is None:
+    if parts.offset is None:
         return np.zeros(parameters.shape[:-1])
     return _logistic(parts.offset[..., 0, 0] - parts.gained(log_ratios).max(-1))
 
