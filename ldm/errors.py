@@ -25,6 +25,10 @@ class DataError(LdmError):
     """Pictures, captions or shards that are missing or unreadable."""
 
 
+class MissingCaptionsError(DataError):
+    """Data without the captions that something needs."""
+
+
 class StorageError(DataError):
     """Shard that cannot be read at all, as opposed to one sample of it that is broken: missing, replaced, or out of reach."""
 

@@ -106,7 +106,8 @@ class Run:
         found = Record.read(self.folder)
         if found is None:
             return Record(self.task)
-        if found.task != self.task and found.state == "finished":
+        judges = found.task.judges or self.task.judges  # earlier versions did not record them
+        if replace(found.task, judges=judges) != self.task and found.state == "finished":
             return replace(found, task=self.task, state="trained")
         return replace(found, task=self.task)
 

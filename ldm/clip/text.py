@@ -88,12 +88,6 @@ class TextTower(nn.Module):
         if self.projection is not None:
             nn.init.normal_(self.projection.weight, std=config.width**-0.5)
 
-    def freeze_what_only_pooled_needs(self) -> None:
-        """Disable the gradients of the parameters that the context does not depend on."""
-        unread = [*self.blocks[self.config.context_depth :], *([] if self.projection is None else [self.projection])]
-        for module in unread if self.config.context_norm else [*unread, self.final_norm]:
-            module.requires_grad_(False)
-
     def forward(self, tokens: Tensor, clip_skip: int = 0) -> TextOutput:
         """``tokens [b n]``, n at most ``context_length``. Padding is not masked, as in SD.
 

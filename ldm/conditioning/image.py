@@ -80,8 +80,6 @@ class ImageConditioner(Conditioner):
         self.size = tower.image_size
         self.width = embed_dim
         self.tower = tower.build(embed_dim).requires_grad_(config.trainable)
-        if config.tokens and not config.pooled:
-            self.tower.projection.requires_grad_(False)  # nothing reads the embedding
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         """Compute the conditioning; the embedding has unit variance per channel on average, like other contexts."""

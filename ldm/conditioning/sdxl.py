@@ -109,7 +109,6 @@ class SDXLConditioner(Conditioner):
         self.config = config
         self.tokenizers = (tokenizer, tokenizer.with_padding(config.pad_id))
         self.first = first.build().requires_grad_(config.trainable)
-        self.first.freeze_what_only_pooled_needs()
         self.second = config.second.build().requires_grad_(config.trainable)
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:

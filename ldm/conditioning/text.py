@@ -74,8 +74,6 @@ class TextConditioner(Conditioner):
         self.config = config
         self.tokenizer = tokenizer
         self.tower = tower.build().requires_grad_(config.trainable)
-        if not config.pooled:
-            self.tower.freeze_what_only_pooled_needs()
 
     def forward(self, inputs: Mapping[str, Any], generator: torch.Generator | None = None) -> Conditioning:
         states = self.text_states(inputs, texts(inputs, self.config.dropout, generator))

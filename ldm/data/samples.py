@@ -27,7 +27,7 @@ from ldm.data.caption_choice import CaptionConfig
 from ldm.data.filters import Selection
 from ldm.data.shards import Shards
 from ldm.data.transforms import decode, to_tensor
-from ldm.errors import DataError, StorageError
+from ldm.errors import DataError, MissingCaptionsError, StorageError
 from ldm.image_files import image_size
 from ldm.modalities import MODALITIES, Modality
 from ldm.modalities.caption import CAPTION
@@ -388,10 +388,10 @@ def captions_of(batch: Mapping[str, Any], reader: str) -> list[Any]:
     """Return the captions of a batch, which ``reader`` needs.
 
     Raises:
-        DataError: the data has none.
+        MissingCaptionsError: the data has none.
     """
     if "text" not in batch:
-        raise DataError(f"{reader} needs captions, but the data has none; give each sample a .txt.")
+        raise MissingCaptionsError(f"{reader} needs captions, but the data has none; give each sample a .txt.")
     captions: list[Any] = batch["text"]
     return captions
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ldm.config import Kind, config_field
 from ldm.diffusion.noise_level_samplers import NoiseLevelSampler, Uniform
-from ldm.diffusion.parametrization import Diffusion, Flow, per_item
+from ldm.diffusion.parametrization import Diffusion, Eps, Flow, per_item
 from ldm.diffusion.schedule import BetaSchedule, Schedule
 from ldm.diffusion.weightings import snr_weight
 from ldm.errors import ConfigError
@@ -133,6 +133,11 @@ class WeightedLossConfig(DenoisingLossConfig, kind="weighted"):
             raise ConfigError(
                 f"the weighting {self.weighting} cannot be used with the parametrization flow, which weights noise levels by how "
                 "often they are drawn; choose none, and a noise_level_sampler such as logit_normal."
+            )
+        if schedule.pure_noise and isinstance(diffusion.parametrization, Eps):
+            raise ConfigError(
+                f"the parametrization eps cannot be trained with {schedule.pure_noise}, because in pure noise the predicted "
+                "noise contains no information about the image; choose flow or v."
             )
         if schedule.pure_noise and self.weighting != "none":
             raise ConfigError(

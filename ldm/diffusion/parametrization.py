@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ldm.config import Kind, config_field
-from ldm.diffusion.schedule import ScaledLinear, Schedule
+from ldm.diffusion.schedule import BetaSchedule, ScaledLinear, Schedule
 from ldm.errors import ConfigError
 
 C = TypeVar("C")
@@ -154,10 +154,11 @@ class Diffusion:
     parametrization: Parametrization = config_field(Eps(), "What the network predicts.")
 
     def __post_init__(self) -> None:
-        if self.schedule.pure_noise and isinstance(self.parametrization, Eps):
+        zero_terminal_snr = isinstance(self.schedule, BetaSchedule) and self.schedule.zero_terminal_snr
+        if zero_terminal_snr and isinstance(self.parametrization, Eps):
             raise ConfigError(
-                f"{self.schedule.pure_noise} cannot be used with the parametrization eps, because in pure noise the "
-                "predicted noise contains no information about the image; choose v or flow."
+                "zero_terminal_snr cannot be used with the parametrization eps, because in pure noise the predicted "
+                "noise contains no information about the image; choose v."
             )
 
     def model_output(

@@ -115,7 +115,7 @@ def open_subject(request: Request, say: Callable[[str], object] = warn) -> Subje
         **parts,
     )
     if subject.pipe is not None:
-        subject.sampling_settings()  # before anything is computed
+        subject.given_settings()  # before anything is computed
     if request.ema_length is not None:
         subject = with_average(request, subject, request.ema_length)
     if request.compiled and subject.pipe:

@@ -27,7 +27,7 @@ class Conditions:
         n: number of images or captions that were measured.
         data: hash of the images and captions of the split.
         reference, reference_n: hash and number of the images that they were compared with; None for none.
-        size: height and width of the images of the data in pixels; ``sampling.size`` has those of generated ones.
+        size: height and width of the images in pixels; ``sampling.size`` has those of generated images if they differ.
         seed: seed of the first generated image, and of noise and training in other metrics.
         network, network_hash, resize: feature network, hash of its weights, and the filter by which it resizes images.
         sampler, steps, guidance_scale: how images were generated; None for numbers without generated images.

@@ -17,7 +17,7 @@ import numpy as np
 from ldm import __version__
 from ldm.config import to_dict
 from ldm.diffusion import SPECS
-from ldm.errors import CheckpointError, DataError, MissingExtraError, warn
+from ldm.errors import CheckpointError, MissingCaptionsError, MissingExtraError, warn
 from ldm.evaluation.intervals import LEVEL
 from ldm.evaluation.metric import Metric, Number, Part, chosen
 from ldm.evaluation.opening import Request, open_subject
@@ -47,7 +47,7 @@ def measure(
             and without one if they do not apply to the subject.
 
     Raises:
-        CheckpointError, DataError, MissingExtraError: the networks or captions of a required metric are missing.
+        CheckpointError, MissingCaptionsError, MissingExtraError: the networks or captions of a required metric are missing.
     """
     receipts: list[Receipt] = []
     left_out: defaultdict[str, list[str]] = defaultdict(list)
@@ -55,7 +55,7 @@ def measure(
         progress(each.name)
         try:
             found = [receipt(subject, each.part, number) for number in each.run(subject)]
-        except (CheckpointError, DataError, MissingExtraError) as error:
+        except (CheckpointError, MissingCaptionsError, MissingExtraError) as error:
             if each.name in required:
                 raise
             left_out[str(error)].append(each.name)
@@ -208,12 +208,13 @@ def _sampling(subject: Subject, part: Part) -> dict[str, Any]:
     sampler, defaults, record = str(settings.sampler), model.config.sampling, settings.record()
     steps = record.pop("num_inference_steps", defaults.num_inference_steps)
     latent = subject.pipe.latent_shape(record.pop("height", None), record.pop("width", None))
+    size = [side * model.config.first_stage.factor for side in latent[1:]]
     sampling = {
         **{name: each for name, each in to_dict(defaults).items() if name in ("spacing", "offset", "final", "shift")},
         **{name: each for name, each in record.items() if name != "sampler"},
         **{f"guidance_{name}": each for name, each in asdict(settings.guidance).items() if name != "scale"},
         "options": dict(settings.sampler_options or {}),
-        "size": [side * model.config.first_stage.factor for side in latent[1:]],
+        **({} if size == list(subject.experiment.data.image_shape[1:]) else {"size": size}),
     }
     return {
         "sampler": sampler,

@@ -226,18 +226,25 @@ class Subject:
             self._weights[id(module)] = weights_hash(module)
         return self._weights[id(module)]
 
-    def sampling_settings(self, swept: Mapping[str, Any] = MappingProxyType({})) -> SamplingSettings:
-        """Return how images are generated, with the values of a combination of a sweep.
+    def given_settings(self, swept: Mapping[str, Any] = MappingProxyType({})) -> SamplingSettings:
+        """Return the sampling settings that are given, with the values of a combination of a sweep.
 
         Raises:
             SamplingError: a setting is unknown, has an invalid value, or is one that the evaluation gives itself.
         """
-        assert self.pipe is not None
         given = {**self.settings, **swept, **self.further}
         if own := [name for name in given if name in OWN_SETTINGS]:
             raise SamplingError(f"the evaluation gives {own[0]} itself; leave it out.")
-        found = SamplingSettings.of(**{name: each for name, each in given.items() if each is not None})
-        return found.resolved(self.pipe.model.config.sampling)
+        return SamplingSettings.of(**{name: each for name, each in given.items() if each is not None})
+
+    def sampling_settings(self, swept: Mapping[str, Any] = MappingProxyType({})) -> SamplingSettings:
+        """Return :meth:`given_settings` with the defaults of the model.
+
+        Raises:
+            SamplingError: as there, or the sampler does not take a setting.
+        """
+        assert self.pipe is not None
+        return self.given_settings(swept).resolved(self.pipe.model.config.sampling)
 
     def generate(self, captions: Sequence[str], seed: int | Sequence[int], settings: Mapping[str, Any]) -> Tensor:
         """Generate an image for each caption, ``[n 3 h w]`` in [-1, 1] on the CPU; image i has the seed ``seed + i``."""

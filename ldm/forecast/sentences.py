@@ -97,13 +97,16 @@ def _paying(forecast: Forecast, worthwhile: float) -> str:
             f"Training stops paying before {_rounded(steps / FARTHEST)} steps: from there on, twice the steps lower the loss by "
             f"less than {percent}."
         )
-    about, high = (
-        f"more than {_rounded(FARTHEST * steps)}" if value >= 0.9 * FARTHEST * steps else f"{prefix}{_rounded(value)}"
-        for prefix, value in (("about ", band.median), ("", band.high))
+    farthest, end = f"more than {_rounded(FARTHEST * steps)}", 0.99 * FARTHEST * steps
+    when = (
+        f"about {_rounded(band.median)} steps, {duration(band.median * per_step)}"
+        if band.median < end
+        else f"{farthest} steps"
     )
+    high = _rounded(band.high) if band.high < end else farthest
     return (
-        f"Training stops paying at {about} steps, {duration(band.median * per_step)} (80 %: {_rounded(band.low)} to {high}): "
-        f"from there on, twice the steps lower the loss by less than {percent}."
+        f"Training stops paying at {when} (80 %: {_rounded(band.low)} to {high}): from there on, twice the steps lower the loss "
+        f"by less than {percent}."
     )
 
 

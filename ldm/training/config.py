@@ -141,7 +141,8 @@ class TrainerConfig:
     shared_draws: bool = config_field(
         True,
         "each device draws the random numbers of the batch of all devices and uses its part, so that a training does not depend "
-        "on their number but for dropout and routing; false = each draws its own, which saves time with very many devices",
+        "on their number, except for dropout, token routing and patch dropout; false = each draws its own, which saves time with "
+        "very many devices",
     )
     precision: Precision = config_field(
         "auto", "autocast precision of the networks; auto = bf16 where the hardware supports it natively, else fp32"

@@ -67,6 +67,11 @@ class Experiment:
         if self.denoiser.loss.reads_images:
             self._check_loss_of_images()
         if self.vae.train is not None:
+            if self.vae.train.ema_snapshots is not None:
+                raise ConfigError(
+                    "vae.train.ema_snapshots cannot be used, since the latent statistics of a first stage belong to its own "
+                    "average; remove it, and set vae.train.ema_decay."
+                )
             try:
                 for shape in (self.data.image_shape[1:], *self.data.bucket_shapes):
                     self.vae.loss.check_size(*shape, self.vae.model.factor)

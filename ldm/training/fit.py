@@ -90,7 +90,7 @@ def fit(
         accelerator=config.accelerator,
         devices=devices,
         num_nodes=num_nodes,
-        strategy=strategy_of(config, len(module.specs)),
+        strategy=strategy_of(config, module.task.leaves_out_parameters),
         precision=PRECISIONS[config.precision_of(train)],
         max_epochs=1,  # one epoch of the training stream is the complete run
         val_check_interval=train.max_steps * train.accumulate + 1,  # never; see Validation

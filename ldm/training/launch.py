@@ -46,10 +46,12 @@ def devices_and_nodes(config: TrainerConfig) -> tuple[int | str, int]:
     return counts[0], counts[1]
 
 
-def strategy_of(config: TrainerConfig, optimizers: int) -> str | Strategy:
-    """Return the strategy that a config names, for a stage with this number of optimizers.
+def strategy_of(config: TrainerConfig, leaves_out_parameters: bool) -> str | Strategy:
+    """Return the strategy that a config names.
 
-    DDP must look for parameters without gradients where there are several optimizers, since each trains its own part.
+    Args:
+        config: the config.
+        leaves_out_parameters: see :attr:`ldm.training.tasks.task.Task.leaves_out_parameters`.
 
     Raises:
         TrainingError: there is no such strategy.
@@ -58,7 +60,7 @@ def strategy_of(config: TrainerConfig, optimizers: int) -> str | Strategy:
     gpus = torch.cuda.device_count() if config.accelerator in ("auto", "gpu", "cuda") else 0
     several = nodes > 1 or (gpus if devices == "auto" else int(devices)) > 1
     if config.strategy == "ddp" or (config.strategy == "auto" and several):
-        return DDPStrategy(find_unused_parameters=optimizers > 1)
+        return DDPStrategy(find_unused_parameters=leaves_out_parameters)
     if config.strategy == "fsdp2":
         from ldm.training.sharding import FSDP2
 

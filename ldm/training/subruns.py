@@ -105,8 +105,8 @@ def digest(experiment: Experiment, stage: str, without: Sequence[str] = ()) -> s
         "precision": [experiment.trainer.precision, experiment.trainer.compile],
     }
     if stage == "denoiser":
-        before = [each for each in (experiment.vae, experiment.clip) if each is not None]
-        shared["stages"] = [[to_dict(each.model), each.checkpoint] for each in before]
+        before = (experiment.vae, experiment.clip)
+        shared["stages"] = [None if each is None else [to_dict(each.model), each.checkpoint] for each in before]
     shared = _by_weights(shared)
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -113,11 +113,12 @@ class AutoencoderLossConfig(VAELossConfig, kind="reconstruction"):
 
     def check_size(self, height: int, width: int, factor: int = 1) -> None:
         super().check_size(height, width, factor)
-        height, width = self.smallest(height, width, factor)
-        if self.lpips and min(height, width) < LPIPS_SIDE:
+        smallest = min(self.smallest(height, width, factor))
+        if self.lpips and smallest < LPIPS_SIDE:
+            scaled = " that a term has scaled" if smallest < min(height, width) else ""
             raise ConfigError(
-                f"lpips cannot be used with images of {height} x {width} pixels, since its network needs {LPIPS_SIDE}; set it to "
-                "0, or remove the term that scales the images."
+                f"lpips cannot be used with images of {smallest} pixels{scaled}, since its network needs {LPIPS_SIDE}; set "
+                "it to 0."
             )
 
     def build(self) -> ReconstructionLoss:

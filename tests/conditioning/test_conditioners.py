@@ -52,18 +52,6 @@ def test_the_tower_gets_gradients_only_if_it_is_trained_along() -> None:
     assert text(trainable=True)({"text": CAPTIONS}).context.requires_grad
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"hidden_state": "penultimate"}, {"context_norm": False}], ids=str)
-def test_only_what_the_denoiser_reads_is_trained(pooled: bool, changes: dict[str, Any]) -> None:
-    """Parameters without gradients would be averaged, and waited for on several devices."""
-    conditioner = text(trainable=True, pooled=pooled, tower=TOWER | {"embed_dim": 6, "layers": 2} | changes)
-    cond = conditioner({"text": CAPTIONS})
-    (cond.context.square().sum() + (cond.vector.square().sum() if pooled else 0)).backward()
-    for name, parameter in conditioner.named_parameters():
-        assert (parameter.grad is not None) == parameter.requires_grad, name
-    assert conditioner.tower.token_embedding.weight.requires_grad
-
-
 def test_labels_are_rows_of_a_table_and_no_label_is_its_last() -> None:
     conditioner = label(dropout=0.5)
     table = conditioner.embedding.weight

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,16 +11,17 @@ import torch
 from torch import Tensor
 
 from ldm.clip.model import CLIP
-from ldm.errors import ConfigError
+from ldm.data.samples import Batch
+from ldm.errors import ConfigError, StorageError
 from ldm.evaluation.collected import Collected
 from ldm.evaluation.metric import all_metrics
 from ldm.evaluation.metrics import contrastive
-from ldm.evaluation.runner import receipt
+from ldm.evaluation.runner import measure, receipt
 from ldm.evaluation.subject import Options, Subject
 from ldm.evaluation.sweep import counted
 from ldm.formats import save
-from tests.evaluation.subjects import numbers, opened
-from tests.tiny import tiny_model
+from tests.evaluation.subjects import numbers, opened, tiny_clip
+from tests.tiny import TOKENIZER, tiny_model
 
 
 def test_a_repeated_caption_is_one_of_the_captions_among_which_images_are_found(subject: Subject) -> None:
@@ -109,3 +112,22 @@ def test_images_are_compared_with_captions_in_parts(folder: Path, monkeypatch: p
         for key, number in found.items():
             for end in ("value", "low", "high"):
                 assert getattr(number.estimate, end) == pytest.approx(getattr(values[key].estimate, end), rel=1e-4)
+
+
+def test_missing_captions_leave_metrics_out_but_unreadable_data_end_an_evaluation(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, metrics = list(subject.measured()), [all_metrics()[name] for name in ("retrieval", "psnr")]
+    without = [{name: each for name, each in batch.items() if name != "text"} for batch in batches]
+    monkeypatch.setattr(Subject, "measured", lambda self: iter(without))
+    clip = tiny_clip(), TOKENIZER
+    with pytest.warns(UserWarning, match="the metric retrieval is left out: the evaluation of CLIP needs captions"):
+        found = measure(replace(subject, clip=clip), metrics)
+    assert {each.conditions.metric for each in found} == {"psnr"}
+
+    def unreadable(self: Subject) -> Iterator[Batch]:
+        raise StorageError("the shard val.tar cannot be read (connection reset).")
+
+    monkeypatch.setattr(Subject, "measured", unreadable)
+    with pytest.raises(StorageError, match=r"val\.tar"):
+        measure(replace(subject, clip=clip, _reconstructed={}), metrics)

@@ -82,6 +82,14 @@ def test_a_sweep_makes_a_table_a_plot_and_receipts(
     assert first.weights != second.weights
     assert [each.again for each in verify(again[1])] == [second]
 
+    swept = [
+        "--sampler",
+        "ddim,euler_ancestral",
+        "--setting",
+        "eta=0.5",
+    ]  # which the sampler of the model does not take
+    assert call(monkeypatch, tmp_path, *swept, "--steps", 1, "--images", 6) == 0
+
     own = ["--features", f"own={tmp_path / 'clip.safetensors'}"]
     axes = ["--x", "precision", "--y", "nearest_training_image"]
     assert call(monkeypatch, tmp_path, *own, *axes, "--steps", "1,2") == 0

@@ -57,14 +57,14 @@ def test_other_devices_than_those_of_the_launcher_are_refused(monkeypatch: pytes
 
 
 def test_a_strategy_is_found_by_its_name() -> None:
-    assert strategy_of(TrainerConfig(accelerator="cpu"), 1) == "auto"
-    several = strategy_of(TrainerConfig(accelerator="cpu", devices=2), 2)
+    assert strategy_of(TrainerConfig(accelerator="cpu"), False) == "auto"
+    several = strategy_of(TrainerConfig(accelerator="cpu", devices=2), True)
     assert isinstance(several, DDPStrategy)
     assert several._ddp_kwargs == {"find_unused_parameters": True}
-    assert isinstance(strategy_of(TrainerConfig(strategy="fsdp2"), 1), FSDP2)
-    assert strategy_of(TrainerConfig(strategy="ddp_spawn"), 1) == "ddp_spawn"
+    assert isinstance(strategy_of(TrainerConfig(strategy="fsdp2"), False), FSDP2)
+    assert strategy_of(TrainerConfig(strategy="ddp_spawn"), False) == "ddp_spawn"
     with pytest.raises(TrainingError, match=r"trainer\.strategy: unknown strategy 'fsdp3'; did you mean 'fsdp2'\?"):
-        strategy_of(TrainerConfig(strategy="fsdp3"), 1)
+        strategy_of(TrainerConfig(strategy="fsdp3"), False)
 
 
 def test_scripts_are_well_formed() -> None:

@@ -75,6 +75,7 @@ def test_recipes_of_the_loss_have_an_effect(tmp_path: Path, common: list[str], r
             ["denoiser.diffusion.schedule.zero_terminal_snr=true", "denoiser.loss={weighting: min_snr}"],
             "weighting min_snr",
         ),
+        (["denoiser.diffusion={schedule: flow, parametrization: eps}"], "eps cannot be trained with the schedule flow"),
         (
             ["denoiser.diffusion.schedule=flow", "denoiser.loss={weighting: min_snr}"],
             "weighting min_snr .* the schedule flow",

@@ -126,7 +126,7 @@ def test_a_codebook_of_a_frozen_encoder_stays_as_it_is(tmp_path: Path) -> None:
         ),
         (["vae.loss.terms=[ms_ssim]"], "vae.loss: terms: ms_ssim with 5 scales needs images of at least 176 pixels"),
         (["vae.freeze=decoder"], "freeze"),
-        (["vae.train.ema_snapshots.every=2"], "ema_snapshots cannot be used in stage vae"),
+        (["vae.train.ema_snapshots.every=2"], "vae.train.ema_snapshots cannot be used"),
     ],
 )
 def test_recipes_that_do_not_fit_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -226,7 +226,10 @@ def test_impossible_terms_are_refused(loss: dict[str, Any], message: str) -> Non
             {"terms": ["equivariance", {"kind": "ms_ssim", "scales": 3}]},
             "at least 44 pixels, but they have 16 x 16; set scales to 1 at most",
         ),
-        ({"terms": ["equivariance"], "lpips": 1.0}, "lpips cannot be used with images of 8 x 8 pixels"),
+        (
+            {"terms": ["equivariance"], "lpips": 1.0},
+            "lpips cannot be used with images of 8 pixels that a term has scaled",
+        ),
         ({"terms": ["equivariance"], "adversarial": 1.0}, "disc_layers is 3, .* images of 16 x 16 pixels"),
     ],
 )

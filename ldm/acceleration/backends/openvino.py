@@ -62,7 +62,7 @@ class OpenVINO(Backend, kind="openvino"):
     )
     cache: str | None = config_field("~/.cache/ldm/openvino", "folder of compiled programs; null = none", path=True)
     cache_gib: float = config_field(
-        20.0, "size in GiB of the folder, from which the least recently used programs are removed"
+        20.0, "largest size of the folder in GiB; beyond it the least recently used programs are removed"
     )
 
     @classmethod

@@ -192,6 +192,10 @@ class DenoiserTask(Task):
         encoders = (encoder for _, encoder in self.model.conditioner.pretrained_encoders())
         return [self.model.denoiser, *(each for each in encoders if any(p.requires_grad for p in each.parameters()))]
 
+    @property
+    def leaves_out_parameters(self) -> bool:
+        return len(self.called_modules) > 1  # an encoder, of which the conditioner may read one output alone
+
     def check_batch_size(self, size: int) -> None:
         loss = self.config.loss
         if loss.compares_samples and size < 2:

@@ -178,6 +178,14 @@ class Task(nn.Module):
         raise NotImplementedError
 
     @property
+    def leaves_out_parameters(self) -> bool:
+        """True if a loss may leave out parameters that are trained, for which DDP then has to look in each step.
+
+        They are those of other optimizers, or of outputs that the loss does not read.
+        """
+        return len(self.optimizers()) > 1
+
+    @property
     def unsharded(self) -> Sequence[nn.Parameter]:
         """Parameters within :attr:`called_modules` that a step uses directly, so that each rank keeps all of their values."""
         return ()

@@ -70,11 +70,6 @@ class VAEStage:
                 raise ConfigError(
                     f"loss.terms contains {term.kind}, which trains the encoder, but freeze is encoder; remove one."
                 )
-        if self.train is not None and self.train.ema_snapshots is not None:
-            raise ConfigError(
-                "train.ema_snapshots cannot be used in stage vae, whose latent statistics belong to its own average; remove it, "
-                "and set train.ema_decay."
-            )
         if self.freeze and not self.model.has_weights:
             raise ConfigError(f"freeze is encoder, but the first stage {self.model.kind} has none; set it to null.")
         if self.freeze and self.train is not None and self.train.init is None:
