@@ -109,7 +109,7 @@ class VAEPenaltyConfig(AutoencoderLossConfig):
 
 
 class CLIPPenaltyConfig(CrossEntropyConfig):
-    features = ("image",)
+    features = ("image.projection",)
 
     def build(self) -> nn.Module:  # type: ignore[override]
         return CLIPPenalty()
