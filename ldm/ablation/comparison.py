@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from ldm.ablation.metrics import LEVELS, METRICS, Measured, mean_error
+from ldm.ablation.metrics import LEVELS, METRICS, mean_error
 from ldm.ablation.recipes import PLAIN
 from ldm.ablation.runs import Record
 from ldm.evaluation.intervals import LEVEL, t_quantile
@@ -136,10 +136,10 @@ def compare(
         if record.state == "diverged":
             diverged[record.task.recipe].add(record.task.seed)
     for record, found in zip(finished, numbers, strict=True):
-        if by in found and not _is_finite(found[by]):
+        if by in found and not math.isfinite(found[by].value):
             diverged[record.task.recipe].add(record.task.seed)
         for name, each in found.items():
-            if _is_finite(each):
+            if math.isfinite(each.value):
                 before = spreads[record.task.recipe].get(name)
                 values = {**(before.values if before else {}), record.task.seed: each.value}
                 spreads[record.task.recipe][name] = Spread(dict(sorted(values.items())), each.better, each.unit)
@@ -167,10 +167,6 @@ def compare(
             )
         )
     return rows, by
-
-
-def _is_finite(number: Measured) -> bool:
-    return math.isfinite(number.value)
 
 
 def _verdict(

@@ -271,14 +271,15 @@ def sweep(
     subject = open_subject(request, say)
     result = measure(subject, values, (x, y), say, functools.partial(with_average, request, subject))
     out.mkdir(parents=True, exist_ok=True)
-    points, of = [], metrics_of_samples()
+    points, by_number = [], metrics_of_samples()
+    metrics = list(dict.fromkeys(by_number[name].name for name in (x, y) if name in by_number))
     for i, (point, on_front) in enumerate(zip(result.points, result.front, strict=True), start=1):
         sampling = dict(point.settings)
         again = replace(
             request,
             ema_length=sampling.pop("ema_length", None),
             settings=sampling,
-            metrics=list(dict.fromkeys(of[each.conditions.metric].name for each in point.receipts)),
+            metrics=metrics,
         )
         receipts_of(again, subject, point.receipts).write(out / f"receipts-{i}.json")
         points.append(

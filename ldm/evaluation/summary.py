@@ -24,12 +24,7 @@ COLUMNS = 8
 
 
 def samples_of_training(run: Subject) -> dict[str, Any]:
-    """Measure the recall by image for every n-th caption of the training set, among the images of all splits.
-
-    Only for models whose one condition is the caption.
-    """
-    if not run.samples_text:
-        return {}
+    """Measure the recall by image for every n-th caption of the training set, among the images of all splits."""
     truths, first = run.gallery()
     made = run.generated(run.train_every)
     own = torch.from_numpy(made.rows + first["train"])
@@ -46,9 +41,8 @@ def sheet(run: Subject) -> Image:
 
 def side_by_side(made: Tensor, truths: Tensor, captions: Sequence[str]) -> Image:
     """Arrange generated above true images, ``[n 3 h w]`` in [-1, 1], resized to these, with a caption under each pair."""
-    made = (
-        F.interpolate(made, truths.shape[-2:], mode="bicubic", antialias=True) if made.shape != truths.shape else made
-    )
+    if made.shape != truths.shape:
+        made = F.interpolate(made, truths.shape[-2:], mode="bicubic", antialias=True)
     pairs = ((torch.cat([made, truths], dim=2) + 1) / 2).clamp(0, 1)
     return Images.of(pairs).grid(columns=COLUMNS, captions=captions)
 

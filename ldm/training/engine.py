@@ -124,7 +124,8 @@ class StageModule(L.LightningModule):
         generator = self.generator(*key, 0 if shared else self.global_rank)
         if shared:
             generator.start, generator.total = rows.start, size or self.world_size * count
-        return self._step(generator, self.generator(*key, "all ranks"))
+        alike = shared or self.world_size == 1
+        return self._step(generator, None if alike else self.generator(*key, "all ranks"))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed = seed_of(self.seed, self.stage, "dropout", batch_idx, self.global_rank)

@@ -86,7 +86,7 @@ def _memorisation(draw: np.random.Generator) -> Estimate:
 
 
 def _logit_scale(draw: np.random.Generator) -> Estimate:
-    """Of images that are their captions with noise."""
+    """The best scale for images that are their captions with noise."""
     target = torch.from_numpy(draw.integers(0, len(CAPTIONS), 200))
     images = F.normalize(CAPTIONS[target] + 0.5 * torch.from_numpy(draw.standard_normal((200, 8))), dim=1)
     return best_scale(images @ CAPTIONS.T, target)
@@ -150,7 +150,7 @@ def test_the_jackknife_of_a_mean_of_equal_groups_is_the_standard_error_of_the_gr
 
 
 def test_the_jackknife_does_not_depend_on_a_period_of_the_samples() -> None:
-    """As of images that are sorted by class, ten of them in turn."""
+    """Images of ten classes in turn have such a period."""
     values = np.tile(np.arange(10.0), 40)
     found = jackknife(len(values), lambda index: float(values[index].mean()))
     assert (found.high - found.low) / 2 == pytest.approx(2 * values.std() / np.sqrt(len(values)), rel=0.4)
