@@ -186,23 +186,23 @@ def test_a_text_model_is_forecast_with_its_recall(
     """With stages 1 and 2 trained first, cached latents, and R@k of the images that the runs of the ladder generate."""
     from tests.diagnosis.runs import write_config, write_data
 
+    monkeypatch.setattr("ldm.forecast.runner.START", 10.0)  # seconds for each run, also on a machine that is busy
+    monkeypatch.setattr("ldm.forecast.recall.PART", 0.02)
     write_data(tmp_path / "data", counts={"train": 128, "val": 64})
     config = write_config(tmp_path, tmp_path / "data")
     few = ["vae.train.max_steps=20", "clip.train.max_steps=20", "denoiser.train.batch_size=8"]
     assert run(monkeypatch, "--config", config, "--budget", "1 s", "--train-stages", *few) == 2
     least = re.search(r"a --budget of at least (\d+) s", capsys.readouterr().err)
     assert least is not None
-    budget = f"{round(1.3 * int(least[1]))} s"
-    assert run(monkeypatch, "--config", config, "--budget", budget, *few) == 0
+    assert run(monkeypatch, "--config", config, "--budget", f"{least[1]} s", *few) == 0
     found = json.loads((tmp_path / "run" / "forecast" / "forecast.json").read_text())
-    measured = [each for each in found["runs"] if each["recall"]]
-    assert all(each["recall"]["among"] == 192 and each["recall"]["of"] >= 32 for each in measured)
+    assert len(found["runs"]) == 5
+    assert all(each["recall"]["among"] == 192 and each["recall"]["of"] >= 32 for each in found["runs"])
     best = next((tmp_path / "run" / "forecast").glob("*/denoiser/best.ckpt"))
     again = RecallMeasure(with_predecessors(load_config(config, few), "denoiser", "a forecast"), 40)
     assert again(best).keys() == {"1", "5", "of", "among"}
     assert again(best) == again(best)
     assert (again(best)["of"], again(best)["among"]) == (40, 192)
     assert 0 <= again(best)["1"] <= again(best)["5"] <= 40
-    assert len(measured) in (0, len(found["runs"]))  # none, if the machine is so busy that measuring takes too long
-    assert set(found["forecast"]["full"]["recall"]) == ({"1", "5"} if measured else set())
-    assert found["ladder"]["seconds"] < 1.5 * found["ladder"]["limit_seconds"]
+    assert set(found["forecast"]["full"]["recall"]) == {"1", "5"}
+    assert found["ladder"]["seconds"] <= found["ladder"]["limit_seconds"]
