@@ -59,21 +59,23 @@ def test_the_error_of_winograd_is_that_of_the_dtype(dtype: torch.dtype, error: f
     assert (winograd(x, weight, None) - exact).std() < error * exact.std()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float32, 1e-5), pytest.param(torch.bfloat16, 1e-2, marks=needs_bf16)]
+)
 @settings(max_examples=20, deadline=None)
 @given(
     shape=st.tuples(*(st.integers(1, most) for most in (3, 6, 9, 9))), width=st.integers(1, 5), stride=st.integers(1, 3)
 )
 def test_a_convolution_as_a_product_equals_the_direct_one(
-    shape: tuple[int, int, int, int], width: int, stride: int
+    dtype: torch.dtype, error: float, shape: tuple[int, int, int, int], width: int, stride: int
 ) -> None:
-    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        x = torch.randn(shape).to(dtype)
-        weight, bias = torch.randn(width, shape[1], 3, 3).to(dtype), torch.randn(width).to(dtype)
-        for each in (bias, None):
-            y = conv_by_product(x, weight, each, stride)
-            exact = F.conv2d(x.double(), weight.double(), None if each is None else each.double(), stride, padding=1)
-            assert y.is_contiguous(memory_format=torch.channels_last)
-            torch.testing.assert_close(y.double(), exact, atol=error * exact.abs().max().item(), rtol=error)
+    x = torch.randn(shape).to(dtype)
+    weight, bias = torch.randn(width, shape[1], 3, 3).to(dtype), torch.randn(width).to(dtype)
+    for each in (bias, None):
+        y = conv_by_product(x, weight, each, stride)
+        exact = F.conv2d(x.double(), weight.double(), None if each is None else each.double(), stride, padding=1)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y.double(), exact, atol=error * exact.abs().max().item(), rtol=error)
 
 
 @needs_bf16
