@@ -110,7 +110,8 @@ class LogitNormal(LogNormal, kind="logit_normal"):
 class LowDiscrepancy(NoiseLevelSampler, kind="low_discrepancy"):
     """Equidistant shares of a distribution with one random offset, in random order (Kingma et al. 2107.00630).
 
-    The batch of all devices is divided so, each sample has the distribution by itself, and the loss of a batch varies less.
+    The batch of all devices is divided so, or that of each without ``trainer.shared_draws``. Each sample has the distribution by
+    itself, and the loss of a batch varies less.
     """
 
     distribution: NoiseLevelSampler = config_field(

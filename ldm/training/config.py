@@ -53,7 +53,7 @@ class TrainConfig:
     )
     betas: tuple[float, float] = config_field((0.9, 0.999), "Adam betas (beta1, beta2)", changeable=True)
     weight_decay: float = config_field(
-        0.01, "weight decay, decoupled as in AdamW; applied to matrices and convolutions only", changeable=True
+        0.01, "weight decay, decoupled as in AdamW, of all parameters but biases and scales", changeable=True
     )
     warmup_steps: int = config_field(0, "steps over which the learning rate rises linearly from 0", changeable=True)
     decay: LearningRateDecay = config_field(Constant(), "learning-rate schedule after warm-up", changeable=True)

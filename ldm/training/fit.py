@@ -81,8 +81,7 @@ def fit(
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.compile:
-        for network in module.task.called_modules:
-            network.compile()
+        module.task.compile_networks()
     module.shared_draws = config.shared_draws
     devices, num_nodes = devices_and_nodes(config)
     checkpoints = Checkpoints(start)

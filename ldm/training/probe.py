@@ -55,8 +55,7 @@ class Probe:
         data = data_of(experiment, module)
         self.task = module.task.to(self.device).to(memory_format=torch.channels_last).train()
         if experiment.trainer.compile:
-            for network in self.task.called_modules:
-                network.compile()
+            self.task.compile_networks()
         self.task.check_batch_size(train.batch_size)
         samples = data.data.open("train")
         self.latents = data.latents

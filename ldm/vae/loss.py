@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,9 @@ class VAELossConfig(Kind, default="reconstruction"):
     over an image. Its parameters are trained with the first stage.
     """
 
-    kl: float = config_field(1e-6, "weight of the KL divergence to the standard normal")
+    kl: float = config_field(
+        1e-6, "weight of the KL divergence to the standard normal, or for a VQ of the commitment loss, usually 0.25"
+    )
     adversarial: float = config_field(0.0, "weight of the adversarial loss; 0 = no discriminator")
     disc_start: int | float = config_field(
         0,
@@ -138,14 +140,29 @@ class ReconstructionLoss(nn.Module):
         self.config = config
         self.perceptual = _lpips() if config.lpips else None
 
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.perceptual is not None:
+            self.perceptual.eval()  # it has dropout, which would make the distance random
+        return self
+
     def forward(self, image: Tensor, reconstruction: Tensor) -> Tensor:
         """``image, reconstruction [b c h w]`` in [-1, 1] ``-> [b]``"""
         difference = (image - reconstruction).flatten(1)
         loss = self.config.l1 * difference.abs().sum(1) + self.config.l2 * difference.square().sum(1)
         if self.perceptual is not None:
             # LDM adds the distance of the image to the error of each of its values.
-            loss = loss + self.config.lpips * self.perceptual(image, reconstruction).flatten() * difference.shape[1]
+            loss = loss + self.config.lpips * self._distance(image, reconstruction) * difference.shape[1]
         return loss
+
+    def _distance(self, image: Tensor, reconstruction: Tensor) -> Tensor:
+        """Return the LPIPS of each image in fp32, ``[b]``; fp16 could hold neither its gradient nor its product with a size."""
+        assert self.perceptual is not None
+        device = image.device.type
+        reduced = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != torch.float16
+        with torch.autocast(device, torch.get_autocast_dtype(device), enabled=reduced):
+            distance: Tensor = self.perceptual(image.float(), reconstruction.float())
+        return distance.flatten().float()
 
 
 def _lpips() -> nn.Module:

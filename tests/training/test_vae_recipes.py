@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._functorch import config as functorch
 
 from ldm.benchmarks.peaks import count_operations
 from ldm.errors import CheckpointError, ConfigError
 from ldm.training.costs import step_cost
 from ldm.training.engine import StageModule
 from ldm.training.stages import build_module, train_stage
+from ldm.training.tasks.task import Step
 from tests.experiments import tiny_experiment, write_clip, write_experiment
 from tests.training.rank_training import record
 from tests.training.rank_training import train as train_on_ranks
@@ -77,6 +79,25 @@ def test_all_terms_train_together_are_counted_and_resume_bitwise(
     assert not any(name.startswith("terms.perceptual.") for name in state)
     assert cost.weights == without.weights + tower + 2 * 4 + 8
     assert cost.trained == without.trained
+
+
+@pytest.mark.slow
+def test_compiled_networks_are_trained_on_images_of_several_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adaptive weight differentiates the decoder twice before the step does, also in a graph for all sizes."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled(network, backend="aot_eager"))
+    monkeypatch.setattr(functorch, "donated_buffer", True)
+    task = build_module(tiny_experiment(tmp_path, "vae.loss.disc_start=0"), "vae").task.train()
+    task.compile_networks()
+    for size in (16, 24):
+        batch = {"image": torch.rand(2, 3, size, size) * 2 - 1, "key": ["a", "b"]}
+        for loss in task.losses(batch, Step(0, 0, torch.Generator())):
+            loss.value.backward()
+    decoder = task.first_stage.decoder.conv_out.weight.grad  # type: ignore[union-attr]
+    assert decoder is not None
+    assert decoder.any()
 
 
 def test_a_loss_without_terms_has_the_weights_of_earlier_checkpoints(tmp_path: Path) -> None:

@@ -122,3 +122,28 @@ def test_without_its_weights_lpips_is_one_clear_error(monkeypatch: pytest.Monkey
         monkeypatch.delenv(direct, raising=False)
     with pytest.raises(LdmError, match=r"VGG weights .* put them into torch's hub folder or set vae\.loss\.lpips=0"):
         ReconstructionLoss(AutoencoderLossConfig(lpips=1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lpips_in_training_is_that_of_the_package_and_finite(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Under autocast, without the dropout that the package trains its weights with, and beyond the range of fp16."""
+    lpips = pytest.importorskip("lpips", reason="the extra lpips is not installed")
+    network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval().requires_grad_(False)
+    for layer in network.lins:
+        layer.model[-1].weight.abs_()
+    monkeypatch.setattr("ldm.vae.loss._lpips", lambda: network)
+    loss = ReconstructionLoss(AutoencoderLossConfig(l1=1e-6, lpips=1000.0)).train()
+    image, reconstruction = torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    expected = 1000 * network(image, reconstruction).flatten() * image.numel()
+    assert expected > torch.finfo(torch.float16).max
+    reconstruction.requires_grad_()
+    with torch.autocast("cpu", dtype):
+        found = loss(image, reconstruction)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-4 if dtype == torch.float16 else 0.05, atol=0)
+    found.sum().backward()
+    assert reconstruction.grad is not None
+    assert reconstruction.grad.isfinite().all()
+    assert reconstruction.grad.any()

@@ -177,6 +177,11 @@ class Task(nn.Module):
         """
         raise NotImplementedError
 
+    def compile_networks(self) -> None:
+        """Compile :attr:`called_modules`, in place."""
+        for network in self.called_modules:
+            network.compile()
+
     @property
     def leaves_out_parameters(self) -> bool:
         """True if a loss may leave out parameters that are trained, for which DDP then has to look in each step.

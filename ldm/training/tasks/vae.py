@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from ldm.config import config_field
 from ldm.data.stream import EvaluationLoader
@@ -149,6 +150,12 @@ class VAETask(Task):
     def called_modules(self) -> Sequence[nn.Module]:
         return self.first_stage.called_modules
 
+    def compile_networks(self) -> None:
+        if self.discriminator is not None:
+            # The adaptive weight differentiates the decoder before the step does, so its graph has to keep what it saved.
+            functorch.donated_buffer = False
+        super().compile_networks()
+
     @property
     def unsharded(self) -> Sequence[nn.Parameter]:
         stage = self.first_stage
@@ -161,7 +168,7 @@ class VAETask(Task):
         latent = posterior.sample(randn_rows(posterior.mode.shape, step.generator).to(image))
         target = image
         for _, term in self._terms():
-            target, latent = term.transform(target, latent, step.generator)
+            target, latent = term.transform(target, latent, step.of_all_ranks or step.generator)
         reconstruction = self.first_stage.decode(latent)
 
         rec_loss, metrics = self._reconstruction_loss(target, reconstruction.float(), image)

@@ -50,7 +50,7 @@ class EquivarianceConfig(LossTermConfig, kind="equivariance"):
 class Equivariance(LossTerm):
     """Transformation of the batch whose reconstruction loss is L(t(x), D(t(z))) instead of L(x, D(z)) (eq. 7).
 
-    t is one scale and one rotation for the batch, which all ranks share if they share their random numbers. Unlike the paper's,
+    t is one scale and one rotation for the batch of all ranks. Unlike the paper's,
     the bilinear interpolation is antialiased.
     """
 

@@ -32,7 +32,8 @@ class LeCamConfig(LossTermConfig, kind="lecam"):
 
 
 class LeCam(LossTerm):
-    """E[(D(x) - a_F)^2] + E[(D(G(z)) - a_R)^2] over real images x and reconstructions G(z) (eq. 3).
+    """E[(D(x) - a_F)^2] + E[(D(G(z)) - a_R)^2] over real images x and reconstructions G(z) (eq. 3; the code of the authors has
+    only the parts in which D(x) is above a_F, and D(G(z)) below a_R).
 
     ``a_R`` and ``a_F`` are moving averages of the logits of real images and of reconstructions (eq. 4), which the present batch,
     that of all ranks, is part of. They begin with the means of the first batch.
