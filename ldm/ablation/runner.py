@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from ldm.ablation import report
 from ldm.ablation.comparison import compare
 from ldm.ablation.metrics import METRICS, main_number
@@ -13,7 +15,9 @@ from ldm.ablation.recipes import PLAIN, chosen, clip_source, open_recipes, read_
 from ldm.ablation.report import Comparison
 from ldm.ablation.runs import FOLDER, Run, Task, make_run
 from ldm.ablation.step_times import phase_starts, step_times, steps_in, stored_times, time_of
-from ldm.errors import ConfigError, TrainingError
+from ldm.errors import CheckpointError, ConfigError, TrainingError
+from ldm.evaluation.features import open_network
+from ldm.training.experiment import Experiment
 from ldm.training.subruns import digest, link_latents, weights_of
 
 FEWEST_STEPS = 2
@@ -33,6 +37,7 @@ def run_comparison(
     by: str | None = None,
     only: Sequence[str] = (),
     repeats: int | None = None,
+    features: Sequence[str] = (),
     measured: Path | None = None,
     say: Callable[[str], object] = print,
 ) -> Comparison:
@@ -50,10 +55,12 @@ def run_comparison(
         by: name of the number that decides; None for the first of the stage.
         only: names of the recipes; none = all.
         repeats: number of seeds of the metrics that are measured several times; None for that of the stage.
+        features: feature networks, as in an evaluation; none = the CLIP of stage 2, if there is one.
         measured: ``measured.json`` of a comparison on another device, whose time counts; None to measure the time on this one.
         say: called with lines on the progress.
 
     Raises:
+        CheckpointError: a feature network is unknown, or not on this machine.
         ConfigError: recipes are invalid, or the time is too short.
         TrainingError: a result of a preceding stage is missing, or runs failed.
         Interrupted: a signal stopped the comparison.
@@ -64,6 +71,7 @@ def run_comparison(
     experiments = open_recipes(config, recipes, overrides)
     _check_distinct({name: digest(each, stage) for name, each in experiments.items()})
     plain = experiments[PLAIN]
+    networks = _feature_networks(plain, stage, features, say)
     threads = plain.trainer.threads or threads_of(jobs)
     times = (
         step_times(experiments, stage, threads, say) if measured is None else stored_times(experiments, stage, measured)
@@ -82,11 +90,10 @@ def run_comparison(
             f"a time of {minutes:.3g} minutes gives {steps[slowest]} steps of recipe {slowest!r}, of which it needs at least "
             f"{FEWEST_STEPS}; give more."
         )
-    source = clip_source(plain) if stage != "clip" and plain.data.image_shape[0] == 3 else None
-    features, judges = ((), ()) if source is None else ((f"own={source}",), (weights_of(source),))
+    judges = tuple(weights_of(each.partition("=")[2]) for each in networks)
     count = METRICS[stage].repeats if repeats is None else repeats
     runs = [
-        make_run(each, Task(name, seed, stage, steps[name], count, features, judges))
+        make_run(each, Task(name, seed, stage, steps[name], count, networks, judges))
         for seed in range(seeds)
         for name, each in experiments.items()
     ]
@@ -126,6 +133,29 @@ def run_comparison(
             f"{len(failed)} of the runs failed, of which the first is {failed[0]} The same command tries them again."
         )
     return found
+
+
+def _feature_networks(
+    plain: Experiment, stage: str, given: Sequence[str], say: Callable[[str], object]
+) -> tuple[str, ...]:
+    """Return the feature networks of the measurements, each of which was opened, so that none is missing after the trainings.
+
+    Raises:
+        CheckpointError: one that was given cannot be opened.
+    """
+    source = clip_source(plain)
+    if stage == "clip" or plain.data.image_shape[0] != 3 or not (given or source):
+        return ()
+    networks = tuple(given) or (f"own={source}",)
+    try:
+        for each in networks:
+            open_network(each, torch.device("cpu"))
+    except CheckpointError as error:
+        if given:
+            raise
+        say(f"numbers that compare features are left out: {error}")
+        return ()
+    return networks
 
 
 def _check_distinct(digests: dict[str, str]) -> None:

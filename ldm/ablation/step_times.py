@@ -110,6 +110,8 @@ def step_times(
             _measure({name: experiments[name] for name in missing}, plain, stage, marks, kept, say)
         finally:
             torch.set_num_threads(before)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # of the networks that were measured, for the processes that train
             others = [each for each in _read(path) if any(each.get(name) != value for name, value in key.items())]
             if kept["relative"]:
                 write_json(path, [*others, kept])

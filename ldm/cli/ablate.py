@@ -40,6 +40,12 @@ def ablate(
         int | None,
         Option(min=1, help="Seeds with which images are generated, or the probe is trained; default: 4, or 1 for vae."),
     ] = None,
+    features: Annotated[
+        list[str] | None,
+        Option(
+            help="Feature network, repeatable: own=FILE, clip=SOURCE or inception=FILE; default: the CLIP of stage 2."
+        ),
+    ] = None,
     times: Annotated[
         Path | None,
         Option(help="measured.json of a comparison on another machine: each training takes equal time there."),
@@ -69,6 +75,7 @@ def ablate(
         by=by,
         only=names,
         repeats=repeats,
+        features=features or (),
         measured=times,
         say=tqdm.write,
     )

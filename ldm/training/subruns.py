@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import to_dict
+from ldm.data.config import DataConfig
 from ldm.errors import LdmError, TrainingError
 from ldm.formats.tensors import read_metadata
 from ldm.training.config import TrainConfig
@@ -89,7 +90,7 @@ def link_latents(experiment: Experiment, own: Experiment) -> None:
 
 
 def digest(experiment: Experiment, stage: str, without: Sequence[str] = ()) -> str:
-    """Return a hash of what the training of a stage, and the default sampling of its model, depend on.
+    """Return a hash of what the training of a stage, and the default sampling of its model, depend on, also of the images.
 
     Args:
         experiment: the experiment.
@@ -101,6 +102,7 @@ def digest(experiment: Experiment, stage: str, without: Sequence[str] = ()) -> s
     shared = {
         "section": {name: each for name, each in section.items() if name not in ("prompts", "classes")},
         "data": {name: each for name, each in data.items() if name not in (*MACHINE, "test")},
+        "images": _images(experiment.data),
         "seed": experiment.seed,
         "precision": [experiment.trainer.precision, experiment.trainer.compile],
     }
@@ -109,6 +111,19 @@ def digest(experiment: Experiment, stage: str, without: Sequence[str] = ()) -> s
         shared["stages"] = [None if each is None else [to_dict(each.model), each.checkpoint] for each in before]
     shared = _by_weights(shared)
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _images(data: DataConfig) -> list[str]:
+    """Return the fingerprints of the images that are trained on and validated with, which a path does not determine."""
+    key = json.dumps(to_dict(data), sort_keys=True)
+    if key not in _FINGERPRINTS:
+        opened = data.without_cache()
+        _FINGERPRINTS[key] = [opened.open(split).fingerprint for split in ("train", "val") if opened.has(split)]
+    return _FINGERPRINTS[key]
+
+
+_FINGERPRINTS: dict[str, list[str]] = {}
+"""Fingerprints that :func:`_images` found in this process, by the config of the data."""
 
 
 def _by_weights(value: Any) -> Any:

@@ -19,12 +19,14 @@ from ldm.ablation.work import work
 from ldm.cli import ablate as command
 from ldm.evaluation.receipt import read_receipts
 from ldm.evaluation.subject import Options
+from ldm.formats import save
 from ldm.report.run import Run as RunFolder
 from ldm.training.engine import StageModule
 from ldm.training.stages import train_stage
 from tests.ablation.experiments import RECIPES, arguments_of, write_recipes
 from tests.commands import exit_code
 from tests.experiments import tiny_experiment, write_clip, write_experiment
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -232,3 +234,27 @@ def test_a_comparison_that_is_stopped_goes_on(tmp_path: Path, number: signal.Sig
     assert [each["state"] for each in found["runs"]] == ["finished", "finished"]
     sessions = [RunFolder(Path(each["folder"])).stages[0].sessions for each in found["runs"]]
     assert max(map(len, sessions)) == 2
+
+
+@pytest.mark.slow
+def test_feature_networks_are_opened_before_the_trainings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], steps: list[int]
+) -> None:
+    """A CLIP without an image tower, as that of a model, judges nothing; one that is given and cannot be opened is an error."""
+    monkeypatch.setattr(metrics, "Options", partial(Options, probe_steps=2))
+    model = tmp_path / "model.safetensors"
+    save(tiny_model(), model)
+    write_clip(tmp_path)
+    config, recipes = write_experiment(tmp_path), write_recipes(tmp_path, {"plain": []}, "vae")
+    arguments = ["--config", config, "--recipes", recipes, "--steps", 2, "--seeds", 1, f"clip.checkpoint={model}"]
+    numbers = tmp_path / "run" / "ablation" / "ablation.json"
+
+    assert run(monkeypatch, *arguments, "clip.train=null", "--features", f"own={model}") == 2
+    assert "needs a CLIP with both towers" in capsys.readouterr().err
+    assert steps[0] == 0
+    assert run(monkeypatch, *arguments, "clip.train=null") == 0
+    assert "numbers that compare features are left out: " in capsys.readouterr().out
+    assert "rfid" not in json.loads(numbers.read_text())["recipes"][0]["numbers"]
+    assert run(monkeypatch, *arguments, "clip.train=null", "--features", f"own={tmp_path / 'clip.safetensors'}") == 0
+    assert "rfid" in json.loads(numbers.read_text())["recipes"][0]["numbers"]
+    assert steps[0] == 2  # which were measured again

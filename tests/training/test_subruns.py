@@ -7,11 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ldm.data.shards import Sample, write_shard
 from ldm.training.experiment import load_config
 from ldm.training.probe import Probe
 from ldm.training.subruns import SCHEDULE, digest, link_latents
 from ldm.training.tasks.task import Step
+from tests.data.pictures import encoded, noise_picture
 from tests.experiments import PIXELS, tiny_experiment, write_experiment
+from tests.tiny import SIZE
 
 
 def test_runs_after_a_predecessor_was_trained_again_are_others(tmp_path: Path) -> None:
@@ -35,6 +38,21 @@ def test_runs_with_a_loss_network_that_was_trained_again_are_others(tmp_path: Pa
 
     assert found("first") == found("first")
     assert found("first") != found("second")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_runs_on_other_images_in_the_same_files_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    experiment = tiny_experiment(tmp_path)
+    data = replace(experiment.data, **{split: str(tmp_path / "own.tar")})
+    found = []
+    for seed in (0, 0, 1):
+        monkeypatch.setattr("ldm.training.subruns._FINGERPRINTS", {})  # as in another process
+        image = encoded(noise_picture(seed, 4, 4).resize((SIZE, SIZE)))
+        write_shard(tmp_path / "own.tar", [Sample("a", "an image", image, "png")])
+        found.append(digest(replace(experiment, data=data), "denoiser"))
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_run_has_the_latents_of_its_experiment_and_the_features_of_its_teacher(tmp_path: Path) -> None:
