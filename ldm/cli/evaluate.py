@@ -9,7 +9,6 @@ import functools
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +65,9 @@ Images = Annotated[int | None, Option(min=2, help="Measure only the first images
 Reference = Annotated[
     str | None, Option(help="Split whose images generated ones are compared with; default: the evaluated one.")
 ]
+BatchSize = Annotated[
+    int | None, Option(min=1, help="Number of images that are computed at once; default: 32. Fewer need less memory.")
+]
 Seed = Annotated[int, Option(help="Seed of the first generated image, and of noise and training in other metrics.")]
 
 
@@ -85,7 +87,9 @@ def evaluate(
     ema_length: Annotated[
         float | None, Option(help="Length of the average of the weights, of a run with train.ema_snapshots.")
     ] = None,
-    train_every: Annotated[int, Option(min=1, help="Also generate images for every n-th training caption.")] = 28,
+    train_every: Annotated[
+        int | None, Option(min=1, help="Also generate images for every n-th training caption; default: for about 125.")
+    ] = None,
     steps: Annotated[int | None, Option(help="Steps of the sampler; default: that of the model.")] = None,
     guidance: Annotated[float | None, Option(help="Guidance scale; default: that of the model.")] = None,
     sampler: Annotated[str | None, Option(help="Name of the sampler; default: that of the model.")] = None,
@@ -108,11 +112,10 @@ def evaluate(
         Path | None, Option(help="Text file with the names of the classes, one a line, by label; default: captions.")
     ] = None,
     probe_steps: Annotated[int, Option(min=1, help="Training steps of the metric probe.")] = 300,
+    batch_size: BatchSize = None,
     receipts: Annotated[
         Path | None,
-        Option(
-            help="File to write; default: receipts-<split>.json of the run, with the names of stage and --metrics if given."
-        ),
+        Option(help="File to write; default: receipts-<split>.json of the run, with the names of what else is given."),
     ] = None,
     verify: Annotated[
         Path | None, Option(help="Compute the numbers of this file of receipts again; exit code 1 if one is outside.")
@@ -128,7 +131,7 @@ def evaluate(
     from ldm.config import with_overrides
     from ldm.evaluation import runner, table
     from ldm.evaluation.opening import Request, open_subject
-    from ldm.evaluation.subject import Options
+    from ldm.evaluation.subject import BATCH, Options
     from ldm.evaluation.summary import sheet, summary
 
     keep_freed_memory()
@@ -163,13 +166,15 @@ def evaluate(
             templates=tuple(template or ("{}",)),
             classes=_lines("--classes", classes),
             probe_steps=probe_steps,
+            batch_size=batch_size or BATCH,
         ),
     )
     subject = open_subject(request, say)
     result = runner.evaluate(request, subject, _progress)
-    part = [] if stage is None else [stage]  # numbers of a part of a run do not replace those of all of it
+    part = [split] if stage is None else [split, stage]  # numbers of a part of a run do not replace those of all of it
     if result.numbers:
-        file = receipts or subject.folder / ("-".join(["receipts", split, *part, *_names(metrics)]) + ".json")
+        name = "-".join(["receipts", *part, *_names(metrics)])
+        file = receipts or subject.folder / f"{name}{request.suffix}.json"
         result.write(file)
         print(f"{table.of_one(result)}\nreceipts: {file}")
     elif metrics:
@@ -178,14 +183,13 @@ def evaluate(
         )
     results = {} if metrics else summary(subject, result.numbers)
     if "samples" in results:
-        place = subject.folder / f"evaluation-{split}.png"
+        place = subject.folder / f"evaluation-{split}{request.suffix}.png"
         sheet(subject).save(place)
         print(f"generated images above the true images: {place}")
     if results:
         print(json.dumps(results, indent=2))
-        (subject.folder / ("-".join(["evaluation", split, *part]) + ".json")).write_text(
-            json.dumps(results, indent=2) + "\n"
-        )
+        name = "-".join(["evaluation", *part])
+        (subject.folder / f"{name}{request.suffix}.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 @app.command()
@@ -195,13 +199,17 @@ def compare(
         list[str] | None,
         Option(help="Field of the receipts that may differ, repeatable, such as steps or guidance_scale."),
     ] = None,
+    split: Annotated[
+        str | None, Option(help="Receipts of run folders: val or test; default: test if all have them, else val.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Show the numbers of runs in one table, and rank those whose receipts agree in everything but the weights."""
     from ldm.evaluation import table
-    from ldm.evaluation.receipt import read_receipts
+    from ldm.evaluation.receipt import read_receipts, split_of_all
 
-    print(table.of_several([read_receipts(path) for path in runs], across or []))
+    split = split or split_of_all(runs)
+    print(table.of_several([read_receipts(path, split) for path in runs], across or []))
 
 
 @app.command()
@@ -227,20 +235,21 @@ def sweep(
     images: Images = None,
     reference: Reference = None,
     seed: Seed = 0,
+    batch_size: BatchSize = None,
     out: Annotated[
         Path, Option(help="Folder of sweep.json, sweep.txt, sweep.png, and the receipts of each combination.")
     ] = Path("sweep"),
     debug: Debug = False,
 ) -> None:
-    """Measure a model with each combination of sampling settings, and show which are on the Pareto front."""
+    """Measure a model with each combination of sampling settings, and show which are on the Pareto front.
+
+    Repeating the command goes on where it was stopped.
+    """
     from ldm.config import with_overrides
-    from ldm.evaluation.metric import metrics_of_samples
     from ldm.evaluation.opening import Request, open_subject, with_average
-    from ldm.evaluation.runner import receipts_of
-    from ldm.evaluation.subject import Options
-    from ldm.evaluation.sweep import require_matplotlib
+    from ldm.evaluation.subject import BATCH, Options
+    from ldm.evaluation.sweep import SweepFolder, require_matplotlib
     from ldm.evaluation.sweep import sweep as measure
-    from ldm.formats.tensors import write_atomically
 
     require_matplotlib()
     keep_freed_memory()
@@ -266,28 +275,12 @@ def sweep(
         split=split,
         further=with_overrides({}, setting or [], "--setting"),
         features=features or (),
-        options=Options(images=images, reference=reference, seed=seed),
+        options=Options(images=images, reference=reference, seed=seed, batch_size=batch_size or BATCH),
     )
     subject = open_subject(request, say)
-    result = measure(subject, values, (x, y), say, functools.partial(with_average, request, subject))
-    out.mkdir(parents=True, exist_ok=True)
-    points, by_number = [], metrics_of_samples()
-    metrics = list(dict.fromkeys(by_number[name].name for name in (x, y) if name in by_number))
-    for i, (point, on_front) in enumerate(zip(result.points, result.front, strict=True), start=1):
-        sampling = dict(point.settings)
-        again = replace(
-            request,
-            ema_length=sampling.pop("ema_length", None),
-            settings=sampling,
-            metrics=metrics,
-        )
-        receipts_of(again, subject, point.receipts).write(out / f"receipts-{i}.json")
-        points.append(
-            {"settings": point.settings, "pareto": on_front, "receipts": f"receipts-{i}.json"}
-            | dict(zip((x, y), point.values, strict=True))
-        )
-    for name, text in (("sweep.json", json.dumps(points, indent=2)), ("sweep.txt", result.table)):
-        write_atomically(out / name, functools.partial(Path.write_text, data=f"{text}\n"))
+    average = functools.partial(with_average, request, subject)
+    folder = SweepFolder(out, request, subject, (x, y))
+    result = measure(subject, values, (x, y), say, average, folder)
     result.plot(out / "sweep.png")
     print(f"{result.table}\n* = on the Pareto front; plot and receipts: {out}")
 

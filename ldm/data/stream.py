@@ -152,15 +152,24 @@ class EvaluationLoader:
         rank: index of this process.
         world_size: number of processes that share the batches.
         bucketed: whether images have the shapes of their buckets, if the set has them; otherwise all have its size.
+        numbers: int64 ``[n]``, the samples to load; None for all.
     """
 
     def __init__(
-        self, samples: Samples, batch_size: int, *, rank: int = 0, world_size: int = 1, bucketed: bool = False
+        self,
+        samples: Samples,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        bucketed: bool = False,
+        numbers: np.ndarray | None = None,
     ):
         self.samples, self.batch_size = samples, batch_size
         self.rank, self.world_size = rank, world_size
         self._without: set[int] = set()  # batches of which no sample of this rank is good
-        groups = samples.by_shape() if bucketed else {None: np.arange(len(samples))}
+        everything = np.arange(len(samples)) if numbers is None else numbers
+        groups = samples.by_shape() if bucketed else {None: everything}
         most = world_size * batch_size
         self._draws = [  # of all ranks
             BatchIndices(numbers[start : start + most], shape=shape)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +30,9 @@ from ldm.training.tasks import TASKS
 
 HELD_OUT = ("val", "test")
 
+MODEL = "model"
+"""Name of what ``--model`` gives, which may be a complete model, or the result of any stage."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -38,7 +44,7 @@ class Request:
         model, checkpoint: what is evaluated instead of the results of the run; see ``tools/evaluate.py --help``.
         ema_length: length of the average of the weights, of a run with ``train.ema_snapshots``; None = as stored.
         split: evaluated split.
-        train_every: captions of the training set for which the summary generates images.
+        train_every: the summary generates images for every n-th caption of the training set; None for a number of them.
         settings, further: sampling settings.
         compiled: arguments of ``Pipeline.compile``; empty for none.
         features: feature networks; none = ``own``, if there is one.
@@ -53,13 +59,28 @@ class Request:
     checkpoint: str | None = None
     ema_length: float | None = None
     split: str = "val"
-    train_every: int = 28
+    train_every: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     further: Mapping[str, Any] = field(default_factory=dict)
     compiled: Mapping[str, Any] = field(default_factory=dict)
     features: Sequence[str] = ()
     metrics: Sequence[str] = ()
     options: Options = field(default_factory=Options)
+
+    @property
+    def suffix(self) -> str:
+        """End of the names of files: what is evaluated other than a run as it is, such as ``-steps=8``; empty for nothing."""
+        given = {
+            "model": None if self.model is None else Path(self.model).stem,
+            "checkpoint": self.checkpoint,
+            "ema_length": self.ema_length,
+            **{_SHORT.get(name, name): each for name, each in {**self.settings, **self.further}.items()},
+            "compile": self.compiled or None,
+            "features": self.features or None,
+        }
+        plain = Options(batch_size=self.options.batch_size)
+        given |= {name: each for name, each in vars(self.options).items() if each != getattr(plain, name)}
+        return "".join(f"-{name}={_in_a_name(each)}" for name, each in given.items() if each is not None)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Request:
@@ -77,6 +98,18 @@ class Request:
             raise DataError(f"the receipts have a request of another version ({error}); evaluate again.") from None
 
 
+_SHORT = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
+"""Names of settings as those of the options of the command."""
+
+
+def _in_a_name(value: Any) -> str:
+    """Return a value as a part of the name of a file: one word, or the hash of what is more than that."""
+    text = str(value)
+    if isinstance(value, str | int | float) and re.fullmatch(r"[\w.+-]{1,40}", text):
+        return text
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:8]
+
+
 def open_subject(request: Request, say: Callable[[str], object] = warn) -> Subject:
     """Open the networks and the data of an evaluation; ``say`` is called with sentences on what is left out.
 
@@ -86,12 +119,13 @@ def open_subject(request: Request, say: Callable[[str], object] = warn) -> Subje
     if request.split not in HELD_OUT:
         raise DataError(unknown("split", request.split, HELD_OUT))
     experiment = load_config(request.config, list(request.overrides))
-    sources = (
-        {"model": request.model} if request.model else sources_of(experiment, request.checkpoint, request.stage, say)
+    sources: Mapping[str, Source] = (
+        {MODEL: request.model} if request.model else sources_of(experiment, request.checkpoint, request.stage, say)
     )
-    found = [
-        read(source, checkpoint=request.checkpoint if source is request.model else None) for source in sources.values()
-    ]
+    found = {
+        stage: read(source, checkpoint=request.checkpoint if stage == MODEL else None)
+        for stage, source in sources.items()
+    }
     data = experiment.data.without_cache()  # images are read one after the other
     sets = {  # samples are compared with the images of all splits that there are
         name: data.open(name) for name in ("train", *HELD_OUT) if name == request.split or data.has(name)
@@ -110,7 +144,7 @@ def open_subject(request: Request, say: Callable[[str], object] = warn) -> Subje
         compiled=dict(request.compiled),
         networks=feature_networks(request.features, experiment, parts["clip"]),
         own_weights=request.model is None,
-        notes=[note for each in found if (note := training_note(each.provenance))],
+        notes=[note for each in found.values() if (note := training_note(each.provenance))],
         options=request.options,
         **parts,
     )
@@ -133,7 +167,7 @@ def with_average(request: Request, subject: Subject, length: float) -> Subject:
     with TemporaryDirectory() as folder:
         target = Path(folder) / "averaged.safetensors"
         write_model(find(source, checkpoint=request.checkpoint if source is request.model else None), length, target)
-        parts = networks([read(target)])
+        parts = networks({MODEL: read(target)})
     return replace(
         subject, pipe=parts["pipe"], first_stage=parts["first_stage"], _made={}, _reconstructed={}, _weights={}
     )
@@ -205,19 +239,24 @@ def sources_of(
     return sources
 
 
-def networks(found: Sequence[Checkpoint]) -> dict[str, Any]:
-    """Return the fields of :class:`Subject` that are networks, from the checkpoints that have them."""
+def networks(found: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    """Return the fields of :class:`Subject` that are networks.
+
+    Args:
+        found: checkpoints by the stage that they are the result of, or :data:`MODEL`. One that holds more than its stage trains,
+            such as a complete model in place of a VAE, gives the network of the stage alone.
+    """
     device = default_device()
     pipe, first_stage, clip = None, None, None
-    for each in found:
-        if not each.missing():
+    for stage, each in found.items():
+        if stage in (MODEL, MODEL_STAGE) and not each.missing():
             pipe = Pipeline(each.build(default_dtype(device))).to(device, default_dtype(device))
-        elif "first_stage" in each.parts:
+        elif stage in (MODEL, "vae") and "first_stage" in each.parts:
             part = each.parts["first_stage"]
             first_stage = build_on_meta(part.config.build, part.state, each.source)
             load_strictly(first_stage, part.state, each.source, torch.float32)
             first_stage.to(device).eval().requires_grad_(False)
-        elif each.parts.keys() >= {*CLIP_COMPONENTS, OTHERS}:
+        elif stage in (MODEL, "clip") and each.parts.keys() >= {*CLIP_COMPONENTS, OTHERS}:
             network, tokenizer = clip_from(each)
             clip = (network.to(device), tokenizer) if tokenizer is not None else None
     return {"pipe": pipe, "first_stage": first_stage if pipe is None else pipe.model.first_stage, "clip": clip}

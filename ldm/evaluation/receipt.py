@@ -169,15 +169,23 @@ class Receipts:
         write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
-def read_receipts(path: Path) -> Receipts:
-    """Read a file of receipts, or that of a run folder: the one for the test split, else for val.
+def split_of_all(paths: Sequence[Path]) -> str:
+    """Return ``test`` if all run folders have receipts for it, else ``val``."""
+    return "test" if all((path / _named("test")).is_file() for path in paths if path.is_dir()) else "val"
+
+
+def _named(split: str) -> str:
+    return f"receipts-{split}.json"
+
+
+def read_receipts(path: Path, split: str | None = None) -> Receipts:
+    """Read a file of receipts, or that of a run folder for a split; None: for the test split, else for val.
 
     Raises:
         DataError: there is none, or it is not a file of receipts.
     """
     if path.is_dir():
-        files = [path / f"receipts-{split}.json" for split in ("test", "val")]
-        path = next((file for file in files if file.is_file()), files[-1])
+        path /= _named(split or split_of_all([path]))
     if not path.is_file():
         raise DataError(
             f"{path} does not exist; write it with tools/evaluate.py --config ..., or name a file of receipts."

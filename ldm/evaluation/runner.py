@@ -17,7 +17,7 @@ import numpy as np
 from ldm import __version__
 from ldm.config import to_dict
 from ldm.diffusion import SPECS
-from ldm.errors import CheckpointError, MissingCaptionsError, MissingExtraError, warn
+from ldm.errors import CheckpointError, DataError, MissingExtraError, SamplingError, StorageError, warn
 from ldm.evaluation.intervals import LEVEL
 from ldm.evaluation.metric import Metric, Number, Part, chosen
 from ldm.evaluation.opening import Request, open_subject
@@ -43,11 +43,11 @@ def measure(
         subject: the subject.
         metrics: the metrics.
         progress: called with the name of each metric before it runs.
-        required: names of metrics that are needed. Others are left out with a warning if their networks or captions are missing,
-            and without one if they do not apply to the subject.
+        required: names of metrics that are needed. Others are left out with a warning if they cannot be measured, such as without
+            networks, captions or labels, and without one if they do not apply to the subject.
 
     Raises:
-        CheckpointError, MissingCaptionsError, MissingExtraError: the networks or captions of a required metric are missing.
+        CheckpointError, DataError, MissingExtraError, SamplingError: a required metric cannot be measured.
     """
     receipts: list[Receipt] = []
     left_out: defaultdict[str, list[str]] = defaultdict(list)
@@ -55,8 +55,8 @@ def measure(
         progress(each.name)
         try:
             found = [receipt(subject, each.part, number) for number in each.run(subject)]
-        except (CheckpointError, MissingCaptionsError, MissingExtraError) as error:
-            if each.name in required:
+        except (CheckpointError, DataError, MissingExtraError, SamplingError) as error:
+            if each.name in required or isinstance(error, StorageError):
                 raise
             left_out[str(error)].append(each.name)
             continue
@@ -95,7 +95,7 @@ def receipt(subject: Subject, part: Part, number: Number) -> Receipt:
         **_sampling(subject, part),
     )
     value = number.estimate
-    weights = _weights(subject, part)
+    weights = weights_of(subject, part)
     if number.decoder is not None:
         weights = f"{weights}+{subject.hash_of(number.decoder)}"
     return Receipt(weights, value.value, value.low, value.high, number.unit, number.better, conditions)
@@ -165,7 +165,7 @@ def verify(recorded: Receipts, progress: Callable[[str], object] = lambda name: 
     return [Verification(each, again.get(each.key)) for each in recorded.numbers]
 
 
-def _weights(subject: Subject, part: Part) -> str:
+def weights_of(subject: Subject, part: Part) -> str:
     """Return a hash of the evaluated weights: the fingerprint of a complete model, else of the network."""
     if subject.pipe is not None and part in ("samples", "denoiser"):
         return subject.pipe.model.fingerprint or subject.hash_of(subject.pipe.model)

@@ -31,10 +31,16 @@ if TYPE_CHECKING:
     from ldm.clip.tokenizer import Tokenizer
     from ldm.pipeline import Pipeline
     from ldm.training.experiment import Experiment
-    from ldm.vae import FirstStage
+    from ldm.vae import FirstStage, Posterior
 
 BATCH = 32
-"""Number of images that are computed at once."""
+"""Number of images that are computed at once, by default."""
+
+GALLERY = 20_000
+"""Most true images of all splits in which that of a caption is searched; of more, the evaluated split alone."""
+
+TRAINING_CAPTIONS = 125
+"""Number of training captions for which the summary generates images, by default."""
 
 SHOWN = 24
 """Number of generated images that are kept for the sheet."""
@@ -66,6 +72,7 @@ class Options:
         templates: templates of zero-shot classification, each with ``{}``.
         classes: names of the classes by label; none = each distinct caption is a class.
         probe_steps: number of steps that the probe of a first stage is trained for.
+        batch_size: number of images that are computed at once, without effect on the numbers but for rounding.
 
     Raises:
         ConfigError: a template has no ``{}``.
@@ -78,6 +85,7 @@ class Options:
     templates: tuple[str, ...] = ("{}",)
     classes: tuple[str, ...] = ()
     probe_steps: int = 300
+    batch_size: int = BATCH
 
     def __post_init__(self) -> None:
         for template in self.templates:
@@ -96,7 +104,8 @@ class Subject:
         experiment: experiment whose data it is measured on.
         sets: samples by split.
         split: evaluated split.
-        train_every: captions of the training set for which the summary generates images: every n-th.
+        train_every: captions of the training set for which the summary generates images: every n-th; None for about
+            :data:`TRAINING_CAPTIONS`.
         settings: sampling settings; values of None are the model's.
         further: further sampling settings, whose effect the summary measures.
         compiled: arguments of ``Pipeline.compile``.
@@ -114,7 +123,7 @@ class Subject:
     clip: tuple[CLIP, Tokenizer] | None
     sets: Mapping[str, Samples]
     split: str
-    train_every: int = 28
+    train_every: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     further: Mapping[str, Any] = field(default_factory=dict)
     compiled: Mapping[str, Any] | None = None
@@ -164,16 +173,18 @@ class Subject:
         assert self.first_stage is not None
         return self.pipe.device if self.pipe else next(self.first_stage.parameters(), torch.empty(0)).device
 
-    def batches(self, split: str, most: int | None = None) -> Iterator[Batch]:
+    def batches(self, split: str, most: int | None = None, every: int = 1) -> Iterator[Batch]:
         """Yield the batches of a split in order, without its bad samples, of which a warning gives the number.
 
         Args:
             split: name of the split.
             most: number of samples after which to stop; None for all.
+            every: every how many samples one is read.
         """
         reasons: Counter[str] = Counter()
-        left = len(self.sets[split]) if most is None else most
-        for batch in EvaluationLoader(self.sets[split], BATCH):
+        numbers = np.arange(0, len(self.sets[split]), every)
+        left = len(numbers) if most is None else most
+        for batch in EvaluationLoader(self.sets[split], self.options.batch_size, numbers=numbers):
             reasons.update(bad.reason.value for bad in batch.get(BAD, ()))
             if left <= 0:
                 break
@@ -187,23 +198,29 @@ class Subject:
         """Yield the batches that are measured: those of the evaluated split, up to ``options.images``."""
         return self.batches(self.split, self.options.images)
 
-    def true(self, split: str) -> TrueImages:
-        """Collect the true images of a split, once."""
-        if split not in self._true:
+    def true(self, split: str, every: int = 1) -> TrueImages:
+        """Collect the true images of a split, or every n-th of them, once."""
+        name = _name(split, every)
+        if name not in self._true:
             bad: list[int] = []
-            found = TrueImages(self.networks)
-            for batch in self.batches(split):
+            found = TrueImages(self.networks, reduce=split in self.searched or every > 1 or self.train_every == 1)
+            for batch in self.batches(split, every=every):
                 found.add(*_contents(batch))
                 bad += [each.index for each in batch.get(BAD, ())]
-            found.rows = np.setdiff1d(np.arange(len(self.sets[split])), bad)
-            self._true[split] = found
-        return self._true[split]
+            found.rows = np.setdiff1d(np.arange(0, len(self.sets[split]), every), bad)
+            self._true[name] = found
+        return self._true[name]
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """Splits in which the true image of a caption is searched: all; of more than :data:`GALLERY` images, that measured."""
+        return tuple(self.sets) if sum(map(len, self.sets.values())) <= GALLERY else (self.split,)
 
     def gallery(self) -> tuple[Tensor, dict[str, int]]:
-        """Return the reduced true images of all splits, ``[m d]``, and the row of the first one of each split."""
-        reduced = [self.true(name).reduced for name in self.sets]
+        """Return the reduced true images of the searched splits, ``[m d]``, and the row of the first one of each split."""
+        reduced = [self.true(name).reduced for name in self.searched]
         starts = np.cumsum([0, *map(len, reduced)]).tolist()
-        return torch.cat(reduced), dict(zip(self.sets, starts, strict=False))
+        return torch.cat(reduced), dict(zip(self.searched, starts, strict=False))
 
     def hashes(self, splits: str) -> tuple[str, int]:
         """Return the hash and the number of the true images and captions of a split, or of several, joined by ``+``."""
@@ -254,7 +271,9 @@ class Subject:
         self, conditions: Mapping[str, Any], seed: int | Sequence[int], settings: Mapping[str, Any]
     ) -> Tensor:
         assert self.pipe is not None
-        made = self.pipe(**conditions, seed=seed, output_type="pt", batch_size=BATCH, progress=False, **settings)
+        made = self.pipe(
+            **conditions, seed=seed, output_type="pt", batch_size=self.options.batch_size, progress=False, **settings
+        )
         return made.cpu() * 2 - 1
 
     def _conditions(self, split: str, numbers: np.ndarray) -> dict[str, Any]:
@@ -276,16 +295,17 @@ class Subject:
         """
         import time
 
-        of, name = (self.split, self.split) if every is None else ("train", f"train[::{every}]")
+        of, name = (self.split, self.split) if every is None else ("train", _name("train", every))
         if name in self._made:
             return self._made[name]
-        true = self.true(of)
-        rows = np.arange(len(true)) if every is None else np.arange(0, len(true), every)
-        rows = rows[: self.options.images] if every is None else rows
+        true = self.true(of, every or 1)
+        rows = np.arange(len(true))[: self.options.images]
         shown = rows[np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)] if every is None else rows[:0]
         found, images, seconds = GeneratedImages(self.networks), [], 0.0
-        for start in tqdm(range(0, len(rows), BATCH), f"generating for {name}", unit="batch", leave=False):
-            numbers = rows[start : start + BATCH]
+        at_once = self.options.batch_size
+        starts = range(0, len(rows), at_once)
+        for start in tqdm(starts, f"generating for {name}", unit="batch", leave=False):
+            numbers = rows[start : start + at_once]
             conditions = self._conditions(of, true.rows[numbers])
             begin = time.perf_counter()
             made = self._generate(conditions, self.options.seed + start, {**self.settings, **self.further})
@@ -298,15 +318,22 @@ class Subject:
         self._made[name] = found
         return found
 
+    def encode(self, image: Tensor) -> Posterior:
+        """Return the posteriors ``[b z h/f w/f]`` of images ``[b c h w]`` in [-1, 1], as many at once as memory is spared for."""
+        from ldm.vae import Tiling
+
+        assert self.first_stage is not None, "only a first stage encodes images"
+        dtype = next(self.first_stage.parameters(), torch.empty(0)).dtype
+        return Tiling().encode(self.first_stage, image.to(self.device, dtype))
+
     def reconstruct(self, image: Tensor, decoder: str = "full") -> Tensor:
         """Return the decoded modes of the posteriors of images ``[b c h w]`` in [-1, 1]."""
         if self.pipe is not None:
             return self.pipe.model.decode(self.pipe.model.encode(image), decoder)
         from ldm.vae import Tiling
 
-        assert self.first_stage is not None, "reconstruction needs a first stage"
-        tiling = Tiling()
-        return tiling.decode(self.first_stage, tiling.encode(self.first_stage, image).mode).clamp(-1, 1)
+        assert self.first_stage is not None, "only a first stage decodes latents"
+        return Tiling().decode(self.first_stage, self.encode(image).mode).clamp(-1, 1)
 
     @torch.inference_mode()
     def reconstructions(self, decoder: str = "full", lpips: bool = False) -> Reconstructions:
@@ -341,6 +368,11 @@ def _contents(batch: Batch) -> tuple[Tensor, Sequence[Any], Batch]:
     """Return the arguments of :meth:`Collected.add` for a batch of true images."""
     further = {name: value for name, value in batch.items() if name not in ("image", "text", "key", BAD)}
     return batch["image"], batch.get("text", ()), further
+
+
+def _name(split: str, every: int) -> str:
+    """Return the name of every n-th sample of a split, as they are chosen in Python."""
+    return split if every == 1 else f"{split}[::{every}]"
 
 
 def _without_bad(batch: Batch) -> Batch:

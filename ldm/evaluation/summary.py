@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from ldm.clip.retrieval import reduced_recall
 from ldm.data.samples import BatchIndices, captions_of
 from ldm.evaluation.receipt import Receipt
-from ldm.evaluation.subject import READER, Subject
+from ldm.evaluation.subject import READER, TRAINING_CAPTIONS, Subject
 from ldm.image_output import Images
 from ldm.vae.metrics import psnr
 
@@ -24,11 +26,16 @@ COLUMNS = 8
 
 
 def samples_of_training(run: Subject) -> dict[str, Any]:
-    """Measure the recall by image for every n-th caption of the training set, among the images of all splits."""
+    """Measure the recall by image for every n-th caption of the training set, among the searched images and their own."""
+    every = run.train_every or max(1, math.ceil(len(run.sets["train"]) / TRAINING_CAPTIONS))
+    made, true = run.generated(every), run.true("train", every)
     truths, first = run.gallery()
-    made = run.generated(run.train_every)
-    own = torch.from_numpy(made.rows + first["train"])
-    return {f"train[::{run.train_every}]": {"captions": len(made), **reduced_recall(made.reduced, truths, own)}}
+    if "train" in first:
+        own = first["train"] + np.searchsorted(run.true("train").rows, true.rows[made.rows])
+    else:
+        own, truths = len(truths) + made.rows, torch.cat([truths, true.reduced])
+    recall = reduced_recall(made.reduced, truths, torch.from_numpy(own))
+    return {f"train[::{every}]": {"captions": len(made), **recall}}
 
 
 def sheet(run: Subject) -> Image:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,12 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from ldm.errors import ConfigError, require_package, unknown
+from ldm.errors import ConfigError, DataError, require_package, unknown
 from ldm.evaluation.metric import metrics_of_samples
-from ldm.evaluation.receipt import Receipt
-from ldm.evaluation.runner import measure
+from ldm.evaluation.opening import Request
+from ldm.evaluation.receipt import Receipt, read_receipts
+from ldm.evaluation.runner import measure, receipts_of, weights_of
 from ldm.evaluation.subject import Subject
 from ldm.evaluation.table import aligned
+from ldm.formats.tensors import write_atomically
 
 EVALUATIONS = "evaluations"
 """Name of the cost of an image: evaluations of the network; those with and without the condition count separately."""
@@ -115,6 +119,70 @@ class Sweep:
         FigureCanvasAgg(figure).print_png(str(path))
 
 
+class SweepFolder:
+    """Folder of a sweep: receipts of each combination, written as soon as they are measured, so that a repeated sweep goes on.
+
+    ``sweep.json`` has the points with what they were measured on; a point of other weights, data or arguments is measured again.
+
+    Args:
+        path: the folder, which is made.
+        request: arguments of the evaluation, without swept settings.
+        subject: its subject.
+        names: the two compared numbers.
+    """
+
+    FILE = "sweep.json"
+
+    def __init__(self, path: Path, request: Request, subject: Subject, names: Sequence[str]):
+        by_number = metrics_of_samples()
+        metrics = tuple(dict.fromkeys(by_number[name].name for name in names if name in by_number))
+        self.path, self._request, self._subject, self._names = path, replace(request, metrics=metrics), subject, names
+        self._of = [weights_of(subject, "samples"), *(each.fingerprint for each in subject.sets.values())]
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            entries = json.loads((path / self.FILE).read_text(encoding="utf-8"))
+            self._before = {each["receipts"]: each for each in entries if each["of"] == self._of}
+        except (OSError, ValueError, KeyError, TypeError):
+            self._before = {}
+
+    def read(self, settings: Mapping[str, Any]) -> Point | None:
+        """Return the point of a combination that was measured before; None if it was not."""
+        request = self._with(settings)
+        entry = self._before.get(self._file(request), {})
+        try:
+            values = (float(entry[self._names[0]]), float(entry[self._names[1]]))
+            receipts = read_receipts(self.path / self._file(request))
+        except (KeyError, DataError):
+            return None
+        if receipts.request != receipts_of(request, self._subject, ()).request:
+            return None
+        return Point(settings, receipts.numbers, values, entry["seconds"])
+
+    def keep(self, point: Point) -> None:
+        """Write the receipts of a point."""
+        request = self._with(point.settings)
+        receipts_of(request, self._subject, point.receipts).write(self.path / self._file(request))
+
+    def write(self, found: Sweep) -> None:
+        """Write ``sweep.json`` and ``sweep.txt`` of the points up to now."""
+        entries = [
+            {"settings": each.settings, "pareto": on_front, "receipts": self._file(self._with(each.settings))}
+            | dict(zip(self._names, each.values, strict=True))
+            | {"seconds": each.seconds, "of": self._of}
+            for each, on_front in zip(found.points, found.front, strict=True)
+        ]
+        for name, text in ((self.FILE, json.dumps(entries, indent=2)), ("sweep.txt", found.table)):
+            write_atomically(self.path / name, functools.partial(Path.write_text, data=f"{text}\n"))
+
+    def _with(self, settings: Mapping[str, Any]) -> Request:
+        sampling = {name: each for name, each in settings.items() if name != LENGTH}
+        return replace(self._request, ema_length=settings.get(LENGTH), settings=sampling)
+
+    @staticmethod
+    def _file(request: Request) -> str:
+        return f"receipts{request.suffix}.json"
+
+
 def _dominates(first: Sequence[float], second: Sequence[float]) -> bool:
     return all(a <= b for a, b in zip(first, second, strict=True)) and tuple(first) != tuple(second)
 
@@ -141,6 +209,7 @@ def sweep(
     names: Sequence[str],
     progress: Callable[[str], object] = lambda name: None,
     average: Callable[[float], Subject] | None = None,
+    folder: SweepFolder | None = None,
 ) -> Sweep:
     """Measure a model with each combination of settings, with the same captions and seeds.
 
@@ -152,6 +221,7 @@ def sweep(
             ``evaluations``, the evaluations of the network for an image.
         progress: called with the settings of each combination before it is measured.
         average: function that returns the subject with averaged weights of a length.
+        folder: where points are kept, from which those that were measured before are taken; None for nowhere.
 
     Raises:
         ConfigError: a number is unknown, or is not measured for this model, or there are several feature networks.
@@ -171,9 +241,16 @@ def sweep(
     combinations = [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
     for settings in combinations:
         subject.sampling_settings({name: each for name, each in settings.items() if name != LENGTH})
-    points, axes, current = [], [Axis(name, True) for name in names], None
+    points: list[Point] = []
+    current = None
     for settings in combinations:
-        progress(", ".join(f"{name} {value}" for name, value in settings.items()))
+        text = ", ".join(f"{name} {value}" for name, value in settings.items())
+        if folder is not None and (before := folder.read(settings)) is not None:
+            progress(f"{text}: measured before")
+            points.append(before)
+            folder.write(_sweep(names, points))
+            continue
+        progress(text)
         sampling = {name: value for name, value in settings.items() if name != LENGTH}
         if LENGTH in settings and settings[LENGTH] != current:
             assert average is not None
@@ -187,17 +264,25 @@ def sweep(
             each.conditions.metric: each for each in measure(one, metrics, required=[each.name for each in metrics])
         }
         numbers = []
-        for i, name in enumerate(names):
+        for name in names:
             if name == EVALUATIONS:
                 numbers.append(sum(rows) / len(made))
                 continue
             if name not in receipts:
                 raise ConfigError(f"the number {name!r} is not measured for this model; name another one.")
-            axes[i] = Axis(name, receipts[name].better != "higher")
             numbers.append(receipts[name].value)
         shown = [receipts[name] for name in names if name in receipts]
         points.append(Point(settings, shown, (numbers[0], numbers[1]), made.seconds))
-    return Sweep((axes[0], axes[1]), points)
+        if folder is not None:
+            folder.keep(points[-1])
+            folder.write(_sweep(names, points))
+    return _sweep(names, points)
+
+
+def _sweep(names: Sequence[str], points: Sequence[Point]) -> Sweep:
+    better = {each.conditions.metric: each.better for point in points for each in point.receipts}
+    first, second = (Axis(name, better.get(name) != "higher") for name in names)
+    return Sweep((first, second), list(points))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def test_a_run_is_measured_by_each_of_its_stages(monkeypatch: pytest.MonkeyPatch
     settings = ["--train-every", 4, "--steps", 2, f"data.test={tmp_path / 'train.tar'}", *one_step]
     for split in ("val", "test"):
         assert evaluated(monkeypatch, "--config", config, "--split", split, *settings) == 0
-        results = json.loads((tmp_path / "run" / f"evaluation-{split}.json").read_text())
+        results = json.loads((tmp_path / "run" / f"evaluation-{split}-steps=2.json").read_text())
         assert list(results) == ["model", "split", "psnr", "clip", "samples"]
         assert 0 < results["psnr"] < 60
         assert results["clip"]["images"] == len(CAPTIONS)
@@ -35,9 +35,10 @@ def test_a_run_is_measured_by_each_of_its_stages(monkeypatch: pytest.MonkeyPatch
         assert samples["among"] == 3 * len(CAPTIONS)
         assert samples[split]["captions"] == len(CAPTIONS)
         assert samples["train[::4]"]["captions"] == 2
-        with Image.open(tmp_path / "run" / f"evaluation-{split}.png") as sheet:
+        with Image.open(tmp_path / "run" / f"evaluation-{split}-steps=2.png") as sheet:
             assert sheet.width > sheet.height
-        numbers = {each.conditions.metric: each for each in read_receipts(tmp_path / "run").numbers}
+        receipts = read_receipts(tmp_path / "run" / f"receipts-{split}-steps=2.json")
+        numbers = {each.conditions.metric: each for each in receipts.numbers}
         assert numbers["psnr"].value == pytest.approx(results["psnr"])
         assert numbers["recall_by_image@1"].value == pytest.approx(samples[split]["R@1"])
         assert numbers["fid"].conditions.network == "own"  # the image tower of the run

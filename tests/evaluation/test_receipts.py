@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.errors import ConfigError, DataError
-from ldm.evaluation.receipt import CONDITIONS, Conditions, Receipt, Receipts, read_receipts
+from ldm.evaluation.receipt import CONDITIONS, Conditions, Receipt, Receipts, read_receipts, split_of_all
 from ldm.evaluation.table import of_several, rank
 
 TEXT = st.text(max_size=8)
@@ -107,6 +107,19 @@ def test_the_table_ranks_like_numbers_and_says_why_others_are_not(tmp_path: Path
     assert "B = A (intervals overlap)" in of_several([first, first])
     third = written(tmp_path, "third", receipt(example(), 1.05))
     assert "(intervals overlap)" in of_several([first, third])
+
+
+def test_run_folders_are_compared_by_the_split_that_all_have(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder, splits in zip(folders, (("val", "test"), ("val",)), strict=True):
+        folder.mkdir()
+        for split in splits:
+            written(folder, f"receipts-{split}", receipt(example(split=split)))
+    assert split_of_all(folders) == "val"
+    assert split_of_all(folders[:1]) == "test"
+    for split in ("val", "test"):
+        assert read_receipts(folders[0], split).numbers[0].conditions.split == split
+    assert read_receipts(folders[0]).numbers[0].conditions.split == "test"
 
 
 def test_an_unknown_field_and_another_file_are_one_sentence(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from PIL import Image
 from ldm.cli import evaluate as command
 from ldm.evaluation.receipt import read_receipts
 from ldm.evaluation.runner import verify
+from ldm.evaluation.subject import Subject
 from ldm.evaluation.sweep import Axis, Point, Sweep
 from ldm.formats.ema_snapshots import write_snapshot
 from tests.commands import exit_code
@@ -71,11 +73,32 @@ def test_a_sweep_makes_a_table_a_plot_and_receipts(
     with Image.open(tmp_path / "out" / "sweep.png") as plot:
         assert plot.width > 300
 
+    generated: list[int] = []
+    original = Subject.generated
+
+    def counted(subject: Subject, every: int | None = None) -> Any:
+        generated.append(1)
+        return original(subject, every)
+
+    monkeypatch.setattr(Subject, "generated", counted)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.json")}
+    assert call(monkeypatch, tmp_path, *swept, "--y", "recall_by_image@5") == 0  # takes what was measured
+    assert not generated
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.json")}
+    (tmp_path / "out" / points[3]["receipts"]).unlink()
+    assert call(monkeypatch, tmp_path, *swept, "--y", "recall_by_image@5") == 0
+    assert generated
+    monkeypatch.setattr(Subject, "generated", original)
+    capsys.readouterr()
+
     state = tiny_model().state_dict()
     averages = {0.05: state, 0.1: {name: 1.1 * each for name, each in state.items()}}
     write_snapshot(tmp_path / "denoiser", 10, averages)
     assert call(monkeypatch, tmp_path, "--ema-length", "0.05,0.1", "--steps", 1, "--images", 6) == 0
-    again = [read_receipts(tmp_path / "out" / f"receipts-{i}.json") for i in (1, 2)]
+    again = [
+        read_receipts(tmp_path / "out" / f"receipts-model=model-ema_length={length}-steps=1-images=6.json")
+        for length in (0.05, 0.1)
+    ]
     first, second = (each.numbers[0] for each in again)
     assert first.conditions.differences(second.conditions).keys() == {"ema"}
     assert first.conditions.ema == "power profile, length 0.05"
@@ -93,7 +116,8 @@ def test_a_sweep_makes_a_table_a_plot_and_receipts(
     own = ["--features", f"own={tmp_path / 'clip.safetensors'}"]
     axes = ["--x", "precision", "--y", "nearest_training_image"]
     assert call(monkeypatch, tmp_path, *own, *axes, "--steps", "1,2") == 0
-    found = read_receipts(tmp_path / "out" / "receipts-1.json")
+    (point, _) = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    found = read_receipts(tmp_path / "out" / point["receipts"])
     assert {each.conditions.metric for each in found.numbers} == {"precision", "nearest_training_image"}
     assert found.request["metrics"] == ["precision_recall", "memorisation"]
     capsys.readouterr()

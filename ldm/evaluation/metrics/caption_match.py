@@ -29,8 +29,9 @@ def clip_score(subject: Subject) -> Iterator[Number]:
     """
     if not subject.samples_text:
         return
+    networks = subject.feature_networks
     made = subject.generated()
-    for network in subject.feature_networks:
+    for network in networks:
         if network.captions is None:
             continue
         text = network.captions(made.captions)
@@ -45,9 +46,10 @@ def recall_by_embedding(subject: Subject) -> Iterator[Number]:
     """Measure how often the caption of a generated image is among the k nearest of the distinct captions measured, by cosine."""
     if not subject.samples_text:
         return
+    networks = subject.feature_networks
     made = subject.generated()
     names, own = distinct(made.captions)
-    for network in subject.feature_networks:
+    for network in networks:
         if network.captions is None:
             continue
         text = network.captions(names)
@@ -61,14 +63,17 @@ def recall_by_embedding(subject: Subject) -> Iterator[Number]:
 
 @metric("recall_by_image", "samples", numbers=[f"recall_by_image@{k}" for k in KS])
 def recall_by_image(subject: Subject) -> Iterator[Number]:
-    """Measure how often the true image of a caption is among the k nearest to the generated one, at 16 x 16."""
+    """Measure how often the true image of a caption is among the k nearest to the generated one, at 16 x 16.
+
+    They are searched in all splits, or in the evaluated one if there are more than :data:`ldm.evaluation.subject.GALLERY` images.
+    """
     if not subject.samples_text:
         return
     made = subject.generated()
     truths, first = subject.gallery()
     own = torch.from_numpy(made.rows + first[subject.split])
     ranks = reduced_ranks(made.reduced, truths, own).numpy()
-    among = "+".join(subject.sets)
+    among = "+".join(subject.searched)
     for k in KS:
         parameters = {"k": k, "among": len(truths), "reduced_to": 16}
         yield Number(

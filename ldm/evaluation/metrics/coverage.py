@@ -108,10 +108,11 @@ def manifold(subject: Subject) -> Iterator[Number]:
     """Measure precision, recall, density and coverage against the true images of the reference split."""
     if not subject.generates:
         return
+    networks = subject.feature_networks
     reference, made = subject.true(subject.reference), subject.generated()
     if min(len(reference), len(made)) <= DENSITY_K + 1:
         return
-    for network in subject.feature_networks:
+    for network in networks:
         pair = made.features[network.name], reference.features[network.name]
         for k, found in ((PRECISION_K, precision_and_recall(*pair)), (DENSITY_K, density_and_coverage(*pair))):
             for name, value in found.items():

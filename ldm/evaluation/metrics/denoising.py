@@ -55,7 +55,10 @@ def relative_error(model: LatentDiffusion, pool: Pool, level: float) -> Tensor:
 
 @metric("denoising", "denoiser")
 def denoising(subject: Subject) -> Iterator[Number]:
-    """Measure the error of the denoised latents at fixed noise levels; the i-th image has the noise of the seed plus i."""
+    """Measure the error of the denoised latents at fixed noise levels; the i-th image has the noise of the seed plus i.
+
+    It compares denoisers of one first stage, which the receipts name: other latents are more or less easy to denoise.
+    """
     if subject.pipe is None:
         return
     model = subject.pipe.model
@@ -69,6 +72,6 @@ def denoising(subject: Subject) -> Iterator[Number]:
         for level in levels:
             errors[level].append(relative_error(model, pool, level))
     for level in levels:
-        parameters = {"sigma": level, "unit": "s^2 / (1 + s^2)"}
+        parameters = {"sigma": level, "unit": "s^2 / (1 + s^2)", "first_stage": subject.hash_of(model.first_stage)}
         values = torch.cat(errors[level]).double().numpy()
         yield Number(f"denoising_error@{level:g}", mean_estimate(values), count, "lower", parameters=parameters)

@@ -107,8 +107,9 @@ def fid(subject: Subject) -> Iterator[Number]:
     """Compare generated images with the true ones of the reference split."""
     if not subject.generates:
         return
+    networks = subject.feature_networks
     reference, made = subject.true(subject.reference), subject.generated()
-    for network in subject.feature_networks:
+    for network in networks:
         found = estimate(made.features[network.name], reference.features[network.name])
         yield Number("fid", found, len(made), "lower", network=network, reference=subject.reference)
 
@@ -118,7 +119,8 @@ def rfid(subject: Subject) -> Iterator[Number]:
     """Compare reconstructions with their originals."""
     if subject.first_stage is None:
         return
+    networks = subject.feature_networks
     made = subject.reconstructions()
-    for network in subject.feature_networks:
+    for network in networks:
         found = estimate(made.features[network.name], made.originals[network.name])
         yield Number("rfid", found, len(made), "lower", network=network)  # the reference is the evaluated images

@@ -102,10 +102,11 @@ def _distance(
 ) -> Iterator[Number]:
     if not subject.generates:
         return
+    networks = subject.feature_networks
     reference, made = subject.true(subject.reference), subject.generated()
     if min(len(reference), len(made)) < 2:
         return
-    for network in subject.feature_networks:
+    for network in networks:
         found = mmd(made.features[network.name], reference.features[network.name], kernel)
         scaled = Estimate(found.value * scale, found.low * scale, found.high * scale, found.method)
         yield Number(

@@ -29,7 +29,7 @@ def latents(subject: Subject) -> Iterator[Number]:
         return
     sums: list[Tensor] = []  # of each image: means, second moments and noise of its channels
     for batch in subject.measured():
-        posterior = stage.encode(batch["image"].to(subject.device, next(stage.parameters(), torch.empty(0)).dtype))
+        posterior = subject.encode(batch["image"])
         mean = stage.normalize(posterior.mode.float()).double().cpu().flatten(2)
         scale = stage.latent_std.double().cpu()[:, None].square()
         noise = (posterior.variance.double().cpu().flatten(2) / scale).mean(2)

@@ -47,9 +47,10 @@ def memorisation(subject: Subject) -> Iterator[Number]:
     """Compare the distances of generated and of true held-out images to the nearest training image."""
     if not subject.generates or "train" not in subject.sets:
         return
+    networks = subject.feature_networks
     training, made = subject.true("train"), subject.generated()
     held_out = subject.true(subject.split)
-    for network in subject.feature_networks:
+    for network in networks:
         reference = training.features[network.name]
         own = nearest(made.features[network.name], reference)
         others = nearest(held_out.features[network.name], reference)

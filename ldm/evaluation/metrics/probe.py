@@ -20,6 +20,7 @@ from ldm.denoiser.unet import LevelSpec, UNetConfig
 from ldm.diagnosis.pool import Pool
 from ldm.diffusion import Diffusion, seeded_noise
 from ldm.diffusion.loss import WeightedLossConfig
+from ldm.evaluation.collected import Collected
 from ldm.evaluation.intervals import mean_estimate
 from ldm.evaluation.metric import Number, metric
 from ldm.evaluation.metrics import frechet
@@ -103,7 +104,8 @@ def train(model: LatentDiffusion, mode: Tensor, std: Tensor, steps: int, seed: i
 def held_out_error(model: LatentDiffusion, mode: Tensor, std: Tensor, seeds: Sequence[int]) -> Tensor:
     """Return the error of latents sampled from posteriors ``[n z h w]``, the mean over the noise levels, ``[n]``.
 
-    The unit is that of the metric ``denoising``. It compares denoisers of one first stage, but not latents of different ones.
+    The unit is that of the metric ``denoising``. Of different first stages the lower error need not be the better one: noisy
+    latents are easier to denoise as well as those without details.
     """
     noise, device = seeded_noise(seeds, mode.shape[1:]), next(model.denoiser.parameters()).device
     latents = model.first_stage.normalize((mode + std * noise(0.0, 0.0)).to(device)).cpu()
@@ -113,16 +115,15 @@ def held_out_error(model: LatentDiffusion, mode: Tensor, std: Tensor, seeds: Seq
 
 
 @torch.no_grad()
-def posteriors(subject: Subject, split: str, most: int) -> tuple[Tensor, Tensor]:
-    """Return mode and standard deviation of the posteriors of the first images of a split, ``[n z h w]`` on the CPU."""
-    stage = subject.first_stage
-    assert stage is not None
-    modes, deviations = [], []
+def posteriors(subject: Subject, split: str, most: int) -> tuple[Tensor, Tensor, str]:
+    """Return mode and standard deviation of the posteriors of the first images of a split, ``[n z h w]``, and their hash."""
+    modes, deviations, images = [], [], Collected((), reduce=False)
     for batch in subject.batches(split, most):
-        posterior = stage.encode(batch["image"].to(subject.device, next(stage.parameters()).dtype))
+        posterior = subject.encode(batch["image"])
         modes.append(posterior.mode.float().cpu())
         deviations.append(posterior.variance.float().sqrt().cpu())
-    return torch.cat(modes), torch.cat(deviations)
+        images.add(batch["image"])
+    return torch.cat(modes), torch.cat(deviations), images.fingerprint
 
 
 @metric("probe", "vae", by_default=False)
@@ -138,7 +139,7 @@ def probe(subject: Subject) -> Iterator[Number]:
     if stage is None or config is None or not config.has_weights or "train" not in subject.sets:
         return
     options = subject.options
-    mode, std = posteriors(subject, "train", TRAINED)
+    mode, std, trained_on = posteriors(subject, "train", TRAINED)
     size = (mode.shape[2] * stage.factor, mode.shape[3] * stage.factor)
     stage = normalized(stage, mode, std)
     model = new_probe(stage, config, size, options.seed)
@@ -149,12 +150,13 @@ def probe(subject: Subject) -> Iterator[Number]:
         "learning_rate": LEARNING_RATE,
         "widths": list(widths_of(stage, size)),
         "training_images": len(mode),
+        "training_data": trained_on,
     }
-    held_out = posteriors(subject, subject.split, min(HELD_OUT, options.images or HELD_OUT))
+    held_out = posteriors(subject, subject.split, min(HELD_OUT, options.images or HELD_OUT))[:2]
     seeds = [options.seed + i for i in range(len(held_out[0]))]
     errors = held_out_error(model, *held_out, seeds).double().numpy()
     shape = {"latent": list(mode.shape[1:]), "levels": levels_of(model.diffusion.schedule)}
-    yield Number("probe_error", mean_estimate(errors), len(errors), "lower", parameters=parameters | shape)
+    yield Number("probe_error", mean_estimate(errors), len(errors), "neither", parameters=parameters | shape)
     if not subject.networks:
         return
     reference = subject.true(subject.reference)
