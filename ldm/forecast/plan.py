@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ldm.errors import ConfigError
 from ldm.training.subruns import VALIDATIONS
@@ -124,6 +124,7 @@ class Plan:
         seconds: predicted time of each run.
         full_seconds: predicted time of the full run.
         limit: time that the ladder may take.
+        evaluations: passes of a sample through the network that measure the recall of a run; 0 if there is no time for that.
     """
 
     full: Rung
@@ -131,6 +132,7 @@ class Plan:
     seconds: Sequence[float]
     full_seconds: float
     limit: float
+    evaluations: int = 0
 
 
 def seconds_of(rung: Rung, sizes: Mapping[float, Size], extras: Extras) -> float:
@@ -151,7 +153,8 @@ def make_plan(
 ) -> Plan:
     """Return the ladder with the most runs that the time allows, and of these the one with the longest.
 
-    If the longest run would have fewer than ``LONG`` steps, there are fewer runs.
+    If the longest run would have fewer than ``LONG`` steps, there are fewer runs. If there is no time for a ladder otherwise, the
+    recall is not measured.
 
     Args:
         full: the full run.
@@ -174,7 +177,10 @@ def make_plan(
         seconds = [seconds_of(rung, sizes, extras) for rung in rungs]
         idle = sum(seconds) - sum(rung.steps * sizes[rung.width].seconds for rung in rungs)
         if (idle <= OVERHEAD_SHARE * sum(seconds) and longest >= LONG) or count == FEWEST_RUNS:
-            return Plan(full, rungs, seconds, full_seconds, limit)
+            return Plan(full, rungs, seconds, full_seconds, limit, extras.evaluations)
+    if extras.evaluations:
+        without = replace(extras, evaluations=0)
+        return make_plan(full, sizes, without, subsets=subsets, share=share, spent=spent)
     shortest = _rungs(full, FEWEST_RUNS, SHORTEST, sizes, subsets)
     least = sum(seconds_of(rung, sizes, extras) for rung in shortest)
     least = (least + spent) / MARGIN

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,19 @@ def test_a_full_run_that_is_too_short_says_how_long_it_has_to_be() -> None:
     assert make_plan(Rung(FULL, 3434, round(1.02 * seconds / 0.35)), SIZES, EXTRAS).rungs
     with pytest.raises(ConfigError, match="shortest ladder"):
         make_plan(Rung(FULL, 3434, round(0.95 * seconds / 0.35)), SIZES, EXTRAS)
+
+
+def test_a_full_run_of_the_least_length_has_a_ladder_without_recall() -> None:
+    extras = replace(EXTRAS, evaluations=200_000)
+    with pytest.raises(ConfigError) as error:
+        make_plan(Rung(FULL, 3434, 100), SIZES, extras)
+    steps = int(str(error.value).rpartition("at least ")[2].split(" ")[0]) / SIZES[FULL].seconds
+    full = Rung(FULL, 3434, math.ceil(steps))
+    plan = make_plan(full, SIZES, extras)
+    assert plan == make_plan(full, SIZES, replace(EXTRAS, evaluations=0))
+    assert plan.evaluations == 0
+    longer = make_plan(replace(full, steps=100 * full.steps), SIZES, extras)
+    assert longer.evaluations == extras.evaluations
 
 
 def test_a_narrow_network_that_is_no_faster_has_no_more_steps() -> None:
