@@ -71,7 +71,7 @@ class Request:
     def suffix(self) -> str:
         """End of the names of files: what is evaluated other than a run as it is, such as ``-steps=8``; empty for nothing."""
         given = {
-            "model": None if self.model is None else Path(self.model).stem,
+            "model": self.model,
             "checkpoint": self.checkpoint,
             "ema_length": self.ema_length,
             **{_SHORT.get(name, name): each for name, each in {**self.settings, **self.further}.items()},
@@ -103,11 +103,13 @@ _SHORT = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
 
 
 def _in_a_name(value: Any) -> str:
-    """Return a value as a part of the name of a file: one word, or the hash of what is more than that."""
+    """Return a value as a part of the name of a file: a word or a number, else a hash, of a path after its last part."""
     text = str(value)
     if isinstance(value, str | int | float) and re.fullmatch(r"[\w.+-]{1,40}", text):
         return text
-    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:8]
+    last = re.sub(r"[^\w.+-]", "", Path(value).name)[:40] if isinstance(value, str) else ""
+    return f"{last}.{digest}" if last else digest
 
 
 def open_subject(request: Request, say: Callable[[str], object] = warn) -> Subject:

@@ -145,7 +145,9 @@ def test_settings_are_in_the_receipts_and_their_effect_in_the_summary(
     assert numbers["recall_by_image@1"].conditions.sampling["cache_interval"] == 2
     assert numbers["psnr"].conditions.sampling == {}
     assert "fid" not in numbers  # there is no image tower
-    results = json.loads((folder / "evaluation-val-model=model-steps=2-cache_interval=2-images=4.json").read_text())
+    results = json.loads(
+        (folder / "evaluation-val-model=model.safetensors-steps=2-cache_interval=2-images=4.json").read_text()
+    )
     assert results["distance"]["cache_interval"] == 2
     assert results["samples"]["val"]["captions"] == 4
 
@@ -156,7 +158,7 @@ def test_images_of_another_size_than_the_data_are_measured(monkeypatch: pytest.M
         found = measured(monkeypatch, folder, *settings)
     conditions = {each.conditions.metric: each.conditions for each in found.numbers}["recall_by_image@1"]
     assert (list(conditions.size), conditions.sampling["size"]) == ([16, 16], [32, 32])
-    name = "evaluation-val-model=model-steps=2-height=32-width=32-images=4"
+    name = "evaluation-val-model=model.safetensors-steps=2-height=32-width=32-images=4"
     assert "distance" not in json.loads((folder / f"{name}.json").read_text())
     with Image.open(folder / f"{name}.png") as sheet:
         assert sheet.width > 4 * 16

@@ -47,7 +47,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> 
     with pytest.raises(SystemExit) as stopped:
         command.main()
     assert not stopped.value.code
-    name = "evaluation-val-model=model-steps=1-guidance=1.0.json"
+    name = "evaluation-val-model=model.safetensors-steps=1-guidance=1.0.json"
     results: dict[str, Any] = json.loads((folder / name).read_text())
     return results
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def test_a_metric_that_the_data_do_not_allow_is_left_out(folder: Path) -> None:
             {"settings": {"num_inference_steps": 8, "guidance_scale": None, "sampler": "euler"}},
             "-steps=8-sampler=euler",
         ),
-        ({"model": "runs/mine/model.safetensors", "checkpoint": "last"}, "-model=model-checkpoint=last"),
+        ({"model": "emoji", "checkpoint": "last"}, "-model=emoji-checkpoint=last"),
         ({"options": Options(images=96, seed=1, batch_size=4)}, "-images=96-seed=1"),
         ({"ema_length": 0.1, "further": {"shift": 2.5}}, "-ema_length=0.1-shift=2.5"),
     ],
@@ -121,9 +121,11 @@ def test_files_are_named_by_what_differs_from_the_run(changes: dict[str, Any], s
 
 
 def test_what_is_no_word_is_named_by_its_hash() -> None:
-    def suffix(features: Sequence[str]) -> str:
-        return Request("mine.yaml", features=features).suffix
+    def suffix(**changes: Any) -> str:
+        return Request("mine.yaml", **changes).suffix
 
-    assert suffix(["own=a/b"]) == suffix(["own=a/b"]) != suffix(["own=a/c"])
-    assert suffix(["own=a/b"]).startswith("-features=")
-    assert "/" not in suffix(["own=a/b"])
+    assert suffix(features=["own=a/b"]) == suffix(features=["own=a/b"]) != suffix(features=["own=a/c"])
+    models = {suffix(model=f"{run}/vae/best.ckpt") for run in ("a", "b")}
+    assert len(models) == 2
+    for found in (suffix(features=["own=a/b"]), *models):
+        assert re.fullmatch(r"-features=[0-9a-f]{8}|-model=best\.ckpt\.[0-9a-f]{8}", found)

@@ -198,7 +198,8 @@ def test_an_unfinished_run_is_evaluated_by_the_checkpoints_that_there_are(
     for stage in set(STAGES) - set(stages):
         shutil.rmtree(unfinished / stage)
     assert evaluated(monkeypatch, unfinished.parent, "--checkpoint", "last") == 0
-    results = json.loads((unfinished / "evaluation-val.json").read_text())
+    (file,) = unfinished.glob("evaluation-val-checkpoint=last-*.json")
+    results = json.loads(file.read_text())
     assert len(results["checkpoints"]) == len(stages)
     measured = {"vae": "psnr", "clip": "clip", "denoiser": "samples"}
     assert {measured[stage] for stage in stages} == results.keys() & set(measured.values())
@@ -209,7 +210,8 @@ def test_a_first_stage_or_a_clip_is_evaluated_by_itself(
     monkeypatch: pytest.MonkeyPatch, unfinished: Path, source: str, measured: str
 ) -> None:
     assert evaluated(monkeypatch, unfinished.parent, "--model", unfinished / source) == 0
-    assert measured in json.loads((unfinished.parent / "evaluation-val.json").read_text())
+    (file,) = unfinished.parent.glob(f"evaluation-val-model={Path(source).name}.*.json")
+    assert measured in json.loads(file.read_text())
 
 
 # What cannot be used
