@@ -110,7 +110,12 @@ def evaluate(
     """Measure what a request names on its subject, and return the receipts; see :func:`measure`.
 
     ``required`` is None for the metrics that the request names.
+
+    Raises:
+        SamplingError: the sampler does not take a setting.
     """
+    if subject.pipe is not None:
+        subject.sampling_settings()  # before anything is computed
     required = request.metrics if required is None else required
     return receipts_of(request, subject, measure(subject, chosen(list(request.metrics)), progress, required))
 

@@ -5,6 +5,7 @@ Images are read, generated and reconstructed one batch after the other; a pass k
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -203,13 +204,19 @@ class Subject:
         name = _name(split, every)
         if name not in self._true:
             bad: list[int] = []
-            found = TrueImages(self.networks, reduce=split in self.searched or every > 1 or self.train_every == 1)
+            reduce = split in self.searched or (split == "train" and every == self.interval)
+            found = TrueImages(self.networks, reduce=reduce)
             for batch in self.batches(split, every=every):
                 found.add(*_contents(batch))
                 bad += [each.index for each in batch.get(BAD, ())]
             found.rows = np.setdiff1d(np.arange(0, len(self.sets[split]), every), bad)
             self._true[name] = found
         return self._true[name]
+
+    @property
+    def interval(self) -> int:
+        """Number n such that the summary generates images for every n-th caption of the training set."""
+        return self.train_every or max(1, math.ceil(len(self.sets["train"]) / TRAINING_CAPTIONS))
 
     @property
     def searched(self) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from ldm.clip.retrieval import reduced_recall
 from ldm.data.samples import BatchIndices, captions_of
 from ldm.evaluation.receipt import Receipt
-from ldm.evaluation.subject import READER, TRAINING_CAPTIONS, Subject
+from ldm.evaluation.subject import READER, Subject
 from ldm.image_output import Images
 from ldm.vae.metrics import psnr
 
@@ -27,7 +26,7 @@ COLUMNS = 8
 
 def samples_of_training(run: Subject) -> dict[str, Any]:
     """Measure the recall by image for every n-th caption of the training set, among the searched images and their own."""
-    every = run.train_every or max(1, math.ceil(len(run.sets["train"]) / TRAINING_CAPTIONS))
+    every = run.interval
     made, true = run.generated(every), run.true("train", every)
     truths, first = run.gallery()
     if "train" in first:

@@ -168,6 +168,7 @@ def test_images_of_another_size_than_the_data_are_measured(monkeypatch: pytest.M
     ("arguments", "message"),
     [
         (["--setting", "batch_size=8"], "the evaluation gives batch_size itself; leave it out"),
+        (["--setting", "eta=0.5"], "eta"),
         (["--setting", "shfit=2"], "unknown setting 'shfit'; did you mean 'shift'"),
         (["--metrics", "fidd"], "unknown metric 'fidd'; did you mean 'fid'"),
         (["--metrics", "retrieval"], "none of the metrics retrieval applies"),
