@@ -125,7 +125,7 @@ class SweepFolder:
     ``sweep.json`` has the points with what they were measured on; a point of other weights, data or arguments is measured again.
 
     Args:
-        path: the folder, which is made.
+        path: the folder, which is made for the first point.
         request: arguments of the evaluation, without swept settings.
         subject: its subject.
         names: the two compared numbers.
@@ -137,13 +137,21 @@ class SweepFolder:
         by_number = metrics_of_samples()
         metrics = tuple(dict.fromkeys(by_number[name].name for name in names if name in by_number))
         self.path, self._request, self._subject, self._names = path, replace(request, metrics=metrics), subject, names
-        self._of = [weights_of(subject, "samples"), *(each.fingerprint for each in subject.sets.values())]
-        path.mkdir(parents=True, exist_ok=True)
+
+    @functools.cached_property
+    def _of(self) -> list[str]:
+        """Hashes of the weights and of the images of all splits."""
+        images = [each.fingerprint for each in self._subject.sets.values()]
+        return [weights_of(self._subject, "samples"), *images]
+
+    @functools.cached_property
+    def _before(self) -> dict[str, Any]:
+        """Entries of ``sweep.json`` that were measured on the same, by their files of receipts."""
         try:
-            entries = json.loads((path / self.FILE).read_text(encoding="utf-8"))
-            self._before = {each["receipts"]: each for each in entries if each["of"] == self._of}
+            entries = json.loads((self.path / self.FILE).read_text(encoding="utf-8"))
+            return {each["receipts"]: each for each in entries if each["of"] == self._of}
         except (OSError, ValueError, KeyError, TypeError):
-            self._before = {}
+            return {}
 
     def read(self, settings: Mapping[str, Any]) -> Point | None:
         """Return the point of a combination that was measured before; None if it was not."""
@@ -160,6 +168,7 @@ class SweepFolder:
 
     def keep(self, point: Point) -> None:
         """Write the receipts of a point."""
+        self.path.mkdir(parents=True, exist_ok=True)
         request = self._with(point.settings)
         receipts_of(request, self._subject, point.receipts).write(self.path / self._file(request))
 

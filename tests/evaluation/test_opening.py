@@ -1,4 +1,4 @@
-"""What is evaluated of the sources of a run, how much of the data is read, and what files are named by."""
+"""Opening of a subject: parts of its sources that are evaluated, parts of the data that are read, and names of files."""
 
 from __future__ import annotations
 

@@ -135,6 +135,7 @@ def test_a_sweep_makes_a_table_a_plot_and_receipts(
         ),
         (["--steps", "1", "--sampler", "euler,hein"], "unknown sampler 'hein'; did you mean 'heun'"),
         (["--steps", "1", "--y", "fid"], "there is no feature network; train stage clip, or give --features"),
+        (["--model", tmp_path / "clip.safetensors", "--steps", "1"], "a sweep needs a model of captions or classes"),
     ):
         assert call(monkeypatch, tmp_path, *arguments) == 2
         assert message in capsys.readouterr().err

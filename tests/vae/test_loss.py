@@ -129,8 +129,9 @@ def test_lpips_in_training_is_that_of_the_package_and_finite(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     """Under autocast, without the dropout that the package trains its weights with, and beyond the range of fp16."""
-    lpips = pytest.importorskip("lpips", reason="the extra lpips is not installed")
-    network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval().requires_grad_(False)
+    from lpips import LPIPS
+
+    network = LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval().requires_grad_(False)
     for layer in network.lins:
         layer.model[-1].weight.abs_()
     monkeypatch.setattr("ldm.vae.loss._lpips", lambda: network)
