@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ldm.errors import ConfigError, DataError, require_package, unknown
-from ldm.evaluation.metric import metrics_of_samples
+from ldm.evaluation.metric import Metric, metrics_of_samples
 from ldm.evaluation.opening import Request
 from ldm.evaluation.receipt import Receipt, read_receipts
 from ldm.evaluation.runner import measure, receipts_of, weights_of
@@ -253,39 +253,43 @@ def sweep(
     points: list[Point] = []
     current = None
     for settings in combinations:
+        point = None if folder is None else folder.read(settings)
         text = ", ".join(f"{name} {value}" for name, value in settings.items())
-        if folder is not None and (before := folder.read(settings)) is not None:
-            progress(f"{text}: measured before")
-            points.append(before)
-            folder.write(_sweep(names, points))
-            continue
-        progress(text)
-        sampling = {name: value for name, value in settings.items() if name != LENGTH}
-        if LENGTH in settings and settings[LENGTH] != current:
-            assert average is not None
-            current = settings[LENGTH]
-            subject = average(current)
-        one = replace(subject, settings={**subject.settings, **sampling}, _made={})
-        assert one.pipe is not None
-        with counted(one.pipe.model.denoiser) as rows:
-            made = one.generated()
-        receipts = {
-            each.conditions.metric: each for each in measure(one, metrics, required=[each.name for each in metrics])
-        }
-        numbers = []
-        for name in names:
-            if name == EVALUATIONS:
-                numbers.append(sum(rows) / len(made))
-                continue
-            if name not in receipts:
-                raise ConfigError(f"the number {name!r} is not measured for this model; name another one.")
-            numbers.append(receipts[name].value)
-        shown = [receipts[name] for name in names if name in receipts]
-        points.append(Point(settings, shown, (numbers[0], numbers[1]), made.seconds))
+        progress(text if point is None else f"{text}: measured before")
+        if point is None:
+            if LENGTH in settings and settings[LENGTH] != current:
+                assert average is not None
+                current = settings[LENGTH]
+                subject = average(current)
+            point = _measured(subject, settings, metrics, names)
+            if folder is not None:
+                folder.keep(point)
+        points.append(point)
         if folder is not None:
-            folder.keep(points[-1])
             folder.write(_sweep(names, points))
     return _sweep(names, points)
+
+
+def _measured(subject: Subject, settings: Mapping[str, Any], metrics: Sequence[Metric], names: Sequence[str]) -> Point:
+    """Measure a combination of settings; the subject has the averaged weights that belong to it."""
+    sampling = {name: value for name, value in settings.items() if name != LENGTH}
+    one = replace(subject, settings={**subject.settings, **sampling}, _made={})
+    assert one.pipe is not None
+    with counted(one.pipe.model.denoiser) as rows:
+        made = one.generated()
+    receipts = {
+        each.conditions.metric: each for each in measure(one, metrics, required=[each.name for each in metrics])
+    }
+    numbers = []
+    for name in names:
+        if name == EVALUATIONS:
+            numbers.append(sum(rows) / len(made))
+            continue
+        if name not in receipts:
+            raise ConfigError(f"the number {name!r} is not measured for this model; name another one.")
+        numbers.append(receipts[name].value)
+    shown = [receipts[name] for name in names if name in receipts]
+    return Point(settings, shown, (numbers[0], numbers[1]), made.seconds)
 
 
 def _sweep(names: Sequence[str], points: Sequence[Point]) -> Sweep:
