@@ -99,7 +99,8 @@ def open_recipes(config: Path, recipes: Recipes, overrides: Sequence[str]) -> di
         overrides: overrides of all runs; a recipe that gives one of their keys replaces it.
 
     Raises:
-        LdmError: the experiment of a recipe is invalid, the message names it; or a preceding stage has no result.
+        LdmError: the experiment of a recipe is invalid, or the package of its optimizer is missing, the message names it; or a
+            preceding stage has no result.
     """
     names = sorted(recipes.overrides, key=lambda name: name != PLAIN)  # a stable sort
     found: dict[str, Experiment] = {}
@@ -115,6 +116,7 @@ def open_recipes(config: Path, recipes: Recipes, overrides: Sequence[str]) -> di
                     f"{config} does not train stage {recipes.stage}; choose recipes for one of "
                     f"{', '.join(experiment.stages)}."
                 )
+            getattr(experiment, recipes.stage).train.optimizer.check()
         except LdmError as error:
             raise type(error)(f"recipe {name!r}: {error}") from None
         found[name] = with_predecessors(experiment, recipes.stage, "a comparison of recipes")

@@ -204,7 +204,7 @@ class Selection:
             return []
         lines = [f"data.{split}: {self.kept:,} of {self.samples:,} samples are left by data.filters"]
         for each in self.to_dict()["filters"]:
-            missing = f", of {each['missing']:,} of which it is not known" if each["missing"] else ""
+            missing = f" ({each['missing']:,} of them without a value)" if each["missing"] else ""
             lines.append(f"  {each['filter']}: {each['dropped']:,} dropped{missing}, {each['left']:,} left")
         return lines
 

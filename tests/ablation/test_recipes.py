@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ def test_a_recipe_that_is_refused_is_named(tmp_path: Path, override: str, proble
     stage = "vae" if "clip" in override else "denoiser"
     with pytest.raises(LdmError, match=problem):
         open_recipes(config, Recipes(stage, {"plain": (), "wrong": (override,)}), [])
+
+
+def test_a_missing_package_is_named_before_steps_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    recipes = Recipes("denoiser", {"plain": (), "8 bits": ("denoiser.train.optimizer=adamw_8bit",)})
+    with pytest.raises(LdmError, match=r"recipe '8 bits': .*bitsandbytes is not installed"):
+        open_recipes(write_experiment(tmp_path, CHANGES), recipes, [])
 
 
 def test_a_missing_stage_is_named(tmp_path: Path) -> None:
