@@ -123,7 +123,7 @@ def run_comparison(
         report.write(found, plain.folder / FOLDER)
 
     for each in waiting:
-        link_latents(plain, each.experiment)
+        link_latents(plain.folder, each.experiment.folder)
     run_all(waiting, command, jobs, threads, finished)
     found = comparison()
     report.write(found, plain.folder / FOLDER)

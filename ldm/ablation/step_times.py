@@ -171,7 +171,7 @@ def _measure(
         say(f"a step of {PLAIN} takes {kept['seconds']:.3g} s on {kept['device']}")
     for name, experiment in missing.items():
         own = replace(experiment, run_dir=str(plain.folder / FOLDER / "measuring"))
-        link_latents(plain, own)
+        link_latents(plain.folder, own.folder)
         try:
             probe = base if name == PLAIN else _probe(name, own, stage)
             kept["relative"][marks[name]] = _relative(probe, base)

@@ -228,7 +228,7 @@ class ShardsData(DataConfig, kind="shards"):
         return replace(self, cache="none")
 
     def with_subset(self, images: int, seed: int) -> ShardsData | None:
-        if self.encoded.folder is not None:  # which holds the latents of all
+        if self.encoded.folder is not None or self.mixture:  # latents of all images; a subset may lack a small source
             return None
         subset = SubsetConfig(images, seed if self.subset is None else self.subset.seed)
         return replace(self, subset=subset, made_for=None)

@@ -161,8 +161,7 @@ class _Fitted:
         losses = self.curves.runs(self.at([{"steps": steps / self.full.steps}]), self.generator)
         recall = {}
         for k, curve in self.recalls.items():
-            expected = np.sort(curve.recall(losses)[:, 0])
-            hits = self.generator.binomial(self.captions, expected.clip(0, 1))
+            hits = self.generator.binomial(self.captions, curve.recall(losses)[:, 0])
             recall[k] = Band.of(hits / self.captions)
         return Point(round(steps), steps * self.size.seconds / 3600, Band.of(losses[:, 0]), recall)
 
@@ -209,7 +208,7 @@ def make_forecast(
             name: Band.of(np.exp(curves.draws[:, 1 + len(fitted.quantities) + i]))
             for i, name in enumerate(fitted.quantities)
         },
-        floor=Band.of(np.exp(curves.draws[:, 0])),
+        floor=Band.of(np.exp(curves.log_floors())),
         gain=Band.of(np.exp(curves.draws[:, -1])) if fitted.gain else None,
     )
 

@@ -78,10 +78,17 @@ class Curves:
 
     def log_losses(self, log_ratios: np.ndarray) -> np.ndarray:
         """Return draws of the expected log loss at points ``[m k]``, ``[..., d, m]``; draws of one number belong together."""
-        found = _beyond(log_loss(self.draws, log_ratios), self.lowest, self.factor)
-        middle = np.median(found, axis=-2, keepdims=True)
-        spread: np.ndarray = middle + self.inflation[..., None, None] * (found - middle)
-        return spread
+        return self._spread(_beyond(log_loss(self.draws, log_ratios), self.lowest, self.factor))
+
+    def log_floors(self) -> np.ndarray:
+        """Return draws of the log loss that remains with unlimited quantities, ``[..., d]``; see :meth:`log_losses`."""
+        return self._spread(_beyond(self.draws[..., :1], self.lowest, self.factor))[..., 0]
+
+    def _spread(self, draws: np.ndarray) -> np.ndarray:
+        """Enlarge the spread of draws ``[..., d, m]`` for the error of the model."""
+        middle = np.median(draws, axis=-2, keepdims=True)
+        found: np.ndarray = middle + self.inflation[..., None, None] * (draws - middle)
+        return found
 
     def runs(self, log_ratios: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Return draws of the loss of a run at each of the points ``[m k]``, ``[..., d, m]``."""

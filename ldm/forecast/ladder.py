@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import TrainingError
+from ldm.errors import DivergedError, TrainingError, first_line
 from ldm.forecast.plan import Plan, Rung
 from ldm.formats.tensors import write_json
 from ldm.training.experiment import Experiment
@@ -93,27 +93,39 @@ def climb(
         say: called with a line for each run.
         spent: seconds that the measurements before the ladder took.
 
+    Runs that would exceed the time of the ladder are left out, and so are those that diverge.
+
     Raises:
         Interrupted: a signal stopped a run; the next call goes on from there.
     """
     results: list[Result] = []
-    planned = 0.0
+    late = 0.0  # time that the runs took beyond what was planned for them
     for number, (rung, seconds) in enumerate(zip(plan.rungs, plan.seconds, strict=True), start=1):
-        found, before = read_result(rung_experiment(experiment, rung).folder, rung)
+        record = read_record(rung_experiment(experiment, rung).folder, rung)
+        found, before = record.result, record.seconds
         head = f"run {number} of {len(plan.rungs)}, {rung}"
+        if record.diverged:
+            say(f"{head}: left out, since it diverged before: {record.diverged}")
+            spent += before
+            continue
         if found is None:
-            slower = sum(each.seconds for each in results) / planned if planned else 1.0
-            total = spent + sum(each.seconds for each in results) + max(0.0, seconds * slower - before)
+            expected = seconds + (max(0.0, late / len(results)) if results else 0.0)
+            total = spent + sum(each.seconds for each in results) + max(0.0, expected - before)
             if total > plan.limit and results:
                 say(f"{head}: left out, since the ladder would take {total:,.0f} s of its {plan.limit:,.0f} s")
                 continue
             say(f"{head}: about {seconds:,.0f} s")
-            found = train_rung(experiment, rung, parameters[rung.width], measure_recall)
+            try:
+                found = train_rung(experiment, rung, parameters[rung.width], measure_recall)
+            except DivergedError as error:
+                say(f"{head}: left out, since it diverged: {first_line(error)}")
+                spent += read_record(rung_experiment(experiment, rung).folder, rung).seconds
+                continue
             say(f"{head}: loss {found.loss:.4g} in {found.seconds:,.0f} s")
         else:
             say(f"{head}: finished before, loss {found.loss:.4g}")
         results.append(found)
-        planned += seconds
+        late += found.seconds - seconds
     return results
 
 
@@ -123,20 +135,35 @@ def other_results(experiment: Experiment, results: list[Result], full: Rung) -> 
     found = []
     for path in sorted((experiment.folder / FOLDER).glob(f"*_{digest(experiment, STAGE, SCHEDULE)}/{RECORD}")):
         rung = Rung(**json.loads(path.read_text(encoding="utf-8"))["rung"])
-        result, _ = read_result(path.parent, rung)
+        result = read_record(path.parent, rung).result
         if rung not in known and result is not None:
             found.append(result)
     return found
 
 
-def read_result(folder: Path, rung: Rung) -> tuple[Result | None, float]:
-    """Return the result of a run, None if it is not finished, and the seconds that it has taken so far."""
+@dataclass(frozen=True)
+class Record:
+    """Record of a run.
+
+    Attributes:
+        seconds: time that it has taken so far.
+        result: its result, if it is finished.
+        diverged: the error with which it diverged, if it did.
+    """
+
+    seconds: float = 0.0
+    result: Result | None = None
+    diverged: str = ""
+
+
+def read_record(folder: Path, rung: Rung) -> Record:
+    """Return the record of a run; an empty one if it has not begun."""
     try:
         values = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
-        return None, 0.0
-    seconds = float(values["seconds"])
-    return (Result(**{**values, "rung": rung}) if "loss" in values else None), seconds
+        return Record()
+    result = Result(**{**values, "rung": rung}) if "loss" in values else None
+    return Record(float(values["seconds"]), result, values.get("diverged", ""))
 
 
 def train_rung(
@@ -148,10 +175,14 @@ def train_rung(
     """
     own = rung_experiment(experiment, rung)
     folder = own.folder
-    found, before = read_result(folder, rung)
-    if found is not None:
-        return found
-    link_latents(experiment, own)
+    record = read_record(folder, rung)
+    if record.result is not None:
+        return record.result
+    for other in folder.parent.glob(
+        f"*_images{rung.images}_*_{digest(experiment, STAGE, SCHEDULE)}"
+    ):  # with the same subset
+        link_latents(other, folder)
+    link_latents(experiment.folder, folder)
     start = time.perf_counter()
     values: dict[str, Any] = {}
     try:
@@ -160,8 +191,11 @@ def train_rung(
         best = folder / STAGE / "best.ckpt"
         recall = measure_recall(best if best.exists() else result_file(own, STAGE))
         values = {"loss": min(losses), "last": losses[-1], "parameters": parameters, "recall": dict(recall)}
+    except DivergedError as error:
+        values = {"diverged": first_line(error)}
+        raise
     finally:
-        seconds = before + time.perf_counter() - start
+        seconds = record.seconds + time.perf_counter() - start
         if folder.is_dir():
             write_json(folder / RECORD, {"rung": asdict(rung), "seconds": seconds, **values})
     return Result(rung=rung, seconds=seconds, **values)

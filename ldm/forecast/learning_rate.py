@@ -8,7 +8,7 @@ loss of a denoiser, the limit is known to a factor of a few, so rates up to four
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,9 @@ SMOOTHING = 0.8
 
 DIVERGED = 3.0
 """Ratio of the averaged loss to its lowest value at which the test ends."""
+
+FALL = 0.1
+"""Share of the fall of the loss that stands for its lowest value where that is nearer to 0; some losses can be negative."""
 
 SUGGESTED = 1 / 3
 """Suggested learning rate as a share of the limit."""
@@ -104,10 +107,16 @@ def range_test(
             averaged = math.inf
         rates.append(rate)
         losses.append(averaged)
-        if averaged > DIVERGED * min(losses):
+        if _has_risen(losses):
             break
     best = min(range(len(losses)), key=losses.__getitem__)
     # The average lags behind the loss by its time constant.
     lag = round(SMOOTHING / (1 - SMOOTHING))
     limit = rates[max(0, best - lag)] if best < len(losses) - 1 else rates[best]
-    return RangeTest(tuple(rates), tuple(losses), limit, losses[-1] > DIVERGED * losses[best])
+    return RangeTest(tuple(rates), tuple(losses), limit, _has_risen(losses))
+
+
+def _has_risen(losses: Sequence[float]) -> bool:
+    """Return True if the last of the averaged losses lies far above the lowest."""
+    low = min(losses)
+    return losses[-1] - low > (DIVERGED - 1) * max(abs(low), FALL * (losses[0] - low))

@@ -84,13 +84,11 @@ class Size:
     Attributes:
         parameters: number of trained parameters.
         seconds: time of an optimizer step.
-        flops: floating-point operations of an optimizer step.
         batch: samples of a step.
     """
 
     parameters: int
     seconds: float
-    flops: float
     batch: int
 
     @property

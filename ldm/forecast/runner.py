@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from ldm.forecast.plan import FULL, MIDDLE, SHARE, SMALL, Extras, Plan, Rung, Si
 from ldm.forecast.recall import RecallMeasure, captions_measured
 from ldm.forecast.sentences import sentences
 from ldm.formats.tensors import write_json
-from ldm.training.costs import step_cost
 from ldm.training.environment import device_name
 from ldm.training.experiment import Experiment
 from ldm.training.probe import MEASURED, WARM_UP, Probe
@@ -32,7 +32,10 @@ RANGE_STEPS = (20, 100)
 """Least and largest number of steps of the learning-rate range test; it takes a tenth of the ladder's time between them."""
 
 START = 1.0
-"""Time in which a training starts and ends, in seconds, besides opening networks and data twice."""
+"""Time in which a training starts and ends, in seconds, besides opening networks and data."""
+
+FORMAT = 2
+"""Version of the file of the measurements."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Measured:
         device: name of the device.
         sizes: networks by width.
         images, held_out: numbers of training and validation images.
-        build: time in which networks and data are opened, in seconds.
+        opening: time in which a training opens networks and data, and compiles the networks, in seconds.
         test: learning-rate range test of the full network.
         seconds: time that all of it took.
     """
@@ -52,7 +55,7 @@ class Measured:
     sizes: Mapping[float, Size]
     images: int
     held_out: int
-    build: float
+    opening: float
     test: RangeTest
     seconds: float
 
@@ -147,11 +150,13 @@ def run_forecast(
 
     Raises:
         ConfigError: there are no validation data, or the full run is too short.
-        TrainingError: a result of stages 1 and 2 is missing, or a run of the ladder diverged.
+        TrainingError: a result of stages 1 and 2 is missing, or most runs of the ladder diverged.
         Interrupted: a signal stopped a run of the ladder.
     """
     if not experiment.data.has("val"):
         raise ConfigError("data.val is null, but a forecast is about the held-out loss; give validation data.")
+    if experiment.trainer.threads:
+        torch.set_num_threads(experiment.trainer.threads)  # of the runs, so that measurements hold for them
     experiment = _on_one_device(
         with_predecessors(experiment, STAGE, "a forecast", train_stages, ", or give --train-stages")
     )
@@ -168,7 +173,7 @@ def run_forecast(
     full = Rung(FULL, measured.images, train.max_steps if budget is None else int(budget / size.seconds))
     captions, passes = captions_measured(experiment, measured.held_out, size.forward, full.steps * size.seconds)
     subsets = experiment.data.with_subset(measured.images, experiment.seed) is not None
-    extras = Extras(START + 2 * measured.build, measured.held_out, passes)
+    extras = Extras(START + measured.opening, measured.held_out, passes)
     plan = make_plan(full, measured.sizes, extras, subsets=subsets, share=share, spent=measured.seconds)
     say(
         f"full run: {full.steps:,} steps in {plan.full_seconds:,.0f} s on {measured.device}; ladder: {len(plan.rungs)} runs in "
@@ -222,23 +227,28 @@ def _measure(experiment: Experiment, budget: float | None, share: float, say: Ca
     """Time steps of each width and try learning rates, or read what was measured for the same config on this device."""
     device = device_name(experiment.trainer)
     path = experiment.folder / FOLDER / MEASUREMENTS
-    key = {"digest": digest(experiment, STAGE, SCHEDULE), "device": device, "widths": [FULL, MIDDLE, SMALL]}
+    key = {
+        "format": FORMAT,
+        "digest": digest(experiment, STAGE, SCHEDULE),
+        "threads": experiment.trainer.threads,
+        "widths": [FULL, MIDDLE, SMALL],
+    }
     if path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))
-        if all(values.get(name) == each for name, each in key.items()):
-            del values["digest"], values["widths"]
+        known = {name: values.pop(name, None) for name in key}
+        if known == key and values.get("device") == device:
             test = RangeTest.from_dict(values.pop("test"))
             sizes = {float(width): Size(**size) for width, size in values.pop("sizes").items()}
             return Measured(**values, sizes=sizes, test=test)
     say("measuring the time of a step, and trying learning rates")
     probe = Probe(experiment, STAGE, WARM_UP + MEASURED + RANGE_STEPS[1])
-    start, build, images = time.perf_counter(), probe.build, probe.images
-    sizes = {FULL: _size(experiment, probe)}
+    start, images = time.perf_counter(), probe.images
+    sizes: dict[float, Size] = {}
+    builds, compiling = [probe.build], [_add_size(sizes, FULL, probe)]
     steps = experiment.denoiser.train.max_steps if budget is None else budget / sizes[FULL].seconds
     test = range_test(probe.step, round(min(max(share * steps / 10, RANGE_STEPS[0]), RANGE_STEPS[1])))
     del probe
     seconds = time.perf_counter() - start
-    builds = [build]
     for width in (MIDDLE, SMALL):
         model = experiment.denoiser.model.with_width(width) if experiment.denoiser.train.init is None else None
         if model is None or model == experiment.denoiser.model:
@@ -249,15 +259,18 @@ def _measure(experiment: Experiment, budget: float | None, share: float, say: Ca
         builds.append(probe.build)
         if probe.parameters not in [each.parameters for each in sizes.values()]:
             start = time.perf_counter()
-            sizes[width] = _size(probe.experiment, probe)
+            compiling.append(_add_size(sizes, width, probe))
             seconds += time.perf_counter() - start
-    build = min(builds)  # the first may have encoded all images, which the full run needs as well
+    build = min(builds)  # the first also imports what training needs
     seconds += build * len(builds)
-    found = Measured(device, sizes, images, len(experiment.data.open("val")), build, test, seconds)
+    opening = 2 * build + median(compiling)  # a training, and the measurement of its recall
+    found = Measured(device, sizes, images, len(experiment.data.open("val")), opening, test, seconds)
     write_json(path, {**key, **asdict(found)})
     return found
 
 
-def _size(experiment: Experiment, probe: Probe) -> Size:
-    cost = step_cost(experiment, STAGE)
-    return Size(probe.parameters, probe.seconds(), cost.flops, cost.samples)
+def _add_size(sizes: dict[float, Size], width: float, probe: Probe) -> float:
+    """Measure a network, and return how much longer the first step took than later ones."""
+    first, seconds = probe.first_and_median()
+    sizes[width] = Size(probe.parameters, seconds, probe.train.batch_size * probe.train.accumulate)
+    return max(0.0, first - seconds)

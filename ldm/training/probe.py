@@ -15,6 +15,7 @@ from ldm.data.stream import TrainStream
 from ldm.devices import default_device, usual_torch_state
 from ldm.training.ema import EMA
 from ldm.training.experiment import Experiment
+from ldm.training.handoff import initialize
 from ldm.training.optimizer_step import optimizer_step
 from ldm.training.optimizers import set_learning_rate
 from ldm.training.stages import build_module, data_of
@@ -30,7 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Probe:
-    """The training of a stage with new weights, step by step; nothing is written but cached latents.
+    """The training of a stage from its beginning, step by step; nothing is written but cached latents.
 
     Args:
         experiment: the experiment, whose preceding stages are there.
@@ -38,7 +39,7 @@ class Probe:
         steps: most steps that are taken.
 
     Attributes:
-        build: time in which networks and data were opened, in seconds.
+        build: time in which networks and data were opened, in seconds, without that of encoding images.
         images: number of training images.
         parameters: number of trained parameters.
     """
@@ -52,18 +53,24 @@ class Probe:
         self.experiment = experiment
         start = time.perf_counter()
         module = build_module(experiment, stage)
+        if train.init:
+            initialize(module.task, train.init)
         data = data_of(experiment, module)
         self.task = module.task.to(self.device).to(memory_format=torch.channels_last).train()
         if experiment.trainer.compile:
             self.task.compile_networks()
         self.task.check_batch_size(train.batch_size)
-        samples = data.data.open("train")
+        samples, buffer = data.data.open("train"), data.data.shuffle_buffer
         self.latents = data.latents
+        before = time.perf_counter()
         if self.latents is not None:
             samples = self.latents.open("train", samples, self.device)
+            if data.validates:  # so that the trainings whose probe this is find these, too
+                self.latents.open("val", data.data.open("val"), self.device)
             self.task.to(self.device)
-        stream = TrainStream(samples, train.batch_size, experiment.seed, steps * train.accumulate)
-        self.batches = iter(stream)
+        encoding = time.perf_counter() - before
+        count = steps * train.accumulate
+        self.batches = iter(TrainStream(samples, train.batch_size, experiment.seed, count, shuffle_buffer=buffer))
         self.specs = self.task.optimizers()
         self.optimizers = [train.optimizer.build(spec.modules, train) for spec in self.specs]
         self.ema = EMA(self.task.trainable_module, train.ema_decay) if train.ema_decay else None
@@ -72,7 +79,7 @@ class Probe:
             p.numel() for each in self.optimizers for group in each.param_groups for p in group["params"]
         )
         self.completed = 0
-        self.build = time.perf_counter() - start
+        self.build = time.perf_counter() - start - encoding
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -121,4 +128,9 @@ class Probe:
 
     def seconds(self) -> float:
         """Return the median time of a step."""
-        return median(self.timed(WARM_UP + MEASURED)[WARM_UP:])
+        return self.first_and_median()[1]
+
+    def first_and_median(self) -> tuple[float, float]:
+        """Return the time of the first step, in which networks are compiled, and the median time of later ones."""
+        times = self.timed(WARM_UP + MEASURED)
+        return times[0], median(times[WARM_UP:])

@@ -79,10 +79,10 @@ def with_steps(train: TrainConfig, steps: int) -> TrainConfig:
     )
 
 
-def link_latents(experiment: Experiment, own: Experiment) -> None:
-    """Give a run the cached latents and features of an experiment; its training encodes those again that are of other images."""
+def link_latents(folder: Path, own: Path) -> None:
+    """Give a run folder the cached latents and features of another; its training encodes those again that are of other images."""
     for name in ("train", "val", "train-teacher"):
-        source, link = (each.folder / "latents" / f"{name}.safetensors" for each in (experiment, own))
+        source, link = (each / "latents" / f"{name}.safetensors" for each in (folder, own))
         if source.is_file() and not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
             with suppress(OSError):  # file systems without hard links

@@ -7,6 +7,7 @@ import pytest
 
 from ldm.data import ShardsData
 from ldm.data.filters import FilterConfig, SubsetConfig
+from ldm.data.mixture import WeightedSource
 from ldm.data.samples import BatchIndices, Samples
 from ldm.errors import ConfigError
 
@@ -36,6 +37,12 @@ def test_only_the_training_samples_that_filters_leave_are_chosen_from_and_counte
     assert train.selection is not None
     assert (train.selection.kept, len(train)) == (100, 100)
     assert train.selection.dropped[-1].filter == "subset: 100"
+
+
+def test_a_mixture_has_no_subset_since_a_small_source_could_be_missing() -> None:
+    mixture = (WeightedSource("emoji"), WeightedSource("emoji"))
+    assert replace(DATA, train=None, mixture=mixture).with_subset(100, seed=0) is None
+    assert DATA.with_subset(100, seed=0) is not None
 
 
 def test_a_subset_needs_an_image() -> None:

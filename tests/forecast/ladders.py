@@ -12,9 +12,9 @@ from ldm.forecast.curves import log_loss
 from ldm.forecast.plan import FULL, MIDDLE, SMALL, Extras, Rung, Size, make_plan
 
 SIZES = {
-    SMALL: Size(270_000, 0.06, 2.7e8, 32),
-    MIDDLE: Size(1_000_000, 0.15, 1e9, 32),
-    FULL: Size(4_000_000, 0.35, 4e9, 32),
+    SMALL: Size(270_000, 0.06, 32),
+    MIDDLE: Size(1_000_000, 0.15, 32),
+    FULL: Size(4_000_000, 0.35, 32),
 }
 EXTRAS = Extras(overhead=5, validated=192, evaluations=3000)
 IMAGES, STEPS = 3434, 80_000

@@ -91,6 +91,8 @@ def test_the_plateau_of_the_first_steps_is_not_where_training_stops_paying() -> 
         [Result(each, value(each.steps), value(each.steps), parameters, 1.0, {}) for each in runs], full, SIZES
     )
     assert value(2500) - value(5000) > 0.05 * value(2500)
+    assert found.floor.median < found.full.loss.median
+    assert found.floor.low < found.full.loss.low
     assert found.pays_until is not None
     assert found.pays_until.low > 2500
     assert "Further steps pay for all numbers looked at, up to 64 times the full run." in sentences(

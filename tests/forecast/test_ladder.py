@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ldm.cli import forecast as command
-from ldm.errors import TrainingError
+from ldm.errors import DivergedError, TrainingError
+from ldm.forecast import ladder
 from ldm.forecast.answers import Forecast, Point
 from ldm.forecast.bands import Band
-from ldm.forecast.ladder import other_results, rung_experiment
+from ldm.forecast.ladder import Result, climb, other_results, rung_experiment
 from ldm.forecast.learning_rate import RangeTest
 from ldm.forecast.plan import Plan, Rung, Size
 from ldm.forecast.recall import RecallMeasure
-from ldm.forecast.runner import Measured, Outcome, verify
+from ldm.forecast.runner import Measured, Outcome, run_forecast, verify
 from ldm.report.run import Run
 from ldm.training.engine import StageModule
 from ldm.training.experiment import Experiment, load_config
@@ -77,7 +79,7 @@ def test_the_command_forecasts_and_goes_on_without_training_a_step_twice(
     assert "finished before" in out
     assert all(sentence in out for sentence in found["sentences"])
     assert any("reach a held-out loss of" in sentence for sentence in found["sentences"])
-    assert found["ladder"]["limit_seconds"] <= 0.2 * found["ladder"]["full_seconds"] + 1e-6
+    assert found["ladder"]["seconds"] <= found["ladder"]["limit_seconds"] == 0.2 * found["ladder"]["full_seconds"]
     assert len(found["runs"]) >= 4
     assert {each["rung"]["images"] for each in found["runs"]} == {2, 8}
     full = found["forecast"]["full"]["loss"]
@@ -98,7 +100,7 @@ def test_the_full_run_is_compared_with_its_forecast_and_not_used_for_it(
 ) -> None:
     experiment, full = load_config(write_experiment(tmp_path, PIXELS)), Rung(1, 8, 8)
     test = RangeTest((1e-3,), (1.0,), 1e-3, False)
-    measured = Measured("a device", {1: Size(100, 0.1, 1.0, 4)}, 8, 8, 0.0, test, 0.0)
+    measured = Measured("a device", {1: Size(100, 0.1, 4)}, 8, 8, 0.0, test, 0.0)
     losses = Band(0.5, 1e-6, 1e6)
     point, plan = Point(8, 0.1, losses, {"1": Band(0.0, 0.0, 0.0)}), Plan(full, [], [], 0.8, 0.2)
     forecast = Forecast(point, losses, [], None, [], [], 1.0, 0.0, {}, losses, None)
@@ -120,6 +122,53 @@ def test_the_full_run_is_compared_with_its_forecast_and_not_used_for_it(
     assert json.loads((tmp_path / "run" / "forecast" / "verification.json").read_text())["seconds"] == 2
     assert other_results(experiment, [], full) == []
     assert [each.rung for each in other_results(experiment, [], Rung(1, 8, 16))] == [full]
+
+
+def test_a_run_that_diverges_is_left_out_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment, lines, trained = load_config(write_experiment(tmp_path, PIXELS)), list[str](), list[int]()
+    original = ladder.train_stage
+
+    def train_stage(own: Experiment, stage: str) -> Path:
+        trained.append(own.denoiser.train.max_steps)
+        if trained[-1] == 8:
+            own.folder.mkdir(parents=True)
+            raise DivergedError("the loss is NaN.\nlater lines")
+        return original(own, stage)
+
+    monkeypatch.setattr(ladder, "train_stage", train_stage)
+    plan = Plan(Rung(1, 8, 80), [Rung(1, 8, steps) for steps in (4, 8, 12)], [60.0] * 3, 900.0, 180.0)
+    results = climb(experiment, plan, {1: 100}, RecallMeasure(experiment, 0), lines.append)
+    assert [each.rung.steps for each in results] == [4, 12]
+    assert "run 2 of 3, width 1, 8 images, 8 steps: left out, since it diverged: the loss is NaN" in lines
+    assert [
+        each.rung.steps for each in climb(experiment, plan, {1: 100}, RecallMeasure(experiment, 0), lines.append)
+    ] == [4, 12]
+    assert trained == [4, 8, 12]
+    assert "run 2 of 3, width 1, 8 images, 8 steps: left out, since it diverged before: the loss is NaN" in lines
+
+
+def test_one_slow_run_does_not_make_all_others_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run takes 100 s more than planned, as for reading what all runs need; there is time for it."""
+    experiment, taken = load_config(write_experiment(tmp_path, PIXELS)), iter([230.0, 130.0, 130.0, 130.0])
+    monkeypatch.setattr(ladder, "train_rung", lambda _, rung, *__: Result(rung, 1.0, 1.0, 100, next(taken)))
+    plan = Plan(Rung(1, 8, 80), [Rung(1, 8, steps) for steps in (4, 8, 12, 16)], [130.0] * 4, 3600.0, 720.0)
+    assert len(climb(experiment, plan, {1: 100}, RecallMeasure(experiment, 0), lambda line: None)) == 4
+
+
+def test_measurements_are_made_with_the_threads_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment, before, found = load_config(write_experiment(tmp_path, PIXELS)), torch.get_num_threads(), list[int]()
+
+    def measure(*_: object) -> None:
+        found.append(torch.get_num_threads())
+        raise TrainingError("enough")
+
+    monkeypatch.setattr("ldm.forecast.runner._measure", measure)
+    try:
+        with pytest.raises(TrainingError, match="enough"):
+            run_forecast(replace(experiment, trainer=replace(experiment.trainer, threads=before + 1)), 60.0)
+    finally:
+        torch.set_num_threads(before)
+    assert found == [before + 1]
 
 
 def test_a_run_of_the_ladder_has_its_own_width_images_steps_and_seed(tmp_path: Path) -> None:

@@ -56,6 +56,17 @@ def test_a_loss_that_is_not_finite_ends_the_test() -> None:
     assert found.limit < found.rates[-1]
 
 
+@pytest.mark.parametrize("shift", [0.0, -2.0, -1.0])
+def test_a_loss_may_be_negative(shift: float) -> None:
+    """The loss falls from 1 to 0.1 and rises again, or the same below 0 and around it, with some noise."""
+    values = np.concatenate([np.geomspace(1, 0.1, 60), np.geomspace(0.1, 100, 40)])
+    losses = iter(values + shift + 0.01 * np.random.default_rng(0).standard_normal(100))
+    found = range_test(lambda rate: float(next(losses)), 100)
+    assert found.diverged
+    assert 50 < np.searchsorted(found.rates, found.limit) < 65
+    assert len(found.rates) < 90
+
+
 def test_a_loss_that_never_rises_gives_no_limit() -> None:
     losses = iter(np.linspace(2, 1, 50))
     found = range_test(lambda rate: float(next(losses)), 50)

@@ -17,8 +17,6 @@ def test_the_ladder_keeps_its_part_of_the_full_run_and_uses_most_of_it(steps: in
     assert plan.full_seconds == steps * 0.35
     assert list(plan.seconds) == [seconds_of(rung, SIZES, EXTRAS) for rung in plan.rungs]
     assert 0.7 * plan.limit < sum(plan.seconds) <= plan.limit == pytest.approx(share * plan.full_seconds)
-    flops = sum(rung.steps * SIZES[rung.width].flops for rung in plan.rungs)
-    assert flops < share * steps * SIZES[FULL].flops
     assert len({*plan.rungs}) == len(plan.rungs) >= 5
     assert all(rung.steps % 4 == 0 and rung.steps < steps for rung in plan.rungs)
 

@@ -81,6 +81,19 @@ def test_gradient_caching_changes_no_gradient_of_the_task(tmp_path: Path) -> Non
     torch.testing.assert_close(gradients(cached), gradients(plain), rtol=1e-4, atol=1e-6)
 
 
+def test_validation_encodes_as_many_samples_at_once_as_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task: Any = build_module(tiny_experiment(tmp_path, "clip.gradient_cache=3"), "clip").task.eval()
+    counts, encode = [], task.clip.encode_image
+    monkeypatch.setattr(task.clip, "encode_image", lambda image: (counts.append(len(image)), encode(image))[1])
+    batch = {"image": torch.rand(8, 3, 16, 16), "text": ["a"] * 8, "key": list("abcdefgh")}
+    with torch.no_grad():
+        found = task.evaluate(batch, None)
+    assert counts == [3, 3, 2]
+    torch.testing.assert_close(found["image"], encode(batch["image"]))
+
+
 def test_costs_count_what_the_recipes_save_and_compute_again(tmp_path: Path) -> None:
     def cost(*overrides: str) -> Any:
         return step_cost(tiny_experiment(tmp_path, *overrides), "clip")

@@ -8,12 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from ldm.data.shards import Sample, write_shard
-from ldm.training.experiment import load_config
-from ldm.training.probe import Probe
 from ldm.training.subruns import SCHEDULE, digest, link_latents
-from ldm.training.tasks.task import Step
 from tests.data.pictures import encoded, noise_picture
-from tests.experiments import PIXELS, tiny_experiment, write_experiment
+from tests.experiments import tiny_experiment
 from tests.tiny import SIZE
 
 
@@ -61,29 +58,7 @@ def test_a_run_has_the_latents_of_its_experiment_and_the_features_of_its_teacher
     (experiment.folder / "latents").mkdir(parents=True)
     for name in ("train", "val", "train-teacher"):
         (experiment.folder / "latents" / f"{name}.safetensors").write_text(name)
-    link_latents(experiment, own)
+    link_latents(experiment.folder, own.folder)
     assert {path.stem: path.read_text() for path in (own.folder / "latents").iterdir()} == {
         name: name for name in ("train", "val", "train-teacher")
     }
-
-
-def test_batches_of_one_step_have_other_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = load_config(write_experiment(tmp_path, PIXELS), ["denoiser.train.accumulate=2"])
-    probe, seeds = Probe(experiment, "denoiser", 2), []
-    original = probe.task.losses
-
-    def losses(batch: object, step: Step) -> object:
-        seeds.append(step.generator.initial_seed())
-        return original(batch, step)
-
-    monkeypatch.setattr(probe.task, "losses", losses)
-    for _ in range(2):
-        probe.step(1e-4)
-    assert len(set(seeds)) == 4
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_times_are_those_of_compiled_networks_if_the_config_compiles(tmp_path: Path, compiled: bool) -> None:
-    experiment = load_config(write_experiment(tmp_path, PIXELS), [f"trainer.compile={str(compiled).lower()}"])
-    probe = Probe(experiment, "denoiser", 1)
-    assert {network._compiled_call_impl is not None for network in probe.task.called_modules} == {compiled}

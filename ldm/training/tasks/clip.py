@@ -198,7 +198,7 @@ class CLIPTask(Task):
         yield TrainLoss(loss, {"logit_scale": self.clip.logit_scale.detach().exp()})
 
     def _encoded(self, tower: str, encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return the features ``[b embed_dim]`` of a training batch ``x``, without gradients if the tower is frozen."""
+        """Return the features ``[b embed_dim]`` of a batch ``x``, without gradients if the tower is frozen."""
         with torch.no_grad() if tower == self.config.freeze else nullcontext():
             return encode_in_chunks(encode, x, self.config.gradient_cache)
 
@@ -208,8 +208,8 @@ class CLIPTask(Task):
     def evaluate(self, batch: Mapping[str, Any], step: Step) -> Mapping[str, Tensor]:
         """Return the features of captions and images, ``[b embed_dim]`` each."""
         return {
-            "text": self.clip.encode_text(self._tokens(batch).to(self.device)),
-            "image": self.clip.encode_image(batch["image"]),
+            "text": self._encoded("text", self.clip.encode_text, self._tokens(batch).to(self.device)),
+            "image": self._encoded("image", self.clip.encode_image, batch["image"]),
         }
 
     def metrics(self, results: Mapping[str, Tensor]) -> dict[str, float]:
