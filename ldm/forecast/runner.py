@@ -243,7 +243,7 @@ def _measure(experiment: Experiment, budget: float | None, share: float, say: Ca
     say("measuring the time of a step, and trying learning rates")
     probe = Probe(experiment, STAGE, WARM_UP + MEASURED + RANGE_STEPS[1])
     start, images = time.perf_counter(), probe.images
-    sizes: dict[float, Size] = {}
+    sizes = {}
     builds, compiling = [probe.build], [_add_size(sizes, FULL, probe)]
     steps = experiment.denoiser.train.max_steps if budget is None else budget / sizes[FULL].seconds
     test = range_test(probe.step, round(min(max(share * steps / 10, RANGE_STEPS[0]), RANGE_STEPS[1])))

@@ -121,6 +121,12 @@ class TrainConfig:
         done = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
         return self.decay.factor(done)
 
+    @property
+    def stable_steps(self) -> int | None:
+        """Number of steps before a final decay of the learning rate, unchanged by ``max_steps``; None if there is none."""
+        share, after = self.decay.stable_share, max(0, self.max_steps - self.warmup_steps)
+        return None if share is None else self.warmup_steps + 1 + int(share * after)
+
 
 @dataclass(frozen=True)
 class TrainerConfig:

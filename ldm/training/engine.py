@@ -27,7 +27,7 @@ from ldm.training.config import TrainConfig
 from ldm.training.ema import EMA, PowerEMA, not_finite
 from ldm.training.gradient_clipping import clip_gradients
 from ldm.training.optimizers import set_learning_rate
-from ldm.training.sharded_tensors import full_tensor
+from ldm.training.sharded_tensors import gathered
 from ldm.training.tasks import Task, image_towers
 from ldm.training.tasks.task import Export, Preview, Splits, Step, TrainLoss
 from ldm.training.trial import evaluation_mode, infinite_loss, try_settings
@@ -355,13 +355,18 @@ class StageModule(L.LightningModule):
             return self.task.previews(splits, self.step("pictures"))  # the key is part of the seed
 
     @torch.no_grad()
-    def export(self, splits: Splits) -> tuple[Export, dict[str, Tensor]]:
-        """Return the export of a finished stage, and the state of the exported module with averaged weights, gathered."""
+    def export(self, splits: Splits) -> tuple[Export, dict[str, Tensor], str | None]:
+        """Export a finished stage, with averaged weights.
+
+        Returns:
+            The export; the state of its module, gathered on the first rank and empty on the others; and the name of a tensor
+            that is not finite, None if there is none.
+        """
         with self.ema_weights(), evaluation_mode(self.task):
             self.task.finish(splits)
             export = self.task.export()
-            state = {name: full_tensor(tensor).cpu() for name, tensor in export.module.state_dict().items()}
-            return export, {name: tensor.clone() for name, tensor in state.items()}
+            state = export.module.state_dict()
+            return export, gathered(state, keep=self.global_rank == 0), not_finite(state)
 
     # Checkpoints
 

@@ -25,6 +25,11 @@ class LearningRateDecay(Kind):
         """Return the factor on the learning rate, in [0, 1], after the share ``done`` in [0, 1] of the steps after warm-up."""
         raise NotImplementedError
 
+    @property
+    def stable_share(self) -> float | None:
+        """Share of the steps after warm-up before a final decay, which their number does not change; None if there is none."""
+        return None
+
 
 @dataclass(frozen=True)
 class Constant(LearningRateDecay, kind="constant"):
@@ -54,7 +59,7 @@ class Linear(LearningRateDecay, kind="linear"):
 class WSD(LearningRateDecay, kind="wsd"):
     """Warm-up, stable, decay: constant, then a short decay to 0 at max_steps (Hu et al. 2024, MiniCPM, arXiv 2404.06395, eq. 1).
 
-    A training that is resumed from a checkpoint of the stable phase with a larger max_steps is that of the larger max_steps.
+    If ``max_steps`` is raised, a training is resumed from the stable phase, and ends as if it had had so many from the beginning.
     """
 
     share: float = config_field(0.2, "share of the steps after warm-up in which the learning rate decays")
@@ -65,6 +70,10 @@ class WSD(LearningRateDecay, kind="wsd"):
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ConfigError(f"share is {self.share}; it must be above 0 and at most 1.")
+
+    @property
+    def stable_share(self) -> float:
+        return 1 - self.share
 
     def factor(self, done: float) -> float:
         return SHAPES[self.shape](max(0.0, (done - (1 - self.share)) / self.share))

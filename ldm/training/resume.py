@@ -12,7 +12,7 @@ import itertools
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,7 @@ class ResumePoint:
     best: float | None
     """Score of ``best.ckpt`` at that time."""
     warnings: tuple[str, ...]
-    """Newer checkpoints that are damaged."""
+    """Sentences on newer checkpoints that are not used, and on what this one lacks."""
 
 
 def read_intact(path: Path, instead: str) -> dict[str, Any]:
@@ -122,12 +122,15 @@ def _damaged_record(path: Path) -> str | None:
 def resume_point(module: StageModule, data: DataModule) -> ResumePoint | None:
     """Return the newest intact checkpoint of the stage; None if there is none at all.
 
+    If ``max_steps`` was raised after the final decay of a learning rate had begun, it is the newest one from before the decay.
+
     Raises:
         CheckpointError: all are damaged; or the newest intact one holds weights that are not finite, belongs to another model,
             trains other parts of it, was trained on other predecessors, image towers or images, with fields that must not
             change, or for more steps.
     """
     paths, problems = resume_points(module.folder), []
+    decayed: ResumePoint | None = None
     for path, following in itertools.zip_longest(paths, paths[1:]):
         instead = f"the training resumes from {following}" if following else "delete it to restart the stage"
         try:
@@ -136,7 +139,23 @@ def resume_point(module: StageModule, data: DataModule) -> ResumePoint | None:
             problems.append(error)
             continue
         steps, best = _check(module, data, path, checkpoint), _best_score(module, data, checkpoint)
-        return ResumePoint(path, steps, best, tuple(map(str, problems)))
+        found = ResumePoint(path, steps, best, tuple(map(str, problems)))
+        if _has_decayed(module, checkpoint):
+            decayed = decayed or found
+            continue
+        if decayed is None:
+            return found
+        reason = (
+            f"max_steps was raised, so the training resumes from {path}, the newest checkpoint before the decay of the learning "
+            f"rate, and not from {decayed.path} (step {decayed.steps:,})."
+        )
+        return replace(found, warnings=(*found.warnings, reason))
+    if decayed is not None:
+        reason = (
+            f"max_steps was raised, but the learning rate of {decayed.path} has begun to decay, and there is no checkpoint from "
+            "before that; the training resumes from it."
+        )
+        return replace(decayed, warnings=(*decayed.warnings, reason))
     if len(problems) > 1:
         names = some([path.name for path in paths])
         raise CheckpointError(
@@ -145,6 +164,15 @@ def resume_point(module: StageModule, data: DataModule) -> ResumePoint | None:
     if problems:
         raise problems[0]
     return None
+
+
+def _has_decayed(module: StageModule, checkpoint: Mapping[str, Any]) -> bool:
+    """Return True if the final decay of the learning rate, for fewer steps than those of the config, had begun."""
+    section = recorded_settings(checkpoint, module.settings).get(module.stage)
+    if section is None or section.train.max_steps >= module.train_config.max_steps:
+        return False
+    stable: int | None = section.train.stable_steps
+    return stable is not None and checkpoint["completed_steps"] > stable
 
 
 def _best_score(module: StageModule, data: DataModule, checkpoint: Mapping[str, Any]) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -11,6 +11,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return a sharded tensor gathered from all ranks, any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Return complete copies of tensors on the CPU; called on all ranks, of which those that do not ``keep`` them get none."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = full_tensor(tensor)  # one at a time, so that a device holds no more than one
+        if keep:
+            found[name] = full.detach().to("cpu", copy=True)
+    return found
 
 
 def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from ldm.formats.training_checkpoint import resume_points
 from ldm.nn.gradient_checkpointing import set_gradient_checkpointing
 from ldm.processes import interruptible
 from ldm.training.costs import flops_by_shape
-from ldm.training.ema import not_finite
 from ldm.training.encoders import encoded_source
 from ldm.training.engine import StageModule, seed_of
 from ldm.training.experiment import Experiment, load_config
@@ -82,8 +81,8 @@ def _train(experiment: Experiment, module: StageModule, files: Mapping[Path, str
     data = data_of(experiment, module)
     trainer = fit(module, data, experiment.trainer, begin, partial(flops_by_shape, experiment, module.stage))
     module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when it ends
-    export, state = module.export(data.samples)
-    if broken := not_finite(state):
+    export, state, broken = module.export(data.samples)
+    if broken:
         raise DivergedError(
             f"the weight {broken} of the finished stage {module.stage} holds NaN or infinite values, so {result} is not written; "
             f"train the stage again with a lower {module.stage}.train.learning_rate, in another run_dir."

@@ -48,6 +48,23 @@ def test_recipes_with_a_state_resume_bitwise(tmp_path: Path) -> None:
     assert [name for name in at_once if not torch.equal(resumed[name], at_once[name])] == []
 
 
+def test_a_finished_training_with_wsd_goes_on_from_before_its_decay(tmp_path: Path) -> None:
+    """The result of a training whose ``max_steps`` is raised twice is that of the longest one, to the bit."""
+    recipe = ["denoiser.train.decay={kind: wsd, share: 0.5}", "denoiser.train.checkpoint_every=1"]
+    expected = trained(tmp_path / "at_once", recipe, 16)
+    names = [path.name for path in sorted((tmp_path / "at_once" / "run" / "denoiser").glob("step_*"))]
+    assert names == ["step_0000009.ckpt", "step_0000015.ckpt"]  # 9 steps at the peak, and the one before last.ckpt
+    with pytest.warns(UserWarning, match=r"max_steps was raised, .*from .*step_0000003.ckpt, .* not from .*\(step 4\)"):
+        found = trained(tmp_path / "raised", recipe, 4, 8, 16)
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_a_training_whose_stable_checkpoints_are_gone_goes_on_with_a_warning(tmp_path: Path) -> None:
+    recipe = ["denoiser.train.decay={kind: wsd, share: 0.5}", "denoiser.train.checkpoint_every=4"]
+    with pytest.warns(UserWarning, match="has begun to decay, and there is no checkpoint from before that"):
+        trained(tmp_path / "raised", recipe, 4, 8)
+
+
 FLOW = "denoiser.diffusion={schedule: flow, parametrization: flow}"
 RECIPES = [
     ([], "denoiser.loss={weighting: soft_min_snr}"),

@@ -54,6 +54,14 @@ def test_a_longer_training_with_wsd_has_the_same_stable_phase() -> None:
     assert short(100) < long(100) == 1.0
 
 
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.5, 1.0])
+def test_the_stable_steps_are_those_at_the_peak(share: float) -> None:
+    train = config(max_steps=110, warmup_steps=10, decay={"kind": "wsd", "share": share})
+    factors = [train.learning_rate_factor(step) for step in range(110)]
+    assert train.stable_steps == 1 + max(step for step, factor in enumerate(factors) if factor == 1.0)
+    assert config(decay="cosine").stable_steps is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

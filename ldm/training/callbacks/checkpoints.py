@@ -21,7 +21,8 @@ class Checkpoints(L.Callback):
     """Writer of ``last.ckpt`` every ``checkpoint_every`` steps and at the end, and of ``best.ckpt`` after the best validation.
 
     It follows the other callbacks of a step: a checkpoint is saved when its step has been logged, previewed and validated.
-    The ``last.ckpt`` before is kept as ``step_<number>.ckpt``. Weights are verified before they replace earlier ones.
+    The ``last.ckpt`` before is kept as ``step_<number>.ckpt``, and so is the last one before the decay of the learning rate, from
+    which a longer training can go on. Weights are verified before they replace earlier ones.
 
     Args:
         start: checkpoint from which training resumes; None for a new training.
@@ -77,6 +78,8 @@ class Checkpoints(L.Callback):
                 last.replace(earlier)
         self.last = step
         kept = [path for path in earlier_checkpoints(last.parent) if step_of(path) < step]
-        kept = kept[: module.train_config.keep_checkpoints - 1]
+        stable = module.train_config.stable_steps
+        before_decay = [] if stable is None or step <= stable else [path for path in kept if step_of(path) <= stable]
+        kept = kept[: module.train_config.keep_checkpoints - 1] + before_decay[:1]
         for path in set(earlier_checkpoints(last.parent)) - set(kept):
             remove_checkpoint(path)

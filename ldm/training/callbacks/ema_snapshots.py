@@ -12,7 +12,7 @@ import lightning as L
 from ldm.formats.ema_snapshots import snapshots, write_snapshot
 from ldm.formats.training_checkpoint import step_of
 from ldm.training.engine import StageModule
-from ldm.training.sharded_tensors import full_tensor
+from ldm.training.sharded_tensors import gathered
 
 
 class EMASnapshots(L.Callback):
@@ -38,9 +38,6 @@ class EMASnapshots(L.Callback):
         config = module.train_config.ema_snapshots
         if config is None or not module.is_due(config.every):
             return
-        averages = {
-            each.length: {name: full_tensor(tensor).cpu() for name, tensor in each.average.items()}
-            for each in module.power_averages
-        }
+        averages = {each.length: gathered(each.average, keep=trainer.is_global_zero) for each in module.power_averages}
         if trainer.is_global_zero:
             write_snapshot(module.folder, module.completed_steps, averages)
