@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.errors import CheckpointError, missing_extra
+from ldm.errors import CheckpointError, DataError, missing_extra
 
 BACKBONE = "alexnet-owt-7be5be79.pth"
 """File of torchvision's AlexNet, the backbone of LPIPS, in torch's hub folder."""
+
+SMALLEST = 31
+"""Smallest side of an image, in pixels, that AlexNet's poolings leave something of."""
 
 
 def lpips_network(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
@@ -22,6 +25,7 @@ def lpips_network(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     Raises:
         MissingExtraError: the package lpips is not installed.
         CheckpointError: the weights of AlexNet are not on this machine.
+        DataError: the function is given images that are too small.
     """
     try:
         from lpips import LPIPS
@@ -36,6 +40,10 @@ def lpips_network(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     network = LPIPS(net="alex", verbose=False).eval().requires_grad_(False).to(device)
 
     def distance(image: Tensor, reconstruction: Tensor) -> Tensor:
+        if (side := min(image.shape[2:])) < SMALLEST:
+            raise DataError(
+                f"LPIPS needs images of at least {SMALLEST} pixels, and these have {side}; leave lpips out."
+            )
         values: Tensor = network(image.float(), reconstruction.float())
         return values.flatten()
 

@@ -38,6 +38,7 @@ def measured(
 
 
 def test_each_number_of_a_model_has_its_receipt(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(folder))  # which holds no weights
     with pytest.warns(UserWarning, match="the metric lpips is left out: the metric lpips needs the weights of AlexNet"):
         found = measured(
             monkeypatch, folder, "--metrics", "all", "--features", "own=clip.safetensors", "--probe-steps", 2

@@ -90,12 +90,19 @@ def test_without_gradients_chunks_are_only_encoded() -> None:
 def test_patches_are_dropped_in_training_alone() -> None:
     tower = clip().image
     image, seen = torch.rand(4, 3, 16, 16) * 2 - 1, []
-    tower.blocks[0].register_forward_hook(lambda block, inputs, output: seen.append(output.shape[1]))
+    tower.blocks[0].register_forward_hook(lambda block, inputs, output: seen.append(inputs[0].detach()))
     plain = tower.train()(image)
     tower.patch_dropout = 0.7
     torch.testing.assert_close(tower.eval()(image), plain)
     tower.train()(image)
-    assert seen == [17, 17, 1 + 5]
+    complete, _, kept = seen
+    assert [each.shape[1] for each in seen] == [17, 17, 1 + 5]
+    torch.testing.assert_close(kept[:, 0], complete[:, 0])  # the class token
+    nearest = torch.cdist(kept, complete).min(
+        dim=2
+    )  # the kept patches have the positions that they have without dropout
+    assert nearest.values.max() < 1e-3
+    assert all(len(set(row)) == 6 for row in nearest.indices.tolist())
 
 
 def test_dropped_patches_are_a_random_choice_of_those_of_each_image() -> None:

@@ -183,6 +183,8 @@ def test_offset_noise_is_equal_in_a_channel_and_part_of_the_target() -> None:
     assert value.max() < 1e-4
     assert seen[0].mean((2, 3)).var().item() == pytest.approx(0.25 + 1 / 36, rel=0.1)
     assert seen[0].var((2, 3)).mean().item() == pytest.approx(1, rel=0.05)
+    between = torch.corrcoef(seen[0].mean((2, 3)).mT)  # each channel of an image has an offset of its own
+    assert (between - torch.eye(4)).abs().max() < 0.2
 
 
 def test_input_perturbation_is_in_the_input_but_not_in_the_target() -> None:
@@ -238,7 +240,7 @@ def test_recipes_that_do_not_fit_are_refused(loss: dict[str, object], message: s
         config.check(Diffusion(Cosine(zero_terminal_snr=True), V()))
 
 
-@pytest.mark.parametrize("kind", ["weighted", "uncertainty", "contrastive_flow"])
+@pytest.mark.parametrize("kind", ["weighted", "uncertainty", "contrastive_flow", "dispersive", "repa"])
 @pytest.mark.parametrize("weighting", ["min_snr", "soft_min_snr"])
 def test_weightings_by_snr_are_refused_for_flow_matching(kind: str, weighting: str) -> None:
     config = from_dict(DenoisingLossConfig, {"kind": kind, "weighting": weighting})

@@ -17,8 +17,10 @@ from ldm.evaluation.intervals import group_of, jackknife
 from ldm.evaluation.metrics import coverage, kernels
 from ldm.evaluation.metrics.coverage import density_and_coverage, precision_and_recall
 from ldm.evaluation.metrics.frechet import Moments, estimate, frechet_distance
-from ldm.evaluation.metrics.kernels import SIGMA, gaussian, mmd, polynomial
+from ldm.evaluation.metrics.kernels import gaussian, mmd, polynomial
 from ldm.evaluation.metrics.memorisation import nearer_share, nearest
+
+SIGMA = 10.0  # of CMMD
 
 
 def by_scipy(first: np.ndarray, second: np.ndarray) -> float:

@@ -16,26 +16,25 @@ from ldm.evaluation.intervals import FEW, GROUPS, Estimate, group_of, jackknife,
 from ldm.evaluation.metrics.contrastive import best_scale
 from ldm.evaluation.metrics.coverage import DENSITY_K, balls_around, density_and_coverage, precision_and_recall, radii
 from ldm.evaluation.metrics.diversity import mean_pairwise_distance
-from ldm.evaluation.metrics.frechet import Moments, frechet_distance
-from ldm.evaluation.metrics.kernels import SIGMA, gaussian, mmd, polynomial
+from ldm.evaluation.metrics.frechet import Moments, estimate, frechet_distance
+from ldm.evaluation.metrics.kernels import gaussian, mmd, polynomial
 from ldm.evaluation.metrics.memorisation import nearer_share, nearest
 
 REPEATS = 200
+SIGMA = 10.0  # of CMMD
 
 MEAN, COVARIANCE = np.array([1.0, 0.0, 0.5]), np.diag([2.0, 1.0, 0.5])
-STANDARD = Moments(np.zeros(3), np.eye(3))
 
 
 def _features(draw: np.random.Generator, n: int) -> np.ndarray:
     return MEAN + draw.standard_normal((n, 3)) * np.sqrt(np.diag(COVARIANCE))
 
 
-def _frechet(draw: np.random.Generator) -> Estimate:
-    rows = _features(draw, 400)
-    return jackknife(len(rows), lambda index: frechet_distance(Moments.of(rows[index]), STANDARD))
-
-
 REFERENCE = torch.from_numpy(np.random.default_rng(7).standard_normal((80, 3)))
+
+
+def _frechet(draw: np.random.Generator) -> Estimate:
+    return estimate(torch.from_numpy(_features(draw, 400)), REFERENCE)
 
 
 def _kernel(kernel: Callable[..., torch.Tensor]) -> Callable[[np.random.Generator], Estimate]:
@@ -106,7 +105,7 @@ CASES: dict[str, tuple[Callable[[np.random.Generator], Estimate], Callable[[], f
     "share of 99 %": (lambda draw: wilson(draw.random(200) < 0.99), lambda: 0.99),
     "Fréchet distance": (
         _frechet,
-        lambda: frechet_distance(Moments.of_gaussian(MEAN, COVARIANCE), STANDARD),
+        lambda: frechet_distance(Moments.of_gaussian(MEAN, COVARIANCE), Moments.of(REFERENCE.numpy())),
     ),
     "KID": (_kernel(polynomial), lambda: _kernel_truth(polynomial, _polynomial_mean)),
     "CMMD": (_kernel(gaussian), lambda: _kernel_truth(gaussian, _gaussian_mean)),

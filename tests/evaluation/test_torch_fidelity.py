@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.evaluation.metrics.coverage import precision_and_recall
 from ldm.evaluation.metrics.frechet import Moments, frechet_distance
-from ldm.evaluation.metrics.kernels import SIGMA, gaussian, mmd, polynomial
+from ldm.evaluation.metrics.kernels import gaussian, mmd, polynomial
 
 FOLDER = Path(sys.prefix) / "torch-fidelity"
 """Folder in which ``make install`` installs it."""
@@ -43,7 +43,7 @@ def test_fid(fidelity: Any, features: tuple[Tensor, Tensor]) -> None:
 def test_kernel_distances(fidelity: Any, features: tuple[Tensor, Tensor]) -> None:
     """KID, and CMMD with its constants; of one subset, which are all images."""
     options = {"kid_subsets": 1, "kid_subset_size": len(features[0]), "verbose": False}
-    for kernel, chosen in ((polynomial, {}), (gaussian, {"kid_kernel": "rbf", "kid_kernel_rbf_sigma": SIGMA})):
+    for kernel, chosen in ((polynomial, {}), (gaussian, {"kid_kernel": "rbf", "kid_kernel_rbf_sigma": 10.0})):
         expected = fidelity.metric_kid.kid_features_to_metric(*features, **options, **chosen)[
             "kernel_inception_distance_mean"
         ]

@@ -3,9 +3,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.optimize import brentq
+from scipy.stats import beta
 from torch import nn
 
 from ldm.cli.common import run
@@ -28,16 +31,30 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[float, to
     folder = tmp_path_factory.mktemp("walk")
     layer, generator = nn.Linear(8, 8, bias=False).double(), torch.Generator().manual_seed(0)
     goal = torch.randn(8, 8, generator=generator, dtype=torch.float64)
-    averages = {length: PowerEMA(layer, length) for length in (*LENGTHS, 0.07, 0.15, 0.2)}
+    averages, weights = {length: PowerEMA(layer, length) for length in LENGTHS}, []
     for step in range(1, 1601):
         with torch.no_grad():
             noise = torch.randn(8, 8, generator=generator, dtype=torch.float64)
             layer.weight.add_(0.003 * (goal - layer.weight) + 0.02 * noise)
+        weights.append(layer.weight.detach().clone())
         for average in averages.values():
             average.update()
         if step % 100 == 0:
             write_snapshot(folder, step, {length: averages[length].average for length in LENGTHS})
-    return folder, {length: each.average["weight"].clone() for length, each in averages.items()}
+    ends = np.arange(1601) / 1600
+    parts = {length: np.diff(ends ** (_exponent(length) + 1)) for length in (*LENGTHS, 0.07, 0.15, 0.2)}
+    return folder, {
+        length: torch.tensordot(torch.from_numpy(each), torch.stack(weights), dims=1) for length, each in parts.items()
+    }
+
+
+def _exponent(length: float) -> float:
+    """The exponent g of a power-function profile whose standard deviation is ``length``, of Beta(g + 1, 1)."""
+    return float(brentq(lambda g: beta(g + 1, 1).std() - length, 0.0, 100.0))
+
+
+def test_the_exponents_are_those_of_the_paper() -> None:
+    assert [_exponent(each) for each in LENGTHS] == pytest.approx([16.97, 6.94], abs=5e-3)
 
 
 @pytest.mark.parametrize(("length", "limit"), [(0.05, 1e-6), (0.07, 1e-3), (0.1, 1e-6), (0.15, 1e-3), (0.2, 4e-3)])

@@ -67,7 +67,10 @@ def test_a_training_whose_stable_checkpoints_are_gone_goes_on_with_a_warning(tmp
 
 FLOW = "denoiser.diffusion={schedule: flow, parametrization: flow}"
 RECIPES = [
+    ([], "denoiser.loss={weighting: min_snr}"),
     ([], "denoiser.loss={weighting: soft_min_snr}"),
+    ([], "denoiser.loss={noise_level_sampler: lognormal}"),
+    ([], "denoiser.loss={noise_level_sampler: low_discrepancy}"),
     ([], "denoiser.loss={offset_noise: 0.1}"),
     ([], "denoiser.loss={input_perturbation: 0.1}"),
     ([], "denoiser.diffusion.schedule={kind: cosine, zero_terminal_snr: true}"),

@@ -70,19 +70,27 @@ def test_the_iteration_is_stable_in_bf16(spectrum: str, iterations: int) -> None
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize(("scale", "factor"), [("adamw", 0.2 * 18**0.5), ("spectral", 1.0)])
+@pytest.mark.parametrize(
+    ("scale", "rows", "factor"),
+    [
+        ("adamw", 4, 0.2 * 18**0.5),
+        ("adamw", 40, 0.2 * 40**0.5),
+        ("spectral", 4, 1.0),
+        ("spectral", 40, (40 / 18) ** 0.5),
+    ],
+)
 def test_the_update_is_that_of_the_description(
-    nesterov: bool, scale: str, factor: float, monkeypatch: pytest.MonkeyPatch
+    nesterov: bool, scale: str, rows: int, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """B <- mu B + G; the update is the orthogonal matrix of G + mu B (Nesterov) or B, of a flattened convolution."""
     monkeypatch.setattr("ldm.training.optimizers.muon.default_dtype", lambda device: torch.float32)
     torch.manual_seed(0)
-    layer = nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layer = nn.Conv2d(2, rows, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = muon(layer, nesterov=nesterov, scale=scale, momentum=0.9, learning_rate_factor=0.5)
     optimizer.param_groups[0]["lr"] = rate = RATE / 2
-    weight, momentum = layer.weight.detach().flatten(1).double(), torch.zeros(4, 18, dtype=torch.float64)
+    weight, momentum = layer.weight.detach().flatten(1).double(), torch.zeros(rows, 18, dtype=torch.float64)
     for _ in range(3):
-        layer.weight.grad = torch.randn(4, 2, 3, 3)
+        layer.weight.grad = torch.randn(rows, 2, 3, 3)
         gradient = layer.weight.grad.flatten(1).double()
         momentum = 0.9 * momentum + gradient
         update = polynomial(gradient + 0.9 * momentum if nesterov else momentum)
@@ -94,18 +102,19 @@ def test_the_update_is_that_of_the_description(
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 @pytest.mark.parametrize(("scale", "theirs"), [("adamw", "match_rms_adamw"), ("spectral", "original")])
-def test_it_is_torchs_muon_on_matrices(scale: str, theirs: str) -> None:
+@pytest.mark.parametrize("shape", [(24, 12), (12, 24)])
+def test_it_is_torchs_muon_on_matrices(scale: str, theirs: str, shape: tuple[int, int]) -> None:
     """To the rounding of bf16, in which torch iterates on CPUs too."""
     ends = []
     for ours in (True, False):
         torch.manual_seed(0)
-        layer = nn.Linear(24, 12, bias=False)
+        layer = nn.Linear(*shape, bias=False)
         begin = layer.weight.detach().clone()
         optimizer: torch.optim.Optimizer = muon(layer, scale=scale)
         if not ours:
             optimizer = torch.optim.Muon([layer.weight], lr=RATE, weight_decay=DECAY, adjust_lr_fn=theirs)
         for _ in range(4):
-            layer(torch.randn(8, 24)).square().mean().backward()
+            layer(torch.randn(8, shape[0])).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         ends.append(layer.weight.detach() - begin)
