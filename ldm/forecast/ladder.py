@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,21 @@ def rung_experiment(experiment: Experiment, rung: Rung) -> Experiment:
     )
 
 
+@dataclass(frozen=True)
+class Climbed:
+    """Trained runs of a ladder.
+
+    Attributes:
+        results: results of the finished ones, the most important first.
+        diverged: those that diverged.
+        seconds: time that all of these took.
+    """
+
+    results: list[Result]
+    diverged: list[Rung]
+    seconds: float
+
+
 def climb(
     experiment: Experiment,
     plan: Plan,
@@ -80,10 +96,11 @@ def climb(
     measure_recall: Callable[[Path], Mapping[str, Any]],
     say: Callable[[str], object],
     spent: float = 0.0,
-) -> list[Result]:
-    """Train the runs of a plan that are not finished, the most important first, and return the results of all.
+) -> Climbed:
+    """Train the runs of a plan that are not finished, the most important first.
 
-    A run is left out if the ladder would take longer than its limit, judged by how much longer than planned runs took so far.
+    Runs that diverge are left out, and so are runs with which the ladder would take longer than its limit, judged by how much
+    longer than planned the runs took so far.
 
     Args:
         experiment: the full experiment, with its predecessors as sources.
@@ -93,40 +110,38 @@ def climb(
         say: called with a line for each run.
         spent: seconds that the measurements before the ladder took.
 
-    Runs that would exceed the time of the ladder are left out, and so are those that diverge.
-
     Raises:
         Interrupted: a signal stopped a run; the next call goes on from there.
     """
     results: list[Result] = []
-    late = 0.0  # time that the runs took beyond what was planned for them
+    diverged: list[Rung] = []
+    taken = late = 0.0  # time of the runs, and how much of it was not planned
     for number, (rung, seconds) in enumerate(zip(plan.rungs, plan.seconds, strict=True), start=1):
-        record = read_record(rung_experiment(experiment, rung).folder, rung)
-        found, before = record.result, record.seconds
+        folder = rung_experiment(experiment, rung).folder
+        record = read_record(folder, rung)
         head = f"run {number} of {len(plan.rungs)}, {rung}"
-        if record.diverged:
-            say(f"{head}: left out, since it diverged before: {record.diverged}")
-            spent += before
-            continue
-        if found is None:
+        if record.is_new:
             expected = seconds + (max(0.0, late / len(results)) if results else 0.0)
-            total = spent + sum(each.seconds for each in results) + max(0.0, expected - before)
+            total = spent + taken + max(0.0, expected - record.seconds)
             if total > plan.limit and results:
                 say(f"{head}: left out, since the ladder would take {total:,.0f} s of its {plan.limit:,.0f} s")
                 continue
             say(f"{head}: about {seconds:,.0f} s")
-            try:
-                found = train_rung(experiment, rung, parameters[rung.width], measure_recall)
-            except DivergedError as error:
-                say(f"{head}: left out, since it diverged: {first_line(error)}")
-                spent += read_record(rung_experiment(experiment, rung).folder, rung).seconds
-                continue
-            say(f"{head}: loss {found.loss:.4g} in {found.seconds:,.0f} s")
+            with suppress(DivergedError):  # which the record says
+                train_rung(experiment, rung, parameters[rung.width], measure_recall)
+            record, before = read_record(folder, rung), ""
         else:
-            say(f"{head}: finished before, loss {found.loss:.4g}")
-        results.append(found)
-        late += found.seconds - seconds
-    return results
+            before = " before"
+        taken += record.seconds
+        if record.result is None:
+            say(f"{head}: left out, since it diverged{before}: {record.diverged}")
+            diverged.append(rung)
+            continue
+        loss = f"loss {record.result.loss:.4g}"
+        say(f"{head}: finished before, {loss}" if before else f"{head}: {loss} in {record.seconds:,.0f} s")
+        results.append(record.result)
+        late += record.seconds - seconds
+    return Climbed(results, diverged, taken)
 
 
 def other_results(experiment: Experiment, results: list[Result], full: Rung) -> list[Result]:
@@ -154,6 +169,11 @@ class Record:
     seconds: float = 0.0
     result: Result | None = None
     diverged: str = ""
+
+    @property
+    def is_new(self) -> bool:
+        """True if the run has neither finished nor diverged."""
+        return self.result is None and not self.diverged
 
 
 def read_record(folder: Path, rung: Rung) -> Record:

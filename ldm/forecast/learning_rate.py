@@ -22,7 +22,7 @@ DIVERGED = 3.0
 """Ratio of the averaged loss to its lowest value at which the test ends."""
 
 FALL = 0.1
-"""Share of the fall of the loss that stands for its lowest value where that is nearer to 0; some losses can be negative."""
+"""Share of the fall of the loss that is used in place of its lowest value where that is closer to 0; losses can be negative."""
 
 SUGGESTED = 1 / 3
 """Suggested learning rate as a share of the limit."""
@@ -107,16 +107,16 @@ def range_test(
             averaged = math.inf
         rates.append(rate)
         losses.append(averaged)
-        if _has_risen(losses):
+        if averaged > highest_loss(losses):
             break
     best = min(range(len(losses)), key=losses.__getitem__)
     # The average lags behind the loss by its time constant.
     lag = round(SMOOTHING / (1 - SMOOTHING))
     limit = rates[max(0, best - lag)] if best < len(losses) - 1 else rates[best]
-    return RangeTest(tuple(rates), tuple(losses), limit, _has_risen(losses))
+    return RangeTest(tuple(rates), tuple(losses), limit, losses[-1] > highest_loss(losses))
 
 
-def _has_risen(losses: Sequence[float]) -> bool:
-    """Return True if the last of the averaged losses lies far above the lowest."""
+def highest_loss(losses: Sequence[float]) -> float:
+    """Return the averaged loss above which the test ends: far above the lowest one."""
     low = min(losses)
-    return losses[-1] - low > (DIVERGED - 1) * max(abs(low), FALL * (losses[0] - low))
+    return low + (DIVERGED - 1) * max(abs(low), FALL * (losses[0] - low))

@@ -9,6 +9,7 @@ from typing import Any
 from ldm.forecast.answers import NAMES
 from ldm.forecast.bands import Band
 from ldm.forecast.ladder import Result
+from ldm.forecast.learning_rate import highest_loss
 from ldm.forecast.runner import Outcome
 from ldm.forecast.sentences import duration, number
 from ldm.report.charts import Chart, Line
@@ -111,8 +112,8 @@ def _charts(outcome: Outcome) -> list[Chart]:
                 log_y=False,
             )
         )
-    lowest = min(test.losses)
-    shown = [(rate, loss) for rate, loss in zip(test.rates, test.losses, strict=True) if loss < 3 * lowest]
+    highest = highest_loss(test.losses)
+    shown = [(rate, loss) for rate, loss in zip(test.rates, test.losses, strict=True) if loss < highest]
     charts.append(
         Chart(
             "Learning-rate range test",

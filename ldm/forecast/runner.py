@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ldm import __version__
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, TrainingError
 from ldm.forecast.answers import WORTHWHILE, Forecast, Point, make_forecast
+from ldm.forecast.bands import FEWEST
 from ldm.forecast.ladder import FOLDER, STAGE, Result, climb, other_results, train_rung
 from ldm.forecast.learning_rate import LearningRate, RangeTest, range_test
 from ldm.forecast.plan import FULL, MIDDLE, SHARE, SMALL, Extras, Plan, Rung, Size, make_plan
@@ -68,6 +69,7 @@ class Outcome:
     measured: Measured
     plan: Plan
     results: Sequence[Result]
+    diverged: Sequence[Rung]
     forecast: Forecast
     sentences: Sequence[str]
     seconds: float
@@ -92,6 +94,7 @@ class Outcome:
             },
             "full": asdict(self.plan.full),
             "runs": [asdict(each) for each in self.results],
+            "diverged": [asdict(each) for each in self.diverged],
             "measured": asdict(self.measured),
         }
 
@@ -183,12 +186,22 @@ def run_forecast(
         say("R@k is not measured, since there is no time for it; a longer --budget has some")
     parameters = {width: each.parameters for width, each in measured.sizes.items()}
     measure_recall = RecallMeasure(experiment, captions if plan.evaluations else 0)
-    results = climb(experiment, plan, parameters, measure_recall, say, measured.seconds)
-    seconds = measured.seconds + sum(each.seconds for each in results)
-    results += other_results(experiment, results, full)
+    climbed = climb(experiment, plan, parameters, measure_recall, say, measured.seconds)
+    results = climbed.results + other_results(experiment, climbed.results, full)
+    if climbed.diverged and len(results) < FEWEST:
+        raise TrainingError(
+            f"{len(climbed.diverged)} of {len(plan.rungs)} runs of the ladder diverged, and a forecast needs {FEWEST} that do "
+            "not; lower denoiser.train.learning_rate, or give --learning-rate test."
+        )
     forecast = make_forecast(results, full, measured.sizes, worthwhile, experiment.seed)
     found = list(sentences(forecast, measured.device, worthwhile))
-    outcome = Outcome(experiment, measured, plan, results, forecast, found, seconds, measure_recall)
+    if climbed.diverged:
+        found.append(
+            f"Left out, since they diverged: {'; '.join(map(str, climbed.diverged))}. The full run may diverge, too; a lower "
+            "learning rate is safer."
+        )
+    seconds = measured.seconds + climbed.seconds
+    outcome = Outcome(experiment, measured, plan, results, climbed.diverged, forecast, found, seconds, measure_recall)
     write_json(outcome.folder / RESULT, outcome.to_dict())
     return outcome
 

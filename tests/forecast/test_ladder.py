@@ -5,7 +5,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ldm.forecast.learning_rate import RangeTest
 from ldm.forecast.plan import Plan, Rung, Size
 from ldm.forecast.recall import RecallMeasure
 from ldm.forecast.runner import Measured, Outcome, run_forecast, verify
+from ldm.formats.tensors import write_json
 from ldm.report.run import Run
 from ldm.training.engine import StageModule
 from ldm.training.experiment import Experiment, load_config
@@ -104,7 +105,7 @@ def test_the_full_run_is_compared_with_its_forecast_and_not_used_for_it(
     losses = Band(0.5, 1e-6, 1e6)
     point, plan = Point(8, 0.1, losses, {"1": Band(0.0, 0.0, 0.0)}), Plan(full, [], [], 0.8, 0.2)
     forecast = Forecast(point, losses, [], None, [], [], 1.0, 0.0, {}, losses, None)
-    outcome = Outcome(experiment, measured, plan, [], forecast, [], 2.0, RecallMeasure(experiment, 0))
+    outcome = Outcome(experiment, measured, plan, [], [], forecast, [], 2.0, RecallMeasure(experiment, 0))
     steps = counted(monkeypatch, lambda step: None)
     found = verify(outcome)
     assert steps[0] == 8
@@ -137,12 +138,12 @@ def test_a_run_that_diverges_is_left_out_and_not_tried_again(tmp_path: Path, mon
 
     monkeypatch.setattr(ladder, "train_stage", train_stage)
     plan = Plan(Rung(1, 8, 80), [Rung(1, 8, steps) for steps in (4, 8, 12)], [60.0] * 3, 900.0, 180.0)
-    results = climb(experiment, plan, {1: 100}, RecallMeasure(experiment, 0), lines.append)
-    assert [each.rung.steps for each in results] == [4, 12]
+    found = climb(experiment, plan, {1: 100}, RecallMeasure(experiment, 0), lines.append)
+    assert [each.rung.steps for each in found.results] == [4, 12]
+    assert found.diverged == [Rung(1, 8, 8)]
+    assert found.seconds > sum(each.seconds for each in found.results)
     assert "run 2 of 3, width 1, 8 images, 8 steps: left out, since it diverged: the loss is NaN" in lines
-    assert [
-        each.rung.steps for each in climb(experiment, plan, {1: 100}, RecallMeasure(experiment, 0), lines.append)
-    ] == [4, 12]
+    assert climb(experiment, plan, {1: 100}, RecallMeasure(experiment, 0), lines.append) == found
     assert trained == [4, 8, 12]
     assert "run 2 of 3, width 1, 8 images, 8 steps: left out, since it diverged before: the loss is NaN" in lines
 
@@ -150,9 +151,15 @@ def test_a_run_that_diverges_is_left_out_and_not_tried_again(tmp_path: Path, mon
 def test_one_slow_run_does_not_make_all_others_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first run takes 100 s more than planned, as for reading what all runs need; there is time for it."""
     experiment, taken = load_config(write_experiment(tmp_path, PIXELS)), iter([230.0, 130.0, 130.0, 130.0])
-    monkeypatch.setattr(ladder, "train_rung", lambda _, rung, *__: Result(rung, 1.0, 1.0, 100, next(taken)))
+
+    def train_rung(experiment: Experiment, rung: Rung, *_: object) -> None:
+        folder = rung_experiment(experiment, rung).folder
+        folder.mkdir(parents=True)
+        write_json(folder / ladder.RECORD, asdict(Result(rung, 1.0, 1.0, 100, next(taken))))
+
+    monkeypatch.setattr(ladder, "train_rung", train_rung)
     plan = Plan(Rung(1, 8, 80), [Rung(1, 8, steps) for steps in (4, 8, 12, 16)], [130.0] * 4, 3600.0, 720.0)
-    assert len(climb(experiment, plan, {1: 100}, RecallMeasure(experiment, 0), lambda line: None)) == 4
+    assert len(climb(experiment, plan, {1: 100}, RecallMeasure(experiment, 0), lambda line: None).results) == 4
 
 
 def test_measurements_are_made_with_the_threads_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
