@@ -139,8 +139,10 @@ class Stage:
     @property
     def step(self) -> int:
         """Newest step that is known to be completed."""
-        records = [record for session in self.sessions for record in (session.start, session.end or {})]
-        steps = [self.metadata.get("provenance", {}).get("steps"), *(record.get("step") for record in records)]
+        # The last session counts, since it may have gone on from an earlier step than the one before it had reached.
+        records = [record for session in self.sessions[-1:] for record in (session.start, session.end or {})]
+        records = records or [{"step": self.metadata.get("provenance", {}).get("steps")}]
+        steps = [record.get("step") for record in records]
         return max([self.progress.step, *(step for step in steps if isinstance(step, int))])
 
     @property

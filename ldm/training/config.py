@@ -84,7 +84,9 @@ class TrainConfig:
     images_every: int = config_field(1000, "steps between grids of images", formerly="pictures_every", changeable=True)
     checkpoint_every: int = config_field(500, "steps between checkpoints", changeable=True)
     keep_checkpoints: int = config_field(
-        2, "number of newest checkpoints to keep: last.ckpt, and step_<number>.ckpt before it", changeable=True
+        2,
+        "number of newest checkpoints to keep: last.ckpt, and step_<number>.ckpt before it; wsd keeps one more",
+        changeable=True,
     )
     init: str | None = config_field(
         None,
@@ -123,7 +125,7 @@ class TrainConfig:
 
     @property
     def stable_steps(self) -> int | None:
-        """Number of steps before a final decay of the learning rate, unchanged by ``max_steps``; None if there is none."""
+        """Number of steps before a final decay, whose learning rates do not depend on ``max_steps``; None if there is none."""
         share, after = self.decay.stable_share, max(0, self.max_steps - self.warmup_steps)
         return None if share is None else self.warmup_steps + 1 + int(share * after)
 

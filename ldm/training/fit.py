@@ -111,9 +111,9 @@ def fit(
             Metrics(config, count_flops),
             Progress(),
             Interruption(checkpoints),
+            EMASnapshots(),
             Previews(),
             Validation(),
-            EMASnapshots(),
             checkpoints,
         ],
     )

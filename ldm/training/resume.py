@@ -12,7 +12,7 @@ import itertools
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,9 @@ class ResumePoint:
     best: float | None
     """Score of ``best.ckpt`` at that time."""
     warnings: tuple[str, ...]
-    """Sentences on newer checkpoints that are not used, and on what this one lacks."""
+    """Sentences on newer checkpoints that are not used, and on missing ones."""
+    abandons: bool = False
+    """True if steps after it will not be repeated as they were, so that what is left of them is deleted."""
 
 
 def read_intact(path: Path, instead: str) -> dict[str, Any]:
@@ -130,32 +132,33 @@ def resume_point(module: StageModule, data: DataModule) -> ResumePoint | None:
             change, or for more steps.
     """
     paths, problems = resume_points(module.folder), []
-    decayed: ResumePoint | None = None
+    decayed: tuple[Path, int, float | None] | None = None  # the newest of those whose learning rate had decayed
     for path, following in itertools.zip_longest(paths, paths[1:]):
-        instead = f"the training resumes from {following}" if following else "delete it to restart the stage"
+        next_one = following or (decayed and decayed[0])
+        instead = f"the training resumes from {next_one}" if next_one else "delete it to restart the stage"
         try:
             checkpoint = read_intact(path, instead)
         except CheckpointError as error:
             problems.append(error)
             continue
-        steps, best = _check(module, data, path, checkpoint), _best_score(module, data, checkpoint)
-        found = ResumePoint(path, steps, best, tuple(map(str, problems)))
+        steps = _check(module, data, path, checkpoint)
         if _has_decayed(module, checkpoint):
-            decayed = decayed or found
+            decayed = decayed or (path, steps, _best_score(module, data, checkpoint))
             continue
+        best = _best_score(module, data, checkpoint, repeated=decayed is None)
         if decayed is None:
-            return found
+            return ResumePoint(path, steps, best, tuple(map(str, problems)))
         reason = (
             f"max_steps was raised, so the training resumes from {path}, the newest checkpoint before the decay of the learning "
-            f"rate, and not from {decayed.path} (step {decayed.steps:,})."
+            f"rate, and not from {decayed[0]} (step {decayed[1]:,})."
         )
-        return replace(found, warnings=(*found.warnings, reason))
+        return ResumePoint(path, steps, best, (*map(str, problems), reason), abandons=True)
     if decayed is not None:
         reason = (
-            f"max_steps was raised, but the learning rate of {decayed.path} has begun to decay, and there is no checkpoint from "
-            "before that; the training resumes from it."
+            f"max_steps was raised, but the learning rate of {decayed[0]} has begun to decay, and there is no intact checkpoint "
+            "from before that; the training resumes from it."
         )
-        return replace(decayed, warnings=(*decayed.warnings, reason))
+        return ResumePoint(*decayed, (*map(str, problems), reason))
     if len(problems) > 1:
         names = some([path.name for path in paths])
         raise CheckpointError(
@@ -175,8 +178,13 @@ def _has_decayed(module: StageModule, checkpoint: Mapping[str, Any]) -> bool:
     return stable is not None and checkpoint["completed_steps"] > stable
 
 
-def _best_score(module: StageModule, data: DataModule, checkpoint: Mapping[str, Any]) -> float | None:
-    """Return the score of ``best.ckpt`` when a checkpoint was saved; None if it was on other validation data, or is lost."""
+def _best_score(
+    module: StageModule, data: DataModule, checkpoint: Mapping[str, Any], repeated: bool = True
+) -> float | None:
+    """Return the score of ``best.ckpt`` when a checkpoint was saved; None if it was on other validation data, or is lost.
+
+    If it is of a later step, that step will write it again, unless later steps are not ``repeated`` as they were.
+    """
     path = module.folder / "best.ckpt"
     if not path.exists():
         return None
@@ -185,7 +193,9 @@ def _best_score(module: StageModule, data: DataModule, checkpoint: Mapping[str, 
     except CheckpointError as error:
         warnings.warn(str(error), stacklevel=2)
         return None
-    if best["completed_steps"] > checkpoint["completed_steps"]:  # of a step that will be repeated
+    if best["completed_steps"] > checkpoint["completed_steps"]:
+        if not repeated:
+            return None
         best = checkpoint
     val = data.fingerprints().get("val")
     same = best.get("samples", {}).get("val", val) == val

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.errors import Interrupted, TrainingError
+from ldm.formats.ema_snapshots import snapshots
 from ldm.training.engine import StageModule
 from ldm.training.stages import train_stage
 from tests.experiments import tiny_experiment
@@ -24,6 +25,7 @@ SETTINGS = [
     "clip.train.images_every=2",
     "clip.train.checkpoint_every=3",
     "clip.train.log_every=3",
+    "clip.train.ema_snapshots={lengths: [0.05, 0.1], every: 2}",
 ]
 
 
@@ -67,5 +69,9 @@ def test_a_signal_saves_at_once_and_what_was_due_is_made_up_for(
     ours, expected = (load_file(train_stage(tiny_experiment(at, *SETTINGS), "clip")) for at in (tmp_path, straight))
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert rows(tmp_path / "run/clip/metrics.csv") == rows(straight / "run/clip/metrics.csv")
+    averages = [[load_file(path) for path in snapshots(at / "run/clip")] for at in (tmp_path, straight)]
+    assert len(averages[0]) == len(averages[1]) == 2
+    for mine, theirs in zip(*averages, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     images = [sorted(path.name for path in (at / "run/clip/images").iterdir()) for at in (tmp_path, straight)]
     assert images[0] == images[1]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, TrainingError
 from ldm.formats.ema_snapshots import reconstructed
+from ldm.report.run import Run
+from ldm.training.engine import StageModule
 from ldm.training.stages import train_stage
 from tests.experiments import tiny_experiment
 
@@ -59,10 +62,45 @@ def test_a_finished_training_with_wsd_goes_on_from_before_its_decay(tmp_path: Pa
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+def test_what_is_left_of_an_abandoned_decay_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints and images of later steps, ``best.ckpt`` as well."""
+    recipe = ["denoiser.train.decay={kind: wsd, share: 0.5}", "denoiser.train.checkpoint_every=1"]
+    recipe += ["denoiser.train.keep_checkpoints=4", "denoiser.train.images_every=5", "denoiser.train.validate_every=7"]
+    trained(tmp_path / "raised", recipe, 8)
+    folder = tmp_path / "raised" / "run" / "denoiser"
+    names = [f"step_000000{step}.ckpt" for step in (5, 6, 7)]
+    assert {path.name for path in folder.glob("*.ckpt")} == {"best.ckpt", "last.ckpt", *names}
+    images = ["samples_0000005.png", "samples_0000008.png"]
+    assert sorted(path.name for path in (folder / "images").iterdir()) == images
+    seen: list[set[str]] = []
+
+    def training_step(module: StageModule, *arguments: Any) -> None:
+        seen.append({path.name for path in (*folder.glob("*.ckpt"), *(folder / "images").iterdir())})
+        raise TrainingError("enough")
+
+    monkeypatch.setattr(StageModule, "training_step", training_step)
+    with pytest.raises(TrainingError, match="enough"):
+        train_stage(tiny_experiment(tmp_path / "raised", *PIXELS, *recipe, "denoiser.train.max_steps=16"), "denoiser")
+    assert seen == [{"last.ckpt", names[0], images[0]}]
+    assert Run(folder.parent).stages[0].step == 5
+
+
 def test_a_training_whose_stable_checkpoints_are_gone_goes_on_with_a_warning(tmp_path: Path) -> None:
     recipe = ["denoiser.train.decay={kind: wsd, share: 0.5}", "denoiser.train.checkpoint_every=4"]
-    with pytest.warns(UserWarning, match="has begun to decay, and there is no checkpoint from before that"):
+    with pytest.warns(UserWarning, match="has begun to decay, and there is no intact checkpoint from before that"):
         trained(tmp_path / "raised", recipe, 4, 8)
+
+
+def test_a_damaged_stable_checkpoint_is_named(tmp_path: Path) -> None:
+    recipe = ["denoiser.train.decay={kind: wsd, share: 0.5}", "denoiser.train.checkpoint_every=1"]
+    trained(tmp_path / "raised", recipe, 4)
+    (tmp_path / "raised" / "run" / "denoiser" / "step_0000003.ckpt").write_bytes(b"damaged")
+    longer = tiny_experiment(tmp_path / "raised", *PIXELS, *recipe, "denoiser.train.max_steps=8")
+    with pytest.warns(
+        UserWarning, match="step_0000003.ckpt cannot be read .*; the training resumes from .*last.ckpt"
+    ) as found:
+        train_stage(longer, "denoiser")
+    assert any("there is no intact checkpoint from before that" in str(each.message) for each in found)
 
 
 FLOW = "denoiser.diffusion={schedule: flow, parametrization: flow}"

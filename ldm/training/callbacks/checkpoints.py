@@ -29,6 +29,7 @@ class Checkpoints(L.Callback):
     """
 
     def __init__(self, start: ResumePoint | None = None) -> None:
+        self.abandons = start is not None and start.abandons
         self.best = start.best if start else None  # score of best.ckpt
         self.last = (
             start.steps if start and start.path.name == "last.ckpt" else None
@@ -37,6 +38,13 @@ class Checkpoints(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
+
+    def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
+        if self.abandons and trainer.is_global_zero:
+            later = [path for path in earlier_checkpoints(module.folder) if step_of(path) > module.completed_steps]
+            best = module.folder / "best.ckpt"
+            for path in (*later, *([best] if self.best is None and best.exists() else [])):
+                remove_checkpoint(path)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: StageModule, batch: Any, batch_idx: int) -> None:
         self.batch = batch

@@ -23,11 +23,17 @@ from ldm.training.tasks.task import Preview
 class Previews(L.Callback):
     """Writer of the previews of the task, every ``images_every`` steps and at the end.
 
-    Images become PNG files with the step in their name; only the newest animation is kept, as a GIF. If they cannot be made, a
+    Images become PNG files with the step in their name, and those of steps that a resumed training repeats are deleted; only the
+    newest animation is kept, as a GIF. If they cannot be made, a
     warning says why, and training goes on.
     """
 
     def on_train_start(self, trainer: L.Trainer, module: StageModule) -> None:
+        if trainer.is_global_zero:
+            for path in (module.folder / "images").glob("*_*.png"):
+                step = path.stem.rpartition("_")[2]
+                if step.isdecimal() and int(step) > module.completed_steps:
+                    path.unlink()
         if module.interrupted:
             self.make_if_due(trainer, module)
 
