@@ -59,7 +59,7 @@ class Linear(LearningRateDecay, kind="linear"):
 class WSD(LearningRateDecay, kind="wsd"):
     """Warm-up, stable, decay: constant, then a short decay to 0 at max_steps (Hu et al. 2024, MiniCPM, arXiv 2404.06395, eq. 1).
 
-    If ``max_steps`` is raised, a training is resumed from the stable phase, and its result is that of a training with so many steps.
+    If ``max_steps`` is raised, a training is resumed from the stable phase, and its result is that of one with so many steps.
     """
 
     share: float = config_field(0.2, "share of the steps after warm-up in which the learning rate decays")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from torch._functorch import config as functorch
 
 from ldm.benchmarks.peaks import count_operations
 from ldm.errors import CheckpointError, ConfigError
+from ldm.nn.ranks import randn_rows
 from ldm.training.costs import step_cost
 from ldm.training.engine import StageModule
 from ldm.training.stages import build_module, train_stage
@@ -79,6 +82,48 @@ def test_all_terms_train_together_are_counted_and_resume_bitwise(
     assert not any(name.startswith("terms.perceptual.") for name in state)
     assert cost.weights == without.weights + tower + 2 * 4 + 8
     assert cost.trained == without.trained
+
+
+def test_the_losses_are_the_weighted_sums_of_their_terms(tmp_path: Path) -> None:
+    """As the papers write them, for a batch that the equivariance has scaled and rotated; per value of the image."""
+    terms = "{kind: wavelet, levels: 1, weight: 0.3}, {kind: r1, weight: 5}, {kind: lecam, weight: 0.7}"
+    terms = f"[{terms}, {{kind: equivariance, min_scale: 0.5, probability: 1}}]"
+    loss = (
+        f"{{l1: 0.25, l2: 2, kl: 0.01, adversarial: 0.5, disc_start: 0, disc_width: 8, disc_layers: 1, terms: {terms}}}"
+    )
+    task: Any = build_module(tiny_experiment(tmp_path, f"vae.loss={loss}"), "vae").task.train()
+    stage, discriminator = task.first_stage, copy.deepcopy(task.discriminator)
+    image = torch.rand(4, 3, 16, 16) * 2 - 1
+    batch = {"image": image, "key": list("abcd")}
+    found = [each.value.item() for each in task.losses(batch, Step(0, 0, torch.Generator().manual_seed(3)))]
+
+    generator = torch.Generator().manual_seed(3)
+    posterior = stage.encode(image)
+    latent = posterior.mode + posterior.variance.sqrt() * randn_rows(posterior.mode.shape, generator)
+    target, latent = task.terms["equivariance"].transform(image, latent, generator)
+    assert target.shape[2] < 16
+    made = stage.decode(latent)
+    difference = (target - made).flatten(1)
+    reconstruction = (0.25 * difference.abs() + 2 * difference.square()).sum(1).mean()
+    reconstruction = reconstruction + 0.3 * task.terms["wavelet"].distance(target, made).mean() * difference.shape[1]
+    reconstruction = reconstruction * (image[0].numel() / difference.shape[1])
+    mean, variance = posterior.mode.flatten(1), posterior.variance.flatten(1)
+    kl = 0.5 * (mean.square() + variance - 1 - variance.log()).sum(1).mean()
+    generated = -discriminator(made).mean()
+    norms = [
+        torch.autograd.grad(each, stage.last_layer, retain_graph=True)[0].norm() for each in (reconstruction, generated)
+    ]
+    weight = 0.5 * norms[0] / (norms[1] + 1e-4)
+    first = (reconstruction + 0.01 * kl + weight * generated) / image[0].numel()
+    assert found[0] == pytest.approx(first.item(), rel=1e-4)
+
+    target = target.detach().requires_grad_()
+    fake, real = discriminator(made.detach()), discriminator(target)
+    hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    gradient = torch.autograd.grad(real.flatten(1).mean(1).sum(), target)[0]
+    r1 = 0.5 * gradient.square().flatten(1).sum(1).mean()
+    lecam = (real - fake.mean()).square().mean() + (fake - real.mean()).square().mean()
+    assert found[1] == pytest.approx((hinge + 5 * r1 + 0.7 * lecam).item(), rel=1e-4)
 
 
 @pytest.mark.slow
