@@ -6,12 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torchvision.models import inception as torchvision_inception
 
 from ldm.errors import CheckpointError
 from ldm.evaluation.features import FeatureNetwork, clip_network, open_network, weights_hash
-from ldm.evaluation.inception import CLASSES, FILE, FIDInception
 from ldm.evaluation.metrics.frechet import estimate
 from ldm.formats.clip import save_clip
 from tests.evaluation.subjects import tiny_clip
@@ -60,32 +57,6 @@ def test_missing_weights_are_one_sentence(given: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         open_network(given, CPU)
     assert "\n" not in str(caught.value)
-
-
-def test_inception_pools_without_padding_and_in_the_last_block_by_the_maximum(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    network = FIDInception()
-    torch.save(network.network.state_dict(), tmp_path / FILE)
-    image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-    found = open_network(f"inception={tmp_path / FILE}", CPU)
-    features = found(image)
-    assert features.shape == (1, 2048)
-
-    average, blocks = F.avg_pool2d, network.network
-    monkeypatch.setattr(
-        torchvision_inception.F, "avg_pool2d", lambda x, **options: average(x, **options, count_include_pad=False)
-    )
-    x = F.interpolate(image.float() / 127.5 - 1, (299, 299), mode="bilinear", align_corners=False)
-    with torch.no_grad():
-        for name, block in blocks.named_children():
-            if name == "avgpool":
-                break
-            if name == "Mixed_7c":
-                monkeypatch.setattr(torchvision_inception.F, "avg_pool2d", F.max_pool2d)
-            x = block(x)
-    torch.testing.assert_close(features, x.mean((2, 3)))
-    assert blocks.fc.out_features == CLASSES
 
 
 def test_another_network_is_not_taken_for_the_inception(tmp_path: Path) -> None:

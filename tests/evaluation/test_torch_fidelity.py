@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm.evaluation.features import open_network
+from ldm.evaluation.inception import FILE, FIDInception
 from ldm.evaluation.metrics.coverage import precision_and_recall
 from ldm.evaluation.metrics.frechet import Moments, frechet_distance
 from ldm.evaluation.metrics.kernels import gaussian, mmd, polynomial
@@ -57,3 +59,24 @@ def test_precision_and_recall(fidelity: Any, features: tuple[Tensor, Tensor]) ->
         {name: expected[name] for name in found}, rel=1e-4
     )
     assert 0.1 < found["recall"].value < 0.9
+
+
+def test_the_inception(fidelity: Any, tmp_path: Path) -> None:
+    """On images of 299 pixels, for which the resizing of either is the identity; theirs have values of -1 to 127/128."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    network = FIDInception().network
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    torch.save(network.state_dict(), tmp_path / FILE)
+    image = torch.randint(0, 256, (2, 3, 299, 299), dtype=torch.uint8)
+    expected = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=tmp_path / FILE)(image)[0]
+    ours = FIDInception()
+    ours.load(torch.load(tmp_path / FILE, weights_only=True), tmp_path / FILE)
+    torch.testing.assert_close(ours((image.float() - 128) / 128), expected)
+    assert expected.abs().mean() > 0.01
+
+    found = open_network(f"inception={tmp_path / FILE}", torch.device("cpu"))
+    torch.testing.assert_close(found(image), ours(image.float() / 127.5 - 1))
