@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import pywt
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
@@ -60,7 +61,6 @@ def test_ms_ssim_of_opposite_images_has_finite_gradients() -> None:
 
 
 def test_the_wavelet_transform_is_that_of_pywavelets_and_keeps_the_energy() -> None:
-    pywt = pytest.importorskip("pywt")
     x = images(16, count=1)
     average, details = haar(x)
     expected, bands = pywt.dwt2(x.numpy(), "haar")
