@@ -198,9 +198,8 @@ def train_rung(
     record = read_record(folder, rung)
     if record.result is not None:
         return record.result
-    for other in folder.parent.glob(
-        f"*_images{rung.images}_*_{digest(experiment, STAGE, SCHEDULE)}"
-    ):  # with the same subset
+    mark = digest(experiment, STAGE, SCHEDULE)
+    for other in folder.parent.glob(f"*_images{rung.images}_*_{mark}"):  # with the same subset of the images
         link_latents(other, folder)
     link_latents(experiment.folder, folder)
     start = time.perf_counter()
