@@ -66,7 +66,7 @@ class Kind:
     In a family with ``default=``, a section without ``kind`` is of that kind.
     """
 
-    kinds: ClassVar[dict[str, type]]
+    kinds: ClassVar[dict[str, type[Any]]]
     default_kind: ClassVar[str | None]
     kind: ClassVar[str]
 

@@ -43,7 +43,7 @@ def ablate(
     features: Annotated[
         list[str] | None,
         Option(
-            help="Feature network, repeatable: own=FILE, clip=SOURCE or inception=FILE; default: the CLIP of stage 2."
+            help="Feature network of docs/evaluation.md, repeatable: clip=SOURCE, ...; default: the CLIP of stage 2."
         ),
     ] = None,
     times: Annotated[

@@ -58,7 +58,8 @@ Metrics = Annotated[
 FeatureNetworks = Annotated[
     list[str] | None,
     Option(
-        "--features", help="Feature network, repeatable: own, own=FILE, clip=SOURCE or inception=FILE; default: own."
+        "--features",
+        help="Feature network of docs/evaluation.md, repeatable: own, own=FILE, clip=SOURCE, ...; default: own.",
     ),
 ]
 Images = Annotated[int | None, Option(min=2, help="Measure only the first images of the split; default: all.")]

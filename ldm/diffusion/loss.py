@@ -145,9 +145,10 @@ class WeightedLossConfig(DenoisingLossConfig, kind="weighted"):
                 "noise, which the network would not learn; choose none."
             )
         if zero_terminal_snr and not self.noise_level_sampler.includes_last:
+            others = [name for name, kind in self.noise_level_sampler.kinds.items() if kind().includes_last]
             raise ConfigError(
                 f"the noise_level_sampler {self.noise_level_sampler.kind} cannot be used with zero_terminal_snr, because it "
-                "never draws pure noise, with which sampling begins; choose uniform, antithetic, stratified or low_discrepancy."
+                f"never draws pure noise, with which sampling begins; choose one of {', '.join(others)}."
             )
         if zero_terminal_snr and self.base_resolution is not None:
             raise ConfigError(

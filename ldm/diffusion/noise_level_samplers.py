@@ -19,7 +19,7 @@ class NoiseLevelSampler(Kind):
     @property
     def includes_last(self) -> bool:
         """True if the last timestep is drawn as often as others, even if it is pure noise."""
-        return True
+        return False
 
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
         """Sample the noise levels of a batch: [n] fp32 on the generator's device, within the schedule's range."""
@@ -38,6 +38,10 @@ class NoiseLevelSampler(Kind):
 class Uniform(NoiseLevelSampler, kind="uniform"):
     """Independent timesteps, all equally likely (Ho et al. 2006.11239, algorithm 1)."""
 
+    @property
+    def includes_last(self) -> bool:
+        return True
+
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
         t = torch.randint(schedule.num_timesteps, (n,), generator=generator, device=generator.device)
         return schedule.sigma(t)
@@ -50,6 +54,10 @@ class Uniform(NoiseLevelSampler, kind="uniform"):
 class Antithetic(NoiseLevelSampler, kind="antithetic"):
     """Uniform, in pairs t and T - 1 - t, so that each batch has as much high as low noise and its loss varies less."""
 
+    @property
+    def includes_last(self) -> bool:
+        return True
+
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
         last, pairs = schedule.num_timesteps - 1, (n + 1) // 2
         t = torch.randint(last + 1, (pairs,), generator=generator, device=generator.device)
@@ -59,6 +67,10 @@ class Antithetic(NoiseLevelSampler, kind="antithetic"):
 @dataclass(frozen=True)
 class Stratified(NoiseLevelSampler, kind="stratified"):
     """Uniform, one timestep from each n-th of the schedule, increasing (after Kingma et al. 2107.00630)."""
+
+    @property
+    def includes_last(self) -> bool:
+        return True
 
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
         within = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
@@ -72,10 +84,6 @@ class LogNormal(NoiseLevelSampler, kind="lognormal"):
 
     mean: float = config_field(-1.2, "Mean of ln sigma.")
     std: float = config_field(1.2, "Standard deviation of ln sigma.")
-
-    @property
-    def includes_last(self) -> bool:
-        return False
 
     def __post_init__(self) -> None:
         if self.std <= 0:
@@ -115,7 +123,7 @@ class LowDiscrepancy(NoiseLevelSampler, kind="low_discrepancy"):
     """
 
     distribution: NoiseLevelSampler = config_field(
-        Uniform(), "Distribution of each sample: uniform, lognormal or logit_normal."
+        Uniform(), "Distribution of each sample, such as uniform, lognormal or logit_normal."
     )
 
     @property
@@ -124,9 +132,10 @@ class LowDiscrepancy(NoiseLevelSampler, kind="low_discrepancy"):
 
     def __post_init__(self) -> None:
         if type(self.distribution).quantile is NoiseLevelSampler.quantile:
+            independent = [name for name, kind in self.kinds.items() if kind.quantile is not NoiseLevelSampler.quantile]
             raise ConfigError(
                 f"low_discrepancy cannot have the distribution {self.distribution.kind}, whose samples depend on each other; "
-                "choose uniform, lognormal or logit_normal."
+                f"choose one of {', '.join(independent)}."
             )
 
     def sample(self, n: int, schedule: Schedule, generator: torch.Generator) -> Tensor:

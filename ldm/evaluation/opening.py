@@ -15,7 +15,8 @@ import torch
 
 from ldm.devices import default_device, default_dtype
 from ldm.errors import CheckpointError, DataError, unknown, warn
-from ldm.evaluation.features import FeatureNetwork, clip_from, clip_network, open_network
+from ldm.evaluation.features import FeatureNetwork, open_network
+from ldm.evaluation.networks.clip import clip_from, clip_network
 from ldm.evaluation.subject import Options, Subject
 from ldm.formats import find, read
 from ldm.formats.checkpoint import CLIP_COMPONENTS, OTHERS, Checkpoint

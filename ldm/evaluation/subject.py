@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -47,6 +47,9 @@ SHOWN = 24
 """Number of generated images that are kept for the sheet."""
 
 READER = "the evaluation of generated images"
+
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""Function of images and their reconstructions ``[b 3 h w]`` in [-1, 1] that returns a value for each, ``[b]``."""
 
 OWN_SETTINGS = (
     "prompt",
@@ -137,7 +140,7 @@ class Subject:
     _hashed: dict[str, tuple[str, int]] = field(default_factory=dict, repr=False)
     _weights: dict[int, str] = field(default_factory=dict, repr=False)
     _made: dict[str, GeneratedImages] = field(default_factory=dict, repr=False)
-    _reconstructed: dict[tuple[str, bool], Reconstructions] = field(default_factory=dict, repr=False)
+    _reconstructed: dict[tuple[str, frozenset[str]], Reconstructions] = field(default_factory=dict, repr=False)
 
     @property
     def samples_text(self) -> bool:
@@ -343,15 +346,16 @@ class Subject:
         return Tiling().decode(self.first_stage, self.encode(image).mode).clamp(-1, 1)
 
     @torch.inference_mode()
-    def reconstructions(self, decoder: str = "full", lpips: bool = False) -> Reconstructions:
-        """Measure the reconstructions of the evaluated split by a decoder, once; values are ``psnr``, ``ssim`` and ``lpips``."""
-        from ldm.evaluation.lpips import lpips_network
+    def reconstructions(
+        self, decoder: str = "full", further: Mapping[str, Measure] = MappingProxyType({})
+    ) -> Reconstructions:
+        """Measure the reconstructions of the evaluated split by a decoder, once: ``psnr``, ``ssim``, and ``further`` values."""
         from ldm.vae.metrics import psnr, ssim
 
-        for (kept, with_lpips), found in self._reconstructed.items():
-            if kept == decoder and (with_lpips or not lpips):
+        for (kept, names), found in self._reconstructed.items():
+            if kept == decoder and further.keys() <= names:
                 return found
-        measures = {"psnr": psnr, "ssim": ssim} | ({"lpips": lpips_network(self.device)} if lpips else {})
+        measures = {"psnr": psnr, "ssim": ssim, **further}
         networks = self.networks if decoder == "full" else ()
         originals, made = Collected(networks, reduce=False), Collected(networks, reduce=False)
         values: dict[str, list[Tensor]] = {name: [] for name in measures}
@@ -367,7 +371,7 @@ class Subject:
             made.features if networks else {},
             originals.features if networks else {},
         )
-        self._reconstructed[decoder, lpips] = found
+        self._reconstructed[decoder, frozenset(further)] = found
         return found
 
 

@@ -42,7 +42,7 @@ def test_captions_are_encoded_in_parts(subject: Subject, monkeypatch: pytest.Mon
     texts = [f"caption {i}" for i in range(7)]
     expected = network.captions(texts)
     sizes: list[int] = []
-    monkeypatch.setattr("ldm.evaluation.features.CAPTIONS", 3)
+    monkeypatch.setattr("ldm.evaluation.networks.clip.CAPTIONS", 3)
     encode = CLIP.encode_text
 
     def measured(clip: CLIP, tokens: Tensor) -> Tensor:

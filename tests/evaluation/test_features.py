@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from ldm.errors import CheckpointError
-from ldm.evaluation.features import FeatureNetwork, clip_network, open_network, weights_hash
+from ldm.evaluation.features import FeatureNetwork, open_network, weights_hash
 from ldm.evaluation.metrics.frechet import estimate
+from ldm.evaluation.networks.clip import clip_network
 from ldm.formats.clip import save_clip
 from tests.evaluation.subjects import tiny_clip
 from tests.tiny import TOKENIZER

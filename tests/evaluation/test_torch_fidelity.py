@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ldm.evaluation.features import open_network
-from ldm.evaluation.inception import FILE, FIDInception
 from ldm.evaluation.metrics.coverage import precision_and_recall
 from ldm.evaluation.metrics.frechet import Moments, frechet_distance
 from ldm.evaluation.metrics.kernels import gaussian, mmd, polynomial
+from ldm.evaluation.networks.inception import FILE, FIDInception
 
 FOLDER = Path(sys.prefix) / "torch-fidelity"
 """Folder in which ``make install`` installs it."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ldm.evaluation.intervals import mean_estimate
+from ldm.evaluation.lpips import lpips_network
 from ldm.evaluation.metric import Number, metric
 from ldm.vae.metrics import WINDOW
 
@@ -49,5 +50,5 @@ def lpips(subject: Subject) -> Iterator[Number]:
     """Measure the mean LPIPS of the decoded modes of the posteriors."""
     if subject.first_stage is None:
         return
-    values = subject.reconstructions(lpips=True).values["lpips"]
+    values = subject.reconstructions(further={"lpips": lpips_network(subject.device)}).values["lpips"]
     yield Number("lpips", mean_estimate(values), len(values), "lower", parameters={"network": "alex", "version": "0.1"})
