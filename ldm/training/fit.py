@@ -119,6 +119,10 @@ def fit(
     )
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start.path if start else None, weights_only=True)
+    except SystemExit as stop:  # Lightning's answer to a second Ctrl-C
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise stop.__context__ from None
+        raise
     except RuntimeError as error:  # torch raises it wherever the process is when a worker ends
         death = worker_death(error)
         if death is None:

@@ -36,6 +36,20 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = StageModule.training_step
+
+    def interrupted_twice(module: StageModule, *arguments: Any) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        original(module, *arguments)
+
+    monkeypatch.setattr(StageModule, "training_step", interrupted_twice)
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(tiny_experiment(tmp_path, *SETTINGS), "clip")
+    assert not (tmp_path / "run/clip/last.ckpt").exists()
+
+
 @pytest.mark.parametrize(
     ("hook", "step", "number"),
     [
