@@ -126,10 +126,6 @@ class Probe:
             times.append(time.perf_counter() - start)
         return times
 
-    def seconds(self) -> float:
-        """Return the median time of a step."""
-        return self.first_and_median()[1]
-
     def first_and_median(self) -> tuple[float, float]:
         """Return the time of the first step, in which networks are compiled, and the median time of later ones."""
         times = self.timed(WARM_UP + MEASURED)

@@ -85,7 +85,7 @@ def test_all_terms_train_together_are_counted_and_resume_bitwise(
 
 
 def test_the_losses_are_the_weighted_sums_of_their_terms(tmp_path: Path) -> None:
-    """As the papers write them, for a batch that the equivariance has scaled and rotated; per value of the image."""
+    """Computed again from the formulas, divided by the number of values of an image; ``equivariance`` scales the batch."""
     terms = "{kind: wavelet, levels: 1, weight: 0.3}, {kind: r1, weight: 5}, {kind: lecam, weight: 0.7}"
     terms = f"[{terms}, {{kind: equivariance, min_scale: 0.5, probability: 1}}]"
     loss = (

@@ -23,26 +23,27 @@ CAPTIONS = 256
 @feature_network("own")
 def own_tower(source: str | None, device: torch.device) -> FeatureNetwork:
     """Open the image tower of stage 2 from its file; :meth:`ldm.evaluation.subject.Subject` passes that of the run."""
-    if source is None:
-        raise CheckpointError(
-            "the feature network 'own' is the image tower of stage 2, and this run has no result of it; train stage clip, "
-            "or give --features own=FILE."
-        )
-    return _tower("own", source, device)
+    missing = (
+        "the feature network 'own' is the image tower of stage 2, and this run has no result of it; train stage clip, or give "
+        "--features own=FILE."
+    )
+    return _tower("own", source, device, missing)
 
 
 @feature_network("clip")
 def foreign_tower(source: str | None, device: torch.device) -> FeatureNetwork:
     """Open a CLIP of transformers or open_clip; CMMD and CLIP scores of papers use ViT-L/14 at 336 pixels or ViT-B/32."""
+    missing = (
+        "the feature network 'clip' needs its weights; give --features clip=SOURCE, a folder or hub id of transformers or "
+        "open_clip that is on this machine."
+    )
+    return _tower("clip", source, device, missing)
+
+
+def _tower(name: str, source: str | None, device: torch.device, missing: str) -> FeatureNetwork:
+    """Open a CLIP from its source; ``missing`` is the error if there is none."""
     if source is None:
-        raise CheckpointError(
-            "the feature network 'clip' needs its weights; give --features clip=SOURCE, a folder or hub id of transformers or "
-            "open_clip that is on this machine."
-        )
-    return _tower("clip", source, device)
-
-
-def _tower(name: str, source: str, device: torch.device) -> FeatureNetwork:
+        raise CheckpointError(missing)
     found = read(source)
     if not found.parts.keys() >= {*CLIP_COMPONENTS, OTHERS}:
         raise CheckpointError(
