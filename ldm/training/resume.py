@@ -132,7 +132,7 @@ def resume_point(module: StageModule, data: DataModule) -> ResumePoint | None:
             change, or for more steps.
     """
     paths, problems = resume_points(module.folder), []
-    decayed: tuple[Path, int, float | None] | None = None  # the newest of those whose learning rate had decayed
+    decayed: tuple[Path, int, dict[str, Any]] | None = None  # the newest of those whose learning rate had decayed
     for path, following in itertools.zip_longest(paths, paths[1:]):
         next_one = following or (decayed and decayed[0])
         instead = f"the training resumes from {next_one}" if next_one else "delete it to restart the stage"
@@ -143,7 +143,7 @@ def resume_point(module: StageModule, data: DataModule) -> ResumePoint | None:
             continue
         steps = _check(module, data, path, checkpoint)
         if _has_decayed(module, checkpoint):
-            decayed = decayed or (path, steps, _best_score(module, data, checkpoint))
+            decayed = decayed or (path, steps, checkpoint)
             continue
         best = _best_score(module, data, checkpoint, repeated=decayed is None)
         if decayed is None:
@@ -154,11 +154,12 @@ def resume_point(module: StageModule, data: DataModule) -> ResumePoint | None:
         )
         return ResumePoint(path, steps, best, (*map(str, problems), reason), abandons=True)
     if decayed is not None:
+        path, steps, checkpoint = decayed
         reason = (
-            f"max_steps was raised, but the learning rate of {decayed[0]} has begun to decay, and there is no intact checkpoint "
+            f"max_steps was raised, but the learning rate of {path} has begun to decay, and there is no intact checkpoint "
             "from before that; the training resumes from it."
         )
-        return ResumePoint(*decayed, (*map(str, problems), reason))
+        return ResumePoint(path, steps, _best_score(module, data, checkpoint), (*map(str, problems), reason))
     if len(problems) > 1:
         names = some([path.name for path in paths])
         raise CheckpointError(
