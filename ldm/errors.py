@@ -22,7 +22,7 @@ class PathError(LdmError):
 
 
 class DataError(LdmError):
-    """Pictures, captions or shards that are missing or unreadable."""
+    """Images, captions or shards that are missing or unreadable."""
 
 
 class MissingCaptionsError(DataError):

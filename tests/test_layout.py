@@ -13,7 +13,7 @@ SOURCES = sorted(ROOT.glob("ldm/**/*.py"))
 # A part imports from the rows above its own; parts of one row do not know each other. `ldm` stands for the
 # package's own __init__.py, whose version all may read.
 ROWS = [
-    {"errors"},
+    {"discovery", "errors"},
     {"checks"},
     {"prompt_syntax"},
     {"paths", "processes", "yaml_text"},

@@ -5,14 +5,13 @@ The public interface is :meth:`ldm.pipeline.Pipeline.compile`.
 
 from __future__ import annotations
 
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
 import torch
 
 from ldm.acceleration.backend import Accelerator, Backend
 from ldm.config import from_dict
+from ldm.discovery import import_modules
 from ldm.errors import SamplingError, unknown
 from ldm.model import LatentDiffusion
 from ldm.nn.wrappers import innermost
@@ -20,9 +19,7 @@ from ldm.nn.wrappers import innermost
 
 def known_backends() -> dict[str, type[Backend]]:
     """Return all backends by name."""
-    package = import_module("ldm.acceleration.backends")
-    for module in iter_modules(package.__path__):
-        import_module(f"{package.__name__}.{module.name}")
+    import_modules("ldm.acceleration.backends")
     return dict(Backend.kinds)
 
 

@@ -5,9 +5,6 @@ All modules of this package are imported, so that a new conditioner registers it
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
 from ldm.conditioning.boxes import BoxesConditioner
 from ldm.conditioning.composite import CompositeConditioner
 from ldm.conditioning.conditioner import Conditioner, ConditionerConfig, NoConditioner
@@ -20,6 +17,7 @@ from ldm.conditioning.sdxl import SDXLConditioner
 from ldm.conditioning.semantic import SemanticConditioner
 from ldm.conditioning.text import TextConditioner
 from ldm.conditioning.transformer import TransformerConditioner
+from ldm.discovery import import_modules
 
 __all__ = [
     "BoxesConditioner",
@@ -39,5 +37,4 @@ __all__ = [
     "conditioning_schedules",
 ]
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import_modules(__name__)

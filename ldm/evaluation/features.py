@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm.discovery import import_modules
 from ldm.errors import CheckpointError, unknown
 from ldm.formats.tensors import fingerprint
 
@@ -72,10 +71,7 @@ def open_network(given: str, device: torch.device) -> FeatureNetwork:
     Raises:
         CheckpointError: the name is unknown, or the weights are not on this machine.
     """
-    from ldm.evaluation import networks
-
-    for module in pkgutil.iter_modules(networks.__path__):
-        importlib.import_module(f"{networks.__name__}.{module.name}")
+    import_modules("ldm.evaluation.networks")
     name, _, source = given.partition("=")
     if name not in NETWORKS:
         raise CheckpointError(unknown("feature network", name, NETWORKS))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from ldm.discovery import import_modules
 from ldm.errors import ConfigError, unknown
 from ldm.evaluation.features import FeatureNetwork
 from ldm.evaluation.intervals import Estimate
@@ -88,10 +87,7 @@ def metric(
 
 def all_metrics() -> dict[str, Metric]:
     """Return all metrics by name, sorted by what they measure."""
-    from ldm.evaluation import metrics
-
-    for module in pkgutil.iter_modules(metrics.__path__):
-        importlib.import_module(f"{metrics.__name__}.{module.name}")
+    import_modules("ldm.evaluation.metrics")
     order = ("vae", "clip", "denoiser", "samples")
     return dict(sorted(METRICS.items(), key=lambda item: (order.index(item[1].part), item[0])))
 

@@ -6,9 +6,7 @@ A kind (:class:`AdapterFormat`) is registered next to its :class:`ldm.nn.adapter
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-import ldm.nn
+from ldm.discovery import import_modules
 from ldm.nn.adapters import AdapterLayer
 
 Tensors = Mapping[str, Tensor]
@@ -114,8 +112,7 @@ def register(form: AdapterFormat) -> None:
 @cache
 def formats() -> Sequence[AdapterFormat]:
     """Return all kinds, after importing the modules of :mod:`ldm.nn`."""
-    for module in pkgutil.iter_modules(ldm.nn.__path__, "ldm.nn."):
-        importlib.import_module(module.name)
+    import_modules("ldm.nn")
     return tuple(FORMATS)
 
 

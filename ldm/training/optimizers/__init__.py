@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
+from ldm.discovery import import_modules
 from ldm.training.optimizers.optimizer import OptimizerConfig, set_learning_rate
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import_modules(__name__)
 
 __all__ = ["OptimizerConfig", "set_learning_rate"]
