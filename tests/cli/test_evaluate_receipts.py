@@ -58,7 +58,8 @@ def test_each_number_of_a_model_has_its_receipt(monkeypatch: pytest.MonkeyPatch,
             "memorisation",
         ),
         *("recall_by_embedding@1", "recall_by_image@1", "nearest_training_image", "nearest_training_image_true"),
-        *("psnr", "ssim", "rfid", "latent_mean", "latent_std", "latent_noise", "probe_fid", "probe_error"),
+        *("psnr", "ssim", "rfid", "probe_fid", "probe_error"),
+        *("latent_mean", "latent_std_min", "latent_std_max", "latent_noise"),
         *("denoising_error@0.1", "denoising_error@1", "denoising_error@10"),
     }
     assert all(each.contains(each.value) and each.conditions.n > 0 for each in found.numbers)

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, t
 
 from ldm.evaluation.intervals import FEW, GROUPS, Estimate, group_of, jackknife, mean_estimate, t_quantile, wilson
-from ldm.evaluation.metrics.contrastive import best_scale
+from ldm.evaluation.metrics.contrastive import best_scale, calibration_error
 from ldm.evaluation.metrics.coverage import DENSITY_K, balls_around, density_and_coverage, precision_and_recall, radii
 from ldm.evaluation.metrics.diversity import mean_pairwise_distance
 from ldm.evaluation.metrics.frechet import Moments, estimate, frechet_distance
 from ldm.evaluation.metrics.kernels import gaussian, mmd, polynomial
+from ldm.evaluation.metrics.latents import estimates
 from ldm.evaluation.metrics.memorisation import nearer_share, nearest
 
 REPEATS = 200
@@ -84,11 +85,38 @@ def _memorisation(draw: np.random.Generator) -> Estimate:
     return nearer_share(nearest(torch.from_numpy(_features(draw, 100)), REFERENCE), HELD_OUT)
 
 
-def _logit_scale(draw: np.random.Generator) -> Estimate:
-    """The best scale for images that are their captions with noise."""
+def _cosines(draw: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines of images that are their captions with noise, and the numbers of the captions."""
     target = torch.from_numpy(draw.integers(0, len(CAPTIONS), 200))
     images = F.normalize(CAPTIONS[target] + 0.5 * torch.from_numpy(draw.standard_normal((200, 8))), dim=1)
-    return best_scale(images @ CAPTIONS.T, target)
+    return images @ CAPTIONS.T, target
+
+
+def _logit_scale(draw: np.random.Generator) -> Estimate:
+    return best_scale(*_cosines(draw))
+
+
+def _calibration_error(draw: np.random.Generator) -> Estimate:
+    return calibration_error(*_cosines(draw), scale=12.0)
+
+
+MIXING = np.linalg.cholesky([[1.2, 0.5, 0.1], [0.5, 1.0, -0.2], [0.1, -0.2, 0.8]])
+
+
+def _latents(name: str) -> Callable[[np.random.Generator], Estimate]:
+    """A statistic of latents of 3 correlated channels and 16 positions, half of whose variance is between images."""
+
+    def measure(draw: np.random.Generator) -> Estimate:
+        normal = draw.standard_normal((100, 1, 3)) + draw.standard_normal((100, 16, 3))
+        x = np.array([0.3, -0.1, 0.0]) + normal @ MIXING.T / math.sqrt(2)
+        products = np.einsum("npi,npj->nij", x, x).reshape(100, 9) / 16
+        table = np.concatenate([x.mean(1), 0.05 * draw.gamma(4, 0.25, (100, 3)), products], axis=1)
+        return estimates(torch.from_numpy(table))[name]
+
+    return measure
+
+
+LATENTS = ("latent_mean", "latent_std_min", "latent_std_max", "latent_correlation", "latent_noise")
 
 
 def _mean_of(measure: Callable[[np.random.Generator], Estimate]) -> Callable[[], float]:
@@ -113,6 +141,8 @@ CASES: dict[str, tuple[Callable[[np.random.Generator], Estimate], Callable[[], f
     **{name: (_manifold(name), _mean_of(_manifold(name))) for name in ("precision", "recall", "coverage")},
     "memorisation": (_memorisation, _mean_of(_memorisation)),
     "logit scale": (_logit_scale, _mean_of(_logit_scale)),
+    "calibration error": (_calibration_error, _mean_of(_calibration_error)),
+    **{name: (_latents(name), _mean_of(_latents(name))) for name in LATENTS},
 }
 
 

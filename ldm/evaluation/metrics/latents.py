@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ldm.evaluation.intervals import jackknife
+from ldm.evaluation.intervals import Estimate, jackknife
 from ldm.evaluation.metric import Number, metric
 
 if TYPE_CHECKING:
@@ -20,22 +21,35 @@ if TYPE_CHECKING:
 def latents(subject: Subject) -> Iterator[Number]:
     """Measure the statistics of normalized latents on the evaluated split.
 
-    ``latent_mean`` is the largest absolute mean of a channel and ``latent_std`` the standard deviation over all of its latents
-    that is farthest from 1; 0 and 1 are what the denoiser expects. ``latent_correlation`` is the largest absolute correlation of
-    two channels, and ``latent_noise`` the share of the variance that is the posterior's own noise, the mean over channels.
+    ``latent_mean`` is the largest absolute mean of a channel; ``latent_std_min`` and ``latent_std_max`` are the smallest and the
+    largest standard deviation of a channel over all latents. The denoiser expects 0 and 1. ``latent_correlation`` is the largest
+    absolute correlation of two channels, and ``latent_noise`` the share of the variance that is the posterior's own noise, the
+    mean over channels.
     """
     stage = subject.first_stage
     if stage is None:
         return
-    sums: list[Tensor] = []  # of each image: means, second moments and noise of its channels
+    rows: list[Tensor] = []
     for batch in subject.measured():
         posterior = subject.encode(batch["image"])
         mean = stage.normalize(posterior.mode.float()).double().cpu().flatten(2)
         scale = stage.latent_std.double().cpu()[:, None].square()
         noise = (posterior.variance.double().cpu().flatten(2) / scale).mean(2)
         moments = torch.einsum("bip,bjp->bij", mean, mean) / mean.shape[2]
-        sums.append(torch.cat([mean.mean(2), noise, moments.flatten(1)], dim=1))
-    table, z = torch.cat(sums), stage.latent_channels
+        rows.append(torch.cat([mean.mean(2), noise, moments.flatten(1)], dim=1))
+    table = torch.cat(rows)
+    for name, value in estimates(table).items():
+        yield Number(name, value, len(table), "neither", parameters={"channels": stage.latent_channels})
+
+
+def estimates(table: Tensor) -> dict[str, Estimate]:
+    """Return the statistics of latents from the means over the positions of each image, with intervals over images.
+
+    Args:
+        table: ``[n 2z+z^2]``, for each image the means of z channels, the variances of their noise, and the products of all
+            pairs of channels.
+    """
+    z = math.isqrt(1 + table.shape[1]) - 1
 
     def statistics(index: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, noise, moments = table[torch.as_tensor(index)].mean(0).split([z, z, z * z])
@@ -46,14 +60,11 @@ def latents(subject: Subject) -> Iterator[Number]:
         total = variance + noise
         return mean, total.sqrt(), correlation, noise / total
 
-    def farthest(std: Tensor) -> float:
-        return float(std[(std - 1).abs().argmax()])
-
     values = {
         "latent_mean": lambda index: float(statistics(index)[0].abs().max()),
-        "latent_std": lambda index: farthest(statistics(index)[1]),
+        "latent_std_min": lambda index: float(statistics(index)[1].min()),
+        "latent_std_max": lambda index: float(statistics(index)[1].max()),
         "latent_correlation": lambda index: float(statistics(index)[2].abs().max()),
         "latent_noise": lambda index: float(statistics(index)[3].mean()),
     }
-    for name, value in values.items():
-        yield Number(name, jackknife(len(table), value).within(0), len(table), "neither", parameters={"channels": z})
+    return {name: jackknife(len(table), value).within(0) for name, value in values.items()}
