@@ -129,6 +129,8 @@ def open_subject(request: Request, say: Callable[[str], object] = warn) -> Subje
         stage: read(source, checkpoint=request.checkpoint if stage == MODEL else None)
         for stage, source in sources.items()
     }
+    if MODEL_STAGE in found and not found[MODEL_STAGE].missing():
+        found.pop("vae", None)  # the first stage is that of the complete model
     data = experiment.data.without_cache()  # images are read one after the other
     sets = {  # samples are compared with the images of all splits that there are
         name: data.open(name) for name in ("train", *HELD_OUT) if name == request.split or data.has(name)
