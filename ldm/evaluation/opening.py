@@ -129,8 +129,6 @@ def open_subject(request: Request, say: Callable[[str], object] = warn) -> Subje
         stage: read(source, checkpoint=request.checkpoint if stage == MODEL else None)
         for stage, source in sources.items()
     }
-    if MODEL_STAGE in found and not found[MODEL_STAGE].missing():
-        found.pop("vae", None)  # the first stage is that of the complete model
     data = experiment.data.without_cache()  # images are read one after the other
     sets = {  # samples are compared with the images of all splits that there are
         name: data.open(name) for name in ("train", *HELD_OUT) if name == request.split or data.has(name)
@@ -149,7 +147,6 @@ def open_subject(request: Request, say: Callable[[str], object] = warn) -> Subje
         compiled=dict(request.compiled),
         networks=feature_networks(request.features, experiment, parts["clip"]),
         own_weights=request.model is None,
-        notes=[note for each in found.values() if (note := training_note(each.provenance))],
         options=request.options,
         **parts,
     )
@@ -245,23 +242,36 @@ def sources_of(
 
 
 def networks(found: Mapping[str, Checkpoint]) -> dict[str, Any]:
-    """Return the fields of :class:`Subject` that are networks.
+    """Return the fields of :class:`Subject` that are networks, and its notes on the checkpoints that they are from.
+
+    The first stage is that of the complete model, if there is one.
 
     Args:
         found: checkpoints by the stage that they are the result of, or :data:`MODEL`. One that holds more than its stage trains,
             such as a complete model in place of a VAE, gives the network of the stage alone.
     """
-    device = default_device()
-    pipe, first_stage, clip = None, None, None
+    used: dict[str, Checkpoint] = {}
     for stage, each in found.items():
         if stage in (MODEL, MODEL_STAGE) and not each.missing():
-            pipe = Pipeline(each.build(default_dtype(device))).to(device, default_dtype(device))
+            used["pipe"] = each
         elif stage in (MODEL, "vae") and "first_stage" in each.parts:
-            part = each.parts["first_stage"]
-            first_stage = build_on_meta(part.config.build, part.state, each.source)
-            load_strictly(first_stage, part.state, each.source, torch.float32)
-            first_stage.to(device).eval().requires_grad_(False)
+            used["first_stage"] = each
         elif stage in (MODEL, "clip") and each.parts.keys() >= {*CLIP_COMPONENTS, OTHERS}:
-            network, tokenizer = clip_from(each)
-            clip = (network.to(device), tokenizer) if tokenizer is not None else None
-    return {"pipe": pipe, "first_stage": first_stage if pipe is None else pipe.model.first_stage, "clip": clip}
+            used["clip"] = each
+    if "pipe" in used:
+        used.pop("first_stage", None)
+    device = default_device()
+    pipe, first_stage, clip = None, None, None
+    if "pipe" in used:
+        pipe = Pipeline(used["pipe"].build(default_dtype(device))).to(device, default_dtype(device))
+        first_stage = pipe.model.first_stage
+    if "first_stage" in used:
+        part = used["first_stage"].parts["first_stage"]
+        first_stage = build_on_meta(part.config.build, part.state, used["first_stage"].source)
+        load_strictly(first_stage, part.state, used["first_stage"].source, torch.float32)
+        first_stage.to(device).eval().requires_grad_(False)
+    if "clip" in used:
+        network, tokenizer = clip_from(used["clip"])
+        clip = (network.to(device), tokenizer) if tokenizer is not None else None
+    notes = [note for each in used.values() if (note := training_note(each.provenance))]
+    return {"pipe": pipe, "first_stage": first_stage, "clip": clip, "notes": notes}
