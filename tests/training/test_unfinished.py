@@ -18,6 +18,7 @@ from ldm.cli import convert as conversion
 from ldm.cli import evaluate as evaluation
 from ldm.cli import sample as sampling
 from ldm.errors import CheckpointError
+from ldm.evaluation.opening import networks
 from ldm.formats import read
 from ldm.formats.single_network import save_single_network
 from ldm.formats.tensors import read_metadata
@@ -204,6 +205,12 @@ def test_an_unfinished_run_is_evaluated_by_the_checkpoints_that_there_are(
     assert [stage for stage in STAGES for each in results["checkpoints"] if f"of stage {stage}" in each] == used
     measured = {"vae": "psnr", "clip": "clip", "denoiser": "samples"}
     assert {measured[stage] for stage in stages} == results.keys() & set(measured.values())
+
+
+def test_a_checkpoint_of_which_nothing_is_evaluated_has_no_note(unfinished: Path) -> None:
+    found = read(unfinished / "vae" / "last.ckpt")
+    assert len(networks({"vae": found})["notes"]) == 1
+    assert networks({"decoder": found})["notes"] == []
 
 
 @pytest.mark.parametrize(("source", "measured"), [("vae/best.ckpt", "psnr"), ("clip/last.ckpt", "clip")])
